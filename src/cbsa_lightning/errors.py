@@ -1,0 +1,32 @@
+"""The errors that this library raises: each says what was found, where, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CBSAError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class DataError(CBSAError, ValueError):
+    """An image, annotation file, table or split that cannot be used as it is."""
+
+
+class ConfigError(CBSAError, ValueError):
+    """Settings that do not fit each other or the data."""
+
+
+class WeightsError(CBSAError, RuntimeError):
+    """Pretrained weights that are missing, or not what the settings expect."""
+
+
+class CheckpointError(CBSAError, RuntimeError):
+    """A checkpoint that does not belong to this model, or cannot be read."""
+
+
+def listed(items: Iterable[object], limit: int = 20) -> str:
+    """Joins ``items`` for a message: at most ``limit`` of them, then how many more there are."""
+    texts = [str(item) for item in items]
+    shown = ", ".join(texts[:limit])
+    return shown if len(texts) <= limit else f"{shown} ... and {len(texts) - limit} more"

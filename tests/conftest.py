@@ -1,0 +1,23 @@
+"""Fixtures that every test may use; network access is off for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def realbench() -> Path:
+    """Folder of real images for tests, outside the repository; tests that need it are skipped without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "realbench"
+    if not folder.is_dir():
+        pytest.skip("real test images are not on this machine (../shared/realbench)")
+    return folder
