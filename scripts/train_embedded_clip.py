@@ -1,0 +1,267 @@
+"""Trains the small CLIP that ships in ``src/cbsa_lightning/embedded``: ``uv run python scripts/train_embedded_clip.py``.
+
+The pictures are plain posters: printed and handwritten digits and printed letters on soft colour grounds, captioned
+in a few ways. They share no exemplar, no scene and no co-occurrence with the quickstart's data set (`Digits`), so the
+model knows the digits there but not well, as CLIP does with photographs of somebody else's classes.
+
+Image and caption are a positive pair if every digit of the caption is in the image; the loss is the sigmoid loss over
+all pairs of a batch (SigLIP, arXiv 2303.15343, Eq. 1). With ten digits most captions fit several images of a batch,
+which the softmax loss would count as errors. The learnt bias is the same for every pair and is dropped at the end.
+
+The stages go from small posters with one digit to the full size with several: the digits keep their size in pixels,
+so the convolutions learn cheaply first. A minute or more a stage on two CPU cores; the same seed, threads and library
+versions give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import open_clip
+import torch
+from open_clip.model import CLIP
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cbsa_lightning.data.canvases import exemplars, handwritten
+from cbsa_lightning.data.readers.digits import NAMES
+
+IMAGE_SIZE = 160
+MEAN, STD = 0.5, 0.25
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": IMAGE_SIZE,
+            "layers": [1, 1, 1, 1],
+            "width": 12,
+            "head_width": 48,
+            "patch_size": None,
+        },
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 40, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {
+        "size": IMAGE_SIZE,
+        "mode": "RGB",
+        "mean": [MEAN] * 3,
+        "std": [STD] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+TEMPLATES = (
+    "a photo of a {}.", "a photo of a {}", "a picture of a {}.", "an image with a {}", "a photo of the digit {}",
+    "a drawing of a {}", "the number {}", "a poster that shows a {}", "a {} on paper", "{}",
+)  # fmt: skip
+FONTS = (
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic",
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmss10",
+)  # fmt: skip
+LETTERS = "ABCDEFGHJKLMNPQRTUVWXY"
+HANDWRITTEN = 0.4  # share of digits that are handwritten; the rest is printed
+
+
+class Stage(NamedTuple):
+    """``steps`` batches of ``batch`` posters of ``size`` pixels with up to ``digits`` digits on each."""
+
+    size: int
+    digits: int
+    letters: int
+    batch: int
+    steps: int
+    max_lr: float
+
+
+STAGES = (Stage(64, 1, 0, 96, 900, 3e-3), Stage(96, 2, 1, 64, 400, 2e-3), Stage(IMAGE_SIZE, 4, 3, 48, 500, 2e-3))
+
+
+class Batch(NamedTuple):
+    """``images`` (B, 3, S, S) in [0, 1]; ``present`` (B, 10) bool; ``captions`` and the digits they name (B, 10) bool."""
+
+    images: Tensor
+    present: Tensor
+    captions: list[str]
+    named: Tensor
+
+
+class Posters:
+    """Draws captioned posters, batch by batch, from a bank of digit and letter masks."""
+
+    def __init__(self, seed: int, masks_per_digit: int = 500) -> None:
+        self.rng = np.random.default_rng(seed)
+        folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        self.fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), 64) for name in FONTS]
+        source = exemplars("pretrain")
+        self.digits: list[list[np.ndarray]] = []
+        for digit in range(10):
+            rows = np.flatnonzero(source.digits == digit)
+            count = round(masks_per_digit * HANDWRITTEN)
+            pens = [self._handwritten(source.images[self.rng.choice(rows)]) for _ in range(count)]
+            self.digits.append(pens + [self._printed(str(digit)) for _ in range(masks_per_digit - count)])
+        self.letters = [self._printed(LETTERS[i % len(LETTERS)]) for i in range(masks_per_digit)]
+
+    def _handwritten(self, image: np.ndarray) -> np.ndarray:
+        pixels, turn, slant = int(self.rng.uniform(42, 70)), self.rng.normal(0, 0.15), self.rng.normal(0, 0.1)
+        return np.asarray(handwritten(image, pixels, turn, slant), dtype=np.float32)[..., None] / 255
+
+    def _printed(self, text: str) -> np.ndarray:
+        page = Image.new("L", (96, 96))
+        font = self.fonts[self.rng.integers(len(self.fonts))]
+        ImageDraw.Draw(page).text((48, 48), text, fill=255, font=font, anchor="mm")
+        page = page.rotate(self.rng.normal(0, 9), Image.Resampling.BICUBIC)
+        pixels = int(self.rng.uniform(46, 76))
+        return np.asarray(page.resize((pixels, pixels)), dtype=np.float32)[..., None] / 255
+
+    def batch(self, stage: Stage) -> Batch:
+        """One batch: images, what they show, and a caption each that names some or all of it."""
+        rng = self.rng
+        cells = int(rng.integers(2, 6))
+        coarse = torch.from_numpy(rng.random((stage.batch, 3, cells, cells), dtype=np.float32))
+        grounds = F.interpolate(coarse, size=stage.size, mode="bicubic").permute(0, 2, 3, 1).numpy().copy()
+        present, named, captions = np.zeros((2, stage.batch, 10), dtype=bool), None, []
+        present, named = present
+        for canvas, shown, told in zip(grounds, present, named, strict=True):
+            self._pattern(canvas)
+            digits = rng.permutation(10)[: rng.integers(1, stage.digits + 1)]
+            masks = [self.digits[d][rng.integers(len(self.digits[d]))] for d in digits]
+            letters = [self.letters[rng.integers(len(self.letters))] for _ in range(rng.integers(0, stage.letters + 1))]
+            self._paste(canvas, letters + masks)
+            shown[digits] = True
+            told[digits[: 1 if rng.random() < 0.5 else rng.integers(1, len(digits) + 1)]] = True
+            captions.append(self._caption(np.flatnonzero(told)))
+        grounds += rng.standard_normal(grounds.shape, dtype=np.float32) * 0.03
+        images = torch.from_numpy(grounds.clip(0, 1)).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(present), captions, torch.from_numpy(named))
+
+    def _pattern(self, canvas: np.ndarray) -> None:
+        """Lays stripes or checks over half of the grounds."""
+        if self.rng.random() < 0.5:
+            return
+        size, period = len(canvas), self.rng.uniform(6, 40)
+        line = np.sign(np.sin(np.arange(size, dtype=np.float32) * (2 * np.pi / period)))
+        pattern = line[:, None] * (line[None] if self.rng.random() < 0.5 else 1)
+        if self.rng.random() < 0.5:
+            pattern = pattern.T
+        canvas += pattern[..., None] * self.rng.uniform(-0.15, 0.15, 3).astype(np.float32)
+
+    def _paste(self, canvas: np.ndarray, masks: list[np.ndarray]) -> None:
+        """Inks masks onto the canvas, each at the least crowded of a few random places."""
+        rng, size, taken = self.rng, len(canvas), np.zeros((0, 2))
+        for mask in masks:
+            width = len(mask)
+            corners = rng.integers(min(0, size - width), max(1, size - width + 1), size=(8, 2))
+            spread = np.abs(corners[:, None] + width / 2 - taken).max(-1).min(-1, initial=size)
+            y, x = corners[spread.argmax()]
+            taken = np.vstack([taken, corners[spread.argmax()] + width / 2])
+            y0, x0, y1, x1 = max(y, 0), max(x, 0), min(y + width, size), min(x + width, size)
+            area, alpha = canvas[y0:y1, x0:x1], mask[y0 - y : y1 - y, x0 - x : x1 - x]
+            ground = area.mean((0, 1))
+            inks = rng.random((6, 3), dtype=np.float32)  # the first that stands out from the ground
+            ink = inks[np.argmax(np.abs(inks - ground).mean(-1) > 0.25)]
+            area += alpha * (ink - area)
+
+    def _caption(self, digits: np.ndarray) -> str:
+        words = [NAMES[d] if self.rng.random() < 0.85 else str(d) for d in self.rng.permutation(digits)]
+        joint = (" and a ", " and ", ", ")[self.rng.integers(3)]
+        return TEMPLATES[self.rng.integers(len(TEMPLATES))].format(joint.join(words))
+
+
+def resize_positions(pool: nn.Module, old: int, new: int) -> None:
+    """Interpolates the attention pool's position table from an ``old`` x ``old`` grid to ``new`` x ``new``."""
+    first, rest = pool.positional_embedding.data[:1], pool.positional_embedding.data[1:]
+    grid = F.interpolate(rest.T.reshape(1, -1, old, old), size=new, mode="bicubic")
+    pool.positional_embedding = nn.Parameter(torch.cat([first, grid[0].flatten(1).T]))
+
+
+@torch.no_grad()
+def zero_shot_ap(model: CLIP, tokenizer: open_clip.SimpleTokenizer, batches: list[Batch]) -> float:
+    """Mean average precision of "a photo of a three." and so on over posters."""
+    from sklearn.metrics import average_precision_score
+
+    text = model.encode_text(tokenizer([f"a photo of a {name}." for name in NAMES]), normalize=True)
+    scores = [model.encode_image(normalise(batch.images), normalize=True) @ text.T for batch in batches]
+    present = torch.cat([batch.present for batch in batches])
+    return float(average_precision_score(present.numpy(), torch.cat(scores).numpy()))
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Images in [0, 1] as the image tower wants them."""
+    return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+
+
+def train(seed: int) -> CLIP:
+    """Trains the model through `STAGES`."""
+    torch.manual_seed(seed)
+    posters, held_out = Posters(seed), Posters(seed + 1, masks_per_digit=60)
+    tokenizer = open_clip.get_tokenizer("RN50")
+    model = CLIP(**CONFIG["model_cfg"], init_logit_scale=float(np.log(10)))
+    model.visual.to(memory_format=torch.channels_last)
+    bias = nn.Parameter(torch.tensor(-5.0))
+    grid = IMAGE_SIZE // 32
+    with Progress() as progress:
+        for stage in STAGES:
+            resize_positions(model.visual.attnpool, grid, stage.size // 32)
+            grid = stage.size // 32
+            # Weight decay would shrink the word vectors that no caption uses.
+            decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
+            others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
+            groups = [{"params": decayed, "weight_decay": 0.02}, {"params": [*others, bias], "weight_decay": 0.0}]
+            optimiser = torch.optim.AdamW(groups, lr=stage.max_lr, betas=(0.9, 0.98))
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimiser, stage.max_lr, total_steps=stage.steps, pct_start=0.1
+            )
+            task, began, mean_loss = progress.add_task(f"{stage.size} px", total=stage.steps), time.time(), 0.0
+            model.train()
+            for step in range(stage.steps):
+                batch = posters.batch(stage)
+                image = model.encode_image(normalise(batch.images), normalize=True)
+                text = model.encode_text(tokenizer(batch.captions), normalize=True)
+                logits = model.logit_scale.exp() * image @ text.T + bias
+                fits = (batch.present.float() @ batch.named.T.float()) == batch.named.sum(1)
+                loss = F.softplus(torch.where(fits, -logits, logits)).sum() / stage.batch
+                optimiser.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+                optimiser.step()
+                schedule.step()
+                model.logit_scale.data.clamp_(0, float(np.log(100)))
+                mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)
+                progress.advance(task)
+                if step % 100 == 99 or step == stage.steps - 1:
+                    progress.print(f"{stage.size} px, step {step + 1}: loss {mean_loss:.3f}, {time.time() - began:.0f} s")
+            model.eval()
+            score = zero_shot_ap(model, tokenizer, [held_out.batch(stage) for _ in range(4)])
+            progress.print(f"{stage.size} px: zero-shot mAP on new posters {score:.3f}")
+    return model
+
+
+def main() -> None:
+    """Trains and writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    package = Path(__file__).resolve().parents[1] / "src" / "cbsa_lightning" / "embedded"
+    parser.add_argument("--out", type=Path, default=package, help="folder to write (default: the package's)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    model = train(args.seed)
+    # Half precision halves the file; open_clip copies it into a float32 model.
+    weights = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, args.out / "open_clip_model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What happens once an epoch, and what a run leaves behind."""

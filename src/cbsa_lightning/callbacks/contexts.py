@@ -1,0 +1,80 @@
+"""The context partition, taken anew each epoch (Eqs. 9-10), and the context targets of labelled images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cbsa_lightning.callbacks.thresholds import data_of
+from cbsa_lightning.contexts import (
+    context_targets,
+    cooccurrence,
+    match_partition,
+    partition,
+    soft_context_targets,
+)
+from cbsa_lightning.errors import ConfigError
+
+
+class UpdateContexts(L.Callback):
+    """Partitions the classes by how their labels co-occur.
+
+    Before the first epoch the labelled images decide; in the second stage pseudo-labelled images count too, with
+    their weight. A new partition takes over the ids of the last by overlap, since the context head has learnt them.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """First partition, from the labelled images.
+
+        Raises:
+            ConfigError: If there are more contexts than classes.
+        """
+        k, c = pl_module.num_contexts, len(pl_module.class_names)
+        if k > c:
+            raise ConfigError(f"{k} contexts cannot be made of {c} classes; choose num_contexts <= {c}.")
+        data = data_of(trainer)
+        labels = data.labelled_targets()
+        if bool((pl_module.context_partition < 0).any()):
+            self._partition(pl_module, labels, None)
+        self._label(pl_module, data, labels)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Partition of the epoch, from labels and pseudo-labels; runs after :class:`UpdateThresholds`."""
+        if pl_module.stage != "semi-supervised" or not pl_module.contexts.pseudo_weight:
+            return
+        data = data_of(trainer)
+        labels = data.labelled_targets()
+        pseudo = pl_module.pseudo_labels[torch.as_tensor(data.split.unlabelled, device=pl_module.device)].cpu()
+        self._partition(pl_module, labels, pseudo)
+        self._label(pl_module, data, labels)
+
+    @staticmethod
+    def _partition(pl_module: Any, labels: Tensor, pseudo: Tensor | None) -> None:
+        task, k = pl_module.contexts, pl_module.num_contexts
+        weights = None
+        if pseudo is not None:
+            weights = torch.cat([torch.ones(len(labels)), torch.full((len(pseudo),), float(task.pseudo_weight))])
+            labels = torch.cat([labels, pseudo])
+        new = partition(cooccurrence(labels, weights=weights, power=task.power), k, assign=task.assign)
+        old = pl_module.context_partition.cpu()
+        if bool((old >= 0).all()):
+            new = match_partition(new, old, k)
+            pl_module.log("context/changed_classes", float((new != old).sum()))
+        pl_module.context_partition.copy_(new)
+
+    @staticmethod
+    def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
+        """Targets of the labelled images under the present partition; all zero for an image without any label."""
+        k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
+        if pl_module.contexts.soft_targets:
+            targets = soft_context_targets(labels, part, k)
+        else:
+            context = context_targets(labels, part, k)
+            targets = torch.nn.functional.one_hot(context.clamp(min=0), k) * (context >= 0)[:, None]
+        if pl_module.context_targets is None:
+            pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device)
+        rows = torch.as_tensor(data.split.labelled, device=pl_module.device)
+        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)

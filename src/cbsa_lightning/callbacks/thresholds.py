@@ -1,0 +1,112 @@
+"""Class-wise thresholds and pseudo-labels, made anew at each epoch's start (Eq. 6; CAP, fact B3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cbsa_lightning.contexts import context_targets
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import positive_rates
+from cbsa_lightning.metrics import pseudo_label_quality
+
+
+class UpdateThresholds(L.Callback):
+    """Scores the weak view of all unlabelled images with the averaged weights, and labels them for the epoch.
+
+    Fills the module's ``tau_pos``, ``tau_neg`` and ``positive_rate``, its table of pseudo-labels, and, where there is
+    a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the quality
+    of the pseudo-labels.
+    """
+
+    _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Class rates come from the labelled images alone."""
+        self._rates = positive_rates(data_of(trainer).labelled_targets())
+        pl_module.positive_rate.copy_(self._rates)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The pass of the epoch."""
+        if pl_module.stage != "semi-supervised":
+            return
+        data = data_of(trainer)
+        scores, contexts = self._score(trainer, pl_module, data)
+        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        labels, tau_pos, tau_neg = pl_module.labeler(scores[rows], self._rates)
+        pl_module.tau_pos.copy_(tau_pos)
+        pl_module.tau_neg.copy_(tau_neg)
+        table = torch.full(scores.shape, -1, dtype=torch.int8, device=pl_module.device)
+        table[rows] = labels.to(table)
+        pl_module.pseudo_labels = table
+        if contexts is not None:
+            self._label_contexts(pl_module, contexts, rows, data.hidden_targets())
+        self._log_quality(pl_module, labels.cpu(), data.hidden_targets())
+
+    @torch.no_grad()
+    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any) -> tuple[Tensor, Tensor | None]:
+        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None, by row of the train table."""
+        loader = data.weak_dataloader(trainer.current_epoch)
+        rows, k = len(data.train_table), pl_module.num_contexts
+        scores = torch.zeros(rows, len(pl_module.class_names), device=pl_module.device)
+        contexts = torch.zeros(rows, k, device=pl_module.device) if k else None
+        training = pl_module.training
+        pl_module.eval()
+        pl_module.cache_text()
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for batch in tqdm(loader, desc="Pseudo-labels", leave=False, disable=not show):
+            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                output = pl_module.score(pl_module.network.features(batch.images))
+            scores[batch.index] = output.logits.float().sigmoid()
+            if contexts is not None:
+                contexts[batch.index] = output.context_logits.float().softmax(1)
+        pl_module._text = {}
+        pl_module.train(training)
+        # Each process filled its own rows, the others are zero there.
+        scores = trainer.strategy.reduce(scores, reduce_op="sum")
+        contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
+        return scores, contexts
+
+    @staticmethod
+    def _label_contexts(pl_module: Any, probabilities: Tensor, rows: Tensor, truth: Tensor) -> None:
+        """Unlabelled part of Eq. 11: the weak view's context where it is sure, else none (all zero)."""
+        if pl_module.context_targets is None:
+            pl_module.context_targets = torch.zeros_like(probabilities)
+        confidence, context = probabilities[rows].max(1)
+        sure = confidence > pl_module.contexts.confidence
+        targets = torch.nn.functional.one_hot(context, probabilities.shape[1]).to(probabilities)
+        pl_module.context_targets[rows] = targets * sure[:, None]
+        pl_module.log("context/coverage", sure.float().mean())
+        true_context = context_targets(truth, pl_module.context_partition.cpu(), probabilities.shape[1])
+        known = true_context >= 0
+        if bool(known.any()):
+            hits = (context.cpu() == true_context)[known]
+            pl_module.log("context/accuracy", hits.float().mean())
+
+    @staticmethod
+    def _log_quality(pl_module: Any, labels: Tensor, truth: Tensor) -> None:
+        quality = pseudo_label_quality(labels, truth)
+        names = ["coverage"]
+        if bool((truth >= 0).any()):
+            names += ["precision", "recall", "CF1"]
+        pl_module.log_dict({f"pseudo/{name}": float(quality[name]) for name in names})
+
+
+def data_of(trainer: L.Trainer) -> Any:
+    """The data module that the epoch-wise passes need.
+
+    Raises:
+        ConfigError: If training was started with loaders alone.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if data is None or not hasattr(data, "weak_dataloader"):
+        raise ConfigError(
+            "Semi-supervised training needs all unlabelled images at each epoch's start: call "
+            "trainer.fit(module, datamodule=SSMLLDataModule(...)), or a data module of your own with the same methods."
+        )
+    return data

@@ -1,0 +1,131 @@
+"""CBSAModule: the paper's method, ready to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import OptimizerCallable
+
+from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import ClassDistributionAware, Labeler
+from cbsa_lightning.losses import ElementwiseLoss
+from cbsa_lightning.module import SSMLLModule, adamw
+from cbsa_lightning.networks.cbsa import CBSANetwork, build_cbsa_network
+from cbsa_lightning.schedules import SchedulerCallable
+
+
+class CBSAModule(SSMLLModule):
+    """Context-based semantic-aware alignment, with the paper's settings as defaults.
+
+    Where the paper is silent or contradicts itself, the default and its reason stand in ``docs/choices.md``.
+
+    Args:
+        class_names: The C class names.
+        prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        semantic_alignment: SAA of Table 3; off, the global image feature is compared with every class.
+        target_prompts: TP of Table 3; off, classes are the fixed words "a photo of a ...".
+        num_contexts: K; 0 switches context identification (CI of Table 3) off. The paper: 6 on COCO, 2 on VOC and
+            NUS-WIDE.
+        contexts: Options of context identification.
+        prompt_length: N, learnable words a prompt.
+        shared_prompts: One set of words for all classes (Table 8).
+        prompt_template: Words that prompts start from (Table 6); None starts from noise.
+        decoder_layers: Blocks of the label decoder.
+        decoder_heads: Attention heads of each block.
+        decoder_feedforward: Hidden width of each block.
+        decoder_dropout: Dropout rate of each block.
+        decoder_self_attention: Whether the classes' queries look at each other.
+        scale: Initial factor of the cosine of Eq. 5.
+        learn_scale: Whether that factor is learnt.
+        train_pool: Whether CLIP's attention pool is trained.
+        pool_lr_scale: Its factor of the learning rate.
+        labeler: Makes pseudo-labels; None trains on the labelled images alone.
+        loss: Element-wise loss; None: ASL(0, 4, 0.05).
+        warmup_epochs: Epochs on labelled images only.
+        unsup_weight: Factor of the loss on pseudo-labels.
+        ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers.
+        optimizer: Makes the optimiser from parameter groups.
+        scheduler: Makes the schedule of a stage; None: one cycle.
+
+    Raises:
+        ConfigError: If settings do not fit each other or the towers.
+        WeightsError: If the CLIP weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        prompt_names: Sequence[str] | None = None,
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        semantic_alignment: bool = True,
+        target_prompts: bool = True,
+        num_contexts: int = 6,
+        contexts: ContextTask | None = None,
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+        prompt_template: str | None = None,
+        decoder_layers: int = 2,
+        decoder_heads: int = 8,
+        decoder_feedforward: int = 2048,
+        decoder_dropout: float = 0.1,
+        decoder_self_attention: bool = True,
+        scale: float = 20.0,
+        learn_scale: bool = True,
+        train_pool: bool = True,
+        pool_lr_scale: float = 0.1,
+        labeler: Labeler | None = ClassDistributionAware(),  # noqa: B008 - frozen, so safe to share
+        loss: ElementwiseLoss | None = None,
+        warmup_epochs: int = 8,
+        unsup_weight: float = 1.0,
+        ema_decay: float = 0.9997,
+        optimizer: OptimizerCallable = adamw,
+        scheduler: SchedulerCallable | None = None,
+    ) -> None:
+        if num_contexts > len(class_names):
+            raise ConfigError(
+                f"{num_contexts} contexts cannot be made of {len(class_names)} classes; choose num_contexts <= "
+                f"{len(class_names)}, or 0 for none."
+            )
+
+        def network(names: Sequence[str]) -> CBSANetwork:
+            return build_cbsa_network(
+                names,
+                clip=clip,
+                pretrained=pretrained,
+                semantic_alignment=semantic_alignment,
+                decoder_layers=decoder_layers,
+                decoder_heads=decoder_heads,
+                decoder_feedforward=decoder_feedforward,
+                decoder_dropout=decoder_dropout,
+                decoder_self_attention=decoder_self_attention,
+                num_contexts=num_contexts,
+                prompt_length=prompt_length,
+                shared_prompts=shared_prompts,
+                prompt_template=prompt_template,
+                target_prompts=target_prompts,
+                scale=scale,
+                learn_scale=learn_scale,
+                train_pool=train_pool,
+                pool_lr_scale=pool_lr_scale,
+            )
+
+        names = list(prompt_names) if prompt_names is not None else [n.replace("_", " ") for n in class_names]
+        super().__init__(
+            class_names,
+            network,
+            prompt_names=names,
+            labeler=labeler,
+            loss=loss,
+            contexts=contexts,
+            warmup_epochs=warmup_epochs,
+            unsup_weight=unsup_weight,
+            ema_decay=ema_decay,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
+        # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
+        self.save_hyperparameters(ignore=["contexts", "labeler", "loss", "optimizer", "scheduler"])

@@ -1,0 +1,96 @@
+"""Lean checkpoints: frozen weights are not stored, but a fingerprint of them is, and is checked at load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from cbsa_lightning.errors import CheckpointError, listed
+
+FINGERPRINT = "frozen_fingerprint"
+TABLES = ("pseudo_labels", "context_targets")
+
+
+class LeanCheckpoint(nn.Module):
+    """Mix-in of a LightningModule that holds ``self.network``; the network may have a frozen ``clip``."""
+
+    network: nn.Module
+    class_names: list[str]
+
+    def _frozen_keys(self) -> set[str]:
+        """Keys of the state below ``network.clip`` that are not trained."""
+        clip = getattr(self.network, "clip", None)
+        if clip is None:
+            return set()
+        trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+        return {f"network.clip.{name}" for name in nn.Module.state_dict(clip) if name not in trained}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All state but the frozen weights."""
+        state = super().state_dict(*args, **kwargs)
+        frozen = self._frozen_keys()
+        return {key: value for key, value in state.items() if key not in frozen}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Loads what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: If keys or shapes differ from this module's, naming them.
+        """
+        own: dict[str, Tensor] = nn.Module.state_dict(self)
+        expected = own.keys() - self._frozen_keys()
+        missing, extra = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        shapes = [
+            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in sorted(expected & state_dict.keys())
+            if state_dict[key].shape != own[key].shape
+        ]
+        problems = [
+            f"{what}: {listed(found, 5)}"
+            for what, found in (("missing", missing), ("unknown", extra), ("other shape", shapes))
+            if found
+        ]
+        if strict and problems:
+            raise CheckpointError(
+                "The checkpoint belongs to another model; " + "; ".join(problems) + ". Build the module with the "
+                "settings that the checkpoint was made with (they are in the config.yaml beside it)."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the fingerprint of the frozen weights and the tables of the present epoch."""
+        clip = getattr(self.network, "clip", None)
+        if clip is not None:
+            checkpoint[FINGERPRINT] = clip.fingerprint
+        checkpoint["class_names"] = list(self.class_names)
+        for name in TABLES:
+            table = getattr(self, name)
+            if table is not None:
+                checkpoint[name] = table.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other classes or other frozen weights.
+
+        Raises:
+            CheckpointError: Naming both sides.
+        """
+        stored = checkpoint.get("class_names", self.class_names)
+        if list(stored) != list(self.class_names):
+            raise CheckpointError(
+                f"The checkpoint knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
+                "Use the data settings that the checkpoint was made with."
+            )
+        clip = getattr(self.network, "clip", None)
+        if clip is not None and checkpoint.get(FINGERPRINT, clip.fingerprint) != clip.fingerprint:
+            raise CheckpointError(
+                f"The checkpoint was trained on other frozen weights (sha256 {checkpoint[FINGERPRINT][:12]}...) than "
+                f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
+            )
+        for name in TABLES:
+            if name in checkpoint:
+                setattr(self, name, checkpoint[name].to(next(self.parameters()).device))

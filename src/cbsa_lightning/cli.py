@@ -1,0 +1,113 @@
+"""`cbsa fit | validate | test | predict`, from YAML overlays and flags."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+import cbsa_lightning
+from cbsa_lightning.callbacks.predictions import WritePredictions
+from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.comparison import compare
+from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.errors import CBSAError
+from cbsa_lightning.module import SSMLLModule
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on the first process, after the log folder is known."""
+        plain = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import yaml
+
+                logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
+        split = getattr(trainer.datamodule, "split", None)
+        if split is not None and trainer.log_dir is not None:
+            split.save(Path(trainer.log_dir) / "split.json", trainer.datamodule.train_table)
+
+
+class CBSACLI(LightningCLI):
+    """LightningCLI with classes taken from the data, and a comparison after the fit on request."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what data and model share, and adds what every run leaves behind."""
+        for names in ("class_names", "prompt_names"):
+            parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=lambda seed: seed if seed > 1 else 1)
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
+        parser.add_argument(
+            "--compare",
+            type=bool,
+            default=False,
+            help="After the fit, train the same network on the labelled images alone for as many steps, score CLIP "
+            "without any training, and print the three side by side.",
+        )
+
+    def before_fit(self) -> None:
+        """Keeps a copy of the untrained model, so that the comparison starts from the same weights."""
+        self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None
+
+    def after_fit(self) -> None:
+        """The comparison, if asked for."""
+        if self._untrained is not None:
+            settings = dict(self._get(self.config_init, "trainer"))
+            compare(self.trainer, self.datamodule, self._untrained, settings)
+
+
+def main(args: ArgsType = None) -> CBSACLI:
+    """Runs the command line.
+
+    Args:
+        args: Arguments instead of those of the process, for calls from Python and tests.
+    """
+    with warnings.catch_warnings():
+        # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
+        return CBSACLI(
+            SSMLLModule,
+            SSMLLDataModule,
+            subclass_mode_model=True,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=1,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers share the work themselves
+                "num_sanity_val_steps": 0,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": "runs", "name": "cbsa"},
+                },
+            },
+            auto_configure_optimizers=False,
+            parser_kwargs={"version": cbsa_lightning.__version__},
+            args=args,
+        )
+
+
+def entry_point() -> None:
+    """The `cbsa` command: our own errors are told in a sentence, without a trace."""
+    try:
+        main()
+    except CBSAError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,266 @@
+"""From a name, folder or file to an open_clip model with the weights that were asked for, or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.errors import ConfigError, WeightsError, listed
+
+CONFIG_NAME = "open_clip_config.json"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+OWN = "openai"  # the default of `pretrained`; for folders and hub models it stands for their own weights
+_TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs"}
+
+WAYS = (
+    "Ways to get weights: (1) where there is network access, a tag is downloaded once into the Hugging Face cache, "
+    "and that cache (HF_HOME) can be copied to a machine without; (2) download the weights file elsewhere and give "
+    "pretrained=<file>; (3) give model=<folder> holding open_clip_config.json and the weights file; "
+    "(4) pretrained=None for random weights, of use in tests only."
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An open_clip model with what is needed to feed it."""
+
+    clip: nn.Module
+    tokenizer: Callable[..., Tensor]
+    name: str
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """An open_clip config, its statistics if it brings any, and open_clip's identifier for it if there is one."""
+
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    identifier: str | None = None
+
+    @property
+    def builtin(self) -> bool:
+        return self.identifier is not None and not self.brings_weights
+
+    @property
+    def brings_weights(self) -> bool:
+        return self.identifier is not None and self.identifier.startswith((LOCAL, HUB))
+
+
+def load_open_clip(
+    model: str,
+    pretrained: str | None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+) -> Loaded:
+    """Builds an open_clip model in float32 on the CPU; arguments and errors as of ``FrozenCLIP.load``."""
+    architecture = _architecture(model)
+    file = Path(pretrained).expanduser() if pretrained is not None else None
+    file = file if file is not None and file.is_file() else None
+    if file is not None:
+        _check_file(architecture, file)
+    elif pretrained is not None and not (architecture.brings_weights and pretrained == OWN):
+        _check_tag(architecture, pretrained)
+    try:
+        with _identifier(architecture, file) as identifier:
+            clip = open_clip.create_model(
+                identifier,
+                pretrained=pretrained
+                if identifier == architecture.identifier and architecture.builtin
+                else None,
+                load_weights=pretrained is not None,
+                require_pretrained=pretrained is not None,
+                pretrained_text=False,
+            )
+            special = not architecture.config or _TOKENIZER_KEYS & architecture.config["text_cfg"].keys()
+            # CLIP's own tokenizer is one shared function: it costs nothing to make, copy or send to a process.
+            tokenizer = open_clip.get_tokenizer(identifier) if special else open_clip.tokenize
+    except Exception as error:  # open_clip, the hub and torch raise many kinds
+        if pretrained is None:
+            raise ConfigError(f"open_clip cannot build model {model!r}: {error}") from error
+        raise WeightsError(
+            f"weights {pretrained!r} could not be loaded into model {model!r}: {error}\n{WAYS}"
+        ) from error
+    preprocess: dict[str, Any] = clip.visual.preprocess_cfg
+    return Loaded(
+        clip=clip,
+        tokenizer=tokenizer,
+        name=f"{model}/{pretrained}",
+        image_mean=_three("image_mean", image_mean or preprocess["mean"]),
+        image_std=_three("image_std", image_std or preprocess["std"]),
+    )
+
+
+def _architecture(model: str) -> _Architecture:
+    name = model.replace("/", "-")
+    if name in open_clip.list_models():
+        config = _supported(open_clip.get_model_config(name), name)
+        return _Architecture(config, _tag_preprocess(name), name)
+    if model.startswith(HUB):
+        return _Architecture({}, {}, model)
+    path = Path(model.removeprefix(LOCAL)).expanduser()
+    if path.is_dir():
+        return _Architecture(*_read_config(path / CONFIG_NAME), f"{LOCAL}{path}")
+    if path.suffix == ".json" and path.is_file():
+        config, preprocess = _read_config(path)
+        return _Architecture(config, preprocess or _preprocess_beside(path, config))
+    near = get_close_matches(name, open_clip.list_models(), n=5)
+    raise ConfigError(
+        f"CLIP model {model!r} is neither a name that open_clip {open_clip.__version__} knows, nor a folder, nor "
+        f"a JSON config file{'; near names: ' + listed(near) if near else ''}"
+    )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model config, preprocessing) of a JSON file in open_clip's bare or nested form."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path.parent}: a CLIP model folder needs {path.name}, which is not there"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON config: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    config = content.get("model_cfg", content)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise ConfigError(f"{path}: not an open_clip model config, it lacks {listed(missing)}")
+    return _supported(config, str(path)), content.get("preprocess_cfg", {})
+
+
+def _supported(config: dict[str, Any], where: str) -> dict[str, Any]:
+    if config["text_cfg"].get("hf_model_name") or "multimodal_cfg" in config:
+        raise ConfigError(
+            f"{where}: its text tower is a Hugging Face or multimodal model; prompts can be learned only through "
+            "a causal open_clip text transformer"
+        )
+    return config
+
+
+def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Preprocessing from an open_clip_config.json beside ``file``, if that is for the same architecture."""
+    sibling = file.parent / CONFIG_NAME
+    if not sibling.is_file():
+        return {}
+    its_config, preprocess = _read_config(sibling)
+    return preprocess if its_config == config else {}
+
+
+def _tag_preprocess(name: str) -> dict[str, Any]:
+    """Statistics that all tags of a name share: a bare weights file for it will have been trained with them."""
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    statistics = {(tag["mean"], tag["std"]) for tag in tags}
+    return dict(zip(("mean", "std"), statistics.pop(), strict=True)) if len(statistics) == 1 else {}
+
+
+def _check_tag(architecture: _Architecture, pretrained: str) -> None:
+    name = architecture.identifier
+    if not architecture.builtin:
+        raise WeightsError(
+            f"pretrained={pretrained!r} is not a file, and tags belong to open_clip's own model names: give a "
+            f"weights file, or None for random weights. {WAYS}"
+        )
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        raise WeightsError(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {name}. Its tags: "
+            f"{listed(open_clip.list_pretrained_tags_by_model(name)) or 'none'}. {WAYS}"
+        )
+    if tag.get("quick_gelu", False) != architecture.config.get("quick_gelu", False):
+        needed = "QuickGELU" if tag.get("quick_gelu", False) else "plain GELU"
+        raise ConfigError(
+            f"weights {pretrained!r} were trained with {needed} and model {name} computes the other one, so its "
+            f"features would silently be wrong: use the model name {'with' if 'Quick' in needed else 'without'} "
+            "'-quickgelu'"
+        )
+
+
+def _check_file(architecture: _Architecture, file: Path) -> None:
+    """Refuses QuickGELU weights for a plain-GELU config where they can be told, and warns where they cannot."""
+    if architecture.identifier is not None and architecture.identifier.startswith(HUB):
+        raise ConfigError(
+            f"model {architecture.identifier} brings its own weights; {file} has no place in it"
+        )
+    if architecture.config.get("quick_gelu", False):
+        return
+    name, sibling = architecture.identifier or "", file.parent / CONFIG_NAME
+    if _is_torchscript(file) or (sibling.is_file() and _read_config(sibling)[0].get("quick_gelu", False)):
+        raise ConfigError(
+            f"{file}: trained with QuickGELU (OpenAI's archive, or the {CONFIG_NAME} beside it says so), but model "
+            f"{name or 'config'} computes plain GELU, so its features would silently be wrong: use the model name "
+            "with '-quickgelu', or set \"quick_gelu\": true in the config"
+        )
+    if f"{name}-quickgelu" in open_clip.list_models():
+        warnings.warn(
+            f"{file} does not say with which GELU it was trained, and model {name} computes plain GELU. If the "
+            f"weights are OpenAI's, MetaCLIP's or DFN's, use {name}-quickgelu: features would silently be wrong.",
+            stacklevel=4,
+        )
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+@contextmanager
+def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]:
+    """What open_clip is to be asked for.
+
+    A config or weights file of one's own becomes a folder as open_clip reads them: its registry of names stays
+    untouched, and every source goes the same way.
+    """
+    if file is None and architecture.identifier is not None:
+        yield architecture.identifier
+        return
+    preprocess = architecture.preprocess
+    with tempfile.TemporaryDirectory() as folder:
+        if file is not None:
+            preprocess = _preprocess_beside(file, architecture.config) or preprocess
+            _stage(file, Path(folder))
+        content = {"model_cfg": architecture.config, "preprocess_cfg": preprocess}
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(content), encoding="utf-8")
+        yield f"{LOCAL}{folder}"
+
+
+def _stage(file: Path, folder: Path) -> None:
+    """Puts a weights file where open_clip looks for one; as a link where links are possible."""
+    if _is_torchscript(file):  # OpenAI's own archives, which open_clip's safe reading refuses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; here it only hands over tensors
+            state = torch.jit.load(str(file), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        sizes = ("input_resolution", "context_length", "vocab_size")
+        weights = {name: value for name, value in state.items() if name not in sizes}
+        torch.save(weights, folder / "open_clip_pytorch_model.bin")
+        return
+    kind = "model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"
+    try:
+        os.symlink(file.resolve(), folder / f"open_clip_{kind}")
+    except OSError:
+        shutil.copyfile(file, folder / f"open_clip_{kind}")
+
+
+def _three(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+        raise ConfigError(
+            f"{name} must be three numbers{' above 0' if name == 'image_std' else ''}, got {values}"
+        )
+    return float(values[0]), float(values[1]), float(values[2])

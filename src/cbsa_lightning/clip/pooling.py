@@ -1,0 +1,182 @@
+"""Attention pools that keep every token (paper Eq. 3), for the image towers that open_clip builds.
+
+Each pool takes over the layers of one open_clip pool, by their names, and runs them in the order in which
+open_clip does. Its token 0 is therefore open_clip's image embedding to the last bit; the other tokens, which
+open_clip computes and drops, are the local features in the same space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPool2d, RotAttentionPool2d, apply_rot_embed_cat
+from torch import Tensor, nn
+
+from cbsa_lightning.errors import ConfigError
+
+
+class ImageTokens(NamedTuple):
+    """One global and h*w local features an image, all in CLIP's joint space, not normalised.
+
+    Attributes:
+        g: (B, d) global features; equal to open_clip's ``encode_image``.
+        l: (B, h*w, d) local features, row by row from the top left.
+        grid: (h, w).
+    """
+
+    g: Tensor
+    l: Tensor  # noqa: E741 (the paper's letter)
+    grid: tuple[int, int]
+
+
+def resize_positions(
+    positions: Tensor, native: tuple[int, int], grid: tuple[int, int], antialias: bool
+) -> Tensor:
+    """Fits learned positions to another grid: bicubic, corners not aligned, the class row left as it is.
+
+    Args:
+        positions: (1 + h*w, c), the first row belonging to the class or mean token.
+        native: the (h, w) that they were learned for; on this grid they are returned untouched.
+        grid: the (h, w) wanted.
+        antialias: whether the bicubic filter is the antialiased one. Both are in use and differ also when
+            enlarging: timm and open_clip's ViT resize with it, the CLIP ResNets of the multi-label
+            literature (DualCoOp, which the paper builds on) without (method fact A1).
+
+    Returns:
+        (1 + h*w, c) for the wanted grid, differentiable with respect to ``positions``.
+    """
+    if grid == native:
+        return positions
+    grid_rows = positions[1:].T.reshape(1, -1, *native).float()
+    resized = F.interpolate(grid_rows, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
+
+
+class ResNetPool(nn.Module):
+    """Dense attention pool of CLIP's ModifiedResNet: map (B, c, h, w) to :class:`ImageTokens`.
+
+    Args:
+        attnpool: open_clip's layer; its parameters are taken over under their own names.
+    """
+
+    def __init__(self, attnpool: nn.Module) -> None:
+        super().__init__()
+        source: Any = attnpool
+        self.positional_embedding: nn.Parameter = source.positional_embedding
+        self.q_proj: nn.Linear = source.q_proj
+        self.k_proj: nn.Linear = source.k_proj
+        self.v_proj: nn.Linear = source.v_proj
+        self.c_proj: nn.Linear = source.c_proj
+        self.num_heads = int(source.num_heads)
+        side = math.isqrt(self.positional_embedding.shape[0] - 1)
+        self.native_grid = (side, side)
+
+    def forward(self, features: Tensor) -> ImageTokens:
+        """Pools the tower's last map (B, c, h, w); any grid, any floating type."""
+        positions, grid = self.positional_embedding, _grid(features)
+        x = (
+            features.to(positions.dtype).flatten(2).permute(2, 0, 1)
+        )  # (hw, B, c), tokens first as in open_clip
+        x = torch.cat([x.mean(dim=0, keepdim=True), x])
+        x = x + resize_positions(positions, self.native_grid, grid, antialias=False)[:, None]
+        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1 + hw, c / heads)
+        tokens: Tensor = self.c_proj(x.permute(2, 0, 1, 3).flatten(2))
+        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), grid)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)
+
+
+class TimmPool(nn.Module):
+    """Dense form of timm's attention pools with absolute or rotary positions: (B, c, h, w) to tokens.
+
+    Args:
+        head: open_clip's head of a timm tower: ``pool``, then optionally a projection, which every token
+            passes.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        layers = dict(head.named_children())
+        self.attention: Any = layers.pop("pool")
+        self.after = nn.Sequential(*layers.values())
+
+    def forward(self, features: Tensor) -> ImageTokens:
+        """Pools the trunk's last map (B, c, h, w); any grid, any floating type."""
+        pool, grid = self.attention, _grid(features)
+        x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        if isinstance(pool, AttentionPool2d):
+            x = x + resize_positions(pool.pos_embed, pool.feat_size, grid, antialias=True)
+        fused = pool.qkv is not None
+        parts = pool.qkv(x).chunk(3, dim=-1) if fused else [layer(x) for layer in (pool.q, pool.k, pool.v)]
+        q, k, v = (part.view(*part.shape[:2], pool.num_heads, -1).transpose(1, 2) for part in parts)
+        if isinstance(pool, RotAttentionPool2d):
+            q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
+        x = F.scaled_dot_product_attention(q, k, v)
+        tokens = pool.proj(x.transpose(1, 2).flatten(2))
+        return ImageTokens(self.after(tokens[:, 0]), self.after(tokens[:, 1:]), grid)
+
+    def _rotate(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        angles = self.attention.pos_embed.get_embed(grid)
+        angles = torch.cat(angles, dim=-1) if isinstance(angles, tuple) else angles
+        rotated = apply_rot_embed_cat(x[:, :, 1:], angles, half=self.attention.rotate_half)
+        return torch.cat([x[:, :, :1], rotated], dim=2)  # the mean token has no place
+
+
+class ViTPool(nn.Module):
+    """Last norm and projection of a CLIP ViT, on every token: (B, 1 + h*w, c) to :class:`ImageTokens`.
+
+    Args:
+        visual: open_clip's VisionTransformer.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        source: Any = visual
+        self.ln_post: nn.Module = source.ln_post
+        self.proj: nn.Parameter = source.proj
+
+    def forward(self, features: Tensor) -> ImageTokens:
+        """Projects the last block's tokens (B, 1 + h*w, c); h = w, as ``ViTTower`` ensures."""
+        x = self.ln_post(features.to(self.proj.dtype))
+        side = math.isqrt(features.shape[1] - 1)
+        # Two products, not one: open_clip multiplies the class token alone, and a product's last bits depend
+        # on its number of rows.
+        return ImageTokens(x[:, 0] @ self.proj, x[:, 1:] @ self.proj, (side, side))
+
+
+def _grid(features: Tensor) -> tuple[int, int]:
+    return features.shape[-2], features.shape[-1]
+
+
+def dense_pool(visual: nn.Module) -> nn.Module:
+    """The pool for an open_clip image tower.
+
+    Raises:
+        ConfigError: the tower has no pool whose tokens are in the joint space.
+    """
+    tower: Any = visual
+    attnpool, head = getattr(tower, "attnpool", None), getattr(tower, "head", None)
+    pool = getattr(head, "pool", None)
+    if hasattr(attnpool, "c_proj"):
+        return ResNetPool(tower.attnpool)
+    if isinstance(pool, (AttentionPool2d, RotAttentionPool2d)) and pool.cls_token is None:
+        return TimmPool(tower.head)
+    is_vit = hasattr(tower, "ln_post") and hasattr(tower, "class_embedding")
+    if is_vit and tower.attn_pool is None and tower.pool_type == "tok":
+        return ViTPool(tower)
+    found = type(tower).__name__
+    if hasattr(tower, "trunk"):
+        found += f" over {type(tower.trunk).__name__} with pool {'of its own' if pool is None else type(pool).__name__}"
+    elif is_vit:
+        found += f" with pool_type {tower.pool_type!r} and attn_pool {type(tower.attn_pool).__name__}"
+    raise ConfigError(
+        f"image tower {found}: it gives no local features in CLIP's joint space (Eq. 3). Supported: CLIP ResNets "
+        "(RN50, RN101, RN50x4 ...), timm towers with timm_pool 'abs_attn' or 'rot_attn', and open_clip ViTs with "
+        "pool_type 'tok' and no attentional pool (ViT-B-32, ViT-B-16, ViT-L-14 ...)."
+    )

@@ -1,0 +1,67 @@
+"""What lies below the pool in each image tower of open_clip."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.clip.pooling import ResNetPool, TimmPool, dense_pool, resize_positions
+from cbsa_lightning.errors import ConfigError
+
+RESNET_LAYERS = (
+    *("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3", "avgpool"),
+    *("layer1", "layer2", "layer3", "layer4"),
+)
+
+
+class ViTTower(nn.Module):
+    """Patch embedding and blocks of an open_clip VisionTransformer: (B, 3, S, S) to (B, 1 + h*w, c).
+
+    Args:
+        visual: open_clip's tower; its layers are taken over under their own names.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = cast(nn.Module, visual.conv1)
+        self.class_embedding = cast(nn.Parameter, visual.class_embedding)
+        self.positional_embedding = cast(nn.Parameter, visual.positional_embedding)
+        self.ln_pre = cast(nn.Module, visual.ln_pre)
+        self.transformer = cast(nn.Module, visual.transformer)
+        self.native_grid = cast(tuple[int, int], tuple(visual.grid_size))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs all blocks; on another grid than the native one the positions are resized as open_clip does.
+
+        Raises:
+            ConfigError: the images are not square, so the grid could not be told from the tokens.
+        """
+        x = self.conv1(images)
+        grid = (x.shape[-2], x.shape[-1])
+        if grid[0] != grid[1]:
+            raise ConfigError(
+                f"images give a grid of {grid[0]} x {grid[1]} patches; ViT towers need square images"
+            )
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        positions = resize_positions(self.positional_embedding, self.native_grid, grid, antialias=True)
+        x = x + positions.to(x.dtype)
+        return cast(Tensor, self.transformer(self.ln_pre(x)))
+
+
+def split_tower(visual: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """An open_clip image tower as (everything below the pool, dense pool), sharing its parameters.
+
+    Raises:
+        ConfigError: the tower is of a kind that gives no local features (:func:`dense_pool`).
+    """
+    pool = dense_pool(visual)
+    if isinstance(pool, ResNetPool):
+        layers = OrderedDict((name, cast(nn.Module, getattr(visual, name))) for name in RESNET_LAYERS)
+        return nn.Sequential(layers), pool
+    if isinstance(pool, TimmPool):
+        return cast(nn.Module, visual.trunk), pool
+    return ViTTower(visual), pool

@@ -1,0 +1,102 @@
+"""What the unlabelled images brought: zero-shot, labelled-only and semi-supervised side by side."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm.auto import tqdm
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.module import SSMLLModule
+
+
+@torch.no_grad()
+def zero_shot_report(
+    clip: FrozenCLIP, data: SSMLLDataModule, template: str = "a photo of a {}.", device: torch.device | None = None
+) -> dict[str, Any]:
+    """Metrics of CLIP without any training: scaled cosine of image and class name, on the validation images.
+
+    Args:
+        clip: The towers as they were loaded; a trained attention pool would be no zero-shot.
+        data: Set up for fit or validation.
+        template: Text around a class name.
+        device: Where to compute; None: where ``clip`` is.
+    """
+    device = device if device is not None else clip.mean.device
+    clip = clip.to(device)
+    text = nn.functional.normalize(clip.encode_texts([template.format(n) for n in data.prompt_names]), dim=-1)
+    report = MultilabelReport(len(text)).to(device)
+    for batch in tqdm(data.val_dataloader(), desc="Zero-shot", leave=False):
+        image = nn.functional.normalize(clip.image_tokens(batch.images.to(device)).g, dim=-1)
+        report.update(clip.logit_scale * image @ text.T, batch.targets.to(device))
+    return report.compute()
+
+
+def compare(
+    trainer: L.Trainer, data: SSMLLDataModule, untrained: SSMLLModule, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Trains the labelled-only twin of a finished run and sets the three mAP side by side.
+
+    The twin starts from the same weights, with the same stages, schedule and number of steps; only its second stage
+    goes on with labelled images. Each number is the last epoch's average of weights, on the validation images.
+
+    Args:
+        trainer: The finished run's.
+        data: The finished run's.
+        untrained: The run's module as it was before training.
+        settings: Arguments of the finished run's Trainer.
+
+    Returns:
+        mAP (0 to 1) of "zero-shot" (where the network holds a CLIP), "labelled only" and "semi-supervised"; also
+        written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
+    """
+    folder = Path(trainer.log_dir or ".")
+    results: dict[str, float] = {}
+    clip = getattr(untrained.network, "clip", None)
+    if clip is not None:
+        results["zero-shot"] = float(zero_shot_report(clip, data)["mAP"])
+    own = {"callbacks": [], "enable_checkpointing": False, "logger": CSVLogger(folder, name="labelled_only", version="")}
+    untrained.labeler = None
+    twin = L.Trainer(**{**settings, **own})
+    twin.fit(untrained, datamodule=data)
+    results["labelled only"] = float(twin.callback_metrics["val/mAP"])
+    results["semi-supervised"] = float(trainer.callback_metrics["val/mAP"])
+
+    if trainer.is_global_zero:
+        with (folder / "comparison.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["run", "mAP"], *results.items()])
+        for logger in trainer.loggers:
+            logger.log_metrics({f"compare/{name.replace(' ', '_')}": value for name, value in results.items()})
+            logger.save()
+        _print(results, data, folder)
+    return results
+
+
+def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> None:
+    labelled, unlabelled = len(data.split.labelled), len(data.split.unlabelled)
+    table = Table(title=f"mAP on {len(data.eval_table())} validation images, in %")
+    table.add_column("run")
+    table.add_column("learns from")
+    table.add_column("mAP", justify="right")
+    sources = {
+        "zero-shot": "class names only",
+        "labelled only": f"{labelled} labelled images",
+        "semi-supervised": f"{labelled} labelled + {unlabelled} unlabelled images",
+    }
+    for name, value in results.items():
+        table.add_row(name, sources[name], f"{100 * value:.1f}")
+    console = Console()
+    console.print(table)
+    gain = 100 * (results["semi-supervised"] - results["labelled only"])
+    word = "helped" if gain > 0 else "did not help"
+    console.print(f"The unlabelled images {word}: {gain:+.1f} points. Everything of this run is in {folder}.")

@@ -1,0 +1,37 @@
+"""The batches that go from the loaders to the training loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TrainBatch(NamedTuple):
+    """Strong views, labelled images first.
+
+    Attributes:
+        images: ``(B, 3, S, S)`` uint8.
+        targets: ``(B, C)`` int8 in {1, 0, -1}; all -1 for an image whose labels the run may not see.
+        index: ``(B,)`` int64, row of each image in the train table.
+        labelled: ``(B,)`` bool.
+    """
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor
+    labelled: Tensor
+
+
+class EvalBatch(NamedTuple):
+    """Views without distortion, or weak views of unlabelled images.
+
+    Attributes:
+        images: ``(B, 3, S, S)`` uint8.
+        targets: ``(B, C)`` int8 in {1, 0, -1}, for measuring only.
+        index: ``(B,)`` int64, row of each image in its table.
+    """
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor

@@ -1,0 +1,221 @@
+"""Pictures made on the spot: scikit-learn's handwritten digits in small cluttered colour scenes.
+
+Drawing only: what is drawn where and in which colour is a function of the random generator handed in. Which
+digits share an image is decided in `cbsa_lightning.data.readers.digits`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+Colour: TypeAlias = tuple[int, int, int]
+Part: TypeAlias = Literal["train", "test", "pretrain"]
+
+# Inks are shared by all scenes, so that a colour tells nothing about a class.
+INKS: tuple[Colour, ...] = (
+    (255, 250, 240), (255, 214, 79), (255, 138, 101), (240, 98, 146), (128, 222, 234), (174, 234, 120),
+    (40, 44, 72), (120, 30, 60), (20, 80, 84), (84, 46, 20),
+)  # fmt: skip
+
+
+class Exemplars(NamedTuple):
+    """Handwritten digits: ``images`` (n, 8, 8) float32 in [0, 1] and ``digits`` (n,) int64 in 0..9."""
+
+    images: np.ndarray
+    digits: np.ndarray
+
+
+@cache
+def exemplars(part: Part) -> Exemplars:
+    """The handwritten digits that canvases of one part are made of.
+
+    Of each digit's exemplars a half is for training canvases, a quarter for test canvases, and a quarter is
+    kept for training the embedded CLIP. The split is fixed: it depends on no seed, so the three never mix.
+    """
+    from sklearn.datasets import load_digits  # slow import, and only needed where canvases are drawn
+
+    data = load_digits()
+    residues = {"train": (0, 2), "test": (1,), "pretrain": (3,)}[part]
+    rank = np.zeros(
+        len(data.target), dtype=np.int64
+    )  # running number of an exemplar among those of its digit
+    for digit in range(10):
+        where = np.flatnonzero(data.target == digit)
+        rank[where] = np.arange(len(where))
+    chosen = np.isin(rank % 4, residues)
+    return Exemplars((data.images[chosen] / 16.0).astype(np.float32), data.target[chosen].astype(np.int64))
+
+
+def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> Image.Image:
+    """Turns an 8 x 8 exemplar into a smooth mask ("L") of ``pixels`` x ``pixels``; ``angle`` in radians."""
+    margin = 2  # keeps the strokes of a turned digit inside the mask
+    source = Image.fromarray(np.pad(image, margin).astype(np.float32))
+    step = (8 + 2 * margin) / pixels
+    cos, sin = math.cos(angle) * step, math.sin(angle) * step
+    a, b, c, d = cos, sin + shear * cos, -sin, cos - shear * sin
+    centre_in, centre_out = 4 + margin, pixels / 2
+    matrix = (a, b, centre_in - (a + b) * centre_out, c, d, centre_in - (c + d) * centre_out)
+    size = (pixels, pixels)
+    grey = np.asarray(source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+    edge = np.clip((grey - 0.28) / 0.3, 0.0, 1.0)  # a soft threshold: crisp strokes instead of blurred pixels
+    return Image.fromarray((255 * edge * edge * (3 - 2 * edge)).astype(np.uint8))
+
+
+def paste(
+    canvas: Image.Image, mask: Image.Image, centre: tuple[float, float], ink: Colour, opacity: float
+) -> None:
+    """Inks ``mask`` onto ``canvas`` around ``centre``, with a thin halo that keeps it readable anywhere."""
+    corner = (round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2))
+    halo = (24, 26, 44) if sum(ink) > 384 else (250, 244, 232)
+    wide = mask.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(1.2))
+    nothing = Image.new("L", mask.size)
+    canvas.paste(halo, corner, Image.blend(nothing, wide, 0.7 * opacity))
+    canvas.paste(ink, corner, Image.blend(nothing, mask, opacity))
+
+
+def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[tuple[float, float]]:
+    """Centres for square masks of ``widths`` pixels that stay inside the canvas and hardly overlap."""
+    chosen: list[tuple[float, float]] = []
+    for width in widths:
+        low, high = 0.42 * width, size - 0.42 * width
+        tries = rng.uniform(low, high, size=(40, 2))
+        gaps = [
+            min(
+                (
+                    math.dist(point, other) - 0.4 * (width + w)
+                    for other, w in zip(chosen, widths, strict=False)
+                ),
+                default=0.0,
+            )
+            for point in tries
+        ]
+        best = next((i for i, gap in enumerate(gaps) if gap >= 0), int(np.argmax(gaps)))
+        chosen.append((float(tries[best][0]), float(tries[best][1])))
+    return chosen
+
+
+def shade(rng: np.random.Generator, colour: Colour, spread: int = 18) -> Colour:
+    """A colour near ``colour``."""
+    r, g, b = (
+        min(max(value + change, 0), 255)
+        for value, change in zip(colour, rng.integers(-spread, spread + 1, 3).tolist(), strict=True)
+    )
+    return r, g, b
+
+
+def gradient(size: int, top: Colour, bottom: Colour) -> Image.Image:
+    """A canvas that fades from ``top`` to ``bottom``."""
+    ramp = np.linspace(0, 1, size)[:, None, None]
+    rows = np.asarray(top) * (1 - ramp) + np.asarray(bottom) * ramp
+    return Image.fromarray(np.broadcast_to(rows, (size, size, 3)).astype(np.uint8))
+
+
+def meadow(rng: np.random.Generator, size: int) -> Image.Image:
+    """Rolling hills below a light sky, with trees and flowers."""
+    canvas = gradient(size, shade(rng, (150, 205, 235)), shade(rng, (240, 236, 200)))
+    draw = ImageDraw.Draw(canvas)
+    xs = np.linspace(0, size, 24)
+    for level, green in zip((0.35, 0.52, 0.72), ((126, 176, 104), (92, 150, 84), (60, 118, 74)), strict=True):
+        ys = size * (level + 0.07 * np.sin(xs / size * rng.uniform(3, 8) + rng.uniform(0, 6)))
+        hill = list(zip(xs.tolist(), ys.tolist(), strict=True))
+        draw.polygon([*hill, (size, size), (0, size)], fill=shade(rng, green))
+        for _ in range(rng.integers(2, 5)):
+            at = int(rng.integers(len(xs)))
+            x, y, r = xs[at], ys[at], size * rng.uniform(0.025, 0.06)
+            draw.rectangle((x - 1, y - r, x + 1, y + r / 2), fill=(104, 74, 52))
+            draw.ellipse((x - r, y - 2.6 * r, x + r, y - 0.6 * r), fill=shade(rng, (72, 128, 62), 30))
+    for x, y in rng.uniform((0, 0.55), 1, size=(26, 2)) * size:
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=INKS[rng.integers(6)])
+    return canvas
+
+
+def harbour(rng: np.random.Generator, size: int) -> Image.Image:
+    """Sailing boats and waves."""
+    canvas = gradient(size, shade(rng, (186, 222, 240)), shade(rng, (44, 104, 158)))
+    draw = ImageDraw.Draw(canvas)
+    xs = np.linspace(0, size, 40)
+    for row in np.linspace(0.3, 1.05, 9):
+        swell = size * (row + 0.012 * np.sin(xs / size * rng.uniform(20, 34) + rng.uniform(0, 6)))
+        wave = list(zip(xs.tolist(), swell.tolist(), strict=True))
+        draw.polygon(
+            [*wave, (size, size), (0, size)],
+            fill=shade(rng, tuple((np.array((96, 166, 206)) * (1.2 - 0.65 * row)).astype(int).tolist()), 10),
+        )  # type: ignore[arg-type]
+        if rng.random() < 0.6:
+            x, y, r = rng.uniform(0, size), size * row, size * rng.uniform(0.05, 0.1)
+            draw.polygon(
+                [(x - r, y - r / 4), (x + r, y - r / 4), (x + r / 2, y + r / 4), (x - r / 2, y + r / 4)],
+                fill=shade(rng, (150, 72, 56), 30),
+            )
+            draw.polygon(
+                [(x, y - 2 * r), (x, y - r / 3), (x + r, y - r / 3)], fill=shade(rng, (244, 236, 220))
+            )
+            draw.polygon(
+                [(x - 2, y - 1.7 * r), (x - 2, y - r / 3), (x - r, y - r / 3)],
+                fill=shade(rng, INKS[rng.integers(6)]),
+            )
+    return canvas
+
+
+def dusk(rng: np.random.Generator, size: int) -> Image.Image:
+    """A town in the evening: blocks with lit windows before a red sky."""
+    canvas = gradient(size, shade(rng, (62, 48, 112)), shade(rng, (246, 150, 110)))
+    draw = ImageDraw.Draw(canvas)
+    x, y, r = rng.uniform(0.1, 0.9) * size, rng.uniform(0.1, 0.3) * size, rng.uniform(0.05, 0.1) * size
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=shade(rng, (255, 232, 176)))
+    for level, wall in zip((0.5, 0.75), ((110, 78, 124), (62, 50, 92)), strict=True):
+        left = -rng.uniform(0, 0.1) * size
+        while left < size:
+            width, top = size * rng.uniform(0.1, 0.22), size * (level + rng.uniform(-0.16, 0.12))
+            draw.rectangle((left, top, left + width, size), fill=shade(rng, wall))
+            for wx in np.arange(left + 4, left + width - 4, 8):
+                for wy in np.arange(top + 5, size, 11):
+                    if rng.random() < 0.35:
+                        draw.rectangle((wx, wy, wx + 3, wy + 4), fill=shade(rng, (250, 206, 120)))
+            left += width + rng.uniform(0, 0.05) * size
+    return canvas
+
+
+SCENES: dict[str, Callable[[np.random.Generator, int], Image.Image]] = {
+    "meadow": meadow,
+    "harbour": harbour,
+    "dusk": dusk,
+}
+
+
+def draw_canvas(
+    rng: np.random.Generator, size: int, scene: str, digits: Sequence[int], source: Exemplars
+) -> Image.Image:
+    """Draws ``digits`` once each into a scene, among faint scraps of other digits.
+
+    Args:
+        rng: Decides everything that is not said here.
+        size: Height and width in pixels.
+        scene: A key of `SCENES`.
+        digits: The digits to show, 0..9, each once.
+        source: The exemplars to draw with.
+    """
+    canvas = SCENES[scene](rng, size)
+    for x, y in rng.uniform(0, size, size=(rng.integers(3, 7), 2)):  # scraps: strokes that make up no digit
+        mask = _glyph(rng, source, int(rng.integers(len(source.digits))), size)
+        w = mask.width
+        cut = [(0, 0, w, w // 2), (0, w // 2, w, w), (0, 0, w // 2, w), (w // 2, 0, w, w)][rng.integers(4)]
+        paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.35, 0.7))
+    masks = [
+        _glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits
+    ]
+    for mask, centre in zip(masks, places(rng, size, [mask.width for mask in masks]), strict=True):
+        paste(canvas, mask, centre, INKS[rng.integers(len(INKS))], rng.uniform(0.75, 1.0))
+    return canvas
+
+
+def _glyph(rng: np.random.Generator, source: Exemplars, row: int, size: int) -> Image.Image:
+    """One exemplar at a random scale, turn and slant; the mask is 1.5 times as wide as the digit is high."""
+    pixels = int(size * rng.uniform(0.27, 0.42))
+    return handwritten(source.images[row], pixels, rng.normal(0, 0.2), rng.normal(0, 0.15))

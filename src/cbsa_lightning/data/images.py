@@ -1,0 +1,112 @@
+"""Image files to RGB arrays; a file that cannot be read is an error that names it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cbsa_lightning.errors import DataError
+
+# What image sets come in. A fixed list also keeps Pillow from formats that start other programs (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
+_ORIENTATION = 0x0112  # the EXIF tag; its values say how the stored pixels must be turned to stand upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file as upright RGB.
+
+    Grey, palette, CMYK and other modes are converted; 16-bit grey is scaled to 8 bits; transparent parts are
+    laid over white; of an animation the first frame counts. The EXIF orientation is applied, and EXIF data
+    that cannot be read count as none, since the pixels are whole. A truncated file is an error here, where
+    the related code base lets Pillow fill the rest with grey.
+
+    Args:
+        path: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM or JPEG 2000 file.
+
+    Returns:
+        (H, W, 3) uint8, writable and contiguous.
+
+    Raises:
+        DataError: The file is missing, empty, truncated, no image of these formats, larger than Pillow's
+            ``MAX_IMAGE_PIXELS``, or of floating-point or 32-bit pixels.
+    """
+    name = Path(path)
+    try:
+        with name.open("rb") as file:
+            if not file.read(1):
+                raise DataError(f"{name}: the file is empty (0 bytes); {_REMEDY}")
+            file.seek(0)
+            with Image.open(file, formats=_FORMATS) as image:
+                _check_size(name, image)
+                image.load()
+                return np.array(_to_rgb(name, _turned_upright(image)))
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{name}: no such file; check the image root, or that the download is whole"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, str(error)) from error
+    # Pillow's plugins answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{name}: cannot be read as an image ({reason}); {_REMEDY}") from error
+
+
+_REMEDY = "fetch the file again, or take its row out of the annotations"
+
+
+def _check_size(name: Path, image: Image.Image) -> None:
+    # Pillow only warns between once and twice its limit; a training image of that size is a mistake as well.
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise _too_large(name, f"{width} x {height} pixels, limit {limit}")
+    if width * height == 0:
+        raise DataError(f"{name}: the image has no pixels ({width} x {height}); {_REMEDY}")
+
+
+def _too_large(name: Path, found: str) -> DataError:
+    return DataError(
+        f"{name}: too large to decode safely ({found}); "
+        "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+    )
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(name: Path, image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataError(
+                f"{name}: grey values from {grey.min()} to {grey.max()} do not fit 16 bits; "
+                "save it with 8 bits"
+            )
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError(f"{name}: floating-point pixels have no known range; save it with 8 bits")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")

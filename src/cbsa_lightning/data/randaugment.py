@@ -1,0 +1,154 @@
+"""RandAugment as CAP trains with it: the numbers of the ``randaugment`` package, not torchvision's.
+
+Two slots, each with one of 15 operations and one of 9 magnitudes, all equally likely; each slot fires with
+probability 0.5, so a quarter of the images stay as they are (fact sheet B5). This module holds what is drawn
+and what each operation does to a Pillow image; the random stream comes from the caller.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+_GREY = (128, 128, 128)  # what shears, translations and rotations uncover
+_CUTOUT_COLOUR = (125, 122, 113)
+NUM_SLOTS = 2
+SLOT_PROBABILITY = 0.5
+
+
+class Step(NamedTuple):
+    """One operation with all that is random about it.
+
+    Attributes:
+        operation: A key of :data:`OPERATIONS`.
+        magnitude: 1 (weakest) to 9, an index into the operation's table of strengths.
+        sign: -1 or 1, for the operations that go either way.
+        centre: (x, y) in [0, 1) of the image size, for cutout.
+    """
+
+    operation: str
+    magnitude: int
+    sign: int
+    centre: tuple[float, float]
+
+
+def draw_steps(rng: random.Random) -> tuple[Step, ...]:
+    """Draws the steps of one image: none (1 in 4), one (1 in 2) or two (1 in 4)."""
+    steps = []
+    for _ in range(NUM_SLOTS):
+        if rng.random() < SLOT_PROBABILITY:
+            steps.append(
+                Step(rng.choice(_NAMES), rng.randint(1, 9), rng.choice((-1, 1)), (rng.random(), rng.random()))
+            )
+    return tuple(steps)
+
+
+def apply_step(image: Image.Image, step: Step) -> Image.Image:
+    """Applies one step to an RGB image; the size stays."""
+    operation, strengths = OPERATIONS[step.operation]
+    return operation(image, strengths[step.magnitude], step)
+
+
+def _affine(
+    image: Image.Image, matrix: tuple[float, ...], resample: Image.Resampling = Image.Resampling.NEAREST
+) -> Image.Image:
+    # The matrix takes output pixels to input pixels: x' = m0 x + m1 y + m2, y' = m3 x + m4 y + m5.
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=_GREY)
+
+
+def _shear_x(image: Image.Image, slope: float, step: Step) -> Image.Image:
+    return _affine(image, (1, slope * step.sign, 0, 0, 1, 0), Image.Resampling.BICUBIC)
+
+
+def _shear_y(image: Image.Image, slope: float, step: Step) -> Image.Image:
+    return _affine(image, (1, 0, 0, slope * step.sign, 1, 0), Image.Resampling.BICUBIC)
+
+
+def _translate_x(image: Image.Image, share: float, step: Step) -> Image.Image:
+    return _affine(image, (1, 0, share * image.width * step.sign, 0, 1, 0))
+
+
+def _translate_y(image: Image.Image, share: float, step: Step) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, share * image.height * step.sign))
+
+
+def _rotate(image: Image.Image, degrees: float, step: Step) -> Image.Image:
+    return image.rotate(degrees, fillcolor=_GREY)  # always counter-clockwise, nearest pixel
+
+
+def _color(image: Image.Image, change: float, step: Step) -> Image.Image:
+    return ImageEnhance.Color(image).enhance(1 + change * step.sign)
+
+
+def _contrast(image: Image.Image, change: float, step: Step) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(1 + change * step.sign)
+
+
+def _sharpness(image: Image.Image, change: float, step: Step) -> Image.Image:
+    return ImageEnhance.Sharpness(image).enhance(1 + change * step.sign)
+
+
+def _brightness(image: Image.Image, change: float, step: Step) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(1 + change * step.sign)
+
+
+def _posterize(image: Image.Image, bits: float, step: Step) -> Image.Image:
+    return ImageOps.posterize(image, int(bits))
+
+
+def _solarize(image: Image.Image, threshold: float, step: Step) -> Image.Image:
+    return image.point([value if value < threshold else 255 - value for value in range(256)] * 3)
+
+
+def _autocontrast(image: Image.Image, strength: float, step: Step) -> Image.Image:
+    return ImageOps.autocontrast(image)
+
+
+def _equalize(image: Image.Image, strength: float, step: Step) -> Image.Image:
+    return ImageOps.equalize(image)
+
+
+def _invert(image: Image.Image, strength: float, step: Step) -> Image.Image:
+    return ImageOps.invert(image)
+
+
+def _cutout(image: Image.Image, size: float, step: Step) -> Image.Image:
+    # A square of 2 * (size // 2) pixels, clipped at the border; its size does not grow with the image.
+    half = int(size) // 2
+    x, y = int(step.centre[0] * image.width), int(step.centre[1] * image.height)
+    box = (max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half))
+    image = image.copy()
+    image.paste(_CUTOUT_COLOUR, box)
+    return image
+
+
+def _table(first: float, last: float, rounded: bool = False) -> tuple[float, ...]:
+    steps = np.linspace(first, last, 10)
+    return tuple((steps.round() if rounded else steps).tolist())
+
+
+_Operation = Callable[[Image.Image, float, Step], Image.Image]
+
+# name -> (operation, strength at magnitude 0 ... 9); magnitude 0 is never drawn.
+OPERATIONS: dict[str, tuple[_Operation, tuple[float, ...]]] = {
+    "invert": (_invert, _table(0, 0)),
+    "cutout": (_cutout, _table(0, 20, rounded=True)),  # pixels
+    "sharpness": (_sharpness, _table(0, 0.9)),  # factor 1 +- this
+    "autocontrast": (_autocontrast, _table(0, 0)),
+    "posterize": (_posterize, _table(8, 4, rounded=True)),  # bits kept
+    "shear_x": (_shear_x, _table(0, 0.3)),  # slope
+    "translate_x": (_translate_x, _table(0, 150 / 331)),  # share of the width
+    "translate_y": (_translate_y, _table(0, 150 / 331)),  # share of the height
+    "shear_y": (_shear_y, _table(0, 0.3)),
+    "rotate": (_rotate, _table(0, 30)),  # degrees
+    "equalize": (_equalize, _table(0, 0)),
+    "contrast": (_contrast, _table(0, 0.9)),
+    "color": (_color, _table(0, 0.9)),
+    "solarize": (_solarize, _table(256, 0)),  # values from here on are inverted
+    "brightness": (_brightness, _table(0, 0.9)),
+}
+_NAMES = tuple(OPERATIONS)

@@ -1,0 +1,176 @@
+"""Digits: a small multi-label data set that needs no download, drawn once from a seed and kept as PNG files.
+
+Each image shows one to four handwritten digits in a cluttered scene; its labels are the digits. The digits
+fall into three groups that share images, as knife, fork and plate do in photographs, and are unevenly frequent.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from cbsa_lightning.data.annotations import AnnotationTable, StringArray
+from cbsa_lightning.data.canvases import draw_canvas, exemplars
+from cbsa_lightning.errors import ConfigError, DataError
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+GROUPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "meadow": (3, 0, 8, 5),
+        "harbour": (1, 7, 4),
+        "dusk": (6, 2, 9),
+    }  # the frequent digits of a group come first
+)
+GROUP_SHARES = (0.48, 0.32, 0.2)
+DECAY = 0.55  # how much rarer each next digit of a group is
+COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # images with 1, 2, 3 and 4 digits
+STRAY = 0.12  # chance that a further digit comes from another group
+SAME_SCENE = 0.5  # chance that the scene is the group's own, else any scene: a hint, not a giveaway
+Part: TypeAlias = Literal["train", "test"]
+DRAWING = 1  # raise it when the same settings draw other pictures, so that nobody reuses the old ones
+
+
+def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
+    """Draws what one image shows: its scene and its digits, each at most once."""
+    names = list(GROUPS)
+    group = names[rng.choice(len(names), p=GROUP_SHARES)]
+    digits: list[int] = []
+    for position in range(1 + rng.choice(len(COUNT_SHARES), p=COUNT_SHARES)):
+        left = [digit for digit in GROUPS[group] if digit not in digits]
+        if not left or (position > 0 and rng.random() < STRAY):
+            others = [names[k] for k in np.argsort(rng.random(len(names))) if names[k] != group]
+            left = [digit for digit in GROUPS[others[0]] if digit not in digits]
+            left = left or [digit for digit in GROUPS[others[1]] if digit not in digits]
+        weights = DECAY ** np.arange(len(left))
+        digits.append(left[rng.choice(len(left), p=weights / weights.sum())])
+    scene = group if rng.random() < SAME_SCENE else names[rng.integers(len(names))]
+    return scene, digits
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Canvases with handwritten digits, as a source of the data module.
+
+    They lie below ``root`` in a folder named after the settings, so other settings never replace or mix with
+    what is there. Training and test canvases are made of different handwritten exemplars. Image number i
+    depends on the seed and i alone: a larger data set starts with the images of a smaller one.
+
+    Args:
+        root: Folder that holds the generated data sets.
+        num_train: Number of training images.
+        num_test: Number of test images.
+        image_size: Height and width of the canvases in pixels.
+        seed: Decides labels and pictures.
+
+    Raises:
+        ConfigError: A count below 1, a negative seed, or canvases too small to read (below 64 pixels).
+    """
+
+    root: str = "data/digits"
+    num_train: int = 1800
+    num_test: int = 600
+    image_size: int = 160
+    seed: int = 0
+
+    class_names: ClassVar[tuple[str, ...]] = NAMES
+    prompt_names: ClassVar[tuple[str, ...]] = NAMES
+    contexts: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {group: tuple(NAMES[digit] for digit in sorted(digits)) for group, digits in GROUPS.items()}
+    )
+
+    def __post_init__(self) -> None:
+        floors = {"num_train": 1, "num_test": 1, "image_size": 64, "seed": 0}
+        for name, floor in floors.items():
+            if getattr(self, name) < floor:
+                raise ConfigError(f"Digits: {name} is {getattr(self, name)}; it must be at least {floor}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the images and annotations of these settings lie."""
+        name = f"v{DRAWING}-train{self.num_train}-test{self.num_test}-{self.image_size}px-seed{self.seed}"
+        return Path(self.root) / name
+
+    def prepare(self) -> None:
+        """Draws the data set unless it is there; an interrupted run leaves nothing that looks complete.
+
+        Raises:
+            DataError: The folder is there, but images or annotations in it are missing.
+        """
+        if self.folder.exists():
+            for part in ("train", "test"):
+                self._table(part).require_files()
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".drawing-", dir=self.folder.parent))
+        try:
+            self._draw(draft, "train")
+            self._draw(draft, "test")
+            draft.chmod(0o755)  # mkdtemp lets only its owner in
+            try:
+                draft.rename(self.folder)
+            except OSError as error:  # another process finished the same folder first: its files are the same
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def train(self) -> AnnotationTable:
+        """The training images.
+
+        Raises:
+            DataError: `prepare` has not been called, or the annotation file was changed.
+        """
+        return self._table("train")
+
+    def test(self) -> AnnotationTable:
+        """The test images, made of exemplars that no training image shows.
+
+        Raises:
+            DataError: `prepare` has not been called, or the annotation file was changed.
+        """
+        return self._table("test")
+
+    def _count(self, part: Part) -> int:
+        return {"train": self.num_train, "test": self.num_test}[part]
+
+    def _draw(self, draft: Path, part: Part) -> None:
+        (draft / part).mkdir()
+        number = ("train", "test").index(part)
+        source = exemplars(part)
+        with open(draft / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("path", *NAMES))
+            for index in track(range(self._count(part)), f"Drawing {part} digits", transient=True):
+                rng = np.random.default_rng((self.seed, number, index))
+                scene, digits = draw_labels(rng)
+                path = f"{part}/{index:06d}.png"
+                draw_canvas(rng, self.image_size, scene, digits, source).save(draft / path, compress_level=2)
+                writer.writerow((path, *(int(digit in digits) for digit in range(10))))
+
+    def _table(self, part: Part) -> AnnotationTable:
+        file = self.folder / f"{part}.csv"
+        count = self._count(part)
+        again = f"delete {self.folder} and call prepare() to draw it again"
+        if not self.folder.exists():
+            raise DataError(f"{self.folder} is not there; call prepare() first, it draws the images")
+        try:
+            with open(file, newline="", encoding="utf-8") as lines:
+                header, *rows = csv.reader(lines)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read ({error}); {again}") from error
+        if header != ["path", *NAMES] or len(rows) != count or any(len(row) != 11 for row in rows):
+            raise DataError(f"{file} is not the table of {count} images that was written here; {again}")
+        labels: NDArray[np.int8] = np.array([row[1:] for row in rows]).astype(np.int8)
+        paths: StringArray = np.array([row[0] for row in rows], dtype=np.dtypes.StringDType())
+        return AnnotationTable(self.folder, paths, labels, NAMES, NAMES)

@@ -1,0 +1,193 @@
+"""NUS-WIDE, 81 concepts: the official files, or lists of images with a label matrix."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.class_names import prompts_from
+from cbsa_lightning.data.readers.source import read_lines, tidy_paths
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+_NAMES = """
+    airport animal beach bear birds boats book bridge buildings cars castle cat cityscape clouds computer
+    coral cow dancing dog earthquake elk fire fish flags flowers food fox frost garden glacier grass harbor
+    horses house lake leaf map military moon mountain nighttime ocean person plane plants police protest
+    railroad rainbow reflection road rocks running sand sign sky snow soccer sports statue street sun sunset
+    surf swimmers tattoo temple tiger tower town toy train tree valley vehicle water waterfall wedding whales
+    window zebra
+"""
+NUSWIDE_CLASSES = tuple(_NAMES.split())  # the order of Concepts81.txt: alphabetical
+_REMEDY = "get the NUS-WIDE image lists and ground truth from its pages and unpack them there"
+_OFFICIAL = "ImageList/{part}Imagelist.txt"
+_CONCEPT = "TrainTestLabels/Labels_{concept}_{part}.txt"
+
+
+@dataclass(frozen=True)
+class NUSWIDE:
+    """NUS-WIDE with its 81 concepts. Scores on different variants of it cannot be compared.
+
+    Two layouts:
+
+    - "official": ``ImageList/{Train,Test}Imagelist.txt`` (paths with backslashes) and
+      ``TrainTestLabels/Labels_<concept>_{Train,Test}.txt`` (one 0 or 1 a line), 161,789 / 107,859 images;
+    - "list": a list of images and an (n, 81) label matrix of 0 and 1, for train and for val, as CAP and SPML
+      use (150,000 / 60,260, which the paper rounds to 60,200). A ".npy" file is read without pickle; any
+      other is text: one image a line, or 81 numbers a line with commas or white space between.
+
+    Args:
+        root: Folder that the other paths are relative to.
+        layout: "official" or "list".
+        images: Folder of the images that the lists name.
+        train_images: "list": the training images.
+        train_labels: "list": their labels.
+        val_images: "list": the test images.
+        val_labels: "list": their labels.
+        drop_unlabeled: Leave out images without any concept (22 % of CAP's training list).
+        class_file: Class file with prompt names (``read_class_file``); default: the concept names.
+
+    Raises:
+        ConfigError: An unknown layout.
+    """
+
+    root: str
+    _: KW_ONLY
+    layout: Literal["official", "list"] = "official"
+    images: str = "Flickr"
+    train_images: str = "formatted_train_images.npy"
+    train_labels: str = "formatted_train_labels.npy"
+    val_images: str = "formatted_val_images.npy"
+    val_labels: str = "formatted_val_labels.npy"
+    drop_unlabeled: bool = False
+    class_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("official", "list"):
+            raise ConfigError(f"NUS-WIDE layout {self.layout!r} is not known; use 'official' or 'list'")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The 81 concepts, alphabetical."""
+        return NUSWIDE_CLASSES
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The concepts, or the names of the class file."""
+        return prompts_from(self.class_file, NUSWIDE_CLASSES)
+
+    def prepare(self) -> None:
+        """Checks that lists, labels and the image folder are there.
+
+        Raises:
+            DataError: Some are not.
+        """
+        wanted = [self.images, *self._files("Train"), *self._files("Test")]
+        if missing := [path for path in wanted if not (Path(self.root) / path).exists()]:
+            raise DataError(
+                f"NUS-WIDE ({self.layout} layout) is not complete under {self.root}: no {listed(missing)}; "
+                f"{_REMEDY}, or set layout and the file names to what you have"
+            )
+
+    def train(self) -> AnnotationTable:
+        """The training images."""
+        return self._read("Train")
+
+    def test(self) -> AnnotationTable:
+        """The test images."""
+        return self._read("Test")
+
+    def _files(self, part: str) -> list[str]:
+        """The image list, and the file or files of labels."""
+        if self.layout == "list":
+            return (
+                [self.train_images, self.train_labels]
+                if part == "Train"
+                else [self.val_images, self.val_labels]
+            )
+        concepts = [_CONCEPT.format(concept=name, part=part) for name in NUSWIDE_CLASSES]
+        return [_OFFICIAL.format(part=part), *concepts]
+
+    def _read(self, part: str) -> AnnotationTable:
+        image_list, *label_files = [Path(self.root) / name for name in self._files(part)]
+        names = _read_names(image_list)
+        if self.layout == "list":
+            labels = _read_matrix(label_files[0], len(names))
+        else:
+            columns = [_read_column(file, len(names), image_list) for file in label_files]
+            labels = np.stack(columns, axis=1)
+        folder = Path(self.root) / self.images
+        paths = tidy_paths(self.root, folder, names, lambda i: f"{image_list}, image {i + 1}")
+        table = AnnotationTable(Path(self.root), paths, labels, NUSWIDE_CLASSES, self.prompt_names)
+        return table.select(np.flatnonzero((labels == 1).any(axis=1))) if self.drop_unlabeled else table
+
+
+def _read_names(file: Path) -> list[str]:
+    """Image names of a ".npy" array of strings, or of a text file with one a line."""
+    if file.suffix == ".npy":
+        array = _load_array(file)
+        if array.ndim != 1 or array.dtype.kind not in "UT":
+            raise DataError(
+                f"{file} has shape {array.shape} and type {array.dtype}; it must be a list of image names: "
+                "save it with np.save(path, np.array(names, dtype=str))"
+            )
+        return [str(name) for name in array.tolist()]
+    lines = [line.strip() for line in read_lines(file, _REMEDY)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
+    """An (n, 81) label matrix of 0 and 1."""
+    if file.suffix == ".npy":
+        labels: NDArray[Any] = _load_array(file)
+    else:
+        lines = read_lines(file, _REMEDY)
+        try:
+            labels = np.loadtxt(lines, delimiter="," if lines and "," in lines[0] else None, ndmin=2)
+        except ValueError as error:
+            raise DataError(f"{file}: is no table of numbers ({error}); correct it") from error
+    expected = (num_images, len(NUSWIDE_CLASSES))
+    if labels.shape != expected:
+        raise DataError(
+            f"{file}: labels have shape {labels.shape}, but the image list and the 81 concepts ask for "
+            f"{expected}; use the label file that belongs to the list"
+        )
+    wrong = np.argwhere(~np.isin(labels, (0, 1)))
+    if len(wrong):
+        found = listed(f"{labels[i, k]} (row {i + 1}, {NUSWIDE_CLASSES[k]!r})" for i, k in wrong)
+        raise DataError(f"{file}: labels must be 0 or 1; found {found}; correct the file")
+    return np.asarray(labels, dtype=np.int8)
+
+
+def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.int8]:
+    """Labels of one concept, one 0 or 1 a line."""
+    values = [line.strip() for line in read_lines(file, _REMEDY)]
+    while values and not values[-1]:
+        values.pop()
+    if len(values) != num_images:
+        raise DataError(
+            f"{file} has {len(values)} labels, but {image_list.name} lists {num_images} images; {_REMEDY}"
+        )
+    if set(values) - {"0", "1"}:
+        row = next(i for i, value in enumerate(values) if value not in ("0", "1"))
+        raise DataError(f"{file}, line {row + 1}: {values[row]!r} is neither 0 nor 1; correct it")
+    return np.asarray(np.array(values) == "1", dtype=np.int8)
+
+
+def _load_array(file: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(file, allow_pickle=False)  # a pickle could run any program
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; {_REMEDY}, or set the file names to what you have") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{file} cannot be read as a plain array ({error}); an array of objects is refused because it is "
+            "a pickle: save names as np.array(names, dtype=str) and labels as numbers"
+        ) from error
+    return array

@@ -1,0 +1,114 @@
+"""What the datamodule asks of a data set, and what the readers share."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from cbsa_lightning.data.annotations import AnnotationTable, StringArray
+from cbsa_lightning.errors import DataError
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set: its classes, and a table of images and labels for training and for the test."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names as in the annotation files; cheap, and no image is read."""
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """C names as put in prompts."""
+
+    def prepare(self) -> None:
+        """What one process does before the others read: download, generate, or check that files lie there.
+
+        Raises:
+            DataError: Something is missing; the message says what to get and where it must lie.
+        """
+
+    def train(self) -> AnnotationTable:
+        """The images to train on."""
+
+    def test(self) -> AnnotationTable | None:
+        """The images to test on, if there are any."""
+
+
+def read_lines(file: Path, remedy: str) -> list[str]:
+    """Lines of a text file without their ends.
+
+    Raises:
+        DataError: The file is missing or is no UTF-8 text; ``remedy`` ends the message.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{file} is missing; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); {remedy}") from error
+
+
+# Paths that need a closer look: empty, absolute, with a drive, "\\", "//", "." or "..", or a trailing "/".
+_ODD_PATH = re.compile(r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$")
+
+
+def tidy_paths(
+    root: str | Path,
+    folder: str | Path,
+    paths: Sequence[str],
+    where: Callable[[int], str],
+    allow_outside: bool = False,
+) -> StringArray:
+    """Image paths as a table keeps them: "/" between folders, no "." or "..", relative to ``root``.
+
+    Only the text of a path is judged; links on the disk are not followed.
+
+    Args:
+        root: Folder that the table's paths are relative to.
+        folder: Folder that ``paths`` are relative to; usually ``root`` or inside it.
+        paths: n paths as found in the annotations, with slashes or backslashes.
+        where: Row -> file and row, for a message.
+        allow_outside: Whether paths may lie outside ``root``; these are then kept absolute.
+
+    Returns:
+        (n,) strings.
+
+    Raises:
+        DataError: A path is empty, is no file below ``root``, or lies outside it and may not.
+    """
+    base, start = os.path.abspath(root), os.path.abspath(folder)
+    ahead = _relative(start, base)
+    if ahead is None:  # the folder is outside, so each path is
+        odd, tidy = list(range(len(paths))), list(paths)
+    else:
+        odd = [i for i, path in enumerate(paths) if _ODD_PATH.search(path)]
+        tidy = [f"{ahead}/{path}" for path in paths] if ahead else list(paths)
+    for i in odd:
+        text = paths[i]
+        if not text:
+            raise DataError(f"{where(i)}: the image path is empty; fill it in or take the row out")
+        full = os.path.normpath(os.path.join(start, text.replace("\\", "/")))
+        inside = _relative(full, base)
+        if inside == "" or text.endswith(("/", "\\")):
+            raise DataError(f"{where(i)}: {text!r} is a folder, not an image; correct the path")
+        if inside is None and not allow_outside:
+            raise DataError(
+                f"{where(i)}: {text!r} lies outside {root}; move the image under it, or choose a root that "
+                "holds all images (a table can also set allow_outside: true)"
+            )
+        tidy[i] = Path(full).as_posix() if inside is None else inside
+    return np.array(tidy, dtype=np.dtypes.StringDType())
+
+
+def _relative(path: str, base: str) -> str | None:
+    """``path`` relative to ``base``: "" for the base itself, None if it lies outside."""
+    relative = Path(os.path.relpath(path, base)).as_posix()
+    if relative == ".":
+        return ""
+    return None if relative == ".." or relative.startswith("../") else relative

@@ -1,0 +1,176 @@
+"""PASCAL VOC: image-level labels from ``ImageSets/Main``."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.class_names import prompts_from
+from cbsa_lightning.data.readers.source import read_lines
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+_NAMES = """
+    aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
+    pottedplant sheep sofa train tvmonitor
+"""
+VOC_CLASSES = tuple(_NAMES.split())
+ARCHIVES = {
+    "2012": "VOCtrainval_11-May-2012.tar",
+    "2007": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar",
+}
+DIFFICULT = {"negative": 0, "positive": 1, "ignore": -1}
+
+
+@dataclass(frozen=True)
+class VOC:
+    """PASCAL VOC 2012 (train 5,717 images, test = val, 5,823) or 2007 (trainval 5,011, test 4,952).
+
+    An image is listed if at least one class has flag 1; file names are sorted: the order on which the
+    paper's splits rest.
+
+    Args:
+        root: Folder that holds ``VOCdevkit``.
+        year: "2012" or "2007".
+        difficult: What a class is of which an image shows only instances that VOC calls difficult
+            (flag 0): "negative" as in CAP, "positive" as in SCPNet's lists, or "ignore" (unknown).
+        download: Fetch the archives with torchvision where they are not there yet.
+        class_file: Class file with prompt names (``read_class_file``); default: the official names.
+
+    Raises:
+        ConfigError: An unknown year or difficult.
+    """
+
+    root: str
+    _: KW_ONLY
+    year: Literal["2012", "2007"] = "2012"
+    difficult: Literal["negative", "positive", "ignore"] = "negative"
+    download: bool = False
+    class_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.year not in ARCHIVES:
+            raise ConfigError(f"VOC year {self.year!r} is not known; use one of {listed(ARCHIVES)}")
+        if self.difficult not in DIFFICULT:
+            raise ConfigError(
+                f"VOC difficult {self.difficult!r} is not known; use one of {listed(DIFFICULT)}"
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The 20 official names, alphabetical."""
+        return VOC_CLASSES
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The official names, or those of the class file."""
+        return prompts_from(self.class_file, VOC_CLASSES)
+
+    @property
+    def _image_sets(self) -> tuple[str, str]:
+        return ("train", "val") if self.year == "2012" else ("trainval", "test")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.root) / "VOCdevkit" / f"VOC{self.year}"
+
+    def prepare(self) -> None:
+        """Downloads what is missing if asked to, then checks that all files are there.
+
+        Raises:
+            DataError: Files are missing, or the download fails.
+        """
+        if self.download and self._missing():
+            self._fetch()
+        if missing := self._missing():
+            raise DataError(
+                f"PASCAL VOC {self.year} is not complete under {self._folder}: no {listed(missing)}. Get "
+                f"{ARCHIVES[self.year]} from the PASCAL VOC pages (or set download: true) and unpack it in "
+                f"{self.root}, so that {self._folder / 'JPEGImages'} exists"
+            )
+
+    def train(self) -> AnnotationTable:
+        """Images and labels of train (2007: trainval)."""
+        return self._read(self._image_sets[0])
+
+    def test(self) -> AnnotationTable:
+        """Images and labels of val (2007: test)."""
+        return self._read(self._image_sets[1])
+
+    def _missing(self) -> list[str]:
+        wanted = ["JPEGImages"]
+        wanted += [f"ImageSets/Main/{name}_{part}.txt" for part in self._image_sets for name in VOC_CLASSES]
+        return [path for path in wanted if not (self._folder / path).exists()]
+
+    def _fetch(self) -> None:
+        from torchvision.datasets import VOCDetection  # slow to import, and needed once in a life
+
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        try:
+            for image_set in ("train",) if self.year == "2012" else self._image_sets:
+                VOCDetection(self.root, year=self.year, image_set=image_set, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"PASCAL VOC {self.year}: the download into {self.root} failed ({error}); fetch "
+                f"{ARCHIVES[self.year]} by hand and unpack it there"
+            ) from error
+
+    def _read(self, image_set: str) -> AnnotationTable:
+        return read_voc(self._folder, image_set, DIFFICULT[self.difficult], self.prompt_names)
+
+
+def read_voc(
+    folder: str | Path,
+    image_set: str,
+    difficult: int = 0,
+    prompt_names: tuple[str, ...] = (),
+) -> AnnotationTable:
+    """Reads ``ImageSets/Main/<class>_<image_set>.txt`` of the 20 classes.
+
+    Args:
+        folder: ``VOCdevkit/VOC<year>``.
+        image_set: "train", "val", "trainval" or "test".
+        difficult: Label for flag 0: 0, 1 or -1.
+        prompt_names: 20 prompt names; empty for the official ones.
+
+    Raises:
+        DataError: A file is missing, a line is no "image flag" pair, a flag is not 1, 0 or -1, an image
+            occurs twice, or two classes list different images.
+    """
+    folder = Path(folder)
+    columns: list[dict[str, int]] = []
+    for name in VOC_CLASSES:
+        file = folder / "ImageSets" / "Main" / f"{name}_{image_set}.txt"
+        columns.append(_read_flags(file))
+        if columns[-1].keys() != columns[0].keys():
+            differing = sorted(columns[-1].keys() ^ columns[0].keys())
+            raise DataError(
+                f"{file} and {VOC_CLASSES[0]}_{image_set}.txt do not list the same images; only one of them "
+                f"has {listed(differing)}; unpack the archive again"
+            )
+    images = sorted(columns[0])
+    flags = np.array([[column[image] for column in columns] for image in images], dtype=np.int8)
+    flags = flags.reshape(len(images), len(VOC_CLASSES))
+    labels = np.select([flags == 1, flags == 0], [1, difficult], 0).astype(np.int8)
+    paths = np.array([f"JPEGImages/{image}.jpg" for image in images], dtype=np.dtypes.StringDType())
+    listed_images = (flags == 1).any(axis=1)  # by the raw flags: the list does not depend on `difficult`
+    return AnnotationTable(folder, paths[listed_images], labels[listed_images], VOC_CLASSES, prompt_names)
+
+
+def _read_flags(file: Path) -> dict[str, int]:
+    flags: dict[str, int] = {}
+    for number, line in enumerate(read_lines(file, "unpack the PASCAL VOC archive again"), start=1):
+        parts = line.split()
+        if not parts:
+            continue
+        if len(parts) != 2 or parts[1] not in ("1", "0", "-1"):
+            raise DataError(
+                f"{file}, line {number}: {line!r} is no image name and flag (1, 0 or -1); correct it"
+            )
+        if parts[0] in flags:
+            raise DataError(f"{file}, line {number}: image {parts[0]!r} is listed twice; keep one line")
+        flags[parts[0]] = int(parts[1])
+    return flags

@@ -1,0 +1,248 @@
+"""Batch samplers whose order is a function of (seed, epoch, pass) and of nothing else.
+
+Each yields lists of :class:`Draw`, so a data set knows not only which image is asked for but also at which
+epoch and for which time in it: all that its views need for their randomness. Workers, ranks and restarts
+therefore change nothing. The global batch is made alike on every rank, which then keeps every
+``world_size``-th draw of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import NamedTuple, Self
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from cbsa_lightning.errors import ConfigError
+
+_LABELLED, _UNLABELLED = 0, 1  # separate random streams of one seed
+
+
+class Draw(NamedTuple):
+    """One image as drawn by a sampler.
+
+    Attributes:
+        index: Row of the annotation table.
+        epoch: Epoch that the sampler is in.
+        visit: How many times this image came before in this epoch: 0 the first time, 1 the second.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a draw
+    epoch: int
+    visit: int
+
+
+class _Batches(Sampler[list[Draw]]):
+    """What the samplers of this file share: the epoch, and this process's place among the ranks."""
+
+    def __init__(self, seed: int, rank: int, world_size: int) -> None:
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                f"rank {rank} does not fit world_size {world_size}: ranks are 0 to world_size - 1"
+            )
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+
+    @property
+    def sampler(self) -> Self:
+        """This object: Lightning calls ``set_epoch`` on ``dataloader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that the next iteration is for; one that is under way keeps its own."""
+        self.epoch = epoch
+
+    def _pass(self, indices: np.ndarray, stream: int, epoch: int, visit: int) -> Iterator[Draw]:
+        """Every index once, in the order that (seed, stream, epoch, visit) gives."""
+        # spawn_key, not one flat list: SeedSequence takes [1] and [1, 0] for the same entropy.
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, epoch, visit)))
+        return (Draw(index, epoch, visit) for index in rng.permutation(indices).tolist())
+
+    def _passes(self, indices: np.ndarray, stream: int, epoch: int) -> Iterator[Draw]:
+        """Pass after pass without end, each in an order of its own."""
+        for visit in count():
+            yield from self._pass(indices, stream, epoch, visit)
+
+    def _share(self, draws: Sequence[Draw]) -> list[Draw]:
+        """This rank's part of a global batch."""
+        return list(draws[self.rank :: self.world_size])
+
+
+class LabelledBatches(_Batches):
+    """Shuffled batches of labelled images: one pass, or as many batches as asked for.
+
+    Args:
+        labelled: Rows of the labelled images, (n,) integers.
+        batch_size: Images in a global batch, over all ranks together.
+        seed: Seed of the order.
+        num_batches: Batches an epoch. ``None`` is one pass, whose last batch may be smaller. A number gives
+            full batches and starts a freshly permuted pass each time the images are used up.
+        rank: Rank of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ConfigError: No labelled images, a size below 1, or a batch that would leave a rank without images.
+    """
+
+    def __init__(
+        self,
+        labelled: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        num_batches: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(seed, rank, world_size)
+        self.labelled = _rows(labelled, "labelled")
+        self.batch_size = _at_least_one(batch_size, "batch_size")
+        self.num_batches = None if num_batches is None else _at_least_one(num_batches, "num_batches")
+        last = batch_size if num_batches is not None else _size_of_last(len(self.labelled), batch_size)
+        _every_rank_has_one(min(last, world_size), last, world_size)
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on all ranks."""
+        return self.num_batches or -(-len(self.labelled) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yields this rank's part of each batch."""
+        if self.num_batches is None:
+            draws = self._pass(self.labelled, _LABELLED, self.epoch, visit=0)
+        else:
+            draws = self._passes(self.labelled, _LABELLED, self.epoch)
+        for _ in range(len(self)):
+            yield self._share(_take(draws, self.batch_size))
+
+
+class PairedBatches(_Batches):
+    """One shuffled pass over the unlabelled images, each batch led by labelled images that cycle.
+
+    The last batch may have fewer unlabelled images; its labelled part is full. The labelled images are
+    permuted anew for each of their passes, so no order comes twice in an epoch.
+
+    Args:
+        labelled: Rows of the labelled images, (n,) integers.
+        unlabelled: Rows of the unlabelled images, (m,) integers.
+        labelled_per_batch: Labelled images in a global batch, over all ranks together; may exceed n.
+        unlabelled_per_batch: Unlabelled images in a global batch, over all ranks together.
+        seed: Seed of both orders.
+        rank: Rank of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ConfigError: No labelled or no unlabelled images, a size below 1, or a batch that would leave a rank
+            without images.
+    """
+
+    def __init__(
+        self,
+        labelled: Sequence[int] | np.ndarray,
+        unlabelled: Sequence[int] | np.ndarray,
+        labelled_per_batch: int,
+        unlabelled_per_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(seed, rank, world_size)
+        self.labelled = _rows(labelled, "labelled")
+        self.unlabelled = _rows(unlabelled, "unlabelled")
+        self.labelled_per_batch = _at_least_one(labelled_per_batch, "labelled_per_batch")
+        self.unlabelled_per_batch = _at_least_one(unlabelled_per_batch, "unlabelled_per_batch")
+        last = _size_of_last(len(self.unlabelled), unlabelled_per_batch)
+        served = min(max(labelled_per_batch, last), world_size)
+        _every_rank_has_one(served, labelled_per_batch + last, world_size)
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on all ranks."""
+        return -(-len(self.unlabelled) // self.unlabelled_per_batch)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yields this rank's part of each batch: labelled draws first, then unlabelled ones."""
+        labelled = self._passes(self.labelled, _LABELLED, self.epoch)
+        unlabelled = self._pass(self.unlabelled, _UNLABELLED, self.epoch, visit=0)
+        for _ in range(len(self)):
+            yield [
+                *self._share(_take(labelled, self.labelled_per_batch)),
+                *self._share(_take(unlabelled, self.unlabelled_per_batch)),
+            ]
+
+
+class InOrderBatches(_Batches):
+    """Every image once, in the given order, never padded: for evaluation and for scoring weak views.
+
+    Rank r has items r, r + world_size, ...: shards may differ by one image, so ranks may differ by one
+    batch. Whoever gathers them must therefore not count on equally many batches.
+
+    Args:
+        indices: Rows of the images, (n,) integers.
+        batch_size: Images in a batch of this process.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        epoch: Epoch in the draws until :meth:`set_epoch` is called.
+
+    Raises:
+        ConfigError: No images over all ranks, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+    ) -> None:
+        super().__init__(0, rank, world_size)  # nothing is random here
+        self.indices = _rows(indices, "evaluation")[rank::world_size]
+        self.batch_size = _at_least_one(batch_size, "batch_size")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches on this rank."""
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yields the batches of this rank's shard."""
+        epoch = self.epoch
+        draws = (Draw(index, epoch, 0) for index in self.indices.tolist())
+        for _ in range(len(self)):
+            yield _take(draws, self.batch_size)
+
+
+def _take(draws: Iterator[Draw], number: int) -> list[Draw]:
+    return list(islice(draws, number))
+
+
+def _size_of_last(total: int, size: int) -> int:
+    return total % size or size
+
+
+def _rows(indices: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
+    rows = np.asarray(indices)
+    if rows.size == 0:
+        raise ConfigError(f"there are no {what} images: check the data set and the share that is labelled")
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{what} images must be given as one list of row numbers; "
+            f"found {rows.dtype} values of shape {rows.shape}"
+        )
+    return rows.astype(np.int64)
+
+
+def _at_least_one(number: int, name: str) -> int:
+    if number < 1:
+        raise ConfigError(f"{name} is {number}; it must be 1 or more")
+    return number
+
+
+def _every_rank_has_one(served: int, size: int, world_size: int) -> None:
+    # A rank without images would sit out a step that the others wait for.
+    if served < world_size:
+        raise ConfigError(
+            f"a batch of {size} images leaves {world_size - served} of {world_size} processes without any; "
+            "choose another batch size (the last batch holds what is left over), or fewer processes"
+        )

@@ -1,0 +1,237 @@
+"""Which images are labelled: drawn by (fraction, seed), kept as a file, and tied to one annotation table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+Rows = NDArray[np.int64]
+PARTS = ("labelled", "unlabelled", "held_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows of one annotation table, in three parts that share none.
+
+    Attributes:
+        labelled: (m,) int64 rows whose labels are trained on.
+        unlabelled: (u,) int64 rows used without their labels.
+        held_out: (v,) int64 labelled rows kept for validation.
+        fraction: The labelled share asked for; None where the table itself says what is known.
+        seed: What the permutation was drawn with; None where nothing was drawn.
+        table_digest: ``AnnotationTable.digest()`` of the table that the rows belong to; "" until it is known.
+
+    Raises:
+        DataError: The parts share a row, or hold a negative one.
+    """
+
+    labelled: Rows
+    unlabelled: Rows
+    held_out: Rows = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    fraction: float | None = None
+    seed: int | None = None
+    table_digest: str = ""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            object.__setattr__(self, part, _as_rows(getattr(self, part), part))
+        rows, counts = np.unique(
+            np.concatenate([self.labelled, self.unlabelled, self.held_out]), return_counts=True
+        )
+        if len(rows) and rows[0] < 0:
+            raise DataError(f"split: row {rows[0]} is negative; rows count from 0")
+        if (counts > 1).any():
+            raise DataError(
+                f"split: rows more than once: {listed(rows[counts > 1])}; "
+                "a row is labelled, unlabelled or held out, once"
+            )
+
+    @property
+    def digest(self) -> str:
+        """Sha256 over the three parts in their order: two runs with equal digests train on the same rows."""
+        sha = hashlib.sha256()
+        for part in PARTS:
+            rows = getattr(self, part)
+            sha.update(f"{part} {len(rows)}\n".encode())
+            sha.update(rows.astype("<i8").tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | Path, table: AnnotationTable | None = None) -> None:
+        """Writes the split as JSON.
+
+        Args:
+            path: File to write; its folder is made.
+            table: The table that the rows belong to; needed unless ``table_digest`` is set.
+
+        Raises:
+            ConfigError: Neither the split nor the call says which table the rows belong to.
+        """
+        table_digest = table.digest() if table is not None else self.table_digest
+        if not table_digest:
+            raise ConfigError(
+                "split: which table its rows belong to is not known; call save(path, table), "
+                "so that the file cannot be used with another one"
+            )
+        record = {
+            "format": "cbsa_lightning split 1",
+            "table_digest": table_digest,
+            "digest": self.digest,
+            "fraction": self.fraction,
+            "seed": self.seed,
+            **{part: getattr(self, part).tolist() for part in PARTS},
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, table: AnnotationTable) -> Split:
+        """Reads a split that ``save`` wrote.
+
+        Raises:
+            DataError: The file is missing, is no split, was changed by hand, or belongs to another table.
+        """
+        record = _read_record(Path(path))
+        if record["table_digest"] != (digest := table.digest()):
+            raise DataError(
+                f"{path}: this split was made for the table with digest {record['table_digest']}, but the "
+                f"table here has digest {digest} ({len(table)} rows, {table.num_classes} classes); classes, "
+                "paths and labels must be the same in the same order: use the table that it was made for, "
+                "or draw a new split"
+            )
+        try:
+            split = cls(
+                record["labelled"],
+                record["unlabelled"],
+                record["held_out"],
+                fraction=record["fraction"],
+                seed=record["seed"],
+                table_digest=digest,
+            )
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        if split.digest != record["digest"]:
+            raise DataError(
+                f"{path}: its rows have digest {split.digest} but the file says {record['digest']}: it was "
+                "changed after it was written; draw the split again"
+            )
+        return split
+
+
+def split_labelled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
+    """Draws the labelled rows: the first ``int(fraction * num_images)`` of one seeded permutation.
+
+    This is CAP's rule, on which the paper's tables rest: with the same image order and seed the rows are the
+    same. Splits with one seed are nested over fractions.
+
+    Args:
+        num_images: Rows of the table.
+        fraction: Labelled share, above 0 and at most 1.
+        seed: Seed of ``np.random.RandomState``, whose stream numpy keeps for ever.
+        table_digest: Digest of the table, if at hand.
+
+    Raises:
+        ConfigError: The fraction is out of range or leaves no labelled image.
+    """
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"labelled fraction {fraction} is not above 0 and at most 1; 0.05 means 5 %")
+    count = int(fraction * num_images)
+    if count == 0:
+        raise ConfigError(
+            f"labelled fraction {fraction} of {num_images} images leaves no labelled image; "
+            + (f"use at least {1 / num_images:.3g}" if num_images else "the table has no rows")
+        )
+    order = np.random.RandomState(seed).permutation(num_images)
+    return Split(order[:count], order[count:], fraction=fraction, seed=seed, table_digest=table_digest)
+
+
+def split_known(table: AnnotationTable) -> Split:
+    """Splits by what the table knows: a row with any known label is labelled, one with none is unlabelled.
+
+    Raises:
+        DataError: No row has a known label.
+    """
+    known = (table.labels != UNKNOWN).any(axis=1)
+    if not known.any():
+        raise DataError(
+            f"all {len(table)} rows of the table under {table.root} are unlabelled; label some of them first"
+        )
+    return Split(np.flatnonzero(known), np.flatnonzero(~known), table_digest=table.digest())
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> Split:
+    """Moves ``int(fraction * m)`` of the m labelled rows into ``held_out``; the others keep their order.
+
+    Raises:
+        ConfigError: Rows are held out already, or the fraction leaves nothing to hold out or to train on.
+    """
+    if len(split.held_out):
+        raise ConfigError(f"{len(split.held_out)} rows are held out already; hold out from the first split")
+    m = len(split.labelled)
+    count = int(fraction * m)
+    if not 0 < count < m:
+        raise ConfigError(
+            f"holding out {fraction} of {m} labelled rows moves {count}; "
+            "at least one must be held out and one must stay: use another share, or more labelled images"
+        )
+    chosen = np.zeros(m, dtype=bool)
+    chosen[np.random.RandomState(seed).permutation(m)[:count]] = True
+    return dataclasses.replace(split, labelled=split.labelled[~chosen], held_out=split.labelled[chosen])
+
+
+def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which labels stay known in the partial-label setting.
+
+    One uniform number for each (image, class), seeded, kept where it is below ``share``: positives and
+    negatives go alike, and the mask of a smaller share lies inside that of a larger one.
+
+    Args:
+        num_images: n.
+        num_classes: C.
+        share: Expected share of known labels, from 0 to 1.
+        seed: Seed of ``np.random.RandomState``.
+
+    Returns:
+        (n, C) bool, True where the label is known.
+
+    Raises:
+        ConfigError: The share is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share of known labels {share} is not between 0 and 1; 0.1 means 10 %")
+    return np.random.RandomState(seed).random_sample((num_images, num_classes)) < share
+
+
+def _as_rows(rows: ArrayLike, part: str) -> Rows:
+    array = np.asarray(rows)
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"split: {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers"
+        )
+    return array.astype(np.int64)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no split file here; correct the path or draw a split") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a split ({error}); draw it again") from error
+    needed = ("table_digest", "digest", "fraction", "seed", *PARTS)
+    absent = [key for key in needed if not isinstance(record, dict) or key not in record]
+    if absent:
+        raise DataError(f"{path}: is no split file, it has no {listed(absent)}; draw the split again")
+    return dict(record)

@@ -1,0 +1,214 @@
+"""Views of an image: weak, strong and plain. The only module that imports albumentations.
+
+albumentations gives every worker process of a loader the same random stream (measured with 2.0.8). Here each
+call gets a stream of its own, a function of (seed, epoch, visit, index, view), so the number of workers, the
+number of ranks and a restart change no pixel.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before the import, which else asks the network
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from cbsa_lightning.data.randaugment import Step, apply_step, draw_steps
+from cbsa_lightning.data.samplers import Draw
+from cbsa_lightning.errors import ConfigError, DataError
+
+cv2.setNumThreads(0)  # the loader's processes are the parallelism; OpenCV's own threads would fight them
+
+_WEAK, _STRONG = 0, 1  # separate random streams of one seed
+
+
+class _Squash(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
+    """Resizes to (size, size) without keeping the aspect ratio.
+
+    Not ``albumentations.Resize``: OpenCV's bilinear reads four pixels whatever the scale, so it aliases when
+    it shrinks, and differs from what the models and protocols were made with.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(p=1.0)
+        self.size = size
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return _squash(img, self.size)
+
+
+class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
+    """Paints one rectangle in one random colour (fact sheet B5).
+
+    Its sides are int(share * side + 0.5), its centre is uniform over the image, and what lies outside is
+    cut off. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__(p=1.0)
+        self.share = share
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        (top, bottom), (left, right) = (self._extent(side) for side in params["shape"][:2])
+        colour = tuple(self.py_random.randrange(256) for _ in range(3))
+        return {"area": (slice(top, bottom), slice(left, right)), "colour": colour}
+
+    def _extent(self, side: int) -> tuple[int, int]:
+        half = int(self.share * side + 0.5) // 2
+        centre = self.py_random.randrange(side)
+        return max(0, centre - half), centre + half + 1
+
+    def apply(
+        self, img: np.ndarray, area: tuple[slice, slice], colour: tuple[int, ...], **params: Any
+    ) -> np.ndarray:
+        img = img.copy()
+        img[area] = colour
+        return img
+
+
+class _RandAugment(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
+    """The steps of :mod:`cbsa_lightning.data.randaugment`, drawn from albumentations' stream."""
+
+    def __init__(self) -> None:
+        super().__init__(p=1.0)
+
+    def get_params(self) -> dict[str, Any]:
+        return {"steps": draw_steps(self.py_random)}
+
+    def apply(self, img: np.ndarray, steps: tuple[Step, ...], **params: Any) -> np.ndarray:
+        if not steps:
+            return img
+        picture = Image.fromarray(img)
+        for step in steps:
+            picture = apply_step(picture, step)
+        return np.asarray(picture)
+
+
+class _RandomView:
+    """A pipeline whose stream is set anew for every call. Not for several threads at once."""
+
+    def __init__(self, size: int, seed: int, stream: int, transforms: list[A.BasicTransform]) -> None:
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
+        self.size, self.seed, self._stream = _checked_size(size), seed, stream
+        self._pipeline = A.Compose(transforms)
+
+    def __call__(self, image: np.ndarray, draw: Draw) -> torch.Tensor:
+        """Makes the view of one draw.
+
+        Args:
+            image: (H, W, 3) uint8, RGB; not changed.
+            draw: Which image this is, in which epoch, and for which time in it.
+
+        Returns:
+            (3, S, S) uint8, contiguous.
+
+        Raises:
+            DataError: The array is not of that form.
+        """
+        key = (self._stream, draw.epoch, draw.visit, draw.index)
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        # One stream for the whole pipeline. Its set_random_seed would start every transform at the same
+        # point, and tie, say, the place of the cutout to the choice of the flip.
+        self._pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))  # noqa: S311
+        return _to_tensor(self._pipeline(image=_checked_image(image))["image"])
+
+
+class WeakView(_RandomView):
+    """Horizontal flip with probability 0.5, then a squash to (size, size).
+
+    Args:
+        size: Side of the view in pixels.
+        seed: Seed of the flips.
+
+    Raises:
+        ConfigError: A size below 1 or a negative seed.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        super().__init__(size, seed, _WEAK, [A.HorizontalFlip(p=0.5), _Squash(size)])
+
+
+class StrongView(_RandomView):
+    """Flip and squash as in the weak view, then Cutout, then RandAugment (fact sheet B5).
+
+    Args:
+        size: Side of the view in pixels.
+        seed: Seed of all that is random in it.
+        cutout: Side of the cut-out rectangle as a share of the view's side; 0 leaves Cutout out.
+
+    Raises:
+        ConfigError: A size below 1, a negative seed, or a share outside 0 to 1.
+    """
+
+    def __init__(self, size: int, seed: int, cutout: float = 0.5) -> None:
+        if not 0 <= cutout <= 1:
+            raise ConfigError(f"cutout is {cutout}; give a share of the side from 0 (none) to 1")
+        self.cutout = cutout
+        transforms = [A.HorizontalFlip(p=0.5), _Squash(size), _Cutout(cutout), _RandAugment()]
+        if cutout == 0:
+            del transforms[2]
+        super().__init__(size, seed, _STRONG, transforms)
+
+
+class PlainView:
+    """The squash alone, for evaluation and inference.
+
+    Args:
+        size: Side of the view in pixels.
+
+    Raises:
+        ConfigError: A size below 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = _checked_size(size)
+
+    def __call__(self, image: np.ndarray, draw: Draw | None = None) -> torch.Tensor:
+        """Makes the view; nothing about it is random, so ``draw`` changes nothing.
+
+        Args:
+            image: (H, W, 3) uint8, RGB; not changed.
+            draw: Taken so that every view is called alike.
+
+        Returns:
+            (3, S, S) uint8, contiguous.
+
+        Raises:
+            DataError: The array is not of that form.
+        """
+        return _to_tensor(_squash(_checked_image(image), self.size))
+
+
+def _squash(image: np.ndarray, size: int) -> np.ndarray:
+    # Pillow's antialiased bilinear filter, by torch: within one grey level, and several times faster.
+    if not image.flags.writeable:  # torch warns about memory that it could not write to
+        image = image.copy()
+    batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is the result
+    resized = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())  # a copy: never the caller's memory
+
+
+def _checked_size(size: int) -> int:
+    if size < 1:
+        raise ConfigError(f"the size of a view is {size}; give its side in pixels, 1 or more")
+    return size
+
+
+def _checked_image(image: np.ndarray) -> np.ndarray:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise DataError(
+            f"a view needs an image of (H, W, 3) uint8, found {image.dtype} of shape {image.shape}; "
+            "decode() gives that form"
+        )
+    return image

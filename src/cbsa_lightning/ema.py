@@ -1,0 +1,75 @@
+"""Exponential moving average of the trainable weights (CAP keeps one for pseudo-labels; fact D2-14)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ParameterEMA(nn.Module):
+    """Average of the trainable parameters of a module.
+
+    Frozen weights and buffers are left out: with a frozen CLIP they are most of the memory and never change.
+    The averages are buffers, so they travel in a checkpoint and to a device with their owner.
+
+    Args:
+        module: Whose trainable parameters are averaged; which ones are trainable must not change afterwards.
+        decay: Share of the old average that each :meth:`update` keeps.
+    """
+
+    started: Tensor
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self._names = [name for name, p in module.named_parameters() if p.requires_grad]
+        parameters = dict(module.named_parameters())
+        for name in self._names:
+            self.register_buffer(self._key(name), parameters[name].detach().clone())
+        self.register_buffer("started", torch.tensor(False))
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return "average_of_" + name.replace(".", "__")  # a buffer's name cannot hold a dot
+
+    def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        parameters = dict(module.named_parameters())
+        averages = [self.get_buffer(self._key(name)) for name in self._names]
+        return averages, [parameters[name] for name in self._names]
+
+    @torch.no_grad()
+    def start(self, module: nn.Module) -> None:
+        """Begins anew from the present weights of ``module``."""
+        averages, current = self._pairs(module)
+        torch._foreach_copy_(averages, [p.detach() for p in current])
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """One step: ``average <- decay * average + (1 - decay) * weight``."""
+        averages, current = self._pairs(module)
+        torch._foreach_lerp_(averages, [p.detach() for p in current], 1.0 - self.decay)
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Lets ``module`` hold the averages meanwhile; storage is exchanged, nothing is copied.
+
+        Before :meth:`start` the module keeps its own weights, since there is no average yet.
+        """
+        if not bool(self.started):
+            yield
+            return
+        averages, current = self._pairs(module)
+        try:
+            self._exchange(averages, current)
+            yield
+        finally:
+            self._exchange(averages, current)
+
+    @staticmethod
+    def _exchange(averages: list[Tensor], current: list[Tensor]) -> None:
+        for average, weight in zip(averages, current, strict=True):
+            average.data, weight.data = weight.data, average.data

@@ -1,0 +1,173 @@
+"""Losses: element-wise over images and classes, in float32, with unknown entries contributing exactly 0.
+
+No function here reduces over images: the training loop owns the reduction (sum / batch size for every term).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbsa_lightning.errors import ConfigError, DataError
+
+
+def asymmetric_loss(
+    logits: Tensor, targets: Tensor, gamma_pos: float = 0.0, gamma_neg: float = 4.0, clip: float = 0.05
+) -> Tensor:
+    """Asymmetric loss (ASL; Eq. 7-8 of the paper, with the margin of CAP's protocol), element-wise.
+
+    With ``p = sigmoid(logit)`` and the shifted ``p_m = max(p - clip, 0)``:
+
+    - positive entries: ``(1 - p) ** gamma_pos * -log(p)``
+    - negative entries: ``p_m ** gamma_neg * -log(1 - p_m)``
+
+    The focal weights (the powers) are constants for the gradient. With a margin the gradient of a badly wrong
+    negative is about ``(1 - p) / clip``: it fades as ``p`` nears 1, which is ASL's way to distrust such
+    labels. With both gammas and the margin 0 this is binary cross-entropy on logits.
+
+    Args:
+        logits: ``(B, C)``, any floating type; computed in float32 whatever the surrounding autocast says.
+        targets: ``(B, C)``, integer or bool: 1 positive, 0 negative, -1 unknown.
+        gamma_pos: focusing power of positives, >= 0.
+        gamma_neg: focusing power of negatives, >= 0.
+        clip: probability margin of negatives, in [0, 1).
+
+    Returns:
+        ``(B, C)`` float32, 0 at unknown entries.
+
+    Raises:
+        ConfigError: for a negative gamma or a margin outside [0, 1).
+        DataError: when shapes differ or targets are floating (soft labels have no meaning here).
+    """
+    _check_asymmetric(gamma_pos, gamma_neg, clip)
+    _check_entries(logits, targets)
+    with torch.autocast(logits.device.type, enabled=False):
+        x = logits.float()
+        fixed = x.detach()
+        positive = -F.logsigmoid(x)
+        if gamma_pos > 0:
+            positive = positive * torch.sigmoid(-fixed) ** gamma_pos
+        # sigmoid(-x) keeps 1 - p, and so its gradient, to full precision where 1 - sigmoid(x) is already 0.
+        # With a margin the logarithm's argument is at least `clip`; without one, log-space does the same
+        # service.
+        negative = -torch.log((torch.sigmoid(-x) + clip).clamp(max=1.0)) if clip > 0 else -F.logsigmoid(-x)
+        if gamma_neg > 0:
+            negative = negative * (torch.sigmoid(fixed) - clip).clamp(min=0.0) ** gamma_neg
+        return _choose(positive, negative, targets)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy on logits, element-wise, in float32, 0 at unknown entries.
+
+    Args:
+        logits: ``(B, C)``, any floating type.
+        targets: ``(B, C)``, integer or bool: 1 positive, 0 negative, -1 unknown.
+
+    Returns:
+        ``(B, C)`` float32.
+
+    Raises:
+        DataError: when shapes differ or targets are floating.
+    """
+    _check_entries(logits, targets)
+    with torch.autocast(logits.device.type, enabled=False):
+        x = logits.float()
+        return _choose(-F.logsigmoid(x), -F.logsigmoid(-x), targets)
+
+
+def context_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the context head (Eq. 11), one value an image.
+
+    Args:
+        logits: ``(B, K)``, any floating type; computed in float32.
+        targets: ``(B,)`` int64 context ids with -1 for images that have none, or ``(B, K)`` floating
+            distributions over contexts, where a row of zeros says the same.
+
+    Returns:
+        ``(B,)`` float32, 0 for images without a context.
+
+    Raises:
+        DataError: when the shapes do not fit, or ``(B, K)`` targets are integers.
+    """
+    batch = logits.shape[0] if logits.ndim == 2 else -1
+    hard = targets.ndim == 1 and not targets.is_floating_point() and targets.shape[0] == batch
+    soft = targets.shape == logits.shape and targets.is_floating_point()
+    if batch < 0 or not (hard or soft):
+        raise DataError(
+            f"context loss: logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)} of "
+            f"{targets.dtype}; targets are (B,) integer ids with -1 for none, or (B, K) floating distributions"
+        )
+    with torch.autocast(logits.device.type, enabled=False):
+        x = logits.float()
+        if hard:
+            return F.cross_entropy(x, targets.long(), ignore_index=-1, reduction="none")
+        return F.cross_entropy(x, targets.float(), reduction="none")
+
+
+class ElementwiseLoss(nn.Module):
+    """Base of the losses that a configuration may choose: ``loss(logits, targets) -> (B, C)`` float32."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Computes the loss of every entry; ``targets`` holds 1, 0 and -1 (unknown, loss 0)."""
+        raise NotImplementedError
+
+
+class AsymmetricLoss(ElementwiseLoss):
+    """:func:`asymmetric_loss` with its settings, as an object.
+
+    Args:
+        gamma_pos: focusing power of positives, >= 0.
+        gamma_neg: focusing power of negatives, >= 0.
+        clip: probability margin of negatives, in [0, 1).
+
+    Raises:
+        ConfigError: for a negative gamma or a margin outside [0, 1).
+    """
+
+    def __init__(self, gamma_pos: float = 0.0, gamma_neg: float = 4.0, clip: float = 0.05) -> None:
+        _check_asymmetric(gamma_pos, gamma_neg, clip)
+        super().__init__()
+        self.gamma_pos = gamma_pos
+        self.gamma_neg = gamma_neg
+        self.clip = clip
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`asymmetric_loss`."""
+        return asymmetric_loss(logits, targets, self.gamma_pos, self.gamma_neg, self.clip)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(module)``."""
+        return f"gamma_pos={self.gamma_pos}, gamma_neg={self.gamma_neg}, clip={self.clip}"
+
+
+class BinaryCrossEntropy(ElementwiseLoss):
+    """:func:`binary_cross_entropy` as an object."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`binary_cross_entropy`."""
+        return binary_cross_entropy(logits, targets)
+
+
+def _choose(positive: Tensor, negative: Tensor, targets: Tensor) -> Tensor:
+    """The loss that belongs to each entry's target; a plain 0, with gradient 0, where it is unknown."""
+    known = torch.where(targets == 1, positive, negative)
+    return torch.where(targets >= 0, known, torch.zeros_like(known))
+
+
+def _check_asymmetric(gamma_pos: float, gamma_neg: float, clip: float) -> None:
+    if not (gamma_pos >= 0 and gamma_neg >= 0):
+        raise ConfigError(
+            f"asymmetric loss: gammas must be >= 0, got gamma_pos={gamma_pos}, gamma_neg={gamma_neg}"
+        )
+    if not 0 <= clip < 1:
+        raise ConfigError(f"asymmetric loss: clip is a probability margin in [0, 1), got {clip}")
+
+
+def _check_entries(logits: Tensor, targets: Tensor) -> None:
+    if logits.shape != targets.shape:
+        raise DataError(
+            f"loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape"
+        )
+    if targets.is_floating_point():
+        raise DataError(f"loss: targets hold the integers 1, 0 and -1 (unknown), got {targets.dtype}")

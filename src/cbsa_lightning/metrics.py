@@ -1,0 +1,177 @@
+"""Metrics: average precision, F1, and the quality of pseudo-labels. All values are fractions, not percent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.utilities import dim_zero_cat
+
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+
+class MultilabelReport(Metric):
+    """The evaluation of a multi-label classifier, exact, over any number of batches and processes.
+
+    Non-interpolated average precision per class as torchmetrics and scikit-learn define it (equal scores are
+    one threshold), taken over the entries whose truth is known. Classes are ranked by float32 logits,
+    because a sigmoid in float32 already calls all logits above about 17 equal.
+
+    ``compute`` returns a dict:
+
+    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives;
+    - ``mAP``: mean over the other classes; NaN when there is none;
+    - ``mAP_with_zeros``: mean over all C classes, a class without positives counting 0 (the convention of
+      CAP and of torchmetrics' macro average);
+    - ``CF1``, ``OF1``: at probability 0.5 (logit >= 0); the harmonic means of the class-averaged and of the
+      pooled precision and recall, over all C classes, an undefined ratio counting 0;
+    - ``num_classes_used``: how many classes ``mAP`` averages.
+
+    Args:
+        num_classes: C, also 1.
+        min_positives: how many positives a class needs for ``mAP``, >= 1.
+
+    Raises:
+        ConfigError: for numbers below 1.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    entries: list[Tensor]
+
+    def __init__(self, num_classes: int, min_positives: int = 1) -> None:
+        if num_classes < 1 or min_positives < 1:
+            raise ConfigError(
+                f"num_classes and min_positives must be at least 1, got {num_classes} and {min_positives}"
+            )
+        super().__init__()
+        self.num_classes = num_classes
+        self.min_positives = min_positives
+        # One flat float32 state: a process that saw no image is then gathered like any other, which
+        # torchmetrics cannot do for matrices or integers.
+        self.add_state("entries", default=[], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            logits: ``(B, C)`` scores before the sigmoid, any floating type; kept as float32.
+            targets: ``(B, C)`` in {1, 0, -1 unknown}, any integer type.
+
+        Raises:
+            DataError: when shapes do not fit, or a logit is not finite.
+        """
+        expected = (len(logits), self.num_classes)
+        if logits.shape != expected or targets.shape != expected:
+            raise DataError(
+                f"report over {self.num_classes} classes: logits {tuple(logits.shape)} and "
+                f"targets {tuple(targets.shape)} must both be (B, {self.num_classes})"
+            )
+        wrong = ~torch.isfinite(logits)
+        if wrong.any():
+            where = [f"({i}, {k})" for i, k in wrong.nonzero().tolist()]
+            raise DataError(
+                f"{len(where)} of {logits.numel()} logits are not finite, at (image of the batch, class) "
+                f"{listed(where)}; training has diverged, or the scores overflow half precision"
+            )
+        self.entries.append(
+            torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten()
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """The report over everything added so far; see the class."""
+        entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)
+        if entries.numel() == 0:
+            raise DataError("report: nothing was added, so there is nothing to evaluate")
+        logits, targets = entries.cpu().view(-1, self.num_classes, 2).unbind(dim=-1)
+        positives = (targets == 1).sum(dim=0)
+        ap = torch.zeros(self.num_classes)
+        for k in positives.nonzero()[:, 0].tolist():
+            known = targets[:, k] >= 0
+            ap[k] = _average_precision(logits[known, k], targets[known, k])
+        used = positives >= self.min_positives
+        counts = _Counts((logits >= 0).to(torch.int8), targets)
+        report = {
+            "AP": torch.where(used, ap, torch.nan),
+            "mAP": ap[used].mean(),
+            "mAP_with_zeros": ap.mean(),
+            "CF1": counts.cf1,
+            "OF1": counts.of1,
+            "num_classes_used": used.sum(),
+        }
+        return {name: value.to(self.device) for name, value in report.items()}
+
+
+def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """How good pseudo-labels are, against labels that training never saw (Fig. 6 of the paper).
+
+    Entries whose truth is unknown are left out everywhere. An ignored entry (-1) is no prediction: it costs
+    recall if it is a positive in truth. An undefined ratio (a class never predicted, or without positives)
+    counts 0.
+
+    Args:
+        pseudo: ``(n, C)`` in {1, 0, -1 ignored}.
+        truth: ``(n, C)`` in {1, 0, -1 unknown}.
+
+    Returns:
+        ``precision`` and ``recall``: means over classes (CP, CR); ``CF1``: their harmonic mean; ``OF1``: the
+        harmonic mean of pooled precision and recall; ``coverage``: share of entries that are not ignored;
+        ``class_precision``, ``class_recall``, ``positive_rate`` ``(C,)``: per class, the last one the share
+        of images that are pseudo-positive. Float32 on the CPU.
+
+    Raises:
+        DataError: when the shapes differ or are not (n, C).
+    """
+    if pseudo.ndim != 2 or pseudo.shape != truth.shape:
+        raise DataError(
+            f"pseudo-labels {tuple(pseudo.shape)} and truth {tuple(truth.shape)} must be (n, C) alike"
+        )
+    pseudo, truth = pseudo.cpu(), truth.cpu()
+    counts = _Counts(pseudo, truth)
+    known = (truth >= 0).sum(dim=0)
+    return {
+        "precision": counts.class_precision.mean(),
+        "recall": counts.class_recall.mean(),
+        "CF1": counts.cf1,
+        "OF1": counts.of1,
+        "coverage": _ratio(((pseudo >= 0) & (truth >= 0)).sum(), known.sum()),
+        "class_precision": counts.class_precision,
+        "class_recall": counts.class_recall,
+        "positive_rate": _ratio(counts.predicted, known),
+    }
+
+
+class _Counts:
+    """Hits, predicted and actual positives per class, over entries of known truth; and F1 from them."""
+
+    def __init__(self, predicted: Tensor, truth: Tensor) -> None:
+        self.hits = ((predicted == 1) & (truth == 1)).sum(dim=0)
+        self.predicted = ((predicted == 1) & (truth >= 0)).sum(dim=0)
+        self.actual = (truth == 1).sum(dim=0)
+        self.class_precision = _ratio(self.hits, self.predicted)
+        self.class_recall = _ratio(self.hits, self.actual)
+
+    @property
+    def cf1(self) -> Tensor:
+        return _harmonic(self.class_precision.mean(), self.class_recall.mean())
+
+    @property
+    def of1(self) -> Tensor:
+        hits = self.hits.sum()
+        return _harmonic(_ratio(hits, self.predicted.sum()), _ratio(hits, self.actual.sum()))
+
+
+def _average_precision(logits: Tensor, targets: Tensor) -> Tensor:
+    # torchmetrics squashes scores that are no probabilities, which would tie large logits: hand it their
+    # ranks.
+    rank = torch.unique(logits, return_inverse=True)[1]
+    return binary_average_precision(rank.double() / len(rank), targets.long(), validate_args=False)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part.double() / whole.clamp(min=1), 0.0).float()
+
+
+def _harmonic(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a + b > 0, 2 * a * b / (a + b), 0.0)

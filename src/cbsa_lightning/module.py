@@ -1,0 +1,268 @@
+"""The training loop: any network, any labeler, one way through (Eqs. 6-8, 11, 12)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from cbsa_lightning.callbacks.contexts import UpdateContexts
+from cbsa_lightning.callbacks.stages import Stages
+from cbsa_lightning.callbacks.thresholds import UpdateThresholds
+from cbsa_lightning.checkpoints import LeanCheckpoint
+from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.data.batches import EvalBatch, TrainBatch
+from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.labelers import Labeler
+from cbsa_lightning.losses import AsymmetricLoss, context_loss
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.schedules import OneCycle, SchedulerCallable
+
+Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
+NetworkCallable = Callable[[Sequence[str]], Network]
+"""Makes a network for given prompt names."""
+LossCallable = Callable[[Tensor, Tensor], Tensor]
+"""Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    """The paper's optimiser: AdamW at 1e-3; weight decay 1e-4 as in CAP, since the paper names none."""
+    return AdamW(params, lr=1e-3, weight_decay=1e-4)
+
+
+class SSMLLModule(LeanCheckpoint, L.LightningModule):
+    """Semi-supervised multi-label training of a network.
+
+    The first ``warmup_epochs`` see labelled images only. Then, at each epoch's start, the averaged weights score the
+    weak view of every unlabelled image, ``labeler`` turns the scores into pseudo-labels, and each step trains on the
+    strong views of labelled and unlabelled images together. What is learnt once an epoch lives in buffers, NaN or -1
+    until first set, so a checkpoint alone is enough to predict.
+
+    Args:
+        class_names: The C class names.
+        prompt_names: How prompts spell them; None: as ``class_names``.
+        network: Makes the network from the prompt names.
+        labeler: Makes pseudo-labels; None trains on the labelled images alone, for as many steps.
+        loss: Element-wise loss of logits and targets in {1, 0, -1}.
+        contexts: Options of context identification; used when the network has a context head.
+        warmup_epochs: Epochs of the first stage.
+        unsup_weight: Factor of the loss on pseudo-labels.
+        ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
+            when the warm-up ends; before that both are one.
+        optimizer: Makes the optimiser from parameter groups.
+        scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps.
+    """
+
+    tau_pos: Tensor
+    tau_neg: Tensor
+    positive_rate: Tensor
+    context_partition: Tensor
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        network: NetworkCallable,
+        prompt_names: Sequence[str] | None = None,
+        labeler: Labeler | None = None,
+        loss: LossCallable | None = None,
+        contexts: ContextTask | None = None,
+        warmup_epochs: int = 8,
+        unsup_weight: float = 1.0,
+        ema_decay: float = 0.9997,
+        optimizer: OptimizerCallable = adamw,
+        scheduler: SchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
+        self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
+        self.class_names = list(class_names)
+        self.prompt_names = list(prompt_names if prompt_names is not None else class_names)
+        self.network = network(self.prompt_names)
+        self.labeler = labeler
+        self.loss = loss if loss is not None else AsymmetricLoss()
+        self.contexts = contexts if contexts is not None else ContextTask()
+        self.warmup_epochs = warmup_epochs
+        self.unsup_weight = unsup_weight
+        self.make_optimizer = optimizer
+        self.make_schedule = scheduler if scheduler is not None else OneCycle()
+        self.ema = ParameterEMA(self.network, ema_decay)
+
+        num_classes = len(self.class_names)
+        unset = torch.full((num_classes,), float("nan"))
+        self.register_buffer("tau_pos", unset.clone())
+        self.register_buffer("tau_neg", unset.clone())
+        self.register_buffer("positive_rate", unset.clone())
+        self.register_buffer("context_partition", torch.full((num_classes,), -1))
+        # Tables over the rows of the train table, filled once an epoch by the callbacks.
+        self.pseudo_labels: Tensor | None = None
+        self.context_targets: Tensor | None = None
+
+        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
+        self._text: dict[str, Any] = {}
+        self._clock = 0.0
+        self._images = 0
+
+    @property
+    def stage(self) -> Stage:
+        """What the present epoch trains on."""
+        if self.current_epoch < self.warmup_epochs:
+            return "warm-up"
+        return "labelled-only" if self.labeler is None else "semi-supervised"
+
+    @property
+    def num_contexts(self) -> int:
+        """K, 0 without context identification."""
+        return self.network.num_contexts
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The epoch-wise parts of the method come along with it; their order matters."""
+        callbacks: list[L.Callback] = [Stages(), UpdateThresholds()]
+        return [*callbacks, UpdateContexts()] if self.num_contexts else callbacks
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""
+        groups = self.network.parameter_groups()
+        scales = [group.pop("lr_scale") for group in groups]
+        optimizer = self.make_optimizer(groups)
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] *= scale
+        schedule = self.make_schedule(optimizer, self._stage_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _stage_steps(self) -> int:
+        trainer = self.trainer
+        _ = trainer.estimated_stepping_batches  # has the effect that the loader, so its length, is there
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
+        in_warmup = self.current_epoch < self.warmup_epochs
+        epochs = min(self.warmup_epochs, epochs) if in_warmup else epochs - self.warmup_epochs
+        return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches) * max(epochs, 1)
+
+    # Training --------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the clock of the epoch's steps."""
+        self._clock, self._images = time.perf_counter(), 0
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """One step on strong views (Eq. 12).
+
+        Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
+        weights that the paper's sums have (D2-18).
+        """
+        size = len(batch.images)
+        output = self.network(self.network.features(batch.images), self.network.encode_text())
+        known = batch.labelled.to(torch.float32)
+        targets = batch.targets
+        if self.pseudo_labels is not None:
+            targets = torch.where(batch.labelled[:, None], targets, self.pseudo_labels[batch.index])
+        per_image = self.loss(output.logits, targets).sum(1)
+        sup = (per_image * known).sum() / size
+        unsup = (per_image * (1 - known)).sum() / size
+        loss = sup + self.unsup_weight * unsup
+        terms = {"loss_sup": sup, "loss_unsup": unsup}
+        if output.context_logits is not None and self.context_targets is not None:
+            aux = context_loss(output.context_logits, self.context_targets[batch.index]).sum() / size
+            loss = loss + self.contexts.weight * aux
+            terms["loss_aux"] = aux
+        logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self._images += size * self.trainer.world_size
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """An optimiser step, then one of the average once it has started."""
+        super().optimizer_step(*args, **kwargs)
+        if self.current_epoch >= self.warmup_epochs:
+            self.ema.update(self.network)
+
+    def on_train_epoch_end(self) -> None:
+        """Logs what an image cost, loading included, validation and threshold pass not."""
+        if self._images:
+            self.log("time/ms_per_image", 1000 * (time.perf_counter() - self._clock) / self._images)
+
+    # Evaluation ------------------------------------------------------------------------------------------------
+
+    def cache_text(self) -> None:
+        """Encodes the prompts once, for the passes without gradient that follow; see :meth:`score`."""
+        with torch.no_grad():
+            self._text = {"raw": self.network.encode_text()}
+            with self.ema.applied_to(self.network):
+                self._text["ema"] = self.network.encode_text()
+
+    def score(self, features: Tensor, weights: Literal["ema", "raw"] = "ema", **options: Any) -> NetworkOutput:
+        """Output of the averaged or the raw weights on frozen features, text taken from the cache if there is one."""
+        with torch.no_grad():
+            if weights == "raw":
+                return self.network(features, self._text.get("raw"), **options)
+            with self.ema.applied_to(self.network):
+                return self.network(features, self._text.get("ema"), **options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``, by the averaged weights."""
+        return self.score(self.network.features(images)).logits.float().sigmoid()
+
+    def on_validation_epoch_start(self) -> None:
+        """Prompts do not change within a pass."""
+        self.cache_text()
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """One pass of the frozen tower serves both the averaged and the raw weights."""
+        features = self.network.features(batch.images)
+        for weights in ("ema", "raw"):
+            self._report(weights).update(self.score(features, weights).logits, batch.targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
+        report = self._report("ema").compute()
+        self._log_report("val", report)
+        self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
+        self._end_pass("ema", "raw")
+
+    def on_test_epoch_start(self) -> None:
+        """Prompts do not change within a pass."""
+        self.cache_text()
+
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        """As validation, with the averaged weights only."""
+        self._report("test").update(self.score(self.network.features(batch.images)).logits, batch.targets)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs as validation does, under ``test/``."""
+        self._log_report("test", self._report("test").compute())
+        self._end_pass("test")
+
+    def _report(self, name: str) -> MultilabelReport:
+        report = self.metrics[name]
+        assert isinstance(report, MultilabelReport)
+        return report
+
+    def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
+        self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
+        self.log_dict({f"{prefix}/{key}": report[key] for key in ("mAP_with_zeros", "CF1", "OF1")})
+        per_class = zip(self.class_names, report["AP"].tolist(), strict=True)
+        self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
+
+    def _end_pass(self, *reports: str) -> None:
+        for name in reports:
+            self._report(name).reset()
+        self._text = {}
+
+    def on_predict_epoch_start(self) -> None:
+        """Prompts do not change within a pass."""
+        self.cache_text()
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1] and ``labels (B, C)`` bool."""
+        scores = self(batch.images)
+        return {"index": batch.index, "scores": scores, "labels": scores >= self.decision_thresholds()}
+
+    def decision_thresholds(self) -> Tensor:
+        """Score from which a label is given, ``(C,)``: the class's threshold tau+ where it is known, else 0.5."""
+        return torch.where(self.tau_pos.isnan(), torch.full_like(self.tau_pos, 0.5), self.tau_pos)

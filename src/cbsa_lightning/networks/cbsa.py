@@ -1,0 +1,172 @@
+"""The paper's network: semantic-aware alignment (section 3.1) and the context head (section 3.2)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.networks.decoder import LabelDecoder
+from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
+
+
+class TextFeatures(NamedTuple):
+    """Features of the classes: ``target`` t^t ``(C, d)`` classifies, ``semantic`` t^s ``(C, d)`` or None queries."""
+
+    target: Tensor
+    semantic: Tensor | None
+
+
+class CBSANetwork(Network):
+    """CLIP with prompts, label decoder and context head.
+
+    Each part of the paper's Table 3 can be left out: ``target_prompts=False`` classifies with fixed template words
+    (TP off), ``decoder=None`` compares the global image feature with every class (SAA off), ``num_contexts=0`` has
+    no context head (CI off).
+
+    Args:
+        clip: The frozen towers.
+        prompt_names: The C class names, as they are to be read.
+        decoder: Makes label-specific features (Eq. 4), or None.
+        num_contexts: K, width of the context head; 0 for none.
+        prompt_length: N, learnable words a prompt.
+        shared_prompts: One set of words for all classes (Table 8, "w/o CSP").
+        prompt_template: Words that prompts start from (Table 6, "Template"); None starts from noise.
+        target_prompts: Whether the target prompts are learnt.
+        scale: Initial factor of the cosine in Eq. 5; a bare cosine would hold probabilities in [0.27, 0.73].
+        learn_scale: Whether that factor is learnt.
+        train_pool: Whether CLIP's attention pool is trained. With everything before the global feature frozen,
+            the context loss reaches no weight that the label task shares, so contexts could change nothing.
+        pool_lr_scale: Factor of the learning rate for the attention pool.
+    """
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        prompt_names: Sequence[str],
+        decoder: LabelDecoder | None = None,
+        num_contexts: int = 0,
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+        prompt_template: str | None = None,
+        target_prompts: bool = True,
+        scale: float = 20.0,
+        learn_scale: bool = True,
+        train_pool: bool = True,
+        pool_lr_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.num_contexts = num_contexts
+        self.pool_lr_scale = pool_lr_scale
+        clip.pool.requires_grad_(train_pool)
+        if num_contexts and not train_pool:
+            warnings.warn(
+                "Contexts are on but the attention pool is frozen: the context loss then reaches no weight that the "
+                "label task shares and cannot change any label. Train the pool, or switch contexts off.",
+                stacklevel=2,
+            )
+        words = {"length": prompt_length, "shared": shared_prompts, "template": prompt_template}
+        if target_prompts:
+            self.target_prompts = ClassPrompts(clip, prompt_names, **words)  # type: ignore[arg-type]
+        else:
+            template = prompt_template or "a photo of a"
+            self.target_prompts = ClassPrompts(clip, prompt_names, template=template, trainable=False)
+        self.decoder = decoder
+        self.semantic_prompts = ClassPrompts(clip, prompt_names, **words) if decoder is not None else None  # type: ignore[arg-type]
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+        # Made last, so that switching contexts on or off leaves the start of all other weights as it is.
+        self.context_head = nn.Linear(clip.embed_dim, num_contexts) if num_contexts else None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
+        return self.clip.features(images)
+
+    def encode_text(self) -> TextFeatures:
+        """Text features of all prompts, in one pass of the text tower."""
+        if self.semantic_prompts is None:
+            return TextFeatures(encode_prompt_sets(self.clip, [self.target_prompts])[0], None)
+        target, semantic = encode_prompt_sets(self.clip, [self.target_prompts, self.semantic_prompts])
+        return TextFeatures(target, semantic)
+
+    def forward(
+        self, features: Tensor, text: TextFeatures | None = None, *, attention: bool = False
+    ) -> NetworkOutput:
+        """Aligns each image with each class (Eq. 3-5) and names its context.
+
+        Args:
+            features: What :meth:`features` gave, ``(B, ...)``.
+            text: What :meth:`encode_text` gave; computed here when None.
+            attention: Whether to give the decoder's attention maps.
+        """
+        text = text if text is not None else self.encode_text()
+        tokens = self.clip.pool(features)
+        maps = None
+        if self.decoder is None or text.semantic is None:
+            aligned = tokens.g[:, None]
+        else:
+            aligned, maps = self.decoder(text.semantic.to(tokens.l.dtype), tokens.l, attention)
+        logits = self._cosine(aligned, text.target)
+        context_logits = None if self.context_head is None else self.context_head(tokens.g)
+        if maps is not None:
+            maps = maps.unflatten(-1, tokens.grid)
+        return NetworkOutput(logits, context_logits, maps)
+
+    def _cosine(self, aligned: Tensor, target: Tensor) -> Tensor:
+        """Scaled cosine of ``(B, C or 1, d)`` with ``(C, d)`` (Eq. 5), in float32 whatever the autocast."""
+        with torch.autocast(aligned.device.type, enabled=False):
+            z = nn.functional.normalize(aligned.float(), dim=-1)
+            t = nn.functional.normalize(target.float(), dim=-1)
+            return self.log_scale.float().exp() * (z * t).sum(-1)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The attention pool in a group of its own, with its factor of the learning rate."""
+        pool = [p for p in self.clip.pool.parameters() if p.requires_grad]
+        own = {id(p) for p in pool}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
+        return [*groups, {"params": pool, "lr_scale": self.pool_lr_scale}] if pool else groups
+
+
+def build_cbsa_network(
+    prompt_names: Sequence[str],
+    *,
+    clip: str,
+    pretrained: str | None,
+    semantic_alignment: bool,
+    decoder_layers: int,
+    decoder_heads: int,
+    decoder_feedforward: int,
+    decoder_dropout: float,
+    decoder_self_attention: bool,
+    **settings: Any,
+) -> CBSANetwork:
+    """Builds the network from plain settings, as :class:`~cbsa_lightning.cbsa.CBSAModule` explains and stores them.
+
+    Args:
+        prompt_names: The C class names, as they are to be read.
+        clip: See :meth:`FrozenCLIP.load`, as for ``pretrained``.
+        pretrained: Weights of the towers.
+        semantic_alignment: Whether there is a :class:`LabelDecoder`, which the settings ``decoder_*`` describe.
+        decoder_layers: Its blocks.
+        decoder_heads: Attention heads of each.
+        decoder_feedforward: Hidden width of each.
+        decoder_dropout: Dropout rate of each.
+        decoder_self_attention: Whether queries look at each other.
+        settings: The other arguments of :class:`CBSANetwork`.
+
+    Raises:
+        ConfigError: If settings do not fit each other or the towers.
+        WeightsError: If the CLIP weights cannot be had.
+    """
+    towers = FrozenCLIP.load(clip, pretrained)
+    decoder = LabelDecoder(
+        towers.embed_dim, decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention
+    )
+    return CBSANetwork(towers, prompt_names, decoder=decoder if semantic_alignment else None, **settings)

@@ -1,0 +1,131 @@
+"""Tables of predictions: one row an image, with its labels and the score of every class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+SEPARATOR = ";"
+COLUMNS = ("image", "labels")
+
+_WRITERS: dict[str, Callable[[Any, str], None]] = {
+    ".csv": pyarrow.csv.write_csv,
+    ".parquet": pyarrow.parquet.write_table,
+}
+
+
+def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> None:
+    """Refuses, before any work is done, what :func:`write_predictions` could not write.
+
+    Raises:
+        ConfigError: Another suffix than .csv or .parquet, or a class name that would make the table ambiguous.
+    """
+    if Path(path).suffix.lower() not in _WRITERS:
+        raise ConfigError(f"{path}: predictions are written as {' or '.join(_WRITERS)}; choose one of these suffixes.")
+    ambiguous = [repr(name) for name in class_names if name in COLUMNS or SEPARATOR in name]
+    if ambiguous:
+        raise ConfigError(
+            f"A table of predictions has the columns {' and '.join(COLUMNS)} and joins labels with '{SEPARATOR}', so "
+            f"it cannot tell these classes apart: {listed(ambiguous)}. Rename them in the annotations."
+        )
+
+
+def write_predictions(
+    path: str | os.PathLike[str],
+    table: AnnotationTable,
+    class_names: Sequence[str],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.bool_],
+) -> None:
+    """Writes predictions as CSV or Parquet, in the order of the table.
+
+    The columns are ``image`` (the path as in the table), ``labels`` (names joined with ";"), and a float32 score
+    for every class, under its name. The file appears whole or not at all; one that is there is replaced.
+
+    Args:
+        path: Where to; the suffix, .csv or .parquet, decides the format. Folders are made.
+        table: The n images.
+        class_names: The C class names.
+        scores: ``(n, C)`` in [0, 1], a row for each image of ``table``.
+        labels: ``(n, C)``, whether the image is given the label.
+
+    Raises:
+        ConfigError: See :func:`check_output`.
+        DataError: Images without a prediction, or arrays that do not fit the table.
+    """
+    path = Path(path)
+    check_output(path, class_names)
+    expected = (len(table), len(class_names))
+    if scores.shape != expected or labels.shape != expected:
+        raise DataError(
+            f"{path}: {len(table)} images and {len(class_names)} classes need scores and labels of shape {expected}; "
+            f"got {scores.shape} and {labels.shape}"
+        )
+    missing = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(missing):
+        found = listed(f"{table.paths[i]} (row {i})" for i in missing)
+        raise DataError(f"{path}: {len(missing)} of {len(table)} images have no finite score: {found}")
+    names = np.array(class_names, dtype=object)
+    columns: dict[str, Any] = {
+        "image": pa.array(table.paths.tolist(), pa.string()),
+        "labels": pa.array([SEPARATOR.join(names[row]) for row in labels], pa.string()),
+    }
+    for k, name in enumerate(class_names):
+        columns[name] = pa.array(np.ascontiguousarray(scores[:, k], dtype=np.float32))
+    with _replacing(path) as draft:
+        _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
+
+
+def in_table_order(
+    num_rows: int, num_classes: int, parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Puts predictions that came in any order, from any process, in the order of their table.
+
+    Args:
+        num_rows: n, rows of the table.
+        num_classes: C.
+        parts: ``(index (B,), scores (B, C), labels (B, C))``, the index being rows of the table. An image may come
+            twice; the last counts.
+
+    Returns:
+        Scores ``(n, C)`` and labels ``(n, C)``.
+
+    Raises:
+        DataError: Rows that no part holds.
+    """
+    scores = np.zeros((num_rows, num_classes), dtype=np.float32)
+    labels = np.zeros((num_rows, num_classes), dtype=np.bool_)
+    seen = np.zeros(num_rows, dtype=np.bool_)
+    for index, some_scores, some_labels in parts:
+        scores[index], labels[index], seen[index] = some_scores, some_labels, True
+    if not seen.all():
+        rows = np.flatnonzero(~seen)
+        raise DataError(
+            f"{len(rows)} of {num_rows} images have no prediction: rows {listed(rows.tolist())}. A table of "
+            "predictions is complete: run over all batches, without limits on their number."
+        )
+    return scores, labels
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its place once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
