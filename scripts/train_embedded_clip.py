@@ -1,16 +1,18 @@
-"""Trains the small CLIP that ships in ``src/cbsa_lightning/embedded``: ``uv run python scripts/train_embedded_clip.py``.
+"""Trains the small CLIP that ships in ``src/cbsa_lightning/embedded``.
 
-The pictures are plain posters: printed and handwritten digits and printed letters on soft colour grounds, captioned
-in a few ways. They share no exemplar, no scene and no co-occurrence with the quickstart's data set (`Digits`), so the
-model knows the digits there but not well, as CLIP does with photographs of somebody else's classes.
+    uv run python scripts/train_embedded_clip.py
 
-Image and caption are a positive pair if every digit of the caption is in the image; the loss is the sigmoid loss over
-all pairs of a batch (SigLIP, arXiv 2303.15343, Eq. 1). With ten digits most captions fit several images of a batch,
-which the softmax loss would count as errors. The learnt bias is the same for every pair and is dropped at the end.
+The pictures are plain posters: printed and handwritten digits and printed letters on soft colour grounds,
+captioned in a few ways. They share no exemplar, no scene and no co-occurrence with the quickstart's data set
+(`Digits`), so the model knows the digits there, but not well: as CLIP knows somebody else's photographs.
 
-The stages go from small posters with one digit to the full size with several: the digits keep their size in pixels,
-so the convolutions learn cheaply first. A minute or more a stage on two CPU cores; the same seed, threads and library
-versions give the same weights.
+Image and caption are a positive pair if every digit of the caption is in the image; the loss is the sigmoid loss
+over all pairs of a batch (SigLIP, arXiv 2303.15343). With ten digits most captions fit several images of a
+batch, which the softmax loss would count as errors. The learnt bias is the same for every pair, so it changes no
+ranking, and is dropped at the end.
+
+The stages go from small posters with one digit to the full size with several. Digits keep their size in pixels,
+so the convolutions learn cheaply first. The same seed, threads and library versions give the same weights.
 """
 
 from __future__ import annotations
@@ -81,11 +83,15 @@ class Stage(NamedTuple):
     max_lr: float
 
 
-STAGES = (Stage(64, 1, 0, 96, 900, 3e-3), Stage(96, 2, 1, 64, 400, 2e-3), Stage(IMAGE_SIZE, 4, 3, 48, 500, 2e-3))
+STAGES = (
+    Stage(64, 1, 0, 96, 900, 3e-3),
+    Stage(96, 2, 1, 64, 400, 2e-3),
+    Stage(IMAGE_SIZE, 4, 3, 48, 500, 2e-3),
+)
 
 
 class Batch(NamedTuple):
-    """``images`` (B, 3, S, S) in [0, 1]; ``present`` (B, 10) bool; ``captions`` and the digits they name (B, 10) bool."""
+    """``images`` (B, 3, S, S) in [0, 1]; digits ``present`` (B, 10) bool; B ``captions``; digits ``named`` (B, 10)."""
 
     images: Tensor
     present: Tensor
@@ -214,12 +220,19 @@ def train(seed: int) -> CLIP:
             # Weight decay would shrink the word vectors that no caption uses.
             decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
             others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
-            groups = [{"params": decayed, "weight_decay": 0.02}, {"params": [*others, bias], "weight_decay": 0.0}]
+            groups = [
+                {"params": decayed, "weight_decay": 0.02},
+                {"params": [*others, bias], "weight_decay": 0.0},
+            ]
             optimiser = torch.optim.AdamW(groups, lr=stage.max_lr, betas=(0.9, 0.98))
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimiser, stage.max_lr, total_steps=stage.steps, pct_start=0.1
             )
-            task, began, mean_loss = progress.add_task(f"{stage.size} px", total=stage.steps), time.time(), 0.0
+            task, began, mean_loss = (
+                progress.add_task(f"{stage.size} px", total=stage.steps),
+                time.time(),
+                0.0,
+            )
             model.train()
             for step in range(stage.steps):
                 batch = posters.batch(stage)
@@ -237,7 +250,9 @@ def train(seed: int) -> CLIP:
                 mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)
                 progress.advance(task)
                 if step % 100 == 99 or step == stage.steps - 1:
-                    progress.print(f"{stage.size} px, step {step + 1}: loss {mean_loss:.3f}, {time.time() - began:.0f} s")
+                    progress.print(
+                        f"{stage.size} px, step {step + 1}: loss {mean_loss:.3f}, {time.time() - began:.0f} s"
+                    )
             model.eval()
             score = zero_shot_ap(model, tokenizer, [held_out.batch(stage) for _ in range(4)])
             progress.print(f"{stage.size} px: zero-shot mAP on new posters {score:.3f}")

@@ -115,12 +115,9 @@ def make_coco(
         (root / "annotations" / f"instances_{part}{year}.json").write_text(json.dumps(content))
         for image in images:
             write_image(root / f"{part}{year}" / str(image["file_name"]), int(str(image["id"])))
-        order = sorted(range(count), key=lambda i: str(ids[i]))  # noqa: B023
+        order = sorted(range(count), key=lambda i: str(ids[i]))
         result.append(
-            {
-                str(images[i]["file_name"]): [COCO_CLASSES[k] for k in np.flatnonzero(labels[i])]
-                for i in order
-            }
+            {str(images[i]["file_name"]): [COCO_CLASSES[k] for k in np.flatnonzero(labels[i])] for i in order}
         )
     return result[0], result[1]
 

@@ -16,13 +16,17 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.module import SSMLLModule
 
 
 @torch.no_grad()
 def zero_shot_report(
-    clip: FrozenCLIP, data: SSMLLDataModule, template: str = "a photo of a {}.", device: torch.device | None = None
+    clip: FrozenCLIP,
+    data: SSMLLDataModule,
+    template: str = "a photo of a {}.",
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Metrics of CLIP without any training: scaled cosine of image and class name, on the validation images.
 
@@ -65,8 +69,12 @@ def compare(
     clip = getattr(untrained.network, "clip", None)
     if clip is not None:
         results["zero-shot"] = float(zero_shot_report(clip, data)["mAP"])
-    own = {"callbacks": [], "enable_checkpointing": False, "logger": CSVLogger(folder, name="labelled_only", version="")}
-    untrained.labeler = None
+    own = {
+        "callbacks": [],
+        "enable_checkpointing": False,
+        "logger": CSVLogger(folder, name="labelled_only", version=""),
+    }
+    untrained.labeler = LabelledOnly()
     twin = L.Trainer(**{**settings, **own})
     twin.fit(untrained, datamodule=data)
     results["labelled only"] = float(twin.callback_metrics["val/mAP"])

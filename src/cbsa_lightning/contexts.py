@@ -95,9 +95,7 @@ def partition(S: Tensor, num_contexts: int, assign: Assign = "cluster_qr", seed:
         raise DataError(f"partition: co-occurrences must be finite and >= 0; {listed(where)}")
     num_classes = len(matrix)
     if not 1 <= num_contexts <= num_classes:
-        raise ConfigError(
-            f"partition: num_contexts must lie between 1 and {num_classes} classes, got {num_contexts}"
-        )
+        raise ConfigError(f"partition: num_contexts must lie between 1 and {num_classes} classes, got {num_contexts}")
     if num_contexts == 1:
         return torch.zeros(num_classes, dtype=torch.int64)
 
@@ -142,9 +140,7 @@ def context_targets(
     num_classes = present.shape[1]
     common = present.sum(axis=0) if frequency is None else frequency.detach().cpu().double().numpy()
     if common.shape != (num_classes,):
-        raise DataError(
-            f"context targets: {num_classes} classes need as many frequencies, got {common.shape}"
-        )
+        raise DataError(f"context targets: {num_classes} classes need as many frequencies, got {common.shape}")
     rank = np.argsort(np.argsort(common, kind="stable"), kind="stable")  # 0 is the rarest class
     # One number orders both wishes: more labels first, then the rarer class; ranks differ, so nothing ties.
     merit = np.zeros((len(present), num_contexts), dtype=np.int64)
@@ -224,9 +220,7 @@ def _normalised_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assign, s
     if k == len(affinity):
         return np.arange(k)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Graph is not fully connected"
-        )  # fewer groups than k: handled
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")  # fewer groups than k: handled
         if assign != "kmeans_rownorm":
             labels = spectral_clustering(affinity, n_clusters=k, assign_labels=assign, random_state=seed)
         else:
@@ -242,15 +236,11 @@ def _by_first_class(groups: _Ints) -> _Ints:
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
-def _checked(
-    labels: Tensor, partition: Tensor, num_contexts: int | None
-) -> tuple[npt.NDArray[np.bool_], _Ints, int]:
+def _checked(labels: Tensor, partition: Tensor, num_contexts: int | None) -> tuple[npt.NDArray[np.bool_], _Ints, int]:
     present = (labels == 1).cpu().numpy()
     groups = partition.detach().cpu().long().numpy()
     if present.ndim != 2 or groups.shape != present.shape[1:]:
-        raise DataError(
-            f"labels {present.shape} and partition {groups.shape} do not fit: (n, C) and (C,) are needed"
-        )
+        raise DataError(f"labels {present.shape} and partition {groups.shape} do not fit: (n, C) and (C,) are needed")
     highest = int(groups.max(initial=0)) + 1
     num_contexts = highest if num_contexts is None else num_contexts
     if (groups < 0).any() or highest > num_contexts:

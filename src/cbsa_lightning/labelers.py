@@ -158,6 +158,17 @@ class ClassDistributionAware(Labeler):
 
 
 @dataclass(frozen=True)
+class LabelledOnly(Labeler):
+    """Labels nothing: training goes on with the labelled images alone, for as many steps as with a labeler."""
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; every entry is ignored."""
+        labels = torch.full(scores.shape, -1, dtype=torch.int8, device=scores.device)
+        none = torch.full((scores.shape[1],), torch.nan, device=scores.device)
+        return PseudoLabels(labels, none, none.clone())
+
+
+@dataclass(frozen=True)
 class TopK(Labeler):
     """The k classes with the highest scores of an image are positive, all others negative.
 
@@ -270,9 +281,7 @@ def _checked(scores: Tensor) -> Tensor:
 def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
     rate = positive_rate.detach().cpu().double()
     if rate.shape != (num_classes,):
-        raise DataError(
-            f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}"
-        )
+        raise DataError(f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}")
     wrong = ~((rate >= 0) & (rate <= 1))
     if wrong.any():
         found = [f"class {k}: {float(rate[k])}" for k in wrong.nonzero()[:, 0].tolist()]
@@ -282,9 +291,7 @@ def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
 
 def _check_etas(eta_pos: float, eta_neg: float) -> None:
     if not (0 <= eta_pos <= 1 and 0 <= eta_neg <= 1):
-        raise ConfigError(
-            f"class thresholds: eta_pos and eta_neg are shares in [0, 1], got {eta_pos} and {eta_neg}"
-        )
+        raise ConfigError(f"class thresholds: eta_pos and eta_neg are shares in [0, 1], got {eta_pos} and {eta_neg}")
 
 
 def _check_cuts(pos: float, neg: float) -> None:

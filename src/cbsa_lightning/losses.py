@@ -157,17 +157,13 @@ def _choose(positive: Tensor, negative: Tensor, targets: Tensor) -> Tensor:
 
 def _check_asymmetric(gamma_pos: float, gamma_neg: float, clip: float) -> None:
     if not (gamma_pos >= 0 and gamma_neg >= 0):
-        raise ConfigError(
-            f"asymmetric loss: gammas must be >= 0, got gamma_pos={gamma_pos}, gamma_neg={gamma_neg}"
-        )
+        raise ConfigError(f"asymmetric loss: gammas must be >= 0, got gamma_pos={gamma_pos}, gamma_neg={gamma_neg}")
     if not 0 <= clip < 1:
         raise ConfigError(f"asymmetric loss: clip is a probability margin in [0, 1), got {clip}")
 
 
 def _check_entries(logits: Tensor, targets: Tensor) -> None:
     if logits.shape != targets.shape:
-        raise DataError(
-            f"loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape"
-        )
+        raise DataError(f"loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
     if targets.is_floating_point():
         raise DataError(f"loss: targets hold the integers 1, 0 and -1 (unknown), got {targets.dtype}")

@@ -75,9 +75,7 @@ class MultilabelReport(Metric):
                 f"{len(where)} of {logits.numel()} logits are not finite, at (image of the batch, class) "
                 f"{listed(where)}; training has diverged, or the scores overflow half precision"
             )
-        self.entries.append(
-            torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten()
-        )
+        self.entries.append(torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         """The report over everything added so far; see the class."""
@@ -124,9 +122,7 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
         DataError: when the shapes differ or are not (n, C).
     """
     if pseudo.ndim != 2 or pseudo.shape != truth.shape:
-        raise DataError(
-            f"pseudo-labels {tuple(pseudo.shape)} and truth {tuple(truth.shape)} must be (n, C) alike"
-        )
+        raise DataError(f"pseudo-labels {tuple(pseudo.shape)} and truth {tuple(truth.shape)} must be (n, C) alike")
     pseudo, truth = pseudo.cpu(), truth.cpu()
     counts = _Counts(pseudo, truth)
     known = (truth >= 0).sum(dim=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -19,7 +19,7 @@ from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.labelers import Labeler
+from cbsa_lightning.labelers import ClassDistributionAware, Labeler, LabelledOnly
 from cbsa_lightning.losses import AsymmetricLoss, context_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
@@ -49,7 +49,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         class_names: The C class names.
         prompt_names: How prompts spell them; None: as ``class_names``.
         network: Makes the network from the prompt names.
-        labeler: Makes pseudo-labels; None trains on the labelled images alone, for as many steps.
+        labeler: Makes pseudo-labels; None: the paper's CAT. ``LabelledOnly()`` trains on the labels alone.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
         contexts: Options of context identification; used when the network has a context head.
         warmup_epochs: Epochs of the first stage.
@@ -85,7 +85,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.class_names = list(class_names)
         self.prompt_names = list(prompt_names if prompt_names is not None else class_names)
         self.network = network(self.prompt_names)
-        self.labeler = labeler
+        self.labeler = labeler if labeler is not None else ClassDistributionAware()
         self.loss = loss if loss is not None else AsymmetricLoss()
         self.contexts = contexts if contexts is not None else ContextTask()
         self.warmup_epochs = warmup_epochs
@@ -114,7 +114,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """What the present epoch trains on."""
         if self.current_epoch < self.warmup_epochs:
             return "warm-up"
-        return "labelled-only" if self.labeler is None else "semi-supervised"
+        return "labelled-only" if isinstance(self.labeler, LabelledOnly) else "semi-supervised"
 
     @property
     def num_contexts(self) -> int:
@@ -239,9 +239,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self._end_pass("test")
 
     def _report(self, name: str) -> MultilabelReport:
-        report = self.metrics[name]
-        assert isinstance(report, MultilabelReport)
-        return report
+        return cast(MultilabelReport, self.metrics[name])
 
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)

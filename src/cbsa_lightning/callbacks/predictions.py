@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -27,7 +26,7 @@ class WritePredictions(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.output = output
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses an impossible output before the work, not after it.
 
         Raises:
@@ -41,19 +40,19 @@ class WritePredictions(BasePredictionWriter):
             )
 
     def write_on_epoch_end(
-        self, trainer: L.Trainer, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self, trainer: Any, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Gathers the predictions of all processes; the first one writes them."""
         path = self._path(trainer)
         parts = gather([packed(output) for output in predictions])
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         table, class_names = data.predict_table(), pl_module.class_names
         write_predictions(path, table, class_names, *in_table_order(len(table), len(class_names), parts))
         print(f"Predictions of {len(table)} images: {path}")
 
-    def _path(self, trainer: L.Trainer) -> Path:
+    def _path(self, trainer: Any) -> Path:
         folder = trainer.log_dir  # asked for on all processes, since it is a broadcast
         return Path(self.output) if self.output is not None else Path(folder or ".") / "predictions.csv"
 

@@ -80,9 +80,7 @@ def load_open_clip(
         with _identifier(architecture, file) as identifier:
             clip = open_clip.create_model(
                 identifier,
-                pretrained=pretrained
-                if identifier == architecture.identifier and architecture.builtin
-                else None,
+                pretrained=pretrained if identifier == architecture.identifier and architecture.builtin else None,
                 load_weights=pretrained is not None,
                 require_pretrained=pretrained is not None,
                 pretrained_text=False,
@@ -131,9 +129,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path.parent}: a CLIP model folder needs {path.name}, which is not there"
-        ) from error
+        raise ConfigError(f"{path.parent}: a CLIP model folder needs {path.name}, which is not there") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable JSON config: {error}") from error
     content = content if isinstance(content, dict) else {}
@@ -194,9 +190,7 @@ def _check_tag(architecture: _Architecture, pretrained: str) -> None:
 def _check_file(architecture: _Architecture, file: Path) -> None:
     """Refuses QuickGELU weights for a plain-GELU config where they can be told, and warns where they cannot."""
     if architecture.identifier is not None and architecture.identifier.startswith(HUB):
-        raise ConfigError(
-            f"model {architecture.identifier} brings its own weights; {file} has no place in it"
-        )
+        raise ConfigError(f"model {architecture.identifier} brings its own weights; {file} has no place in it")
     if architecture.config.get("quick_gelu", False):
         return
     name, sibling = architecture.identifier or "", file.parent / CONFIG_NAME
@@ -260,7 +254,5 @@ def _stage(file: Path, folder: Path) -> None:
 
 def _three(name: str, values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) != 3 or (name == "image_std" and min(values) <= 0):
-        raise ConfigError(
-            f"{name} must be three numbers{' above 0' if name == 'image_std' else ''}, got {values}"
-        )
+        raise ConfigError(f"{name} must be three numbers{' above 0' if name == 'image_std' else ''}, got {values}")
     return float(values[0]), float(values[1]), float(values[2])

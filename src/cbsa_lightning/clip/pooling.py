@@ -32,9 +32,7 @@ class ImageTokens(NamedTuple):
     grid: tuple[int, int]
 
 
-def resize_positions(
-    positions: Tensor, native: tuple[int, int], grid: tuple[int, int], antialias: bool
-) -> Tensor:
+def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int, int], antialias: bool) -> Tensor:
     """Fits learned positions to another grid: bicubic, corners not aligned, the class row left as it is.
 
     Args:
@@ -77,9 +75,7 @@ class ResNetPool(nn.Module):
     def forward(self, features: Tensor) -> ImageTokens:
         """Pools the tower's last map (B, c, h, w); any grid, any floating type."""
         positions, grid = self.positional_embedding, _grid(features)
-        x = (
-            features.to(positions.dtype).flatten(2).permute(2, 0, 1)
-        )  # (hw, B, c), tokens first as in open_clip
+        x = features.to(positions.dtype).flatten(2).permute(2, 0, 1)  # (hw, B, c), tokens first as in open_clip
         x = torch.cat([x.mean(dim=0, keepdim=True), x])
         x = x + resize_positions(positions, self.native_grid, grid, antialias=False)[:, None]
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))

@@ -42,9 +42,7 @@ class ViTTower(nn.Module):
         x = self.conv1(images)
         grid = (x.shape[-2], x.shape[-1])
         if grid[0] != grid[1]:
-            raise ConfigError(
-                f"images give a grid of {grid[0]} x {grid[1]} patches; ViT towers need square images"
-            )
+            raise ConfigError(f"images give a grid of {grid[0]} x {grid[1]} patches; ViT towers need square images")
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         positions = resize_positions(self.positional_embedding, self.native_grid, grid, antialias=True)

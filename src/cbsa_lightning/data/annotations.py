@@ -89,9 +89,7 @@ class AnnotationTable:
         rows = np.asarray(indices)
         if rows.size == 0:
             rows = rows.astype(np.int64)  # an empty list is float64 to numpy, which cannot index
-        return AnnotationTable(
-            self.root, self.paths[rows], self.labels[rows], self.class_names, self.prompt_names
-        )
+        return AnnotationTable(self.root, self.paths[rows], self.labels[rows], self.class_names, self.prompt_names)
 
     def digest(self) -> str:
         """Sha256 over class names, paths and labels: the same on every machine, whatever ``root`` is."""
@@ -116,9 +114,7 @@ class AnnotationTable:
             present = _file_names(here)
             # Asking once more lets a file system that ignores case find what its listing spells otherwise.
             missing += [
-                row
-                for name, row in members
-                if name not in present and not os.path.isfile(os.path.join(here, name))
+                row for name, row in members if name not in present and not os.path.isfile(os.path.join(here, name))
             ]
         return [f"{self.paths[row]} (row {row})" for row in sorted(missing)]
 
@@ -146,9 +142,7 @@ def _as_labels(labels: ArrayLike, num_rows: int, class_names: tuple[str, ...]) -
     wrong = np.argwhere(~np.isin(array, (POSITIVE, NEGATIVE, UNKNOWN)))
     if len(wrong):
         found = listed(f"{array[i, k]} (row {i}, class {class_names[k]!r})" for i, k in wrong)
-        raise DataError(
-            f"annotation table: labels must be 1 (present), 0 (absent) or -1 (unknown); found {found}"
-        )
+        raise DataError(f"annotation table: labels must be 1 (present), 0 (absent) or -1 (unknown); found {found}")
     return array.astype(np.int8)
 
 

@@ -42,9 +42,7 @@ def exemplars(part: Part) -> Exemplars:
 
     data = load_digits()
     residues = {"train": (0, 2), "test": (1,), "pretrain": (3,)}[part]
-    rank = np.zeros(
-        len(data.target), dtype=np.int64
-    )  # running number of an exemplar among those of its digit
+    rank = np.zeros(len(data.target), dtype=np.int64)  # running number of an exemplar among those of its digit
     for digit in range(10):
         where = np.flatnonzero(data.target == digit)
         rank[where] = np.arange(len(where))
@@ -67,9 +65,7 @@ def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> I
     return Image.fromarray((255 * edge * edge * (3 - 2 * edge)).astype(np.uint8))
 
 
-def paste(
-    canvas: Image.Image, mask: Image.Image, centre: tuple[float, float], ink: Colour, opacity: float
-) -> None:
+def paste(canvas: Image.Image, mask: Image.Image, centre: tuple[float, float], ink: Colour, opacity: float) -> None:
     """Inks ``mask`` onto ``canvas`` around ``centre``, with a thin halo that keeps it readable anywhere."""
     corner = (round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2))
     halo = (24, 26, 44) if sum(ink) > 384 else (250, 244, 232)
@@ -87,10 +83,7 @@ def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[t
         tries = rng.uniform(low, high, size=(40, 2))
         gaps = [
             min(
-                (
-                    math.dist(point, other) - 0.4 * (width + w)
-                    for other, w in zip(chosen, widths, strict=False)
-                ),
+                (math.dist(point, other) - 0.4 * (width + w) for other, w in zip(chosen, widths, strict=False)),
                 default=0.0,
             )
             for point in tries
@@ -145,17 +138,15 @@ def harbour(rng: np.random.Generator, size: int) -> Image.Image:
         wave = list(zip(xs.tolist(), swell.tolist(), strict=True))
         draw.polygon(
             [*wave, (size, size), (0, size)],
-            fill=shade(rng, tuple((np.array((96, 166, 206)) * (1.2 - 0.65 * row)).astype(int).tolist()), 10),
-        )  # type: ignore[arg-type]
+            fill=shade(rng, (int(115 - 62 * row), int(199 - 108 * row), int(247 - 134 * row)), 10),
+        )
         if rng.random() < 0.6:
             x, y, r = rng.uniform(0, size), size * row, size * rng.uniform(0.05, 0.1)
             draw.polygon(
                 [(x - r, y - r / 4), (x + r, y - r / 4), (x + r / 2, y + r / 4), (x - r / 2, y + r / 4)],
                 fill=shade(rng, (150, 72, 56), 30),
             )
-            draw.polygon(
-                [(x, y - 2 * r), (x, y - r / 3), (x + r, y - r / 3)], fill=shade(rng, (244, 236, 220))
-            )
+            draw.polygon([(x, y - 2 * r), (x, y - r / 3), (x + r, y - r / 3)], fill=shade(rng, (244, 236, 220)))
             draw.polygon(
                 [(x - 2, y - 1.7 * r), (x - 2, y - r / 3), (x - r, y - r / 3)],
                 fill=shade(rng, INKS[rng.integers(6)]),
@@ -206,10 +197,8 @@ def draw_canvas(
         mask = _glyph(rng, source, int(rng.integers(len(source.digits))), size)
         w = mask.width
         cut = [(0, 0, w, w // 2), (0, w // 2, w, w), (0, 0, w // 2, w), (w // 2, 0, w, w)][rng.integers(4)]
-        paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.35, 0.7))
-    masks = [
-        _glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits
-    ]
+        paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.25, 0.5))
+    masks = [_glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits]
     for mask, centre in zip(masks, places(rng, size, [mask.width for mask in masks]), strict=True):
         paste(canvas, mask, centre, INKS[rng.integers(len(INKS))], rng.uniform(0.75, 1.0))
     return canvas

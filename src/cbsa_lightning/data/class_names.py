@@ -54,9 +54,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     return names
 
 
-def check_prompt_names(
-    class_names: Sequence[str], prompt_names: Sequence[str], where: str
-) -> tuple[str, ...]:
+def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], where: str) -> tuple[str, ...]:
     """Normalises prompt names and refuses two classes that the text tower could not tell apart.
 
     CLIP's tokenizer lower-cases and collapses white space, and prompts replace "_" by a space: texts are

@@ -184,9 +184,7 @@ class SSMLLDataModule(L.LightningDataModule):
         if self.labelled_fraction is None:
             split = split_known(self.train_table)
         else:
-            split = split_labelled(
-                len(self.train_table), self.labelled_fraction, self.seed, self.train_table.digest()
-            )
+            split = split_labelled(len(self.train_table), self.labelled_fraction, self.seed, self.train_table.digest())
         share = self.held_out_fraction
         if share is None:
             share = 0.0 if self.test_table is not None else 0.2
@@ -252,7 +250,11 @@ class SSMLLDataModule(L.LightningDataModule):
             batches: Any = LabelledBatches(self.split.labelled, self.warmup_batch_size, self.seed, **self._ranks())
         elif stage == "labelled-only":
             batches = LabelledBatches(
-                self.split.labelled, self.warmup_batch_size, self.seed, self._semi_supervised_steps(), **self._ranks()
+                self.split.labelled,
+                self.warmup_batch_size,
+                self.seed,
+                self._semi_supervised_steps(),
+                **self._ranks(),
             )
         else:
             batches = self._paired()
@@ -264,7 +266,7 @@ class SSMLLDataModule(L.LightningDataModule):
         if not len(self.split.unlabelled):
             raise DataError(
                 "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, "
-                "set labelled_fraction below 1, or train on the labels alone (model labeler: null)."
+                "set labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
             )
         lb = self.labelled_per_batch
         return PairedBatches(

@@ -56,9 +56,7 @@ def decode(path: str | os.PathLike[str]) -> np.ndarray:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(
-            f"{name}: no such file; check the image root, or that the download is whole"
-        ) from error
+        raise DataError(f"{name}: no such file; check the image root, or that the download is whole") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     # Pillow's plugins answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error, ...
@@ -100,8 +98,7 @@ def _to_rgb(name: Path, image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise DataError(
-                f"{name}: grey values from {grey.min()} to {grey.max()} do not fit 16 bits; "
-                "save it with 8 bits"
+                f"{name}: grey values from {grey.min()} to {grey.max()} do not fit 16 bits; save it with 8 bits"
             )
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

@@ -41,9 +41,7 @@ def draw_steps(rng: random.Random) -> tuple[Step, ...]:
     steps = []
     for _ in range(NUM_SLOTS):
         if rng.random() < SLOT_PROBABILITY:
-            steps.append(
-                Step(rng.choice(_NAMES), rng.randint(1, 9), rng.choice((-1, 1)), (rng.random(), rng.random()))
-            )
+            steps.append(Step(rng.choice(_NAMES), rng.randint(1, 9), rng.choice((-1, 1)), (rng.random(), rng.random())))
     return tuple(steps)
 
 

@@ -41,9 +41,7 @@ class _Batches(Sampler[list[Draw]]):
         if seed < 0:
             raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
         if not 0 <= rank < world_size:
-            raise ConfigError(
-                f"rank {rank} does not fit world_size {world_size}: ranks are 0 to world_size - 1"
-            )
+            raise ConfigError(f"rank {rank} does not fit world_size {world_size}: ranks are 0 to world_size - 1")
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
 
     @property
@@ -227,8 +225,7 @@ def _rows(indices: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
         raise ConfigError(f"there are no {what} images: check the data set and the share that is labelled")
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(
-            f"{what} images must be given as one list of row numbers; "
-            f"found {rows.dtype} values of shape {rows.shape}"
+            f"{what} images must be given as one list of row numbers; found {rows.dtype} values of shape {rows.shape}"
         )
     return rows.astype(np.int64)
 

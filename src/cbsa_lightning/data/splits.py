@@ -45,9 +45,7 @@ class Split:
     def __post_init__(self) -> None:
         for part in PARTS:
             object.__setattr__(self, part, _as_rows(getattr(self, part), part))
-        rows, counts = np.unique(
-            np.concatenate([self.labelled, self.unlabelled, self.held_out]), return_counts=True
-        )
+        rows, counts = np.unique(np.concatenate([self.labelled, self.unlabelled, self.held_out]), return_counts=True)
         if len(rows) and rows[0] < 0:
             raise DataError(f"split: row {rows[0]} is negative; rows count from 0")
         if (counts > 1).any():
@@ -217,9 +215,7 @@ def _as_rows(rows: ArrayLike, part: str) -> Rows:
     if array.size == 0:
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(
-            f"split: {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers"
-        )
+        raise DataError(f"split: {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers")
     return array.astype(np.int64)
 
 

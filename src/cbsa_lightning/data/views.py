@@ -64,9 +64,7 @@ class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
         centre = self.py_random.randrange(side)
         return max(0, centre - half), centre + half + 1
 
-    def apply(
-        self, img: np.ndarray, area: tuple[slice, slice], colour: tuple[int, ...], **params: Any
-    ) -> np.ndarray:
+    def apply(self, img: np.ndarray, area: tuple[slice, slice], colour: tuple[int, ...], **params: Any) -> np.ndarray:
         img = img.copy()
         img[area] = colour
         return img

@@ -7,20 +7,17 @@ from pathlib import Path
 
 from cbsa_lightning.errors import WeightsError
 
+FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+
 
 def folder() -> Path:
-    """The folder of the embedded CLIP, in open_clip's local-dir layout: ``"local-dir:" + str(folder())`` loads it.
+    """The folder of the embedded CLIP; open_clip loads it by the name ``"local-dir:" + str(folder())``.
 
     Raises:
         WeightsError: The package was installed without its data files, or runs from inside an archive.
     """
-    here = Path(str(files(__package__)))
-    missing = [
-        name
-        for name in ("open_clip_config.json", "open_clip_model.safetensors")
-        if not (here / name).is_file()
-    ]
-    if missing:
+    here = Path(str(files(__name__)))
+    if missing := [name for name in FILES if not (here / name).is_file()]:
         raise WeightsError(
             f"the embedded CLIP lacks {', '.join(missing)} in {here}; install the package anew, unpacked"
         )

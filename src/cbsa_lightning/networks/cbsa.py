@@ -95,9 +95,7 @@ class CBSANetwork(Network):
         target, semantic = encode_prompt_sets(self.clip, [self.target_prompts, self.semantic_prompts])
         return TextFeatures(target, semantic)
 
-    def forward(
-        self, features: Tensor, text: TextFeatures | None = None, *, attention: bool = False
-    ) -> NetworkOutput:
+    def forward(self, features: Tensor, text: TextFeatures | None = None, *, attention: bool = False) -> NetworkOutput:
         """Aligns each image with each class (Eq. 3-5) and names its context.
 
         Args:
@@ -140,26 +138,26 @@ def build_cbsa_network(
     clip: str,
     pretrained: str | None,
     semantic_alignment: bool,
+    target_prompts: bool,
+    num_contexts: int,
+    prompt_length: int,
+    shared_prompts: bool,
+    prompt_template: str | None,
     decoder_layers: int,
     decoder_heads: int,
     decoder_feedforward: int,
     decoder_dropout: float,
     decoder_self_attention: bool,
-    **settings: Any,
+    scale: float,
+    learn_scale: bool,
+    train_pool: bool,
+    pool_lr_scale: float,
 ) -> CBSANetwork:
-    """Builds the network from plain settings, as :class:`~cbsa_lightning.cbsa.CBSAModule` explains and stores them.
+    """Builds the network from plain settings: those that a checkpoint holds, so that no module is needed to use it.
 
-    Args:
-        prompt_names: The C class names, as they are to be read.
-        clip: See :meth:`FrozenCLIP.load`, as for ``pretrained``.
-        pretrained: Weights of the towers.
-        semantic_alignment: Whether there is a :class:`LabelDecoder`, which the settings ``decoder_*`` describe.
-        decoder_layers: Its blocks.
-        decoder_heads: Attention heads of each.
-        decoder_feedforward: Hidden width of each.
-        decoder_dropout: Dropout rate of each.
-        decoder_self_attention: Whether queries look at each other.
-        settings: The other arguments of :class:`CBSANetwork`.
+    ``semantic_alignment`` says whether there is a :class:`LabelDecoder`, ``clip`` and ``pretrained`` go to
+    :meth:`FrozenCLIP.load`; for all others see :class:`CBSANetwork` and :class:`LabelDecoder`. The defaults are
+    those of :class:`cbsa_lightning.cbsa.CBSAModule`, and are kept there alone.
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.
@@ -167,6 +165,24 @@ def build_cbsa_network(
     """
     towers = FrozenCLIP.load(clip, pretrained)
     decoder = LabelDecoder(
-        towers.embed_dim, decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention
+        towers.embed_dim,
+        decoder_layers,
+        decoder_heads,
+        decoder_feedforward,
+        decoder_dropout,
+        decoder_self_attention,
     )
-    return CBSANetwork(towers, prompt_names, decoder=decoder if semantic_alignment else None, **settings)
+    return CBSANetwork(
+        towers,
+        prompt_names,
+        decoder=decoder if semantic_alignment else None,
+        num_contexts=num_contexts,
+        prompt_length=prompt_length,
+        shared_prompts=shared_prompts,
+        prompt_template=prompt_template,
+        target_prompts=target_prompts,
+        scale=scale,
+        learn_scale=learn_scale,
+        train_pool=train_pool,
+        pool_lr_scale=pool_lr_scale,
+    )

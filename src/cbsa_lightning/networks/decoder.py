@@ -27,6 +27,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Runs the block on ``queries (B, C, d)`` and ``tokens (B, HW, d)``; see :class:`LabelDecoder`."""
         x = queries
         if self.self_attn is not None and self.norm1 is not None:
             mixed, _ = self.self_attn(x, x, x, need_weights=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import duplicates, prompts_from
-from cbsa_lightning.data.readers.source import tidy_paths
+from cbsa_lightning.data.readers.source import Source, tidy_paths
 from cbsa_lightning.errors import DataError, listed
 
 _NAMES = """
@@ -29,7 +29,7 @@ COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
 
 
 @dataclass(frozen=True)
-class COCO:
+class COCO(Source):
     """MS-COCO 2014 (train 82,081 images, test = val, 40,137), or any data set in its "instances" format.
 
     An image is listed if it has at least one annotation, crowds included. Image ids are ordered as strings,

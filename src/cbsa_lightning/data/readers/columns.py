@@ -53,7 +53,7 @@ class Columns:
             cells = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DataError(
-                f"{self.path}: column {name!r} of type {column.type} is no text ({error})"
+                f"{self.path}: column {name!r} of type {column.type} is no text ({error}); convert it"
             ) from error
         return pa.concat_arrays(cells.chunks) if cells.num_chunks else pa.array([], pa.large_string())
 
@@ -61,13 +61,13 @@ class Columns:
         """Cells of the image column: the first of ``IMAGE_COLUMNS`` that is there.
 
         Raises:
-            DataError: No such column, or the same path in two rows.
+            DataError: No such column.
         """
         name = next((name for name in IMAGE_COLUMNS if name in self.names), None)
         if name is None:
             raise DataError(
-                f"{self.path}: no image column; its columns are {listed(map(repr, self.names))}; name the one "
-                f"with the paths {' or '.join(IMAGE_COLUMNS)}"
+                f"{self.path}: no image column; its columns are {listed(map(repr, self.names))}; name the "
+                f"one with the paths {' or '.join(IMAGE_COLUMNS)}"
             )
         return ["" if cell is None else cell for cell in self.text(name).to_pylist()]
 

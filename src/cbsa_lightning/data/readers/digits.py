@@ -1,7 +1,7 @@
 """Digits: a small multi-label data set that needs no download, drawn once from a seed and kept as PNG files.
 
-Each image shows one to four handwritten digits in a cluttered scene; its labels are the digits. The digits
-fall into three groups that share images, as knife, fork and plate do in photographs, and are unevenly frequent.
+Each image shows one to four handwritten digits in a cluttered scene; its labels are the digits. These
+fall into three groups that share images, as knife, fork and plate do in photographs; some are rarer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from rich.progress import track
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray
 from cbsa_lightning.data.canvases import draw_canvas, exemplars
+from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.errors import ConfigError, DataError
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# In each group the frequent digits come first.
 GROUPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {
-        "meadow": (3, 0, 8, 5),
-        "harbour": (1, 7, 4),
-        "dusk": (6, 2, 9),
-    }  # the frequent digits of a group come first
+    {"meadow": (3, 0, 8, 5), "harbour": (1, 7, 4), "dusk": (6, 2, 9)}
 )
 GROUP_SHARES = (0.48, 0.32, 0.2)
 DECAY = 0.55  # how much rarer each next digit of a group is
@@ -59,7 +57,7 @@ def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """Canvases with handwritten digits, as a source of the data module.
 
     They lie below ``root`` in a folder named after the settings, so other settings never replace or mix with

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
-from cbsa_lightning.data.readers.source import read_lines, tidy_paths
+from cbsa_lightning.data.readers.source import Source, read_lines, tidy_paths
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 _NAMES = """
@@ -29,7 +29,7 @@ _CONCEPT = "TrainTestLabels/Labels_{concept}_{part}.txt"
 
 
 @dataclass(frozen=True)
-class NUSWIDE:
+class NUSWIDE(Source):
     """NUS-WIDE with its 81 concepts. Scores on different variants of it cannot be compared.
 
     Two layouts:
@@ -104,11 +104,7 @@ class NUSWIDE:
     def _files(self, part: str) -> list[str]:
         """The image list, and the file or files of labels."""
         if self.layout == "list":
-            return (
-                [self.train_images, self.train_labels]
-                if part == "Train"
-                else [self.val_images, self.val_labels]
-            )
+            return [self.train_images, self.train_labels] if part == "Train" else [self.val_images, self.val_labels]
         concepts = [_CONCEPT.format(concept=name, part=part) for name in NUSWIDE_CLASSES]
         return [_OFFICIAL.format(part=part), *concepts]
 
@@ -171,9 +167,7 @@ def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.in
     while values and not values[-1]:
         values.pop()
     if len(values) != num_images:
-        raise DataError(
-            f"{file} has {len(values)} labels, but {image_list.name} lists {num_images} images; {_REMEDY}"
-        )
+        raise DataError(f"{file} has {len(values)} labels, but {image_list.name} lists {num_images} images; {_REMEDY}")
     if set(values) - {"0", "1"}:
         row = next(i for i, value in enumerate(values) if value not in ("0", "1"))
         raise DataError(f"{file}, line {row + 1}: {values[row]!r} is neither 0 nor 1; correct it")

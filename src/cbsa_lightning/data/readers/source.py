@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import os
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray
 from cbsa_lightning.errors import DataError
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(ABC):
     """A data set: its classes, and a table of images and labels for training and for the test."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """C names as in the annotation files; cheap, and no image is read."""
+        raise NotImplementedError
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
         """C names as put in prompts."""
+        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self) -> None:
         """What one process does before the others read: download, generate, or check that files lie there.
 
@@ -33,9 +36,11 @@ class Source(Protocol):
             DataError: Something is missing; the message says what to get and where it must lie.
         """
 
+    @abstractmethod
     def train(self) -> AnnotationTable:
         """The images to train on."""
 
+    @abstractmethod
     def test(self) -> AnnotationTable | None:
         """The images to test on, if there are any."""
 
@@ -55,7 +60,7 @@ def read_lines(file: Path, remedy: str) -> list[str]:
 
 
 # Paths that need a closer look: empty, absolute, with a drive, "\\", "//", "." or "..", or a trailing "/".
-_ODD_PATH = re.compile(r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$")
+_ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$"
 
 
 def tidy_paths(
@@ -87,7 +92,8 @@ def tidy_paths(
     if ahead is None:  # the folder is outside, so each path is
         odd, tidy = list(range(len(paths))), list(paths)
     else:
-        odd = [i for i, path in enumerate(paths) if _ODD_PATH.search(path)]
+        flags = pc.match_substring_regex(pa.array(paths, pa.large_string()), _ODD_PATH)
+        odd = np.flatnonzero(flags.to_numpy(zero_copy_only=False)).tolist()
         tidy = [f"{ahead}/{path}" for path in paths] if ahead else list(paths)
     for i in odd:
         text = paths[i]

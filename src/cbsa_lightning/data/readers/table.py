@@ -27,7 +27,7 @@ from cbsa_lightning.data.readers.columns import (
     read_columns,
     refuse_repeated_rows,
 )
-from cbsa_lightning.data.readers.source import tidy_paths
+from cbsa_lightning.data.readers.source import Source, tidy_paths
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 LABELS_COLUMN = "labels"
@@ -37,7 +37,7 @@ _CELLS = {"1": 1, "1.0": 1, "True": 1, "true": 1, "0": 0, "0.0": 0, "False": 0, 
 _CELLS |= {"-1": -1, "-1.0": -1, "": -1, "nan": -1}
 
 
-class Table:
+class Table(Source):
     """A data set of one's own: a CSV or Parquet table to train on, and one to test on if there is one.
 
     The column ``image``, ``path``, ``file`` or ``filename`` (the first of these that is there) holds paths.
@@ -75,9 +75,7 @@ class Table:
         allow_outside: bool = False,
     ) -> None:
         if not separator.strip():
-            raise ConfigError(
-                f"table separator {separator!r} is empty; names need a visible mark between them"
-            )
+            raise ConfigError(f"table separator {separator!r} is empty; names need a visible mark between them")
         self._train, self._test, self._root, self._class_file = train, test, root, class_file
         self._separator, self._allow_outside = separator, allow_outside
 
@@ -250,9 +248,7 @@ def _class_columns(columns: Columns) -> list[str]:
     image = next((name for name in IMAGE_COLUMNS if name in columns.names), None)
     found = [name for name in columns.names if name != image]
     if not found:
-        raise DataError(
-            f"{columns.path}: no labels; add a column {LABELS_COLUMN!r} with names, or one column a class"
-        )
+        raise DataError(f"{columns.path}: no labels; add a column {LABELS_COLUMN!r} with names, or one column a class")
     return found
 
 

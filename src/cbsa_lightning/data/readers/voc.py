@@ -10,7 +10,7 @@ import numpy as np
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
-from cbsa_lightning.data.readers.source import read_lines
+from cbsa_lightning.data.readers.source import Source, read_lines
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 _NAMES = """
@@ -26,7 +26,7 @@ DIFFICULT = {"negative": 0, "positive": 1, "ignore": -1}
 
 
 @dataclass(frozen=True)
-class VOC:
+class VOC(Source):
     """PASCAL VOC 2012 (train 5,717 images, test = val, 5,823) or 2007 (trainval 5,011, test 4,952).
 
     An image is listed if at least one class has flag 1; file names are sorted: the order on which the
@@ -55,9 +55,7 @@ class VOC:
         if self.year not in ARCHIVES:
             raise ConfigError(f"VOC year {self.year!r} is not known; use one of {listed(ARCHIVES)}")
         if self.difficult not in DIFFICULT:
-            raise ConfigError(
-                f"VOC difficult {self.difficult!r} is not known; use one of {listed(DIFFICULT)}"
-            )
+            raise ConfigError(f"VOC difficult {self.difficult!r} is not known; use one of {listed(DIFFICULT)}")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -167,9 +165,7 @@ def _read_flags(file: Path) -> dict[str, int]:
         if not parts:
             continue
         if len(parts) != 2 or parts[1] not in ("1", "0", "-1"):
-            raise DataError(
-                f"{file}, line {number}: {line!r} is no image name and flag (1, 0 or -1); correct it"
-            )
+            raise DataError(f"{file}, line {number}: {line!r} is no image name and flag (1, 0 or -1); correct it")
         if parts[0] in flags:
             raise DataError(f"{file}, line {number}: image {parts[0]!r} is listed twice; keep one line")
         flags[parts[0]] = int(parts[1])

@@ -1,0 +1,224 @@
+"""Classifier: a trained checkpoint as a function from images to labels. Needs torch, not Lightning."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cbsa_lightning.checkpoints import FINGERPRINT, LeanCheckpoint
+from cbsa_lightning.data.class_names import default_prompts
+from cbsa_lightning.data.images import _to_rgb, _turned_upright, decode
+from cbsa_lightning.data.views import PlainView
+from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.errors import CheckpointError, DataError, listed
+from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.networks.cbsa import build_cbsa_network
+
+Images = Sequence[str | os.PathLike[str] | Image.Image | np.ndarray] | Tensor
+"""Files, Pillow images, ``(H, W, 3)`` uint8 RGB arrays, mixed at will; or one ``(n, 3, H, W)`` uint8 tensor."""
+
+SETTINGS = tuple(n for n, p in inspect.signature(build_cbsa_network).parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+class Prediction(NamedTuple):
+    """What an image shows.
+
+    Attributes:
+        labels: Names of the classes whose score reaches the class's threshold.
+        scores: Score in [0, 1] of every class.
+    """
+
+    labels: tuple[str, ...]
+    scores: dict[str, float]
+
+
+class Classifier:
+    """Labels images with a trained network.
+
+    Args:
+        network: Holding the weights to use; is set to evaluation.
+        class_names: The C class names.
+        thresholds: ``(C,)``, score from which a class is given.
+        image_size: Side of the square that images are resized to, in pixels; that of the training.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        class_names: Sequence[str],
+        thresholds: Tensor,
+        image_size: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval()
+        self.class_names = tuple(class_names)
+        self.thresholds = thresholds.detach().float().cpu()
+        self.image_size = image_size
+        self._view = PlainView(image_size)
+        with torch.no_grad():
+            self._text = self.network.encode_text()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        image_size: int | None = None,
+        clip: str | None = None,
+        pretrained: str | None = None,
+    ) -> Self:
+        """Rebuilds the network of a :class:`~cbsa_lightning.cbsa.CBSAModule` checkpoint, with its averaged weights.
+
+        Before the average has started, in the warm-up, the plain weights are taken, as the module does.
+
+        Args:
+            path: The checkpoint. It is read without running code from it.
+            device: Where to compute.
+            image_size: Side of the views in pixels; None: as in the checkpoint, or, where it does not say, the
+                native size of the towers.
+            clip: Where the towers are now, if not where they were at training. Other weights are refused.
+            pretrained: The same for their weights.
+
+        Raises:
+            CheckpointError: Not a checkpoint of a CBSAModule, damaged, or made on other frozen weights.
+            WeightsError: If the CLIP weights cannot be had.
+        """
+        checkpoint = _read(Path(path))
+        stored = checkpoint["hyper_parameters"]
+        settings = {name: stored[name] for name in SETTINGS}
+        settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if v is not None})
+        class_names = list(checkpoint["class_names"])
+        prompt_names = stored.get("prompt_names") or default_prompts(class_names)
+        trained = _Trained(build_cbsa_network(list(prompt_names), **settings), class_names)
+        trained.on_load_checkpoint({name: checkpoint[name] for name in ("class_names", FINGERPRINT)})
+        trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
+        size = image_size or checkpoint.get("image_size") or trained.network.clip.image_size
+        return cls(trained.averaged(), class_names, trained.thresholds(), size, device)
+
+    def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
+        """Labels and scores of images, in their order.
+
+        Args:
+            images: See :data:`Images`; resized to the square of the training, as in validation.
+            batch_size: How many are in memory at a time.
+
+        Raises:
+            DataError: An image that cannot be read or has another form, saying which.
+        """
+        scores = self.scores(images, batch_size)
+        given = scores >= self.thresholds
+        return [
+            Prediction(
+                tuple(name for name, has in zip(self.class_names, row, strict=True) if has),
+                dict(zip(self.class_names, values, strict=True)),
+            )
+            for row, values in zip(given.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def scores(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Scores ``(n, C)`` in [0, 1], float32 on the CPU; see :meth:`__call__`."""
+        parts = [output.logits.float().sigmoid().cpu() for output in self._outputs(images, batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.class_names))
+
+    def attention(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Where each class looked: ``(n, C, h, w)``, each map summing to 1; see :meth:`__call__`.
+
+        Raises:
+            DataError: No images, or a network without attention.
+        """
+        maps = [output.attention for output in self._outputs(images, batch_size, attention=True)]
+        if not maps or any(part is None for part in maps):
+            raise DataError(
+                "There are no attention maps: " + ("no image was given." if not maps else "the network has no decoder.")
+            )
+        return torch.cat([part.float().cpu() for part in maps if part is not None])
+
+    def _outputs(self, images: Images, batch_size: int, **options: Any) -> Iterator[NetworkOutput]:
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise DataError(f"Give a list of images, also for a single one; got {type(images).__name__}.")
+        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8):
+            raise DataError(f"A tensor of images must be (n, 3, H, W) uint8, got {images.dtype} {tuple(images.shape)}.")
+        for start in range(0, len(images), batch_size):
+            views = [self._prepared(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+            with torch.no_grad():
+                features = self.network.features(torch.stack(views).to(self.device))
+                yield self.network(features, self._text, **options)
+
+    def _prepared(self, image: Any, position: int) -> Tensor:
+        """The view of one image, ``(3, S, S)`` uint8."""
+        if isinstance(image, Tensor):
+            if image.shape[1:] == (self.image_size, self.image_size):
+                return image.cpu()
+            image = image.permute(1, 2, 0).cpu().numpy()
+        elif isinstance(image, Image.Image):
+            image = np.array(_to_rgb(Path(f"image {position}"), _turned_upright(image)))
+        elif isinstance(image, (str, os.PathLike)):
+            image = decode(image)
+        elif not isinstance(image, np.ndarray):
+            raise DataError(f"image {position} is a {type(image).__name__}; give a path, a Pillow image or an array.")
+        try:
+            return self._view(image)
+        except DataError as error:
+            raise DataError(f"image {position}: {error}") from None
+
+
+class _Trained(LeanCheckpoint):
+    """The part of a module's state that predictions need, loaded and checked as the module does it."""
+
+    tau_pos: Tensor
+
+    def __init__(self, network: Any, class_names: list[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.class_names = class_names
+        self.ema = ParameterEMA(network, decay=1.0)
+        self.register_buffer("tau_pos", torch.full((len(class_names),), float("nan")))
+
+    @staticmethod
+    def part_of(state: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) or k == "tau_pos"}
+
+    def averaged(self) -> Any:
+        with self.ema.applied_to(self.network):
+            weights = {name: p.detach().clone() for name, p in self.network.named_parameters() if p.requires_grad}
+        self.network.load_state_dict(weights, strict=False)
+        return self.network
+
+    def thresholds(self) -> Tensor:
+        return torch.where(self.tau_pos.isnan(), torch.full_like(self.tau_pos, 0.5), self.tau_pos)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint with all that :meth:`Classifier.load` needs, or an error that says what it lacks."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "
+            "a .ckpt file that cbsa_lightning saved."
+        ) from error
+    needed = ("state_dict", "hyper_parameters", "class_names", FINGERPRINT)
+    lacking = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if not lacking:
+        lacking = [f"setting {name}" for name in SETTINGS if name not in checkpoint["hyper_parameters"]]
+    if lacking:
+        raise CheckpointError(
+            f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, build it "
+            "and give it to Classifier(network, ...) itself."
+        )
+    return checkpoint  # type: ignore[no-any-return]

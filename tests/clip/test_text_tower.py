@@ -1,0 +1,118 @@
+"""The text tower on prompt embeddings against open_clip's encode_text."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.errors import ConfigError
+from tiny_clip import tiny_clip
+
+TEXTS = ["a photo of a cat", "dog", "a fire hydrant beside the road in the rain"]
+VARIANTS = {
+    "CLIP": {},
+    "CustomTextCLIP": {"custom_text": True},
+    "eos": {"text_cfg": {"pool_type": "eos", "eos_id": 49407}},
+    "custom-eos-bias": {
+        "custom_text": True,
+        "text_cfg": {"pool_type": "eos", "eos_id": 49407, "proj_bias": True},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, tmp_path_factory):
+    folder = tiny_clip(tmp_path_factory.mktemp("text"), "resnet", **VARIANTS[request.param])
+    reference = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    expected = open_clip.CustomTextCLIP if "ustom" in request.param else open_clip.CLIP
+    assert type(reference) is expected
+    return FrozenCLIP.load(str(folder)), reference
+
+
+def test_equals_encode_text(pair):
+    clip, reference = pair
+    tokens = clip.tokenize(TEXTS)
+    assert torch.equal(tokens, open_clip.tokenize(TEXTS))
+    with torch.no_grad():
+        expected = reference.encode_text(tokens)
+    eot = clip.eot(tokens)
+    assert torch.equal(eot, (tokens == 49407).nonzero()[:, 1])
+    with torch.no_grad():
+        assert torch.equal(clip.encode_prompts(clip.embed_tokens(tokens), eot), expected)
+    torch.testing.assert_close(clip.encode_texts(TEXTS), expected, atol=1e-5, rtol=0)
+    assert clip.embed_dim == expected.shape[1] == 24
+    assert (clip.text_width, clip.context_length) == (16, 77)
+
+
+def test_cropped_prompts_give_the_same_features_and_gradients(pair):
+    clip, _ = pair
+    tokens = clip.tokenize(TEXTS)
+    eot = clip.eot(tokens)
+    length = int(eot.max()) + 1
+    assert length < 20
+    full = clip.embed_tokens(tokens).requires_grad_(True)
+    cropped = full.detach()[:, :length].clone().requires_grad_(True)
+    direction = torch.randn(3, 24, generator=torch.manual_seed(0))
+    whole, part = clip.encode_prompts(full, eot), clip.encode_prompts(cropped, eot)
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=0)
+    (whole * direction).sum().backward()
+    (part * direction).sum().backward()
+    assert full.grad is not None
+    assert cropped.grad is not None
+    assert full.grad.abs().max() > 1e-3
+    torch.testing.assert_close(cropped.grad, full.grad[:, :length], atol=1e-5, rtol=1e-4)
+    assert full.grad[:, length:].abs().max() == 0
+
+
+def test_one_call_for_many_prompts_equals_single_ones(pair):
+    clip, _ = pair
+    together = clip.encode_texts(TEXTS)
+    alone = torch.cat([clip.encode_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_under_autocast(pair):
+    clip, _ = pair
+    tokens = clip.tokenize(TEXTS)
+    embeddings = clip.embed_tokens(tokens)[:, :16].requires_grad_(True)
+    full = clip.encode_prompts(embeddings, clip.eot(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = clip.encode_prompts(embeddings, clip.eot(tokens))
+    half.float().square().mean().backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad.isfinite().all()
+    assert F.cosine_similarity(full, half.float()).min() > 0.99
+
+
+def test_refuses_what_does_not_fit(pair):
+    clip, _ = pair
+    exactly = " ".join(["cat"] * 75)  # 75 + start and end
+    assert clip.tokenize([exactly]).shape == (1, 77)
+    with pytest.raises(ConfigError, match="77 tokens: 'cat cat") as raised:
+        clip.tokenize(["dog", exactly + " cat"])
+    assert "dog" not in str(raised.value)
+    with pytest.raises(ConfigError, match="78 tokens"):
+        clip.encode_prompts(torch.zeros(1, 78, 16), torch.tensor([3]))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ({"no_causal_mask": True}, "not causal"),
+        ({"embed_cls": True}, "not causal"),
+        ({"pool_type": "last"}, "pooling 'last'"),
+    ],
+)
+def test_text_towers_that_prompts_cannot_use_are_refused(tmp_path, text, found):
+    folder = tiny_clip(tmp_path, "resnet", custom_text=True, text_cfg=text)
+    with pytest.raises(ConfigError, match=found):
+        FrozenCLIP.load(str(folder))
+
+
+def test_the_tokenizer_is_shared_by_copies(pair):
+    assert copy.deepcopy(pair[0]).tokenizer is pair[0].tokenizer
