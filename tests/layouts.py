@@ -98,14 +98,14 @@ def make_coco(
         images = [{"id": i, "file_name": f"COCO_{part}{year}_{i:012d}.jpg", "width": 40} for i in ids]
         annotations = [
             {
-                "id": 100 * i + int(k),
+                "id": 100 * i + k,
                 "image_id": ids[i],
-                "category_id": COCO_IDS[int(k)],
+                "category_id": COCO_IDS[k],
                 "iscrowd": int(i == 0),
                 "bbox": [0, 0, 4, 4],
                 "segmentation": [[0, 0, 4, 0, 4, 4]],
             }
-            for i, k in np.argwhere(labels)
+            for i, k in np.argwhere(labels).tolist()
         ]
         categories = [
             {"id": number, "name": name, "supercategory": "thing"}

@@ -17,7 +17,7 @@ from cbsa_lightning.checkpoints import FINGERPRINT
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import CheckpointError, DataError
 from cbsa_lightning.inference import Classifier
-from tests.tiny_clip import tiny_clip
+from tiny_clip import tiny_clip
 
 CLASSES = ["cat", "dog", "potted_plant"]
 

@@ -1,9 +1,10 @@
 """Readers: annotation files on disk -> ``AnnotationTable``; one module a format."""
 
 from cbsa_lightning.data.readers.coco import COCO
+from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.nuswide import NUSWIDE
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.data.readers.table import Table
 from cbsa_lightning.data.readers.voc import VOC
 
-__all__ = ["COCO", "NUSWIDE", "VOC", "Source", "Table"]
+__all__ = ["COCO", "NUSWIDE", "VOC", "Digits", "Source", "Table"]

@@ -25,7 +25,7 @@ _NAMES = """
     mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
     vase, scissors, teddy bear, hair drier, toothbrush
 """
-COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
+COCO_CLASSES = tuple(" ".join(_NAMES.split()).split(", "))
 
 
 @dataclass(frozen=True)

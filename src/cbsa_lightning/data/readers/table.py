@@ -15,6 +15,7 @@ from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
 from cbsa_lightning.data.class_names import (
     ClassFile,
     check_class_names,
+    check_prompt_names,
     clean_name,
     default_prompts,
     did_you_mean,
@@ -131,7 +132,7 @@ def find_classes(path: str | Path, separator: str = ";") -> ClassFile:
     """The classes that a table itself names: sorted names of ``labels``, or its class columns in order.
 
     Raises:
-        DataError: There are none.
+        DataError: There are none, or two would have the same prompt text.
     """
     columns = read_columns(path)
     if LABELS_COLUMN in columns.names:
@@ -140,7 +141,7 @@ def find_classes(path: str | Path, separator: str = ";") -> ClassFile:
     else:
         found, place = _class_columns(columns), f"{path}, columns"
     names = check_class_names(found, place)
-    return ClassFile(Path(path), names, default_prompts(names), {})
+    return ClassFile(Path(path), names, check_prompt_names(names, default_prompts(names), place), {})
 
 
 def read_table(

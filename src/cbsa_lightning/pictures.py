@@ -1,0 +1,408 @@
+"""Pictures of a run, as matplotlib figures: predictions, attention, contexts, curves, classes.
+
+No window system is needed. Right and wrong are told by a sign as well as by a colour, and the colours are those of
+Okabe and Ito, which colour-blind people can tell apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from cbsa_lightning.errors import DataError
+
+BLUE, GREEN, ORANGE, GREY, DARK = "#0072B2", "#009E73", "#D55E00", "#707070", "#222222"
+CONTEXT_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#B07800", "#3A9BD0", "#5D3A9B", DARK)
+
+History = Mapping[str, Mapping[int, float]]
+"""Values of each metric by epoch."""
+
+
+class _Mark(NamedTuple):
+    """One label of one image, as it is to be shown."""
+
+    text: str
+    colour: str
+
+
+def prediction_gallery(
+    images: Tensor,
+    truths: ArrayLike,
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    class_names: Sequence[str],
+    columns: int = 4,
+    max_labels: int = 6,
+) -> Figure:
+    """Images with their predicted and missed labels beneath.
+
+    Args:
+        images: ``(n, 3, S, S)`` uint8.
+        truths: ``(n, C)`` in {1, 0, -1 unknown}.
+        scores: ``(n, C)`` in [0, 1].
+        thresholds: ``(C,)``, score from which a label is given.
+        class_names: The C class names.
+        columns: Images in a row.
+        max_labels: Lines under an image; what is left over is counted.
+
+    Raises:
+        DataError: No images.
+    """
+    truths, scores, thresholds = np.asarray(truths), np.asarray(scores), np.asarray(thresholds)
+    pictures = _as_arrays(images)
+    marks = []
+    for row in range(len(pictures)):
+        found = _marks(scores[row], truths[row], thresholds, class_names)
+        if len(found) > max_labels:
+            rest = len(found) - max_labels + 1
+            found = [*found[: max_labels - 1], _Mark(f"… and {rest} more", GREY)]
+        marks.append(found or [_Mark("no label, and none predicted", GREY)])
+    columns = min(columns, len(pictures))
+    rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
+    side, gap, line, head = 2.2, 0.3, 0.18, 0.85
+    heights = [side + 0.12 + line * max(len(marks[i]) for i in row) + gap for row in rows]
+    width, height = max(columns * (side + gap) + gap, 5.6), head + sum(heights)
+    figure = Figure(figsize=(width, height))
+    _heading(figure, "Predicted labels", height)
+    key = [_Mark("✓ right", GREEN), _Mark("✗ wrong", ORANGE), _Mark("○ missed", GREY)]
+    if (truths < 0).any():
+        key.append(_Mark("? truth unknown", BLUE))
+    for position, mark in enumerate(key):
+        figure.text((gap + 1.2 * position) / width, 1 - 0.6 / height, mark.text, color=mark.colour, size=9)
+    left = (width - columns * (side + gap) + gap) / 2
+    top = height - head
+    for row, tall in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            x = left + column * (side + gap)
+            axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))
+            _show(axes, pictures[i])
+            for number, mark in enumerate(marks[i]):
+                y = top - side - 0.12 - line * number
+                _text(figure, x / width, y / height, mark, va="top", size=9)
+        top -= tall
+    return figure
+
+
+def attention_gallery(
+    images: Tensor,
+    maps: ArrayLike,
+    truths: ArrayLike,
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    class_names: Sequence[str],
+    max_labels: int = 4,
+) -> Figure:
+    """Where the network looked for each label that it gave: one image a row, one label a column.
+
+    An image that was given no label shows the map of the class with the highest score.
+
+    Args:
+        images: ``(n, 3, S, S)`` uint8.
+        maps: ``(n, C, h, w)``, not negative; each is shown on its own scale.
+        truths: ``(n, C)`` in {1, 0, -1 unknown}.
+        scores: ``(n, C)`` in [0, 1].
+        thresholds: ``(C,)``, score from which a label is given.
+        class_names: The C class names.
+        max_labels: Most labels an image; those with the highest scores are shown.
+
+    Raises:
+        DataError: No images.
+    """
+    truths, scores, thresholds = np.asarray(truths), np.asarray(scores), np.asarray(thresholds)
+    maps, pictures = np.asarray(maps, dtype=np.float32), _as_arrays(images)
+    chosen = []
+    for row in scores:
+        order = np.argsort(-row, kind="stable")
+        given = [k for k in order.tolist() if row[k] >= thresholds[k]][:max_labels]
+        chosen.append(given or [int(order[0])])
+    columns = 1 + max(len(classes) for classes in chosen)
+    side, gap, title, head = 1.9, 0.15, 0.28, 0.85
+    width = max(columns * (side + gap) + 0.6 - gap, 5.6)
+    height = head + len(pictures) * (side + title + gap)
+    figure = Figure(figsize=(width, height))
+    _heading(figure, "Where each label looked", height)
+    note = "✓ right  ✗ wrong  ? truth unknown  ○ below its threshold; bright: much attention"
+    figure.text(0.3 / width, 1 - 0.6 / height, note, color=GREY, size=9)
+    for i, classes in enumerate(chosen):
+        bottom = height - head - (i + 1) * (side + title + gap) + gap
+        for column, k in enumerate([None, *classes]):
+            place = ((0.3 + column * (side + gap)) / width, bottom / height, side / width, side / height)
+            axes = figure.add_axes(place)
+            if k is None:
+                _show(axes, pictures[i])
+                continue
+            _show(axes, pictures[i], maps[i, k])
+            mark = _mark(class_names[k], scores[i, k], truths[i, k], scores[i, k] >= thresholds[k], 20)
+            axes.set_title(mark.text, color=mark.colour, size=9, pad=4, parse_math=False)
+    return figure
+
+
+def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) -> Figure:
+    """Co-occurrence of the classes, sorted by context, with each context framed and its classes listed.
+
+    Args:
+        S: ``(C, C)``, row k: share of the images with class k that show the column's class too. The diagonal is
+            left out.
+        partition: ``(C,)`` context of each class.
+        class_names: The C class names.
+    """
+    matrix, groups = np.array(S, dtype=np.float64), np.asarray(partition)
+    np.fill_diagonal(matrix, np.nan)
+    mutual = np.nansum(matrix + matrix.T, axis=1)
+    order = np.lexsort((-mutual, groups))
+    ids = sorted(set(groups.tolist()))
+    colour = {k: CONTEXT_COLOURS[i % len(CONTEXT_COLOURS)] for i, k in enumerate(ids)}
+    classes = len(order)
+    cell = float(np.clip(6.5 / classes, min(0.15, 14 / classes), 0.5))
+    named = cell >= 0.11  # smaller names could not be read
+    size, font = cell * classes, min(cell * 72 * 0.72, 9.0)
+    longest = max(len(_short(name, 20)) for name in class_names)
+    margin = 0.25 + (longest * font * 0.0088 if named else 0.0)
+    panel, head = 4.1, 0.85
+    entries = [(k, [class_names[j] for j in order if groups[j] == k]) for k in ids]
+    listing = [(k, textwrap.wrap(", ".join(names), 54)) for k, names in entries]
+    needed = sum(0.32 + 0.17 * len(lines) + 0.1 for _, lines in listing)
+    width, height = margin + size + 0.45 + panel, head + max(size + margin, needed + 1.0) + 0.15
+    figure = Figure(figsize=(width, height))
+    _heading(figure, f"{len(ids)} contexts of {classes} classes", height)
+    subtitle = "Share of the images with the row's class that also show the column's class"
+    figure.text(0.3 / width, 1 - 0.6 / height, subtitle, color=GREY, size=9)
+    axes = figure.add_axes((margin / width, 1 - (head + size) / height, size / width, size / height))
+    cmap = colormaps["Greys"].with_extremes(bad="#FFFFFF")
+    limit = float(np.nanmax(matrix, initial=0.0)) or 1.0
+    shown = axes.imshow(matrix[np.ix_(order, order)], cmap=cmap, vmin=0, vmax=limit)
+    start = 0
+    for k, names in entries:
+        frame = Rectangle((start - 0.5, start - 0.5), len(names), len(names))
+        frame.set(fill=False, edgecolor=colour[k], linewidth=2.5, clip_on=False, zorder=3)
+        axes.add_patch(frame)
+        start += len(names)
+    ticks = range(classes) if named else []
+    texts = [_short(class_names[j], 20) for j in order] if named else []
+    axes.set_xticks(ticks, texts, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(ticks, texts, fontsize=font, parse_math=False)
+    for axis in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for label, j in zip(axis, order, strict=False):
+            label.set_color(colour[groups[j]])
+    axes.tick_params(length=0, pad=3)
+    axes.spines[:].set_visible(False)
+
+    x, y = margin + size + 0.45, height - head
+    bar = figure.add_axes((x / width, (y - 0.14) / height, 2.2 / width, 0.14 / height))
+    figure.colorbar(shown, cax=bar, orientation="horizontal", format="{x:.0%}").outline.set_visible(False)  # type: ignore[operator]
+    bar.tick_params(labelsize=8, length=2)
+    bar.xaxis.set_major_locator(MaxNLocator(4))
+    y -= 0.75
+    for number, (k, lines) in enumerate(listing, start=1):
+        count = len(entries[number - 1][1])
+        title = f"Context {number} ({count} class{'es' if count > 1 else ''})"
+        figure.text(x / width, y / height, title, color=colour[k], size=10, weight="bold", va="top")
+        body = "\n".join(lines)
+        figure.text(x / width, (y - 0.22) / height, body, color=DARK, size=8.5, va="top", parse_math=False)
+        y -= 0.32 + 0.17 * len(lines) + 0.1
+    return figure
+
+
+class _Curve(NamedTuple):
+    metric: str
+    name: str
+    colour: str
+    style: str
+
+
+_PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
+    (
+        "Validation mAP, %",
+        True,
+        (
+            _Curve("val/mAP", "averaged weights", BLUE, "o-"),
+            _Curve("val/mAP_raw", "raw weights", ORANGE, "s--"),
+        ),
+    ),
+    (
+        "Pseudo-labels, %",
+        True,
+        (
+            _Curve("pseudo/precision", "precision", BLUE, "o-"),
+            _Curve("pseudo/recall", "recall", ORANGE, "s--"),
+            _Curve("pseudo/coverage", "coverage", GREY, "^:"),
+        ),
+    ),
+    (
+        "Training loss",
+        False,
+        (
+            _Curve("train/loss_sup", "labelled images", BLUE, "o-"),
+            _Curve("train/loss_unsup", "pseudo-labelled images", ORANGE, "s--"),
+            _Curve("train/loss_aux", "contexts", GREEN, "^:"),
+        ),
+    ),
+)
+
+
+def training_curves(history: History | str | os.PathLike[str], warmup_epochs: int = 0) -> Figure:
+    """Validation mAP, quality of the pseudo-labels and losses over the epochs; panels without values are left out.
+
+    Args:
+        history: Values by metric and epoch, or the ``metrics.csv`` of a Lightning ``CSVLogger``.
+        warmup_epochs: Where the epochs with unlabelled images begin; marked where it lies within the run.
+
+    Raises:
+        DataError: None of the metrics is there.
+    """
+    values = read_history(history) if isinstance(history, (str, os.PathLike)) else history
+    panels = [panel for panel in _PANELS if any(values.get(curve.metric) for curve in panel[2])]
+    if not panels:
+        raise DataError("There is no curve to draw: the history has no val/mAP, pseudo/... or train/loss_... value.")
+    figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+    figure.suptitle("Training", x=0.01, ha="left", size=14, weight="bold")
+    for axes, (title, percent, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        for metric, name, colour, style in curves:
+            points = sorted(values.get(metric, {}).items())
+            if not points:
+                continue
+            heights = [100 * value if percent else value for _, value in points]
+            every = max(1, len(points) // 20)
+            axes.plot([e for e, _ in points], heights, style, color=colour, label=name, ms=4, markevery=every)
+        axes.set_title(title, size=11, loc="left")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        epochs = [epoch for curve in curves for epoch in values.get(curve.metric, {})]
+        if min(epochs) < warmup_epochs <= max(epochs):
+            axes.axvline(warmup_epochs, color=GREY, lw=1, ls=(0, (2, 3)), label="unlabelled images join")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
+        _plain(axes)
+        axes.grid(axis="y", color="#E4E4E4", lw=0.8)
+    return figure
+
+
+def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
+    """Values by metric and epoch from the ``metrics.csv`` of a Lightning ``CSVLogger``; the last of an epoch counts.
+
+    Raises:
+        DataError: The file is missing or has no epochs.
+    """
+    try:
+        with Path(file).open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+    if not rows or "epoch" not in rows[0]:
+        raise DataError(f"{file} has no column 'epoch'; give the metrics.csv of a CSVLogger.")
+    history: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, text in row.items():
+            if text and row["epoch"] and name not in ("epoch", "step"):
+                history.setdefault(name, {})[int(row["epoch"])] = float(text)
+    return history
+
+
+def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) -> Figure:
+    """Average precision of every class, best first; classes without a positive image stand last.
+
+    Args:
+        AP: ``(C,)`` in [0, 1]; NaN where there is none.
+        class_names: The C class names.
+        column: Most bars above each other; more classes make more columns.
+    """
+    values = 100 * np.asarray(AP, dtype=np.float64)
+    order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+    number = math.ceil(len(order) / column)
+    tall = math.ceil(len(order) / number)
+    figure = Figure(figsize=(max(5.2, 4.4 * number), 1.5 + 0.2 * tall), layout="constrained")
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if len(known) else math.nan
+    title = f"Average precision by class, %   (mean {mean:.1f})" if len(known) else "Average precision by class"
+    figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold")
+    for axes, start in zip(np.ravel(figure.subplots(1, number)), range(0, len(order), tall), strict=True):
+        some = order[start : start + tall]
+        lengths = np.nan_to_num(values[some])
+        axes.barh(range(len(some)), lengths, color=BLUE, height=0.72)
+        for y, k in enumerate(some):
+            missing = np.isnan(values[k])
+            text = "no positive image" if missing else f"{values[k]:.1f}"
+            colour = GREY if missing else DARK
+            label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=colour)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
+        axes.set_yticks(range(len(some)), [_short(class_names[k], 24) for k in some], fontsize=8.5, parse_math=False)
+        axes.set(xlim=(0, 112), ylim=(tall - 0.4, -0.6), xticks=[0, 25, 50, 75, 100])
+        if len(known):
+            axes.axvline(mean, color=ORANGE, lw=1.2, ls="--", zorder=0)
+        axes.tick_params(axis="y", length=0)
+        _plain(axes)
+    return figure
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def _marks(
+    scores: NDArray[Any], truths: NDArray[Any], thresholds: NDArray[Any], class_names: Sequence[str]
+) -> list[_Mark]:
+    """Predicted labels, highest score first, then missed ones."""
+    given = scores >= thresholds
+    order = np.argsort(-scores, kind="stable")
+    shown = [k for k in order if given[k]] + [k for k in order if truths[k] == 1 and not given[k]]
+    return [_mark(class_names[k], scores[k], truths[k], given[k], 24) for k in shown]
+
+
+def _mark(name: str, score: float, truth: int, given: bool, limit: int) -> _Mark:
+    if not given:
+        sign, colour = "○", GREY
+    else:
+        sign, colour = {1: ("✓", GREEN), 0: ("✗", ORANGE), -1: ("?", BLUE)}[int(truth)]
+    return _Mark(f"{sign} {_short(name, limit)} {score:.2f}", colour)
+
+
+def _short(name: str, limit: int) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def _as_arrays(images: Tensor) -> NDArray[np.uint8]:
+    """Images ``(n, S, S, 3)`` of views ``(n, 3, S, S)``."""
+    if not len(images):
+        raise DataError("There is no image to show.")
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> None:
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    if heat is None:
+        axes.imshow(image, extent=extent, interpolation="bilinear")
+    else:
+        grey = image.astype(np.float32).mean(axis=2)
+        axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
+        strength = heat / max(float(heat.max()), 1e-12)
+        layer = colormaps["inferno"](0.25 + 0.75 * strength)
+        layer[..., 3] = 0.85 * np.sqrt(strength)  # what got no attention stays as it is
+        axes.imshow(layer, extent=extent, interpolation="bilinear")
+    axes.set_axis_off()
+
+
+def _text(figure: Figure, x: float, y: float, mark: _Mark, **options: Any) -> None:
+    figure.text(x, y, mark.text, color=mark.colour, parse_math=False, **options)
+
+
+def _heading(figure: Figure, text: str, height: float) -> None:
+    width = figure.get_size_inches()[0]
+    figure.text(0.3 / width, 1 - 0.35 / height, text, size=14, weight="bold", color=DARK)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)

@@ -1,0 +1,172 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
+from torchmetrics.classification import MultilabelAveragePrecision
+
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.metrics import MultilabelReport, pseudo_label_quality
+from reference import metrics as reference
+
+
+def batch(n=200, num_classes=6, seed=0, values=(-1, 0, 1), decimals=None):
+    generator = np.random.default_rng(seed)
+    targets = generator.choice(values, size=(n, num_classes)).astype(np.int8)
+    logits = (targets + 2 * generator.standard_normal((n, num_classes))).astype(np.float32)
+    return (logits if decimals is None else logits.round(decimals)), targets
+
+
+def report_of(logits, targets, parts=1, **settings):
+    metric = MultilabelReport(logits.shape[1], **settings)
+    for rows in np.array_split(np.arange(len(logits)), parts):
+        metric.update(torch.from_numpy(logits[rows]), torch.from_numpy(targets[rows]))
+    return metric.compute()
+
+
+def harmonic(a, b):
+    return 2 * a * b / (a + b)
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0])
+@pytest.mark.parametrize("values", [(0, 1), (0, 0, 0, 1), (-1, 0, 1)])
+def test_average_precision_equals_scikit_learn(values, decimals):
+    logits, targets = batch(values=values, decimals=decimals)
+    expected = [
+        average_precision_score(targets[targets[:, k] >= 0, k], logits[targets[:, k] >= 0, k]) for k in range(6)
+    ]
+    found = report_of(logits, targets, parts=7)
+    np.testing.assert_allclose(found["AP"], expected, atol=1e-6)
+    assert found["mAP"].item() == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["mAP_with_zeros"].item() == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["num_classes_used"].item() == 6
+
+
+def test_f1_equals_scikit_learn():
+    logits, targets = batch(values=(0, 0, 1), decimals=0)  # rounded: some logits are exactly at the cut
+    found = report_of(logits, targets)
+    predicted = (logits >= 0).astype(int)
+    precision = precision_score(targets, predicted, average="macro")
+    recall = recall_score(targets, predicted, average="macro")
+    assert found["CF1"].item() == pytest.approx(harmonic(precision, recall), abs=1e-6)
+    assert found["OF1"].item() == pytest.approx(f1_score(targets, predicted, average="micro"), abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(st.integers(1, 15), st.integers(1, 4)), st.data())
+def test_report_equals_counting(shape, data):
+    targets = data.draw(hnp.arrays(np.int8, shape, elements=st.sampled_from([-1, 0, 1])))
+    logits = data.draw(hnp.arrays(np.float32, shape, elements=st.sampled_from([-90.0, -1.0, 0.0, 0.5, 20.0, 90.0])))
+    found = report_of(logits, targets, parts=2)
+    ap = [
+        reference.average_precision(logits[:, k], targets[:, k]) if (targets[:, k] == 1).any() else math.nan
+        for k in range(shape[1])
+    ]
+    np.testing.assert_allclose(found["AP"], ap, atol=1e-6)
+    used = [value for value in ap if not math.isnan(value)]
+    np.testing.assert_allclose(found["mAP"], np.mean(used) if used else math.nan, atol=1e-6)
+    assert found["mAP_with_zeros"].item() == pytest.approx(sum(used) / shape[1], abs=1e-6)
+    assert found["num_classes_used"].item() == len(used)
+    _, _, cf1, of1 = reference.f1((logits >= 0).astype(int), targets)
+    assert found["CF1"].item() == pytest.approx(cf1, abs=1e-6)
+    assert found["OF1"].item() == pytest.approx(of1, abs=1e-6)
+
+
+def test_classes_without_positives_follow_both_conventions():
+    logits, targets = batch(values=(0, 1))
+    targets[:, 2] = 0
+    targets[:, 4] = -1
+    found = report_of(logits, targets)
+    assert found["AP"].isnan().tolist() == [False, False, True, False, True, False]
+    kept = found["AP"][[0, 1, 3, 5]]
+    assert found["mAP"].item() == pytest.approx(kept.mean().item())
+    assert found["mAP_with_zeros"].item() == pytest.approx(kept.sum().item() / 6)
+    assert found["num_classes_used"].item() == 4
+    macro = MultilabelAveragePrecision(6, average="macro", ignore_index=-1)
+    with pytest.warns(UserWarning, match="No positive samples"):
+        theirs = macro(torch.from_numpy(logits).sigmoid(), torch.from_numpy(targets).long())
+    assert found["mAP_with_zeros"].item() == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_min_positives_drops_rare_classes_from_the_mean():
+    logits, targets = batch(values=(0, 1))
+    targets[:, 1] = 0
+    targets[:3, 1] = 1
+    found = report_of(logits, targets, min_positives=4)
+    assert found["AP"].isnan().tolist() == [False, True, False, False, False, False]
+    assert found["mAP"].item() == pytest.approx(np.nanmean(found["AP"].numpy()), abs=1e-6)
+    assert found["num_classes_used"].item() == 5
+    everything = report_of(logits, targets)
+    assert found["mAP_with_zeros"].item() == pytest.approx(everything["mAP"].item())
+
+
+def test_one_class():
+    logits, targets = batch(num_classes=1, values=(0, 1))
+    found = report_of(logits, targets)
+    assert found["mAP"].item() == pytest.approx(average_precision_score(targets[:, 0], logits[:, 0]), abs=1e-6)
+    assert found["CF1"].item() == pytest.approx(f1_score(targets[:, 0], logits[:, 0] >= 0), abs=1e-6)
+
+
+def test_logits_that_a_sigmoid_would_tie_keep_their_order():
+    logits = torch.tensor([[90.0], [60.0], [30.0], [18.0]])
+    metric = MultilabelReport(1)
+    metric.update(logits, torch.tensor([[1], [1], [0], [0]]))
+    assert (logits.sigmoid() == 1).all()
+    assert metric.compute()["mAP"].item() == 1.0
+
+
+def test_half_precision_and_reset():
+    logits, targets = batch(values=(0, 1))
+    metric = MultilabelReport(6)
+    metric.update(torch.from_numpy(logits).half(), torch.from_numpy(targets))
+    assert torch.equal(metric.compute()["AP"], report_of(logits.astype(np.float16).astype(np.float32), targets)["AP"])
+    metric.reset()
+    metric.update(torch.zeros(2, 6), torch.ones(2, 6, dtype=torch.int64))
+    assert metric.compute()["mAP"].item() == 1.0
+
+
+def test_report_refuses_what_does_not_fit():
+    metric = MultilabelReport(3)
+    logits = torch.zeros(4, 3)
+    logits[1, 2] = math.nan
+    with pytest.raises(DataError, match=r"1 of 12 logits are not finite.*\(1, 2\)"):
+        metric.update(logits, torch.zeros(4, 3, dtype=torch.int8))
+    with pytest.raises(DataError, match="must both be"):
+        metric.update(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int8))
+    with pytest.raises(DataError, match="must both be"):
+        metric.update(torch.zeros(4, 3), torch.zeros(3, 3, dtype=torch.int8))
+    with pytest.warns(UserWarning, match="compute"), pytest.raises(DataError, match="nothing was added"):
+        MultilabelReport(3).compute()
+    with pytest.raises(ConfigError, match="at least 1"):
+        MultilabelReport(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(st.integers(1, 15), st.integers(1, 4)), st.data())
+def test_pseudo_label_quality_equals_counting(shape, data):
+    pseudo, truth = (data.draw(hnp.arrays(np.int8, shape, elements=st.sampled_from([-1, 0, 1]))) for _ in range(2))
+    found = pseudo_label_quality(torch.from_numpy(pseudo), torch.from_numpy(truth))
+    cp, cr, cf1, of1 = reference.f1(pseudo, truth)
+    for name, value in {"precision": cp, "recall": cr, "CF1": cf1, "OF1": of1}.items():
+        assert found[name].item() == pytest.approx(value, abs=1e-6), name
+    known = truth >= 0
+    assert found["coverage"].item() == pytest.approx((pseudo[known] >= 0).mean() if known.any() else 0.0)
+    rate = [(pseudo[known[:, k], k] == 1).mean() if known[:, k].any() else 0.0 for k in range(shape[1])]
+    np.testing.assert_allclose(found["positive_rate"], rate, atol=1e-6)
+    assert found["class_precision"].mean().item() == pytest.approx(cp, abs=1e-6)
+
+
+def test_pseudo_label_quality_by_hand():
+    pseudo = torch.tensor([[1, 1], [1, -1], [0, 0], [-1, 0]], dtype=torch.int8)
+    truth = torch.tensor([[1, 1], [0, 1], [1, 0], [0, -1]], dtype=torch.int8)
+    found = pseudo_label_quality(pseudo, truth)
+    assert found["class_precision"].tolist() == [0.5, 1.0]
+    assert found["class_recall"].tolist() == [0.5, 0.5]
+    assert found["CF1"].item() == pytest.approx(0.6)  # harmonic mean of 0.75 and 0.5
+    assert found["coverage"].item() == pytest.approx(5 / 7)
+    with pytest.raises(DataError, match="alike"):
+        pseudo_label_quality(pseudo, truth[:2])
