@@ -86,10 +86,12 @@ def test_classes_without_positives_follow_both_conventions():
     assert found["mAP"].item() == pytest.approx(kept.mean().item())
     assert found["mAP_with_zeros"].item() == pytest.approx(kept.sum().item() / 6)
     assert found["num_classes_used"].item() == 4
-    macro = MultilabelAveragePrecision(6, average="macro", ignore_index=-1)
+    # torchmetrics' macro average cannot take a class without any known entry, so it is compared with a negative one.
+    targets[:, 4] = 0
+    macro = MultilabelAveragePrecision(6, average="macro")
     with pytest.warns(UserWarning, match="No positive samples"):
         theirs = macro(torch.from_numpy(logits).sigmoid(), torch.from_numpy(targets).long())
-    assert found["mAP_with_zeros"].item() == pytest.approx(theirs.item(), abs=1e-6)
+    assert report_of(logits, targets)["mAP_with_zeros"].item() == pytest.approx(theirs.item(), abs=1e-6)
 
 
 def test_min_positives_drops_rare_classes_from_the_mean():

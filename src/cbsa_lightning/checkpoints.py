@@ -93,4 +93,4 @@ class LeanCheckpoint(nn.Module):
             )
         for name in TABLES:
             if name in checkpoint:
-                setattr(self, name, checkpoint[name].to(next(self.parameters()).device))
+                setattr(self, name, checkpoint[name])

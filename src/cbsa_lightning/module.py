@@ -106,7 +106,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
         self._text: dict[str, Any] = {}
-        self._clock = 0.0
+        self._clock = self._paused = 0.0
         self._images = 0
 
     @property
@@ -187,6 +187,14 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if self._images:
             self.log("time/ms_per_image", 1000 * (time.perf_counter() - self._clock) / self._images)
 
+    def on_validation_start(self) -> None:
+        """Stops the clock of the steps."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Lets it run on; checkpoints are written by then."""
+        self._clock += time.perf_counter() - self._paused
+
     # Evaluation ------------------------------------------------------------------------------------------------
 
     def cache_text(self) -> None:
@@ -260,6 +268,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1] and ``labels (B, C)`` bool."""
         scores = self(batch.images)
         return {"index": batch.index, "scores": scores, "labels": scores >= self.decision_thresholds()}
+
+    def on_predict_epoch_end(self) -> None:
+        """Prompts may change again."""
+        self._end_pass()
 
     def decision_thresholds(self) -> Tensor:
         """Score from which a label is given, ``(C,)``: the class's threshold tau+ where it is known, else 0.5."""

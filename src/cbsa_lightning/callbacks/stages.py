@@ -1,23 +1,47 @@
-"""From the warm-up to the second stage."""
+"""From the warm-up to the second stage, and back into a stage when a run is resumed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
+
+from cbsa_lightning.checkpoints import TABLES
 
 
 class Stages(L.Callback):
     """Changes stage when the warm-up ends: new loader, new optimiser and schedule, average started.
 
     CAP's second stage likewise takes up the warm-up's weights with a fresh optimiser, schedule and average (fact B1).
+    It also seeds each epoch, so that dropout too is a function of (seed, epoch, rank), and a run that is resumed at
+    an epoch's end goes on as if it had never stopped.
     """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Tables over training images come from the checkpoint of a resumed run, never from another run's data."""
+        resumed = trainer.ckpt_path is not None
+        for name in TABLES:
+            table = getattr(pl_module, name)
+            setattr(pl_module, name, table.to(pl_module.device) if resumed and table is not None else None)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The first hook that knows the epoch of a resumed run."""
+        if trainer.current_epoch < pl_module.warmup_epochs:
+            pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
+        else:
+            # Lightning made the loader before it read the epoch from the checkpoint, so it is the warm-up's.
+            trainer.reload_dataloaders_every_n_epochs = 1
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
+        seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
+        stream = np.random.SeedSequence(seed, spawn_key=(trainer.current_epoch, trainer.global_rank))
+        torch.manual_seed(int(stream.generate_state(1)[0]))
+        trainer.reload_dataloaders_every_n_epochs = 0
         if trainer.current_epoch != pl_module.warmup_epochs:
             return
-        trainer.reload_dataloaders_every_n_epochs = 0
         if pl_module.warmup_epochs:
             trainer.strategy.setup_optimizers(trainer)
         pl_module.ema.start(pl_module.network)
