@@ -21,3 +21,17 @@ def realbench() -> Path:
     if not folder.is_dir():
         pytest.skip("real test images are not on this machine (../shared/realbench)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random CLIP with a ResNet tower."""
+    from tiny_clip import tiny_clip
+
+    return tiny_clip(tmp_path_factory.mktemp("clip"), "resnet")
+
+
+@pytest.fixture(scope="session")
+def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that tests with ``tiny_data.Squares`` share, so that its images are written once."""
+    return tmp_path_factory.mktemp("squares")

@@ -131,6 +131,30 @@ def test_half_precision_and_reset():
     assert metric.compute()["mAP"].item() == 1.0
 
 
+def _report_of_a_share(rank, folder, shares):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    logits, targets = batch(n=31)
+    metric = MultilabelReport(6)
+    rows = shares[rank]
+    if rows:
+        metric.update(torch.from_numpy(logits[rows]), torch.from_numpy(targets[rows]))
+    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [[*range(0, 31, 2)], [*range(31)]], ids=["ragged", "one without images"])
+def test_two_processes_report_like_one(tmp_path, first):
+    shares = [first, [i for i in range(31) if i not in first]]
+    torch.multiprocessing.spawn(_report_of_a_share, (str(tmp_path), shares), nprocs=2)
+    expected = report_of(*batch(n=31))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+
 def test_report_refuses_what_does_not_fit():
     metric = MultilabelReport(3)
     logits = torch.zeros(4, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -101,10 +100,11 @@ class Classifier:
         settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if v is not None})
         class_names = list(checkpoint["class_names"])
         prompt_names = stored.get("prompt_names") or default_prompts(class_names)
-        trained = _Trained(build_cbsa_network(list(prompt_names), **settings), class_names)
+        network = build_cbsa_network(list(prompt_names), **settings)
+        trained = _Trained(network, class_names)
         trained.on_load_checkpoint({name: checkpoint[name] for name in ("class_names", FINGERPRINT)})
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
-        size = image_size or checkpoint.get("image_size") or trained.network.clip.image_size
+        size = image_size or checkpoint.get("image_size") or int(network.clip.image_size)
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
@@ -206,7 +206,7 @@ def _read(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError) as error:
+    except Exception as error:  # damaged bytes make torch's reader raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "

@@ -112,8 +112,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     @property
     def stage(self) -> Stage:
         """What the present epoch trains on."""
-        if self.current_epoch < self.warmup_epochs:
-            return "warm-up"
+        return "warm-up" if self.current_epoch < self.warmup_epochs else self.second_stage
+
+    @property
+    def second_stage(self) -> Stage:
+        """What training goes on with after the warm-up."""
         return "labelled-only" if isinstance(self.labeler, LabelledOnly) else "semi-supervised"
 
     @property
@@ -156,7 +159,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
         weights that the paper's sums have (D2-18).
         """
-        size = len(batch.images)
+        count = torch.tensor(float(len(batch.images)), device=batch.images.device)
+        # Shares of a batch can differ by an image; with their mean, gradients average to those of one process.
+        size = self.trainer.strategy.reduce(count, reduce_op="mean")
         output = self.network(self.network.features(batch.images), self.network.encode_text())
         known = batch.labelled.to(torch.float32)
         targets = batch.targets
@@ -172,8 +177,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             loss = loss + self.contexts.weight * aux
             terms["loss_aux"] = aux
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self._images += size * self.trainer.world_size
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images), sync_dist=True)
+        self._images += len(batch.images) * self.trainer.world_size
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -85,8 +85,8 @@ def prediction_gallery(
         figure.text((gap + 1.2 * position) / width, 1 - 0.6 / height, mark.text, color=mark.colour, size=9)
     left = (width - columns * (side + gap) + gap) / 2
     top = height - head
-    for row, tall in zip(rows, heights, strict=True):
-        for column, i in enumerate(row):
+    for members, tall in zip(rows, heights, strict=True):
+        for column, i in enumerate(members):
             x = left + column * (side + gap)
             axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))
             _show(axes, pictures[i])
@@ -160,7 +160,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
         partition: ``(C,)`` context of each class.
         class_names: The C class names.
     """
-    matrix, groups = np.array(S, dtype=np.float64), np.asarray(partition)
+    matrix, groups = np.asarray(S).astype(np.float64), np.asarray(partition)  # a copy
     np.fill_diagonal(matrix, np.nan)
     mutual = np.nansum(matrix + matrix.T, axis=1)
     order = np.lexsort((-mutual, groups))
@@ -203,7 +203,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
 
     x, y = margin + size + 0.45, height - head
     bar = figure.add_axes((x / width, (y - 0.14) / height, 2.2 / width, 0.14 / height))
-    figure.colorbar(shown, cax=bar, orientation="horizontal", format="{x:.0%}").outline.set_visible(False)  # type: ignore[operator]
+    figure.colorbar(shown, cax=bar, orientation="horizontal", format="{x:.0%}").outline.set_visible(False)
     bar.tick_params(labelsize=8, length=2)
     bar.xaxis.set_major_locator(MaxNLocator(4))
     y -= 0.75
@@ -273,6 +273,8 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
     for axes, (title, percent, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         for metric, name, colour, style in curves:
             points = sorted(values.get(metric, {}).items())
+            if metric == "train/loss_unsup":  # before, it is 0 since there are no such images
+                points = [(epoch, value) for epoch, value in points if epoch >= warmup_epochs]
             if not points:
                 continue
             heights = [100 * value if percent else value for _, value in points]

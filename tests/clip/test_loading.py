@@ -133,7 +133,7 @@ def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
         FrozenCLIP.load(str(folder), "laion2b")
     with pytest.raises(WeightsError, match="tags belong"):
         FrozenCLIP.load(str(folder / "open_clip_config.json"))
-    with pytest.raises(ConfigError, match="needs open_clip_config.json"):
+    with pytest.raises(ConfigError, match=r"needs open_clip_config\.json"):
         FrozenCLIP.load(str(tmp_path))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="not a readable JSON"):
@@ -165,6 +165,23 @@ def test_quick_gelu_of_a_file(folder, tmp_path, builtin):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="trained with QuickGELU"):
         FrozenCLIP.load(builtin, file)
+
+
+def test_statistics_of_a_bare_file_are_those_of_the_names_tags(folder, builtin):
+    """Stands for names such as MobileCLIP-S1, whose tags all have other statistics than CLIP's."""
+    name, file = f"{builtin}-quickgelu", str(folder / WEIGHTS)
+    with pytest.MonkeyPatch.context() as patch:
+        tag = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+        patch.setitem(open_clip.pretrained._PRETRAINED, name, {"a": tag, "b": dict(tag)})
+        assert_statistics(FrozenCLIP.load(name, file), tag["mean"], tag["std"])
+        other = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        patch.setitem(open_clip.pretrained._PRETRAINED, name, {"a": tag, "b": other})
+        with pytest.warns(UserWarning, match="different image means"):
+            clip = FrozenCLIP.load(name, file)
+        assert_statistics(clip, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            FrozenCLIP.load(name, file, image_mean=other["mean"], image_std=other["std"])
 
 
 def test_openai_archives(folder, tmp_path, builtin):

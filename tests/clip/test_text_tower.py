@@ -29,6 +29,8 @@ VARIANTS = {
 def pair(request, tmp_path_factory):
     folder = tiny_clip(tmp_path_factory.mktemp("text"), "resnet", **VARIANTS[request.param])
     reference = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    # torch's attention picks its kernel by requires_grad, even where no gradient is taken.
+    reference.requires_grad_(False)
     expected = open_clip.CustomTextCLIP if "ustom" in request.param else open_clip.CLIP
     assert type(reference) is expected
     return FrozenCLIP.load(str(folder)), reference
@@ -50,23 +52,30 @@ def test_equals_encode_text(pair):
 
 
 def test_cropped_prompts_give_the_same_features_and_gradients(pair):
-    clip, _ = pair
+    clip = pair[0]
     tokens = clip.tokenize(TEXTS)
     eot = clip.eot(tokens)
     length = int(eot.max()) + 1
     assert length < 20
-    full = clip.embed_tokens(tokens).requires_grad_(True)
-    cropped = full.detach()[:, :length].clone().requires_grad_(True)
     direction = torch.randn(3, 24, generator=torch.manual_seed(0))
-    whole, part = clip.encode_prompts(full, eot), clip.encode_prompts(cropped, eot)
-    torch.testing.assert_close(part, whole, atol=1e-5, rtol=0)
-    (whole * direction).sum().backward()
-    (part * direction).sum().backward()
-    assert full.grad is not None
-    assert cropped.grad is not None
-    assert full.grad.abs().max() > 1e-3
-    torch.testing.assert_close(cropped.grad, full.grad[:, :length], atol=1e-5, rtol=1e-4)
-    assert full.grad[:, length:].abs().max() == 0
+    # In float64 the two are the same up to rounding; in float32, to 1e-5 of the largest entry.
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        tower = copy.deepcopy(clip).to(dtype)
+        full = tower.embed_tokens(tokens).requires_grad_(True)
+        cropped = full.detach()[:, :length].clone().requires_grad_(True)
+        whole, part = tower.encode_prompts(full, eot), tower.encode_prompts(cropped, eot)
+        assert_close_to_largest(part, whole, tolerance)
+        (whole * direction.to(dtype)).sum().backward()
+        (part * direction.to(dtype)).sum().backward()
+        assert full.grad is not None
+        assert cropped.grad is not None
+        assert full.grad.abs().max() > 1e-3
+        assert_close_to_largest(cropped.grad, full.grad[:, :length], tolerance)
+        assert full.grad[:, length:].abs().max() == 0
+
+
+def assert_close_to_largest(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.detach().abs().max()), rtol=0)
 
 
 def test_one_call_for_many_prompts_equals_single_ones(pair):

@@ -69,10 +69,10 @@ def packed(output: dict[str, torch.Tensor]) -> Part:
     )
 
 
-def gather(parts: list[Part]) -> list[Part]:
+def gather(parts: list[Any]) -> list[Any]:
     """The parts of all processes, on each of them; shards may differ in length."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return parts
-    everyone: list[list[Part] | None] = [None] * torch.distributed.get_world_size()
+    everyone: list[list[Any] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, parts)
     return [part for own in everyone if own for part in own]

@@ -1,18 +1,238 @@
-"""What a finished run leaves behind: predictions and pictures."""
+"""What a finished run leaves behind for a person: predictions, pictures, and both at W&B."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.contexts import cooccurrence
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.pictures import (
+    attention_gallery,
+    context_map,
+    per_class_bars,
+    prediction_gallery,
+    training_curves,
+)
+from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
+
+log = logging.getLogger(__name__)
 
 
 class RunReport(L.Callback):
-    """Writes predictions and pictures when training ends.
+    """Writes ``predictions.csv`` and ``pictures/*.png`` into the run's folder when training ends.
+
+    The averaged weights score the validation images once more, a batch at a time; only the images that the pictures
+    show are kept. Pictures: predictions, attention (if the network has it), contexts (if there are any), average
+    precision by class, training curves. With a ``WandbLogger`` they go there too, with tables of the classes and of
+    the images shown. With ``limit_val_batches=0`` only contexts and curves are drawn; ``fast_dev_run`` leaves nothing.
 
     Args:
-        num_images: How many images the pictures show.
+        num_images: How many images the pictures show; taken evenly from the validation images.
         enabled: False writes nothing.
+
+    Raises:
+        ConfigError: For fewer than one image.
     """
 
     def __init__(self, num_images: int = 16, enabled: bool = True) -> None:
+        if num_images < 1:
+            raise ConfigError(f"num_images is {num_images}; give 1 or more, or enabled=False for no report.")
         self.num_images = num_images
         self.enabled = enabled
+        self.history: dict[str, dict[int, float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics so far, so that the curves of a resumed run begin at its beginning."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the metrics of :meth:`state_dict`."""
+        self.history = state_dict["history"]
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses class names that the table of predictions could not hold, before the training instead of after.
+
+        Raises:
+            ConfigError: See :func:`~cbsa_lightning.predictions.check_output`.
+        """
+        if self._folder(trainer) is not None:
+            check_output("predictions.csv", pl_module.class_names)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the validation metrics of the epoch; only now are those that the module logs last there."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._keep(trainer, lambda name: name.startswith("val/"))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the other metrics of the epoch."""
+        self._keep(trainer, lambda name: not name.startswith("val/"))
+
+    def _keep(self, trainer: Any, wanted: Any) -> None:
+        # On every process, since reading a metric may reduce it over all of them.
+        for name, value in trainer.callback_metrics.items():
+            if wanted(name):
+                self.history.setdefault(name, {})[trainer.current_epoch] = float(value)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Scores the validation images with all processes; the first one writes."""
+        folder = self._folder(trainer)
+        if folder is None:
+            return
+        found = self._evaluate(trainer, pl_module) if trainer.limit_val_batches else None
+        if not trainer.is_global_zero:
+            return
+        names = pl_module.class_names
+        if found is not None:
+            write_predictions(folder / "predictions.csv", found.table, names, found.scores, found.labels)
+        files = {}
+        for name, figure in self._pictures(trainer, pl_module, found):
+            files[name] = folder / "pictures" / f"{name}.png"
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(files[name], dpi=110)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _to_wandb(logger, names, files, found)
+        print(f"Predictions and pictures of this run: {folder}")
+
+    def _folder(self, trainer: Any) -> Path | None:
+        """Where to write, or None where there is nothing to write; to be called on all processes."""
+        reasons = {
+            "it is switched off": not self.enabled,
+            "this is a fast_dev_run": bool(trainer.fast_dev_run),
+            "there is no data module with eval_table()": not hasattr(trainer.datamodule, "eval_table"),
+        }
+        folder = trainer.log_dir
+        reasons["the run has no folder"] = folder is None
+        for reason, holds in reasons.items():
+            if holds:
+                log.debug("No report: %s.", reason)
+                return None
+        return Path(folder)
+
+    @torch.no_grad()
+    def _evaluate(self, trainer: Any, pl_module: Any) -> _Evaluation:
+        data = trainer.datamodule
+        table = data.eval_table()
+        chosen = np.unique(np.linspace(0, len(table) - 1, self.num_images).round().astype(np.int64))
+        wanted = torch.as_tensor(chosen, device=pl_module.device)
+        thresholds = pl_module.decision_thresholds()
+        metric = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)
+        parts: list[Any] = []
+        shown: list[tuple[int, Tensor, Tensor | None]] = []
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+            for batch in tqdm(data.val_dataloader(), desc="Report", leave=False, disable=not show):
+                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+                logits = pl_module.score(pl_module.network.features(batch.images)).logits.float()
+                metric.update(logits, batch.targets)
+                scores = logits.sigmoid()
+                parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
+                here = torch.isin(batch.index, wanted)
+                if bool(here.any()):
+                    images = batch.images[here]
+                    attention = pl_module.score(pl_module.network.features(images), attention=True).attention
+                    maps = [None] * len(images) if attention is None else list(attention.float().cpu())
+                    shown += list(zip(batch.index[here].tolist(), images.cpu(), maps, strict=True))
+        AP = metric.compute()["AP"].cpu().numpy()
+        everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))
+        images_of = {row: (image, attention) for row, image, attention in gather(shown)}
+        pairs = [images_of[row] for row in chosen.tolist()]
+        kept = [attention for _, attention in pairs if attention is not None]
+        return _Evaluation(
+            table,
+            *everything,
+            thresholds.cpu().numpy(),
+            AP,
+            chosen,
+            torch.stack([image for image, _ in pairs]),
+            torch.stack(kept) if kept else None,
+        )
+
+    def _pictures(self, trainer: Any, pl_module: Any, found: _Evaluation | None) -> Iterator[tuple[str, Figure]]:
+        names = pl_module.class_names
+        if found is not None:
+            truths, scores = found.table.labels[found.rows], found.scores[found.rows]
+            yield "predictions", prediction_gallery(found.images, truths, scores, found.thresholds, names)
+            if found.maps is not None:
+                yield (
+                    "attention",
+                    attention_gallery(found.images, found.maps, truths, scores, found.thresholds, names),
+                )
+            yield "classes", per_class_bars(found.AP, names)
+        partition = pl_module.context_partition.cpu()
+        if pl_module.num_contexts and bool((partition >= 0).all()):
+            yield "contexts", context_map(cooccurrence(trainer.datamodule.labelled_targets()), partition, names)
+        if self.history:
+            yield "training", training_curves(self.history, pl_module.warmup_epochs)
+
+
+class _Evaluation(NamedTuple):
+    """The validation images as the averaged weights see them.
+
+    Attributes:
+        table: The n images.
+        scores: ``(n, C)``.
+        labels: ``(n, C)`` bool.
+        thresholds: ``(C,)``.
+        AP: ``(C,)``.
+        rows: ``(m,)``, rows of the images that pictures show.
+        images: ``(m, 3, S, S)`` uint8.
+        maps: ``(m, C, h, w)`` or None.
+    """
+
+    table: AnnotationTable
+    scores: NDArray[np.float32]
+    labels: NDArray[np.bool_]
+    thresholds: NDArray[np.float32]
+    AP: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    images: Tensor
+    maps: Tensor | None
+
+
+@contextmanager
+def _evaluating(pl_module: Any) -> Iterator[None]:
+    training = pl_module.training
+    pl_module.eval()
+    pl_module.cache_text()
+    try:
+        yield
+    finally:
+        pl_module._text = {}
+        pl_module.train(training)
+
+
+def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:
+    """Pictures, average precision by class, and the shown images with truth and prediction."""
+    import wandb
+
+    for name, file in files.items():
+        logger.log_image(f"pictures/{name}", [str(file)])
+    if found is None:
+        return
+    per_class = [[name, None if np.isnan(value) else float(value)] for name, value in zip(names, found.AP, strict=True)]
+    logger.log_table("report/AP", columns=["class", "AP"], data=per_class)
+    rows = []
+    for row, image in zip(found.rows.tolist(), found.images, strict=True):
+        picture = wandb.Image(image.permute(1, 2, 0).numpy())
+        truth = [name for name, label in zip(names, found.table.labels[row], strict=True) if label == 1]
+        given = [name for name, label in zip(names, found.labels[row], strict=True) if label]
+        score = {name: round(float(s), 4) for name, s in zip(names, found.scores[row], strict=True)}
+        rows.append([str(found.table.paths[row]), picture, ", ".join(truth), ", ".join(given), str(score)])
+    logger.log_table("report/images", columns=["image", "picture", "truth", "predicted", "scores"], data=rows)

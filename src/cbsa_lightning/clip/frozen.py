@@ -80,8 +80,9 @@ class FrozenCLIP(nn.Module):
             pretrained: a tag of open_clip, a weights file, or None for random weights. A folder or hub model
                 brings its own weights: leave the default, or give a file to use instead.
             image_mean: three channel means for images in [0, 1], instead of the model's own. The model's own
-                are those of its tag or open_clip_config.json (for a JSON file: of one beside it with the same
-                model config); a bare weights file has none, and CLIP's are taken.
+                are those of its tag or open_clip_config.json (for a JSON or weights file: of one beside it with the
+                same model config). Without one, a weights file for a name of open_clip gets what all tags of that
+                name share; where they differ CLIP's, with a warning. A JSON config without one gets CLIP's.
             image_std: three channel deviations, likewise.
 
         Raises:

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,15 @@ def load_open_clip(
     file = file if file is not None and file.is_file() else None
     if file is not None:
         _check_file(architecture, file)
+        architecture = replace(
+            architecture, preprocess=_preprocess_beside(file, architecture.config) or architecture.preprocess
+        )
+        if architecture.builtin and not architecture.preprocess and not (image_mean and image_std):
+            warnings.warn(
+                f"the weights known for {model} need different image means and deviations, and {file} does not say "
+                "which; CLIP's are taken. Give image_mean and image_std to be sure.",
+                stacklevel=3,
+            )
     elif pretrained is not None and not (architecture.brings_weights and pretrained == OWN):
         _check_tag(architecture, pretrained)
     try:
@@ -159,9 +168,10 @@ def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tag_preprocess(name: str) -> dict[str, Any]:
-    """Statistics that all tags of a name share: a bare weights file for it will have been trained with them."""
+    """Statistics that all tags of a name share, for a bare weights file; nothing where they differ."""
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     statistics = {(tag["mean"], tag["std"]) for tag in tags}
+    statistics = statistics or {(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)}
     return dict(zip(("mean", "std"), statistics.pop(), strict=True)) if len(statistics) == 1 else {}
 
 
@@ -225,12 +235,10 @@ def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]
     if file is None and architecture.identifier is not None:
         yield architecture.identifier
         return
-    preprocess = architecture.preprocess
     with tempfile.TemporaryDirectory() as folder:
         if file is not None:
-            preprocess = _preprocess_beside(file, architecture.config) or preprocess
             _stage(file, Path(folder))
-        content = {"model_cfg": architecture.config, "preprocess_cfg": preprocess}
+        content = {"model_cfg": architecture.config, "preprocess_cfg": architecture.preprocess}
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(content), encoding="utf-8")
         yield f"{LOCAL}{folder}"
 

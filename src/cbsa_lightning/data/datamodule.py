@@ -137,7 +137,9 @@ class SSMLLDataModule(L.LightningDataModule):
 
     @property
     def labelled_share(self) -> float:
-        """p, the share of training images that are labelled."""
+        """p, the share of training images that are labelled: the one asked for, else that of the table."""
+        if self.split.fraction is not None:  # int(p n) / n falls short of p: enough to turn a rounding
+            return self.split.fraction
         known = len(self.split.labelled)
         return known / max(known + len(self.split.unlabelled), 1)
 
@@ -245,7 +247,8 @@ class SSMLLDataModule(L.LightningDataModule):
         labelled[self.split.labelled] = True
         visible = np.where(labelled[:, None], self.train_table.labels, np.int8(-1))
         dataset = ImageDataset(self.train_table, visible, StrongView(self.image_size, self.seed, self.cutout), labelled)
-        stage = module.stage if module is not None else "semi-supervised"
+        stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
+        paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
         if stage == "warm-up":
             batches: Any = LabelledBatches(self.split.labelled, self.warmup_batch_size, self.seed, **self._ranks())
         elif stage == "labelled-only":
@@ -257,7 +260,7 @@ class SSMLLDataModule(L.LightningDataModule):
                 **self._ranks(),
             )
         else:
-            batches = self._paired()
+            batches = paired
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         batches.set_epoch(epoch)
         return self._loader(dataset, batches, _collate_train)

@@ -164,18 +164,11 @@ def build_cbsa_network(
         WeightsError: If the CLIP weights cannot be had.
     """
     towers = FrozenCLIP.load(clip, pretrained)
-    decoder = LabelDecoder(
-        towers.embed_dim,
-        decoder_layers,
-        decoder_heads,
-        decoder_feedforward,
-        decoder_dropout,
-        decoder_self_attention,
-    )
+    sizes = (decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention)
     return CBSANetwork(
         towers,
         prompt_names,
-        decoder=decoder if semantic_alignment else None,
+        decoder=LabelDecoder(towers.embed_dim, *sizes) if semantic_alignment else None,
         num_contexts=num_contexts,
         prompt_length=prompt_length,
         shared_prompts=shared_prompts,

@@ -1,0 +1,128 @@
+"""Lean checkpoints: what is in them, what they refuse, and going on from one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cbsa_lightning import CBSAModule
+from cbsa_lightning.errors import CheckpointError
+from tiny_clip import tiny_clip
+from tiny_data import CLASSES, SIZE, Squares, differences, tiny_fit, tiny_module
+
+WARMUP, EPOCHS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+@pytest.fixture(scope="module", params=["after validation", "at the epoch's end"])
+def run(request, tmp_path_factory, clip_folder, squares):
+    """A run of 2 + 2 epochs with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("run")
+    at_end = request.param == "at the epoch's end"
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_end)
+    settings = {"callbacks": [saver], "enable_checkpointing": True}
+    module, _ = tiny_fit(folder, clip_folder, squares, max_epochs=EPOCHS, trainer=settings, warmup_epochs=WARMUP)
+    return module, [folder / f"epoch={epoch}.ckpt" for epoch in range(EPOCHS)]
+
+
+def scores(module):
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.manual_seed(0))
+    return module.eval()(images)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_resumed_at_an_epochs_end_it_goes_on_as_if_never_stopped(tmp_path, clip_folder, squares, run, epoch):
+    """Dropout included; epoch 1 is the last of the warm-up, so resuming there is also the change of stage."""
+    module, files = run
+    resumed, trainer = tiny_fit(
+        tmp_path, clip_folder, squares, max_epochs=EPOCHS, warmup_epochs=WARMUP, ckpt_path=str(files[epoch])
+    )
+    assert trainer.current_epoch == EPOCHS
+    assert differences(module.state_dict(), resumed.state_dict()) == []
+    assert torch.equal(module.pseudo_labels, resumed.pseudo_labels)
+    assert torch.equal(module.context_targets, resumed.context_targets)
+
+
+def test_what_a_checkpoint_holds(run):
+    module, files = run
+    checkpoint = torch.load(files[-1], weights_only=True)
+    keys = set(checkpoint["state_dict"])
+    assert not [key for key in keys if key.startswith(("network.clip.tower.", "network.clip.text."))]
+    assert not {"network.clip.mean", "network.clip.std"} & keys
+    assert {key for key in keys if key.startswith("network.clip.")} == {
+        f"network.clip.pool.{name}" for name, _ in module.network.clip.pool.named_parameters()
+    }
+    assert {"network.target_prompts.words", "ema.started", "tau_pos", "context_partition"} <= keys
+    assert checkpoint["class_names"] == list(CLASSES)
+    assert checkpoint["frozen_fingerprint"] == module.network.clip.fingerprint
+    assert differences(checkpoint["state_dict"], module.state_dict()) == []
+
+
+def test_loads_without_arguments(run):
+    module, files = run
+    loaded = CBSAModule.load_from_checkpoint(files[-1])
+    assert loaded.class_names == list(CLASSES)
+    assert torch.equal(scores(loaded), scores(module))
+    assert torch.equal(loaded.decision_thresholds(), module.decision_thresholds())
+
+
+def test_other_classes_are_refused(tmp_path, clip_folder, run):
+    checkpoint = torch.load(run[1][-1], weights_only=True)
+    checkpoint["hyper_parameters"]["class_names"] = ["red", "green", "blue", "yellow", "violet"]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"red, green, blue, yellow, cyan; this module has .*violet"):
+        CBSAModule.load_from_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_other_frozen_weights_are_refused(tmp_path, run):
+    ours = run[0].network.clip.fingerprint[:12]
+    with pytest.raises(CheckpointError, match=f"other frozen weights .sha256 {ours}"):
+        CBSAModule.load_from_checkpoint(run[1][-1], clip=str(tiny_clip(tmp_path, "resnet", seed=7)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"decoder_feedforward": 24}, r"other shape: .*linear1.weight \(16, 24\) instead of \(24, 24\)"),
+        ({"decoder_layers": 2}, r"missing: .*network.decoder.layers.1"),
+        ({"num_contexts": 0}, r"unknown: .*network.context_head"),
+        ({"train_pool": False, "num_contexts": 0}, r"unknown: .*average_of_clip__pool"),
+    ],
+)
+def test_other_shapes_are_named(run, changes, found):
+    with pytest.raises(CheckpointError, match=found):
+        CBSAModule.load_from_checkpoint(run[1][-1], **changes)
+
+
+def test_trained_on_from_a_checkpoint_nothing_of_the_old_run_is_left(tmp_path, clip_folder, squares_folder, run):
+    """More images, a warm-up of its own: tables and average start anew, contexts keep their ids."""
+    module = CBSAModule.load_from_checkpoint(run[1][-1])
+    assert bool(module.ema.started)
+    partition = module.context_partition.clone()
+    larger = Squares(squares_folder / "larger", train=30)
+    from tiny_data import tiny_data, tiny_trainer
+
+    trainer = tiny_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, datamodule=tiny_data(larger))
+    assert not bool(module.ema.started)
+    assert float(trainer.callback_metrics["val/mAP"]) == float(trainer.callback_metrics["val/mAP_raw"])
+    assert module.pseudo_labels is None
+    assert module.context_targets.shape == (30, 2)
+    assert torch.equal(module.context_partition, partition)
+
+
+def test_a_frozen_state_may_come_along(clip_folder):
+    """A state with frozen weights, from elsewhere, loads too; a lean one says what it lacks."""
+    module = tiny_module(clip_folder)
+    state = torch.nn.Module.state_dict(module)
+    assert len(state) > len(module.state_dict())
+    module.load_state_dict(state)
+    lacking = module.state_dict()
+    del lacking["network.log_scale"]
+    with pytest.raises(CheckpointError, match=r"missing: .*network\.log_scale"):
+        module.load_state_dict(lacking)

@@ -1,0 +1,140 @@
+"""Every YAML that ships is fit through the command line, on a few generated files in the data set's own layout."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import make_coco, make_nuswide_list, make_table, make_voc
+
+from cbsa_lightning.cli import main
+from cbsa_lightning.labelers import LabelledOnly
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+LAYOUTS = {"voc": make_voc, "coco": make_coco, "nuswide": make_nuswide_list}
+
+
+def files(*names: str) -> list[str]:
+    return [part for name in names for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in (*LAYOUTS, "table")}
+    for name, make in LAYOUTS.items():
+        make(folders[name])
+    make_table(folders["table"], n_train=24, unlabelled=12)
+    return folders
+
+
+def fit(args: list[str], folder: Path, clip: Path, *more: str):
+    """One short run on the CPU with a tiny CLIP; whatever the overlays say of epochs and size."""
+    tiny = [
+        f"--model.init_args.clip={clip}",
+        "--model.init_args.prompt_length=2",
+        "--model.init_args.decoder_feedforward=16",
+        "--model.init_args.warmup_epochs=1",
+        "--data.image_size=64",
+        "--data.num_workers=0",
+        "--data.eval_batch_size=16",
+        "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_train_batches=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.default_root_dir={folder}",
+    ]
+    return main(["fit", *args, *tiny, *more])
+
+
+@pytest.mark.parametrize("name", ["voc", "coco", "nuswide", "table"])
+def test_each_data_set_at_its_share(
+    name: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overlays = ["methods/cbsa", f"data/{name}"] + ([] if name == "table" else ["shares/p20"])
+    where = (
+        f"--data.source.init_args.train={roots[name] / 'train.csv'}"
+        if name == "table"
+        else f"--data.source.init_args.root={roots[name]}"
+    )
+    cli = fit(files(*overlays), tmp_path, clip_folder, where)
+    metrics = cli.trainer.callback_metrics
+    assert 0 <= metrics["val/mAP"] <= 1
+    assert torch.isfinite(metrics["train/loss"])
+    assert metrics["train/loss_unsup"] > 0
+    assert "train/loss_aux" in metrics
+    assert (cli.model.context_partition >= 0).all()
+    # What a stranger needs to repeat the run lies beside it.
+    folder = Path(cli.trainer.log_dir)
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "split.json").is_file()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("share", ["p05", "p10", "p15", "p20"])
+def test_shares_say_their_fraction(share: str) -> None:
+    text = (CONFIGS / "shares" / f"{share}.yaml").read_text()
+    assert f"labelled_fraction: 0.{share[1:]}" in text
+
+
+@pytest.mark.parametrize("method", ["labelled_only", "without_contexts", "target_prompts_only"])
+def test_each_method(
+    method: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = f"--data.source.init_args.root={roots['voc']}"
+    order = ["methods/cbsa", "data/voc", f"methods/{method}", "shares/p20"]
+    cli = fit(files(*order), tmp_path, clip_folder, root, "--report.enabled=false")
+    assert cli.model.num_contexts == 0
+    assert isinstance(cli.model.labeler, LabelledOnly) == (method == "labelled_only")
+    assert (cli.model.network.decoder is None) == (method == "target_prompts_only")
+    assert "train/loss_aux" not in cli.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("share", ["p05", "p10", "p15"])
+def test_remaining_shares_fit(
+    share: str, tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp(share)
+    monkeypatch.chdir(folder)
+    make_voc(folder / "voc", n_train=40, n_test=12)
+    root = f"--data.source.init_args.root={folder / 'voc'}"
+    cli = fit(files("methods/cbsa", "data/voc", f"shares/{share}"), folder, clip_folder, root, "--report.enabled=false")
+    assert len(cli.datamodule.split.labelled) == int(int(share[1:]) / 100 * 40)
+
+
+def test_wandb_overlay_offline(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    root = f"--data.source.init_args.root={roots['voc']}"
+    cli = fit(files("methods/cbsa", "data/voc", "shares/p20", "loggers/wandb"), tmp_path, clip_folder, root)
+    run = cli.trainer.loggers[1].experiment
+    assert run.config["data"]["labelled_fraction"] == 0.2
+    assert run.config["model"]["init_args"]["num_contexts"] == 2
+    import wandb
+
+    wandb.finish()
+    written = {p.suffix for p in (tmp_path / "runs" / "wandb").rglob("*")}
+    assert ".wandb" in written
+    assert ".png" in written
+
+
+def test_gpu_overlay_names_mixed_precision(tmp_path: Path) -> None:
+    text = (CONFIGS / "hardware" / "gpu.yaml").read_text()
+    assert "16-mixed" in text
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine: the overlay is only read here")
+
+
+def test_overlays_are_listed_once() -> None:
+    """A new overlay must be named in this file, so that it is run."""
+    here = Path(__file__).read_text()
+    names = sorted(p.stem for p in CONFIGS.rglob("*.yaml") if p.parent.name != "class_files")
+    assert all(a != b for a, b in pairwise(names))
+    unnamed = [name for name in names if name not in here]
+    assert unnamed == ["quickstart"]  # test_quickstart.py runs it

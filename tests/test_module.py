@@ -1,0 +1,280 @@
+"""The training loop: its loss by hand, its stages, and what may and what may not change a weight."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.data.batches import TrainBatch
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import LabelledOnly
+from reference.losses import asymmetric, cross_entropy
+from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+
+WARMUP, EPOCHS = 2, 4
+
+
+class Spy(L.Callback):
+    """Writes down what each step and each epoch did."""
+
+    def __init__(self):
+        self.rates, self.labelled, self.sizes, self.weights, self.ema, self.metrics = [], [], [], [], [], []
+        self.fresh, self.optimizers, self.started = [], [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        optimizer = trainer.optimizers[0]
+        self.rates.append([module.current_epoch, *(group["lr"] for group in optimizer.param_groups)])
+        self.labelled.append(int(batch.labelled.sum()))
+        self.sizes.append(len(batch.images))
+        if batch_idx == 0:
+            self.fresh.append(not optimizer.state)
+            self.optimizers.append(optimizer)
+            self.started.append(bool(module.ema.started))
+            self.before = module.network.log_scale.detach().clone()
+            self.weights.append([self.before])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.weights[-1].append(module.network.log_scale.detach().clone())
+
+    def on_train_epoch_end(self, trainer, module):
+        self.ema.append(module.ema.get_buffer("average_of_log_scale").clone())
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, clip_folder, squares):
+    """One run of 2 + 2 epochs, and the frozen state before it."""
+    spy = Spy()
+    before = {k: v.clone() for k, v in nn.Module.state_dict(tiny_module(clip_folder).network.clip).items()}
+    module, trainer = tiny_fit(
+        tmp_path_factory.mktemp("run"),
+        clip_folder,
+        squares,
+        max_epochs=EPOCHS,
+        trainer={"callbacks": [spy]},
+        warmup_epochs=WARMUP,
+    )
+    return module, trainer, spy, before
+
+
+def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
+    module = tiny_module(
+        clip_folder, num_contexts=3, unsup_weight=0.7, contexts=ContextTask(weight=0.3), decoder_dropout=0.0
+    )
+    module.trainer = tiny_trainer(tmp_path)
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **kwargs: logged.update(values))
+    images = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.manual_seed(0))
+    labels = torch.tensor([[1, 0, 0, 1, -1], [0, 0, 1, 0, 0]] + [[-1] * 5] * 3, dtype=torch.int8)
+    labelled = torch.tensor([True, True, False, False, False])
+    rows = torch.tensor([4, 0, 2, 7, 6])
+    table = torch.full((9, 5), -1, dtype=torch.int8)
+    table[2] = torch.tensor([1, 0, -1, 0, 0])
+    table[6] = torch.tensor([0, 0, 0, 1, 1])
+    table[4] = 1  # a labelled image: its own labels count, not what the table says
+    contexts = torch.zeros(9, 3)
+    contexts[4, 1] = contexts[2, 0] = 1.0
+    contexts[0] = torch.tensor([0.5, 0.0, 0.5])
+    module.pseudo_labels, module.context_targets = table, contexts
+
+    loss = module.training_step(TrainBatch(images, labels, rows, labelled), 0)
+    with torch.no_grad():
+        output = module.network(module.network.features(images))
+    targets = [labels[0].tolist(), labels[1].tolist(), table[2].tolist(), [-1] * 5, table[6].tolist()]
+    each = asymmetric(output.logits.double().numpy(), np.array(targets), 0.0, 4.0, 0.05)[0]
+    aux = cross_entropy(output.context_logits.double().numpy(), contexts[rows].double().numpy())
+    sup, unsup = each[:2].sum() / 5, each[2:].sum() / 5
+    assert min(sup, unsup, aux[0], aux[1], aux[2]) > 0
+    assert aux[3] == aux[4] == 0
+    expected = {"loss_sup": sup, "loss_unsup": unsup, "loss_aux": aux.sum() / 5}
+    expected["loss"] = sup + 0.7 * unsup + 0.3 * aux.sum() / 5
+    assert {name: float(value) for name, value in logged.items()} == {
+        f"train/{name}": pytest.approx(value, rel=1e-4) for name, value in expected.items()
+    }
+    assert float(loss) == pytest.approx(expected["loss"], rel=1e-4)
+    assert loss.requires_grad
+
+
+def test_in_the_warm_up_only_labels_count(tmp_path, clip_folder, monkeypatch):
+    module = tiny_module(clip_folder)
+    module.trainer = tiny_trainer(tmp_path)
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **kwargs: logged.update(values))
+    images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
+    targets = torch.tensor([[1, 0, 0, 0, 1], [-1] * 5], dtype=torch.int8)
+    module.training_step(TrainBatch(images, targets, torch.tensor([0, 1]), torch.tensor([True, False])), 0)
+    assert float(logged["train/loss_unsup"]) == 0
+    assert float(logged["train/loss_sup"]) == float(logged["train/loss"]) > 0
+    assert "train/loss_aux" not in logged
+
+
+def test_each_stage_has_its_own_schedule_of_true_length(run):
+    spy = run[2]
+    for epochs in (range(WARMUP), range(WARMUP, EPOCHS)):
+        stage = np.array([row[1:] for row in spy.rates if row[0] in epochs])
+        assert len(stage) >= 4
+        np.testing.assert_allclose(stage[0], [1e-3 / 25, 1e-4 / 25])
+        np.testing.assert_allclose(stage[-1], [1e-3 / 25e4, 1e-4 / 25e4])
+        assert 0.5e-3 < stage[:, 0].max() <= 1e-3
+    assert spy.fresh == [True, False, True, False]
+    assert spy.optimizers[0] is spy.optimizers[1] is not spy.optimizers[2]
+
+
+def test_what_the_batches_of_each_stage_hold(run):
+    spy = run[2]
+    # 8 labelled of 22: warm-up batches of 8; then 4 labelled of 8 (1.25 * 0.4 * 8), 14 unlabelled in 4 batches.
+    assert [(s, n) for s, n in zip(spy.sizes[:2], spy.labelled[:2], strict=True)] == [(8, 8), (8, 8)]
+    assert spy.sizes[2:] == [8, 8, 8, 6] * 2
+    assert spy.labelled[2:] == [4, 4, 4, 4] * 2
+
+
+def test_average_starts_when_the_warm_up_ends_and_has_its_closed_form(run):
+    spy, decay = run[2], 0.8
+    assert spy.started == [False, False, True, True]
+    second = [w.double() for w in spy.weights[2] + spy.weights[3][1:]]
+    steps = len(second) - 1
+    assert steps == 8
+    expected = decay**steps * second[0] + sum(
+        (1 - decay) * decay ** (steps - i) * second[i] for i in range(1, steps + 1)
+    )
+    torch.testing.assert_close(spy.ema[3].double(), expected, atol=1e-7, rtol=1e-6)
+    assert spy.ema[3] != second[-1]
+
+
+def test_before_that_both_weights_are_one(run):
+    spy = run[2]
+    for metrics in spy.metrics[:WARMUP]:
+        assert metrics["val/mAP"] == metrics["val/mAP_raw"]
+    module = run[0]
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    features = module.network.features(images)
+    assert not torch.equal(module.eval().score(features).logits, module.score(features, "raw").logits)
+
+
+def test_logged_names(run):
+    first, last = run[2].metrics[0], run[2].metrics[-1]
+    always = {"val/mAP", "val/mAP_raw", "val/CF1", "val/OF1", *(f"val/AP/{name}" for name in CLASSES)}
+    always |= {"train/loss", "train/loss_sup", "train/loss_unsup", "train/loss_aux"}
+    later = {f"pseudo/{name}" for name in ("precision", "recall", "CF1", "coverage")} | {"context/accuracy"}
+    assert always <= first.keys()
+    assert always | later <= last.keys()
+    assert not later & first.keys()
+    assert last["train/loss"] == pytest.approx(
+        last["train/loss_sup"] + last["train/loss_unsup"] + last["train/loss_aux"], rel=1e-5
+    )
+    assert run[1].callback_metrics["time/ms_per_image"] > 0
+
+
+def test_nothing_frozen_has_moved(run):
+    module, _, _, before = run
+    after = nn.Module.state_dict(module.network.clip)
+    pool = {key for key in before if key.startswith("pool.")}
+    assert any("running_mean" in key for key in before.keys() - pool)
+    assert differences({k: before[k] for k in before.keys() - pool}, after) == []
+    assert differences({k: before[k] for k in pool}, after), "the pool did not train"
+
+
+def test_epoch_state_is_in_buffers(run):
+    state = run[0].state_dict()
+    assert state["tau_pos"].isfinite().any()
+    assert set(state["context_partition"].tolist()) == {0, 1}
+    labels = tiny_data(Squares(run[0].trainer.datamodule.source.train().root))
+    labels.setup("fit")
+    np.testing.assert_allclose(
+        state["positive_rate"].numpy(), (labels.labelled_targets() == 1).double().mean(0).numpy(), rtol=1e-6
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory, clip_folder, squares):
+    """One warm-up epoch and one more, without contexts."""
+    return tiny_fit(tmp_path_factory.mktemp("plain"), clip_folder, squares, num_contexts=0)
+
+
+def test_one_context_is_no_context(tmp_path, clip_folder, squares, plain_run):
+    one, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=1)
+    without = plain_run[0].state_dict()
+    assert without.keys() < one.state_dict().keys()
+    assert differences(without, one.state_dict()) == []
+    assert differences(without, tiny_module(clip_folder).state_dict()), "nothing was trained"
+
+
+def test_hidden_labels_never_reach_training(tmp_path, clip_folder, squares, squares_folder, plain_run):
+    data = plain_run[1].datamodule
+    lying = Squares(squares_folder, hidden=data.split.unlabelled)
+    changed = (lying.train().labels != squares.train().labels).any(1)
+    assert changed.sum() == len(data.split.unlabelled) == 14
+    contexts, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=2)
+    other, trainer = tiny_fit(tmp_path, clip_folder, lying, num_contexts=2)
+    assert differences(contexts.state_dict(), other.state_dict()) == []
+    assert trainer.callback_metrics["pseudo/recall"] != plain_run[1].callback_metrics["pseudo/recall"]
+
+
+def test_workers_change_nothing(tmp_path, clip_folder, squares, plain_run):
+    module, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=0, data={"num_workers": 2})
+    assert differences(plain_run[0].state_dict(), module.state_dict()) == []
+
+
+def test_labels_alone_take_as_many_steps(tmp_path, clip_folder, squares, plain_run):
+    spy = Spy()
+    _, trainer = tiny_fit(
+        tmp_path, clip_folder, squares, num_contexts=0, labeler=LabelledOnly(), trainer={"callbacks": [spy]}
+    )
+    assert trainer.global_step == plain_run[1].global_step == 5
+    assert spy.labelled == spy.sizes
+    assert spy.fresh == [True, True]
+    assert "pseudo/precision" not in trainer.callback_metrics
+
+
+def test_labels_alone_need_no_unlabelled_image(tmp_path, clip_folder, squares):
+    _, trainer = tiny_fit(
+        tmp_path,
+        clip_folder,
+        squares,
+        num_contexts=0,
+        labeler=LabelledOnly(),
+        data={"labelled_fraction": 1.0},
+        trainer={"limit_train_batches": 1},
+    )
+    assert trainer.global_step == 2
+
+
+def test_predictions_use_the_average_and_the_thresholds(run):
+    module, _, _, _ = run
+    module.eval()
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    scores = module(images)
+    with torch.no_grad(), module.ema.applied_to(module.network):
+        expected = module.network(module.network.features(images)).logits.sigmoid()
+    torch.testing.assert_close(scores, expected)
+    assert not scores.requires_grad
+    cut = torch.where(module.tau_pos.isnan(), 0.5, module.tau_pos)
+    assert torch.equal(module.decision_thresholds(), cut)
+    assert tiny_module(module.hparams.clip).decision_thresholds().tolist() == [0.5] * len(CLASSES)
+
+
+def test_text_is_encoded_anew_after_a_pass(tmp_path, clip_folder, squares):
+    module, data = tiny_module(clip_folder), tiny_data(squares, predict=str(squares.train().root / "test"))
+    trainer = tiny_trainer(tmp_path)
+    trainer.predict(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    before = module.eval()(images)
+    with torch.no_grad():
+        module.network.target_prompts.words.normal_()
+    assert (module(images) - before).abs().max() > 1e-4
+
+
+def test_more_contexts_than_classes(clip_folder):
+    with pytest.raises(ConfigError, match="6 contexts cannot be made of 5 classes"):
+        tiny_module(clip_folder, num_contexts=6)

@@ -1,0 +1,141 @@
+"""Tables of predictions, and the callback of `cbsa predict` that writes them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_lightning.callbacks.predictions import WritePredictions, gather
+from cbsa_lightning.cbsa import CBSAModule
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.readers.digits import Digits
+from cbsa_lightning.data.views import PlainView
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.predictions import in_table_order, write_predictions
+from tiny_clip import tiny_clip
+
+NAMES = ("cat", "dog, brown", 'a "quoted" one')
+PATHS = ["b/2.png", "a,1.png", "ü.png", "c.png"]
+SCORES = np.random.default_rng(0).random((4, 3)).astype(np.float32)
+LABELS = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
+
+
+def table(root: Path) -> AnnotationTable:
+    return AnnotationTable(root, np.array(PATHS, np.dtypes.StringDType()), np.full((4, 3), -1, np.int8), NAMES)
+
+
+def test_csv_reads_back(tmp_path):
+    file = tmp_path / "new" / "out.csv"
+    write_predictions(file, table(tmp_path), NAMES, SCORES, LABELS)
+    with file.open(newline="", encoding="utf-8") as lines:
+        header, *rows = csv.reader(lines)
+    assert header == ["image", "labels", *NAMES]
+    assert [row[0] for row in rows] == PATHS
+    assert [row[1] for row in rows] == ['cat;a "quoted" one', "", ";".join(NAMES), "dog, brown"]
+    assert np.array_equal(np.array([row[2:] for row in rows], dtype=np.float32), SCORES)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_parquet_reads_back_and_replaces(tmp_path):
+    file = tmp_path / "out.parquet"
+    file.write_text("old")
+    write_predictions(file, table(tmp_path), NAMES, SCORES, LABELS)
+    content = pyarrow.parquet.read_table(file).to_pydict()
+    assert list(content) == ["image", "labels", *NAMES]
+    assert content["image"] == PATHS
+    assert np.array_equal(np.array([content[name] for name in NAMES], np.float32).T, SCORES)
+
+
+def test_nothing_is_left_when_it_cannot_be_written(tmp_path):
+    file = tmp_path / "out.csv"
+    file.write_text("old")
+    holes = SCORES.copy()
+    holes[2, 1] = np.nan
+    with pytest.raises(DataError, match=r"1 of 4 images have no finite score: ü.png \(row 2\)"):
+        write_predictions(file, table(tmp_path), NAMES, holes, LABELS)
+    with pytest.raises(DataError, match=r"\(4, 3\)"):
+        write_predictions(file, table(tmp_path), NAMES, SCORES[:3], LABELS[:3])
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("name", "classes", "message"), [
+    ("out.txt", NAMES, r"\.csv or \.parquet"),
+    ("out", NAMES, r"\.csv or \.parquet"),
+    ("out.csv", ("labels", "dog", "cat"), "'labels'"),
+    ("out.csv", ("a;b", "dog", "cat"), "'a;b'"),
+])  # fmt: skip
+def test_what_could_not_be_written_is_refused(tmp_path, name, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        write_predictions(tmp_path / name, table(tmp_path), classes, SCORES, LABELS)
+
+
+def test_rows_come_in_any_order():
+    parts = [(np.array(rows), SCORES[rows], LABELS[rows]) for rows in ([3, 0], [2], [1, 3])]
+    scores, labels = in_table_order(4, 3, parts)
+    assert np.array_equal(scores, SCORES)
+    assert np.array_equal(labels, LABELS)
+    with pytest.raises(DataError, match="1 of 4 images have no prediction: rows 2"):
+        in_table_order(4, 3, [parts[0], parts[2]])
+
+
+def test_predict_writes_the_folder_in_order(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b", "a", "d", "c", "e"):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder))
+    module = CBSAModule(
+        data.class_names, clip=str(tiny_clip(tmp_path / "clip")), num_contexts=2, prompt_length=2, decoder_feedforward=8
+    )
+    module.tau_pos.fill_(0.55)
+    file = tmp_path / "out.parquet"
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[WritePredictions(str(file))], enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.predict(module, datamodule=data)
+    content = pyarrow.parquet.read_table(file).to_pydict()
+    found = data.predict_table()
+    assert content["image"] == found.paths.tolist()
+    assert len(content["image"]) == 5
+    module.eval()
+    expected = module(torch.stack([PlainView(64)(decode(found.file(i))) for i in range(5)]))
+    written = np.array([content[name] for name in data.class_names]).T
+    np.testing.assert_allclose(written, expected.numpy(), atol=1e-6)
+    for text, row in zip(content["labels"], written, strict=True):
+        assert text == ";".join(name for name, score in zip(data.class_names, row, strict=True) if score >= 0.55)
+    assert str(file) in capsys.readouterr().out
+
+    trainer.callbacks = [WritePredictions("out.txt")]
+    with pytest.raises(ConfigError, match=r"out\.txt"):
+        trainer.predict(module, datamodule=data)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rows = np.arange(rank, 5, 2)  # three rows here, two there
+    parts = gather([(rows[i : i + 1], rows[i : i + 1, None] / 8, rows[i : i + 1, None] > 2) for i in range(len(rows))])
+    scores, labels = in_table_order(5, 1, parts)
+    assert scores[:, 0].tolist() == [0, 0.125, 0.25, 0.375, 0.5]
+    assert labels[:, 0].tolist() == [False, False, False, True, True]
+    Path(folder, f"done{rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_with_uneven_shards(tmp_path):
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "done0").exists()
+    assert (tmp_path / "done1").exists()

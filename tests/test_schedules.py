@@ -1,0 +1,45 @@
+"""Learning-rate schedules at their ends and peaks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cbsa_lightning.schedules import Constant, OneCycle
+
+
+def rates(schedule, steps, peaks=(1e-3, 1e-4)):
+    """The learning rates that each of ``steps`` optimiser steps uses, one column a group."""
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in peaks]
+    optimizer = torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, peaks, strict=True)])
+    scheduler = schedule(optimizer, steps)
+    used = []
+    for _ in range(steps):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return used
+
+
+def test_one_cycle_rises_and_ends_within_the_stage():
+    used = rates(OneCycle(pct_start=0.2), 21)
+    for group, peak in enumerate((1e-3, 1e-4)):
+        column = [row[group] for row in used]
+        assert column[0] == pytest.approx(peak / 25)
+        assert column[-1] == pytest.approx(peak / 25 / 1e4)
+        top = 0.2 * 21 - 1  # where the policy turns, in steps
+        for i, rate in enumerate(column):
+            low, high, share = (peak / 25, peak, i / top) if i <= top else (peak, peak / 25e4, (i - top) / (20 - top))
+            assert rate == pytest.approx(low + (high - low) * (1 - math.cos(math.pi * share)) / 2), i
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_one_cycle_of_a_very_short_stage(steps):
+    used = rates(OneCycle(), steps)
+    assert all(0 < row[0] <= 1e-3 and row[1] == pytest.approx(row[0] / 10) for row in used)
+
+
+def test_constant():
+    assert rates(Constant(), 4) == [[1e-3, 1e-4]] * 4

@@ -1,0 +1,131 @@
+"""A tiny data set of coloured squares, for tests that need images, labels and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+
+from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.readers import Source
+
+CLASSES = ("red", "green", "blue", "yellow", "cyan")
+COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200))
+GROUPS = ((0, 1), (2, 3, 4))  # classes that occur together
+SIZE = 64
+
+
+class Squares(Source):
+    """Grey images with squares in the colours of their classes, written into a folder once.
+
+    Args:
+        folder: Where images are written.
+        train: Number of training images.
+        test: Number of test images; 0 gives no test table.
+        hidden: Rows of the training table whose labels are replaced by 1 - label: what training must not see.
+    """
+
+    class_names = CLASSES
+    prompt_names = CLASSES
+
+    def __init__(self, folder: Path, train: int = 22, test: int = 7, hidden: Any = ()) -> None:
+        rng = np.random.default_rng(0)
+        self._train = self._write(folder, "train", train, rng)
+        self._test = self._write(folder, "test", test, rng) if test else None
+        labels = self._train.labels.copy()
+        labels[list(hidden)] = 1 - labels[list(hidden)]
+        self._train = AnnotationTable(self._train.root, self._train.paths, labels, CLASSES)
+
+    @staticmethod
+    def _write(folder: Path, name: str, number: int, rng: np.random.Generator) -> AnnotationTable:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        paths, labels = [], np.zeros((number, len(CLASSES)), dtype=np.int8)
+        for i in range(number):
+            group = GROUPS[i % 2]
+            labels[i, rng.permutation(group)[: rng.integers(1, 3)]] = 1
+            image = rng.integers(100, 150, (SIZE, SIZE, 3)).astype(np.uint8)
+            for k in np.flatnonzero(labels[i]):
+                top, left = rng.integers(0, SIZE - 20, 2)
+                image[top : top + 20, left : left + 20] = COLOURS[k]
+            paths.append(f"{name}/{i}.png")
+            if not (folder / paths[-1]).exists():
+                Image.fromarray(image).save(folder / paths[-1])
+        return AnnotationTable(folder, np.array(paths, dtype=np.dtypes.StringDType()), labels, CLASSES)
+
+    def prepare(self) -> None:
+        """Everything is there."""
+
+    def train(self) -> AnnotationTable:
+        return self._train
+
+    def test(self) -> AnnotationTable | None:
+        return self._test
+
+
+def tiny_data(source: Source, **settings: Any) -> SSMLLDataModule:
+    """8 labelled of 22 training images, batches of 8."""
+    plain = {"image_size": SIZE, "labelled_fraction": 0.4, "batch_size": 8, "num_workers": 0, "seed": 3}
+    return SSMLLDataModule(source, **{**plain, **settings})
+
+
+def tiny_module(clip: Path, **settings: Any) -> CBSAModule:
+    """The paper's method with small parts; its weights are a function of these arguments alone."""
+    torch.manual_seed(0)
+    plain = {
+        "clip": str(clip),
+        "num_contexts": 2,
+        "warmup_epochs": 1,
+        "prompt_length": 2,
+        "decoder_layers": 1,
+        "decoder_heads": 4,
+        "decoder_feedforward": 16,
+        "ema_decay": 0.8,
+    }
+    return CBSAModule(CLASSES, **{**plain, **settings})
+
+
+def tiny_trainer(folder: Path, max_epochs: int = 2, **settings: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU."""
+    plain = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+        "use_distributed_sampler": False,
+    }
+    return L.Trainer(max_epochs=max_epochs, **{**plain, **settings})
+
+
+def tiny_fit(
+    folder: Path,
+    clip: Path,
+    source: Source,
+    *,
+    max_epochs: int = 2,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    **module: Any,
+) -> tuple[CBSAModule, L.Trainer]:
+    """A whole run; its outcome is a function of the arguments alone."""
+    model = tiny_module(clip, **module)
+    run = tiny_trainer(folder, max_epochs, **(trainer or {}))
+    run.fit(model, datamodule=tiny_data(source, **(data or {})), ckpt_path=ckpt_path)
+    return model, run
+
+
+def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """Keys that both states have and whose values are not equal bit for bit; NaN equals NaN."""
+    return [
+        key
+        for key in first.keys() & second.keys()
+        if first[key].shape != second[key].shape or not torch.allclose(first[key], second[key], 0, 0, equal_nan=True)
+    ]
