@@ -89,10 +89,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(64, 0.2, 1, 0, 96, 300, 2e-3),
-    Stage(64, 0.6, 1, 0, 96, 200, 2e-3),
-    Stage(96, 0.9, 2, 1, 64, 200, 2e-3),
-    Stage(IMAGE_SIZE, 1.0, 4, 3, 48, 250, 2e-3),
+    Stage(64, 0.2, 1, 0, 96, 250, 2e-3),
+    Stage(64, 0.7, 1, 1, 96, 200, 2e-3),
+    Stage(96, 0.9, 2, 1, 64, 300, 2e-3),
+    Stage(IMAGE_SIZE, 1.0, 4, 3, 48, 450, 2e-3),
 )
 
 
@@ -156,15 +156,17 @@ class Posters:
         return Batch(images, torch.from_numpy(present), captions, torch.from_numpy(named))
 
     def _pattern(self, canvas: np.ndarray, colour: float) -> None:
-        """Lays stripes or checks over half of the grounds."""
-        if self.rng.random() < 0.5:
-            return
-        size, period = len(canvas), self.rng.uniform(6, 40)
-        line = np.sign(np.sin(np.arange(size, dtype=np.float32) * (2 * np.pi / period)))
-        pattern = line[:, None] * (line[None] if self.rng.random() < 0.5 else 1)
-        if self.rng.random() < 0.5:
-            pattern = pattern.T
-        canvas += pattern[..., None] * (colour * self.rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
+        """Lays blocks of colour, or stripes or checks, over most of the grounds."""
+        rng, size, kind = self.rng, len(canvas), self.rng.random()
+        if kind < 0.4:
+            for y, x, height, width in rng.uniform((0, 0, 0.1, 0.1), (1, 1, 0.6, 0.4), size=(5, 4)) * size:
+                block = canvas[int(y) : int(y + height), int(x) : int(x + width)]
+                block += 0.6 * colour * (rng.random(3, dtype=np.float32) - block)
+        elif kind < 0.7:
+            line = np.sign(np.sin(np.arange(size, dtype=np.float32) * (2 * np.pi / rng.uniform(6, 40))))
+            pattern = line[:, None] * (line[None] if rng.random() < 0.5 else 1)
+            pattern = pattern if rng.random() < 0.5 else pattern.T
+            canvas += pattern[..., None] * (colour * rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
     def _paste(self, canvas: np.ndarray, masks: list[np.ndarray], colour: float) -> None:
         """Inks masks onto the canvas, each at the least crowded of a few random places."""
@@ -295,7 +297,9 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, args.out / "open_clip_model.safetensors", metadata={"format": "pt"})
+    file = args.out / "open_clip_model.safetensors"
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # some safetensors releases let only the owner read
 
 
 if __name__ == "__main__":

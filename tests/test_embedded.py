@@ -18,6 +18,15 @@ from cbsa_lightning.data.readers.digits import NAMES, draw_labels
 from cbsa_lightning.errors import WeightsError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model gains nothing from more, and they wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def loaded():
     def refuse(*_args, **_kwargs):

@@ -107,6 +107,18 @@ def test_attention_shows_predicted_labels_best_first():
     assert titles == ["", "✗ b 0.90", "✗ a 0.60", "", "○ c 0.30"]
 
 
+def test_even_attention_shows_nothing_and_a_peak_shows_fully():
+    maps = np.full((1, 2, 3, 3), 1 / 9)
+    maps[0, 1] = 0.01
+    maps[0, 1, 2, 0] = 0.92
+    figure = attention_gallery(IMAGES[:1], maps, np.ones((1, 2)), np.ones((1, 2)), np.zeros(2), ["even", "peak"])
+    even, peak = (axes.images[1].get_array()[..., 3] for axes in figure.axes[1:])
+    assert even.max() < 1e-3
+    expected = np.zeros((3, 3))
+    expected[2, 0] = 0.85
+    np.testing.assert_allclose(peak, expected, atol=1e-6)
+
+
 def test_context_map_sorts_and_frames_contexts():
     S = np.arange(25.0).reshape(5, 5) / 25
     partition = np.array([1, 0, 1, 0, 1])

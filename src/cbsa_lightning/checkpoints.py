@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,10 +44,10 @@ class LeanCheckpoint(nn.Module):
         """
         own: dict[str, Tensor] = nn.Module.state_dict(self)
         expected = own.keys() - self._frozen_keys()
-        missing, extra = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        missing, extra = _sorted(expected - state_dict.keys()), _sorted(state_dict.keys() - own.keys())
         shapes = [
             f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in sorted(expected & state_dict.keys())
+            for key in _sorted(expected & state_dict.keys())
             if state_dict[key].shape != own[key].shape
         ]
         problems = [
@@ -94,3 +94,8 @@ class LeanCheckpoint(nn.Module):
         for name in TABLES:
             if name in checkpoint:
                 setattr(self, name, checkpoint[name])
+
+
+def _sorted(keys: Iterable[str]) -> list[str]:
+    """The network's own first: its averages, whose names are harder to read, only repeat them."""
+    return sorted(keys, key=lambda key: (key.startswith("ema."), key))

@@ -112,7 +112,7 @@ def attention_gallery(
 
     Args:
         images: ``(n, 3, S, S)`` uint8.
-        maps: ``(n, C, h, w)``, not negative; each is shown on its own scale.
+        maps: ``(n, C, h, w)``, not negative; shown is what exceeds the map's mean, up to its peak.
         truths: ``(n, C)`` in {1, 0, -1 unknown}.
         scores: ``(n, C)`` in [0, 1].
         thresholds: ``(C,)``, score from which a label is given.
@@ -389,7 +389,9 @@ def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None
     else:
         grey = image.astype(np.float32).mean(axis=2)
         axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
-        strength = heat / max(float(heat.max()), 1e-12)
+        # Above an even spread; a map without a clear peak stays faint instead of being blown up to full strength.
+        excess = np.maximum(heat / max(float(heat.mean()), 1e-12) - 1, 0)
+        strength = excess / max(float(excess.max()), 2.0)
         layer = colormaps["inferno"](0.25 + 0.75 * strength)
         layer[..., 3] = 0.85 * np.sqrt(strength)  # what got no attention stays as it is
         axes.imshow(layer, extent=extent, interpolation="bilinear")

@@ -24,8 +24,9 @@ class OneCycle:
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Schedules ``total_steps`` optimiser steps."""
         peaks = [group["lr"] for group in optimizer.param_groups]
-        # Below three steps the policy's phases collapse and torch divides by zero.
-        return OneCycleLR(optimizer, peaks, total_steps=max(total_steps, 3), pct_start=self.pct_start)
+        # Rise and fall take a step each at least: torch divides by zero where a phase has no length.
+        steps = max(total_steps, 3)
+        return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
 
 
 class Constant:

@@ -76,7 +76,8 @@ class FrozenCLIP(nn.Module):
 
         Args:
             model: a name of open_clip, ``hf-hub:owner/name``, a folder (also ``local-dir:/path``) with
-                open_clip_config.json and a weights file, or a JSON file with an open_clip model config.
+                open_clip_config.json and a weights file, a JSON file with an open_clip model config, or
+                "embedded" for the small model inside this package.
             pretrained: a tag of open_clip, a weights file, or None for random weights. A folder or hub model
                 brings its own weights: leave the default, or give a file to use instead.
             image_mean: three channel means for images in [0, 1], instead of the model's own. The model's own

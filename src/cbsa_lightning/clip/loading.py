@@ -19,10 +19,12 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from cbsa_lightning import embedded
 from cbsa_lightning.errors import ConfigError, WeightsError, listed
 
 CONFIG_NAME = "open_clip_config.json"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+EMBEDDED = "embedded"  # the small model that ships inside this package
 OWN = "openai"  # the default of `pretrained`; for folders and hub models it stands for their own weights
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs"}
 
@@ -114,6 +116,8 @@ def load_open_clip(
 
 
 def _architecture(model: str) -> _Architecture:
+    if model == EMBEDDED:
+        return _architecture(f"{LOCAL}{embedded.folder()}")
     name = model.replace("/", "-")
     if name in open_clip.list_models():
         config = _supported(open_clip.get_model_config(name), name)
@@ -129,7 +133,7 @@ def _architecture(model: str) -> _Architecture:
     near = get_close_matches(name, open_clip.list_models(), n=5)
     raise ConfigError(
         f"CLIP model {model!r} is neither a name that open_clip {open_clip.__version__} knows, nor a folder, nor "
-        f"a JSON config file{'; near names: ' + listed(near) if near else ''}"
+        f"a JSON config file, nor 'embedded'{'; near names: ' + listed(near) if near else ''}"
     )
 
 

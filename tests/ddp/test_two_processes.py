@@ -1,0 +1,92 @@
+"""Two gloo processes do what one does: the same thresholds, pseudo-labels, contexts, weights and metrics."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from tiny_data import Squares, tiny_fit
+
+
+class Record(L.Callback):
+    """Each process writes what it has at the first step of each epoch and at the end."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _save(self, trainer, module, when):
+        record = {
+            "tau_pos": module.tau_pos,
+            "tau_neg": module.tau_neg,
+            "partition": module.context_partition,
+            "pseudo_labels": module.pseudo_labels,
+            "context_targets": module.context_targets,
+            "weights": {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad},
+            "average": module.ema.get_buffer("average_of_target_prompts__words"),
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        }
+        torch.save(record, self.folder / f"{when}-{trainer.global_rank}-of-{trainer.world_size}.pt")
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            self._save(trainer, module, trainer.current_epoch)
+
+    def on_train_end(self, trainer, module):
+        self._save(trainer, module, "end")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, clip_folder, squares_folder):
+    """Both runs: 13 unlabelled and 7 test images, so shards and the last batch (4 + 1) are uneven."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for settings in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
+        tiny_fit(
+            folder,
+            clip_folder,
+            Squares(squares_folder, train=21),
+            trainer={"callbacks": [Record(folder)], **settings},
+            warmup_epochs=0,
+            decoder_dropout=0.0,
+            optimizer=partial(torch.optim.SGD, lr=0.01),
+        )
+
+    def read(when):
+        return [torch.load(folder / f"{when}-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2")]
+
+    return read
+
+
+@pytest.mark.parametrize("when", [0, 1, "end"])
+def test_tables_of_the_epoch(records, when):
+    one, *two = records(when)
+    assert one["tau_pos"].isfinite().any()
+    assert len(one["pseudo_labels"]) == 21
+    for other in two:
+        for name in ("tau_pos", "tau_neg"):
+            torch.testing.assert_close(other[name], one[name], atol=1e-5, rtol=0)
+        for name in ("partition", "pseudo_labels", "context_targets"):
+            assert torch.equal(other[name], one[name]), name
+    for name in ("tau_pos", "pseudo_labels", "partition", "context_targets"):
+        assert torch.equal(two[0][name], two[1][name]), "processes disagree"
+
+
+def test_weights_learn_the_same(records):
+    start, (one, *two) = records(0)[0], records("end")
+    assert len(one["weights"]) > 10
+    for other in two:
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], value, atol=2e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(other["average"], one["average"], atol=2e-6, rtol=1e-4)
+    moved = max(float((one["weights"][name] - start["weights"][name]).abs().max()) for name in one["weights"])
+    assert moved > 1e-3
+
+
+def test_metrics(records):
+    one, *two = records("end")
+    for other in two:
+        for name in ("val/mAP", "val/mAP_raw", "val/CF1", "val/OF1", "pseudo/precision", "pseudo/coverage"):
+            assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6), name
