@@ -32,7 +32,9 @@ def imported(tree):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             # "from cbsa_lightning import x" may name a module or an attribute of the package
-            names += [f"{node.module}.{a.name}" for a in node.names] if node.module == "cbsa_lightning" else [node.module]
+            names += (
+                [f"{node.module}.{a.name}" for a in node.names] if node.module == "cbsa_lightning" else [node.module]
+            )
     return names
 
 

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -58,9 +59,11 @@ def fit(towers: Path, digits: Digits, report: RunReport, folder: Path, *loggers,
 def run(towers, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     report = RunReport(num_images=4)
-    loggers = CSVLogger(folder, name="", version="run"), WandbLogger(save_dir=folder, offline=True, project="test")
+    patient = wandb.Settings(init_timeout=600)  # its service starts slowly on a busy machine
+    wandb_logger = WandbLogger(save_dir=folder, offline=True, project="test", settings=patient)
+    loggers = CSVLogger(folder, name="", version="run"), wandb_logger
     module, data, trainer = fit(towers, digits, report, folder, *loggers)
-    loggers[1].experiment.finish()
+    wandb_logger.experiment.finish()
     return module, data, trainer, report, folder
 
 

@@ -12,8 +12,8 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.losses import context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
-from reference.network import logits as slow_logits
 from reference.decoder import layers_of
+from reference.network import logits as slow_logits
 
 NAMES = ["dog", "fire hydrant", "cat"]
 

@@ -19,7 +19,9 @@ def attend(queries, tokens, weights, name, heads):
     """``queries (C, d)`` look at ``tokens (n, d)``; gives the mixture and the mean attention ``(C, n)``."""
     d = queries.shape[1]
     w, b = weights[f"{name}.in_proj_weight"], weights[f"{name}.in_proj_bias"]
-    q, k, v = (_linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i, x in enumerate([queries, tokens, tokens]))
+    q, k, v = (
+        _linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i, x in enumerate([queries, tokens, tokens])
+    )
     mixed, maps = np.zeros_like(q), np.zeros((len(queries), len(tokens)))
     width = d // heads
     for h in range(heads):
