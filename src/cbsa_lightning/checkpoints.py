@@ -60,7 +60,8 @@ class LeanCheckpoint(nn.Module):
                 "The checkpoint belongs to another model; " + "; ".join(problems) + ". Build the module with the "
                 "settings that the checkpoint was made with (they are in the config.yaml beside it)."
             )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        loaded: _IncompatibleKeys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the fingerprint of the frozen weights and the tables of the present epoch."""

@@ -60,6 +60,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps.
     """
 
+    network: Network
     tau_pos: Tensor
     tau_neg: Tensor
     positive_rate: Tensor
@@ -177,7 +178,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             loss = loss + self.contexts.weight * aux
             terms["loss_aux"] = aux
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.images), sync_dist=True)
+        # Each step counts alike in the epoch's mean: weights by share of the batch would differ among processes.
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._images += len(batch.images) * self.trainer.world_size
         return loss
 
@@ -213,9 +215,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Output of the averaged or the raw weights on frozen features, text taken from the cache if there is one."""
         with torch.no_grad():
             if weights == "raw":
-                return self.network(features, self._text.get("raw"), **options)
+                return cast(NetworkOutput, self.network(features, self._text.get("raw"), **options))
             with self.ema.applied_to(self.network):
-                return self.network(features, self._text.get("ema"), **options)
+                return cast(NetworkOutput, self.network(features, self._text.get("ema"), **options))
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``, by the averaged weights."""

@@ -11,6 +11,8 @@ import torch
 
 from tiny_data import Squares, tiny_fit
 
+TOLERANCE = 1e-4  # rounding, which 8 steps on tiny random towers multiply; prompts move by 0.6
+
 
 class Record(L.Callback):
     """Each process writes what it has at the first step of each epoch and at the end."""
@@ -79,14 +81,17 @@ def test_weights_learn_the_same(records):
     assert len(one["weights"]) > 10
     for other in two:
         for name, value in one["weights"].items():
-            torch.testing.assert_close(other["weights"][name], value, atol=2e-6, rtol=1e-4, msg=name)
-        torch.testing.assert_close(other["average"], one["average"], atol=2e-6, rtol=1e-4)
+            torch.testing.assert_close(other["weights"][name], value, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(other["average"], one["average"], atol=TOLERANCE, rtol=0)
     moved = max(float((one["weights"][name] - start["weights"][name]).abs().max()) for name in one["weights"])
-    assert moved > 1e-3
+    assert moved > 1000 * TOLERANCE
+    assert all(torch.equal(two[0]["weights"][name], two[1]["weights"][name]) for name in one["weights"])
 
 
 def test_metrics(records):
     one, *two = records("end")
     for other in two:
+        for name in ("train/loss", "train/loss_sup", "train/loss_unsup", "train/loss_aux"):
+            assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
         for name in ("val/mAP", "val/mAP_raw", "val/CF1", "val/OF1", "pseudo/precision", "pseudo/coverage"):
             assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6), name

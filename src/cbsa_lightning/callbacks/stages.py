@@ -19,14 +19,14 @@ class Stages(L.Callback):
     an epoch's end goes on as if it had never stopped.
     """
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Tables over training images come from the checkpoint of a resumed run, never from another run's data."""
         resumed = trainer.ckpt_path is not None
         for name in TABLES:
             table = getattr(pl_module, name)
             setattr(pl_module, name, table.to(pl_module.device) if resumed and table is not None else None)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first hook that knows the epoch of a resumed run."""
         if trainer.current_epoch < pl_module.warmup_epochs:
             pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
@@ -34,7 +34,7 @@ class Stages(L.Callback):
             # Lightning made the loader before it read the epoch from the checkpoint, so it is the warm-up's.
             trainer.reload_dataloaders_every_n_epochs = 1
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
         seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
         stream = np.random.SeedSequence(seed, spawn_key=(trainer.current_epoch, trainer.global_rank))
@@ -46,7 +46,7 @@ class Stages(L.Callback):
             trainer.strategy.setup_optimizers(trainer)
         pl_module.ema.start(pl_module.network)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Has Lightning ask for the second stage's loader before its first epoch."""
         if trainer.current_epoch + 1 == pl_module.warmup_epochs:
             trainer.reload_dataloaders_every_n_epochs = 1

@@ -19,7 +19,7 @@ class TrainBatch(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a batch
     labelled: Tensor
 
 
@@ -34,4 +34,4 @@ class EvalBatch(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a batch

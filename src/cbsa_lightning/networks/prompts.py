@@ -94,4 +94,4 @@ def encode_prompt_sets(clip: FrozenCLIP, sets: Sequence[ClassPrompts]) -> list[T
     longest = max(e.shape[1] for e in embeddings)
     padded = [nn.functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e in embeddings]
     features = clip.encode_prompts(torch.cat(padded), torch.cat(ends))
-    return list(features.split([len(e) for e in embeddings]))
+    return list(torch.split(features, [len(e) for e in embeddings]))
