@@ -84,7 +84,9 @@ class FeatureDataset(torch.utils.data.Dataset):
             store = self.data.maps["train"]
             v = rng.integers(weak) if name == "WeakView" else weak + rng.integers(strong)
         item = (torch.from_numpy(store[draw.index, v].astype(np.float32)), torch.from_numpy(inner.targets[draw.index]))
-        return (*item, draw.index, bool(inner.labelled[draw.index])) if inner.labelled is not None else (*item, draw.index)
+        if inner.labelled is None:
+            return (*item, draw.index)
+        return (*item, draw.index, bool(inner.labelled[draw.index]))
 
 
 def one_run(method, share, seed, args, maps):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import make_coco, make_nuswide_list, make_table, make_voc
 
 from cbsa_lightning.cli import main
 from cbsa_lightning.labelers import LabelledOnly
+from layouts import make_coco, make_nuswide_list, make_table, make_voc
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LAYOUTS = {"voc": make_voc, "coco": make_coco, "nuswide": make_nuswide_list}
