@@ -193,14 +193,14 @@ def draw_canvas(
         source: The exemplars to draw with.
     """
     canvas = SCENES[scene](rng, size)
-    for x, y in rng.uniform(0, size, size=(rng.integers(3, 7), 2)):  # scraps: strokes that make up no digit
+    for x, y in rng.uniform(0, size, size=(rng.integers(0, 3), 2)):  # scraps: strokes that make up no digit
         mask = _glyph(rng, source, int(rng.integers(len(source.digits))), size)
         w = mask.width
         cut = [(0, 0, w, w // 2), (0, w // 2, w, w), (0, 0, w // 2, w), (w // 2, 0, w, w)][rng.integers(4)]
-        paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.25, 0.5))
+        paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.15, 0.35))
     masks = [_glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits]
     for mask, centre in zip(masks, places(rng, size, [mask.width for mask in masks]), strict=True):
-        paste(canvas, mask, centre, INKS[rng.integers(len(INKS))], rng.uniform(0.75, 1.0))
+        paste(canvas, mask, centre, INKS[rng.integers(len(INKS))], rng.uniform(0.85, 1.0))
     return canvas
 
 

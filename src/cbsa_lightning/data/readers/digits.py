@@ -36,7 +36,7 @@ COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # images with 1, 2, 3 and 4 digits
 STRAY = 0.12  # chance that a further digit comes from another group
 SAME_SCENE = 0.5  # chance that the scene is the group's own, else any scene: a hint, not a giveaway
 Part: TypeAlias = Literal["train", "test"]
-DRAWING = 1  # raise it when the same settings draw other pictures, so that nobody reuses the old ones
+DRAWING = 2  # raise it when the same settings draw other pictures, so that nobody reuses the old ones
 
 
 def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
