@@ -39,7 +39,7 @@ def make_module(towers: Path, averaged: bool = True, **settings) -> CBSAModule:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if averaged:
         module.ema.update(module.network)
-    module.tau_pos.copy_(torch.tensor([0.3, float("nan"), 0.6]))
+    module.cut.copy_(torch.tensor([0.3, float("nan"), 0.6]))
     return module.eval()
 
 

@@ -258,7 +258,7 @@ def test_predictions_use_the_average_and_the_thresholds(run):
         expected = module.network(module.network.features(images)).logits.sigmoid()
     torch.testing.assert_close(scores, expected)
     assert not scores.requires_grad
-    cut = torch.where(module.tau_pos.isnan(), 0.5, module.tau_pos)
+    cut = torch.where(module.cut.isnan(), 0.5, module.cut)
     assert torch.equal(module.decision_thresholds(), cut)
     assert tiny_module(module.hparams.clip).decision_thresholds().tolist() == [0.5] * len(CLASSES)
 

@@ -98,7 +98,7 @@ def test_predict_writes_the_folder_in_order(tmp_path, capsys):
     module = CBSAModule(
         data.class_names, clip=str(tiny_clip(tmp_path / "clip")), num_contexts=2, prompt_length=2, decoder_feedforward=8
     )
-    module.tau_pos.fill_(0.55)
+    module.cut.fill_(0.55)
     file = tmp_path / "out.parquet"
     trainer = L.Trainer(
         accelerator="cpu", logger=False, callbacks=[WritePredictions(str(file))], enable_progress_bar=False,

@@ -177,18 +177,18 @@ class Classifier:
 class _Trained(LeanCheckpoint):
     """The part of a module's state that predictions need, loaded and checked as the module does it."""
 
-    tau_pos: Tensor
+    cut: Tensor
 
     def __init__(self, network: Any, class_names: list[str]) -> None:
         super().__init__()
         self.network = network
         self.class_names = class_names
         self.ema = ParameterEMA(network, decay=1.0)
-        self.register_buffer("tau_pos", torch.full((len(class_names),), float("nan")))
+        self.register_buffer("cut", torch.full((len(class_names),), float("nan")))
 
     @staticmethod
     def part_of(state: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) or k == "tau_pos"}
+        return {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) or k == "cut"}
 
     def averaged(self) -> Any:
         with self.ema.applied_to(self.network):
@@ -197,7 +197,7 @@ class _Trained(LeanCheckpoint):
         return self.network
 
     def thresholds(self) -> Tensor:
-        return torch.where(self.tau_pos.isnan(), torch.full_like(self.tau_pos, 0.5), self.tau_pos)
+        return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     network: Network
     tau_pos: Tensor
     tau_neg: Tensor
+    cut: Tensor
     positive_rate: Tensor
     context_partition: Tensor
 
@@ -99,6 +100,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         unset = torch.full((num_classes,), float("nan"))
         self.register_buffer("tau_pos", unset.clone())
         self.register_buffer("tau_neg", unset.clone())
+        self.register_buffer("cut", unset.clone())
         self.register_buffer("positive_rate", unset.clone())
         self.register_buffer("context_partition", torch.full((num_classes,), -1))
         # Tables over the rows of the train table, filled once an epoch by the callbacks.
@@ -281,5 +283,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self._end_pass()
 
     def decision_thresholds(self) -> Tensor:
-        """Score from which a label is given, ``(C,)``: the class's threshold tau+ where it is known, else 0.5."""
-        return torch.where(self.tau_pos.isnan(), torch.full_like(self.tau_pos, 0.5), self.tau_pos)
+        """Score from which a label is given, ``(C,)``; see :meth:`UpdateThresholds.on_train_epoch_start`.
+
+        0.5 where no thresholds were ever taken, as after training on labelled images alone.
+        """
+        return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)

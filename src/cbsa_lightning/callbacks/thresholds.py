@@ -11,16 +11,16 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.contexts import context_targets
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import positive_rates
+from cbsa_lightning.labelers import class_thresholds, positive_rates
 from cbsa_lightning.metrics import pseudo_label_quality
 
 
 class UpdateThresholds(L.Callback):
     """Scores the weak view of all unlabelled images with the averaged weights, and labels them for the epoch.
 
-    Fills the module's ``tau_pos``, ``tau_neg`` and ``positive_rate``, its table of pseudo-labels, and, where there is
-    a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the quality
-    of the pseudo-labels.
+    Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, its table of pseudo-labels, and, where
+    there is a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the
+    quality of the pseudo-labels.
     """
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
@@ -39,6 +39,8 @@ class UpdateThresholds(L.Callback):
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         labels, tau_pos, tau_neg = pl_module.labeler(scores[rows], self._rates)
         pl_module.tau_pos.copy_(tau_pos)
+        # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
+        pl_module.cut.copy_(class_thresholds(scores[rows], self._rates, 1.0, 1.0)[0])
         pl_module.tau_neg.copy_(tau_neg)
         table = torch.full(scores.shape, -1, dtype=torch.int8, device=pl_module.device)
         table[rows] = labels.to(table)
