@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# One thread a process: the suite's models are tiny, and more threads than cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

@@ -43,6 +43,8 @@ class ByHand(L.Callback):
             {
                 "tau": (module.tau_pos.numpy().copy(), module.tau_neg.numpy().copy()),
                 "expected_tau": expected,
+                "cut": module.cut.numpy().copy(),
+                "expected_cut": thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "1")[0],
                 "labels": module.pseudo_labels[rows].numpy(),
                 "expected_labels": label(scores, *expected),
                 "labelled_rows": module.pseudo_labels[data.split.labelled].numpy(),
@@ -81,6 +83,12 @@ def test_thresholds_and_pseudo_labels(run):
         np.testing.assert_array_equal(epoch["labels"], epoch["expected_labels"])
         assert (epoch["labelled_rows"] == -1).all()
         assert {0, 1} <= set(epoch["labels"].ravel().tolist())
+
+
+def test_predictions_are_cut_at_the_labelled_share(run):
+    for epoch in run[1]:
+        np.testing.assert_allclose(epoch["cut"], epoch["expected_cut"], atol=1e-5)
+    assert run[0].decision_thresholds().tolist() == run[1][-1]["cut"].tolist()
 
 
 def test_contexts_of_unlabelled_images(run):

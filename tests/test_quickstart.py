@@ -1,0 +1,83 @@
+"""The README's first command in small: the shipped quickstart on few canvases, with all that it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow.csv
+import pytest
+import torch
+
+from cbsa_lightning import Classifier
+from cbsa_lightning.cli import main
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+SMALL = [
+    "--data.source.init_args.num_train=60",
+    "--data.source.init_args.num_test=24",
+    "--data.num_workers=0",
+    "--data.labelled_fraction=0.3",
+    "--model.init_args.warmup_epochs=2",
+    "--trainer.max_epochs=4",
+    "--trainer.check_val_every_n_epoch=2",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["fit", "--config", str(CONFIG), *SMALL])
+    return folder / "runs" / "quickstart" / "version_0"
+
+
+def test_three_numbers_side_by_side(run: Path) -> None:
+    rows = list(csv.reader((run / "comparison.csv").open()))
+    assert [row[0] for row in rows] == ["run", "zero-shot", "labelled only", "semi-supervised"]
+    assert all(0 < float(row[1]) < 1 for row in rows[1:])
+
+
+def test_what_a_person_wants_to_look_at(run: Path) -> None:
+    pictures = {p.name for p in (run / "pictures").iterdir() if p.stat().st_size > 5_000}
+    assert {"predictions.png", "attention.png", "contexts.png"} <= pictures
+    table = pyarrow.csv.read_csv(run / "predictions.csv")
+    assert len(table) == 24
+    assert {"image", "labels", "zero", "nine"} <= set(table.column_names)
+    assert (run / "config.yaml").is_file()
+    assert (run / "split.json").is_file()
+
+
+def test_checkpoint_loads_as_data_and_predicts_alike(run: Path, tmp_path: Path) -> None:
+    """`cbsa predict` on a folder, and the Classifier without a Trainer, give the same scores."""
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert not any(key.startswith(("network.clip.tower", "network.clip.text")) for key in content["state_dict"])
+    images = next((run.parents[2] / "data" / "digits").glob("*/test"))
+    out = tmp_path / "labels.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parents[2])
+        main(
+            [
+                "predict",
+                "--config",
+                str(run / "config.yaml"),
+                f"--ckpt_path={checkpoint}",
+                f"--data.predict={images}",
+                f"--predictions.output={out}",
+                "--trainer.logger=false",
+            ]
+        )
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(out).to_pylist()
+    assert len(rows) == 24
+    classifier = Classifier.load(checkpoint)
+    files = [images / Path(row["image"]).name for row in rows]
+    predictions = classifier(files)
+    for row, prediction in zip(rows, predictions, strict=True):
+        assert row["labels"] == ";".join(prediction.labels)
+        for name, score in prediction.scores.items():
+            assert row[name] == pytest.approx(score, abs=1e-5)
