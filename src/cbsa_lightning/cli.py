@@ -80,6 +80,9 @@ def main(args: ArgsType = None) -> CBSACLI:
     with warnings.catch_warnings():
         # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 under torch 2.15
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the frozen CLIP, on purpose
+        warnings.filterwarnings("ignore", message="The number of training batches")  # epochs are what we log
         return CBSACLI(
             SSMLLModule,
             SSMLLDataModule,
