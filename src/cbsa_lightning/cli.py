@@ -60,6 +60,18 @@ class CBSACLI(LightningCLI):
             "without any training, and print the three side by side.",
         )
 
+    def instantiate_classes(self) -> None:
+        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, CBSAError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
     def before_fit(self) -> None:
         """Keeps a copy of the untrained model, so that the comparison starts from the same weights."""
         self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None

@@ -1,0 +1,69 @@
+"""What the command line refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cbsa_lightning import cli
+from cbsa_lightning.errors import ConfigError, DataError
+from layouts import make_table, write_rows
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    make_table(tmp_path, n_train=12, unlabelled=6)
+    return [
+        "fit",
+        f"--config={CONFIGS / 'methods' / 'cbsa.yaml'}",
+        f"--config={CONFIGS / 'data' / 'table.yaml'}",
+        f"--model.init_args.clip={clip_folder}",
+        "--data.image_size=64",
+        "--data.num_workers=0",
+        f"--data.source.init_args.train={tmp_path / 'train.csv'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def test_more_contexts_than_classes(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="7 contexts cannot be made of 3 classes"):
+        cli.main([*arguments, "--model.init_args.num_contexts=7"])
+
+
+def test_share_that_leaves_no_labelled_image(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"0\.01"):
+        cli.main([*arguments, "--data.labelled_fraction=0.01"])
+
+
+def test_missing_weights_name_the_ways(arguments: list[str]) -> None:
+    from cbsa_lightning.errors import WeightsError
+
+    with pytest.raises(WeightsError, match="Ways to get weights"):
+        cli.main([*arguments, "--model.init_args.clip=RN50-quickgelu"])
+
+
+def test_unknown_class_names_its_row(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text("cat: cat\ndog: dog\nzebra: zebra\n")
+    write_rows(tmp_path / "bad.csv", ["image", "labels"], [["images/train_0.png", "cta"]])
+    bad = [*arguments, "--data.source.init_args.train=bad.csv", "--data.source.init_args.class_file=classes.yaml"]
+    with pytest.raises(DataError, match=r"row 2.*cta.*cat"):
+        cli.main(bad)
+
+
+def test_the_command_tells_an_error_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["cbsa", *arguments, "--model.init_args.num_contexts=7"])
+    with pytest.raises(SystemExit) as stop:
+        cli.entry_point()
+    assert str(stop.value).startswith("ConfigError: 7 contexts cannot be made of 3 classes")
+
+
+def test_unknown_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--model.init_args.num_context=2"])
+    assert "num_context" in capsys.readouterr().err
