@@ -170,9 +170,12 @@ class RunReport(L.Callback):
             truths, scores = found.table.labels[found.rows], found.scores[found.rows]
             yield "predictions", prediction_gallery(found.images, truths, scores, found.thresholds, names)
             if found.maps is not None:
+                few = slice(8)  # a row an image: more would be too tall to look at
                 yield (
                     "attention",
-                    attention_gallery(found.images, found.maps, truths, scores, found.thresholds, names),
+                    attention_gallery(
+                        found.images[few], found.maps[few], truths[few], scores[few], found.thresholds, names
+                    ),
                 )
             yield "classes", per_class_bars(found.AP, names)
         partition = pl_module.context_partition.cpu()
