@@ -1,0 +1,188 @@
+"""AnnotationTable and class files: what they hold and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbsa_lightning.data.annotations import AnnotationTable, read_class_file
+from cbsa_lightning.errors import DataError
+from layouts import write_image
+
+
+def table(paths=("a.jpg", "b/c.png"), labels=((1, 0), (-1, 1)), names=("cat", "tv_monitor"), **more):
+    return AnnotationTable(Path("/images"), np.array(paths), np.array(labels), names, **more)
+
+
+def test_columns_have_their_types():
+    t = table()
+    assert isinstance(t.paths.dtype, np.dtypes.StringDType)
+    assert t.labels.dtype == np.int8
+    assert (len(t), t.num_classes) == (2, 2)
+    assert t.prompt_names == ("cat", "tv monitor")
+    assert t.file(1) == Path("/images/b/c.png")
+
+
+def test_absolute_path_is_kept():
+    assert table(paths=("a.jpg", "/else/b.jpg")).file(1) == Path("/else/b.jpg")
+
+
+def test_class_names_are_normalised():
+    t = table(names=("  cafe\u0301 ", "cat"))
+    assert t.class_names == ("caf\u00e9", "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": [[1, 0]]}, ["(1, 2)", "(2, 2)"]),
+        ({"labels": [[1, 0], [2, 0]]}, ["2", "row 1", "'cat'", "-1 (unknown)"]),
+        ({"labels": [[1, 0], [0, 256]]}, ["256", "row 1", "tv_monitor"]),
+        ({"labels": [[1, 0], [0, 0.5]]}, ["0.5", "row 1"]),
+        ({"labels": [[1, 0], [0, np.nan]]}, ["nan", "row 1"]),
+        ({"labels": np.array([[1, 0], [0, 3]], dtype=np.int8)}, ["3", "row 1"]),
+        ({"paths": ["a.jpg", "a.jpg"]}, ["'a.jpg'", "rows 0 and 1"]),
+        ({"paths": ["a.jpg", ""]}, ["row 1", "empty path"]),
+        ({"paths": [["a.jpg", "b.jpg"]]}, ["(1, 2)"]),
+        ({"names": ("caf\u00e9", " cafe\u0301")}, ["classes 0 and 1"]),
+        ({"names": ("cat", " ")}, ["class 1", "empty name"]),
+        ({"names": (), "labels": np.zeros((2, 0))}, ["no classes"]),
+        ({"names": ("tv_set", "TV  set")}, ["'tv_set'", "same prompt text"]),
+        ({"prompt_names": ("pet", "Pet")}, ["'cat' and 'tv_monitor'", "same prompt text"]),
+        ({"prompt_names": ("pet",)}, ["1 prompt names for 2 classes"]),
+        ({"prompt_names": ("pet", "")}, ["'tv_monitor'", "empty prompt"]),
+    ],
+)
+def test_refused(change, words):
+    with pytest.raises(DataError) as error:
+        table(**change)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_at_most_twenty_offenders_are_listed():
+    with pytest.raises(DataError, match=r"row 19, class 'cat'\) \.\.\. and 5 more"):
+        table(paths=[f"{i}.jpg" for i in range(25)], labels=[[7, 0]] * 25)
+
+
+def test_select():
+    t = table().select([1])
+    assert t.paths.tolist() == ["b/c.png"]
+    assert t.labels.tolist() == [[-1, 1]]
+    assert len(t.select([])) == 0
+    with pytest.raises(DataError, match="rows 0 and 1"):
+        table().select([0, 0])
+
+
+def test_digest_depends_on_content_and_not_on_place():
+    a = table()
+    assert AnnotationTable(Path("/other"), a.paths, a.labels, a.class_names).digest() == a.digest()
+    others = [
+        table(labels=((1, 0), (0, 1))),
+        table(paths=("a.jpg", "b/d.png")),
+        table(names=("dog", "tv_monitor")),
+        table(paths=("b/c.png", "a.jpg")),
+    ]
+    assert len({a.digest(), *(t.digest() for t in others)}) == 5
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda s: "\0" not in s), min_size=1, max_size=6, unique=True))
+def test_any_text_is_a_path_and_has_a_digest(paths):
+    t = AnnotationTable(Path(), np.array(paths, dtype=np.dtypes.StringDType()), np.zeros((len(paths), 1)), ("a",))
+    assert t.paths.tolist() == paths
+    assert t.digest() == t.select(np.arange(len(paths))).digest()
+
+
+def test_missing_files(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "b" / "c.png")
+    (tmp_path / "b" / "folder.png").mkdir()
+    outside = tmp_path.parent / f"{tmp_path.name}_outside.jpg"
+    write_image(outside)
+    paths = ["a.jpg", "x.jpg", "b/c.png", "b/folder.png", "no/d.png", str(outside), "/no/e.jpg"]
+    t = AnnotationTable(tmp_path, np.array(paths), np.zeros((7, 1)), ("cat",))
+    assert t.missing_files() == [
+        "x.jpg (row 1)",
+        "b/folder.png (row 3)",
+        "no/d.png (row 4)",
+        "/no/e.jpg (row 6)",
+    ]
+    with pytest.raises(DataError, match=r"4 of 7 images .* x\.jpg \(row 1\)"):
+        t.require_files()
+    t.select([0, 2, 5]).require_files()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_class_file(tmp_path):
+    f = read_class_file(
+        write(
+            tmp_path / "c.yaml",
+            "\ufeffdiningtable: dining table\nno:\n7: seven\nnull_class: null\n"
+            "tvmonitor: {prompt: tv monitor, synonyms: [tv, television]}\nbig_cat: {synonyms: [lion]}\n",
+        )
+    )
+    assert f.class_names == ("diningtable", "no", "7", "null_class", "tvmonitor", "big_cat")
+    assert f.prompt_names == ("dining table", "no", "seven", "null class", "tv monitor", "big cat")
+    assert f.index()["television"] == 4
+    assert f.index()["lion"] == 5
+
+
+def test_class_file_json(tmp_path):
+    content = {"sofa": "couch", "tv": {"synonyms": ["screen"]}, "smile": "\U0001f600", "cow": None}
+    f = read_class_file(write(tmp_path / "c.json", json.dumps(content, indent="\t")))
+    assert f.prompt_names == ("couch", "tv", "\U0001f600", "cow")
+    assert f.synonyms == {"screen": "tv"}
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("cat: a\ncat: b\n", "'cat' (classes 0 and 1)"),
+        ("cat: pet\ndog: Pet\n", "same prompt text"),
+        ("cat: {synonyms: [dog]}\ndog:\n", "'dog'"),
+        ("cat: {synonyms: [pet]}\ndog: {synonyms: [pet]}\n", "'pet'"),
+        ("cat: {promt: pet}\n", "promt"),
+        ("cat: {prompt: a, prompt: b}\n", "prompt"),
+        ("cat: [a, b]\n", "prompt must be a text"),
+        ("cat: {synonyms: kitty}\n", "synonyms a list"),
+        ("- cat\n- dog\n", "maps class names"),
+        ("cat: {a: b\n", "cannot be read"),
+        ("", "maps class names"),
+        ("{}", "no classes"),
+        ("? [a, b]\n: c\n", "maps class names"),
+    ],
+)
+def test_class_file_refused(tmp_path, text, word):
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(DataError) as error:
+        read_class_file(path)
+    assert word in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_class_file_json_key_twice(tmp_path):
+    with pytest.raises(DataError, match="classes 0 and 1"):
+        read_class_file(write(tmp_path / "c.json", '{"cat": "a", "cat": "b"}'))
+
+
+def test_class_file_missing(tmp_path):
+    with pytest.raises(DataError, match="there is no class file here"):
+        read_class_file(tmp_path / "none.yaml")
+
+
+def test_prompts_for_a_data_set(tmp_path):
+    f = read_class_file(write(tmp_path / "c.yaml", "sofa: couch\ntv: {prompt: television, synonyms: [tvmonitor]}\n"))
+    assert f.prompts_for(["tvmonitor", "dining_table", "sofa"]) == ("television", "dining table", "couch")
+    with pytest.raises(DataError, match=r"'sofa' is none of the 2 classes.*did you mean 'sofas'"):
+        f.prompts_for(["sofas", "tv"])
+    with pytest.raises(DataError, match="same prompt text"):
+        f.prompts_for(["tv", "tvmonitor", "sofa"])

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.errors import DataError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_rgb_comes_back_as_it_was(tmp_path):
+    array = decode(saved(tmp_path / "a.png", Image.fromarray(RGB)))
+    assert array.dtype == np.uint8
+    assert array.flags.writeable
+    assert array.flags.c_contiguous
+    np.testing.assert_array_equal(array, RGB)
+    np.testing.assert_array_equal(decode(str(tmp_path / "a.png")), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode(path), expected)
+    assert decode(path).shape == ((6, 9, 3) if orientation < 5 else (9, 6, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_that_cannot_be_read_counts_as_none(tmp_path):
+    path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    np.testing.assert_array_equal(decode(path), RGB)
+
+
+def test_grey_is_repeated_over_the_channels(tmp_path):
+    array = decode(saved(tmp_path / "a.png", Image.fromarray(RGB[..., 0])))
+    np.testing.assert_array_equal(array, np.repeat(RGB[..., :1], 3, axis=2))
+
+
+def test_bilevel_is_black_and_white(tmp_path):
+    array = decode(saved(tmp_path / "a.png", Image.fromarray(RGB[..., 0] > 127)))
+    np.testing.assert_array_equal(array[..., 2], np.where(RGB[..., 0] > 127, 255, 0))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, name):
+    grey = np.array([[0, 128, 129, 257], [32768, 65407, 65408, 65535]], dtype=np.uint16)
+    array = decode(saved(tmp_path / name, Image.fromarray(grey)))
+    expected = np.floor(grey / 257 + 0.5).astype(np.uint8)
+    np.testing.assert_array_equal(array, np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_palette_colours_are_looked_up(tmp_path):
+    image = Image.fromarray(RGB).quantize(16)
+    array = decode(saved(tmp_path / "a.png", image))
+    np.testing.assert_array_equal(array, np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_is_converted(tmp_path):
+    image = Image.new("CMYK", (4, 3), (255, 0, 0, 0))
+    array = decode(saved(tmp_path / "a.tif", image))
+    np.testing.assert_array_equal(array, np.broadcast_to([0, 255, 255], (3, 4, 3)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_lie_over_white(tmp_path, mode):
+    pixels = np.zeros((1, 3, 4), np.uint8)
+    pixels[0, :, 3] = 0, 128, 255  # black: hidden, half, full
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+        image.putpalette([0] * 9)
+        path = saved(tmp_path / "a.png", image, transparency=bytes([0, 128, 255]))
+    else:
+        path = saved(tmp_path / "a.png", Image.fromarray(pixels).convert(mode))
+    np.testing.assert_array_equal(decode(path), np.array([[[255] * 3, [127] * 3, [0] * 3]]))
+
+
+def test_one_transparent_colour_lies_over_white(tmp_path):
+    path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
+    assert (decode(path) == 255).all()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode(path), np.broadcast_to([255, 0, 0], (4, 5, 3)))
+
+
+def jpeg(size=(200, 150)):
+    buffer = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"<html>404 not found</html>", "cannot be read as an image"),
+        (jpeg()[:5000], "truncated"),
+        (jpeg()[:10], "cannot be read as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot be read as an image"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error_with_name_and_remedy(tmp_path, content, message):
+    path = tmp_path / "2008_000123.jpg"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        decode(path)
+    assert str(path) in str(caught.value)
+    assert "fetch the file again" in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jpg: no such file; check the image root"):
+        decode(tmp_path / "none.jpg")
+    with pytest.raises(DataError, match="cannot be read"):
+        decode(tmp_path)
+
+
+def test_floating_point_and_out_of_range_pixels_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no known range"):
+        decode(saved(tmp_path / "f.tif", Image.fromarray(np.ones((2, 2), np.float32))))
+    with pytest.raises(DataError, match="from -1 to 70000"):
+        decode(saved(tmp_path / "i.tif", Image.fromarray(np.array([[-1, 70000]], np.int32))))
+
+
+@pytest.mark.parametrize(
+    "limit", [6 * 9 - 1, (6 * 9 - 1) // 2]
+)  # Pillow warns above it, raises above twice it
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
+    path = saved(tmp_path / "bomb.png", Image.fromarray(RGB))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=r"bomb\.png: too large to decode safely.*MAX_IMAGE_PIXELS"):
+        decode(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode(path).shape == (6, 9, 3)
+
+
+def encoded(kind):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in {"JPEG", "PNG", "WEBP", "TIFF"} else {}
+    Image.fromarray(RGB).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+SOUND = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")]
+
+
+@st.composite
+def damaged(draw):
+    """A sound file with some bytes changed, and perhaps cut off: gets further into Pillow than noise does."""
+    data = bytearray(draw(st.sampled_from(SOUND)))
+    for _ in range(draw(st.integers(0, 6))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow remarks on damaged metadata; the outcome is what counts
+@settings(deadline=None, max_examples=400)
+@given(content=st.one_of(st.binary(max_size=300), damaged()))
+def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any-bytes.img"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 250_000)  # a changed header may ask for gigabytes
+        try:
+            array = decode(path)
+        except DataError as error:
+            array, message = None, str(error)
+    if array is None:
+        assert str(path) in message
+    else:
+        assert (array.dtype, array.ndim, array.shape[2]) == (np.uint8, 3, 3)
+        assert array.size > 0
+
+
+def test_real_photographs(realbench):
+    paths = sorted((realbench / "coco-small" / "images").glob("*.jpg"))[:5]
+    assert paths
+    for path in paths:
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(decode(path), np.asarray(image.convert("RGB")))

@@ -1,0 +1,180 @@
+"""COCO reader, on tiny files in the official layout and on real ones."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from cbsa_lightning.data.readers import COCO, Source
+from cbsa_lightning.data.readers.coco import COCO_CLASSES
+from cbsa_lightning.errors import DataError
+from layouts import COCO_IDS, make_coco
+
+
+def names_of(table):
+    return {
+        path.rpartition("/")[2]: [table.class_names[k] for k in np.flatnonzero(row)]
+        for path, row in zip(table.paths.tolist(), table.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_labels_and_string_order(tmp_path, year):
+    train, val = make_coco(tmp_path, year=year)
+    source = COCO(str(tmp_path), year=year)
+    source.prepare()
+    t, s = source.train(), source.test()
+    assert list(names_of(t).items()) == list(train.items())
+    assert list(names_of(s).items()) == list(val.items())
+    assert t.class_names == COCO_CLASSES
+    ids = [int(path[-16:-4]) for path in t.paths.tolist()]
+    assert ids == sorted(ids, key=str)
+    assert ids != sorted(ids)
+    assert t.paths[0].startswith(f"train{year}/")
+    assert t.missing_files() == s.missing_files() == []
+    assert isinstance(source, Source)
+
+
+def test_official_names():
+    assert len(COCO_CLASSES) == len(COCO_IDS) == 80
+    official = dict(zip(COCO_IDS, COCO_CLASSES, strict=True))
+    # Spot checks on both sides of every gap of the official ids.
+    assert {k: official[k] for k in (1, 11, 13, 25, 27, 31, 44, 46, 65, 67, 70, 72, 82, 84, 90)} == {
+        1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack", 31: "handbag",
+        44: "bottle", 46: "wine glass", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv",
+        82: "refrigerator", 84: "book", 90: "toothbrush",
+    }  # fmt: skip
+
+
+def test_names_before_download(tmp_path):
+    source = COCO(str(tmp_path))
+    assert source.class_names == source.prompt_names == COCO_CLASSES
+    with pytest.raises(DataError) as error:
+        source.prepare()
+    for word in ("instances_train2014.json", "val2014", "COCO pages", "train_annotations"):
+        assert word in str(error.value)
+
+
+def write(root, content, part="train"):
+    path = root / "annotations" / f"instances_{part}2014.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def tiny():
+    return {
+        "categories": [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}],
+        "images": [{"id": 10, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": 10, "category_id": 7, "iscrowd": 1},
+            {"image_id": 9, "category_id": 2},
+            {"image_id": 9, "category_id": 2},
+        ],
+    }
+
+
+def test_own_categories(tmp_path):
+    write(tmp_path, tiny())
+    source = COCO(str(tmp_path))
+    t = source.train()
+    assert source.class_names == t.class_names == ("cat", "dog")
+    assert t.paths.tolist() == ["train2014/a.jpg", "train2014/b.jpg"]  # "10" < "9"
+    assert t.labels.tolist() == [[0, 1], [1, 0]]
+
+
+def test_names_are_found_wherever_they_stand_in_the_file(tmp_path):
+    last = tiny()
+    last["categories"] = last.pop("categories")
+    write(tmp_path, last)
+    assert COCO(str(tmp_path)).class_names == ("cat", "dog")
+    misleading = last | {"info": {"categories": 3}}
+    write(tmp_path, misleading)
+    assert COCO(str(tmp_path)).class_names == ("cat", "dog")
+
+
+def change(path, value):
+    def apply(content):
+        here = content
+        for key in path[:-1]:
+            here = here[key]
+        if value is None:
+            del here[path[-1]]
+        else:
+            here[path[-1]] = value
+        return content
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("categories",), [], ["categories is empty"]),
+        (("categories", 0, "id"), 2, ["same id twice", "categories[0] and categories[1]"]),
+        (("categories", 0, "name"), "cat", ["same name twice", "'cat'"]),
+        (("categories", 0, "name"), None, ["categories[0] has no name"]),
+        (("categories", 0, "id"), "7", ["whole numbers", "'7'"]),
+        (("images", 1, "id"), 10, ["same id twice", "images[0] and images[1]"]),
+        (("images", 1, "file_name"), "a.jpg", ["the same path twice", "train2014/a.jpg"]),
+        (("images", 1, "file_name"), None, ["images[1] has no file_name"]),
+        (("images", 1, "file_name"), "../../b.jpg", ["image 9", "outside"]),
+        (("annotations", 1, "image_id"), 11, ["annotations[1]: image 11"]),
+        (("annotations", 2, "category_id"), 3, ["annotations[2]: category 3"]),
+        (("annotations", 2, "category_id"), None, ["annotations[2] has no category_id"]),
+        (("annotations",), [], ["no image has an annotation"]),
+        (("annotations",), None, ["no list 'annotations'"]),
+    ],
+)
+def test_refused(tmp_path, path, value, words):
+    write(tmp_path, change(path, value)(tiny()))
+    with pytest.raises(DataError) as error:
+        COCO(str(tmp_path)).train()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_not_json(tmp_path):
+    write(tmp_path, tiny()).write_text('{"categories": [')
+    for read in (lambda c: c.train(), lambda c: c.class_names):
+        with pytest.raises(DataError, match=r"instances_train2014\.json cannot be read as JSON"):
+            read(COCO(str(tmp_path)))
+
+
+def test_parts_with_different_categories(tmp_path):
+    write(tmp_path, tiny())
+    write(tmp_path, change(("categories", 0, "name"), "wolf")(tiny()), "val")
+    with pytest.raises(DataError, match="differ in dog, wolf"):
+        COCO(str(tmp_path)).test()
+
+
+def test_class_file(tmp_path):
+    write(tmp_path, tiny())
+    file = tmp_path / "c.yaml"
+    file.write_text("cat: house cat\n")
+    assert COCO(str(tmp_path), class_file=str(file)).train().prompt_names == ("house cat", "dog")
+
+
+def test_real_images(realbench):
+    folder = realbench / "coco-small"
+    source = COCO(
+        str(folder),
+        train_annotations="annotations/instances_train.json",
+        val_annotations="annotations/instances_val.json",
+        train_images="images",
+        val_images="images",
+    )
+    source.prepare()
+    t, s = source.train(), source.test()
+    assert (len(t), len(s)) == (251, 99)  # 255 and 100 less the 5 without an object
+    assert source.class_names == COCO_CLASSES
+    t.require_files()
+    s.require_files()
+    content = json.loads((folder / "annotations/instances_val.json").read_text())
+    pairs = {(a["image_id"], a["category_id"]) for a in content["annotations"]}
+    assert int(s.labels.sum()) == len(pairs)
+    file = {image["file_name"]: image["id"] for image in content["images"]}
+    number = {c["name"]: c["id"] for c in content["categories"]}
+    assert pairs == {(file[f], number[name]) for f, names in names_of(s).items() for name in names}

@@ -1,0 +1,124 @@
+"""NUS-WIDE reader, on tiny files in the official and in the list layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cbsa_lightning.data.readers import NUSWIDE, Source
+from cbsa_lightning.data.readers.nuswide import NUSWIDE_CLASSES
+from cbsa_lightning.errors import ConfigError, DataError
+from layouts import make_nuswide_list, make_nuswide_official
+
+TEXT = {
+    "layout": "list",
+    "train_images": "formatted_train_images.txt",
+    "train_labels": "formatted_train_labels.csv",
+    "val_images": "formatted_val_images.txt",
+    "val_labels": "formatted_val_labels.csv",
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_nuswide_official, {}),
+        (make_nuswide_list, {"layout": "list"}),
+        (lambda root: make_nuswide_list(root, text=True), TEXT),
+    ],
+    ids=["official", "npy", "text"],
+)
+def test_layouts(tmp_path, make, options):
+    train, test = make(tmp_path)
+    source = NUSWIDE(str(tmp_path), **options)
+    source.prepare()
+    t, s = source.train(), source.test()
+    assert (t.labels == train).all()
+    assert (s.labels == test).all()
+    assert t.paths[4].startswith("Flickr/tag1/0004_train")
+    assert t.missing_files() == s.missing_files() == []
+    assert isinstance(source, Source)
+    dropped = NUSWIDE(str(tmp_path), drop_unlabeled=True, **options)
+    assert dropped.train().paths.tolist() == t.paths[: len(t) - 3].tolist()
+    assert (dropped.train().labels == train[:-3]).all()
+    assert len(dropped.test()) == len(s) - 3
+
+
+def test_concepts(tmp_path):
+    assert len(NUSWIDE_CLASSES) == 81
+    assert list(NUSWIDE_CLASSES) == sorted(NUSWIDE_CLASSES)
+    source = NUSWIDE(str(tmp_path))
+    assert source.class_names == source.prompt_names == NUSWIDE_CLASSES
+
+
+def test_concepts_are_those_of_published_matrices(realbench):
+    names = np.load(realbench / "labels/cooc/nuswide_cpsd.npz")["names"].tolist()
+    assert ["earthquake" if name == "earthq" else name for name in names] == list(NUSWIDE_CLASSES)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(DataError) as error:
+        NUSWIDE(str(tmp_path)).prepare()
+    for word in (
+        "Flickr",
+        "ImageList/TrainImagelist.txt",
+        "TrainTestLabels/Labels_airport_Train.txt",
+        "more",
+    ):
+        assert word in str(error.value)
+    with pytest.raises(DataError, match=r"formatted_train_labels\.npy"):
+        NUSWIDE(str(tmp_path), layout="list").prepare()
+    with pytest.raises(ConfigError, match="'official' or 'list'"):
+        NUSWIDE(str(tmp_path), layout="npy")
+
+
+def test_official_labels_of_another_length(tmp_path):
+    make_nuswide_official(tmp_path, 5, 4)
+    file = tmp_path / "TrainTestLabels/Labels_cat_Train.txt"
+    file.write_text("0\n1\n")
+    with pytest.raises(DataError, match=r"Labels_cat_Train\.txt has 2 labels.*TrainImagelist\.txt lists 5"):
+        NUSWIDE(str(tmp_path)).train()
+    file.write_text("0\n1\nx\n0\n0\n")
+    with pytest.raises(DataError, match=r"Labels_cat_Train\.txt, line 3: 'x'"):
+        NUSWIDE(str(tmp_path)).train()
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_pickles_are_refused(tmp_path, name):
+    make_nuswide_list(tmp_path, 4, 3)
+    path = tmp_path / f"formatted_train_{name}.npy"
+    np.save(path, np.array(["a", None], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=f"formatted_train_{name}.*pickle"):
+        NUSWIDE(str(tmp_path), layout="list").train()
+
+
+def test_wrong_matrices(tmp_path):
+    make_nuswide_list(tmp_path, 4, 3)
+    source, path = NUSWIDE(str(tmp_path), layout="list"), tmp_path / "formatted_train_labels.npy"
+    labels = np.load(path)
+    np.save(path, labels[:3])
+    with pytest.raises(DataError, match=r"shape \(3, 81\).*\(4, 81\)"):
+        source.train()
+    labels[2, 1] = -1
+    np.save(path, labels)
+    with pytest.raises(DataError, match=r"-1\.0 \(row 3, 'animal'\)"):
+        source.train()
+    np.save(tmp_path / "formatted_train_images.npy", np.arange(4))
+    with pytest.raises(DataError, match="must be a list of image names"):
+        source.train()
+
+
+def test_text_that_is_no_numbers(tmp_path):
+    make_nuswide_list(tmp_path, 4, 3, text=True)
+    (tmp_path / "formatted_train_labels.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match="no table of numbers"):
+        NUSWIDE(str(tmp_path), **TEXT).train()
+
+
+def test_paths_stay_inside(tmp_path):
+    make_nuswide_official(tmp_path, 4, 3)
+    file = tmp_path / "ImageList/TrainImagelist.txt"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "..\\..\\x.jpg", *lines[2:]]))
+    with pytest.raises(DataError, match=r"TrainImagelist\.txt, image 2: .* outside"):
+        NUSWIDE(str(tmp_path)).train()

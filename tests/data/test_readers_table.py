@@ -1,0 +1,319 @@
+"""People's own tables: both forms, both file formats, and everything that is refused with its row."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cbsa_lightning.data.readers import Source, Table
+from cbsa_lightning.data.readers.table import read_table
+from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.errors import ConfigError, DataError
+from layouts import make_table, write_image, write_rows
+
+
+def text(path: Path, content: str, encoding: str = "utf-8") -> str:
+    path.write_bytes(content.encode(encoding))
+    return str(path)
+
+
+def refused(words, call):
+    with pytest.raises(DataError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("form", ["names", "columns"])
+def test_round_trip_of_files(tmp_path, form, suffix):
+    train, test = make_table(tmp_path, form=form, suffix=suffix, unlabelled=4)
+    source = Table(str(tmp_path / f"train{suffix}"), str(tmp_path / f"test{suffix}"))
+    source.prepare()
+    t, s = source.train(), source.test()
+    assert (t.labels == train).all()
+    assert (t.labels[-4:] == -1).all()
+    assert (s.labels == test).all()
+    assert t.class_names == s.class_names == source.class_names == source.prompt_names == ("cat", "dog", "zebra")
+    assert t.missing_files() == s.missing_files() == []
+    assert isinstance(source, Source)
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0/\\", exclude_categories=["Cs"]), min_size=1)
+PATHS = CELL.map(str.strip).filter(lambda s: s.strip(".") and s[1:2] != ":")
+NAMES = CELL.map(lambda s: unicodedata.normalize("NFC", s).strip()).filter(
+    lambda s: s and s not in ("none", "image", "labels") and ";" not in s
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_table_comes_back(tmp_path, suffix, data):
+    names = data.draw(
+        st.lists(NAMES, min_size=1, max_size=4, unique_by=lambda s: " ".join(s.replace("_", " ").casefold().split()))
+    )
+    paths = data.draw(st.lists(PATHS, min_size=1, max_size=5, unique=True))
+    labels = data.draw(hnp.arrays(np.int8, (len(paths), len(names)), elements=st.integers(-1, 1)))
+    by_column = write_rows(
+        tmp_path / f"columns{suffix}",
+        ["image", *(f"c_{name}" for name in names)],
+        [[path, *map(str, row)] for path, row in zip(paths, labels.tolist(), strict=True)],
+    )
+    back = read_table(by_column)
+    assert back.paths.tolist() == paths
+    assert back.labels.tolist() == labels.tolist()
+    known = (labels != -1).all(axis=1)
+    cells = [
+        ";".join(n for n, v in zip(names, row, strict=True) if v == 1) or "none" if ok else ""
+        for row, ok in zip(labels.tolist(), known, strict=True)
+    ]
+    by_name = write_rows(tmp_path / f"names{suffix}", ["labels", "image"], list(zip(cells, paths, strict=True)))
+    if not (labels[known] == 1).any():
+        refused(["no classes"], lambda: read_table(by_name))
+        return
+    back = read_table(by_name)
+    assert (back.labels[~known] == -1).all()
+    assert back.class_names == tuple(sorted(n for n, seen in zip(names, _seen(labels, known), strict=True) if seen))
+    for name, column in zip(back.class_names, back.labels.T, strict=True):
+        assert column[known].tolist() == labels[known, names.index(name)].tolist()
+
+
+def _seen(labels, known):
+    return (labels[known] == 1).any(axis=0)
+
+
+def test_names_form(tmp_path):
+    path = text(
+        tmp_path / "t.csv",
+        "\ufeffid,filename,labels\r\n"
+        '1,a.jpg,"dog; cat"\r\n'
+        "2,b.jpg,\r\n"
+        "\r\n"
+        "3,c.jpg,none\r\n"
+        "4,sub\\d.jpg, dog \r\n"
+        "5,./x/../e.jpg,cat;cat\r\n",
+    )
+    t = Table(path).train()
+    assert t.class_names == ("cat", "dog")
+    assert t.paths.tolist() == ["a.jpg", "b.jpg", "c.jpg", "sub/d.jpg", "e.jpg"]
+    assert t.labels.tolist() == [[1, 1], [-1, -1], [0, 0], [0, 1], [1, 0]]
+    assert t.root == tmp_path
+
+
+@pytest.mark.parametrize("separator", ["|", ",", " / "])
+def test_other_separators(tmp_path, separator):
+    path = text(tmp_path / "t.csv", f'image,labels\na.jpg,"dog{separator}cat"\n')
+    assert Table(path, separator=separator).train().labels.tolist() == [[1, 1]]
+
+
+def test_separator_must_be_visible():
+    with pytest.raises(ConfigError, match="separator ' '"):
+        Table("t.csv", separator=" ")
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_delimiters(tmp_path, delimiter):
+    rows = [["image", "cat", "dog"], ["a.jpg", "1", ""], ["b.jpg", "0", "-1"]]
+    path = text(tmp_path / "t.csv", "".join(delimiter.join(row) + "\n" for row in rows))
+    assert Table(path).train().labels.tolist() == [[1, -1], [0, -1]]
+
+
+def test_columns_form(tmp_path):
+    path = text(tmp_path / "t.csv", "zebra,path,ant\n1,a.jpg,0\n1.0,b.jpg,\nTrue,c.jpg,-1\nfalse,d.jpg, 0.0 \n")
+    t = Table(path).train()
+    assert t.class_names == ("zebra", "ant")
+    assert t.labels.tolist() == [[1, 0], [1, -1], [1, -1], [0, 0]]
+
+
+def test_parquet_types(tmp_path):
+    columns = {
+        "image": pa.array(["a.jpg", "b.jpg", "c.jpg"]).dictionary_encode(),
+        "whole": pa.array([1, 0, None], pa.int8()),
+        "gaps": pa.array([1.0, float("nan"), 0.0]),
+        "truth": pa.array([True, None, False]),
+        "words": pa.array(["1", "", "0"]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    t = Table(str(tmp_path / "t.parquet")).train()
+    assert t.labels.tolist() == [[1, 1, 1, 1], [0, -1, -1, -1], [-1, 0, 0, 0]]
+
+
+def test_parquet_list_of_names(tmp_path):
+    columns = {"image": ["a.jpg", "b.jpg", "c.jpg"], "labels": [["dog", "cat"], None, []]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert Table(str(tmp_path / "t.parquet")).train().labels.tolist() == [[1, 1], [-1, -1], [0, 0]]
+
+
+def test_image_column_is_the_first_of_the_known_names(tmp_path):
+    t = read_images(text(tmp_path / "t.csv", "file,image\nno.jpg,yes.jpg\n"), ["cat"])
+    assert t.paths.tolist() == ["yes.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["no header"]),
+        ("image,labels\n", ["no rows"]),
+        ("picture,labels\na.jpg,cat\n", ["no image column", "'picture'", "image or path or file or filename"]),
+        ("image\na.jpg\n", ["no labels"]),
+        ("image,cat,dog,cat\na.jpg,1,0,1\n", ["'cat' (columns 2 and 4)"]),
+        ("image,caf\u00e9,cafe\u0301\na.jpg,1,0\n", ["same column twice"]),
+        ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells where the header has 2", "b.jpg,cat,dog"]),
+        ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells where the header has 3"]),
+        ("image,cat\na.jpg,1\nb.jpg,yes\n", ["class 'cat'", "'yes' (row 3)", "unknown"]),
+        ("image,cat\na.jpg,1\nb.jpg,2\n", ["'2' (row 3)"]),
+        ("image,cat\na.jpg,1\n,0\n", ["row 3", "empty"]),
+        ("image,cat\na.jpg,1\nb.jpg,0\n./a.jpg,0\n", ["'a.jpg' (rows 2 and 4)"]),
+        ("image,labels\na.jpg,cat;\n", ["row 2", "empty name", "'none'"]),
+        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' beside"]),
+        ("image,labels\na.jpg,\nb.jpg,none\n", ["no classes"]),
+        ("image,cat\n../a.jpg,1\n", ["row 2", "outside", "allow_outside"]),
+        ("image,cat\n/etc/a.jpg,1\n", ["row 2", "outside"]),
+        ("image,cat\n..\\a.jpg,1\n", ["row 2", "outside"]),
+        ("image,cat\nfolder/,1\n", ["row 2", "is a folder"]),
+        ("image,cat\n.,1\n", ["row 2", "is a folder"]),
+        ("image,big_cat,Big Cat\na.jpg,1,0\n", ["same prompt text"]),
+    ],
+)
+def test_refused(tmp_path, content, words):
+    path = text(tmp_path / "t.csv", content)
+    refused([path, *words], lambda: Table(path).train())
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("content", ["image,caf\u00e9\na.jpg,1\n", "image,labels\na.jpg,caf\u00e9\n"])
+def test_other_encodings(tmp_path, content, encoding):
+    path = text(tmp_path / "t.csv", content, encoding)
+    refused([path, "UTF-8"], lambda: Table(path).train())
+
+
+def test_no_table(tmp_path):
+    refused(["no table here"], lambda: Table(str(tmp_path / "t.csv")).train())
+    refused(["(train)", "(test)", "(class_file)"], Table("a.csv", "b.csv", class_file="c.yaml").prepare)
+    broken = text(tmp_path / "t.parquet", "image,cat\n")
+    refused([broken, "cannot be read as a table"], lambda: Table(broken).train())
+
+
+def test_root_and_outside(tmp_path):
+    write_image(tmp_path / "images" / "a.jpg")
+    write_image(tmp_path / "b.jpg")
+    inside = tmp_path / "images" / "a.jpg"
+    path = text(tmp_path / "lists.csv", f"image,cat\n{inside},1\n../b.jpg,0\n")
+    refused(["row 3", "'../b.jpg'"], lambda: Table(path, root=str(tmp_path / "images")).train())
+    t = Table(path, root=str(tmp_path / "images"), allow_outside=True).train()
+    assert t.paths.tolist() == ["a.jpg", (tmp_path / "b.jpg").as_posix()]
+    t.require_files()
+
+
+def test_class_file_with_names(tmp_path):
+    classes = text(tmp_path / "c.yaml", "zebra:\nfeline: {prompt: cat, synonyms: [cat, kitty]}\nunused:\n")
+    path = text(tmp_path / "t.csv", "image,labels\na.jpg,cat;zebra\nb.jpg,kitty\nc.jpg,feline\n")
+    t = Table(path, class_file=classes).train()
+    assert t.class_names == ("zebra", "feline", "unused")
+    assert t.prompt_names == ("zebra", "cat", "unused")
+    assert t.labels.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+    path = text(tmp_path / "t.csv", "image,labels\na.jpg,zebra\nb.jpg,Zebra;felin\n")
+    refused(
+        [path, "row 3: 'Zebra' (did you mean 'zebra'?)", "row 3: 'felin' (did you mean 'feline'?)", "synonyms"],
+        lambda: Table(path, class_file=classes).train(),
+    )
+    reserved = text(tmp_path / "n.yaml", "zebra:\nnone:\n")
+    refused([reserved, "'none'"], lambda: Table(path, class_file=reserved).train())
+
+
+def test_class_file_with_columns(tmp_path):
+    classes = text(tmp_path / "c.yaml", "dog:\nfeline: {synonyms: [cat]}\n")
+    path = text(tmp_path / "t.csv", "image,width,cat,dog\na.jpg,640,1,0\n")
+    t = Table(path, class_file=classes).train()
+    assert (t.class_names, t.labels.tolist()) == (("dog", "feline"), [[0, 1]])
+    refused(["class 'width'", "'640' (row 2)", "class file"], lambda: Table(path).train())
+    path = text(tmp_path / "t.csv", "image,dogs,cat\na.jpg,0,1\n")
+    refused(["no column for class 'dog'", "'dogs'"], lambda: Table(path, class_file=classes).train())
+    path = text(tmp_path / "t.csv", "image,dog,cat,feline\na.jpg,0,1,1\n")
+    refused(["'feline', 'cat' mean one class"], lambda: Table(path, class_file=classes).train())
+
+
+def test_test_table_has_the_classes_of_the_training_table(tmp_path):
+    train = text(tmp_path / "a.csv", "image,dog,cat\na.jpg,0,1\n")
+    test = text(tmp_path / "b.csv", "cat,dog,image\n1,0,b.jpg\n")
+    assert Table(train, test).test().labels.tolist() == [[0, 1]]
+    assert Table(train).test() is None
+    more = text(tmp_path / "c.csv", "image,dog,cat,cow\nc.jpg,0,1,1\n")
+    refused([more, "'cow'", train], Table(train, more).test)
+    less = text(tmp_path / "d.csv", "image,dog\nc.jpg,0\n")
+    refused([less, "no column for class 'cat'"], Table(train, less).test)
+    named = text(tmp_path / "e.csv", "image,labels\nc.jpg,dog;cow\n")
+    refused([named, "row 2: 'cow'"], Table(train, named).test)
+
+
+def test_many_offenders_are_counted(tmp_path):
+    path = text(tmp_path / "t.csv", "image,cat\n" + "".join(f"{i}.jpg,?\n" for i in range(30)))
+    refused(["'?' (row 21) ... and 10 more"], lambda: Table(path).train())
+
+
+def test_images_below_a_folder(tmp_path):
+    for name in ("b.JPG", "a/z.png", "a/y.webp", "c.tif", "d.bmp", "e.jpeg", ".hidden.jpg", ".cache/x.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    t = read_images(tmp_path, ["cat", "dog"], ["pet", "dog"])
+    assert t.paths.tolist() == ["a/y.webp", "a/z.png", "b.JPG", "c.tif", "d.bmp", "e.jpeg"]
+    assert t.labels.tolist() == [[-1, -1]] * 6
+    assert t.prompt_names == ("pet", "dog")
+    t.require_files()
+    one = read_images(tmp_path / "a" / "z.png", ["cat"])
+    assert one.paths.tolist() == ["z.png"]
+    one.require_files()
+
+
+def test_images_of_a_list(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "b c.jpg")
+    for name, content in {
+        "t.txt": "a.jpg\nb c.jpg\n\n",
+        "t.csv": "labels,path\nx;y,a.jpg\n,b c.jpg\n",
+        "one.csv": "image\na.jpg\nb c.jpg\n",
+    }.items():
+        t = read_images(text(tmp_path / name, content), ["cat"])
+        assert t.paths.tolist() == ["a.jpg", "b c.jpg"], name
+        assert t.labels.tolist() == [[-1], [-1]]
+        t.require_files()
+    write_rows(tmp_path / "t.parquet", ["file"], [["a.jpg"], ["b c.jpg"]])
+    assert read_images(tmp_path / "t.parquet", ["cat"]).paths.tolist() == ["a.jpg", "b c.jpg"]
+
+
+def test_images_refused(tmp_path):
+    refused(["no image in it"], lambda: read_images(tmp_path, ["cat"]))
+    refused(["t.txt, row 2", "empty"], lambda: read_images(text(tmp_path / "t.txt", "a\n\nb\n"), ["cat"]))
+    refused(["(rows 1 and 2)"], lambda: read_images(text(tmp_path / "t.txt", "a\na\n"), ["cat"]))
+    refused(["names no image"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
+    refused(["row 1", "outside"], lambda: read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"]))
+    refused(["no table here"], lambda: read_images(tmp_path / "none", ["cat"]))
+    outside = read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"], allow_outside=True)
+    assert outside.file(0) == tmp_path.parent / "a"
+
+
+@pytest.mark.parametrize("form", ["names", "columns"])
+def test_large_table(tmp_path, form):
+    """100,000 rows."""
+    n = 100_000
+    rows = np.arange(n)
+    cat, dog = rows % 2 == 0, rows % 3 == 0
+    if form == "names":
+        cells = np.select([cat & dog, cat, dog], ["cat;dog", "cat", "dog"], "none")
+        table = pa.table({"image": [f"{i // 1000}/{i}.jpg" for i in rows], "labels": cells})
+    else:
+        columns = {"cat": cat.astype(np.int8), "dog": dog.astype(np.int8)}
+        table = pa.table({"image": [f"{i // 1000}/{i}.jpg" for i in rows], **columns})
+    pq.write_table(table, tmp_path / "t.parquet")
+    t = Table(str(tmp_path / "t.parquet")).train()
+    assert (t.labels == np.stack([cat, dog], axis=1)).all()
+    assert t.paths[-1] == "99/99999.jpg"

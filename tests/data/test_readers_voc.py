@@ -1,0 +1,204 @@
+"""PASCAL VOC reader, on tiny files in the VOCdevkit layout and on real ones."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+
+from cbsa_lightning.data.readers import VOC, Source
+from cbsa_lightning.errors import ConfigError, DataError
+from layouts import make_voc
+
+NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+def test_labels_and_order(tmp_path):
+    train, test = make_voc(tmp_path, 24, 12)
+    source = VOC(str(tmp_path))
+    source.prepare()
+    t, s = source.train(), source.test()
+    assert (t.labels == (train == 1)).all()
+    assert (s.labels == (test == 1)).all()
+    assert t.class_names == source.class_names == NAMES
+    assert t.paths.tolist() == [f"JPEGImages/2008_{i:06d}.jpg" for i in range(24)]
+    assert t.missing_files() == s.missing_files() == []
+    assert isinstance(source, Source)
+
+
+@pytest.mark.parametrize(("difficult", "label"), [("negative", 0), ("positive", 1), ("ignore", -1)])
+def test_difficult(tmp_path, difficult, label):
+    make_voc(tmp_path, 5, 2, difficult=[(0, "cow"), (3, "sheep")])
+    t = VOC(str(tmp_path), difficult=difficult).train()
+    assert t.labels[0, NAMES.index("cow")] == label
+    assert t.labels[3, NAMES.index("sheep")] == label
+    assert (t.labels == -1).sum() == (2 if difficult == "ignore" else 0)
+
+
+@pytest.mark.parametrize("difficult", ["negative", "positive", "ignore"])
+def test_images_without_a_clear_instance_are_not_listed(tmp_path, difficult):
+    make_voc(tmp_path, 6, 2, empty=3)
+    folder = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Main"
+    file = folder / "cow_train.txt"
+    file.write_text(file.read_text().replace("2009_000001 -1", "2009_000001  0"))
+    assert len(VOC(str(tmp_path), difficult=difficult).train()) == 6
+
+
+def test_year_2007(tmp_path):
+    train, test = make_voc(tmp_path, 8, 4, year="2007")
+    source = VOC(str(tmp_path), year="2007")
+    source.prepare()
+    assert (source.train().labels == (train == 1)).all()
+    assert (source.test().labels == (test == 1)).all()
+
+
+def test_names_before_any_file(tmp_path):
+    source = VOC(str(tmp_path / "nowhere"))
+    assert source.class_names == source.prompt_names == NAMES
+
+
+def test_class_file(tmp_path):
+    make_voc(tmp_path, 3, 2)
+    file = tmp_path / "natural.yaml"
+    file.write_text("diningtable: dining table\ntvmonitor: tv monitor\n")
+    source = VOC(str(tmp_path), class_file=str(file))
+    assert source.prompt_names == tuple(
+        {"diningtable": "dining table", "tvmonitor": "tv monitor"}.get(n, n) for n in NAMES
+    )
+    assert source.train().prompt_names == source.prompt_names
+    file.write_text("dinningtable: dining table\n")
+    with pytest.raises(DataError, match=r"'dinningtable' is none of the 20.*did you mean 'diningtable'"):
+        _ = source.prompt_names
+
+
+def test_shipped_class_file(tmp_path):
+    file = Path(__file__).parents[2] / "configs" / "class_files" / "voc_natural.yaml"
+    prompts = VOC(str(tmp_path), class_file=str(file)).prompt_names
+    changed = {official: prompt for official, prompt in zip(NAMES, prompts, strict=True) if official != prompt}
+    assert changed == {
+        "aeroplane": "airplane",
+        "diningtable": "dining table",
+        "pottedplant": "potted plant",
+        "tvmonitor": "tv monitor",
+    }
+
+
+def test_missing_names_what_to_get_and_where(tmp_path):
+    with pytest.raises(DataError) as error:
+        VOC(str(tmp_path)).prepare()
+    for word in (
+        "VOCtrainval_11-May-2012.tar",
+        str(tmp_path / "VOCdevkit" / "VOC2012"),
+        "aeroplane_train.txt",
+    ):
+        assert word in str(error.value)
+    make_voc(tmp_path, 3, 2)
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_val.txt").unlink()
+    with pytest.raises(DataError, match=r"no ImageSets/Main/cow_val\.txt\. Get"):
+        VOC(str(tmp_path)).prepare()
+    with pytest.raises(DataError, match=r"cow_val\.txt is missing"):
+        VOC(str(tmp_path)).test()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("2008_000001  2", ["line 3", "'2008_000001  2'", "1, 0 or -1"]),
+        ("2008_000001", ["line 3"]),
+        ("2008_000002  1", ["line 3", "listed twice"]),
+        ("2008_000009  1", ["do not list the same images", "2008_000001, 2008_000009"]),
+    ],
+)
+def test_broken_line(tmp_path, line, words):
+    make_voc(tmp_path, 4, 2)
+    file = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_train.txt"
+    lines = file.read_text().splitlines()
+    assert lines[2].startswith("2008_000001")
+    lines[2] = line
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError) as error:
+        VOC(str(tmp_path)).train()
+    for word in ["cow_train.txt", *words]:
+        assert word in str(error.value)
+
+
+def test_unknown_options():
+    with pytest.raises(ConfigError, match="'2011'"):
+        VOC("x", year="2011")
+    with pytest.raises(ConfigError, match="negative, positive, ignore"):
+        VOC("x", difficult="maybe")
+
+
+@pytest.mark.parametrize(("year", "expected"), [("2012", ["train"]), ("2007", ["trainval", "test"])])
+def test_download_goes_through_torchvision_once(tmp_path, monkeypatch, year, expected):
+    signature, calls = inspect.signature(torchvision.datasets.VOCDetection), []
+
+    def fetch(*args, **kwargs):
+        call = signature.bind(*args, **kwargs).arguments
+        assert call["download"] is True
+        assert (str(call["root"]), call["year"]) == (str(tmp_path / "new"), year)
+        calls.append(call["image_set"])
+        make_voc(call["root"], 3, 2, year=year)
+
+    monkeypatch.setattr(torchvision.datasets, "VOCDetection", fetch)
+    source = VOC(str(tmp_path / "new"), year=year, download=True)
+    source.prepare()
+    source.prepare()
+    assert calls == expected
+    assert len(source.train()) == 3
+
+
+def test_failed_download(tmp_path, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCDetection", fetch)
+    with pytest.raises(DataError, match=r"no route.*VOCtrainval_11-May-2012\.tar by hand"):
+        VOC(str(tmp_path), download=True).prepare()
+
+
+def test_real_images(realbench):
+    source = VOC(str(realbench / "voc2012-animals"))
+    source.prepare()
+    t, s = source.train(), source.test()
+    train = [0, 3, 10, 1, 29, 0, 36, 539, 55, 151, 10, 632, 237, 3, 298, 28, 171, 41, 0, 16]
+    val = [0, 4, 5, 3, 16, 2, 30, 541, 53, 152, 9, 654, 245, 5, 304, 31, 154, 44, 1, 20]
+    assert (len(t), len(s)) == (1697, 1729)
+    assert t.labels.sum(axis=0, dtype=int).tolist() == train
+    assert s.labels.sum(axis=0, dtype=int).tolist() == val
+    assert t.paths.tolist() == sorted(t.paths.tolist())
+    t.require_files()
+    s.require_files()
+
+
+def test_official_size_of_the_lists(realbench, tmp_path):
+    """All 11,540 images of VOC2012 trainval, written as flags: the counts that the paper states."""
+    with (realbench / "labels" / "voc2012_all_labels.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    folder = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main"
+    folder.mkdir(parents=True)
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages").mkdir()
+    for name in NAMES:
+        for part in ("train", "val"):
+            lines = [
+                f"{row['image'][:-4]} {1 if name in row['labels_nondifficult'].split() else -1}"
+                for row in rows
+                if row["split"] == part
+            ]
+            (folder / f"{name}_{part}.txt").write_text("\n".join(lines))
+    source = VOC(str(tmp_path))
+    assert (len(source.train()), len(source.test())) == (5717, 5823)
+    stored = np.load(realbench / "labels/cooc/voc2012_train_deephash.npz")
+    order = [stored["names"].tolist().index(name) for name in NAMES]
+    labels = dict(zip(stored["images"].tolist(), stored["Y"][:, order].tolist(), strict=True))
+    table = source.train()
+    names = [path.removeprefix("JPEGImages/") for path in table.paths.tolist()]
+    key = (lambda n: n) if names[0] in labels else (lambda n: n.removesuffix(".jpg"))
+    assert [labels[key(n)] for n in names] == table.labels.tolist()

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+from cbsa_lightning.data.samplers import Draw, InOrderBatches, LabelledBatches, PairedBatches
+from cbsa_lightning.errors import ConfigError
+
+LABELLED = np.array([3, 8, 1, 40, 22, 17, 5])
+UNLABELLED = np.arange(100, 153)
+
+
+def paired(seed=0, rank=0, world_size=1, labelled=LABELLED, unlabelled=UNLABELLED):
+    return PairedBatches(labelled, unlabelled, 4, 12, seed, rank, world_size)
+
+
+def rows(batches):
+    return [[draw.index for draw in batch] for batch in batches]
+
+
+def test_one_labelled_pass_has_every_image_once():
+    batches = LabelledBatches(LABELLED, 3, seed=1)
+    got = list(batches)
+    assert [len(batch) for batch in got] == [3, 3, 1]
+    assert len(batches) == 3
+    assert sorted(draw.index for batch in got for draw in batch) == sorted(LABELLED.tolist())
+    assert all(draw.epoch == 0 and draw.visit == 0 for batch in got for draw in batch)
+
+
+def test_cycling_permutes_anew_on_every_pass_and_counts_visits():
+    batches = LabelledBatches(LABELLED, 4, seed=1, num_batches=14)
+    draws = [draw for batch in batches for draw in batch]
+    assert len(batches) == 14
+    assert len(draws) == 14 * 4 == 8 * len(LABELLED)
+    passes = [draws[start : start + 7] for start in range(0, 56, 7)]
+    for visit, one in enumerate(passes):
+        assert sorted(draw.index for draw in one) == sorted(LABELLED.tolist())
+        assert {draw.visit for draw in one} == {visit}
+    assert len({tuple(draw.index for draw in one) for one in passes}) == 8  # 7! orders: no chance repeats
+
+
+def test_every_draw_of_an_epoch_is_unique():
+    draws = [draw for batch in LabelledBatches([4, 2], 5, seed=0, num_batches=9) for draw in batch]
+    assert len(draws) == len(set(draws)) == 45
+
+
+def test_a_paired_epoch_is_one_pass_over_the_unlabelled_images():
+    batches = paired()
+    got = list(batches)
+    assert [len(batch) for batch in got] == [16, 16, 16, 16, 4 + 5]
+    assert len(batches) == 5
+    labelled = [draw for batch in got for draw in batch[:4]]
+    unlabelled = [draw for batch in got for draw in batch[4:]]
+    assert sorted(draw.index for draw in unlabelled) == UNLABELLED.tolist()
+    assert {draw.visit for draw in unlabelled} == {0}
+    counts = Counter(draw.index for draw in labelled)
+    assert set(counts) == set(LABELLED.tolist())
+    assert set(counts.values()) == {2, 3}
+    assert [draw.visit for draw in labelled] == [0] * 7 + [1] * 7 + [2] * 6
+
+
+def test_more_labelled_a_batch_than_there_are_goes_on_with_the_next_pass():
+    batch = next(iter(PairedBatches([7, 9], [1, 2, 3], 5, 3, seed=0)))
+    assert [draw.visit for draw in batch[:5]] == [0, 0, 1, 1, 2]
+    assert {draw.index for draw in batch[:2]} == {draw.index for draw in batch[2:4]} == {7, 9}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: LabelledBatches(range(50), 8, seed),
+        lambda seed: LabelledBatches(range(50), 8, seed, num_batches=20),
+        lambda seed: paired(seed),
+    ],
+)
+def test_order_is_a_function_of_seed_and_epoch(make):
+    batches, again = make(5), make(5)
+    first = list(batches)
+    assert first == list(batches) == list(again)  # the epoch alone moves it on
+    batches.set_epoch(1)
+    second = list(batches)
+    assert rows(second) != rows(first)
+    assert {draw.epoch for batch in second for draw in batch} == {1}
+    again.set_epoch(3)
+    again.set_epoch(1)
+    assert second == list(again)
+    assert rows(make(6)) != rows(first)
+
+
+def test_the_two_orders_of_a_pair_are_separate_streams():
+    same = np.arange(30)
+    batches = PairedBatches(same, same, 6, 6, seed=2)
+    labelled, unlabelled = zip(*[(b[:6], b[6:]) for b in rows(batches)], strict=True)
+    assert labelled != unlabelled
+
+
+def test_changing_the_epoch_leaves_an_iteration_under_way_alone():
+    batches, reference = paired(), list(paired())
+    iterator = iter(batches)
+    got = [next(iterator)]
+    batches.set_epoch(7)
+    got += list(iterator)
+    assert got == reference
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 20),
+    m=st.integers(1, 40),
+    lb=st.integers(1, 9),
+    ub=st.integers(1, 9),
+    world=st.integers(1, 3),
+    epoch=st.integers(0, 3),
+)
+def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
+    def make(kind, rank, size):
+        if kind == "paired":
+            sampler = PairedBatches(range(n), range(100, 100 + m), lb, ub, 0, rank, size)
+        else:
+            sampler = LabelledBatches(range(n), lb, 0, kind, rank, size)
+        sampler.set_epoch(epoch)
+        return sampler
+
+    for kind in ("paired", None, 6):
+        whole = make(kind, 0, 1)
+        try:
+            shares = [make(kind, rank, world) for rank in range(world)]
+        except ConfigError:
+            parts = [([d for d in b if d.index < 100], [d for d in b if d.index >= 100]) for b in whole]
+            shares = [a[rank::world] + b[rank::world] for a, b in parts for rank in range(world)]
+            assert [] in shares  # refused for this reason only
+            continue
+        assert {len(share) for share in shares} == {len(whole)}
+        for parts in zip(whole, *shares, strict=True):
+            assert Counter(parts[0]) == sum((Counter(part) for part in parts[1:]), Counter())
+            assert all(parts[1:])  # no rank sits a step out
+            lengths = [len(part) for part in parts[1:]]
+            assert max(lengths) - min(lengths) <= 2  # one of each part at most
+
+
+def test_a_rank_keeps_its_part_of_labelled_then_of_unlabelled():
+    whole = list(paired())
+    for rank in (0, 1):
+        for batch, share in zip(whole, paired(rank=rank, world_size=2), strict=True):
+            assert share == batch[:4][rank::2] + batch[4:][rank::2]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_in_order_shards_cover_each_image_once_without_padding(world):
+    indices = [9, 4, 7, 1, 0, 3, 8]
+    seen = []
+    for rank in range(world):
+        batches = InOrderBatches(indices, 2, rank, world, epoch=3)
+        got = list(batches)
+        assert len(batches) == len(got)
+        assert [i for batch in rows(got) for i in batch] == indices[rank::world]
+        assert all(len(batch) == 2 for batch in got[:-1])
+        seen += [draw for batch in got for draw in batch]
+    assert sorted(seen) == sorted(Draw(i, 3, 0) for i in indices)
+
+
+def test_in_order_shard_without_images_is_allowed():
+    batches = InOrderBatches([5], 2, rank=1, world_size=2)
+    assert list(batches) == []
+    assert len(batches) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LabelledBatches([], 2, 0), "no labelled images"),
+        (lambda: PairedBatches([], [1], 2, 2, 0), "no labelled images"),
+        (lambda: PairedBatches([1], [], 2, 2, 0), "no unlabelled images"),
+        (lambda: InOrderBatches([], 2), "no evaluation images"),
+        (lambda: LabelledBatches([1], 0, 0), "batch_size is 0"),
+        (lambda: LabelledBatches([1], 1, 0, num_batches=0), "num_batches is 0"),
+        (lambda: PairedBatches([1], [2], 0, 2, 0), "labelled_per_batch is 0"),
+        (lambda: PairedBatches([1], [2], 2, -1, 0), "unlabelled_per_batch is -1"),
+        (lambda: LabelledBatches([1], 1, -4), "seed is -4"),
+        (lambda: LabelledBatches([1, 2], 2, 0, rank=2, world_size=2), "rank 2"),
+        (lambda: LabelledBatches([True, False], 2, 0), "row numbers"),
+        (lambda: LabelledBatches([[1], [2]], 2, 0), "row numbers"),
+        (lambda: LabelledBatches(range(5), 4, 0, world_size=2), "1 of 2 processes without any"),
+        (lambda: PairedBatches([1], range(5), 1, 4, 0, world_size=2), "1 of 2 processes without any"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_before_training(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+class _Echo(Dataset):
+    def __getitem__(self, draw):
+        return torch.tensor(draw)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_the_same_items_whatever_its_workers(workers):
+    batches = paired(seed=3)
+    loader = DataLoader(_Echo(), batch_sampler=batches, num_workers=workers)
+    assert loader.batch_sampler.sampler is batches
+    for epoch in (0, 1):
+        loader.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does
+        reference = paired(seed=3)
+        reference.set_epoch(epoch)
+        got = [[Draw(*row) for row in batch.tolist()] for batch in loader]
+        assert got == list(reference)
+        assert len(loader) == len(got)

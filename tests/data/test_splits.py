@@ -1,0 +1,186 @@
+"""Splits: the sizes of the paper's tables, files tied to a table, and partial-label masks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.splits import Split, hold_out, known_mask, split_known, split_labelled
+from cbsa_lightning.errors import ConfigError, DataError
+
+
+def table(labels, paths=None):
+    paths = [f"{i}.jpg" for i in range(len(labels))] if paths is None else paths
+    names = tuple(f"class {k}" for k in range(np.shape(labels)[1]))
+    return AnnotationTable(Path("/images"), np.array(paths), np.array(labels), names)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "sizes"),
+    [
+        (5717, (285, 571, 857, 1143)),
+        (82081, (4104, 8208, 12312, 16416)),
+        (150000, (7500, 15000, 22500, 30000)),
+    ],
+)
+def test_sizes_of_the_paper(num_images, sizes):
+    for fraction, size in zip((0.05, 0.10, 0.15, 0.20), sizes, strict=True):
+        split = split_labelled(num_images, fraction, seed=1)
+        assert (len(split.labelled), len(split.unlabelled)) == (size, num_images - size)
+
+
+def test_rows_are_those_of_the_legacy_permutation():
+    split = split_labelled(100, 0.25, seed=3)
+    np.random.seed(3)  # noqa: NPY002 - the same stream through numpy's global state, as CAP draws it
+    order = np.arange(100)
+    np.random.shuffle(order)  # noqa: NPY002
+    assert split.labelled.tolist() == order[:25].tolist()
+    assert split.unlabelled.tolist() == order[25:].tolist()
+    assert split.labelled.dtype == np.int64
+    assert (split.fraction, split.seed, len(split.held_out)) == (0.25, 3, 0)
+
+
+def test_first_rows_are_pinned():
+    # A change here would silently change what every saved fraction and seed mean.
+    assert split_labelled(20, 0.25, seed=1).labelled.tolist() == [3, 16, 6, 10, 2]
+
+
+@given(st.integers(1, 300), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
+def test_parts_cover_all_rows_once(num_images, fraction, seed):
+    if int(fraction * num_images) == 0:
+        with pytest.raises(ConfigError, match="leaves no labelled image"):
+            split_labelled(num_images, fraction, seed)
+        return
+    split = split_labelled(num_images, fraction, seed)
+    rows = np.concatenate([split.labelled, split.unlabelled])
+    assert sorted(rows.tolist()) == list(range(num_images))
+
+
+def test_nested_over_fractions_and_different_over_seeds():
+    small, large = split_labelled(1000, 0.05, 7), split_labelled(1000, 0.2, 7)
+    assert set(small.labelled.tolist()) < set(large.labelled.tolist())
+    assert small.digest == split_labelled(1000, 0.05, 7).digest
+    assert small.digest != split_labelled(1000, 0.05, 8).digest
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1, 5, float("nan")])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(ConfigError, match="not above 0 and at most 1"):
+        split_labelled(100, fraction, 1)
+
+
+def test_empty_fraction():
+    with pytest.raises(ConfigError, match=r"0\.001 of 100 images leaves no labelled image; use at least 0\.01"):
+        split_labelled(100, 0.001, 1)
+    with pytest.raises(ConfigError, match="the table has no rows"):
+        split_labelled(0, 0.5, 1)
+
+
+def test_split_known():
+    t = table([[1, 0], [-1, -1], [-1, 0], [-1, -1]])
+    split = split_known(t)
+    assert split.labelled.tolist() == [0, 2]
+    assert split.unlabelled.tolist() == [1, 3]
+    assert (split.fraction, split.seed, split.table_digest) == (None, None, t.digest())
+    with pytest.raises(DataError, match="all 2 rows"):
+        split_known(table([[-1, -1], [-1, -1]]))
+
+
+def test_hold_out():
+    split = split_labelled(1000, 0.2, 1)
+    kept = hold_out(split, 0.1, seed=5)
+    assert (len(kept.labelled), len(kept.held_out)) == (180, 20)
+    assert kept.unlabelled.tolist() == split.unlabelled.tolist()
+    assert set(kept.labelled) | set(kept.held_out) == set(split.labelled)
+    assert [i for i in split.labelled.tolist() if i in set(kept.labelled)] == kept.labelled.tolist()
+    assert hold_out(split, 0.1, seed=5).digest == kept.digest
+    assert hold_out(split, 0.1, seed=6).digest != kept.digest
+    with pytest.raises(ConfigError, match="held out already"):
+        hold_out(kept, 0.1, seed=5)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.001, 1, 1.5, -1])
+def test_hold_out_refused(fraction):
+    with pytest.raises(ConfigError, match="of 20 labelled rows"):
+        hold_out(split_labelled(100, 0.2, 1), fraction, 1)
+
+
+def test_parts_share_no_row():
+    with pytest.raises(DataError, match="rows more than once: 2"):
+        Split(np.array([1, 2]), np.array([2, 3]))
+    with pytest.raises(DataError, match="-1 is negative"):
+        Split(np.array([-1, 2]), np.array([3]))
+    with pytest.raises(DataError, match="labelled has shape"):
+        Split(np.array([0.5]), np.array([3]))
+
+
+def test_save_and_load(tmp_path):
+    t = table(np.eye(40, 3, dtype=np.int8))
+    split = hold_out(split_labelled(40, 0.5, 9), 0.2, 9)
+    path = tmp_path / "new" / "split.json"
+    with pytest.raises(ConfigError, match=r"save\(path, table\)"):
+        split.save(path)
+    split.save(path, t)
+    back = Split.load(path, t)
+    for part in ("labelled", "unlabelled", "held_out"):
+        assert getattr(back, part).tolist() == getattr(split, part).tolist()
+        assert getattr(back, part).dtype == np.int64
+    assert (back.fraction, back.seed, back.table_digest, back.digest) == (0.5, 9, t.digest(), split.digest)
+
+
+def test_load_refuses_another_table(tmp_path):
+    t = table([[1, 0], [0, 1], [1, 1]])
+    other = table([[1, 0], [0, 1], [1, 0]])
+    path = tmp_path / "split.json"
+    split_known(t).save(path)
+    with pytest.raises(DataError) as error:
+        Split.load(path, other)
+    assert t.digest() in str(error.value)
+    assert other.digest() in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_load_refuses_other_files(tmp_path):
+    t = table([[1, 0], [0, 1], [-1, -1]])
+    path = tmp_path / "split.json"
+    with pytest.raises(DataError, match="there is no split file here"):
+        Split.load(path, t)
+    path.write_text("{")
+    with pytest.raises(DataError, match="cannot be read as a split"):
+        Split.load(path, t)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="is no split file"):
+        Split.load(path, t)
+    split_known(t).save(path)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"labelled": [1, 0]}))
+    with pytest.raises(DataError, match="changed after it was written"):
+        Split.load(path, t)
+    path.write_text(json.dumps(record | {"labelled": [0, 0]}))
+    with pytest.raises(DataError, match="rows more than once"):
+        Split.load(path, t)
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "seed"}))
+    with pytest.raises(DataError, match="it has no seed"):
+        Split.load(path, t)
+
+
+def test_masks_are_nested_seeded_and_of_the_asked_share():
+    masks = [known_mask(2000, 20, share, seed=4) for share in (0.1, 0.5, 0.9)]
+    for smaller, larger in itertools.pairwise(masks):
+        assert not (smaller & ~larger).any()
+    for mask, share in zip(masks, (0.1, 0.5, 0.9), strict=True):
+        assert mask.shape == (2000, 20)
+        assert abs(mask.mean() - share) < 4 * np.sqrt(share * (1 - share) / mask.size)
+    assert (masks[0] == known_mask(2000, 20, 0.1, seed=4)).all()
+    assert (masks[0] != known_mask(2000, 20, 0.1, seed=5)).any()
+    assert known_mask(5, 3, 1.0, 0).all()
+    assert not known_mask(5, 3, 0.0, 0).any()
+    with pytest.raises(ConfigError, match="not between 0 and 1"):
+        known_mask(5, 3, 10, 0)
