@@ -139,9 +139,7 @@ def test_floating_point_and_out_of_range_pixels_are_refused(tmp_path):
         decode(saved(tmp_path / "i.tif", Image.fromarray(np.array([[-1, 70000]], np.int32))))
 
 
-@pytest.mark.parametrize(
-    "limit", [6 * 9 - 1, (6 * 9 - 1) // 2]
-)  # Pillow warns above it, raises above twice it
+@pytest.mark.parametrize("limit", [6 * 9 - 1, (6 * 9 - 1) // 2])  # Pillow warns above it, raises above twice it
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
     path = saved(tmp_path / "bomb.png", Image.fromarray(RGB))

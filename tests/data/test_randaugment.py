@@ -17,9 +17,7 @@ from reference import randaugment as plain
 
 RNG = np.random.default_rng(0)
 # Smooth enough for interpolation to matter, not square, and without a full range for autocontrast.
-WAVES = np.sin(
-    np.arange(30)[:, None, None] * [0.2, 0.3, 0.1] + np.arange(41)[None, :, None] * [0.1, 0.25, 0.3]
-)
+WAVES = np.sin(np.arange(30)[:, None, None] * [0.2, 0.3, 0.1] + np.arange(41)[None, :, None] * [0.1, 0.25, 0.3])
 IMAGE = (120 + 90 * WAVES + RNG.integers(-15, 16, WAVES.shape)).astype(np.uint8)
 HEIGHT, WIDTH = IMAGE.shape[:2]
 CENTRE = (0.3, 0.8)
@@ -67,9 +65,7 @@ def test_operation_against_its_definition(name, magnitude, sign):
         # Fixed-point coordinates: a position on the edge of a pixel may fall to its neighbour.
         assert (off.max(axis=2) > 1).mean() < 0.01
     else:
-        assert off.max() <= (
-            1 if name in {"sharpness", "contrast", "color", "brightness", "autocontrast"} else 0
-        )
+        assert off.max() <= (1 if name in {"sharpness", "contrast", "color", "brightness", "autocontrast"} else 0)
 
 
 def test_a_step_leaves_its_input_alone():

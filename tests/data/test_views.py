@@ -141,9 +141,7 @@ def test_cutout_has_the_sides_area_place_and_colours_of_the_fact_sheet():
     assert abs(flips.mean() - 0.5) < 0.06
 
 
-@pytest.mark.parametrize(
-    ("size", "cutout", "side"), [(224, 0.5, 113), (32, 0.5, 17), (33, 0.5, 17), (64, 0.25, 17)]
-)
+@pytest.mark.parametrize(("size", "cutout", "side"), [(224, 0.5, 113), (32, 0.5, 17), (33, 0.5, 17), (64, 0.25, 17)])
 def test_whole_cutout_side(size, cutout, side):
     assert max(box[1] - box[0] for box, _, _ in cutouts(60, size, cutout)) == side
 

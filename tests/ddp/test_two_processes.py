@@ -33,6 +33,11 @@ class Record(L.Callback):
         }
         torch.save(record, self.folder / f"{when}-{trainer.global_rank}-of-{trainer.world_size}.pt")
 
+    def setup(self, trainer, module, stage):
+        # Channels-last kernels round differently for other batch sizes, and a pseudo-label that ties within rounding
+        # would then differ between one process and two: these tests are of the algorithm.
+        module.network.clip.tower.to(memory_format=torch.contiguous_format)
+
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 0:
             self._save(trainer, module, trainer.current_epoch)
