@@ -40,6 +40,32 @@ def test_three_numbers_side_by_side(run: Path) -> None:
     assert all(0 < float(row[1]) < 1 for row in rows[1:])
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_checkpoint_alone_gives_the_number_again(verb: str, run: Path) -> None:
+    reported = float(list(csv.reader((run / "comparison.csv").open()))[-1][1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parents[2])
+        cli = main(
+            [
+                verb,
+                "--config",
+                str(run / "config.yaml"),
+                f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+                "--trainer.logger=false",
+            ]
+        )
+    prefix = {"validate": "val", "test": "test"}[verb]
+    assert float(cli.trainer.callback_metrics[f"{prefix}/mAP"]) == pytest.approx(reported, abs=1e-6)
+
+
+def test_seed_zero_stays_zero(run: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parents[2])
+        arguments = ["--config", str(run / "config.yaml"), "--seed_everything=0", "--trainer.logger=false"]
+        cli = main(["validate", *arguments, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    assert cli.datamodule.seed == 0
+
+
 def test_what_a_person_wants_to_look_at(run: Path) -> None:
     pictures = {p.name for p in (run / "pictures").iterdir() if p.stat().st_size > 5_000}
     assert {"predictions.png", "attention.png", "contexts.png"} <= pictures

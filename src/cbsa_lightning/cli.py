@@ -40,6 +40,11 @@ class RunRecord(SaveConfigCallback):
             split.save(Path(trainer.log_dir) / "split.json", trainer.datamodule.train_table)
 
 
+def _seed(everything: bool | int) -> int:
+    """Seed of split, order and views; `--seed_everything true` lets Lightning draw one that we are not told."""
+    return 1 if isinstance(everything, bool) else everything
+
+
 class CBSACLI(LightningCLI):
     """LightningCLI with classes taken from the data, and a comparison after the fit on request."""
 
@@ -47,7 +52,9 @@ class CBSACLI(LightningCLI):
         """Links what data and model share, and adds what every run leaves behind."""
         for names in ("class_names", "prompt_names"):
             parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=lambda seed: seed if seed > 1 else 1)
+        parser.link_arguments(
+            "seed_everything", "data.seed", compute_fn=lambda seed: 1 if isinstance(seed, bool) else seed
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
