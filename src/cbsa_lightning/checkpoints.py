@@ -69,6 +69,10 @@ class LeanCheckpoint(nn.Module):
         if clip is not None:
             checkpoint[FINGERPRINT] = clip.fingerprint
         checkpoint["class_names"] = list(self.class_names)
+        data = getattr(getattr(self, "_trainer", None), "datamodule", None)
+        size = getattr(data, "image_size", None)
+        if size is not None:  # else predictions would be made at the tower's native size
+            checkpoint["image_size"] = size
         for name in TABLES:
             table = getattr(self, name)
             if table is not None:
