@@ -44,8 +44,13 @@ def test_equals_encode_text(pair):
         expected = reference.encode_text(tokens)
     eot = clip.eot(tokens)
     assert torch.equal(eot, (tokens == 49407).nonzero()[:, 1])
-    with torch.no_grad():
-        assert torch.equal(clip.encode_prompts(clip.embed_tokens(tokens), eot), expected)
+    # The same mathematics in another order: equal to float32's rounding, and in float64 to that type's.
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
+        tower, plain = copy.deepcopy(clip).to(dtype), copy.deepcopy(reference).to(dtype)
+        with torch.no_grad():
+            assert_close_to_largest(
+                tower.encode_prompts(tower.embed_tokens(tokens), eot), plain.encode_text(tokens), tolerance
+            )
     torch.testing.assert_close(clip.encode_texts(TEXTS), expected, atol=1e-5, rtol=0)
     assert clip.embed_dim == expected.shape[1] == 24
     assert (clip.text_width, clip.context_length) == (16, 77)
@@ -72,6 +77,24 @@ def test_cropped_prompts_give_the_same_features_and_gradients(pair):
         assert full.grad.abs().max() > 1e-3
         assert_close_to_largest(cropped.grad, full.grad[:, :length], tolerance)
         assert full.grad[:, length:].abs().max() == 0
+
+
+def test_a_common_prefix_is_encoded_once_at_the_same_features_and_gradients(pair):
+    clip = copy.deepcopy(pair[0]).double()
+    generator = torch.manual_seed(0)
+    prefix = torch.randn(2, 5, 16, generator=generator, dtype=torch.double).requires_grad_(True)
+    rest = torch.randn(6, 4, 16, generator=generator, dtype=torch.double).requires_grad_(True)
+    eot = torch.tensor([3, 1, 2, 0, 3, 2])
+    whole = torch.cat([prefix.repeat_interleave(3, dim=0), rest], dim=1)
+    direction = torch.randn(6, 24, generator=generator, dtype=torch.double)
+    found = []
+    for features in (clip.encode_prompts(rest, eot, prefix), clip.encode_prompts(whole, eot + 5)):
+        found.append((features, *torch.autograd.grad((features * direction).sum(), (prefix, rest))))
+    assert found[0][1].abs().max() > 1e-3
+    for one, plain in zip(*found, strict=True):
+        assert_close_to_largest(one, plain, 1e-12)
+    with pytest.raises(ConfigError, match="78 tokens"):
+        clip.encode_prompts(torch.zeros(1, 72, 16), torch.tensor([3]), torch.zeros(1, 6, 16))
 
 
 def assert_close_to_largest(actual, expected, tolerance):
@@ -115,6 +138,7 @@ def test_refuses_what_does_not_fit(pair):
         ({"no_causal_mask": True}, "not causal"),
         ({"embed_cls": True}, "not causal"),
         ({"pool_type": "last"}, "pooling 'last'"),
+        ({"block_type": "custom"}, "attend through Attention"),
     ],
 )
 def test_text_towers_that_prompts_cannot_use_are_refused(tmp_path, text, found):

@@ -95,3 +95,19 @@ def test_fixed_words(clip):
     with pytest.raises(ConfigError, match="got 0"):
         ClassPrompts(clip, NAMES, length=0)
     assert not ClassPrompts(clip, NAMES, template="a photo of a", trainable=False).words.requires_grad
+
+
+def test_sets_of_every_kind_go_together(clip):
+    torch.manual_seed(0)
+    kinds = [
+        ClassPrompts(clip, NAMES, length=3, shared=True),
+        ClassPrompts(clip, NAMES, length=3, shared=True),
+        ClassPrompts(clip, NAMES, length=5),
+        ClassPrompts(clip, NAMES, template="a photo of a", trainable=False),
+    ]
+    plain = [clip.encode_prompts(*prompts()) for prompts in kinds]
+    for members in ([0, 1], [2, 3], [0, 2], [3, 1, 0, 2]):
+        found = encode_prompt_sets(clip, [kinds[i] for i in members])
+        for i, features in zip(members, found, strict=True):
+            torch.testing.assert_close(features, plain[i], atol=1e-5, rtol=0)
+    assert (plain[0] - plain[1]).abs().max() > 1e-3

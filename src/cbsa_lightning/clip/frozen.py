@@ -146,13 +146,14 @@ class FrozenCLIP(nn.Module):
         """Frozen embeddings (P, L, w) of token ids (P, L), without positions."""
         return cast(Tensor, self.text.token_embedding(tokens.to(self.mean.device)))
 
-    def encode_prompts(self, embeddings: Tensor, eot: Tensor) -> Tensor:
+    def encode_prompts(self, embeddings: Tensor, eot: Tensor, prefix: Tensor | None = None) -> Tensor:
         """Text features (P, d) of prompt embeddings (P, L, w) read out at ``eot`` (P,); not normalised.
 
         The tower is causal: any L that includes the last end-of-text token gives the same features, so cut behind
-        it. All prompts of a step go in one call. Differentiable with respect to ``embeddings``.
+        it. All prompts of a step go in one call. Differentiable. Words that many prompts begin with go in ``prefix``
+        (G, N, w), to be encoded once; see :meth:`TextTower.forward`.
         """
-        return cast(Tensor, self.text(embeddings, eot))
+        return cast(Tensor, self.text(embeddings, eot, prefix))
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Text features (P, d) of P texts, without gradients, for zero-shot scores; not normalised."""

@@ -1,10 +1,15 @@
-"""CLIP's text tower on prompt embeddings instead of token ids, so that prompts can be learned."""
+"""CLIP's text tower on prompt embeddings instead of token ids, so that prompts can be learned.
+
+With a frozen tower most of a small step is spent here, so nothing is computed that is not read: no token behind the
+last end-of-text token, in the last block no other token's output, and words that prompts share only once.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbsa_lightning.errors import ConfigError
@@ -30,19 +35,23 @@ class TextTower(nn.Module):
         pool_type = getattr(source, "text_pool_type", getattr(source, "pool_type", None))
         eos_id = getattr(source, "text_eos_id", getattr(source, "eos_id", None))
         causal = getattr(source, "attn_mask", None) is not None and getattr(source, "cls_emb", None) is None
+        blocks = [type(block.attn) for block in source.transformer.resblocks] if causal else []
         if not causal or pool_type not in ("argmax", "eos"):
             raise ConfigError(
                 f"text tower {type(source).__name__} ({'' if causal else 'not '}causal, pooling {pool_type!r}): "
                 "prompts can be learned only through a causal open_clip text transformer that is read out at the "
                 "end-of-text token (pool_type 'argmax' or 'eos', no class embedding)."
             )
+        if unknown := [kind.__name__ for kind in blocks if kind is not nn.MultiheadAttention]:
+            raise ConfigError(
+                f"text tower {type(source).__name__}: its blocks attend through {unknown[0]}; prompts can be learned "
+                "only through open_clip's standard blocks (torch's MultiheadAttention)."
+            )
         self.token_embedding: nn.Embedding = source.token_embedding
         self.positional_embedding: nn.Parameter = source.positional_embedding
         self.transformer: nn.Module = source.transformer
         self.ln_final: nn.Module = source.ln_final
         self.text_projection: nn.Parameter | nn.Linear | None = source.text_projection
-        self.attn_mask: Tensor
-        self.register_buffer("attn_mask", source.attn_mask, persistent=False)
         self.eos_id = eos_id if pool_type == "eos" else None
 
     @property
@@ -68,22 +77,80 @@ class TextTower(nn.Module):
         """Position (P,) of the end-of-text token in ``tokens`` (P, L)."""
         return tokens.argmax(-1) if self.eos_id is None else (tokens == self.eos_id).int().argmax(-1)
 
-    def forward(self, embeddings: Tensor, eot: Tensor) -> Tensor:
-        """Encodes prompt embeddings (P, L, w), end-of-text at ``eot`` (P,), to (P, d); differentiable.
+    def forward(self, embeddings: Tensor, eot: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Encodes prompt embeddings to text features; differentiable.
+
+        Args:
+            embeddings: (P, L, w), without positions.
+            eot: (P,), place of the end-of-text token in ``embeddings``.
+            prefix: (G, N, w), what stands before ``embeddings``: the first P / G prompts begin with its first entry,
+                and so on. It is encoded G times instead of P times, which is exact since the tower is causal.
+
+        Returns:
+            (P, d), not normalised.
 
         Raises:
-            ConfigError: L exceeds the context length.
+            ConfigError: N + L exceeds the context length.
         """
-        length = embeddings.shape[1]
-        if length > self.context_length:
-            raise ConfigError(f"prompts of {length} tokens; this text tower takes {self.context_length}")
-        placed = embeddings + self.positional_embedding[:length].to(embeddings.dtype)
-        x: Tensor = self.transformer(placed, attn_mask=self.attn_mask[:length, :length])
-        x = self.ln_final(x)
-        x = x[torch.arange(x.shape[0], device=x.device), eot]
+        before, length = 0 if prefix is None else prefix.shape[1], embeddings.shape[1]
+        if before + length > self.context_length:
+            raise ConfigError(f"prompts of {before + length} tokens; this text tower takes {self.context_length}")
+        positions = self.positional_embedding[: before + length].to(embeddings.dtype)
+        x = embeddings + positions[before:]
+        start = None if prefix is None else prefix + positions[:before]
+        *blocks, last = self.transformer.resblocks  # type: ignore[misc]
+        for block in blocks:
+            x, start = _block(block, x, start)
+        x = self.ln_final(_last_block(last, x, start, eot))
         if self.text_projection is None:
             return x
         if isinstance(self.text_projection, nn.Linear):
             x = self.text_projection(x)
             return x
         return x @ self.text_projection
+
+
+def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One residual attention block of open_clip on prompts (P, L, w) and their common starts (G, N, w)."""
+    q, k, v = _project(block.attn, block.ln_1(x), slice(None))
+    if start is None:
+        return _rest(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True)), None
+    q0, k0, v0 = _project(block.attn, block.ln_1(start), slice(None))
+    k, v = _after(k0, k), _after(v0, v)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k0.shape[2])
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return _rest(block, x, seen), _rest(block, start, F.scaled_dot_product_attention(q0, k0, v0, is_causal=True))
+
+
+def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Tensor:
+    """The same for the end-of-text tokens alone, since no other output is read: (P, w)."""
+    width, normed = x.shape[2], block.ln_1(x)
+    rows = torch.arange(len(x), device=x.device)
+    k, v = _project(block.attn, normed, slice(width, None))
+    if start is not None:
+        k0, v0 = _project(block.attn, block.ln_1(start), slice(width, None))
+        k, v = _after(k0, k), _after(v0, v)
+    (q,) = _project(block.attn, normed[rows, eot][:, None], slice(width))
+    before = k.shape[2] - x.shape[1]
+    mask = torch.arange(k.shape[2], device=x.device) <= (before + eot)[:, None]
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return _rest(block, x[rows, eot][:, None], seen)[:, 0]
+
+
+def _project(attention: Any, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
+    """Queries, keys and values, those among them that ``rows`` of the joint matrix make: (B, heads, L, w / heads)."""
+    projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    heads = projected.unflatten(2, (-1, attention.num_heads, attention.head_dim))  # (B, L, 1 to 3, heads, w / heads)
+    return tuple(part.transpose(1, 2) for part in heads.unbind(2))
+
+
+def _after(start: Tensor, own: Tensor) -> Tensor:
+    """Keys or values of the common starts (G, heads, N, e) in front of those of the prompts (P, heads, L, e)."""
+    return torch.cat([start.repeat_interleave(len(own) // len(start), dim=0), own], dim=2)
+
+
+def _rest(block: Any, x: Tensor, seen: Tensor) -> Tensor:
+    """What follows the attention in a block: projection, feed-forward and both residual sums."""
+    x = x + block.ls_1(block.attn.out_proj(seen.transpose(1, 2).flatten(2)))
+    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x

@@ -80,18 +80,35 @@ class ClassPrompts(nn.Module):
         words = template if template is not None else " ".join(["X"] * length)
         return clip.tokenize([f"{words} {name}." for name in names])
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Gives prompt embeddings ``(C, L, w)`` and the position of each end token ``(C,)``."""
+    def parts(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """What the text tower takes.
+
+        Returns:
+            The start and words that all prompts share ``(1, 1 + N, w)``, or None where each class has its own; what
+            follows them, or the whole prompts ``(C, L, w)``; the position of each end token in that ``(C,)``.
+        """
         words = self.words.to(self.prefix.dtype)
         if words.dim() == 2:
-            words = words.expand(len(self.prefix), -1, -1)
-        return torch.cat([self.prefix, words, self.suffix], dim=1), self.end
+            start = torch.cat([self.prefix[:1], words[None]], dim=1)
+            return start, self.suffix, self.end - start.shape[1]
+        return None, torch.cat([self.prefix, words, self.suffix], dim=1), self.end
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Gives prompt embeddings ``(C, L, w)`` and the position of each end token ``(C,)``."""
+        start, rest, _ = self.parts()
+        return rest if start is None else torch.cat([start.expand(len(rest), -1, -1), rest], dim=1), self.end
 
 
 def encode_prompt_sets(clip: FrozenCLIP, sets: Sequence[ClassPrompts]) -> list[Tensor]:
-    """Text features of several prompt sets in one pass of the text tower: a list of ``(C, d)``."""
-    embeddings, ends = zip(*(prompts() for prompts in sets), strict=True)
-    longest = max(e.shape[1] for e in embeddings)
-    padded = [nn.functional.pad(e, (0, 0, 0, longest - e.shape[1])) for e in embeddings]
-    features = clip.encode_prompts(torch.cat(padded), torch.cat(ends))
-    return list(torch.split(features, [len(e) for e in embeddings]))
+    """Text features of several prompt sets over the same C classes: a list of ``(C, d)``.
+
+    One pass of the text tower serves all sets, unless only some of them share their words among the classes.
+    """
+    starts, rests, ends = zip(*(prompts.parts() for prompts in sets), strict=True)
+    if len({None if start is None else start.shape[1] for start in starts}) > 1:
+        return [encode_prompt_sets(clip, [prompts])[0] for prompts in sets]
+    longest = max(rest.shape[1] for rest in rests)
+    padded = torch.cat([nn.functional.pad(rest, (0, 0, 0, longest - rest.shape[1])) for rest in rests])
+    prefix = None if starts[0] is None else torch.cat(starts)
+    features = clip.encode_prompts(padded, torch.cat(ends), prefix)
+    return list(torch.split(features, [len(rest) for rest in rests]))
