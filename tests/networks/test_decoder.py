@@ -73,3 +73,27 @@ def test_dropout_is_off_in_evaluation_only():
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 24"):
         LabelDecoder(24, heads=5)
+
+
+def test_training_equals_torchs_decoder_in_value_and_gradient():
+    decoder = shaken(LabelDecoder(24, layers=2, heads=4, feedforward=40, dropout=0.0)).double().train()
+    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 4, 40, 0.0, batch_first=True), 2).double()
+    theirs.load_state_dict(decoder.state_dict())
+    queries, tokens = (x.double().requires_grad_(True) for x in inputs())
+    found = []
+    for model, output in ((decoder, decoder(queries, tokens)[0]), (theirs, theirs(queries.expand(3, -1, -1), tokens))):
+        wanted = (queries, tokens, *dict(sorted(model.named_parameters())).values())
+        found.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
+    assert len(found[0]) == 3 + 2 * 18
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_dropout_is_drawn_for_each_image(self_attention):
+    decoder = LabelDecoder(24, layers=1, heads=4, feedforward=40, dropout=0.5, self_attention=self_attention)
+    queries, tokens = inputs()
+    with torch.no_grad():
+        alike, _ = decoder(queries, tokens[:1].expand(3, -1, -1))
+    assert (alike[0] - alike[1]).abs().max() > 0.1
+    assert (alike[1] - alike[2]).abs().max() > 0.1
