@@ -129,6 +129,17 @@ def test_gpu_overlay_names_mixed_precision(tmp_path: Path) -> None:
         pytest.skip("no GPU on this machine: the overlay is only read here")
 
 
+def test_cpu_overlay_keeps_features(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = f"--data.source.init_args.root={roots['voc']}"
+    cli = fit(files("methods/cbsa", "data/voc", "shares/p20", "hardware/cpu"), tmp_path, clip_folder, root)
+    assert next(iter(cli.datamodule.train_dataloader())).images is None
+    assert list((tmp_path / "cache").glob("features-*/rows.bin"))
+    assert (Path(cli.trainer.log_dir) / "pictures" / "predictions.png").is_file()
+
+
 def test_every_overlay_is_run() -> None:
     """A new overlay must be named in this file, so that it is run; test_quickstart.py runs the quickstart."""
     here = Path(__file__).read_text()

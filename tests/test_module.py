@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.module import adamw
 from reference.losses import asymmetric, cross_entropy
+from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
 WARMUP, EPOCHS = 2, 4
@@ -178,9 +181,90 @@ def test_nothing_frozen_has_moved(run):
     module, _, _, before = run
     after = nn.Module.state_dict(module.network.clip)
     pool = {key for key in before if key.startswith("pool.")}
-    assert any("running_mean" in key for key in before.keys() - pool)
+    assert not any("running_mean" in key for key in before), "folded away"
     assert differences({k: before[k] for k in before.keys() - pool}, after) == []
     assert differences({k: before[k] for k in pool}, after), "the pool did not train"
+
+
+def test_batch_norm_statistics_never_move(tmp_path, squares):
+    clip = tiny_clip(tmp_path / "clip", "timm")  # whose batch norms are not folded
+    before = {k: v.clone() for k, v in nn.Module.state_dict(tiny_module(clip).network.clip.tower).items()}
+    assert any("running_mean" in key for key in before)
+    module, _ = tiny_fit(tmp_path, clip, squares, warmup_epochs=0, max_epochs=1, data={"image_size": 160})
+    assert differences(before, nn.Module.state_dict(module.network.clip.tower)) == []
+    assert differences(tiny_module(clip).state_dict(), module.state_dict()), "nothing was trained"
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations whose outcome, or its shape, the host must wait for on a device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = func.overloadpacket.__name__
+        masks = [i for i in (args[1] if name == "index" else ()) if i is not None and i.dtype == torch.bool]
+        if masks or any(part in name for part in self.WAITS):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(L.Callback):
+    """Watches each semi-supervised step from its batch to the next, Lightning's own part included."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.stage == "semi-supervised":
+            self.steps.append(HostReads())
+            self.steps[-1].__enter__()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.stage == "semi-supervised":
+            self.steps[-1].__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_waits_for_no_value(tmp_path, clip_folder, squares, precision):
+    watch = Watch()
+    tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [watch], "precision": precision})
+    assert len(watch.steps) >= 2
+    assert min(step.calls for step in watch.steps) > 300, "nothing was watched"
+    assert [step.found for step in watch.steps] == [[] for _ in watch.steps]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_a_step_never_waits_on_a_gpu(tmp_path, clip_folder, squares, precision):
+    class Forbid(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")  # the first step may allocate
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("default")
+
+    settings = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": [Forbid()]}
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer=settings)
+    assert trainer.global_step > 2
+
+
+def test_the_fused_optimiser_steps_like_the_plain_one():
+    found = []
+    for make in (adamw, lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(50, 7))
+        optimizer = make([weight])
+        for _ in range(5):
+            weight.grad = torch.randn(50, 7)
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
 def test_epoch_state_is_in_buffers(run):

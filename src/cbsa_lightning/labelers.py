@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.thresholds import check_etas, check_scores, row_strips
+from cbsa_lightning.thresholds import class_thresholds as class_thresholds  # part of this file's interface
 
 
 class PseudoLabels(NamedTuple):
@@ -47,50 +49,6 @@ def positive_rates(labels: Tensor) -> Tensor:
     return positives / known.clamp(min=1.0)
 
 
-def class_thresholds(
-    scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
-) -> tuple[Tensor, Tensor]:
-    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labelled set's proportions.
-
-    Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
-    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score, ``tau_neg`` the
-    r_neg-th smallest. ``r_pos = 0`` gives ``tau_pos = +inf`` (no positives) and ``r_neg = 0`` gives
-    ``tau_neg = -inf``. Always ``tau_neg <= tau_pos``.
-
-    A rate is a count divided by a count, so the product may land a rounding error below a whole number
-    (0.29 * 100 = 28.999...). The product is therefore raised by four rounding steps of the rate's own type
-    before it is cut: pass float64 rates, as :func:`positive_rates` gives, to have the counts exact.
-
-    Args:
-        scores: ``(n, C)`` on any device; compared in float32.
-        positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labelled, in [0, 1].
-        eta_neg: share of the expected negatives that are labelled, in [0, 1].
-
-    Returns:
-        ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
-
-    Raises:
-        DataError: for scores that are not finite, an empty score matrix, or rates that do not fit it.
-        ConfigError: for an eta outside [0, 1].
-    """
-    _check_etas(eta_pos, eta_neg)
-    values = _checked(scores)
-    n, num_classes = values.shape
-    if n == 0:
-        raise DataError("class thresholds: there are no scores (n = 0), so there is no quantile to take")
-    rate = _checked_rate(positive_rate, num_classes)
-    slack = 4 * torch.finfo(positive_rate.dtype if positive_rate.is_floating_point() else torch.float64).eps
-    r_pos = _whole(eta_pos * rate * n, slack).clamp(max=n)
-    r_neg = torch.minimum(_whole(eta_neg * (1 - rate) * n, slack), n - r_pos)
-
-    ascending = values.T.contiguous().sort(dim=1).values
-    r_pos, r_neg = r_pos.to(values.device), r_neg.to(values.device)
-    largest = ascending.gather(1, (n - r_pos).clamp(max=n - 1)[:, None])[:, 0]
-    smallest = ascending.gather(1, (r_neg - 1).clamp(min=0)[:, None])[:, 0]
-    return largest.masked_fill(r_pos == 0, torch.inf), smallest.masked_fill(r_neg == 0, -torch.inf)
-
-
 def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     """Pseudo-labels from class thresholds (Eq. 6).
 
@@ -110,16 +68,19 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     Raises:
         DataError: for scores that are not finite, or thresholds of another shape.
     """
-    values = _checked(scores)
-    expected = (values.shape[1],)
+    check_scores(scores)
+    expected = (scores.shape[1],)
     if tau_pos.shape != expected or tau_neg.shape != expected:
         raise DataError(
-            f"pseudo-labels: thresholds must be {expected} for scores {tuple(values.shape)}, "
+            f"pseudo-labels: thresholds must be {expected} for scores {tuple(scores.shape)}, "
             f"got {tuple(tau_pos.shape)} and {tuple(tau_neg.shape)}"
         )
-    labels = torch.full_like(values, -1, dtype=torch.int8)
-    labels[values <= tau_neg.to(values)] = 0
-    labels[values >= tau_pos.to(values)] = 1
+    tau_pos, tau_neg = (tau.to(scores.device, torch.float32) for tau in (tau_pos, tau_neg))
+    labels = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    for rows, strip in row_strips(scores):
+        positive = strip >= tau_pos
+        ignored = ~(positive | (strip <= tau_neg))
+        labels[rows] = positive.to(torch.int8) - ignored.to(torch.int8)
     return labels
 
 
@@ -149,7 +110,7 @@ class ClassDistributionAware(Labeler):
     eta_neg: float = 0.998
 
     def __post_init__(self) -> None:
-        _check_etas(self.eta_pos, self.eta_neg)
+        check_etas(self.eta_pos, self.eta_neg)
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`."""
@@ -248,50 +209,17 @@ def _constant(scores: Tensor, pos: float, neg: float) -> PseudoLabels:
 
 
 def _top(scores: Tensor, k: int) -> PseudoLabels:
-    values = _checked(scores)
-    if k > values.shape[1]:
-        raise ConfigError(f"top-k labeler: k = {k}, but there are only {values.shape[1]} classes")
-    # A stable sort, because topk promises no order among equal scores.
-    best = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    labels = torch.zeros_like(values, dtype=torch.int8).scatter_(1, best, 1)
-    none = torch.full((values.shape[1],), torch.nan, device=values.device)
+    check_scores(scores)
+    num_classes = scores.shape[1]
+    if k > num_classes:
+        raise ConfigError(f"top-k labeler: k = {k}, but there are only {num_classes} classes")
+    labels = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    for rows, strip in row_strips(scores):
+        # A stable sort, because topk promises no order among equal scores.
+        best = strip.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        labels[rows].scatter_(1, best, 1)
+    none = torch.full((num_classes,), torch.nan, device=scores.device)
     return PseudoLabels(labels, none, none.clone())
-
-
-def _whole(expected: Tensor, slack: float) -> Tensor:
-    """The expected count cut to a whole number, forgiving rounding errors of relative size ``slack``."""
-    return (expected * (1 + slack)).floor().long()
-
-
-def _checked(scores: Tensor) -> Tensor:
-    if scores.ndim != 2:
-        raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
-    values = scores.detach().float()
-    finite = torch.isfinite(values)
-    if not finite.all():
-        per_class = (~finite).sum(dim=0).cpu()
-        classes = [f"{k} ({int(per_class[k])})" for k in per_class.nonzero()[:, 0].tolist()]
-        raise DataError(
-            f"{int(per_class.sum())} of {values.numel()} scores are not finite, in class {listed(classes)}; "
-            "training has diverged: lower the learning rate, or compute the scores in float32"
-        )
-    return values
-
-
-def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
-    rate = positive_rate.detach().cpu().double()
-    if rate.shape != (num_classes,):
-        raise DataError(f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}")
-    wrong = ~((rate >= 0) & (rate <= 1))
-    if wrong.any():
-        found = [f"class {k}: {float(rate[k])}" for k in wrong.nonzero()[:, 0].tolist()]
-        raise DataError(f"class thresholds: positive rates must lie in [0, 1]; {listed(found)}")
-    return rate
-
-
-def _check_etas(eta_pos: float, eta_neg: float) -> None:
-    if not (0 <= eta_pos <= 1 and 0 <= eta_neg <= 1):
-        raise ConfigError(f"class thresholds: eta_pos and eta_neg are shares in [0, 1], got {eta_pos} and {eta_neg}")
 
 
 def _check_cuts(pos: float, neg: float) -> None:

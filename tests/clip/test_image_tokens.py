@@ -241,3 +241,19 @@ def test_separate_projections_of_a_timm_pool(tmp_path):
     tokens = clip.image_tokens(images)
     torch.testing.assert_close(tokens.g, expected.g, atol=1e-6, rtol=0)
     torch.testing.assert_close(tokens.l, expected.l, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sped_up_towers_give_the_same_features(pair, dtype):
+    kind, clip, _ = pair
+    plain, fast = copy.deepcopy(clip).to(dtype), copy.deepcopy(clip).to(dtype)
+    fast.speed_up()
+    assert any(isinstance(m, nn.BatchNorm2d) for m in plain.tower.modules()) == (kind != "vit")
+    if kind == "resnet":
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.tower.modules())
+    images = pictures(kind, count=2)
+    expected, found = plain.features(images), fast.features(images)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert fast.fingerprint == clip.fingerprint

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbsa_lightning.data.annotations import AnnotationTable, read_class_file
+from cbsa_lightning.data import annotations
+from cbsa_lightning.data.annotations import AnnotationTable, as_strings, read_class_file, repeated_rows
+from cbsa_lightning.data.class_names import duplicates
 from cbsa_lightning.errors import DataError
 from layouts import write_image
 
@@ -96,6 +99,98 @@ def test_any_text_is_a_path_and_has_a_digest(paths):
     t = AnnotationTable(Path(), np.array(paths, dtype=np.dtypes.StringDType()), np.zeros((len(paths), 1)), ("a",))
     assert t.paths.tolist() == paths
     assert t.digest() == t.select(np.arange(len(paths))).digest()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Columns are gone through two rows at a time, so that a few rows show what happens at the seams."""
+    monkeypatch.setattr(annotations, "_ROWS", 2)
+
+
+def any_paths(alphabet=None, **sizes):
+    characters = st.characters(exclude_characters="\0", exclude_categories=("Cs",)) if alphabet is None else alphabet
+    return st.lists(st.text(characters, min_size=1), **sizes)
+
+
+def test_a_column_of_strings_is_not_copied():
+    # Ten million paths take 0.6 GB. A new instance of the type is another type to numpy, which then copies.
+    paths = np.array(["a.jpg", "b.jpg"], dtype=np.dtypes.StringDType())
+    assert AnnotationTable(Path("/images"), paths, np.zeros((2, 1)), ("a",)).paths is paths
+    assert as_strings(["a", "\U0001f600"]).tolist() == ["a", "\U0001f600"]
+
+
+@given(st.data())
+def test_repeated_rows_are_those_of_the_plain_search(data):
+    # Equal to the eye is not equal: composed and decomposed letters, an embedded NUL, a space at the end.
+    texts = st.sampled_from(["a", "A", "caf\u00e9", "cafe\u0301", "\U0001f600", "a\0", "a\0b", "a ", "x" * 40])
+    paths = data.draw(st.lists(texts | st.text(st.characters(exclude_categories=("Cs",))), max_size=12))
+    assert repeated_rows(as_strings(paths)) == duplicates(paths)
+
+
+def test_paths_with_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(annotations, "hash", lambda text: 7, raising=False)
+    assert repeated_rows(as_strings(["a", "b", "c"])) == []
+    assert repeated_rows(as_strings(["a", "b", "c", "b", "a", "b"])) == [(1, 3), (0, 4), (1, 5)]
+
+
+def test_digest_is_pinned(small_blocks):
+    # Computed by the first release; a change here would refuse every saved split.
+    paths = ["a.jpg", 'b/c "quoted".png', "\u00e9t\u00e9/\u732b\U0001f600.jpg", "back\\slash\t.jpg"]
+    t = table(paths=paths, labels=((1, 0), (-1, 1), (0, 0), (-1, -1)))
+    assert t.digest() == "d24b238a1990e9947bc454042ffe54beeabc054147f83475a67d7d2a59c35bba"
+    assert t.select([]).digest() == "cb0df4d6d61705ffd77d057d6626a1719bda4e3c5846f04d5ed3565eddbbd49d"
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None)
+@given(any_paths(max_size=7, unique=True), st.booleans())
+def test_digest_is_that_of_whole_columns(paths, by_column):
+    labels = np.arange(3 * len(paths)).reshape(len(paths), 3).astype(np.int8) % 3 - 1
+    t = table(paths=as_strings(paths), labels=np.asfortranarray(labels) if by_column else labels, names=("a", "b", "c"))
+    plain = hashlib.sha256()
+    for part in (("a", "b", "c"), paths):
+        plain.update(json.dumps(part, ensure_ascii=False).encode())
+    plain.update(labels.tobytes())
+    assert t.digest() == plain.hexdigest()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(deadline=None)
+@given(
+    any_paths("ab./\\:", max_size=6, unique=True),
+    any_paths("ab./\\:", max_size=6, unique=True),
+    *[st.sampled_from(["", ".", "/", "//a", "a", "/a", "/a/b/", "/a/./b", "a/../b"])] * 2,
+)
+def test_shared_files_are_those_with_equal_full_paths(ours, theirs, our_root, their_root):
+    def one(root, paths):
+        return AnnotationTable(Path(root), as_strings(paths), np.zeros((len(paths), 1)), ("a",))
+
+    a, b = one(our_root, ours), one(their_root, theirs)
+    seen = {str(a.file(i)) for i in range(len(a))}
+    assert a.shared_files(b) == [str(b.file(i)) for i in range(len(b)) if str(b.file(i)) in seen]
+    assert a.shared_files(a) == [str(a.file(i)) for i in range(len(a))]
+
+
+def test_shared_files_across_roots():
+    ours = AnnotationTable(Path("/data"), ["train/a.jpg", "train/b.jpg", "/else/c.jpg"], np.zeros((3, 1)), ("a",))
+    theirs = AnnotationTable(
+        Path("/data/train"), ["b.jpg", "d.jpg", "../../else/c.jpg", "./a.jpg"], np.zeros((4, 1)), ("a",)
+    )
+    assert ours.shared_files(theirs) == ["/data/train/b.jpg", "/data/train/a.jpg"]
+    assert theirs.shared_files(ours) == ["/data/train/a.jpg", "/data/train/b.jpg"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_missing_files_of_interleaved_folders(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [f"{folder}{i}.jpg" for folder in ("", "a/", "a/b/", "a//") for i in range(12)]
+    paths = [paths[i] for i in rng.permutation(len(paths))]
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for path in paths[::2]:
+        (tmp_path / path).touch()
+    t = AnnotationTable(tmp_path, paths, np.zeros((len(paths), 1)), ("cat",))
+    assert t.missing_files() == [f"{p} (row {i})" for i, p in enumerate(paths) if not (tmp_path / p).is_file()]
+    assert t.select([]).missing_files() == []
 
 
 def test_missing_files(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode
@@ -112,6 +113,37 @@ def test_weak_and_plain_views_come_in_order(squares):
     assert torch.cat([first.index, second.index]).tolist() == list(range(7))
     assert torch.equal(second.images[0], PlainView(SIZE)(decode(squares.test().file(4))))
     np.testing.assert_array_equal(torch.cat([first.targets, second.targets]).numpy(), squares.test().labels)
+
+
+class Photographs(Squares):
+    """The training images of Squares, enlarged to JPEGs of three times the size."""
+
+    def __init__(self, folder, squares):
+        table = squares.train()
+        names = [f"{i}.jpg" for i in range(len(table))]
+        for i, name in enumerate(names):
+            Image.fromarray(decode(table.file(i))).resize((3 * SIZE, 4 * SIZE)).save(folder / name)
+        paths = np.array(names, dtype=np.dtypes.StringDType())
+        self._train = AnnotationTable(folder, paths, table.labels, CLASSES)
+        self._test = None
+
+
+@pytest.mark.parametrize(("fast", "at_least"), [(False, None), (True, SIZE)])
+def test_every_loader_decodes_as_asked(tmp_path, squares, fast, at_least):
+    source = Photographs(tmp_path, squares)
+    data = ready(source, fast_decode=fast, held_out_fraction=0.25, predict=str(tmp_path))
+    files = [decode(source.train().file(row), at_least) for row in range(22)]
+    assert files[0].shape == ((2 * SIZE, 3 * SIZE // 2, 3) if fast else (4 * SIZE, 3 * SIZE, 3))
+    for loader, view, rows in [
+        (data.train_dataloader(), StrongView(SIZE, seed=3), range(22)),
+        (data.weak_dataloader(0), WeakView(SIZE, seed=3), range(22)),
+        (data.val_dataloader(), PlainView(SIZE), data.split.held_out),
+    ]:
+        batch = next(iter(loader))
+        for image, row in zip(batch.images, batch.index.tolist(), strict=True):
+            assert torch.equal(image, view(files[rows[row]], Draw(rows[row], 0, 0)))
+    (batch,) = data.predict_dataloader()
+    assert torch.equal(batch.images[0], PlainView(SIZE)(decode(data.predict_table().file(0), at_least)))
 
 
 def test_a_leak_between_training_and_test_is_refused(squares_folder):

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.images import ImageFiles, decode
+from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -173,14 +175,14 @@ def damaged(draw):
 
 @pytest.mark.filterwarnings("ignore")  # Pillow remarks on damaged metadata; the outcome is what counts
 @settings(deadline=None, max_examples=400)
-@given(content=st.one_of(st.binary(max_size=300), damaged()))
-def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content):
+@given(content=st.one_of(st.binary(max_size=300), damaged()), at_least=st.sampled_from([None, None, 2]))
+def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content, at_least):
     path = tmp_path_factory.getbasetemp() / "any-bytes.img"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 250_000)  # a changed header may ask for gigabytes
         try:
-            array = decode(path)
+            array = decode(path, at_least)
         except DataError as error:
             array, message = None, str(error)
     if array is None:
@@ -188,6 +190,98 @@ def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content):
     else:
         assert (array.dtype, array.ndim, array.shape[2]) == (np.uint8, 3, 3)
         assert array.size > 0
+
+
+# Decoding at a part of the size ------------------------------------------------------------------------------------
+
+
+def photograph(size, mode="RGB"):
+    """Smooth noise, as a photograph is smooth: coarse colours enlarged."""
+    coarse = RNG.integers(0, 256, (6, 8, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
+    return Image.fromarray(coarse.squeeze(), mode).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(640, 480), (481, 640), (447, 449), (1000, 225), (1791, 1793), (100, 90)]
+)
+@pytest.mark.parametrize("at_least", [1, 50, 224, 448])
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_both_sides(tmp_path, width, height, at_least):
+    path = saved(tmp_path / "a.jpg", photograph((width, height)))
+    scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(width, height) >= s * at_least)
+    array = decode(path, at_least)
+    assert array.shape == (-(-height // scale), -(-width // scale), 3)
+    if scale == 1:
+        np.testing.assert_array_equal(array, decode(path))
+        return
+    assert min(array.shape[:2]) >= at_least
+    assert (array.dtype, array.flags.writeable, array.flags.c_contiguous) == (np.uint8, True, True)
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB").reduce(scale)).astype(int)
+    assert np.abs(array - expected).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_smaller_decoding_keeps_orientation_and_colours(tmp_path, orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.jpg", photograph((640, 480), mode), exif=exif, quality=95)
+    whole, half = decode(path), decode(path, 240)
+    assert half.shape == (whole.shape[0] // 2, whole.shape[1] // 2, 3)
+    expected = np.asarray(Image.fromarray(whole).reduce(2)).astype(int)
+    assert np.abs(half - expected).mean() < 1.5
+
+
+def test_several_jpegs_in_one_file(tmp_path):
+    pictures = [photograph((640, 480)) for _ in range(2)]
+    path = saved(tmp_path / "a.jpg", pictures[0], format="MPO", save_all=True, append_images=pictures[1:])
+    assert decode(path).shape == (480, 640, 3)
+    assert np.abs(decode(path, 240) - np.asarray(pictures[0].reduce(2)).astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.gif", "a.tif", "a.ppm", "a.jp2"])
+def test_other_formats_are_always_decoded_whole(tmp_path, name):
+    path = saved(tmp_path / name, photograph((64, 48)))
+    np.testing.assert_array_equal(decode(path, 8), decode(path))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_broken_jpeg_is_no_better_at_a_part_of_its_size(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.jpg", photograph((640, 480)))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+    with pytest.raises(DataError, match=r"a\.jpg: .*truncated"):
+        decode(path, 60)
+    path.write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 - 1)  # the whole image counts
+    with pytest.raises(DataError, match="too large to decode safely"):
+        decode(path, 60)
+
+
+def test_images_of_a_table_by_row(tmp_path):
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    whole = [decode(saved(tmp_path / name, photograph((90, 80)))) for name in names]
+    paths = np.array(names, dtype=np.dtypes.StringDType())
+    files = ImageFiles(AnnotationTable(tmp_path, paths, np.zeros((3, 1), np.int8), ("class",)))
+    np.testing.assert_array_equal(files[1], whole[1])
+    np.testing.assert_array_equal(files.select(np.array([2, 0]))[0], whole[2])
+    assert ImageFiles(files.table, 40).select(np.array([2]))[0].shape == (40, 45, 3)
+
+
+@pytest.mark.parametrize("folder", ["coco-small/images", "voc2012-animals/VOCdevkit/VOC2012/JPEGImages"])
+def test_views_of_real_photographs_decoded_at_half_size_are_close(realbench, folder):
+    """At 112 pixels, since these have a short side of 256: as 480 and 224, the sides of COCO and of the views."""
+    view = PlainView(112)
+    differences = []
+    for path in sorted((realbench / folder).glob("*.jpg"))[:150]:
+        whole, half = (view(decode(path, at_least)).numpy().astype(int) for at_least in (None, 112))
+        differences.append(np.abs(whole - half))
+        np.testing.assert_array_equal(decode(path, 129), decode(path))  # twice 129 is more than 256
+    means = np.array([difference.mean() for difference in differences])
+    print(f"grey levels: mean {means.mean():.2f}, of the worst image {means.max():.2f}, max {np.max(differences)}")
+    assert 0.5 < means.mean() < 2.5
+    assert means.max() < 8
+    assert np.max(differences) < 110
 
 
 def test_real_photographs(realbench):

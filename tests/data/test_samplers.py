@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from cbsa_lightning.data import annotations
 from cbsa_lightning.data.samplers import Draw, InOrderBatches, LabelledBatches, PairedBatches
 from cbsa_lightning.errors import ConfigError
 
@@ -91,6 +92,34 @@ def test_order_is_a_function_of_seed_and_epoch(make):
     again.set_epoch(1)
     assert second == list(again)
     assert rows(make(6)) != rows(first)
+
+
+def test_first_draws_are_pinned():
+    # Drawn by the first release: a change here would change every run that is repeated or resumed.
+    batches = PairedBatches(np.arange(10), np.arange(10, 300_000), 4, 6, seed=3)
+    batches.set_epoch(2)
+    assert rows([next(iter(batches))]) == [[9, 3, 4, 1, 248411, 59690, 2064, 249482, 206041, 164409]]
+    batches = LabelledBatches(np.arange(7), 5, seed=4, num_batches=4)
+    batches.set_epoch(1)
+    assert rows(batches) == [[2, 6, 0, 3, 5], [1, 4, 3, 6, 5], [2, 1, 4, 0, 6], [5, 4, 1, 2, 0]]
+    assert [draw.visit for batch in batches for draw in batch] == [0] * 7 + [1] * 7 + [2] * 6
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 53, 1000])
+def test_draws_are_those_of_a_whole_permutation(monkeypatch, rows_at_a_time):
+    monkeypatch.setattr(annotations, "_ROWS", rows_at_a_time)
+
+    def plain(indices, stream, visit):
+        rng = np.random.default_rng(np.random.SeedSequence(9, spawn_key=(stream, 5, visit)))
+        return [Draw(index, 5, visit) for index in rng.permutation(indices).tolist()]
+
+    batches = paired(seed=9)
+    batches.set_epoch(5)
+    assert [draw for batch in batches for draw in batch[4:]] == plain(UNLABELLED, 1, 0)
+    cycles = [draw for visit in range(3) for draw in plain(LABELLED, 0, visit)]
+    assert [draw for batch in batches for draw in batch[:4]] == cycles[:20]
+    in_order = InOrderBatches(UNLABELLED, 10, epoch=5)
+    assert [draw for batch in in_order for draw in batch] == [Draw(i, 5, 0) for i in UNLABELLED.tolist()]
 
 
 def test_the_two_orders_of_a_pair_are_separate_streams():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cbsa_lightning.data import annotations
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.splits import Split, hold_out, known_mask, split_known, split_labelled
 from cbsa_lightning.errors import ConfigError, DataError
@@ -133,6 +134,39 @@ def test_save_and_load(tmp_path):
         assert getattr(back, part).tolist() == getattr(split, part).tolist()
         assert getattr(back, part).dtype == np.int64
     assert (back.fraction, back.seed, back.table_digest, back.digest) == (0.5, 9, t.digest(), split.digest)
+
+
+SAVED = (
+    '{"format": "cbsa_lightning split 1", "table_digest": "T", '
+    '"digest": "e3325bde7d3df128e45b0dd0977bc4e736b27d4defaa25e17734d986a9d786d7", "fraction": 0.25, "seed": 1, '
+    '"labelled": [3, 16, 10], "unlabelled": [14, 4, 17, 7, 1, 13, 0, 19, 18, 9, 15, 8, 12, 11, 5], '
+    '"held_out": [6, 2]}\n'
+)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 1000])
+def test_file_is_that_of_the_first_release(tmp_path, monkeypatch, rows_at_a_time):
+    monkeypatch.setattr(annotations, "_ROWS", rows_at_a_time)
+    t = table(np.eye(20, 3, dtype=np.int8))
+    path = tmp_path / "split.json"
+    hold_out(split_labelled(20, 0.25, 1), 0.4, 2).save(path, t)
+    assert path.read_text(encoding="utf-8") == SAVED.replace('"T"', f'"{t.digest()}"')
+    assert Split.load(path, t).held_out.tolist() == [6, 2]
+
+
+@given(st.lists(st.lists(st.integers(-1, 12), max_size=6), min_size=3, max_size=3))
+def test_rows_that_are_refused_are_those_of_the_plain_count(parts):
+    rows = sorted(row for part in parts for row in part)
+    twice = sorted({row for row in rows if rows.count(row) > 1})
+    parts = [np.array(part, dtype=np.int64) for part in parts]
+    if -1 in rows:
+        with pytest.raises(DataError, match="row -1 is negative"):
+            Split(*parts)
+    elif twice:
+        with pytest.raises(DataError, match=f"rows more than once: {', '.join(map(str, twice))};"):
+            Split(*parts)
+    else:
+        Split(*parts)
 
 
 def test_load_refuses_another_table(tmp_path):

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_lightning.data.samplers import Draw, LabelledBatches
-from cbsa_lightning.data.views import PlainView, StrongView, WeakView
+from cbsa_lightning.data.views import PlainView, StrongView, WeakView, squash
 from cbsa_lightning.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -39,6 +39,21 @@ def test_plain_view_is_pillows_bilinear_squash():
     assert (PlainView(SIZE)(IMAGE) == PlainView(SIZE)(IMAGE, Draw(4, 5, 6))).all()
 
 
+def test_a_squashed_image_is_left_as_it_is():
+    for size in (1, 2, 17, SIZE):
+        small = np.random.default_rng(2).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        assert squash(small, size) is small
+        for image in (small, small[::-1], small[:, ::-1], small[..., ::-1], small.transpose(1, 0, 2)):
+            np.testing.assert_array_equal(hwc(PlainView(size)(image)), image)
+
+
+@pytest.mark.parametrize("view", [WeakView(SIZE, 3), StrongView(SIZE, 3), PlainView(SIZE)])
+def test_views_of_a_squashed_image_are_those_of_its_file(view):
+    small = squash(IMAGE, SIZE)
+    for draw in (Draw(index, epoch, 0) for index in range(20) for epoch in range(2)):
+        assert torch.equal(view(small, draw), view(IMAGE, draw))
+
+
 @pytest.mark.parametrize("view", [WeakView(SIZE, 0), StrongView(SIZE, 0), PlainView(SIZE)])
 def test_views_share_no_memory_with_the_image_and_take_read_only_ones(view):
     for image in (IMAGE.copy(), IMAGE[:SIZE, :SIZE].copy()):
@@ -53,14 +68,17 @@ def test_views_share_no_memory_with_the_image_and_take_read_only_ones(view):
         np.testing.assert_array_equal(image, kept)
 
 
-def test_weak_view_is_the_plain_view_of_the_image_or_of_its_mirror():
-    weak, plain = WeakView(SIZE, seed=3), PlainView(SIZE)
-    upright, mirrored = plain(IMAGE), plain(IMAGE[:, ::-1].copy())
+def test_weak_view_is_the_plain_view_or_its_mirror_image():
+    weak = WeakView(SIZE, seed=3)
+    upright = PlainView(SIZE)(IMAGE)
+    mirrored = upright.flip(-1)
     flips = []
     for index, epoch, visit in product(range(40), range(5), range(2)):
-        view = weak(IMAGE, Draw(index, epoch, visit))
+        draw = Draw(index, epoch, visit)
+        view = weak(IMAGE, draw)
         flips.append(torch.equal(view, mirrored))
         assert flips[-1] or torch.equal(view, upright)
+        assert weak.flips(draw) is flips[-1]
     flips = np.array(flips, float).reshape(40, 5, 2)
     assert abs(flips.mean() - 0.5) < 3 * 0.5 / np.sqrt(flips.size)
     for one, other in [
@@ -101,7 +119,7 @@ def cutouts(number, size, cutout=0.5):
     """Boxes (top, bottom, left, right) past the end, colours and flips of cutouts on a white image."""
     view = StrongView(size, 0, cutout)
     white = np.full((size, size, 3), 255, np.uint8)
-    flip, _, cut, augment = view._pipeline.transforms
+    flip, cut, augment = view._pipeline.transforms
     augment.p = 0  # the cutout alone
     for index in range(number):
         picture = hwc(view(white, Draw(index, 0, 0)))
@@ -148,7 +166,7 @@ def test_whole_cutout_side(size, cutout, side):
 
 def test_without_cutout_a_quarter_of_strong_views_are_weak():
     strong = StrongView(SIZE, 5, cutout=0)
-    weak = [PlainView(SIZE)(IMAGE), PlainView(SIZE)(IMAGE[:, ::-1].copy())]
+    weak = [PlainView(SIZE)(IMAGE), PlainView(SIZE)(IMAGE).flip(-1)]
     counts = [0, 0, 0]
     for index in range(800):
         view = strong(IMAGE, Draw(index, 0, 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ from tqdm.auto import tqdm
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.contexts import cooccurrence
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.pictures import (
@@ -134,33 +135,35 @@ class RunReport(L.Callback):
         thresholds = pl_module.decision_thresholds()
         metric = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)
         parts: list[Any] = []
-        shown: list[tuple[int, Tensor, Tensor | None]] = []
+        shown: list[tuple[int, Tensor | None]] = []
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+        with pl_module.evaluating():
             for batch in tqdm(data.val_dataloader(), desc="Report", leave=False, disable=not show):
                 batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-                logits = pl_module.score(pl_module.network.features(batch.images)).logits.float()
+                with trainer.precision_plugin.forward_context():
+                    features = pl_module.features_of(batch)
+                    logits = pl_module.score(features).logits.float()
                 metric.update(logits, batch.targets)
                 scores = logits.sigmoid()
                 parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
                 here = torch.isin(batch.index, wanted)
                 if bool(here.any()):
-                    images = batch.images[here]
-                    attention = pl_module.score(pl_module.network.features(images), attention=True).attention
-                    maps = [None] * len(images) if attention is None else list(attention.float().cpu())
-                    shown += list(zip(batch.index[here].tolist(), images.cpu(), maps, strict=True))
+                    with trainer.precision_plugin.forward_context():
+                        attention = pl_module.score(features[here], attention=True).attention
+                    maps = [None] * int(here.sum()) if attention is None else list(attention.float().cpu())
+                    shown += list(zip(batch.index[here].tolist(), maps, strict=True))
         AP = metric.compute()["AP"].cpu().numpy()
         everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))
-        images_of = {row: (image, attention) for row, image, attention in gather(shown)}
-        pairs = [images_of[row] for row in chosen.tolist()]
-        kept = [attention for _, attention in pairs if attention is not None]
+        map_of = dict(gather(shown))
+        kept = [attention for row in chosen.tolist() if (attention := map_of[row]) is not None]
+        view = PlainView(data.image_size)
         return _Evaluation(
             table,
             *everything,
             thresholds.cpu().numpy(),
             AP,
             chosen,
-            torch.stack([image for image, _ in pairs]),
+            torch.stack([view(decode(table.file(row))) for row in chosen.tolist()]),
             torch.stack(kept) if kept else None,
         )
 
@@ -207,18 +210,6 @@ class _Evaluation(NamedTuple):
     rows: NDArray[np.int64]
     images: Tensor
     maps: Tensor | None
-
-
-@contextmanager
-def _evaluating(pl_module: Any) -> Iterator[None]:
-    training = pl_module.training
-    pl_module.eval()
-    pl_module.cache_text()
-    try:
-        yield
-    finally:
-        pl_module._text = {}
-        pl_module.train(training)
 
 
 def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:

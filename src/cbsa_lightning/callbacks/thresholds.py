@@ -35,51 +35,51 @@ class UpdateThresholds(L.Callback):
         if pl_module.stage != "semi-supervised":
             return
         data = data_of(trainer)
-        scores, contexts = self._score(trainer, pl_module, data)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
-        labels, tau_pos, tau_neg = pl_module.labeler(scores[rows], self._rates)
+        scores, contexts = self._score(trainer, pl_module, data, rows)
+        labels, tau_pos, tau_neg = pl_module.labeler(scores, self._rates)
         pl_module.tau_pos.copy_(tau_pos)
-        # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
-        pl_module.cut.copy_(class_thresholds(scores[rows], self._rates, 1.0, 1.0)[0])
         pl_module.tau_neg.copy_(tau_neg)
-        table = torch.full(scores.shape, -1, dtype=torch.int8, device=pl_module.device)
+        # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
+        pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 1.0)[0])
+        shape = (len(data.train_table), scores.shape[1])
+        table = torch.full(shape, -1, dtype=torch.int8, device=pl_module.device)
         table[rows] = labels.to(table)
         pl_module.pseudo_labels = table
         if contexts is not None:
-            self._label_contexts(pl_module, contexts, rows, data.hidden_targets())
+            self._label_contexts(pl_module, contexts, len(table), rows, data.hidden_targets())
         self._log_quality(pl_module, labels.cpu(), data.hidden_targets())
 
     @torch.no_grad()
-    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any) -> tuple[Tensor, Tensor | None]:
-        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None, by row of the train table."""
+    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled ``rows``."""
         loader = data.weak_dataloader(trainer.current_epoch)
-        rows, k = len(data.train_table), pl_module.num_contexts
-        scores = torch.zeros(rows, len(pl_module.class_names), device=pl_module.device)
-        contexts = torch.zeros(rows, k, device=pl_module.device) if k else None
-        training = pl_module.training
-        pl_module.eval()
-        pl_module.cache_text()
+        place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        n, k = len(rows), pl_module.num_contexts
+        scores = torch.zeros(n, len(pl_module.class_names), device=pl_module.device)
+        contexts = torch.zeros(n, k, device=pl_module.device) if k else None
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for batch in tqdm(loader, desc="Pseudo-labels", leave=False, disable=not show):
-            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            with trainer.precision_plugin.forward_context():
-                output = pl_module.score(pl_module.network.features(batch.images))
-            scores[batch.index] = output.logits.float().sigmoid()
-            if contexts is not None:
-                contexts[batch.index] = output.context_logits.float().softmax(1)
-        pl_module._text = {}
-        pl_module.train(training)
+        with pl_module.evaluating():
+            for batch in tqdm(loader, desc="Pseudo-labels", leave=False, disable=not show):
+                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+                with trainer.precision_plugin.forward_context():  # not around the loader, which may stack halves
+                    output = pl_module.score(pl_module.features_of(batch))
+                here = place[batch.index]
+                scores[here] = output.logits.float().sigmoid()
+                if contexts is not None:
+                    contexts[here] = output.context_logits.float().softmax(1)
         # Each process filled its own rows, the others are zero there.
         scores = trainer.strategy.reduce(scores, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
         return scores, contexts
 
     @staticmethod
-    def _label_contexts(pl_module: Any, probabilities: Tensor, rows: Tensor, truth: Tensor) -> None:
+    def _label_contexts(pl_module: Any, probabilities: Tensor, total: int, rows: Tensor, truth: Tensor) -> None:
         """Unlabelled part of Eq. 11: the weak view's context where it is sure, else none (all zero)."""
         if pl_module.context_targets is None:
-            pl_module.context_targets = torch.zeros_like(probabilities)
-        confidence, context = probabilities[rows].max(1)
+            pl_module.context_targets = probabilities.new_zeros(total, probabilities.shape[1])
+        confidence, context = probabilities.max(1)
         sure = confidence > pl_module.contexts.confidence
         targets = torch.nn.functional.one_hot(context, probabilities.shape[1]).to(probabilities)
         pl_module.context_targets[rows] = targets * sure[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cbsa_lightning.clip.loading import OWN, Loaded, load_open_clip
 from cbsa_lightning.clip.pooling import ImageTokens
 from cbsa_lightning.clip.text import TextTower
-from cbsa_lightning.clip.towers import split_tower
+from cbsa_lightning.clip.towers import fold_batch_norms, split_tower
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 
@@ -98,6 +98,15 @@ class FrozenCLIP(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever ``mode``."""
         return super().train(False)
+
+    def speed_up(self) -> None:
+        """Brings the image tower into the form that computes fastest; for good, and not twice.
+
+        Batch norms are folded into the convolutions in front of them, and memory is laid out channels last. Features
+        stay the same up to rounding, but not to the last bit. The fingerprint remains that of the weights as loaded.
+        """
+        fold_batch_norms(self.tower)
+        self.tower.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
         """Everything below the pool, without gradients.

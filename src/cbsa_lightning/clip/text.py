@@ -101,13 +101,13 @@ class TextTower(nn.Module):
         *blocks, last = self.transformer.resblocks  # type: ignore[misc]
         for block in blocks:
             x, start = _block(block, x, start)
-        x = self.ln_final(_last_block(last, x, start, eot))
+        read: Tensor = self.ln_final(_last_block(last, x, start, eot))
         if self.text_projection is None:
-            return x
+            return read
         if isinstance(self.text_projection, nn.Linear):
-            x = self.text_projection(x)
-            return x
-        return x @ self.text_projection
+            read = self.text_projection(read)
+            return read
+        return read @ self.text_projection
 
 
 def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -140,7 +140,7 @@ def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Ten
 def _project(attention: Any, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
     """Queries, keys and values, those among them that ``rows`` of the joint matrix make: (B, heads, L, w / heads)."""
     projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-    heads = projected.unflatten(2, (-1, attention.num_heads, attention.head_dim))  # (B, L, 1 to 3, heads, w / heads)
+    heads = projected.view(*x.shape[:2], -1, attention.num_heads, attention.head_dim)  # third: 1 to 3 of q, k, v
     return tuple(part.transpose(1, 2) for part in heads.unbind(2))
 
 

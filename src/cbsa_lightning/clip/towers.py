@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cbsa_lightning.clip.pooling import ResNetPool, TimmPool, dense_pool, resize_positions
 from cbsa_lightning.errors import ConfigError
@@ -63,3 +64,16 @@ def split_tower(visual: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(pool, TimmPool):
         return cast(nn.Module, visual.trunk), pool
     return ViTTower(visual), pool
+
+
+def fold_batch_norms(tower: nn.Module) -> None:
+    """Folds the frozen batch norms of a CLIP ResNet into its convolutions; other towers are left as they are."""
+    if not (isinstance(tower, nn.Sequential) and hasattr(tower, "layer4")):
+        return
+    pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last: of a block's short cut
+    for module in tower.modules():
+        for first, second in pairs:
+            convolution, norm = getattr(module, first, None), getattr(module, second, None)
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, second, nn.Identity())

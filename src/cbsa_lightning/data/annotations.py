@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,39 @@ __all__ = ["AnnotationTable", "ClassFile", "read_class_file"]
 
 StringArray = NDArray[Any]  # of np.dtypes.StringDType(), for which numpy has no usable type parameter yet
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
+_ROWS = 1 << 16  # rows at a time where columns become Python objects, which take many times the room
+
+
+def as_strings(texts: Iterable[str] | NDArray[Any]) -> StringArray:
+    """``texts`` as a column of strings; one that is such a column already is not copied."""
+    dtype = np.dtypes.StringDType()
+    if isinstance(texts, np.ndarray) and texts.dtype == dtype:
+        return texts  # numpy would copy: to it, two instances of StringDType are two types
+    return np.asarray(texts, dtype=dtype)
+
+
+def blocks(column: Any) -> Iterator[Any]:
+    """The rows of a numpy or Arrow array in order, some at a time."""
+    return (column[start : start + _ROWS] for start in range(0, len(column), _ROWS))
+
+
+def json_pieces(column: NDArray[Any]) -> Iterator[str]:
+    """``json.dumps(column.tolist(), ensure_ascii=False)`` in pieces."""
+    yield "["
+    for i, block in enumerate(blocks(column)):
+        yield (", " if i else "") + json.dumps(block.tolist(), ensure_ascii=False)[1:-1]
+    yield "]"
+
+
+def repeated_rows(paths: StringArray) -> list[tuple[int, int]]:
+    """Pairs (first row, later row) of equal paths: ``duplicates`` for millions of them.
+
+    Only rows whose hashes occur twice are compared as text; eight bytes a row, where a set of all paths takes 150.
+    """
+    hashes = np.fromiter(map(hash, _texts(paths)), np.int64, len(paths))
+    ordered = np.sort(hashes)
+    rows = np.flatnonzero(np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
+    return [(int(rows[i]), int(rows[j])) for i, j in duplicates(paths[rows].tolist())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +88,14 @@ class AnnotationTable:
     def __post_init__(self) -> None:
         names = check_class_names(self.class_names, "annotation table")
         prompts = check_prompt_names(names, self.prompt_names or default_prompts(names), "annotation table")
-        paths = np.asarray(self.paths, dtype=np.dtypes.StringDType())
+        paths = as_strings(self.paths)
         if paths.ndim != 1:
             raise DataError(f"annotation table: paths have shape {paths.shape}; expected (n,)")
         labels = _as_labels(self.labels, len(paths), names)
-        texts = paths.tolist()
-        if "" in texts:
-            raise DataError(f"annotation table: row {texts.index('')} has an empty path")
-        if pairs := duplicates(texts):
-            found = listed(f"{texts[i]!r} (rows {i} and {j})" for i, j in pairs)
+        if (empty := paths == "").any():
+            raise DataError(f"annotation table: row {int(empty.argmax())} has an empty path")
+        if pairs := repeated_rows(paths):
+            found = listed(f"{str(paths[i])!r} (rows {i} and {j})" for i, j in pairs)
             raise DataError(f"annotation table: the same path twice: {found}; keep one row an image")
         for field, value in (
             ("root", Path(self.root)),
@@ -94,9 +128,10 @@ class AnnotationTable:
     def digest(self) -> str:
         """Sha256 over class names, paths and labels: the same on every machine, whatever ``root`` is."""
         sha = hashlib.sha256()
-        for part in (self.class_names, self.paths.tolist()):
-            sha.update(json.dumps(part, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        sha.update(np.ascontiguousarray(self.labels).tobytes())
+        for piece in chain([json.dumps(self.class_names, ensure_ascii=False)], json_pieces(self.paths)):
+            sha.update(piece.encode("utf-8", "surrogatepass"))
+        for block in blocks(self.labels):
+            sha.update(block.tobytes())
         return sha.hexdigest()
 
     def missing_files(self) -> list[str]:
@@ -104,19 +139,27 @@ class AnnotationTable:
 
         Every folder is listed once instead of asking for each file: quick on network disks too.
         """
-        by_folder: dict[str, list[tuple[str, int]]] = {}
-        for row, path in enumerate(self.paths.tolist()):
-            folder, slash, name = path.rpartition("/")
-            by_folder.setdefault(folder + slash, []).append((name, row))
-        missing = []
-        for folder, members in by_folder.items():
-            here = os.path.join(self.root, folder)
-            present = _file_names(here)
-            # Asking once more lets a file system that ignores case find what its listing spells otherwise.
-            missing += [
-                row for name, row in members if name not in present and not os.path.isfile(os.path.join(here, name))
-            ]
+        folders: dict[str, int] = {}
+        numbers = (folders.setdefault(path[: path.rfind("/") + 1], len(folders)) for path in _texts(self.paths))
+        folder_of = np.fromiter(numbers, np.int64, len(self))
+        ends = np.cumsum(np.bincount(folder_of))
+        members = np.split(np.argsort(folder_of, kind="stable"), ends[:-1])
+        # Not strict: of no folders at all, numpy still makes one empty part.
+        missing = [
+            row for folder, rows in zip(folders, members, strict=False) for row in self._missing_in(folder, rows)
+        ]
         return [f"{self.paths[row]} (row {row})" for row in sorted(missing)]
+
+    def _missing_in(self, folder: str, rows: NDArray[np.int64]) -> Iterator[int]:
+        """Those of ``rows``, all in ``folder`` ("" or with its last slash), that are no files."""
+        here = os.path.join(self.root, folder)
+        present = _file_names(here)
+        for block in blocks(rows):
+            for row, path in zip(block.tolist(), self.paths[block].tolist(), strict=True):
+                name = path.removeprefix(folder)
+                # Asking once more lets a file system that ignores case find what its listing spells otherwise.
+                if name not in present and not os.path.isfile(os.path.join(here, name)):
+                    yield row
 
     def require_files(self) -> None:
         """Checks that every image is there.
@@ -129,6 +172,29 @@ class AnnotationTable:
                 f"{len(missing)} of {len(self)} images are not under {self.root}: {listed(missing)}; "
                 "put the files there, correct the root, or take their rows out of the annotations"
             )
+
+    def shared_files(self, other: AnnotationTable) -> list[str]:
+        """Full paths of the images of ``other`` that are images of this table too, in the order of ``other``.
+
+        Two tables may have different roots; what is compared is the text of ``file(i)``.
+        """
+        fewer, more = sorted((self, other), key=len)
+        shared = set(fewer._full_paths()).intersection(more._full_paths())
+        return [str(other.file(i)) for i, path in enumerate(other._full_paths()) if path in shared] if shared else []
+
+    def _full_paths(self) -> Iterator[str]:
+        """``file(i).as_posix()`` of each row, without a Path object for each."""
+        prefix = (self.root / "x").as_posix()[:-1]
+        for row, text in enumerate(_texts(self.paths)):
+            slashed = f"/{text}/"
+            # These are what pathlib writes otherwise, or reads as absolute; all else it only puts behind the root.
+            odd = "//" in slashed or "/./" in slashed or "\\" in text or ":" in text
+            yield self.file(row).as_posix() if odd else prefix + text
+
+
+def _texts(paths: StringArray) -> Iterator[str]:
+    """``paths`` as Python strings, of which only a block's worth exist at a time."""
+    return chain.from_iterable(block.tolist() for block in blocks(paths))
 
 
 def _as_labels(labels: ArrayLike, num_rows: int, class_names: tuple[str, ...]) -> NDArray[np.int8]:

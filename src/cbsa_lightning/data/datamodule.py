@@ -8,58 +8,36 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
-from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.datasets import ImageViews, View, ViewDataset, collate_eval, collate_train
+from cbsa_lightning.data.feature_cache import (
+    MIRRORED,
+    PLAIN,
+    STRONG,
+    CachedViews,
+    FeatureCache,
+    Features,
+    KeptViews,
+    StrongInTurn,
+    Tower,
+    fill,
+    plain,
+)
+from cbsa_lightning.data.image_cache import ImageCache, Images
+from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import read_images
-from cbsa_lightning.data.samplers import Draw, InOrderBatches, LabelledBatches, PairedBatches
+from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
 from cbsa_lightning.data.splits import Split, hold_out, split_known, split_labelled
+from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-View = PlainView | WeakView | StrongView
-
 CAP_BATCH = 64
 """Images a step in CAP; its batch composition and warm-up batch are stated relative to it (facts B1, D2-19, D2-20)."""
-
-
-class ImageDataset(Dataset[tuple[Any, ...]]):
-    """One view of each image of a table, indexed by :class:`Draw`.
-
-    Args:
-        table: Paths of the images.
-        targets: ``(n, C)`` int8 handed out with the images.
-        view: Makes the tensor of an image.
-        labelled: ``(n,)`` bool handed out too, or None.
-    """
-
-    def __init__(
-        self, table: AnnotationTable, targets: np.ndarray, view: View, labelled: np.ndarray | None = None
-    ) -> None:
-        self.table, self.targets, self.view, self.labelled = table, targets, view, labelled
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
-        image = self.view(decode(self.table.file(draw.index)), draw)
-        target = torch.from_numpy(self.targets[draw.index])
-        if self.labelled is None:
-            return image, target, draw.index
-        return image, target, draw.index, bool(self.labelled[draw.index])
-
-
-def _collate_train(items: list[tuple[Any, ...]]) -> TrainBatch:
-    images, targets, index, labelled = zip(*items, strict=True)
-    return TrainBatch(torch.stack(images), torch.stack(targets), torch.tensor(index), torch.tensor(labelled))
-
-
-def _collate_eval(items: list[tuple[Any, ...]]) -> EvalBatch:
-    images, targets, index = zip(*items, strict=True)
-    return EvalBatch(torch.stack(images), torch.stack(targets), torch.tensor(index))
 
 
 class SSMLLDataModule(L.LightningDataModule):
@@ -83,6 +61,15 @@ class SSMLLDataModule(L.LightningDataModule):
         num_workers: Loader processes. They change speed only, never a view.
         cutout: Side of the square cut from strong views, as a share of the image's.
         predict: Images for ``cbsa predict``: a folder, or a table of paths.
+        image_cache: Where training and test images are kept decoded and squashed, so that each file is decoded once
+            and not every epoch; the views are the same. None decodes the files each time.
+        fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size with both sides
+            of ``image_size`` or more: for 640 x 480 at half of it, in two thirds of the time. Pixels of the views
+            then differ, by two grey levels in the mean and by tens at sharp edges, so use it in all of the runs
+            that are compared, or in none.
+        feature_cache: Where features of the frozen tower are kept, computed once before training: the threshold pass
+            and validation then cost no image, and, if strong views are kept too, training neither. None computes
+            them from the images each time.
 
     Raises:
         ConfigError: If sizes do not fit each other or the data.
@@ -108,6 +95,9 @@ class SSMLLDataModule(L.LightningDataModule):
         num_workers: int = 2,
         cutout: float = 0.5,
         predict: str | None = None,
+        image_cache: ImageCache | None = None,
+        fast_decode: bool = False,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.source = source
@@ -123,6 +113,10 @@ class SSMLLDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.cutout = cutout
         self.predict = predict
+        self.image_cache = image_cache
+        self.fast_decode = fast_decode
+        self.feature_cache = feature_cache
+        self._features: Features | None = None
         self._ready = False
 
     @property
@@ -158,8 +152,14 @@ class SSMLLDataModule(L.LightningDataModule):
         return max(1, min(self.batch_size, round(5 * self.labelled_share * CAP_BATCH)))
 
     def prepare_data(self) -> None:
-        """Downloads or generates what the source can make by itself, in one process."""
+        """Downloads or generates what the source can make by itself and fills the image cache, in one process."""
         self.source.prepare()
+        predicting = self.trainer is not None and self.trainer.predicting
+        if self.image_cache is not None and not predicting:
+            for table in (self.source.train(), self.source.test()):
+                if table is not None:
+                    table.require_files()
+                    self._images(table)
 
     def setup(self, stage: str) -> None:
         """Reads the tables and splits them; everything that can be refused is refused here."""
@@ -178,7 +178,17 @@ class SSMLLDataModule(L.LightningDataModule):
         if self.test_table is not None:
             self.test_table.require_files()
         self._check_leaks()
+        self._train_images = self._images(self.train_table)
+        self._test_images = None if self.test_table is None else self._images(self.test_table)
         self._ready = True
+
+    @property
+    def _at_least(self) -> int | None:
+        return self.image_size if self.fast_decode else None
+
+    def _images(self, table: AnnotationTable) -> Images:
+        files = ImageFiles(table, self._at_least)
+        return files if self.image_cache is None else self.image_cache.images(files, self.image_size, self.num_workers)
 
     def _make_split(self) -> Split:
         if self.split_file is not None:
@@ -211,6 +221,69 @@ class SSMLLDataModule(L.LightningDataModule):
         """What the table knows of the unlabelled images, ``(n, C)`` int8, -1 where nothing: for measuring only."""
         return torch.from_numpy(self.train_table.labels[self.split.unlabelled])
 
+    # Features of a frozen tower --------------------------------------------------------------------------------
+
+    def compute_features(self, tower: Tower) -> RowStore:
+        """Computes this process's share of the features that :attr:`feature_cache` is to keep, where they are missing.
+
+        Raises:
+            ConfigError: They would exceed the cache's limit or the disk.
+            DataError: An image cannot be read.
+        """
+        cache = self._cache()
+        store = cache.open(tower, self.image_size, self._at_least)
+        tables = list(self._kept_views().values())
+        fill(store, tower, tables, cache.limit_gb, self.num_workers, **self._ranks())
+        return store
+
+    def use_features(self, tower: Tower, store: RowStore) -> None:
+        """Has the loaders made from now on give features in the place of images; all must have been computed."""
+        store.refresh()
+        rows = {part: views.rows(store) for part, views in self._kept_views().items()}
+        rows["held_out"] = rows["train"][self.split.held_out]
+        self._features = Features(tower, store, rows)
+
+    def forget_features(self, tower: Tower) -> None:
+        """Has them give images again, unless the features are those of ``tower``."""
+        if self._features is not None and not self._features.tower.same_as(tower):
+            self._features = None
+
+    def _cache(self) -> FeatureCache:
+        if self.feature_cache is None:
+            raise ConfigError("There is no feature_cache to keep features in.")
+        return self.feature_cache
+
+    def _kept_views(self) -> dict[str, KeptViews]:
+        """What is kept: weak views of unlabelled images, strong ones of training images, plain ones for validation."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        learns_from_labels_alone = module is not None and module.second_stage == "labelled-only"
+        unlabelled = np.empty(0, np.int64) if learns_from_labels_alone else self.split.unlabelled
+        needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
+        needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
+        needed[unlabelled, MIRRORED] = True
+        needed[np.concatenate([unlabelled, self.split.held_out]), PLAIN] = True
+        kept = {"train": self._kept(self._train_images, self.train_table, needed)}
+        if self.test_table is not None and self._test_images is not None:
+            needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)
+            needed[:, PLAIN] = True
+            kept["test"] = self._kept(self._test_images, self.test_table, needed)
+        return kept
+
+    def _kept(self, images: Images, table: AnnotationTable, needed: np.ndarray) -> KeptViews:
+        files = [table.file(row) for row in range(len(table))]
+        contents = content_keys(files, Path(self._cache().folder) / "contents.json")
+        return KeptViews(images, contents, needed, self.image_size, self.cutout)
+
+    def _views(self, part: str | None, images: Images, view: View) -> ImageViews | CachedViews:
+        """What a data set reads: kept features where there are any of this view, else the images."""
+        column: Any = view.flips if isinstance(view, WeakView) else plain
+        if isinstance(view, StrongView):
+            kept = self.feature_cache.strong_views if self.feature_cache is not None else 0
+            column = StrongInTurn(kept) if kept else None
+        if self._features is None or part is None or column is None:
+            return ImageViews(images, view)
+        return CachedViews(self._features.store, self._features.rows[part], column)
+
     # Loaders ---------------------------------------------------------------------------------------------------
 
     def _ranks(self) -> dict[str, int]:
@@ -224,7 +297,7 @@ class SSMLLDataModule(L.LightningDataModule):
             )
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
-    def _loader(self, dataset: ImageDataset, batches: Any, collate: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: ViewDataset, batches: Any, collate: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -246,7 +319,8 @@ class SSMLLDataModule(L.LightningDataModule):
         labelled = np.zeros(len(self.train_table), dtype=bool)
         labelled[self.split.labelled] = True
         visible = np.where(labelled[:, None], self.train_table.labels, np.int8(-1))
-        dataset = ImageDataset(self.train_table, visible, StrongView(self.image_size, self.seed, self.cutout), labelled)
+        view = StrongView(self.image_size, self.seed, self.cutout)
+        dataset = ViewDataset(self._views("train", self._train_images, view), visible, labelled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
         if stage == "warm-up":
@@ -263,7 +337,7 @@ class SSMLLDataModule(L.LightningDataModule):
             batches = paired
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         batches.set_epoch(epoch)
-        return self._loader(dataset, batches, _collate_train)
+        return self._loader(dataset, batches, collate_train)
 
     def _paired(self) -> PairedBatches:
         if not len(self.split.unlabelled):
@@ -283,30 +357,37 @@ class SSMLLDataModule(L.LightningDataModule):
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Weak views of this process's share of the unlabelled images, in order."""
         table, indices = self.train_table, self.split.unlabelled
-        dataset = ImageDataset(table, table.labels, WeakView(self.image_size, self.seed))
+        view = WeakView(self.image_size, self.seed)
+        dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
-        return self._loader(dataset, batches, _collate_eval)
+        return self._loader(dataset, batches, collate_eval)
 
-    def _eval_loader(self, table: AnnotationTable, indices: np.ndarray | None = None) -> DataLoader[EvalBatch]:
-        indices = np.arange(len(table)) if indices is None else indices
-        dataset = ImageDataset(table, table.labels, PlainView(self.image_size))
-        return self._loader(dataset, InOrderBatches(indices, self.eval_batch_size, **self._ranks()), _collate_eval)
+    def _eval_loader(self, part: str | None, table: AnnotationTable, images: Images) -> DataLoader[EvalBatch]:
+        dataset = ViewDataset(self._views(part, images, PlainView(self.image_size)), table.labels)
+        batches = InOrderBatches(np.arange(len(table)), self.eval_batch_size, **self._ranks())
+        return self._loader(dataset, batches, collate_eval)
 
     def eval_table(self) -> AnnotationTable:
         """The images that validation measures: those held out if any were, else the test table."""
-        if len(self.split.held_out):
-            return self.train_table.select(self.split.held_out)
-        if self.test_table is None:
+        return self._evaluated()[1]
+
+    def _evaluated(self) -> tuple[str, AnnotationTable, Images]:
+        if len(rows := self.split.held_out):
+            return "held_out", self.train_table.select(rows), self._train_images.select(rows)
+        return self._tested()
+
+    def _tested(self) -> tuple[str, AnnotationTable, Images]:
+        if self.test_table is None or self._test_images is None:
             raise ConfigError("There is neither a test table nor a held-out share to validate on.")
-        return self.test_table
+        return "test", self.test_table, self._test_images
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Images held out from the labelled ones if any were, else the test images."""
-        return self._eval_loader(self.eval_table())
+        return self._eval_loader(*self._evaluated())
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
         """The source's test images, or the held-out ones where it has none."""
-        return self._eval_loader(self.test_table if self.test_table is not None else self.eval_table())
+        return self._eval_loader(*(self._evaluated() if self.test_table is None else self._tested()))
 
     def predict_table(self) -> AnnotationTable:
         """The images of ``predict``, all labels unknown."""
@@ -316,4 +397,5 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
         """The images of ``predict``."""
-        return self._eval_loader(self.predict_table())
+        table = self.predict_table()
+        return self._eval_loader(None, table, ImageFiles(table, self._at_least))

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from torch.utils.data import Sampler
 
+from cbsa_lightning.data.annotations import blocks
 from cbsa_lightning.errors import ConfigError
 
 _LABELLED, _UNLABELLED = 0, 1  # separate random streams of one seed
@@ -57,7 +58,7 @@ class _Batches(Sampler[list[Draw]]):
         """Every index once, in the order that (seed, stream, epoch, visit) gives."""
         # spawn_key, not one flat list: SeedSequence takes [1] and [1, 0] for the same entropy.
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, epoch, visit)))
-        return (Draw(index, epoch, visit) for index in rng.permutation(indices).tolist())
+        return _draws(rng.permutation(indices), epoch, visit)
 
     def _passes(self, indices: np.ndarray, stream: int, epoch: int) -> Iterator[Draw]:
         """Pass after pass without end, each in an order of its own."""
@@ -205,10 +206,14 @@ class InOrderBatches(_Batches):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yields the batches of this rank's shard."""
-        epoch = self.epoch
-        draws = (Draw(index, epoch, 0) for index in self.indices.tolist())
+        draws = _draws(self.indices, self.epoch, visit=0)
         for _ in range(len(self)):
             yield _take(draws, self.batch_size)
+
+
+def _draws(order: np.ndarray, epoch: int, visit: int) -> Iterator[Draw]:
+    """The draws of one pass, made as they are asked for: as Python objects, all would take many times their room."""
+    return (Draw(index, epoch, visit) for block in blocks(order) for index in block.tolist())
 
 
 def _take(draws: Iterator[Draw], number: int) -> list[Draw]:

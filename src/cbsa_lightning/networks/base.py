@@ -30,6 +30,11 @@ class Network(nn.Module):
 
     num_contexts: int = 0
 
+    @property
+    def frozen_weights(self) -> str | None:
+        """Fingerprint of all weights that :meth:`features` depends on; None where they are trained or there is none."""
+        return None
+
     def features(self, images: Tensor) -> Tensor:
         """Frozen part of the image tower: ``(B, 3, H, W)`` uint8 images to whatever ``forward`` takes."""
         raise NotImplementedError

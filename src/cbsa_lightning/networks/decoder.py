@@ -50,7 +50,7 @@ def _attend(
 
     def project(x: Tensor, rows: slice) -> list[Tensor]:
         heads = F.linear(x, layer.in_proj_weight[rows], layer.in_proj_bias[rows])
-        heads = heads.unflatten(2, (-1, layer.num_heads, layer.head_dim)).expand(batch, -1, -1, -1, -1)
+        heads = heads.view(*x.shape[:2], -1, layer.num_heads, layer.head_dim).expand(batch, -1, -1, -1, -1)
         return [part.transpose(1, 2) for part in heads.unbind(2)]  # (batch, heads, L, d / heads)
 
     (q,), (k, v) = project(queries, slice(d)), project(tokens, slice(d, None))

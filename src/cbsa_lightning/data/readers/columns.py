@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from cbsa_lightning.data.annotations import StringArray, repeated_rows
 from cbsa_lightning.data.class_names import clean_name, did_you_mean, duplicates
 from cbsa_lightning.errors import DataError, listed
 
@@ -57,8 +58,8 @@ class Columns:
             ) from error
         return pa.concat_arrays(cells.chunks) if cells.num_chunks else pa.array([], pa.large_string())
 
-    def image_paths(self) -> list[str]:
-        """Cells of the image column: the first of ``IMAGE_COLUMNS`` that is there.
+    def image_paths(self) -> Any:
+        """Cells of the image column, the first of ``IMAGE_COLUMNS`` that is there, as one array of text without null.
 
         Raises:
             DataError: No such column.
@@ -69,18 +70,18 @@ class Columns:
                 f"{self.path}: no image column; its columns are {listed(map(repr, self.names))}; name the "
                 f"one with the paths {' or '.join(IMAGE_COLUMNS)}"
             )
-        return ["" if cell is None else cell for cell in self.text(name).to_pylist()]
+        return self.text(name).fill_null("")
 
 
-def refuse_repeated_rows(columns: Columns, paths: list[str]) -> None:
+def refuse_repeated_rows(columns: Columns, paths: StringArray) -> None:
     """Refuses two rows for one image.
 
     Raises:
         DataError: Names the path and both rows.
     """
-    if pairs := duplicates(paths):
+    if pairs := repeated_rows(paths):
         first = columns.first_row
-        found = listed(f"{paths[i]!r} (rows {i + first} and {j + first})" for i, j in pairs)
+        found = listed(f"{str(paths[i])!r} (rows {i + first} and {j + first})" for i, j in pairs)
         raise DataError(f"{columns.path}: the same image twice: {found}; keep one row an image")
 
 

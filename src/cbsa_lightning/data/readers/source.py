@@ -6,12 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cbsa_lightning.data.annotations import AnnotationTable, StringArray
+from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks
 from cbsa_lightning.errors import DataError
 
 
@@ -66,7 +67,7 @@ _ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$"
 def tidy_paths(
     root: str | Path,
     folder: str | Path,
-    paths: Sequence[str],
+    paths: Sequence[str] | pa.LargeStringArray,
     where: Callable[[int], str],
     allow_outside: bool = False,
 ) -> StringArray:
@@ -77,7 +78,7 @@ def tidy_paths(
     Args:
         root: Folder that the table's paths are relative to.
         folder: Folder that ``paths`` are relative to; usually ``root`` or inside it.
-        paths: n paths as found in the annotations, with slashes or backslashes.
+        paths: n paths as found in the annotations, with slashes or backslashes; none is null.
         where: Row -> file and row, for a message.
         allow_outside: Whether paths may lie outside ``root``; these are then kept absolute.
 
@@ -89,14 +90,14 @@ def tidy_paths(
     """
     base, start = os.path.abspath(root), os.path.abspath(folder)
     ahead = _relative(start, base)
-    if ahead is None:  # the folder is outside, so each path is
-        odd, tidy = list(range(len(paths))), list(paths)
-    else:
-        flags = pc.match_substring_regex(pa.array(paths, pa.large_string()), _ODD_PATH)
-        odd = np.flatnonzero(flags.to_numpy(zero_copy_only=False)).tolist()
-        tidy = [f"{ahead}/{path}" for path in paths] if ahead else list(paths)
+    texts = pa.array(paths, pa.large_string())
+    tidy = _strings(texts)
+    if ahead:
+        tidy = np.strings.add(f"{ahead}/", tidy)
+    flags = pc.match_substring_regex(texts, _ODD_PATH).to_numpy(zero_copy_only=False)
+    odd: Sequence[int] = range(len(texts)) if ahead is None else np.flatnonzero(flags).tolist()  # None: all are outside
     for i in odd:
-        text = paths[i]
+        text = texts[i].as_py()
         if not text:
             raise DataError(f"{where(i)}: the image path is empty; fill it in or take the row out")
         full = os.path.normpath(os.path.join(start, text.replace("\\", "/")))
@@ -109,7 +110,15 @@ def tidy_paths(
                 "holds all images (a table can also set allow_outside: true)"
             )
         tidy[i] = Path(full).as_posix() if inside is None else inside
-    return np.array(tidy, dtype=np.dtypes.StringDType())
+    return tidy
+
+
+def _strings(texts: Any) -> StringArray:
+    """An Arrow array of text as numpy's, by way of a few Python strings at a time."""
+    column: StringArray = np.empty(len(texts), dtype=np.dtypes.StringDType())
+    for rows, part in zip(blocks(column), blocks(texts), strict=True):
+        rows[:] = part.to_numpy(zero_copy_only=False)
+    return column
 
 
 def _relative(path: str, base: str) -> str | None:

@@ -171,7 +171,7 @@ def read_table(
     classes = classes or find_classes(path, separator)
     root = Path(path).parent if root is None else Path(root)
     paths = tidy_paths(root, root, columns.image_paths(), columns.where, allow_outside)
-    refuse_repeated_rows(columns, paths.tolist())
+    refuse_repeated_rows(columns, paths)
     if LABELS_COLUMN in columns.names:
         labels = _labels_by_name(columns, classes, separator)
     else:
@@ -234,13 +234,14 @@ def _labels_by_name(columns: Columns, classes: ClassFile, separator: str) -> NDA
         )
     target = np.array([position.get(name, -1) for name in names], dtype=np.int64)[found.code]
     count = np.bincount(found.row, minlength=len(found.known))
-    both = (target == -1) & (count[found.row] > 1)
-    if both.any():
-        where = columns.where(int(found.row[both][0]))
+    empty = found.row[target == -1]
+    if (both := count[empty] > 1).any():
+        where = columns.where(int(empty[both][0]))
         raise DataError(f"{where}: {NO_LABEL!r} beside another name; {NO_LABEL!r} means no class at all")
     labels = np.zeros((len(found.known), len(classes.class_names)), dtype=np.int8)
     labels[~found.known] = UNKNOWN
-    labels[found.row[target >= 0], target[target >= 0]] = 1
+    named = target >= 0
+    labels[found.row[named], target[named]] = 1
     return labels
 
 

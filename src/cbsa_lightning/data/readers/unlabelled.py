@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
+from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, StringArray, as_strings
 from cbsa_lightning.data.readers.columns import Columns, read_columns, refuse_repeated_rows
 from cbsa_lightning.data.readers.source import read_lines, tidy_paths
 from cbsa_lightning.errors import DataError, listed
@@ -43,14 +43,13 @@ def read_images(
     """
     path = Path(path)
     if path.is_dir():
-        root, names = path, _images_below(path)
+        root, paths = path, as_strings(_images_below(path))
     elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-        root, names = path.parent, [path.name]
+        root, paths = path.parent, as_strings([path.name])
     else:
         root = path.parent if root is None else Path(root)
-        names = _listed_images(path, root, allow_outside)
-    labels = np.full((len(names), len(class_names)), UNKNOWN, dtype=np.int8)
-    paths = np.array(names, dtype=np.dtypes.StringDType())
+        paths = _listed_images(path, root, allow_outside)
+    labels = np.full((len(paths), len(class_names)), UNKNOWN, dtype=np.int8)
     return AnnotationTable(root, paths, labels, tuple(class_names), tuple(prompt_names))
 
 
@@ -65,7 +64,7 @@ def _images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _listed_images(path: Path, root: Path, allow_outside: bool) -> list[str]:
+def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:
     if path.suffix.lower() == ".txt":
         lines = read_lines(path, "give a folder, an image, a list (.txt) or a table (CSV, Parquet)")
         columns = Columns(path, None, 1)
@@ -77,6 +76,6 @@ def _listed_images(path: Path, root: Path, allow_outside: bool) -> list[str]:
     else:
         columns = read_columns(path)
         names = columns.image_paths()
-    tidy: list[str] = tidy_paths(root, root, names, columns.where, allow_outside).tolist()
+    tidy = tidy_paths(root, root, names, columns.where, allow_outside)
     refuse_repeated_rows(columns, tidy)
     return tidy

@@ -1,0 +1,394 @@
+"""How time and memory grow with images, classes, prompt words and processes.
+
+    uv run python benchmarks/growth.py [--sections images classes prompts ranks] [--out FILE]
+
+Every figure is taken in a process of its own, forked from this one, so its peak of memory is its own too; what a
+process holds before it does anything is said first. Seconds are the median of three repeats where those take less than
+five seconds, else of as many as fit, at least one. "growth" is the slope of log value over log size, fitted to the
+larger half of the sizes: 1 is proportional. A cell is left out where the memory of the cell before it, taken as
+proportional, says that this machine has too little. Weights are random. Linux only, for its counts of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from measuring import markdown, where
+from torch import distributed
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.contexts import cooccurrence, partition
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.samplers import PairedBatches
+from cbsa_lightning.data.splits import Split, hold_out, split_labelled
+from cbsa_lightning.labelers import ClassDistributionAware, positive_rates
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.networks.decoder import LabelDecoder
+from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
+
+MODEL = "RN50-quickgelu"
+FORK = multiprocessing.get_context("fork")  # children have all imports at once; the parent never starts a thread
+MIB = 2**20
+
+
+class Cell(NamedTuple):
+    """A value, mostly seconds, and the peak of memory in MiB; both None where nothing was measured."""
+
+    value: float | None = None
+    peak: float | None = None
+
+
+class Row(NamedTuple):
+    """What was measured, over all sizes of a section."""
+
+    label: str
+    cells: list[Cell]
+
+
+def timed(run: Callable[[], object], repeats: int = 3, budget: float = 5.0) -> float:
+    """Median seconds of ``run``."""
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < repeats and sum(seconds) * (1 + 1 / len(seconds)) < budget):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak() -> float:
+    """The most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def available() -> float:
+    """The memory that is left on this machine, in MiB."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) / 1024
+
+
+def apart(measure: Callable[[int], float], size: int, threads: int) -> Cell:
+    """``measure(size)`` in a process of its own."""
+
+    def child() -> None:
+        torch.set_num_threads(threads)
+        value = measure(size)
+        send.send(Cell(value, peak()))
+
+    receive, send = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=child)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:  # it failed, and said why on its own
+        return Cell()
+    finally:
+        process.join()
+
+
+@cache
+def idle() -> float:
+    """The peak of a process that measures nothing, in MiB."""
+    return apart(lambda _: 0.0, 0, 1).peak
+
+
+def sweep(label: str, measure: Callable[[int], float], sizes: Sequence[int], threads: int) -> Row:
+    """``measure`` at all sizes, in ascending order, as far as memory goes."""
+    cells: list[Cell] = []
+    needed = 0.0
+    for size in sizes:
+        print(f"{label}: {size:,}", file=sys.stderr)
+        fits = needed * size < 0.9 * available()
+        cells.append(apart(measure, size, threads) if fits else Cell())
+        if cells[-1].peak is not None:
+            needed = (cells[-1].peak - idle()) / size
+    return Row(label, cells)
+
+
+def growth(sizes: Sequence[int], cells: Sequence[Cell]) -> str:
+    """Slope of log value over log size for the larger half of the sizes."""
+    half = len(sizes) // 2
+    points = [(math.log(n), math.log(c.value)) for n, c in zip(sizes[half:], cells[half:], strict=True) if c.value]
+    if len(points) < 2:
+        return "–"
+    return f"{statistics.linear_regression(*zip(*points, strict=True)).slope:.2f}"
+
+
+def rendered(title: str, symbol: str, sizes: Sequence[int], rows: Sequence[Row]) -> str:
+    """A section as Markdown: values with their peak of memory in MiB, and their growth."""
+
+    def text(cell: Cell) -> str:
+        if cell.value is None:
+            return "–"
+        value = f"{cell.value:,.0f}" if cell.value >= 100 else f"{cell.value:.3g}"
+        return value if cell.peak is None else f"{value} ({cell.peak:,.0f})"
+
+    header = ["value (peak MiB)", *(f"{symbol} = {size:,}" for size in sizes), "growth"]
+    body = [[row.label, *map(text, row.cells), growth(sizes, row.cells)] for row in rows]
+    return f"### {title}\n\n{markdown(header, body)}"
+
+
+# Images ----------------------------------------------------------------------------------------------------------
+
+
+def columns(n: int, classes: int, folder: str = "train2014") -> tuple[np.ndarray, np.ndarray]:
+    """Paths as COCO has them, and labels."""
+    paths = np.empty(n, dtype=np.dtypes.StringDType())
+    labels = np.empty((n, classes), dtype=np.int8)
+    pattern = (np.random.default_rng(0).random((2**14, classes)) < 0.05).astype(np.int8)
+    for start in range(0, n, len(pattern)):
+        rows = range(start, min(n, start + len(pattern)))
+        paths[start : rows.stop] = [f"{folder}/COCO_{folder}_{i:012d}.jpg" for i in rows]
+        labels[start : rows.stop] = pattern[: len(rows)]
+    return paths, labels
+
+
+def table(paths: np.ndarray, labels: np.ndarray) -> AnnotationTable:
+    """A table of these columns; building it checks shapes, label values, and empty and repeated paths."""
+    return AnnotationTable(Path("/images"), paths, labels, tuple(f"class {k}" for k in range(labels.shape[1])))
+
+
+def build(classes: int, n: int) -> float:
+    paths, labels = columns(n, classes)
+    return timed(lambda: table(paths, labels))
+
+
+def digest(classes: int, n: int) -> float:
+    return timed(table(*columns(n, classes)).digest)
+
+
+def leaks(classes: int, n: int) -> float:
+    train, test = table(*columns(n, classes)), table(*columns(n // 100, classes, "val2014"))
+    return timed(lambda: train.shared_files(test))
+
+
+def split(n: int) -> Split:
+    """A labelled share of 5 %, a fifth of it held out."""
+    return hold_out(split_labelled(n, 0.05, 1, "digest"), 0.2, 1)
+
+
+def save_and_load(n: int) -> float:
+    drawn, owner = split(n), SimpleNamespace(digest=lambda: "digest")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "split.json"
+
+        def run() -> None:
+            drawn.save(file)
+            Split.load(file, owner)
+
+        return timed(run)
+
+
+def batches(n: int) -> PairedBatches:
+    rows = np.arange(n)
+    return PairedBatches(rows[: n // 20], rows[n // 20 :], 4, 60, seed=1)
+
+
+def first_batch(n: int) -> float:
+    sampler = batches(n)
+    return timed(lambda: next(iter(sampler)))
+
+
+def draws_a_second(n: int, most: int = 20_000) -> float:
+    iterator = iter(batches(n))
+    next(iterator)
+    start = time.perf_counter()
+    drawn = sum(len(batch) for batch in islice(iterator, most))
+    return drawn / (time.perf_counter() - start)
+
+
+def images(args: argparse.Namespace) -> str:
+    measures = {
+        "AnnotationTable built and checked, s": partial(build, args.table_classes),
+        "its digest, s": partial(digest, args.table_classes),
+        "search for n / 100 test images among them, s": partial(leaks, args.table_classes),
+        "split drawn and held out, s": lambda n: timed(lambda: split(n)),
+        "split saved and loaded, s": save_and_load,
+        "first batch of an epoch, s": first_batch,
+        "draws a second": draws_a_second,
+    }
+    sizes = args.images
+    rows = [sweep(label, measure, sizes, args.threads) for label, measure in measures.items()]
+    room = [Cell(c.peak and max(0.0, c.peak - idle()) * MIB / n) for n, c in zip(sizes, rows[0].cells, strict=True)]
+    rows.insert(1, Row("its peak in bytes a row, paths and labels included", room))
+    return rendered(f"Images, {args.table_classes} classes", "n", sizes, rows)
+
+
+# Classes and prompt words ----------------------------------------------------------------------------------------
+
+
+def names(number: int) -> list[str]:
+    """Words that are one token each, so that prompts have one length whatever the number of classes."""
+    words = (token.removesuffix("</w>") for token in open_clip.get_tokenizer(MODEL).encoder if token.endswith("</w>"))
+    return list(islice((word for word in words if len(word) > 3 and word.isalpha() and word.isascii()), number))
+
+
+def text(shared: bool, backward: bool, classes: int, length: int) -> float:
+    """The text features of one set of prompts, alone or with the gradient of their words."""
+    clip = FrozenCLIP.load(MODEL, None)
+    prompts = ClassPrompts(clip, names(classes), length, shared)
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            (features,) = encode_prompt_sets(clip, [prompts])
+            if backward:
+                features.square().mean().backward()
+
+    return timed(run)
+
+
+def decoder(classes: int, batch: int = 4) -> float:
+    decoder = LabelDecoder(1024)
+    queries, tokens = torch.randn(classes, 1024, requires_grad=True), torch.randn(batch, 49, 1024, requires_grad=True)
+    return timed(lambda: decoder(queries, tokens)[0].square().mean().backward())
+
+
+def thresholds(classes: int, n: int = 20_000) -> float:
+    scores, rates = torch.rand(n, classes), positive_rates(random_labels(1000, classes))
+    return timed(lambda: ClassDistributionAware()(scores, rates))
+
+
+def contexts(classes: int, n: int = 10_000) -> float:
+    labels = random_labels(n, classes)
+    return timed(lambda: partition(cooccurrence(labels), 6))
+
+
+def report(classes: int, n: int = 10_000) -> float:
+    metric = MultilabelReport(classes)
+    for labels in random_labels(n, classes).split(500):
+        metric.update(torch.randn(labels.shape), labels)
+
+    def run() -> None:
+        metric._computed = None  # torchmetrics remembers
+        metric.compute()
+
+    return timed(run)
+
+
+def random_labels(n: int, classes: int) -> torch.Tensor:
+    """Three labels an image or fewer, the first classes more often."""
+    positions = (torch.rand(n, 3, generator=torch.Generator().manual_seed(0)) ** 2 * classes).long()
+    return torch.zeros(n, classes, dtype=torch.int8).scatter_(1, positions, 1)
+
+
+def classes(args: argparse.Namespace) -> str:
+    measures = {
+        f"text, {mode} prompts, {passes}, s": partial(text, mode == "shared", "backward" in passes, length=16)
+        for mode in ("class-specific", "shared")
+        for passes in ("forward", "forward and backward")
+    }
+    measures |= {
+        "decoder, 4 images, forward and backward, s": decoder,
+        "thresholds and pseudo-labels, 20,000 images, s": thresholds,
+        "co-occurrence and partition, 10,000 images, s": contexts,
+        "MultilabelReport.compute, 10,000 images, s": report,
+    }
+    rows = [sweep(label, measure, args.classes, args.threads) for label, measure in measures.items()]
+    return rendered("Classes (prompts of 16 words, one set of them)", "C", args.classes, rows)
+
+
+def prompts(args: argparse.Namespace) -> str:
+    rows = [
+        sweep(f"text, {mode} prompts, forward and backward, s", measure, args.lengths, args.threads)
+        for mode in ("class-specific", "shared")
+        for measure in [lambda length, shared=mode == "shared": text(shared, True, 80, length)]
+    ]
+    return rendered("Prompt words, 80 classes", "N", args.lengths, rows)
+
+
+# Processes -------------------------------------------------------------------------------------------------------
+
+SCORES = (82_081, 80)  # COCO's training images and classes
+
+
+def reduce_scores(rank: int, world: int, store: str, results: multiprocessing.SimpleQueue) -> None:
+    """What callbacks/thresholds.py does once an epoch: each process has its own rows, and the others' as zeros."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    scores = torch.zeros(SCORES)
+
+    def run() -> None:
+        scores.zero_()[rank::world] = 0.5
+        distributed.barrier()
+        start = time.perf_counter()
+        distributed.all_reduce(scores)
+        seconds.append(time.perf_counter() - start)
+
+    seconds: list[float] = []
+    for _ in range(5):
+        run()
+    assert bool((scores == 0.5).all())
+    distributed.destroy_process_group()
+    results.put(Cell(statistics.median(seconds), peak()))
+
+
+def reduced(world: int) -> Cell:
+    """The slowest process and the highest peak."""
+    results = FORK.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        work = (world, f"{folder}/store", results)
+        torch.multiprocessing.start_processes(reduce_scores, work, nprocs=world, start_method="fork")
+    cells = [results.get() for _ in range(world)]
+    return Cell(max(c.value for c in cells), max(c.peak for c in cells))
+
+
+def ranks(args: argparse.Namespace) -> str:
+    size = 4 * math.prod(SCORES)
+    rows = [
+        Row("all-reduce of the epoch's scores, s", [reduced(world) for world in args.ranks]),
+        Row("bytes that each process holds for it", [Cell(size) for _ in args.ranks]),
+        Row("bytes that each sends, if in a ring", [Cell(2 * size * (world - 1) / world) for world in args.ranks]),
+    ]
+    note = f"The processes share {os.cpu_count()} cores, so more of them than that also wait for each other."
+    return (
+        rendered(f"Processes, scores {SCORES[0]:,} x {SCORES[1]}, gloo", "processes", args.ranks, rows) + f"\n\n{note}"
+    )
+
+
+SECTIONS = {"images": images, "classes": classes, "prompts": prompts, "ranks": ranks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--images", nargs="+", type=int, default=[10**4, 10**5, 10**6, 10**7])
+    parser.add_argument("--table-classes", type=int, default=80, help="classes of the table of images")
+    parser.add_argument("--classes", nargs="+", type=int, default=[20, 80, 200, 500, 2000])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, in each process")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    args = parser.parse_args()
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
+    start = time.perf_counter()
+    parts = [where(), f"A process that measures nothing holds {idle():,.0f} MiB; {args.threads} threads."]
+    print(*parts, sep="\n\n", end="\n\n")
+    for name in args.sections:
+        parts.append(SECTIONS[name](args))
+        print(parts[-1], end="\n\n", flush=True)
+    parts.append(f"Measured in {time.perf_counter() - start:,.0f} s.")
+    print(parts[-1])
+    if args.out is not None:
+        args.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

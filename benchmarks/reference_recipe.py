@@ -1,0 +1,103 @@
+"""The training step as the related code takes it: the same mathematics as ours, none of its economies.
+
+What is kept of their habits (``docs/speed.md`` names each): prompts at the full 77 tokens, each prompt set in a pass of
+its own; labelled and unlabelled images in passes of their own; no channels-last memory, no folded batch
+norms; queries repeated for every image; the text encoded anew for every batch of a pass without gradient, and two such
+passes for raw and averaged weights; the loss read on the host at each step; an average over the whole state dict. What
+is *not* kept, in its favour: no graph below the pool, no unused attention, no weak views that are thrown away.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.data.batches import TrainBatch
+from cbsa_lightning.losses import asymmetric_loss, context_loss
+from cbsa_lightning.networks.cbsa import CBSANetwork
+
+
+class ReferenceRecipe(nn.Module):
+    """CBSA's network, built from the plain parts that torch and open_clip bring.
+
+    Args:
+        clip: Towers with the weights of ``network``, as they were loaded.
+        network: Ours, whose trainable weights are taken as the start.
+    """
+
+    def __init__(self, clip: FrozenCLIP, network: CBSANetwork) -> None:
+        super().__init__()
+        decoder = network.decoder
+        layer = decoder.layers[0]
+        self.clip = clip
+        self.clip.pool.load_state_dict(network.clip.pool.state_dict())
+        self.clip.pool.requires_grad_(True)
+        sizes = (clip.embed_dim, layer.multihead_attn.num_heads, layer.linear1.out_features, layer.dropout.p)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), len(decoder.layers))
+        self.decoder.load_state_dict(decoder.state_dict())
+        self.prompts = nn.ModuleList([copy.deepcopy(network.target_prompts), copy.deepcopy(network.semantic_prompts)])
+        self.context_head = copy.deepcopy(network.context_head)
+        self.log_scale = copy.deepcopy(network.log_scale)
+        length = clip.context_length
+        self.register_buffer("mask", torch.full((length, length), float("-inf")).triu(1))
+
+    def start_training(self) -> None:
+        """Optimiser and average; the latter holds everything, frozen weights too."""
+        self.average = copy.deepcopy(self.state_dict())
+        self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3, weight_decay=1e-4)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=self.log_scale.is_cuda)
+
+    def encode_text(self) -> tuple[Tensor, Tensor]:
+        """Target and semantic features ``(C, d)``, each in a pass over all 77 places."""
+        return self._encode(self.prompts[0]), self._encode(self.prompts[1])
+
+    def _encode(self, prompts: nn.Module) -> Tensor:
+        text = self.clip.text
+        embeddings, end = prompts()
+        x = nn.functional.pad(embeddings, (0, 0, 0, text.context_length - embeddings.shape[1]))
+        x = text.ln_final(text.transformer(x + text.positional_embedding, attn_mask=self.mask))
+        return x[torch.arange(len(x)), end] @ text.text_projection
+
+    def forward(self, images: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, C)`` and context logits ``(B, K)``."""
+        return self.after_tower(self.clip.features(images), target, semantic)
+
+    def after_tower(self, features: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from features of the image tower."""
+        tokens = self.clip.pool(features)
+        aligned = self.decoder(semantic.to(tokens.l.dtype).expand(len(features), -1, -1), tokens.l)
+        z = nn.functional.normalize(aligned.float(), dim=-1)
+        t = nn.functional.normalize(target.float(), dim=-1)
+        return self.log_scale.exp() * (z * t).sum(-1), self.context_head(tokens.g)
+
+    def loss(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> Tensor:
+        """Eq. 12 on one batch."""
+        with torch.autocast(batch.images.device.type, torch.float16, enabled=batch.images.is_cuda):
+            target, semantic = self.encode_text()
+            parts = [self(batch.images[rows], target, semantic) for rows in (batch.labelled, ~batch.labelled)]
+        targets = torch.where(batch.labelled[:, None], batch.targets, pseudo[batch.index])
+        logits, context_logits = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = [rows.nonzero()[:, 0] for rows in (batch.labelled, ~batch.labelled)]
+        index = torch.cat(order)
+        total = asymmetric_loss(logits, targets[index]).sum()
+        return (total + context_loss(context_logits, contexts[batch.index[index]]).sum()) / len(batch.images)
+
+    def step(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> float:
+        """One training step; gives the loss, read on the host as their meters do."""
+        loss = self.loss(batch, pseudo, contexts)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.update()
+        return loss.item()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Optimiser step, then the average over the state dict, tensor by tensor."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for name, value in self.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].copy_(0.9997 * self.average[name] + 0.0003 * value)

@@ -1,0 +1,489 @@
+"""What a training step costs, beside the reference recipe and beside the floor that the mathematics sets.
+
+    uv run python benchmarks/step.py [--cells COCO:RN50:64 VOC:RN50:8 ...] [--precision 32-true] [--compile]
+                                     [--picture docs/step.png] [--out FILE]
+
+Three things are measured in turn, round by round, so that a machine whose speed drifts drifts for all of them:
+
+- *step*: a step of CBSAModule inside a Lightning Trainer, from one batch to the next, optimiser, average and logging
+  included; the batches lie in memory.
+- *reference*: the same mathematics as the related code does it (reference_recipe.py).
+- *floor*: what the mathematics needs, each part alone in a loop, summed: frozen image tower on the batch, attention
+  pool, text tower and decoder forward and backward. No loss, optimiser, average or loop is in it.
+
+Both losses are compared before anything is timed. Medians over the rounds after the first. Memory is the growth of a
+process of its own over what it held before the first step (on a GPU: torch's peak). Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from measuring import markdown, where
+from reference_recipe import ReferenceRecipe
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbsa_lightning import CBSAModule
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.data.batches import TrainBatch
+
+DATA = {  # classes, contexts, share of labelled images in a batch; images a pass: unlabelled at p = .05, validation
+    "COCO": (80, 6, 4 / 64, 77977, 40137),
+    "VOC": (20, 2, 1 / 8, 5432, 5823),
+    "NUS": (81, 2, 4 / 64, 142500, 60260),
+}
+SIZES = {"RN50": 224, "RN101": 448}
+EVAL_BATCH = 128  # CAP's, of the passes without gradient
+
+
+def build(data: str, tower: str, dropout: float = 0.1) -> CBSAModule:
+    """CBSA's module as the paper sets it, with random towers."""
+    classes, contexts = DATA[data][:2]
+    torch.manual_seed(0)
+    names = [f"class {i}" for i in range(classes)]
+    return CBSAModule(
+        names,
+        clip=f"{tower}-quickgelu",
+        pretrained=None,
+        num_contexts=contexts,
+        warmup_epochs=0,
+        decoder_dropout=dropout,
+    )
+
+
+def make_batch(data: str, size: int, batch: int) -> tuple[TrainBatch, Tensor, Tensor]:
+    """A batch with labels, and tables of pseudo-labels and context targets for it."""
+    classes, contexts, share = DATA[data][:3]
+    torch.manual_seed(1)
+    labelled = torch.arange(batch) < max(1, round(share * batch))
+    targets = (torch.rand(batch, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    pseudo = (torch.rand(batch, classes) < 0.05).to(torch.int8)
+    chosen = torch.nn.functional.one_hot(torch.randint(contexts, (batch,)), contexts).float()
+    return TrainBatch(images, targets, torch.arange(batch), labelled), pseudo, chosen
+
+
+def on(device: str, batch: TrainBatch) -> TrainBatch:
+    return TrainBatch(*(None if value is None else value.to(device) for value in batch))
+
+
+class Ours:
+    """Steps of CBSAModule in a Trainer, and the parts of a step alone."""
+
+    def __init__(self, data: str, tower: str, batch: int, device: str, precision: str, compiled: bool) -> None:
+        self.module, self.device, self.precision = build(data, tower), device, precision
+        self.batch, pseudo, contexts = make_batch(data, SIZES[tower], batch)
+        self.module.configure_callbacks = list  # the tables are given, not made from a data set
+        self.module.ema.start(self.module.network)
+        self.module.pseudo_labels, self.module.context_targets = pseudo.to(device), contexts.to(device)
+        if compiled:
+            self.module.network.clip.tower.compile()
+            self.module.network.clip.text.compile()
+
+    def steps(self, number: int) -> float:
+        """Seconds a step, from the start of the second to the end of the last of 1 + ``number`` steps."""
+        clock = Clock(number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = L.Trainer(
+                max_epochs=1,
+                accelerator="gpu" if self.device == "cuda" else "cpu",
+                devices=1,
+                precision=self.precision,
+                callbacks=[clock],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            loader = DataLoader([self.batch] * (number + 1), batch_size=None, pin_memory=self.device == "cuda")
+            trainer.fit(self.module, train_dataloaders=loader)
+        self.module.to(self.device)
+        return clock.seconds / number
+
+    def autocast(self) -> Any:
+        kinds = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+        kind = kinds.get(self.precision)
+        return torch.autocast(self.device, kind or torch.bfloat16, enabled=kind is not None)
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """What a step is made of, each to be run alone."""
+        self.module.to(self.device)
+        network = self.module.network.train()
+        batch = on(self.device, self.batch)
+        with torch.no_grad(), self.autocast():
+            features = network.features(batch.images)
+            tokens, text = network.clip.pool(features).l.detach(), network.encode_text()
+
+        def tower() -> None:
+            with self.autocast():
+                network.features(batch.images)
+
+        def pool() -> None:
+            with self.autocast():
+                found = network.clip.pool(features)
+            (found.g.float().sum() + found.l.float().sum()).backward()
+
+        def encode() -> None:
+            with self.autocast():
+                found = network.encode_text()
+            (found.target.float().sum() + found.semantic.float().sum()).backward()
+
+        def decode() -> None:
+            leaves = (text.semantic.detach().requires_grad_(), tokens.detach().requires_grad_())
+            with self.autocast():
+                found, _ = network.decoder(*leaves)
+            found.float().sum().backward()
+
+        return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
+
+    def update(self) -> Callable[[], None]:
+        """Optimiser and average."""
+        parameters = [p for p in self.module.network.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer = self.module.make_optimizer(parameters)
+
+        def run() -> None:
+            optimizer.step()
+            self.module.ema.update(self.module.network)
+
+        return run
+
+    def passes(self) -> dict[str, float]:
+        """Seconds an image of the passes without gradient: thresholds, and validation of both sets of weights."""
+        batch = on(self.device, self.batch)
+        with torch.no_grad(), self.autocast(), self.module.evaluating():
+            features = self.module.network.features(batch.images)
+            image = timed(lambda: self.module.network.features(batch.images), self.device)
+            head = timed(lambda: self.module.score(features), self.device)
+        n = len(batch.images)
+        return {"weak": (image + head) / n, "validation": (image + 2 * head) / n, "head": head / n}
+
+
+class Reference:
+    """Steps of the reference recipe, and its parts."""
+
+    def __init__(self, data: str, tower: str, batch: int, device: str) -> None:
+        ours = build(data, tower)
+        torch.manual_seed(0)
+        clip = FrozenCLIP.load(f"{tower}-quickgelu", None)  # the same seed gives the same random weights
+        self.recipe = ReferenceRecipe(clip, ours.network).to(device).train()
+        self.recipe.start_training()
+        values = make_batch(data, SIZES[tower], batch)
+        self.device, self.batch, self.tables = device, on(device, values[0]), [t.to(device) for t in values[1:]]
+
+    def steps(self, number: int) -> float:
+        """Seconds a step."""
+        return timed(lambda: self.recipe.step(self.batch, *self.tables), self.device, number)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device, torch.float16, enabled=self.device == "cuda")
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """As of :class:`Ours`."""
+        recipe, images = self.recipe, self.batch.images
+        halves = (images[self.batch.labelled], images[~self.batch.labelled])
+        with torch.no_grad(), self.autocast():
+            features = [recipe.clip.features(half) for half in halves]
+            tokens, text = [recipe.clip.pool(f).l.detach() for f in features], recipe.encode_text()
+
+        def tower() -> None:
+            with self.autocast():
+                for half in halves:
+                    recipe.clip.features(half)
+
+        def pool() -> None:
+            with self.autocast():
+                found = [recipe.clip.pool(f) for f in features]
+            sum(part.float().sum() for tokens in found for part in tokens[:2]).backward()
+
+        def encode() -> None:
+            with self.autocast():
+                found = recipe.encode_text()
+            (found[0].float().sum() + found[1].float().sum()).backward()
+
+        def decode() -> None:
+            leaf = text[1].detach().requires_grad_()
+            with self.autocast():
+                found = [recipe.decoder(leaf.expand(len(t), -1, -1), t.requires_grad_()) for t in tokens]
+            sum(part.float().sum() for part in found).backward()
+
+        return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
+
+    def update(self) -> Callable[[], None]:
+        """Optimiser and average."""
+        for p in self.recipe.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        if self.recipe.scaler.is_enabled():
+            self.recipe.scaler.scale(torch.zeros((), device=self.device))
+        return self.recipe.update
+
+    def passes(self) -> dict[str, float]:
+        """As of :class:`Ours`; the text is encoded for each batch, and validation goes over the images twice."""
+        n = len(self.batch.images)
+        self.recipe.eval()
+        with torch.no_grad(), self.autocast():
+            text = self.recipe.encode_text()
+            image = timed(lambda: self.recipe(self.batch.images, *text), self.device) / n
+            encode = timed(self.recipe.encode_text, self.device) / EVAL_BATCH
+        self.recipe.train()
+        return {"weak": image + encode, "validation": 2 * (image + encode)}
+
+
+class Clock(L.Callback):
+    """Seconds from the second to the last step of a fit; on a GPU its queue is emptied at both ends only."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            _settle(pl_module.device.type)
+            self.begun = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number:
+            _settle(pl_module.device.type)
+            self.seconds = time.perf_counter() - self.begun
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any], device: str, number: int = 1) -> float:
+    """Seconds a call, after one that is not counted."""
+    function()
+    _settle(device)
+    begun = time.perf_counter()
+    for _ in range(number):
+        function()
+    _settle(device)
+    return (time.perf_counter() - begun) / number
+
+
+def same_loss(data: str, tower: str) -> float:
+    """Relative difference of both losses on four images without dropout, in float32 on the CPU."""
+    module = build(data, tower, dropout=0.0)
+    torch.manual_seed(0)
+    recipe = ReferenceRecipe(FrozenCLIP.load(f"{tower}-quickgelu", None), module.network).train()
+    batch, pseudo, contexts = make_batch(data, SIZES[tower], 4)
+    expected = recipe.loss(batch, pseudo, contexts).item()
+    module.pseudo_labels, module.context_targets = pseudo, contexts
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    module.log_dict = lambda *args, **kwargs: None
+    return abs(float(module.training_step(batch, 0).detach()) - expected) / abs(expected)
+
+
+def matmul_rate(device: str, kind: torch.dtype) -> float:
+    """Operations a second of large matrix products: what the device can do at best."""
+    side = 8192 if device == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=kind)
+    return 2 * side**3 / min(timed(lambda: a @ a, device, 3) for _ in range(3))
+
+
+def operations(ours: Ours) -> float:
+    """Operations of a step, as torch counts them: of the parts, since nothing else has any to speak of."""
+    total = 0.0
+    for part in ours.parts().values():
+        with FlopCounterMode(display=False) as counter:
+            part()
+        total += counter.get_total_flops()
+    return total
+
+
+def peak_memory(which: str, cell: str, device: str, precision: str) -> float:
+    """GB that one or two steps take beyond what was there before, in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", which, "--cells", cell, "--precision", precision]
+    found = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True)
+    return float(json.loads(found.stdout.splitlines()[-1]))
+
+
+def print_memory(which: str, cell: str, device: str, precision: str) -> None:
+    data, tower, batch = cell.split(":")
+    runner: Any = (
+        Ours(data, tower, int(batch), device, precision, False)
+        if which == "step"
+        else Reference(data, tower, int(batch), device)
+    )
+    if device == "cuda":
+        runner.steps(1)
+        print(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
+    before = resident("VmRSS")
+    runner.steps(1)
+    print(json.dumps((resident("VmHWM") - before) / 1e9))
+
+
+def resident(what: str) -> int:
+    """Bytes in memory: now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+def measure(cell: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one cell."""
+    data, tower, batch = cell.split(":")
+    n = int(batch)
+    difference = same_loss(data, tower)
+    if difference > 1e-4:
+        raise SystemExit(f"{cell}: the two losses differ by {difference:.2g}; there is nothing to compare")
+    ours = Ours(data, tower, n, args.device, args.precision, args.compile)
+    reference = Reference(data, tower, n, args.device)
+    both = {"step": ours, "reference": reference}
+    rounds: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    while len(rounds) < 2 or (time.perf_counter() - begun < args.budget and len(rounds) < args.rounds):
+        found: dict[str, Any] = {name: runner.steps(args.number) for name, runner in both.items()}
+        found |= {f"{name} parts": _parts(runner, args) for name, runner in both.items()}
+        rounds.append(found)
+        print(f"  {cell} round {len(rounds)}: {_short(found)}", file=sys.stderr, flush=True)
+    rounds = rounds[1:]  # the first warms up
+    figures: dict[str, Any] = {name: statistics.median(r[name] for r in rounds) for name in both}
+    for name in both:
+        key = f"{name} parts"
+        figures[key] = {part: statistics.median(r[key][part] for r in rounds) for part in rounds[0][key]}
+        figures[f"{name} passes"] = both[name].passes()
+    figures["floor"] = sum(seconds for part, seconds in figures["step parts"].items() if part != "update")
+    kind = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(args.precision, torch.float32)
+    figures["rate"] = matmul_rate(args.device, kind)
+    figures["operations"] = operations(ours)
+    figures |= {"loss difference": difference, "rounds": len(rounds), "images": n, "data": data}
+    del ours, reference, both
+    figures["memory"] = {name: peak_memory(name, cell, args.device, args.precision) for name in ("step", "reference")}
+    return figures
+
+
+def _parts(runner: Ours | Reference, args: argparse.Namespace) -> dict[str, float]:
+    parts = {name: timed(part, args.device, args.number) for name, part in runner.parts().items()}
+    parts["update"] = timed(runner.update(), args.device, args.number)
+    return parts
+
+
+def _short(found: dict[str, Any]) -> str:
+    floor = sum(seconds for part, seconds in found["step parts"].items() if part != "update")
+    return f"step {found['step']:.3f} s, reference {found['reference']:.3f} s, floor {floor:.3f} s"
+
+
+def epoch(figures: dict[str, Any], who: str, cached: bool = False) -> float:
+    """Seconds of an epoch at p = .05, put together from measured steps and passes."""
+    _, _, share, weak, validation = DATA[figures["data"]]
+    n, passes = figures["images"], figures[f"{who} passes"]
+    labelled = max(1, round(share * n))
+    steps = math.ceil(weak / (n - labelled))
+    if cached:
+        return steps * figures[who] + weak * passes["head"] + validation * 2 * passes["head"]
+    return steps * figures[who] + weak * passes["weak"] + validation * passes["validation"]
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """The tables."""
+    steps, parts, epochs = [], [], []
+    for cell, f in results.items():
+        n = f["images"]
+        ms = {name: 1000 * f[name] / n for name in ("step", "reference", "floor")}
+        share = f["operations"] / f["step"] / f["rate"]
+        steps.append([
+            cell, *(f"{ms[name]:.2f}" for name in ms), f"{f['step'] / f['floor']:.2f}",
+            f"{f['reference'] / f['step']:.2f}", *(f"{f['memory'][w] / n:.4f}" for w in ("step", "reference")),
+            f"{f['operations'] / n / 1e9:.1f}", f"{100 * share:.0f} %", f"{f['rounds']}",
+        ])  # fmt: skip
+        for who in ("step", "reference"):
+            each = f[f"{who} parts"]
+            rest = f[who] - sum(each.values())
+            parts.append([cell, who, *(f"{1000 * s / n:.2f}" for s in (*each.values(), rest, f[who]))])
+        hours = {who: epoch(f, who) for who in ("step", "reference")}
+        cached = epoch(f, "step", cached=True)
+        epochs.append([
+            cell, f"{hours['step'] / 60:.1f}", f"{hours['reference'] / 60:.1f}",
+            f"{hours['reference'] / hours['step']:.2f}", f"{cached / 60:.1f}", f"{hours['reference'] / cached:.2f}",
+        ])  # fmt: skip
+    header = ["data:tower:batch", "step ms/image", "reference", "floor", "step/floor", "reference/step"]
+    header += ["step GB/image", "reference GB/image", "GFLOP/image", "of matmul rate", "rounds"]
+    names = ["image tower", "attention pool", "text tower", "decoder", "optimiser + average", "rest", "all"]
+    return "\n\n".join([
+        markdown(header, steps),
+        "Where the time of a step goes, ms/image; each part alone, so the rest can be a little below zero:",
+        markdown(["data:tower:batch", "", *names], parts),
+        "An epoch at p = .05, minutes, put together from measured steps, threshold pass and validation of both sets of "
+        "weights (no loading); with weak views and validation images cached as features in the last two columns:",
+        markdown(["data:tower:batch", "ours", "reference", "ratio", "ours, cached", "ratio"], epochs),
+    ])  # fmt: skip
+
+
+def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """Stacked bars of both steps, a pair a cell."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["image tower", "attention pool", "text tower", "decoder", "update"]
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 0.6 + 1.3 * len(results)), layout="constrained")
+    for axis, (cell, f) in zip([axes] if len(results) == 1 else axes, results.items(), strict=True):
+        for y, who in enumerate(("step", "reference")):
+            left = 0.0
+            each = [1000 * f[f"{who} parts"][name] / f["images"] for name in names]
+            each.append(max(0.0, 1000 * f[who] / f["images"] - sum(each)))
+            for i, width in enumerate(each):
+                label = [*names[:-1], "optimiser + average", "rest"][i] if y == 0 else None
+                axis.barh(y, width, left=left, color=f"C{i}", label=label)
+                left += width
+        axis.set_yticks([0, 1], ["now", "reference recipe"])
+        axis.set_title(f"{cell}: reference / now = {f['reference'] / f['step']:.1f}", loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.supxlabel("ms an image", fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    cells = ["COCO:RN50:64", "VOC:RN50:8", "NUS:RN50:64", "COCO:RN101:64", "VOC:RN101:8", "NUS:RN101:64"]
+    small = ["COCO:RN50:64", "VOC:RN50:8", "NUS:RN50:16", "VOC:RN101:8"]  # minutes on two cores
+    parser.add_argument("--cells", nargs="+", default=cells if gpu else small, help="data:tower:batch")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
+    parser.add_argument("--precision", default="16-mixed" if gpu else "bf16-mixed")
+    parser.add_argument("--number", type=int, default=20 if gpu else 1, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=6, help="at most; the first is not counted")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds a cell after which no round begins")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for both towers of ours")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory-of", choices=["step", "reference"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print_memory(args.memory_of, args.cells[0], args.device, args.precision)
+        return
+    results = {cell: measure(cell, args) for cell in args.cells}
+    compiled = ", both towers compiled" if args.compile else ""
+    recipe = "float16 autocast" if args.device == "cuda" else "float32, as no autocast of theirs works on a CPU"
+    text = f"{where(args.device)}. Ours: {args.precision}{compiled}; reference recipe: {recipe}.\n\n{report(results)}\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+    if args.picture:
+        draw(results, args.picture)
+
+
+if __name__ == "__main__":
+    main()

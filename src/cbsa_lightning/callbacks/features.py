@@ -1,0 +1,49 @@
+"""Features of the frozen tower, computed once before training where the data module keeps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cbsa_lightning.data.feature_cache import Tower
+from cbsa_lightning.errors import ConfigError
+
+
+class CacheFeatures(L.Callback):
+    """Fills ``data.feature_cache``, if there is one, before the first epoch; see :class:`FeatureCache`."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Before a fit, computes what is missing; before another pass, sees that no other tower's features are read.
+
+        Here, since Lightning asks for the first loader as soon as it sets up the optimiser.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        if getattr(data, "feature_cache", None) is None:
+            return
+        tower = _tower(trainer, pl_module)
+        if stage != "fit":
+            data.forget_features(tower)
+            return
+        pl_module.to(trainer.strategy.root_device)  # where Lightning would move it a little later
+        store = data.compute_features(tower)
+        trainer.strategy.barrier("features")  # each process computed its share
+        data.use_features(tower, store)
+
+
+def _tower(trainer: L.Trainer, pl_module: Any) -> Tower:
+    weights = pl_module.network.frozen_weights
+    if weights is None:
+        raise ConfigError(
+            f"{type(pl_module.network).__name__} has no frozen image tower, so its features cannot be kept: set no "
+            "data.feature_cache."
+        )
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            found: Tensor = pl_module.network.features(images.to(pl_module.device))
+        return found
+
+    return Tower(features, weights, str(trainer.precision))

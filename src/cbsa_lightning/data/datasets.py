@@ -1,0 +1,79 @@
+"""The data set that loaders read, and how its items become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from cbsa_lightning.data.batches import EvalBatch, TrainBatch
+from cbsa_lightning.data.image_cache import Images
+from cbsa_lightning.data.samplers import Draw
+from cbsa_lightning.data.views import PlainView, StrongView, WeakView
+
+View = PlainView | WeakView | StrongView
+
+
+class ImageViews:
+    """One view of each image of a table, made when a draw asks for it.
+
+    Args:
+        images: The images.
+        view: Makes the view.
+    """
+
+    def __init__(self, images: Images, view: View) -> None:
+        self.images, self.view = images, view
+
+    def __call__(self, draw: Draw) -> Tensor:
+        """The view of a draw, (3, S, S) uint8."""
+        return self.view(self.images[draw.index], draw)
+
+
+class ViewDataset(Dataset[tuple[Any, ...]]):
+    """Views of images with their labels, indexed by :class:`Draw`.
+
+    Args:
+        views: Gives the view of a draw as a uint8 image, or as float16 features of it.
+        targets: ``(n, C)`` int8 handed out with the views.
+        labelled: ``(n,)`` bool handed out too, or None.
+    """
+
+    def __init__(
+        self, views: Callable[[Draw], Tensor], targets: np.ndarray, labelled: np.ndarray | None = None
+    ) -> None:
+        self.views, self.targets, self.labelled = views, targets, labelled
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
+        view, target = self.views(draw), torch.from_numpy(self.targets[draw.index])
+        if self.labelled is None:
+            return view, target, draw.index
+        return view, target, draw.index, bool(self.labelled[draw.index])
+
+
+def collate_train(items: list[tuple[Any, ...]]) -> TrainBatch:
+    """A batch of items with ``labelled``."""
+    views, targets, index, labelled = zip(*items, strict=True)
+    images, features = _stacked(views)
+    return TrainBatch(images, torch.stack(targets), torch.tensor(index), torch.tensor(labelled), features)
+
+
+def collate_eval(items: list[tuple[Any, ...]]) -> EvalBatch:
+    """A batch of items without."""
+    views, targets, index = zip(*items, strict=True)
+    images, features = _stacked(views)
+    return EvalBatch(images, torch.stack(targets), torch.tensor(index), features)
+
+
+def _stacked(views: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """Views as (images, None) or (None, features): images are uint8, features float16."""
+    # In a worker right in the memory that it shares with the trainer, which torch.stack does not.
+    stacked: Tensor = default_collate(list(views))
+    return (stacked, None) if stacked.dtype == torch.uint8 else (None, stacked)

@@ -1,0 +1,238 @@
+"""Kept features against those computed from the images, and what must make them anew."""
+
+from __future__ import annotations
+
+import shutil
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_lightning.comparison import zero_shot_report
+from cbsa_lightning.data.feature_cache import FeatureCache, KeptViews, StrongInTurn, Tower
+from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.samplers import Draw
+from cbsa_lightning.data.views import PlainView, StrongView, WeakView
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.labelers import LabelledOnly
+from tiny_clip import tiny_clip
+from tiny_data import SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+
+
+class Count(L.Callback):
+    """How many images the frozen tower was given: before training, in steps, and in passes without gradient."""
+
+    def __init__(self):
+        self.before = self.steps = self.passes = 0
+
+    def setup(self, trainer, module, stage):
+        self.started, compute = False, module.network.features
+
+        def counted(images):
+            name = "before" if not self.started else "steps" if module.training else "passes"
+            setattr(self, name, getattr(self, name) + len(images))
+            return compute(images)
+
+        module.network.features = counted
+
+    def on_train_start(self, trainer, module):
+        self.started = True
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+def cached_fit(folder, clip, source, strong=0, cache=None, **settings):
+    count = Count()
+    data = {"feature_cache": cache or FeatureCache(str(folder / "cache"), strong), **settings.pop("data", {})}
+    trainer = {"callbacks": [count], **settings.pop("trainer", {})}
+    module, trainer = tiny_fit(folder, clip, source, data=data, trainer=trainer, **settings)
+    return module, trainer, count
+
+
+def test_kept_views_are_the_views_of_training(squares):
+    files, contents = ImageFiles(squares.train()), [bytes([i]) * 32 for i in range(22)]
+    views = KeptViews(files, contents, np.ones((22, 4), dtype=bool), SIZE, 0.5)
+    plain, mirrored, first, second = views.make(3, [0, 1, 2, 3])
+    assert torch.equal(plain, PlainView(SIZE)(files[3]))
+    assert torch.equal(mirrored, plain.flip(-1))
+    place = int.from_bytes(contents[3][:4], "little")
+    for v, view in enumerate((first, second)):
+        assert torch.equal(view, StrongView(SIZE, 0, 0.5)(files[3], Draw(place, v, 0)))
+    assert not torch.equal(first, second)
+    weak = WeakView(SIZE, 5)
+    flips = set()
+    for epoch in range(8):
+        draw = Draw(3, epoch, 0)
+        flips.add(weak.flips(draw))
+        assert torch.equal(weak(files[3], draw), (plain, mirrored)[weak.flips(draw)])
+    assert flips == {True, False}
+    assert len({views.key(row, column) for row in range(22) for column in range(4)}) == 88
+    other = KeptViews(files, contents, views.needed, SIZE, 0.25)
+    assert other.key(3, 0) == views.key(3, 0)
+    assert other.key(3, 2) != views.key(3, 2)
+
+
+def test_strong_views_take_turns():
+    turn = StrongInTurn(4)
+    assert {turn(Draw(7, epoch, 0)) for epoch in range(4)} == {2, 3, 4, 5}
+    assert turn(Draw(7, 1, 0)) == turn(Draw(7, 0, 1)) == turn(Draw(7, 5, 0))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_kept_features_are_those_of_the_images(tmp_path, clip_folder, squares, precision):
+    """In value, in the loss and in its gradients, up to float16's rounding of the features."""
+    settings = {"decoder_dropout": 0.0, "warmup_epochs": 0, "trainer": {"precision": precision}, "max_epochs": 1}
+    cached, trainer, _ = cached_fit(tmp_path, clip_folder, squares, **settings)
+    data, plain_data = trainer.datamodule, tiny_data(squares)
+    plain_data.setup("fit")
+    loaders = [(data.weak_dataloader(3), plain_data.weak_dataloader(3))]
+    loaders.append((data.val_dataloader(), plain_data.val_dataloader()))
+    seen = 0
+    for kept, fresh in loaders:
+        for batch, expected in zip(kept, fresh, strict=True):
+            assert batch.images is None
+            assert batch.features.dtype == torch.float16
+            assert torch.equal(batch.index, expected.index)
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                features = cached.network.features(expected.images)
+            # bfloat16 values lie in float16 but for the smallest; float32 ones are rounded to 11 bits.
+            torch.testing.assert_close(batch.features.float(), features.float(), rtol=2**-11, atol=1e-7)
+            found = []
+            for given in (batch.features, features):
+                cached.zero_grad()
+                output = cached.network(given)
+                loss = cached.loss(output.logits, expected.targets).sum()
+                loss.backward()
+                gradients = [p.grad.flatten() for p in cached.network.parameters() if p.grad is not None]
+                found.append((loss.detach(), torch.cat(gradients)))
+            torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
+            assert torch.linalg.vector_norm(found[0][1] - found[1][1]) < 5e-3 * torch.linalg.vector_norm(found[1][1])
+            seen += len(features)
+    assert seen == 14 + 7
+
+
+def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
+    plain_count = Count()
+    plain_module, plain = tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [plain_count]})
+    assert plain_count.before == 0
+    assert plain_count.passes == 2 * 7 + 14
+    module, trainer, count = cached_fit(tmp_path, clip_folder, squares)
+    assert count.passes == 0
+    assert count.steps == plain_count.steps > 0
+    assert count.before == 14 * 2 + 7 + 1  # two flips of the unlabelled, the test images, and one to learn the shape
+    # Both had the same weights when thresholds were taken. (Later ones differ: a pseudo-label may tie within rounding.)
+    assert module.tau_pos.isfinite().any()
+    torch.testing.assert_close(module.tau_pos, plain_module.tau_pos, atol=5e-4, rtol=0)
+    torch.testing.assert_close(module.tau_neg, plain_module.tau_neg, atol=5e-4, rtol=0)
+    report = zero_shot_report(module.network.clip, trainer.datamodule)
+    expected = zero_shot_report(module.network.clip, plain.datamodule)["mAP"]
+    assert report["mAP"] == pytest.approx(float(expected), abs=0.05)  # of seven images
+    # A second run finds everything.
+    again, _, count = cached_fit(tmp_path, clip_folder, squares)
+    assert count.before == 1
+    assert differences(module.state_dict(), again.state_dict()) == []
+
+
+def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squares):
+    settings = {"data": {"held_out_fraction": 0.25, "num_workers": 2}}
+    module, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=3, **settings)
+    assert count.steps == count.passes == 0
+    assert count.before == 14 * 2 + 2 + 7 + 3 * (6 + 14) + 1
+    assert len(trainer.datamodule.split.held_out) == 2
+    other, _, _ = cached_fit(tmp_path, clip_folder, squares, strong=3, data={"held_out_fraction": 0.25})
+    assert differences(module.state_dict(), other.state_dict()) == [], "workers changed something"
+
+
+def test_labels_alone_need_no_view_of_the_unlabelled(tmp_path, clip_folder, squares):
+    _, _, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabelledOnly(), num_contexts=0)
+    assert count.before == 2 * 8 + 7 + 1
+    assert count.steps == 0
+
+
+def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
+    own = tmp_path / "own"
+    shutil.copytree(squares.train().root, own)
+    source = Squares(own)
+    fit = {"max_epochs": 1, "warmup_epochs": 0}
+    cache = FeatureCache(str(tmp_path / "cache"))
+    assert cached_fit(tmp_path, clip_folder, source, cache=cache, **fit)[2].before == 36
+    # The same files under other names: known by their content.
+    moved = tmp_path / "moved"
+    shutil.copytree(own, moved)
+    assert cached_fit(tmp_path, clip_folder, Squares(moved), cache=cache, **fit)[2].before == 1
+    # One file with other content, of an unlabelled image: its two views.
+    data = tiny_data(source)
+    data.setup("fit")
+    row = int(data.split.unlabelled[0])
+    file = source.train().file(row)
+    before = Image.open(file).copy()
+    Image.fromarray(255 - np.asarray(before)).save(file)
+    module, trainer, count = cached_fit(tmp_path, clip_folder, source, cache=cache, **fit)
+    assert count.before == 3
+    batch = next(iter(trainer.datamodule.weak_dataloader(0)))
+    image = WeakView(SIZE, 3)(np.asarray(Image.open(file)), Draw(row, 0, 0))
+    expected = module.network.features(image[None])[0]
+    torch.testing.assert_close(batch.features[0].float(), expected, rtol=2**-11, atol=1e-7)
+    before.save(file)
+    # Other weights, size or precision: everything anew.
+    other = tiny_clip(tmp_path / "other", "resnet", seed=1)
+    assert cached_fit(tmp_path, other, source, cache=cache, **fit)[2].before == 36
+    sized = cached_fit(tmp_path, clip_folder, source, cache=cache, data={"image_size": 96}, **fit)
+    assert sized[2].before == 36
+    half = cached_fit(tmp_path, clip_folder, source, cache=cache, trainer={"precision": "bf16-mixed"}, **fit)
+    assert half[2].before == 36
+    assert len(list((tmp_path / "cache").glob("features-*"))) == 4
+
+
+def test_another_module_gets_images(tmp_path, clip_folder, squares):
+    _, trainer, _ = cached_fit(tmp_path, clip_folder, squares, max_epochs=1)
+    data = trainer.datamodule
+    assert next(iter(data.val_dataloader())).images is None
+    other = tiny_module(tiny_clip(tmp_path / "other", "resnet", seed=1))
+    results = tiny_trainer(tmp_path).validate(other, datamodule=data, verbose=False)
+    expected = tiny_trainer(tmp_path).validate(other, datamodule=tiny_data(squares), verbose=False)
+    assert next(iter(data.val_dataloader())).images is not None
+    assert results == expected
+
+
+def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, squares, monkeypatch):
+    """As after a crash, and as with two processes that take a share each."""
+    cache = FeatureCache(str(tmp_path / "cache"), strong_views=1)
+    shares = [{"rank": rank, "world_size": 2} for rank in range(2)]
+    counts = []
+    for rank in shares:
+        data = tiny_data(squares, feature_cache=cache)
+        data.setup("fit")
+        monkeypatch.setattr(data, "_ranks", lambda rank=rank: rank)
+        module, count = tiny_module(clip_folder), Count()
+        count.setup(None, module, "fit")
+        data.compute_features(Tower(module.network.features, module.network.frozen_weights, "32-true"))
+        counts.append(count.before)
+    assert sum(counts) == 14 * 2 + 22 + 7 + 2
+    assert min(counts) > 20
+    assert cached_fit(tmp_path, clip_folder, squares, cache=cache, max_epochs=1)[2].before == 1
+
+
+def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
+    with pytest.raises(ConfigError, match="strong_views is -1"):
+        FeatureCache(strong_views=-1)
+    small = FeatureCache(str(tmp_path / "small"), strong_views=1000, limit_gb=0.01)
+    with pytest.raises(ConfigError, match=r"features need .* GB.*0.01 GB are allowed.*Keep fewer strong views"):
+        cached_fit(tmp_path, clip_folder, squares, cache=small)
+    module = tiny_module(clip_folder)
+    monkeypatch.setattr(type(module.network), "frozen_weights", None)
+    with pytest.raises(ConfigError, match="CBSANetwork has no frozen image tower"):
+        cached_fit(tmp_path, clip_folder, squares)
+
+
+def test_overflowing_features_are_refused(tmp_path, clip_folder, squares, monkeypatch):
+    network = type(tiny_module(clip_folder).network)
+    compute = network.features
+    monkeypatch.setattr(network, "features", lambda self, images: compute(self, images) * 1e6)
+    with pytest.raises(DataError, match="overflow float16"):
+        cached_fit(tmp_path, clip_folder, squares)
