@@ -379,7 +379,9 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
     start = time.perf_counter()
-    parts = [where(), f"A process that measures nothing holds {idle():,.0f} MiB; {args.threads} threads."]
+    load = os.getloadavg()[0]  # of others, who would make all figures too large
+    state = f"{args.threads} threads, load {load:.1f} before; a process that measures nothing holds {idle():,.0f} MiB."
+    parts = [where(), state]
     print(*parts, sep="\n\n", end="\n\n")
     for name in args.sections:
         parts.append(SECTIONS[name](args))

@@ -12,7 +12,7 @@ import cbsa_lightning
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
     {"errors", "embedded"},
-    {"data", "losses", "labelers", "contexts", "metrics", "clip"},
+    {"data", "losses", "thresholds", "labelers", "contexts", "metrics", "clip"},
     {"networks"},
     {"ema", "schedules", "context_task", "checkpoints", "predictions", "pictures", "inference", "callbacks"},
     {"module"},
@@ -76,7 +76,9 @@ def reached(file, seen=None):
     return seen
 
 
-@pytest.mark.parametrize("start", ["networks/cbsa.py", "inference.py", "clip/frozen.py", "losses.py", "labelers.py"])
+@pytest.mark.parametrize(
+    "start", ["networks/cbsa.py", "inference.py", "clip/frozen.py", "losses.py", "labelers.py", "thresholds.py"]
+)
 def test_pure_torch_never_reaches_lightning(start):
     for file, foreign in reached(start).items():
         assert not foreign & {"lightning", "pytorch_lightning", "lightning_fabric"}, f"{start} reaches it in {file}"

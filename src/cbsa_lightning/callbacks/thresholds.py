@@ -41,7 +41,7 @@ class UpdateThresholds(L.Callback):
         pl_module.tau_pos.copy_(tau_pos)
         pl_module.tau_neg.copy_(tau_neg)
         # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
-        pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 1.0)[0])
+        pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
         shape = (len(data.train_table), scores.shape[1])
         table = torch.full(shape, -1, dtype=torch.int8, device=pl_module.device)
         table[rows] = labels.to(table)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from typing import cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -66,14 +68,34 @@ def split_tower(visual: nn.Module) -> tuple[nn.Module, nn.Module]:
     return ViTTower(visual), pool
 
 
+class _Tracer(torch.fx.Tracer):
+    """Sees batch norms as wholes, timm's with their activation too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def fold_batch_norms(tower: nn.Module) -> None:
-    """Folds the frozen batch norms of a CLIP ResNet into its convolutions; other towers are left as they are."""
-    if not (isinstance(tower, nn.Sequential) and hasattr(tower, "layer4")):
+    """Folds each frozen batch norm that reads a convolution, and nothing else does, into that convolution.
+
+    A tower whose flow cannot be traced is left as it is.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
         return
-    pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last: of a block's short cut
-    for module in tower.modules():
-        for first, second in pairs:
-            convolution, norm = getattr(module, first, None), getattr(module, second, None)
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, fuse_conv_bn_eval(convolution, norm))
-                setattr(module, second, nn.Identity())
+    try:
+        graph = _Tracer().trace(tower)
+    except Exception:  # anything: tracing runs the tower's own code on symbols
+        warnings.warn(
+            f"{type(tower).__name__}: its batch norms cannot be folded; it works, a little slower.", stacklevel=3
+        )
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    for node in calls:
+        source = node.args[0]
+        if source not in calls or len(source.users) > 1 or max(times[node.target], times[source.target]) > 1:
+            continue
+        norm, convolution = tower.get_submodule(node.target), tower.get_submodule(source.target)
+        if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+            tower.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
+            tower.set_submodule(node.target, cast(nn.Module, getattr(norm, "act", nn.Identity())))

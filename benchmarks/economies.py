@@ -1,0 +1,237 @@
+"""What each economy of a training step is worth: the part that it changes, with and without it, in turn.
+
+    uv run python benchmarks/economies.py [--tower RN50] [--batch 16] [--classes 80] [--compile] [--out FILE]
+
+Every row compares a part of the step as the library runs it with the same part without one economy, in one process and
+alternately; the ratio is the median over the rounds. All but the optimiser's and the average's rows run forward and
+backward where the part is trained. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import markdown, where
+from torch import Tensor, nn
+
+from cbsa_lightning import CBSAModule
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
+
+SIZES = {"RN50": 224, "RN101": 448}
+Part = Callable[[], Any]
+
+
+class Bench:
+    """The network under measurement, and its inputs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.half = args.device, torch.float16 if args.device == "cuda" else torch.bfloat16
+        torch.manual_seed(0)
+        names = [f"class {i}" for i in range(args.classes)]
+        module = CBSAModule(names, clip=f"{args.tower}-quickgelu", pretrained=None, warmup_epochs=0)
+        self.network = module.network.to(self.device).train()
+        torch.manual_seed(0)
+        self.plain = FrozenCLIP.load(f"{args.tower}-quickgelu", None).to(self.device)
+        shape = (args.batch, 3, SIZES[args.tower], SIZES[args.tower])
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+        with torch.no_grad():
+            self.features = self.network.features(self.images)
+            self.tokens = self.network.clip.pool(self.features).l
+            self.queries = self.network.encode_text().semantic
+        self.names = names
+
+    def autocast(self, function: Part, enabled: bool = True) -> Part:
+        def run() -> None:
+            with torch.autocast(self.device, self.half, enabled=enabled):
+                function()
+
+        return run
+
+    def trained(self, function: Callable[[], list[Tensor]]) -> Part:
+        """Forward under autocast, and backward."""
+
+        def run() -> None:
+            with torch.autocast(self.device, self.half):
+                found = function()
+            torch.stack([part.float().sum() for part in found]).sum().backward()
+
+        return run
+
+    def timed(self, function: Part) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        function()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+
+def tower(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
+    """The frozen image tower."""
+    images, ours = bench.images, bench.network.clip
+    nhwc = copy.deepcopy(bench.plain)
+    nhwc.tower.to(memory_format=torch.channels_last)
+    for half in (False, True):
+        kind = str(bench.half).removeprefix("torch.") if half else "float32"
+        fast = bench.autocast(lambda: ours.features(images), half)
+        yield (
+            f"channels-last, {kind}",
+            bench.autocast(lambda: nhwc.features(images), half),
+            bench.autocast(lambda: bench.plain.features(images), half),
+        )
+        yield f"batch norms folded, {kind}", fast, bench.autocast(lambda: nhwc.features(images), half)
+    yield "half-precision autocast", fast, lambda: ours.features(images)
+    few = max(1, len(images) // 16)
+    yield (
+        "one pass for labelled and unlabelled",
+        fast,
+        bench.autocast(lambda: (ours.features(images[:few]), ours.features(images[few:]))),
+    )
+    if compiled:
+        compiled_tower = copy.deepcopy(ours)
+        compiled_tower.tower.compile()
+        yield "torch.compile of the tower (not kept)", bench.autocast(lambda: compiled_tower.features(images)), fast
+
+
+def text(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
+    """The text tower, forward and backward."""
+    network, plain = bench.network, bench.plain
+    sets = [network.target_prompts, network.semantic_prompts]
+    mask = torch.full((77, 77), float("-inf"), device=bench.device).triu(1)
+    ours = bench.trained(lambda: encode_prompt_sets(network.clip, sets))
+
+    def stock(length: int | None) -> list[Tensor]:
+        """open_clip's own blocks over ``length`` places, or as many as are needed."""
+        embeddings, ends = (torch.cat(part) for part in zip(*(prompts() for prompts in sets), strict=True))
+        x = nn.functional.pad(embeddings, (0, 0, 0, (length or embeddings.shape[1]) - embeddings.shape[1]))
+        tower, n = plain.text, x.shape[1]
+        x = tower.transformer(x + tower.positional_embedding[:n], attn_mask=mask[:n, :n])
+        return [tower.ln_final(x)[torch.arange(len(x)), ends] @ tower.text_projection]
+
+    yield "prompts cut behind the last end token", bench.trained(lambda: stock(None)), bench.trained(lambda: stock(77))
+    yield "own blocks: no transposes, last block at the end tokens", ours, bench.trained(lambda: stock(None))
+    yield (
+        "both prompt sets in one pass",
+        ours,
+        bench.trained(lambda: [encode_prompt_sets(network.clip, [one])[0] for one in sets]),
+    )
+    shared = [ClassPrompts(network.clip, bench.names, shared=True).to(bench.device) for _ in range(2)]
+    prefix_once = bench.trained(lambda: encode_prompt_sets(network.clip, shared))
+
+    def repeated() -> list[Tensor]:
+        embeddings, ends = (torch.cat(part) for part in zip(*(prompts() for prompts in shared), strict=True))
+        return [network.clip.encode_prompts(embeddings, ends)]
+
+    yield "shared prompts: common words once", prefix_once, bench.trained(repeated)
+    if compiled:
+        other = copy.deepcopy(network)
+        other.clip.text.compile()
+        yield (
+            "torch.compile of the text tower (not kept)",
+            bench.trained(lambda: encode_prompt_sets(other.clip, [other.target_prompts, other.semantic_prompts])),
+            ours,
+        )
+
+
+def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
+    """Decoder and attention pool, forward and backward; the decoder also without gradient."""
+    decoder, tokens, queries = bench.network.decoder, bench.tokens, bench.queries
+    layer = decoder.layers[0]
+    sizes = (queries.shape[1], layer.multihead_attn.num_heads, layer.linear1.out_features, layer.dropout.p)
+    stock = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), len(decoder.layers))
+    stock.load_state_dict(decoder.state_dict())
+    stock.to(bench.device)
+    ours = bench.trained(lambda: [decoder(queries, tokens)[0]])
+    theirs = bench.trained(lambda: [stock(queries.expand(len(tokens), -1, -1), tokens)])
+    yield "decoder: shared queries projected once", ours, theirs
+
+    def without_gradient(model: nn.Module, run: Part) -> Part:
+        def evaluate() -> None:
+            model.eval()
+            with torch.no_grad():
+                bench.autocast(run)()
+            model.train()
+
+        return evaluate
+
+    yield (
+        "the same without gradient",
+        without_gradient(decoder, lambda: decoder(queries, tokens)),
+        without_gradient(stock, lambda: stock(queries.expand(len(tokens), -1, -1), tokens)),
+    )
+    pool = bench.network.clip.pool
+
+    def explicit() -> list[Tensor]:
+        x = bench.features.flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
+        q, k, v = (pool._heads(layer(x)) for layer in (pool.q_proj, pool.k_proj, pool.v_proj))
+        seen = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1) @ v
+        return [pool.c_proj(seen.permute(2, 0, 1, 3).flatten(2))]
+
+    yield (
+        "attention pool: fused attention",
+        bench.trained(lambda: list(pool(bench.features)[:2])),
+        bench.trained(explicit),
+    )
+
+
+def update(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
+    """Optimiser and average."""
+    parameters = [p for p in bench.network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    fused, plain = (torch.optim.AdamW(parameters, lr=0.0, fused=kind) for kind in (True, None))
+    yield "fused AdamW", fused.step, plain.step
+    average, whole = ParameterEMA(bench.network, 0.9997), copy.deepcopy(bench.network.state_dict())
+
+    @torch.no_grad()
+    def everything() -> None:
+        for name, value in bench.network.state_dict().items():
+            if value.is_floating_point():
+                whole[name].copy_(0.9997 * whole[name] + 0.0003 * value)
+
+    yield "average of trainable weights, foreach", lambda: average.update(bench.network), everything
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tower", choices=list(SIZES), default="RN50")
+    parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 16)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes on a CPU")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    bench = Bench(args)
+    rows = []
+    for group in (tower, text, heads, update):
+        for name, ours, without in group(bench, args.compile):
+            ours(), without()
+            pairs = [(bench.timed(ours), bench.timed(without)) for _ in range(args.rounds)]
+            medians = [1000 * statistics.median(times) for times in zip(*pairs, strict=True)]
+            ratio = statistics.median(other / own for own, other in pairs)
+            rows.append([name, f"{medians[0]:.1f}", f"{medians[1]:.1f}", f"{ratio:.2f}"])
+            print(" | ".join(rows[-1]), flush=True)
+    table = markdown(["economy", "with, ms", "without, ms", "without/with"], rows)
+    shape = f"{args.tower} at {SIZES[args.tower]}, batch {args.batch}, {args.classes} classes"
+    text_ = f"{where(args.device)}. {shape}.\n\n{table}\n"
+    print(text_)
+    if args.out:
+        args.out.write_text(text_)
+
+
+if __name__ == "__main__":
+    main()
