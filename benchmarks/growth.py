@@ -4,9 +4,10 @@
 
 Every figure is taken in a process of its own, forked from this one, so its peak of memory is its own too; what a
 process holds before it does anything is said first. Seconds are the median of three repeats where those take less than
-five seconds, else of as many as fit, at least one. "growth" is the slope of log value over log size, fitted to the
-larger half of the sizes: 1 is proportional. A cell is left out where the memory of the cell before it, taken as
-proportional, says that this machine has too little. Weights are random. Linux only, for its counts of memory.
+three seconds, else of as many as fit, at least one. "growth" is the slope of log value over log size, fitted to the
+larger half of the sizes: 1 is proportional. No process may take more than 70 % of the memory that is free as it starts;
+a cell that needs more, or fails, is left out, and standard error says why. Weights are random. Linux only, for its
+counts of memory.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
-def timed(run: Callable[[], object], repeats: int = 3, budget: float = 5.0) -> float:
+def timed(run: Callable[[], object], repeats: int = 3, budget: float = 3.0) -> float:
     """Median seconds of ``run``."""
     seconds: list[float] = []
     while not seconds or (len(seconds) < repeats and sum(seconds) * (1 + 1 / len(seconds)) < budget):
@@ -84,10 +85,19 @@ def available() -> float:
     return int(lines["MemAvailable"].split()[0]) / 1024
 
 
+def stay_within(share: float) -> None:
+    """Lets allocations of this process fail beyond a share of the free memory, so that nobody else runs out of it."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmData"].split()[0]) * 1024 + int(share * available() * MIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    Path("/proc/self/oom_score_adj").write_text("1000")  # should others take the rest meanwhile: this one goes first
+
+
 def apart(measure: Callable[[int], float], size: int, threads: int) -> Cell:
     """``measure(size)`` in a process of its own."""
 
     def child() -> None:
+        stay_within(0.7)
         torch.set_num_threads(threads)
         value = measure(size)
         send.send(Cell(value, peak()))
@@ -97,11 +107,13 @@ def apart(measure: Callable[[int], float], size: int, threads: int) -> Cell:
     process.start()
     send.close()
     try:
-        return receive.recv()
-    except EOFError:  # it failed, and said why on its own
-        return Cell()
-    finally:
-        process.join()
+        cell = receive.recv()
+    except EOFError:
+        cell = Cell()
+    process.join()
+    if process.exitcode:  # negative: the signal that ended it, which says nothing on its own
+        print(f"size {size:,} ended with exit code {process.exitcode}", file=sys.stderr)
+    return cell
 
 
 @cache
@@ -111,15 +123,11 @@ def idle() -> float:
 
 
 def sweep(label: str, measure: Callable[[int], float], sizes: Sequence[int], threads: int) -> Row:
-    """``measure`` at all sizes, in ascending order, as far as memory goes."""
-    cells: list[Cell] = []
-    needed = 0.0
+    """``measure`` at all sizes."""
+    cells = []
     for size in sizes:
         print(f"{label}: {size:,}", file=sys.stderr)
-        fits = needed * size < 0.9 * available()
-        cells.append(apart(measure, size, threads) if fits else Cell())
-        if cells[-1].peak is not None:
-            needed = (cells[-1].peak - idle()) / size
+        cells.append(apart(measure, size, threads))
     return Row(label, cells)
 
 
@@ -321,6 +329,7 @@ SCORES = (82_081, 80)  # COCO's training images and classes
 
 def reduce_scores(rank: int, world: int, store: str, results: multiprocessing.SimpleQueue) -> None:
     """What callbacks/thresholds.py does once an epoch: each process has its own rows, and the others' as zeros."""
+    stay_within(0.7 / world)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     scores = torch.zeros(SCORES)
@@ -374,13 +383,15 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=[20, 80, 200, 500, 2000])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4, 8, 16, 32, 64])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, in each process")
+    # One by default: beside other work, several threads wait for each other and measure that.
+    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
     start = time.perf_counter()
+    torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]  # of others, who would make all figures too large
-    state = f"{args.threads} threads, load {load:.1f} before; a process that measures nothing holds {idle():,.0f} MiB."
+    state = f"Load {load:.1f} before; a process that measures nothing holds {idle():,.0f} MiB."
     parts = [where(), state]
     print(*parts, sep="\n\n", end="\n\n")
     for name in args.sections:

@@ -31,16 +31,20 @@ METHODS = ("labelled-only", "CBSA without contexts", "CBSA")
 
 
 class Minutes(L.Callback):
-    """Minutes before the first epoch (features), and of training with its passes."""
+    """Minutes before the first epoch (features), and of training with its passes.
+
+    Of the processor, so that other work on the machine does not count; on one thread and without workers that is what
+    an idle core would take.
+    """
 
     def setup(self, trainer, pl_module, stage):
-        self.begun = time.perf_counter()
+        self.begun = time.process_time()
 
     def on_train_start(self, trainer, pl_module):
-        self.features = (time.perf_counter() - self.begun) / 60
+        self.features = (time.process_time() - self.begun) / 60
 
     def on_fit_end(self, trainer, pl_module):
-        self.training = (time.perf_counter() - self.begun) / 60 - self.features
+        self.training = (time.process_time() - self.begun) / 60 - self.features
 
 
 def make_data(share, seed, cache, args):

@@ -18,6 +18,7 @@ VARIANTS = {
     "CLIP": {},
     "CustomTextCLIP": {"custom_text": True},
     "eos": {"text_cfg": {"pool_type": "eos", "eos_id": 49407}},
+    "quick-gelu": {"quick_gelu": True},
     "custom-eos-bias": {
         "custom_text": True,
         "text_cfg": {"pool_type": "eos", "eos_id": 49407, "proj_bias": True},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from cbsa_lightning.errors import ConfigError
@@ -152,5 +153,14 @@ def _after(start: Tensor, own: Tensor) -> Tensor:
 def _rest(block: Any, x: Tensor, seen: Tensor) -> Tensor:
     """What follows the attention in a block: projection, feed-forward and both residual sums."""
     x = x + block.ls_1(block.attn.out_proj(seen.transpose(1, 2).flatten(2)))
-    x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    x = x + block.ls_2(_feed_forward(block.mlp, block.ln_2(x)))
     return x
+
+
+def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    if not isinstance(mlp.gelu, QuickGELU):
+        out: Tensor = mlp(x)
+        return out
+    # x sigmoid(1.702 x) through torch's own kernel, which keeps one tensor for its backward instead of two.
+    out = mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
+    return out

@@ -205,8 +205,7 @@ class SSMLLDataModule(L.LightningDataModule):
     def _check_leaks(self) -> None:
         if self.test_table is None:
             return
-        seen = {str(self.train_table.file(i)) for i in range(len(self.train_table))}
-        shared = [str(f) for i in range(len(self.test_table)) if str(f := self.test_table.file(i)) in seen]
+        shared = self.train_table.shared_files(self.test_table)
         if shared:
             raise DataError(
                 f"{len(shared)} test image(s) are training images too: {listed(shared)}. A score on them would say "
