@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from cbsa_lightning.data.feature_cache import FeatureCache
 from tiny_data import Squares, tiny_fit
 
 TOLERANCE = 1e-4  # rounding, which 8 steps on tiny random towers multiply; prompts move by 0.6
@@ -100,3 +101,28 @@ def test_metrics(records):
             assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
         for name in ("val/mAP", "val/mAP_raw", "val/CF1", "val/OF1", "pseudo/precision", "pseudo/coverage"):
             assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6), name
+
+
+def test_kept_features_are_computed_in_shares(tmp_path, clip_folder, squares_folder):
+    """Two processes fill one cache; what they then learn is what one process learns from it."""
+    found = []
+    for settings in ({"devices": 2, "strategy": "ddp_spawn"}, {}):
+        tiny_fit(
+            tmp_path,
+            clip_folder,
+            Squares(squares_folder, train=21),
+            data={"feature_cache": FeatureCache(str(tmp_path / "cache"), strong_views=1)},
+            trainer={"callbacks": [Record(tmp_path)], **settings},
+            warmup_epochs=0,
+            max_epochs=1,
+            decoder_dropout=0.0,
+            optimizer=partial(torch.optim.SGD, lr=0.01),
+        )
+        found.append(next((tmp_path / "cache").glob("features-*/index.bin")).read_bytes())
+    assert found[0] == found[1], "one process computed something anew"
+    assert len(found[0]) == 36 * (13 * 2 + 21 + 7)  # bytes a key; weak views, strong views, test images
+    one, *two = (torch.load(tmp_path / f"end-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
+    for other in two:
+        assert torch.equal(other["pseudo_labels"], one["pseudo_labels"])
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], value, atol=TOLERANCE, rtol=0)

@@ -46,9 +46,10 @@ class UpdateThresholds(L.Callback):
         table = torch.full(shape, -1, dtype=torch.int8, device=pl_module.device)
         table[rows] = labels.to(table)
         pl_module.pseudo_labels = table
+        truth = data.hidden_targets()
         if contexts is not None:
-            self._label_contexts(pl_module, contexts, len(table), rows, data.hidden_targets())
-        self._log_quality(pl_module, labels.cpu(), data.hidden_targets())
+            self._label_contexts(pl_module, contexts, len(table), rows, truth)
+        self._log_quality(pl_module, labels.cpu(), truth)
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:

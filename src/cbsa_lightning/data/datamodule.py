@@ -317,9 +317,8 @@ class SSMLLDataModule(L.LightningDataModule):
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         labelled = np.zeros(len(self.train_table), dtype=bool)
         labelled[self.split.labelled] = True
-        visible = np.where(labelled[:, None], self.train_table.labels, np.int8(-1))
         view = StrongView(self.image_size, self.seed, self.cutout)
-        dataset = ViewDataset(self._views("train", self._train_images, view), visible, labelled)
+        dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labelled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
         if stage == "warm-up":

@@ -40,7 +40,8 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
     Args:
         views: Gives the view of a draw as a uint8 image, or as float16 features of it.
         targets: ``(n, C)`` int8 handed out with the views.
-        labelled: ``(n,)`` bool handed out too, or None.
+        labelled: ``(n,)`` bool handed out too, or None. Targets of rows that are not labelled come out as -1, so that
+            training never sees them.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
         view, target = self.views(draw), torch.from_numpy(self.targets[draw.index])
         if self.labelled is None:
             return view, target, draw.index
-        return view, target, draw.index, bool(self.labelled[draw.index])
+        labelled = bool(self.labelled[draw.index])
+        return view, target if labelled else torch.full_like(target, -1), draw.index, labelled
 
 
 def collate_train(items: list[tuple[Any, ...]]) -> TrainBatch:
