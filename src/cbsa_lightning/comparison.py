@@ -40,9 +40,8 @@ def zero_shot_report(
     clip = clip.to(device)
     text = nn.functional.normalize(clip.encode_texts([template.format(n) for n in data.prompt_names]), dim=-1)
     report = MultilabelReport(len(text)).to(device)
-    for batch in tqdm(data.val_dataloader(), desc="Zero-shot", leave=False):
-        features = batch.features if batch.features is not None else clip.features(batch.images.to(device))
-        image = nn.functional.normalize(clip.pool(features.to(device)).g, dim=-1)
+    for batch in tqdm(data.val_images(), desc="Zero-shot", leave=False):  # kept features may be of another tower
+        image = nn.functional.normalize(clip.image_tokens(batch.images.to(device)).g, dim=-1)
         report.update(clip.logit_scale * image @ text.T, batch.targets.to(device))
     return report.compute()
 

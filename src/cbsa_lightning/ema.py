@@ -73,3 +73,4 @@ class ParameterEMA(nn.Module):
     def _exchange(averages: list[Tensor], current: list[Tensor]) -> None:
         for average, weight in zip(averages, current, strict=True):
             average.data, weight.data = weight.data, average.data
+        torch.clear_autocast_cache()  # which knows a weight by its identity, and that has not changed

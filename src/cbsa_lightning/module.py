@@ -158,8 +158,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def features_of(self, batch: TrainBatch | EvalBatch) -> Tensor:
         """Frozen features ``(B, ...)`` of a batch: computed from its images, unless it brings them from a cache."""
-        if batch.features is not None:
-            return batch.features
+        features: Tensor | None = getattr(batch, "features", None)  # a data module of one's own may know of none
+        if features is not None:
+            return features
         return self.network.features(cast(Tensor, batch.images))
 
     # Training --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -189,6 +190,16 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
     assert len(list((tmp_path / "cache").glob("features-*"))) == 4
 
 
+def test_another_activation_is_another_tower(tmp_path):
+    """The same weights: only the fingerprint of the tower's structure tells them apart."""
+    found = set()
+    for name, changes in (("gelu", {}), ("quick", {"quick_gelu": True}), ("heads", {"vision_cfg": {"head_width": 8}})):
+        network = tiny_module(tiny_clip(tmp_path / name, "vit", **changes)).network
+        found.add(network.frozen_weights)
+        assert network.clip.fingerprint == tiny_module(tmp_path / "gelu").network.clip.fingerprint
+    assert len(found) == 3
+
+
 def test_another_module_gets_images(tmp_path, clip_folder, squares):
     _, trainer, _ = cached_fit(tmp_path, clip_folder, squares, max_epochs=1)
     data = trainer.datamodule
@@ -203,16 +214,20 @@ def test_another_module_gets_images(tmp_path, clip_folder, squares):
 def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, squares, monkeypatch):
     """As after a crash, and as with two processes that take a share each."""
     cache = FeatureCache(str(tmp_path / "cache"), strong_views=1)
-    shares = [{"rank": rank, "world_size": 2} for rank in range(2)]
+    shares = [{"local_rank": rank, "num_devices": 2} for rank in range(2)]
     counts = []
     for rank in shares:
         data = tiny_data(squares, feature_cache=cache)
         data.setup("fit")
-        monkeypatch.setattr(data, "_ranks", lambda rank=rank: rank)
+        data.trainer = SimpleNamespace(**rank, lightning_module=None)
         module, count = tiny_module(clip_folder), Count()
         count.setup(None, module, "fit")
         data.compute_features(Tower(module.network.features, module.network.frozen_weights, "32-true"))
         counts.append(count.before)
+        if len(counts) == 1:  # the other has not come to its share
+            tower = Tower(module.network.features, module.network.frozen_weights, "32-true")
+            with pytest.raises(DataError, match="features are missing"):
+                data.use_features(tower, cache.open(tower, SIZE, None))
     assert sum(counts) == 14 * 2 + 22 + 7 + 2
     assert min(counts) > 20
     assert cached_fit(tmp_path, clip_folder, squares, cache=cache, max_epochs=1)[2].before == 1

@@ -116,7 +116,9 @@ class RunReport(L.Callback):
         reasons = {
             "it is switched off": not self.enabled,
             "this is a fast_dev_run": bool(trainer.fast_dev_run),
-            "there is no data module with eval_table()": not hasattr(trainer.datamodule, "eval_table"),
+            "there is no data module with eval_table() and image_size": not (
+                hasattr(trainer.datamodule, "eval_table") and hasattr(trainer.datamodule, "image_size")
+            ),
         }
         folder = trainer.log_dir
         reasons["the run has no folder"] = folder is None

@@ -232,13 +232,22 @@ class SSMLLDataModule(L.LightningDataModule):
         cache = self._cache()
         store = cache.open(tower, self.image_size, self._at_least)
         tables = list(self._kept_views().values())
-        fill(store, tower, tables, cache.limit_gb, self.num_workers, **self._ranks())
+        trainer = self.trainer
+        # Among the processes of one machine: the folder may lie on its own disk.
+        share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
+        fill(store, tower, tables, cache.limit_gb, self.num_workers, *share)
         return store
 
     def use_features(self, tower: Tower, store: RowStore) -> None:
         """Has the loaders made from now on give features in the place of images; all must have been computed."""
         store.refresh()
-        rows = {part: views.rows(store) for part, views in self._kept_views().items()}
+        kept = self._kept_views()
+        rows = {part: views.rows(store) for part, views in kept.items()}
+        missing = sum(int((views.needed & (rows[part] < 0)).sum()) for part, views in kept.items())
+        if missing:
+            raise DataError(
+                f"{store.folder}: {missing} features are missing; was another process stopped? Start again."
+            )
         rows["held_out"] = rows["train"][self.split.held_out]
         self._features = Features(tower, store, rows)
 
@@ -382,6 +391,11 @@ class SSMLLDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Images held out from the labelled ones if any were, else the test images."""
         return self._eval_loader(*self._evaluated())
+
+    def val_images(self) -> DataLoader[EvalBatch]:
+        """The images of :meth:`val_dataloader` themselves, also where features of them are kept."""
+        _, table, images = self._evaluated()
+        return self._eval_loader(None, table, images)
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
         """The source's test images, or the held-out ones where it has none."""

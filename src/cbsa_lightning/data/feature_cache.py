@@ -134,7 +134,7 @@ def plain(draw: Draw) -> int:
 
 @dataclass(frozen=True)
 class StrongInTurn:
-    """Column of one of ``number`` strong views: another at each epoch and visit, until all had their turn."""
+    """Column of one of ``number`` strong views, the next one at each epoch and at each visit within it."""
 
     number: int
 

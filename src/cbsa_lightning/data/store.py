@@ -14,6 +14,7 @@ import shutil
 import struct
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -325,7 +326,7 @@ def _write(file: Path, start: int, content: bytes | memoryview) -> None:
 
 def _replace(file: Path, text: str) -> None:
     """Writes a file that is, at any time, the old one or the new one whole."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # process numbers are unique on one machine only
     with part.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -87,8 +88,13 @@ class CBSANetwork(Network):
 
     @property
     def frozen_weights(self) -> str:
-        """Fingerprint of the CLIP weights as they were loaded; training the pool does not change it."""
-        return self.clip.fingerprint
+        """Fingerprint of the CLIP weights as they were loaded, and of how the tower uses them.
+
+        The same weights give other features under another activation or number of heads, which no weight shows.
+        """
+        tower = self.clip.tower
+        heads = [f"{name} {m.num_heads}" for name, m in tower.named_modules() if hasattr(m, "num_heads")]
+        return hashlib.sha256("\n".join([self.clip.fingerprint, repr(tower), *heads]).encode()).hexdigest()
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""

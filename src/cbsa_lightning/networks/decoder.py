@@ -57,7 +57,7 @@ def _attend(
     dropout = layer.dropout if layer.training else 0.0
     weights = None
     if attention:  # the fused kernel keeps the weights to itself
-        weights = (q @ k.transpose(2, 3) / layer.head_dim**0.5).softmax(-1)
+        weights = (q / layer.head_dim**0.5 @ k.transpose(2, 3)).softmax(-1)
         seen, weights = F.dropout(weights, dropout) @ v, weights.mean(1)
     else:
         seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
