@@ -402,9 +402,10 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         n = f["images"]
         ms = {name: 1000 * f[name] / n for name in ("step", "reference", "floor")}
         share = f["operations"] / f["step"] / f["rate"]
+        memory = [f"{f['memory'][who] / n:.4f}" if who in f["memory"] else "" for who in ("step", "reference")]
         steps.append([
             cell, *(f"{ms[name]:.2f}" for name in ms), f"{f['step'] / f['floor']:.2f}",
-            f"{f['reference'] / f['step']:.2f}", *(f"{f['memory'][w] / n:.4f}" if w in f["memory"] else "" for w in ("step", "reference")),
+            f"{f['reference'] / f['step']:.2f}", *memory,
             f"{f['operations'] / n / 1e9:.1f}", f"{100 * share:.0f} %", f"{f['rounds']}",
         ])  # fmt: skip
         for who in ("step", "reference"):
