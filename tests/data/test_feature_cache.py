@@ -222,12 +222,12 @@ def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, s
         data.trainer = SimpleNamespace(**rank, lightning_module=None)
         module, count = tiny_module(clip_folder), Count()
         count.setup(None, module, "fit")
-        data.compute_features(Tower(module.network.features, module.network.frozen_weights, "32-true"))
+        tower = Tower(module.network.features, module.network.frozen_weights, "32-true")
+        store, kept = data.compute_features(tower)
         counts.append(count.before)
         if len(counts) == 1:  # the other has not come to its share
-            tower = Tower(module.network.features, module.network.frozen_weights, "32-true")
             with pytest.raises(DataError, match="features are missing"):
-                data.use_features(tower, cache.open(tower, SIZE, None))
+                data.use_features(tower, store, kept)
     assert sum(counts) == 14 * 2 + 22 + 7 + 2
     assert min(counts) > 20
     assert cached_fit(tmp_path, clip_folder, squares, cache=cache, max_epochs=1)[2].before == 1

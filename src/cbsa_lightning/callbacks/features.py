@@ -28,9 +28,9 @@ class CacheFeatures(L.Callback):
             data.forget_features(tower)
             return
         pl_module.to(trainer.strategy.root_device)  # where Lightning would move it a little later
-        store = data.compute_features(tower)
+        store, kept = data.compute_features(tower)
         trainer.strategy.barrier("features")  # each process computed its share
-        data.use_features(tower, store)
+        data.use_features(tower, store, kept)
 
 
 def _tower(trainer: L.Trainer, pl_module: Any) -> Tower:

@@ -222,8 +222,11 @@ class SSMLLDataModule(L.LightningDataModule):
 
     # Features of a frozen tower --------------------------------------------------------------------------------
 
-    def compute_features(self, tower: Tower) -> RowStore:
+    def compute_features(self, tower: Tower) -> tuple[RowStore, dict[str, KeptViews]]:
         """Computes this process's share of the features that :attr:`feature_cache` is to keep, where they are missing.
+
+        Returns:
+            Where they are kept, and what is kept of each part of the data set: what :meth:`use_features` takes.
 
         Raises:
             ConfigError: They would exceed the cache's limit or the disk.
@@ -231,17 +234,16 @@ class SSMLLDataModule(L.LightningDataModule):
         """
         cache = self._cache()
         store = cache.open(tower, self.image_size, self._at_least)
-        tables = list(self._kept_views().values())
+        kept = self._kept_views()
         trainer = self.trainer
         # Among the processes of one machine: the folder may lie on its own disk.
         share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
-        fill(store, tower, tables, cache.limit_gb, self.num_workers, *share)
-        return store
+        fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share)
+        return store, kept
 
-    def use_features(self, tower: Tower, store: RowStore) -> None:
+    def use_features(self, tower: Tower, store: RowStore, kept: dict[str, KeptViews]) -> None:
         """Has the loaders made from now on give features in the place of images; all must have been computed."""
         store.refresh()
-        kept = self._kept_views()
         rows = {part: views.rows(store) for part, views in kept.items()}
         missing = sum(int((views.needed & (rows[part] < 0)).sum()) for part, views in kept.items())
         if missing:
