@@ -1,0 +1,172 @@
+"""What the benchmarks on unlabelled images share: two data sets, one way to train a cell, and its figures in a file.
+
+*digits* are the embedded canvases, *photos* the photographs below ``--photos`` in the VOC layout. Features of the
+frozen tower are kept below ``--out``, strong views among them, so that a fit costs no tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+
+from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.readers.digits import Digits
+from cbsa_lightning.data.readers.voc import VOC
+
+LABELLED_PER_BATCH = 16  # of the runs that do not follow CAP's share
+COUNTED = 5  # test positives that a class needs to count in the mean
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+
+
+class Cell(NamedTuple):
+    """One draw of labelled images: data set ("digits" or "photos"), their share p, and the seed."""
+
+    data: str
+    share: float
+    seed: int
+
+
+class Settings(NamedTuple):
+    """What differs between the two data sets: lengths of the stages in epochs, and images a step."""
+
+    warmup: int
+    epochs: int
+    batch: int
+    model: dict[str, Any]
+
+
+SETTINGS = {
+    "digits": Settings(30, 6, 48, {"clip": "embedded", "prompt_length": 4, "decoder_feedforward": 256}),
+    "photos": Settings(8, 4, 64, {}),
+}
+CONTEXTS = {"digits": 3, "photos": 2}
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark here needs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for images, features and results")
+    parser.add_argument("--data", nargs="+", default=["digits"], choices=list(SETTINGS))
+    parser.add_argument("--photos", help="folder that holds VOCdevkit")
+    parser.add_argument("--clip", help="open_clip folder or name, for the photographs")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.05])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--drawing", type=int, default=0, help="seed of the canvases; settings were chosen on 7")
+    parser.add_argument("--strong-views", type=int, default=8, help="kept strong views an image")
+    parser.add_argument("--only", nargs="*", help="names of the runs to make; all if not given")
+    return parser
+
+
+def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None) -> SSMLLDataModule:
+    """The data of a cell; ``labelled`` images a step instead of CAP's share, beside as many unlabelled ones."""
+    size = SETTINGS[cell.data].batch
+    caps = min(max(1, int(1.25 * cell.share * size + 0.5)), size - 1)
+    labelled = caps if labelled is None else labelled
+    common: dict[str, Any] = {
+        "labelled_fraction": cell.share,
+        "seed": cell.seed,
+        "batch_size": labelled + size - caps,
+        "labelled_per_batch": labelled,
+        "num_workers": 0,
+        "feature_cache": FeatureCache(str(args.out / f"features-{cell.data}"), args.strong_views, 100.0),
+    }
+    if cell.data == "digits":
+        source = Digits(root=str(args.out / "digits"), seed=args.drawing)
+        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **common)
+    return SSMLLDataModule(VOC(args.photos), **common)
+
+
+def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **changes: Any) -> CBSAModule:
+    """The untrained network of a cell, the same for the same cell but for the ``changes``."""
+    L.seed_everything(cell.seed, verbose=False)
+    settings = SETTINGS[cell.data]
+    own = {"warmup_epochs": settings.warmup, "ema_decay": 0.98, "num_contexts": 0, **settings.model}
+    if cell.data == "photos":
+        own["clip"] = args.clip
+    return CBSAModule(data.class_names, prompt_names=data.prompt_names, **{**own, **changes})
+
+
+def trainer_settings(cell: Cell) -> dict[str, Any]:
+    """Arguments of the Trainer: on the processor, nothing written, validated once at the end."""
+    total = SETTINGS[cell.data].warmup + SETTINGS[cell.data].epochs
+    return {
+        "max_epochs": total,
+        "accelerator": "cpu",
+        "precision": "bf16-mixed",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "check_val_every_n_epoch": total,
+    }
+
+
+def train(cell: Cell, module: CBSAModule, data: SSMLLDataModule) -> dict[str, Any]:
+    """Trains and tests; gives mAP in %, AP of each class, quality of the pseudo-labels and processor seconds."""
+    begun = time.process_time()
+    trainer = L.Trainer(**trainer_settings(cell))
+    trainer.fit(module, datamodule=data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    ap = {name: metrics[f"val/AP/{name}"] for name in data.class_names}
+    pseudo = {k.removeprefix("pseudo/"): v for k, v in metrics.items() if k.startswith("pseudo/")}
+    return {"mAP": counted_map(ap, data), "AP": ap, "pseudo": pseudo, "seconds": time.process_time() - begun}
+
+
+def counted_map(ap: dict[str, float], data: SSMLLDataModule) -> float:
+    """mAP in % over the classes with at least :data:`COUNTED` test positives."""
+    table = data.eval_table()
+    positives = (table.labels == 1).sum(0)
+    return 100 * float(np.mean([ap[n] for n, p in zip(table.class_names, positives, strict=True) if p >= COUNTED]))
+
+
+class Results:
+    """A file of finished runs, one JSON object a line; what is in it is not run again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All finished runs."""
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def has(self, name: str, cell: Cell) -> bool:
+        """Whether this run is there."""
+        return any((r["run"], *(r[f] for f in Cell._fields)) == (name, *cell) for r in self.read())
+
+    def add(self, name: str, cell: Cell, figures: dict[str, Any]) -> None:
+        """Writes a run down."""
+        with self.file.open("a") as file:
+            file.write(json.dumps({"run": name, **cell._asdict(), **figures}) + "\n")
+        print(f"{cell.data} p={cell.share} seed={cell.seed} {name}: mAP {figures['mAP']:.2f}", flush=True)
+
+
+def mean_and_error(values: Iterable[float]) -> str:
+    """Mean and standard error of the mean."""
+    found = np.array(list(values))
+    if len(found) < 2:
+        return f"{found.mean():.1f}" if len(found) else "not run"
+    return f"{found.mean():.1f} ± {found.std(ddof=1) / len(found) ** 0.5:.1f}"
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """All cells that were asked for."""
+    return [Cell(d, p, s) for d in args.data for p in args.shares for s in args.seeds]
+
+
+torch.set_num_threads(1)
