@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from cells import Cell, Results, arguments, cells, make_data, make_module, mean_and_error, train
 from measuring import markdown, where
 from torch import Tensor

@@ -12,7 +12,7 @@ import cbsa_lightning
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
     {"errors", "embedded"},
-    {"data", "losses", "thresholds", "labelers", "contexts", "metrics", "clip"},
+    {"data", "losses", "thresholds", "labelers", "stacking", "contexts", "metrics", "clip"},
     {"networks"},
     {"ema", "schedules", "context_task", "checkpoints", "predictions", "pictures", "inference", "callbacks"},
     {"module"},

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import Labeler
+from cbsa_lightning.labelers import EvidenceLabeler, Labeler
 from cbsa_lightning.losses import ElementwiseLoss
 from cbsa_lightning.module import SSMLLModule, adamw
 from cbsa_lightning.networks.cbsa import CBSANetwork, build_cbsa_network
@@ -42,7 +42,8 @@ class CBSAModule(SSMLLModule):
         learn_scale: Whether that factor is learnt.
         train_pool: Whether CLIP's attention pool is trained.
         pool_lr_scale: Its factor of the learning rate.
-        labeler: Makes pseudo-labels; None: CAT. ``LabelledOnly()`` trains on the labels alone.
+        labeler: Makes pseudo-labels; None: CAT. ``StackedProbes()`` makes safer ones where labels are few,
+            ``LabelledOnly()`` trains on the labels alone.
         loss: Element-wise loss; None: ASL(0, 4, 0.05).
         warmup_epochs: Epochs on labelled images only.
         unsup_weight: Factor of the loss on pseudo-labels.
@@ -77,7 +78,7 @@ class CBSAModule(SSMLLModule):
         learn_scale: bool = True,
         train_pool: bool = True,
         pool_lr_scale: float = 0.1,
-        labeler: Labeler | None = None,
+        labeler: Labeler | EvidenceLabeler | None = None,
         loss: ElementwiseLoss | None = None,
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,

@@ -85,7 +85,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
 
 class Labeler(ABC):
-    """Turns the scores of the unlabelled set into pseudo-labels; a method's configuration chooses one."""
+    """Turns the scores of the unlabelled set into pseudo-labels, anew each epoch; a method's configuration chooses."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
@@ -95,6 +95,40 @@ class Labeler(ABC):
             scores: ``(n, C)`` probabilities of the weak views.
             positive_rate: ``(C,)`` share of positives in the labelled set.
         """
+
+
+class Evidence(NamedTuple):
+    """What is known of N training images before training, m of them labelled.
+
+    Attributes:
+        descriptors: frozen descriptions of the images, each ``(N, D)`` with a D of its own.
+        scores: scores that no label went into, such as zero-shot ones, each ``(N, C)``.
+        labelled: ``(m,)`` int64, which of the N images are labelled.
+        labels: ``(m, C)`` in {1, 0, -1 unknown}, of those.
+    """
+
+    descriptors: list[Tensor]
+    scores: list[Tensor]
+    labelled: Tensor
+    labels: Tensor
+
+
+class EvidenceLabeler(ABC):
+    """Labels the unlabelled images once, before training, from frozen features and the labelled images."""
+
+    @abstractmethod
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Labels every entry.
+
+        Returns:
+            ``(N - m, C)`` float32, of the images without labels in their order: the probability of the label, to be
+            learnt as a soft target, or -1 where the entry is to be ignored.
+        """
+
+
+def rounded(targets: Tensor) -> Tensor:
+    """Soft targets in [0, 1], -1 ignored, as int8 labels in {1, 0, -1}: positive from one half on."""
+    return torch.where(targets < 0, -1, (targets >= 0.5).to(torch.int8)).to(torch.int8)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ No function here reduces over images: the training loop owns the reduction (sum 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +76,25 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         x = logits.float()
         return _choose(-F.logsigmoid(x), -F.logsigmoid(-x), targets)
+
+
+def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
+    """An element-wise loss for soft targets: ``t * loss(positive) + (1 - t) * loss(negative)``.
+
+    Args:
+        loss: of logits ``(B, C)`` and int targets ``(B, C)``, element-wise.
+        logits: ``(B, C)``, any floating type.
+        targets: ``(B, C)`` floating, the probability t of the label in [0, 1], or -1 unknown.
+
+    Returns:
+        ``(B, C)``, 0 at unknown entries; for targets of 0, 1 and -1 what ``loss`` gives.
+    """
+    known = targets >= 0
+    hard = known.to(torch.int8)
+    negative_hard = hard - 1  # 0 where known, -1 where not
+    positive, negative = loss(logits, 2 * hard - 1), loss(logits, negative_hard)
+    share = targets.float().clamp(min=0)
+    return share * positive + (1 - share) * negative
 
 
 def context_loss(logits: Tensor, targets: Tensor) -> Tensor:

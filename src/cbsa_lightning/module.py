@@ -21,8 +21,8 @@ from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.labelers import ClassDistributionAware, Labeler, LabelledOnly
-from cbsa_lightning.losses import AsymmetricLoss, context_loss
+from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
+from cbsa_lightning.losses import AsymmetricLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable
@@ -55,7 +55,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         class_names: The C class names.
         prompt_names: How prompts spell them; None: as ``class_names``.
         network: Makes the network from the prompt names.
-        labeler: Makes pseudo-labels; None: the paper's CAT. ``LabelledOnly()`` trains on the labels alone.
+        labeler: Makes pseudo-labels, anew each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
+            paper's CAT. ``LabelledOnly()`` trains on the labels alone.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
         contexts: Options of context identification; used when the network has a context head.
         warmup_epochs: Epochs of the first stage.
@@ -78,7 +79,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         class_names: Sequence[str],
         network: NetworkCallable,
         prompt_names: Sequence[str] | None = None,
-        labeler: Labeler | None = None,
+        labeler: Labeler | EvidenceLabeler | None = None,
         loss: LossCallable | None = None,
         contexts: ContextTask | None = None,
         warmup_epochs: int = 8,
@@ -178,10 +179,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         size = self._mean_batch_size(batch)
         output = self.network(self.features_of(batch), self.network.encode_text())
         known = batch.labelled.to(torch.float32)
-        targets = batch.targets
-        if self.pseudo_labels is not None:
-            targets = torch.where(batch.labelled[:, None], targets, self.pseudo_labels[batch.index])
-        per_image = self.loss(output.logits, targets).sum(1)
+        per_image = self._label_loss(output.logits, batch).sum(1)
         sup = (per_image * known).sum() / size
         unsup = (per_image * (1 - known)).sum() / size
         loss = sup + self.unsup_weight * unsup
@@ -195,6 +193,15 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._images += len(batch.index) * self.trainer.world_size
         return loss
+
+    def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
+        """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
+        if self.pseudo_labels is None:
+            return self.loss(logits, batch.targets)
+        targets = torch.where(batch.labelled[:, None], batch.targets, self.pseudo_labels[batch.index])
+        if targets.is_floating_point():
+            return soft_target_loss(self.loss, logits, targets)
+        return self.loss(logits, targets)
 
     def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
         """Images of this step a process: shares differ by one at most; divided by their mean, gradients average right.

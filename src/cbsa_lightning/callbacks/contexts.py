@@ -17,6 +17,7 @@ from cbsa_lightning.contexts import (
     soft_context_targets,
 )
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import rounded
 
 
 class UpdateContexts(L.Callback):
@@ -47,7 +48,8 @@ class UpdateContexts(L.Callback):
             return
         data = data_of(trainer)
         labels = data.labelled_targets()
-        pseudo = pl_module.pseudo_labels[torch.as_tensor(data.split.unlabelled, device=pl_module.device)].cpu()
+        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        pseudo = rounded(pl_module.pseudo_labels[rows]).cpu()
         self._partition(pl_module, labels, pseudo)
         self._label(pl_module, data, labels)
 

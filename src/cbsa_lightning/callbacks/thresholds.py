@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cbsa_lightning.contexts import context_targets
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import class_thresholds, positive_rates
+from cbsa_lightning.labelers import Evidence, EvidenceLabeler, class_thresholds, positive_rates, rounded
 from cbsa_lightning.metrics import pseudo_label_quality
 
 
@@ -20,15 +21,20 @@ class UpdateThresholds(L.Callback):
 
     Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, its table of pseudo-labels, and, where
     there is a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the
-    quality of the pseudo-labels.
+    quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before the first epoch, and those labels stay.
     """
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Class rates come from the labelled images alone."""
-        self._rates = positive_rates(data_of(trainer).labelled_targets())
+        """Class rates come from the labelled images alone; labels that are made once are made here."""
+        data = data_of(trainer)
+        self._rates = positive_rates(data.labelled_targets())
         pl_module.positive_rate.copy_(self._rates)
+        # A resumed run has them from its checkpoint: its attention pool is no longer CLIP's own.
+        if isinstance(pl_module.labeler, EvidenceLabeler) and pl_module.pseudo_labels is None:
+            labels = pl_module.labeler(self._evidence(trainer, pl_module, data))
+            self._fill(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The pass of the epoch."""
@@ -37,19 +43,51 @@ class UpdateThresholds(L.Callback):
         data = data_of(trainer)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         scores, contexts = self._score(trainer, pl_module, data, rows)
-        labels, tau_pos, tau_neg = pl_module.labeler(scores, self._rates)
-        pl_module.tau_pos.copy_(tau_pos)
-        pl_module.tau_neg.copy_(tau_neg)
+        if isinstance(pl_module.labeler, EvidenceLabeler):
+            labels = rounded(pl_module.pseudo_labels[rows])
+        else:
+            labels, tau_pos, tau_neg = pl_module.labeler(scores, self._rates)
+            pl_module.tau_pos.copy_(tau_pos)
+            pl_module.tau_neg.copy_(tau_neg)
+            self._fill(pl_module, data, labels)
         # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
         pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
-        shape = (len(data.train_table), scores.shape[1])
-        table = torch.full(shape, -1, dtype=torch.int8, device=pl_module.device)
-        table[rows] = labels.to(table)
-        pl_module.pseudo_labels = table
         truth = data.hidden_targets()
         if contexts is not None:
-            self._label_contexts(pl_module, contexts, len(table), rows, truth)
+            self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
+
+    @staticmethod
+    def _fill(pl_module: Any, data: Any, labels: Tensor) -> None:
+        """The table of pseudo-labels, -1 for images that are not unlabelled; soft ones take half precision."""
+        dtype = torch.float16 if labels.is_floating_point() else torch.int8
+        table = torch.full((len(data.train_table), labels.shape[1]), -1, dtype=dtype, device=pl_module.device)
+        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        table[rows] = labels.to(table)
+        pl_module.pseudo_labels = table
+
+    @torch.no_grad()
+    def _evidence(self, trainer: L.Trainer, pl_module: Any, data: Any) -> Evidence:
+        """Descriptions of the labelled images, then of the unlabelled ones, by the frozen towers."""
+        order = np.concatenate([data.split.labelled, data.split.unlabelled])
+        place = torch.zeros(len(data.train_table), dtype=torch.int64, device=pl_module.device)
+        place[torch.as_tensor(order, device=pl_module.device)] = torch.arange(len(order), device=pl_module.device)
+        describe = pl_module.network.describer()
+        tables: list[Tensor] = []
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for batch in tqdm(data.plain_dataloader(order), desc="Descriptions", leave=False, disable=not show):
+            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                found = describe(pl_module.features_of(batch))
+            parts = [*found.descriptors, *found.scores]
+            split = len(found.descriptors)
+            tables = tables or [torch.zeros(len(order), part.shape[1], device=pl_module.device) for part in parts]
+            for table, part in zip(tables, parts, strict=True):
+                table[place[batch.index]] = part.float()
+        # Each process filled its own rows, the others are zero there.
+        tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
+        labelled = torch.arange(len(data.split.labelled))
+        return Evidence(tables[:split], tables[split:], labelled, data.labelled_targets())
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -271,7 +271,8 @@ class SSMLLDataModule(L.LightningDataModule):
         needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
         needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
         needed[unlabelled, MIRRORED] = True
-        needed[np.concatenate([unlabelled, self.split.held_out]), PLAIN] = True
+        described = self.split.labelled if len(unlabelled) else unlabelled
+        needed[np.concatenate([described, unlabelled, self.split.held_out]), PLAIN] = True
         kept = {"train": self._kept(self._train_images, self.train_table, needed)}
         if self.test_table is not None and self._test_images is not None:
             needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)
@@ -370,6 +371,13 @@ class SSMLLDataModule(L.LightningDataModule):
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
         return self._loader(dataset, batches, collate_eval)
+
+    def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
+        """Undistorted views of this process's share of some ``rows`` of the train table, in order."""
+        dataset = ViewDataset(
+            self._views("train", self._train_images, PlainView(self.image_size)), self.train_table.labels
+        )
+        return self._loader(dataset, InOrderBatches(rows, self.eval_batch_size, **self._ranks()), collate_eval)
 
     def _eval_loader(self, part: str | None, table: AnnotationTable, images: Images) -> DataLoader[EvalBatch]:
         dataset = ViewDataset(self._views(part, images, PlainView(self.image_size)), table.labels)

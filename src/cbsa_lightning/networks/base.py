@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -19,6 +20,18 @@ class NetworkOutput(NamedTuple):
     logits: Tensor
     context_logits: Tensor | None = None
     attention: Tensor | None = None
+
+
+class Description(NamedTuple):
+    """What is known of a batch before training; see :class:`cbsa_lightning.labelers.Evidence`.
+
+    Attributes:
+        descriptors: each ``(B, D)``, float32.
+        scores: each ``(B, C)``, float32, such as zero-shot scores.
+    """
+
+    descriptors: list[Tensor]
+    scores: list[Tensor]
 
 
 class Network(nn.Module):
@@ -39,6 +52,17 @@ class Network(nn.Module):
         """Frozen part of the image tower: ``(B, 3, H, W)`` uint8 images to whatever ``forward`` takes."""
         raise NotImplementedError
 
+    def describer(self) -> Callable[[Tensor], Description]:
+        """Gives a function from features to what is known of the images before training, to be used right away.
+
+        Here the mean of the features over the places of the grid.
+        """
+
+        def describe(features: Tensor) -> Description:
+            return Description([mean_over_places(features)], [])
+
+        return describe
+
     def encode_text(self) -> Any:
         """Features of the classes, shared by all images of a step; None for a network without a text tower."""
         return None
@@ -56,3 +80,10 @@ class Network(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters as ``{"params": [...], "lr_scale": float}``, the scale times the learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
+
+
+def mean_over_places(features: Tensor) -> Tensor:
+    """``(B, D)`` float32 of a map ``(B, D, h, w)``, of tokens ``(B, L, D)``, or of ``(B, D)`` itself."""
+    if features.ndim == 4:
+        return features.float().mean((2, 3))
+    return features.float().mean(1) if features.ndim == 3 else features.float()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.networks.base import Description, Network, NetworkOutput, mean_over_places
 from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
 
@@ -64,6 +64,7 @@ class CBSANetwork(Network):
     ) -> None:
         super().__init__()
         self.clip = clip
+        self.prompt_names = list(prompt_names)
         self.num_contexts = num_contexts
         self.pool_lr_scale = pool_lr_scale
         clip.pool.requires_grad_(train_pool)
@@ -99,6 +100,21 @@ class CBSANetwork(Network):
     def features(self, images: Tensor) -> Tensor:
         """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
         return self.clip.features(images)
+
+    def describer(self) -> Callable[[Tensor], Description]:
+        """Mean of the frozen features, CLIP's global feature, and zero-shot scores: the cosine with "a photo of a ...".
+
+        All of the towers as they are now: before training the pool is CLIP's own.
+        """
+        texts = [f"a photo of a {name}." for name in self.prompt_names]
+        text = nn.functional.normalize(self.clip.encode_texts(texts).float(), dim=-1)
+
+        def describe(features: Tensor) -> Description:
+            with torch.no_grad():
+                g = nn.functional.normalize(self.clip.pool(features).g.float(), dim=-1)
+            return Description([mean_over_places(features), g], [g @ text.T])
+
+        return describe
 
     def encode_text(self) -> TextFeatures:
         """Text features of all prompts, in one pass of the text tower."""

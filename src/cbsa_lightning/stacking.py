@@ -1,0 +1,137 @@
+"""Stacked probes: what cheap classifiers on frozen features and CLIP's text know together, before any training.
+
+Stacked generalisation (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. Every opinion on a
+labelled image comes from a classifier that has not seen it, so how far each opinion may be trusted is learnt from the
+labelled images themselves, and the probabilities are calibrated. The unlabelled images lend their statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from torch import Tensor
+
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.labelers import Evidence, EvidenceLabeler
+
+Array = NDArray[np.float64]
+
+ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
+LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
+
+
+class Opinion(NamedTuple):
+    """One classifier's scores, each class on the scale of its own mean and deviation over the images.
+
+    Attributes:
+        everywhere: ``(N, C)``, of all images.
+        left_out: ``(m, C)``, of the labelled ones, each by a classifier that was not fitted to it.
+    """
+
+    everywhere: Array
+    left_out: Array
+
+
+@dataclass(frozen=True)
+class StackedProbes(EvidenceLabeler):
+    """Soft pseudo-labels, made once: the calibrated probability that linear probes and CLIP's text agree on.
+
+    A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
+    known entries of the labelled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
+    it may grow with the number n of a class's labelled positives, as n / (n + trust): a probe of two positives is not
+    worth one of fifty. A class's rate is shrunk towards one half by half a positive (Jeffreys' prior), so that a class
+    without any labelled positive gets small probabilities and neither all nor none.
+
+    Args:
+        trust: number of labelled positives at which a class's probe has half of its full say, > 0.
+
+    Raises:
+        ConfigError: for a ``trust`` of 0 or less.
+    """
+
+    trust: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.trust > 0:
+            raise ConfigError(f"stacked probes: trust must be above 0, got {self.trust}")
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """See :class:`EvidenceLabeler`."""
+        labels = evidence.labels.cpu().numpy()
+        known, positive = labels >= 0, labels == 1
+        if len(labels) < 2 or not positive.any() or not (known & ~positive).any():
+            raise DataError(
+                "Stacked probes need two labelled images or more, with a positive and a negative entry among them; the "
+                f"{len(labels)} labelled images have {positive.sum()} positives. Label more images, or choose another "
+                "labeler (cbsa_lightning.labelers)."
+            )
+        rows = evidence.labelled.cpu().numpy()
+        opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
+        opinions += [ready(_array(s), rows) for s in evidence.scores]
+        n = positive.sum(0)
+        say = n / (n + self.trust)
+        rate = (n + 0.5) / (known.sum(0) + 1.0)
+        prior = np.log(rate / (1 - rate))
+        inputs = [z.left_out for z in opinions]
+        # Of each opinion a plain and a scaled copy, and the class's prior: what the regression weighs.
+        columns = [*inputs, *(z * say for z in inputs), np.broadcast_to(prior, known.shape)]
+        design = np.stack([column[known] for column in columns], axis=1)
+        fit = LogisticRegression(max_iter=1000).fit(design, positive[known])
+        plain, scaled = np.split(fit.coef_[0, :-1], 2)
+        logit = fit.coef_[0, -1] * prior + fit.intercept_[0]
+        logit = logit + sum(
+            ((a + b * say) * z.everywhere for a, b, z in zip(plain, scaled, opinions, strict=True)), start=np.float64(0)
+        )
+        return torch.from_numpy(1 / (1 + np.exp(-np.delete(logit, rows, axis=0)))).float()
+
+
+def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
+    """Ridge regression of all classes at once, its penalty chosen by leave-one-out error.
+
+    Args:
+        descriptors: ``(N, D)``, one row an image.
+        labelled: ``(m,)``, which of the rows are labelled.
+        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry counts as the class's mean.
+    """
+    x = _standardised(descriptors, descriptors)
+    known, positive = labels >= 0, labels == 1
+    rate = positive.sum(0) / np.maximum(known.sum(0), 1)
+    deviation = np.sqrt(rate * (1 - rate))
+    # Unit variance, so that the penalty suits rare classes as well as frequent ones.
+    y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
+    fit = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", store_cv_results=True).fit(x[labelled], y)
+    chosen = ALPHAS.index(float(fit.alpha_))
+    left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
+    scores = np.asarray(fit.predict(x)).reshape(len(x), -1)
+    # The fit to its own images is better than to others: those set the scale.
+    others = np.delete(scores, labelled, axis=0)
+    return Opinion(_limited(scores, others), _limited(left_out, others))
+
+
+def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
+    """Scores ``(N, C)`` that no label went into."""
+    z = _limited(scores, scores)
+    return Opinion(z, z[labelled])
+
+
+def _standardised(values: Array, reference: Array) -> Array:
+    """In deviations of the reference's columns from their means; 0 where those do not vary."""
+    deviation = reference.std(0)
+    varies = deviation > 1e-8
+    standardised: Array = (values - reference.mean(0)) / np.where(varies, deviation, 1.0) * varies
+    return standardised
+
+
+def _limited(scores: Array, reference: Array) -> Array:
+    limited: Array = np.clip(_standardised(scores, reference), -LIMIT, LIMIT)
+    return limited
+
+
+def _array(values: Tensor) -> Array:
+    array: Array = values.detach().cpu().double().numpy()
+    return array
