@@ -16,7 +16,7 @@ FLOORS = (
     {"networks"},
     {"ema", "schedules", "context_task", "checkpoints", "predictions", "pictures", "inference", "callbacks"},
     {"module"},
-    {"cbsa", "comparison"},
+    {"cbsa", "comparison", "gain"},
     {"cli"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -21,6 +21,8 @@ from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.comparison import compare
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import CBSAError
+from cbsa_lightning.gain import Gain, GainCheck, report_gain
+from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.module import SSMLLModule
 
 
@@ -67,6 +69,14 @@ class CBSACLI(LightningCLI):
             "without any training, and print the three side by side.",
         )
 
+        parser.add_argument(
+            "--gain",
+            type=GainCheck | None,
+            default=None,
+            help="Before the fit, estimate from the labelled images alone whether the unlabelled ones will help, for "
+            "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
+        )
+
     def instantiate_classes(self) -> None:
         """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
         try:
@@ -80,14 +90,22 @@ class CBSACLI(LightningCLI):
             raise cause from None
 
     def before_fit(self) -> None:
-        """Keeps a copy of the untrained model, so that the comparison starts from the same weights."""
+        """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""
+        check: GainCheck | None = self._get(self.config_init, "gain")
+        self._gain: Gain | None = None
+        if check is not None:
+            self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
         self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None
+        self._left_out = check is not None and self._gain is not None and check.keep_labelled_only and self._gain.hurts
+        if self._left_out:
+            self.model.labeler = LabelledOnly()
 
     def after_fit(self) -> None:
-        """The comparison, if asked for."""
-        if self._untrained is not None:
-            settings = dict(self._get(self.config_init, "trainer"))
-            compare(self.trainer, self.datamodule, self._untrained, settings)
+        """The comparison and what the gain check found, if asked for."""
+        if self._untrained is not None and not self._left_out:
+            compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
+        if self._gain is not None:
+            report_gain(self._gain, self.trainer, self._left_out)
 
 
 def main(args: ArgsType = None) -> CBSACLI:

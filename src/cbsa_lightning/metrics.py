@@ -77,6 +77,13 @@ class MultilabelReport(Metric):
             )
         self.entries.append(torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten())
 
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Logits and targets ``(n, C)`` float32 on the CPU of everything added so far, by all processes."""
+        with self.sync_context():
+            entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)
+        logits, targets = entries.cpu().view(-1, self.num_classes, 2).unbind(dim=-1)
+        return logits, targets
+
     def compute(self) -> dict[str, Tensor]:
         """The report over everything added so far; see the class."""
         entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)

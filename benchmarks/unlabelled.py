@@ -1,0 +1,238 @@
+"""Do unlabelled images help? Labelled-only, the paper's recipe and the safe preset, and what each was said to bring.
+
+    uv run python benchmarks/unlabelled.py --out DIR --data digits photos --shares 0.05 0.1 0.2 \
+        --photos DIR --clip DIR --gain [--picture FILE]
+
+The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
+labelled images alone (:class:`cbsa_lightning.gain.GainCheck`, two folds). Finished runs are read from ``rows.jsonl``
+and ``estimates.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cells import (
+    CONTEXTS,
+    COUNTED,
+    LABELLED_PER_BATCH,
+    Cell,
+    Results,
+    arguments,
+    cells,
+    make_data,
+    make_module,
+    mean_and_error,
+    train,
+    trainer_settings,
+)
+from measuring import markdown, where
+
+from cbsa_lightning.gain import GainCheck
+from cbsa_lightning.labelers import ClassDistributionAware, LabelledOnly
+from cbsa_lightning.stacking import StackedProbes
+
+# name: (labeler, labelled images a step or None for CAP's share)
+ROWS: dict[str, tuple[Any, int | None]] = {
+    "labelled-only": (LabelledOnly(), None),
+    "paper's recipe": (ClassDistributionAware(), None),
+    "safe preset": (StackedProbes(), LABELLED_PER_BATCH),
+}
+
+
+def setting(name: str, cell: Cell, args):
+    """Data and untrained module of a row."""
+    labeler, labelled = ROWS[name]
+    data = make_data(cell, args, labelled)
+    return data, make_module(cell, args, data, labeler=labeler, num_contexts=CONTEXTS[cell.data])
+
+
+def row(name: str, cell: Cell, args) -> dict[str, Any]:
+    """Trains a row; the test images are looked at once, at its end."""
+    data, module = setting(name, cell, args)
+    figures = train(cell, module, data)
+    positives = (data.eval_table().labels == 1).sum(0).tolist()
+    return {**figures, "test_positives": dict(zip(data.class_names, positives, strict=True))}
+
+
+def estimate(name: str, cell: Cell, args) -> dict[str, Any]:
+    """The gain of a row as the labelled images tell it."""
+    data, module = setting(name, cell, args)
+    begun = time.process_time()
+    gain = GainCheck(args.folds)(module, data, trainer_settings(cell))
+    return {
+        "mAP": gain.overall[0],
+        "overall": gain.overall.tolist(),
+        "by_class": dict(zip(gain.class_names, gain.by_class.tolist(), strict=True)),
+        "positives": gain.positives.tolist(),
+        "seconds": time.process_time() - begun,
+    }
+
+
+def row_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
+    """Mean and standard error over the seeds, and the preset against labelled-only on the same draws."""
+    lines = []
+    for data, share in wanted:
+        runs = {
+            name: {r["seed"]: r["mAP"] for r in rows if (r["run"], r["data"], r["share"]) == (name, data, share)}
+            for name in ROWS
+        }
+        base = runs["labelled-only"]
+        gaps = [
+            [runs[name][seed] - base[seed] for seed in sorted(base) if seed in runs[name]] for name in list(ROWS)[1:]
+        ]
+        each = ", ".join(f"{gap:+.1f}" for gap in gaps[1])
+        lines.append(
+            [data, share, *(mean_and_error(runs[name].values()) for name in ROWS), *map(mean_and_error, gaps), each]
+        )
+    header = ["data", "p", *ROWS, "paper's minus labelled-only", "preset minus labelled-only", "that, seed by seed"]
+    return markdown(header, lines)
+
+
+def class_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]], extremes: int = 3) -> str:
+    """AP of the classes that the preset changes most, means over the seeds."""
+    lines = []
+    for data, share in wanted:
+        mine = [r for r in rows if (r["data"], r["share"]) == (data, share)]
+        if {r["run"] for r in mine} < set(ROWS):
+            continue
+        counted = [k for k, n in mine[0]["test_positives"].items() if n >= COUNTED]
+        ap = {
+            name: {k: 100 * np.mean([r["AP"][k] for r in mine if r["run"] == name]) for k in counted} for name in ROWS
+        }
+        change = {k: ap["safe preset"][k] - ap["labelled-only"][k] for k in counted}
+        order = sorted(counted, key=change.__getitem__)
+        for k in dict.fromkeys([*order[:extremes], *order[-extremes:]]):
+            lines.append(
+                [
+                    data,
+                    share,
+                    k,
+                    mine[0]["test_positives"][k],
+                    *(f"{ap[name][k]:.1f}" for name in ROWS),
+                    f"{change[k]:+.1f}",
+                ]
+            )
+    return markdown(["data", "p", "class", "test positives", *ROWS, "preset minus labelled-only"], lines)
+
+
+def pairs(rows: list[dict[str, Any]], estimates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each estimate beside the gain on the test images."""
+    mean = {(r["run"], r["data"], r["share"], r["seed"]): r for r in rows}
+    found = []
+    for e in estimates:
+        cell = (e["data"], e["share"], e["seed"])
+        if (e["run"], *cell) in mean and ("labelled-only", *cell) in mean:
+            true = mean[e["run"], *cell]["mAP"] - mean["labelled-only", *cell]["mAP"]
+            ours, base = mean[e["run"], *cell]["AP"], mean["labelled-only", *cell]["AP"]
+            enough = mean["labelled-only", *cell]["test_positives"]
+            by_class = [
+                (v[0], 100 * (ours[k] - base[k]))
+                for k, v in e["by_class"].items()
+                if np.isfinite(v[0]) and enough[k] >= COUNTED
+            ]
+            found.append({**e, "true": true, "class_pairs": by_class})
+    return found
+
+
+def estimate_table(found: list[dict[str, Any]]) -> str:
+    """Estimated and true gains: error, correlation, sign, and how often the interval holds the truth."""
+    lines = []
+    for data in dict.fromkeys(p["data"] for p in found):
+        for run in (*list(ROWS)[1:], "both"):
+            mine = [p for p in found if p["data"] == data and run in (p["run"], "both")]
+            if mine:
+                lines.append([data, run, *_agreement(mine)])
+    if len({p["data"] for p in found}) > 1:
+        lines.append(["all", "both", *_agreement(found)])
+    header = [
+        "data",
+        "run",
+        "cells",
+        "mean estimate",
+        "mean true gain",
+        "mean absolute error",
+        "correlation",
+        "sign right",
+        "truth in interval",
+        "correlation by class",
+        "sign right by class",
+    ]
+    return markdown(header, lines)
+
+
+def _agreement(found: list[dict[str, Any]]) -> list[str]:
+    guess, true = np.array([p["mAP"] for p in found]), np.array([p["true"] for p in found])
+    held = [p["overall"][1] <= p["true"] <= p["overall"][2] for p in found]
+    classes = np.array([pair for p in found for pair in p["class_pairs"]])
+    correlation = f"{np.corrcoef(guess, true)[0, 1]:.2f}" if len(found) > 2 else "-"
+    return [
+        str(len(found)),
+        f"{guess.mean():+.1f}",
+        f"{true.mean():+.1f}",
+        f"{np.abs(guess - true).mean():.1f}",
+        correlation,
+        f"{np.mean(np.sign(guess) == np.sign(true)):.0%}",
+        f"{np.mean(held):.0%}",
+        f"{np.corrcoef(classes.T)[0, 1]:.2f}",
+        f"{np.mean(np.sign(classes[:, 0]) == np.sign(classes[:, 1])):.0%}",
+    ]
+
+
+def draw(found: list[dict[str, Any]], file: Path) -> None:
+    """Estimated against true gains, each with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot()
+    colours = {"paper's recipe": "tab:red", "safe preset": "tab:green"}
+    marks = {"digits": "o", "photos": "s"}
+    for p in found:
+        x, (y, low, high) = p["true"], p["overall"]
+        axes.errorbar(
+            x, y, [[y - low], [high - y]], fmt=marks[p["data"]], color=colours[p["run"]], elinewidth=0.8, alpha=0.8
+        )
+    for name, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=name)
+    for name, mark in marks.items():
+        axes.plot([], [], mark, color="grey", label=name)
+    ends = [min(p["true"] for p in found) - 1, max(p["true"] for p in found) + 1]
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.set_xlabel("true gain on the test images, points of mAP")
+    axes.set_ylabel("estimate from the labelled images alone, with its 90 % interval")
+    axes.set_title("What the unlabelled images bring")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--gain", action="store_true", help="estimate the gains too")
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--picture", type=Path, help="where to draw estimates against true gains")
+    args = parser.parse_args()
+    print(where(), flush=True)
+    rows, estimates = Results(args.out / "rows.jsonl"), Results(args.out / "estimates.jsonl")
+    for cell in cells(args):
+        for name in args.only or ROWS:
+            if not rows.has(name, cell):
+                rows.add(name, cell, row(name, cell, args))
+            if args.gain and name != "labelled-only" and not estimates.has(name, cell):
+                estimates.add(name, cell, estimate(name, cell, args))
+    wanted = list(dict.fromkeys((c.data, c.share) for c in cells(args)))
+    print("\n" + row_table(rows.read(), wanted))
+    print("\n" + class_table(rows.read(), wanted))
+    found = pairs(rows.read(), estimates.read())
+    if found:
+        print("\n" + estimate_table(found))
+        if args.picture:
+            draw(found, args.picture)
+
+
+if __name__ == "__main__":
+    main()

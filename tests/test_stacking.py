@@ -1,0 +1,150 @@
+"""Stacked probes against plain re-computations, and on data whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.labelers import Evidence, rounded
+from cbsa_lightning.stacking import ALPHAS, StackedProbes, probe, ready
+
+
+def problem(n=400, m=60, classes=4, noise=1.0, seed=0):
+    """Labels that depend on 12 descriptors; the rarest class has one positive in fifteen or so."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 12))
+    raw = x @ rng.normal(size=(12, classes)) / 12**0.5 + noise * rng.normal(size=(n, classes))
+    labels = (raw > np.quantile(raw, np.linspace(0.5, 0.93, classes), axis=0).diagonal()).astype(np.int8)
+    return x, labels, np.sort(rng.permutation(n)[:m])
+
+
+def evidence(x, labels, rows, scores=()):
+    return Evidence(
+        [torch.as_tensor(x)], [torch.as_tensor(s) for s in scores], torch.as_tensor(rows), torch.as_tensor(labels[rows])
+    )
+
+
+def test_left_out_scores_are_those_of_probes_without_the_image():
+    x, labels, rows = problem()
+    known = labels[rows].copy()
+    known[3, 1] = known[10, 0] = -1
+    z = (x - x.mean(0)) / x.std(0)
+    rate = (known == 1).sum(0) / (known >= 0).sum(0)
+    y = np.where(known >= 0, ((known == 1) - rate) / np.sqrt(rate * (1 - rate)), 0)
+    errors = {}
+    for alpha in ALPHAS:  # slow and plain: one fit an image
+        left = np.zeros(y.shape)
+        for i in range(len(rows)):
+            others = np.arange(len(rows)) != i
+            left[i] = Ridge(alpha).fit(z[rows][others], y[others]).predict(z[rows][i : i + 1])[0]
+        errors[alpha] = ((left - y) ** 2).mean(), left
+    best = min(errors, key=lambda a: errors[a][0])
+    scores = Ridge(best).fit(z[rows], y).predict(z)
+    others = np.delete(scores, rows, axis=0)
+    ours = probe(x, rows, known)
+    expected = [np.clip((s - others.mean(0)) / others.std(0), -6, 6) for s in (scores, errors[best][1])]
+    np.testing.assert_allclose(ours.everywhere, expected[0], atol=1e-6)
+    np.testing.assert_allclose(ours.left_out, expected[1], atol=1e-6)
+
+
+def test_ready_scores_are_only_scaled():
+    scores = np.random.default_rng(0).normal(3, 7, size=(50, 3))
+    scores[:, 2] = 5.0
+    opinion = ready(scores, np.arange(4))
+    np.testing.assert_allclose(opinion.everywhere[:, :2].std(0), 1)
+    assert (opinion.everywhere[:, 2] == 0).all()
+    np.testing.assert_array_equal(opinion.left_out, opinion.everywhere[:4])
+
+
+def test_the_whole_stack_by_hand():
+    """One opinion, one regression over all entries, written out entry by entry."""
+    x, labels, rows = problem()
+    trust = 3.0
+    ours = StackedProbes(trust)(evidence(x, labels, rows))
+    opinion = probe(x, rows, labels[rows])
+    n = labels[rows].sum(0)
+    prior = np.log((n + 0.5) / (len(rows) - n + 0.5))
+
+    def inputs(z, k):
+        return [z, z * n[k] / (n[k] + trust), prior[k]]
+
+    pairs = [(i, k) for i in range(len(rows)) for k in range(4)]
+    fit = LogisticRegression(max_iter=1000).fit(
+        [inputs(opinion.left_out[i, k], k) for i, k in pairs], [labels[rows[i], k] for i, k in pairs]
+    )
+    rest = np.delete(np.arange(len(x)), rows)
+    expected = [[fit.predict_proba([inputs(opinion.everywhere[i, k], k)])[0, 1] for k in range(4)] for i in rest]
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
+
+
+def test_probabilities_are_calibrated_and_rank_well():
+    ratios, hits = [], []
+    for seed in range(8):
+        x, labels, rows = problem(n=1500, m=150, seed=seed)
+        truth = np.delete(labels, rows, axis=0)
+        p = StackedProbes()(evidence(x, labels, rows)).numpy()
+        ratios.append(p.mean() / truth.mean())
+        hits.append(truth[p > 0.8].mean())
+    assert np.mean(ratios) == pytest.approx(1, abs=0.06)
+    assert np.mean(hits) > 0.8
+
+
+def test_an_opinion_counts_as_much_as_the_labels_confirm():
+    """Scores that tell the truth move the probabilities, noise in their place hardly does."""
+    x, labels, rows = problem(noise=3.0)
+    rng = np.random.default_rng(1)
+    truth = np.delete(labels, rows, axis=0)
+
+    def error(*scores):
+        p = StackedProbes()(evidence(x, labels, rows, scores)).numpy()
+        return -np.mean(np.where(truth == 1, np.log(p), np.log(1 - p)))
+
+    alone, good = error(), error(labels + 0.3 * rng.normal(size=labels.shape))
+    noise = error(rng.normal(size=labels.shape))
+    assert good < 0.5 * alone
+    assert noise < alone + 0.03
+
+
+def test_a_class_without_labelled_positives_gets_small_probabilities():
+    x, labels, rows = problem()
+    labels[:, 3] = 0
+    labels[np.setdiff1d(np.arange(len(x)), rows)[:5], 3] = 1  # positives are there, but none is labelled
+    p = StackedProbes()(evidence(x, labels, rows))
+    assert (rounded(p)[:, 3] == 0).all()
+    assert 0 < p[:, 3].max() < 0.2
+
+
+def test_order_of_images_and_hidden_labels_do_not_matter():
+    x, labels, rows = problem()
+    p = StackedProbes()(evidence(x, labels, rows))
+    hidden = labels.copy()
+    rest = np.setdiff1d(np.arange(len(x)), rows)
+    hidden[rest] = 1 - hidden[rest]
+    assert torch.equal(p, StackedProbes()(evidence(x, hidden, rows)))
+    shuffled = np.random.default_rng(2).permutation(len(x))
+    back = np.argsort(shuffled)
+    other = StackedProbes()(
+        Evidence([torch.as_tensor(x[shuffled])], [], torch.as_tensor(back[rows]), torch.as_tensor(labels[rows]))
+    )
+    place = np.argsort(np.argsort(back[rest]))
+    np.testing.assert_allclose(other.numpy()[place], p.numpy(), atol=1e-4)
+
+
+def test_too_little_is_refused():
+    x, labels, rows = problem()
+    with pytest.raises(DataError, match="1 labelled images"):
+        StackedProbes()(evidence(x, labels, rows[:1]))
+    with pytest.raises(DataError, match="0 positives"):
+        StackedProbes()(evidence(x, 0 * labels, rows))
+    with pytest.raises(ConfigError, match="trust"):
+        StackedProbes(0)
+
+
+def test_rounded():
+    soft = torch.tensor([0.0, 0.49, 0.5, 1.0, -1.0], dtype=torch.float16)
+    assert rounded(soft).tolist() == [0, 0, 1, 1, -1]
+    assert rounded(soft).dtype == torch.int8
+    assert rounded(torch.tensor([1, 0, -1], dtype=torch.int8)).tolist() == [1, 0, -1]
