@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from cbsa_lightning.cli import main
+from cbsa_lightning.gain import Gain
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.stacking import StackedProbes
 from layouts import make_coco, make_nuswide_list, make_table, make_voc
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -91,6 +93,60 @@ def test_each_method(
     assert isinstance(cli.model.labeler, LabelledOnly) == (method == "labelled_only")
     assert (cli.model.network.decoder is None) == (method == "target_prompts_only")
     assert "train/loss_aux" not in cli.trainer.callback_metrics
+
+
+def test_the_safe_preset_on_own_images(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with a class list of its own and no test table; the preset as it is but for the size of the batch."""
+    monkeypatch.chdir(tmp_path)
+    source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
+    order = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
+    cli = fit(files(*order), tmp_path, clip_folder, source)
+    assert isinstance(cli.model.labeler, StackedProbes)
+    assert (cli.datamodule.batch_size, cli.datamodule.labelled_per_batch) == (76, 16)
+    assert cli.model.ema.decay == 0.98
+    table, split = cli.model.pseudo_labels, cli.datamodule.split
+    assert len(split.unlabelled) == 12
+    assert ((table[split.unlabelled] > 0) & (table[split.unlabelled] < 1)).all()
+    assert cli.trainer.callback_metrics["train/loss_unsup"] > 0
+    assert "train/loss_aux" in cli.trainer.callback_metrics
+
+
+def test_gain_check_before_a_fit(
+    roots: dict[str, Path],
+    clip_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It says what it found in a sentence, a table, a picture and the log; and leaves them out where asked."""
+    monkeypatch.chdir(tmp_path)
+    root = f"--data.source.init_args.root={roots['voc']}"
+    order = ["methods/cbsa", "data/voc", "methods/cbsa_safe"]
+    monkeypatch.setattr(Gain, "hurts", False)
+    check = [
+        "--gain.folds=2",
+        "--gain.keep_labelled_only=true",
+        "--data.labelled_fraction=0.9",
+        "--report.enabled=false",
+    ]
+    cli = fit(files(*order), tmp_path, clip_folder, root, *check)
+    assert isinstance(cli.model.labeler, StackedProbes)
+    out = capsys.readouterr().out
+    assert "points of mAP (90% interval" in out
+    assert "left them out" not in out
+    folder = Path(cli.trainer.log_dir)
+    rows = (folder / "gain.csv").read_text().splitlines()
+    assert len(rows) == 22
+    assert (folder / "gain.png").is_file()
+    assert "gain/estimate" in (folder / "metrics.csv").read_text()
+
+    monkeypatch.setattr(Gain, "hurts", True)
+    cli = fit(files(*order), tmp_path, clip_folder, root, *check, "--compare=true")
+    assert isinstance(cli.model.labeler, LabelledOnly)
+    assert "left them out" in capsys.readouterr().out
+    assert not (Path(cli.trainer.log_dir) / "comparison.csv").exists()
 
 
 @pytest.mark.parametrize("share", ["p05", "p10", "p15"])

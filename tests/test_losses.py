@@ -14,6 +14,7 @@ from cbsa_lightning.losses import (
     asymmetric_loss,
     binary_cross_entropy,
     context_loss,
+    soft_target_loss,
 )
 from reference import losses as reference
 
@@ -147,3 +148,28 @@ def test_one_context_costs_nothing_and_pulls_nothing():
 def test_context_targets_that_do_not_fit_are_refused(targets):
     with pytest.raises(DataError, match="context loss"):
         context_loss(torch.zeros(5, 3), targets)
+
+
+@pytest.mark.parametrize("loss", [AsymmetricLoss(), BinaryCrossEntropy()])
+def test_soft_targets_mix_the_losses_of_both_answers(loss):
+    logits, hard = batch()
+    assert torch.equal(soft_target_loss(loss, logits, hard.half()), loss(logits, hard))
+    soft = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
+    soft[0] = -1
+    logits.requires_grad_()
+    mixed = soft_target_loss(loss, logits, soft)
+    assert (mixed[0] == 0).all()
+    for i, k in [(1, 0), (7, 3), (15, 6)]:
+        t, z = soft[i, k], logits[i : i + 1, k : k + 1]
+        yes, no = (float(loss(z, torch.full_like(z, y, dtype=torch.int8))) for y in (1, 0))
+        assert float(mixed[i, k].detach()) == pytest.approx(float(t) * yes + (1 - float(t)) * no, rel=1e-5)
+    mixed.sum().backward()
+    assert (logits.grad[0] == 0).all()
+    assert (logits.grad[1:] != 0).all()
+
+
+def test_cross_entropy_with_soft_targets_is_torchs():
+    logits, _ = batch()
+    soft = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
+    expected = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+    torch.testing.assert_close(soft_target_loss(BinaryCrossEntropy(), logits, soft), expected)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.stacking import StackedProbes
 from tiny_data import Squares, tiny_fit
 
 TOLERANCE = 1e-5  # of float64 weights: losses and cosines are taken in float32; prompts move by 0.6
@@ -129,3 +130,25 @@ def test_kept_features_are_computed_in_shares(tmp_path, clip_folder, squares_fol
         assert torch.equal(other["pseudo_labels"], one["pseudo_labels"])
         for name, value in one["weights"].items():
             torch.testing.assert_close(other["weights"][name], value, atol=TOLERANCE, rtol=0)
+
+
+def test_labels_made_once_are_the_same(tmp_path, clip_folder, squares_folder):
+    for settings in ({"devices": 2, "strategy": "ddp_spawn"}, {}):
+        tiny_fit(
+            tmp_path,
+            clip_folder,
+            Squares(squares_folder, train=21),
+            trainer={"callbacks": [Record(tmp_path)], "precision": "64-true", **settings},
+            labeler=StackedProbes(),
+            warmup_epochs=0,
+            max_epochs=1,
+            decoder_dropout=0.0,
+            optimizer=partial(torch.optim.SGD, lr=0.01),
+        )
+    one, *two = (torch.load(tmp_path / f"end-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
+    assert (one["pseudo_labels"] > 0).any()
+    assert torch.equal(two[0]["pseudo_labels"], two[1]["pseudo_labels"])
+    for other in two:
+        torch.testing.assert_close(other["pseudo_labels"], one["pseudo_labels"], atol=1e-3, rtol=0)
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], value, atol=10 * TOLERANCE, rtol=0)

@@ -35,6 +35,7 @@ from cbsa_lightning.data.splits import Split, hold_out, split_known, split_label
 from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.labelers import EvidenceLabeler
 
 CAP_BATCH = 64
 """Images a step in CAP; its batch composition and warm-up batch are stated relative to it (facts B1, D2-19, D2-20)."""
@@ -271,8 +272,9 @@ class SSMLLDataModule(L.LightningDataModule):
         needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
         needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
         needed[unlabelled, MIRRORED] = True
-        described = self.split.labelled if len(unlabelled) else unlabelled
-        needed[np.concatenate([described, unlabelled, self.split.held_out]), PLAIN] = True
+        needed[np.concatenate([unlabelled, self.split.held_out]), PLAIN] = True
+        if module is not None and isinstance(module.labeler, EvidenceLabeler):
+            needed[self.split.labelled, PLAIN] = True
         kept = {"train": self._kept(self._train_images, self.train_table, needed)}
         if self.test_table is not None and self._test_images is not None:
             needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)

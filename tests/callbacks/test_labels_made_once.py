@@ -1,0 +1,123 @@
+"""A labeler that labels once, before training, in whole runs."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.labelers import Evidence
+from cbsa_lightning.metrics import pseudo_label_quality
+from cbsa_lightning.stacking import StackedProbes
+from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+
+TRAIN = 40  # 16 labelled
+
+
+class Tables(L.Callback):
+    """The table of pseudo-labels at each epoch's first step, and what was logged at its end."""
+
+    def __init__(self):
+        self.epochs = []
+        self.logged = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            self.epochs.append(module.pseudo_labels.clone())
+
+    def on_train_epoch_end(self, trainer, module):
+        self.logged.append(dict(trainer.callback_metrics))
+
+
+def fit(folder, clip_folder, squares_folder, **settings):
+    source = Squares(squares_folder, train=TRAIN, hidden=settings.pop("hidden", ()))
+    return tiny_fit(folder, clip_folder, source, labeler=StackedProbes(), max_epochs=3, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, clip_folder, squares_folder):
+    folder, spy = tmp_path_factory.mktemp("once"), Tables()
+    saves = L.pytorch.callbacks.ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
+    trainer = {"callbacks": [spy, saves], "enable_checkpointing": True}
+    module, _ = fit(folder, clip_folder, squares_folder, trainer=trainer)
+    return module, spy, folder
+
+
+def by_hand(clip_folder, squares_folder, kept_as=torch.float32):
+    """What an untrained network says of each image, one at a time."""
+    data = tiny_data(Squares(squares_folder, train=TRAIN))
+    data.setup("fit")
+    network = tiny_module(clip_folder).network
+    describe = network.describer()
+    order = np.concatenate([data.split.labelled, data.split.unlabelled])
+    batches = [batch for row in order for batch in data.plain_dataloader([row])]
+    found = [describe(network.features(batch.images).to(kept_as).float()) for batch in batches]
+    return data, Evidence(
+        [torch.cat(parts) for parts in zip(*(f.descriptors for f in found), strict=True)],
+        [torch.cat(parts) for parts in zip(*(f.scores for f in found), strict=True)],
+        torch.arange(len(data.split.labelled)),
+        data.labelled_targets(),
+    )
+
+
+def test_labels_are_those_of_the_untrained_towers(run, clip_folder, squares_folder):
+    module, spy, _ = run
+    data, evidence = by_hand(clip_folder, squares_folder)
+    expected = StackedProbes()(evidence)
+    assert len(evidence.descriptors) == 2
+    assert len(evidence.scores) == 1
+    torch.testing.assert_close(module.pseudo_labels[data.split.unlabelled].float(), expected, atol=2e-3, rtol=0)
+    assert (module.pseudo_labels[data.split.labelled] == -1).all()
+    assert expected.std() > 0.05
+    for table in spy.epochs:
+        assert torch.equal(table, module.pseudo_labels)
+    assert module.pseudo_labels.dtype == torch.float16
+
+
+def test_their_quality_is_logged_and_the_network_still_sets_the_cuts(run, squares_folder):
+    module, spy, _ = run
+    data = tiny_data(Squares(squares_folder, train=TRAIN))
+    data.setup("fit")
+    hard = (module.pseudo_labels[data.split.unlabelled] >= 0.5).to(torch.int8)
+    quality = pseudo_label_quality(hard, data.hidden_targets())
+    assert float(spy.logged[-1]["pseudo/precision"]) == pytest.approx(float(quality["precision"]))
+    assert float(spy.logged[-1]["pseudo/coverage"]) == 1
+    assert module.cut.isfinite().any()
+    assert module.tau_pos.isnan().all()
+    assert float(spy.logged[-1]["train/loss_unsup"]) > 0
+
+
+def test_hidden_labels_never_reach_training(run, tmp_path, clip_folder, squares_folder):
+    data = tiny_data(Squares(squares_folder, train=TRAIN))
+    data.setup("fit")
+    lied_to, _ = fit(tmp_path, clip_folder, squares_folder, hidden=data.split.unlabelled)
+    assert differences(run[0].state_dict(), lied_to.state_dict()) == []
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_resumed_it_keeps_its_labels(run, tmp_path, clip_folder, squares_folder, epoch):
+    """Also from within the warm-up: the attention pool has moved by then, so they could not be made anew."""
+    module, _, folder = run
+    resumed, _ = fit(tmp_path, clip_folder, squares_folder, ckpt_path=str(folder / f"epoch={epoch}.ckpt"))
+    assert torch.equal(resumed.pseudo_labels, module.pseudo_labels)
+    assert differences(module.state_dict(), resumed.state_dict()) == []
+
+
+def test_a_new_fit_of_a_trained_module_labels_anew(run, tmp_path, clip_folder, squares_folder):
+    module, _, folder = run
+    other = tiny_module(clip_folder, labeler=StackedProbes())
+    other.load_state_dict(torch.load(folder / "epoch=2.ckpt", weights_only=True)["state_dict"])
+    other.pseudo_labels = torch.zeros_like(module.pseudo_labels)
+    tiny_trainer(tmp_path, 1).fit(other, datamodule=tiny_data(Squares(squares_folder, train=TRAIN)))
+    assert other.pseudo_labels.float().std() > 0.05
+
+
+def test_kept_features_give_the_labels_of_half_precision(tmp_path, clip_folder, squares_folder):
+    """This random tower's images differ by little more than half precision holds, so they are other labels."""
+    cache = FeatureCache(str(tmp_path / "cache"))
+    module, _ = fit(tmp_path, clip_folder, squares_folder, data={"feature_cache": cache})
+    data, evidence = by_hand(clip_folder, squares_folder, kept_as=torch.float16)
+    found = module.pseudo_labels[data.split.unlabelled].float()
+    torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.05, rtol=0)  # batches round differently
