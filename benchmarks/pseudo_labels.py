@@ -12,13 +12,37 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, Results, arguments, cells, make_data, make_module, mean_and_error, train
+import matplotlib
+import numpy as np
+import torch
+from cells import (
+    LABELLED_PER_BATCH,
+    Cell,
+    Results,
+    arguments,
+    cells,
+    counted_map,
+    make_data,
+    make_module,
+    mean_and_error,
+    train,
+)
 from measuring import markdown, where
 from torch import Tensor
 
-from cbsa_lightning.labelers import ClassDistributionAware, Labeler, LabelledOnly, PseudoLabels
+from cbsa_lightning.labelers import (
+    ClassDistributionAware,
+    Evidence,
+    EvidenceLabeler,
+    Labeler,
+    LabelledOnly,
+    PseudoLabels,
+    positive_rates,
+    rounded,
+)
 from cbsa_lightning.losses import BinaryCrossEntropy
-from cbsa_lightning.metrics import pseudo_label_quality
+from cbsa_lightning.metrics import MultilabelReport, pseudo_label_quality
+from cbsa_lightning.stacking import StackedProbes
 
 
 class Watched(Labeler):
@@ -76,9 +100,42 @@ class IgnoreRare:
         return labels
 
 
+class Changed(EvidenceLabeler):
+    """Stacked probes with one piece taken out: changes what they see, or what they say."""
+
+    def __init__(self, see: Any = None, say: Any = None, labeler: EvidenceLabeler | None = None) -> None:
+        self.see, self.say, self.labeler = see, say, labeler if labeler is not None else StackedProbes()
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """See :class:`EvidenceLabeler`."""
+        targets = self.labeler(evidence if self.see is None else self.see(evidence))
+        return targets if self.say is None else self.say(targets, evidence)
+
+
+def only_zero_shot(evidence: Evidence) -> Evidence:
+    return evidence._replace(descriptors=[])
+
+
+def only_probes(evidence: Evidence) -> Evidence:
+    return evidence._replace(scores=[])
+
+
+def hard(targets: Tensor, evidence: Evidence) -> Tensor:
+    return rounded(targets).float()
+
+
+def at_class_rates(targets: Tensor, evidence: Evidence) -> Tensor:
+    """CAT on the stack's probabilities in the place of the network's."""
+    return PAPER(targets, positive_rates(evidence.labels)).labels.float()
+
+
+def only_sure(targets: Tensor, evidence: Evidence) -> Tensor:
+    return torch.where((targets >= 0.6) | (targets <= 0.1), targets, -1.0)
+
+
 PAPER = ClassDistributionAware()
 # name: (labeler, correction, labelled images a step or None for CAP's share, changes of the module)
-RUNS: dict[str, tuple[Labeler, Any, int | None, dict[str, Any]]] = {
+RUNS: dict[str, tuple[Labeler | EvidenceLabeler, Any, int | None, dict[str, Any]]] = {
     "labelled-only": (LabelledOnly(), None, None, {}),
     "paper's recipe": (PAPER, None, None, {}),
     "wrong positives ignored (needs the truth)": (PAPER, ignore_wrong_positives, None, {}),
@@ -91,7 +148,17 @@ RUNS: dict[str, tuple[Labeler, Any, int | None, dict[str, Any]]] = {
     "cross-entropy instead of ASL": (PAPER, None, None, {"loss": BinaryCrossEntropy}),
     "weight 0.3": (PAPER, None, None, {"unsup_weight": 0.3}),
     "true labels (needs the truth)": (PAPER, true_labels, None, {}),
+    "safe preset": (StackedProbes(), None, LABELLED_PER_BATCH, {}),
+    "preset, CAP's share of labelled images": (StackedProbes(), None, None, {}),
+    "preset, zero-shot scores alone": (Changed(see=only_zero_shot), None, LABELLED_PER_BATCH, {}),
+    "preset, probes alone": (Changed(see=only_probes), None, LABELLED_PER_BATCH, {}),
+    "preset, rare classes trusted like frequent ones": (StackedProbes(1e-9), None, LABELLED_PER_BATCH, {}),
+    "preset, rounded to hard labels": (Changed(say=hard), None, LABELLED_PER_BATCH, {}),
+    "preset, CAT on its probabilities": (Changed(say=at_class_rates), None, LABELLED_PER_BATCH, {}),
+    "preset, between .1 and .6 ignored": (Changed(say=only_sure), None, LABELLED_PER_BATCH, {}),
+    "preset, cross-entropy instead of ASL": (StackedProbes(), None, LABELLED_PER_BATCH, {"loss": BinaryCrossEntropy}),
 }
+STACK = "the preset's stack itself, without a network"
 
 
 def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
@@ -102,8 +169,9 @@ def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     data.setup("fit")
     if correct is IgnoreRare:
         correct = IgnoreRare(len(data.split.labelled))
-    # A labeler that labels nothing changes the second stage's batches, so it must be seen for what it is.
-    watched = labeler if isinstance(labeler, LabelledOnly) else Watched(labeler, data.hidden_targets(), correct)
+    # Only a labeler of each epoch has epochs to watch; one that labels nothing must be seen for what it is.
+    plain = isinstance(labeler, LabelledOnly | EvidenceLabeler)
+    watched = labeler if plain else Watched(labeler, data.hidden_targets(), correct)
     made = {key: value() if key == "loss" else value for key, value in changes.items()}
     figures = train(cell, make_module(cell, args, data, labeler=watched, **made), data)
     if isinstance(watched, Watched):
@@ -113,20 +181,80 @@ def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def stack_alone(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """What stacked probes say of the test images, which here lend their statistics in place of the unlabelled ones."""
+    data = make_data(cell, args)
+    data.prepare_data()
+    data.setup("fit")
+    file = args.out / f"descriptions-{cell.data}.pt"
+    if not file.exists():
+        network = make_module(cell, args, data).network
+        describe = network.describer()
+        loaders = data.plain_dataloader(range(len(data.train_table))), data.val_dataloader()
+        parts = [[describe(network.features(batch.images)) for batch in loader] for loader in loaders]
+        torch.save([[torch.cat(x) for x in zip(*((*d, *s) for d, s in part), strict=True)] for part in parts], file)
+    train_parts, test_parts = torch.load(file)
+    known = data.split.labelled
+    both = [torch.cat([train[known], test]) for train, test in zip(train_parts, test_parts, strict=True)]
+    evidence = Evidence(both[:-1], both[-1:], torch.arange(len(known)), data.labelled_targets())
+    report = MultilabelReport(len(data.class_names))
+    report.update(StackedProbes()(evidence).logit(), torch.from_numpy(data.test_table.labels))
+    ap = dict(zip(data.class_names, report.compute()["AP"].tolist(), strict=True))
+    return {"mAP": counted_map(ap, data), "AP": ap, "pseudo": {}}
+
+
 def table(found: list[dict[str, Any]], data: str, share: float) -> str:
     """One row a run: mAP, difference to the paper's recipe on the same draws, quality at the last epoch."""
     mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
     paper = {r["seed"]: r["mAP"] for r in mine if r["run"] == "paper's recipe"}
     rows = []
-    for name in RUNS:
+    for name in (*RUNS, STACK):
         runs = [r for r in mine if r["run"] == name]
         gaps = [r["mAP"] - paper[r["seed"]] for r in runs if r["seed"] in paper]
         quality = [
-            mean_and_error(r["pseudo"][key] for r in runs if key in r["pseudo"]) if runs and runs[0]["pseudo"] else "-"
+            mean_and_error(100 * r["pseudo"][key] for r in runs) if runs and runs[0]["pseudo"] else "-"
             for key in ("precision", "recall", "coverage")
         ]
         rows.append([name, mean_and_error(r["mAP"] for r in runs), mean_and_error(gaps), *quality])
     return markdown(["run", "mAP", "minus the paper's recipe", "precision", "recall", "coverage"], rows)
+
+
+def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Path) -> None:
+    """A row a data set: precision, recall and coverage of the paper's pseudo-labels by class, and the ablation."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(19, 5.2 * len(wanted)), layout="constrained")
+    grid = figure.subplots(len(wanted), 4, squeeze=False, width_ratios=[1, 1, 1, 1.3])
+    for axes, (data, share) in zip(grid, wanted, strict=True):
+        mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
+        runs = [r for r in mine if r["run"] == "paper's recipe"]
+        names = [n for n in runs[0]["classes"] if max(r["AP"][n] for r in runs) > 0]
+        places = [list(runs[0]["classes"]).index(n) for n in names]
+        labelled = [np.mean([r["classes"][n] for r in runs]) for n in names]
+        norm = LogNorm(0.3, max(labelled))
+        for ax, key in zip(axes, ("precision", "recall", "coverage"), strict=False):
+            for n, k, number in zip(names, places, labelled, strict=True):
+                line = np.mean([[epoch[key][k] for epoch in r["epochs"]] for r in runs], axis=0)
+                colour = matplotlib.colormaps["viridis"](norm(max(number, 0.3)))
+                ax.plot(range(1, len(line) + 1), line, color=colour)
+                ax.annotate(n, (len(line), line[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
+            ax.set(xlabel="epoch of the second stage", ylim=(0, 1.02), title=f"{data}, p = {share}: {key} by class")
+        scale = matplotlib.cm.ScalarMappable(norm, "viridis")
+        figure.colorbar(scale, ax=axes[2], label="labelled positives of the class (mean over seeds)")
+        base = {r["seed"]: r["mAP"] for r in mine if r["run"] == "labelled-only"}
+        gaps = {
+            n: [r["mAP"] - base[r["seed"]] for r in mine if r["run"] == n and r["seed"] in base] for n in (*RUNS, STACK)
+        }
+        shown = [n for n, gap in gaps.items() if gap and n != "labelled-only"][::-1]
+        means = [np.mean(gaps[n]) for n in shown]
+        axes[3].barh(shown, means, color=["tab:green" if m > 0 else "tab:red" for m in means], alpha=0.6)
+        for y, n in enumerate(shown):
+            axes[3].plot(gaps[n], [y] * len(gaps[n]), ".", color="black", markersize=4)
+        axes[3].axvline(0, color="grey", linewidth=0.8)
+        axes[3].tick_params(axis="y", labelsize=8)
+        axes[3].set(xlabel="points of mAP", title="minus labelled-only (dots: seeds)")
+    figure.savefig(file, dpi=80)
 
 
 def main() -> None:
@@ -136,12 +264,14 @@ def main() -> None:
     print(where(), flush=True)
     results = Results(args.out / "ablation.jsonl")
     for cell in cells(args):
-        for name in args.only or RUNS:
+        for name in args.only or (*RUNS, STACK):
             if not results.has(name, cell):
-                results.add(name, cell, one(name, cell, args))
+                results.add(name, cell, stack_alone(cell, args) if name == STACK else one(name, cell, args))
     found = results.read()
     for data, share in dict.fromkeys((c.data, c.share) for c in cells(args)):
         print(f"\n{data}, p = {share}\n\n{table(found, data, share)}")
+    if args.picture:
+        draw(found, list(dict.fromkeys((c.data, c.share) for c in cells(args))), args.picture)
 
 
 if __name__ == "__main__":

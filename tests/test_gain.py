@@ -151,3 +151,5 @@ def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
         GainCheck(1)
     with pytest.raises(ConfigError, match="labelled images alone"):
         GainCheck(2)(tiny_module(clip_folder, labeler=LabelledOnly()), tiny_data(Squares(squares_folder)), SETTINGS)
+    with pytest.raises(ConfigError, match="max_epochs"):
+        GainCheck(2)(tiny_module(clip_folder), tiny_data(Squares(squares_folder)), {**SETTINGS, "max_epochs": None})

@@ -128,7 +128,7 @@ class GainCheck:
             settings: arguments of the run's Trainer; logger, callbacks and checkpoints are left out.
 
         Raises:
-            ConfigError: the module learns from labelled images alone.
+            ConfigError: the module learns from labelled images alone, or the Trainer is not told how many epochs.
             DataError: too few labelled images or positives.
         """
         if isinstance(untrained.labeler, LabelledOnly):
@@ -136,6 +136,8 @@ class GainCheck:
                 "gain check: this run trains on the labelled images alone, so there is no gain to estimate. Choose "
                 "another labeler, or no gain check."
             )
+        if (settings.get("max_epochs") or 0) < 1:
+            raise ConfigError("gain check: say for how many epochs the run trains (trainer.max_epochs), 1 or more.")
         data.prepare_data()
         data.setup("fit")
         labels = data.labelled_targets().numpy()
@@ -290,6 +292,8 @@ def _held_out_scores(
         "enable_model_summary": False,
         "enable_progress_bar": False,
         "check_val_every_n_epoch": settings["max_epochs"],
+        "val_check_interval": 1.0,
+        "limit_val_batches": 1.0,
     }
     L.Trainer(**{**settings, **own}).fit(module, datamodule=data)
     return keep.logits, keep.targets
