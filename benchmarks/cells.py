@@ -24,6 +24,8 @@ from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
 
+torch.set_num_threads(1)  # two cells can then run side by side, each on a core of its own
+
 LABELLED_PER_BATCH = 16  # of the runs that do not follow CAP's share
 COUNTED = 5  # test positives that a class needs to count in the mean
 
@@ -137,9 +139,18 @@ def counted_map(ap: dict[str, float], data: SSMLLDataModule) -> float:
 class Results:
     """A file of finished runs, one JSON object a line; what is in it is not run again."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        """Refuses to mix runs of other options in one folder."""
+        self.file = args.out / name
+        args.out.mkdir(parents=True, exist_ok=True)
+        options = {"drawing": args.drawing, "strong_views": args.strong_views, "clip": args.clip}
+        for data in args.data:
+            file = args.out / f"options-{data}.json"
+            mine = {k: v for k, v in options.items() if (k == "clip") <= (data == "photos")}
+            if not file.exists():
+                file.write_text(json.dumps(mine))
+            if (there := json.loads(file.read_text())) != mine:
+                raise SystemExit(f"{file} was written with {there}, asked for is {mine}: give another --out.")
 
     def read(self) -> list[dict[str, Any]]:
         """All finished runs."""
@@ -167,6 +178,3 @@ def mean_and_error(values: Iterable[float]) -> str:
 def cells(args: argparse.Namespace) -> list[Cell]:
     """All cells that were asked for."""
     return [Cell(d, p, s) for d in args.data for p in args.shares for s in args.seeds]
-
-
-torch.set_num_threads(1)

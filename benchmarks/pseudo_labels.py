@@ -2,8 +2,8 @@
 
     uv run python benchmarks/pseudo_labels.py --out DIR [--data digits photos --photos DIR --clip DIR] [--picture FILE]
 
-Hidden labels of the unlabelled images are looked at here, to understand; no setting is chosen by them. Finished runs
-are read from ``ablation.jsonl`` and not made again. Ends with the table, and with ``--picture`` a chart.
+Hidden labels of the unlabelled images are looked at here, to understand; docs/unlabelled.md says what settings were
+chosen by. Finished runs are read from ``ablation.jsonl`` and not made again. Ends with the table, and with ``--picture`` a chart.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def stack_alone(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     both = [torch.cat([train[known], test]) for train, test in zip(train_parts, test_parts, strict=True)]
     evidence = Evidence(both[:-1], both[-1:], torch.arange(len(known)), data.labelled_targets())
     report = MultilabelReport(len(data.class_names))
-    report.update(StackedProbes()(evidence).logit(), torch.from_numpy(data.test_table.labels))
+    report.update(StackedProbes()(evidence).logit(eps=1e-6), torch.from_numpy(data.test_table.labels))
     ap = dict(zip(data.class_names, report.compute()["AP"].tolist(), strict=True))
     return {"mAP": counted_map(ap, data), "AP": ap, "pseudo": {}}
 
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw precision, recall and coverage over the epochs")
     args = parser.parse_args()
     print(where(), flush=True)
-    results = Results(args.out / "ablation.jsonl")
+    results = Results("ablation.jsonl", args)
     for cell in cells(args):
         for name in args.only or (*RUNS, STACK):
             if not results.has(name, cell):

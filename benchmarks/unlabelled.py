@@ -5,7 +5,7 @@
 
 The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
 labelled images alone (:class:`cbsa_lightning.gain.GainCheck`, two folds). Finished runs are read from ``rows.jsonl``
-and ``estimates.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
+and ``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw estimates against true gains")
     args = parser.parse_args()
     print(where(), flush=True)
-    rows, estimates = Results(args.out / "rows.jsonl"), Results(args.out / "estimates.jsonl")
+    rows, estimates = Results("rows.jsonl", args), Results(f"estimates-{args.folds}.jsonl", args)
     for cell in cells(args):
         for name in args.only or ROWS:
             if not rows.has(name, cell):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from cbsa_lightning.cli import main
 from cbsa_lightning.gain import Gain
@@ -98,7 +99,7 @@ def test_each_method(
 def test_the_safe_preset_on_own_images(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table with a class list of its own and no test table; the preset as it is but for the size of the batch."""
+    """A table with a class list of its own and no test table."""
     monkeypatch.chdir(tmp_path)
     source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
     order = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
@@ -147,6 +148,9 @@ def test_gain_check_before_a_fit(
     assert isinstance(cli.model.labeler, LabelledOnly)
     assert "left them out" in capsys.readouterr().out
     assert not (Path(cli.trainer.log_dir) / "comparison.csv").exists()
+    saved = yaml.safe_load((Path(cli.trainer.log_dir) / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["labeler"]["class_path"].endswith("LabelledOnly")
+    assert saved["gain"] is None
 
 
 @pytest.mark.parametrize("share", ["p05", "p10", "p15"])

@@ -1,4 +1,4 @@
-"""The estimated gain against scikit-learn, by hand, and on runs whose truth is known."""
+"""The estimated gain against scikit-learn and by hand, and what a check trains and looks at."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from cbsa_lightning import gain as gain_module
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.gain import DRAWS, GainCheck, average_precision, deal, gain_of
+from cbsa_lightning.gain import GainCheck, average_precision, deal, gain_of
 from cbsa_lightning.labelers import LabelledOnly
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module
 
@@ -41,12 +42,10 @@ def test_gain_by_hand():
     better = [(s + 5 * t, t) for s, t in parts]
     # Another scale in one fold must not matter.
     better[1] = (1000 + 0.01 * better[1][0], better[1][1])
-    gain = gain_of([p[0] for p in parts], [b[0] for b in better], [p[1] for p in parts], list("abc"))
+    gain = gain_of([p[0] for p in parts], [b[0] for b in better], [p[1] for p in parts], list("abc"), 30)
 
     def together(folds, k):
-        ranks = np.concatenate([[(np.asarray(s)[:, k] <= v).mean() - 0 for v in s[:, k]] for s, _ in folds])
-        below = np.concatenate([[(np.asarray(s)[:, k] < v).mean() for v in s[:, k]] for s, _ in folds])
-        assert len(ranks) == 60
+        below = np.concatenate([[(s[:, k] < v).mean() for v in s[:, k]] for s, _ in folds])
         return average_precision_score(np.concatenate([t[:, k] for _, t in folds]), below)
 
     expected = [100 * (together(better, k) - together(parts, k)) for k in range(3)]
@@ -60,10 +59,10 @@ def test_gain_by_hand():
 
 def test_nothing_gained_and_harm():
     scores, truth = scores_and_truth()
-    same = gain_of([scores], [scores], [truth], list("abc"))
+    same = gain_of([scores], [scores], [truth], list("abc"), 20)
     np.testing.assert_array_equal(same.overall, 0)
     assert "do not tell" in same.sentence()
-    harm = gain_of([scores + 5 * truth], [scores], [truth], list("abc"))
+    harm = gain_of([scores + 5 * truth], [scores], [truth], list("abc"), 20)
     assert harm.hurts
     assert "harm" in harm.sentence()
 
@@ -75,22 +74,21 @@ def test_interval_covers_as_often_as_it_says():
         rng = np.random.default_rng(seed)
         truth = (rng.random((80, 4)) < 0.3).astype(np.int64)
         arms = [truth + rng.normal(0, 1, truth.shape) for _ in range(2)]
-        gain = gain_of([arms[0]], [arms[1]], [truth], list("abcd"), seed)
+        gain = gain_of([arms[0]], [arms[1]], [truth], list("abcd"), 40, seed)
         inside += gain.overall[1] <= 0 <= gain.overall[2]
-    assert 45 <= inside <= 60
-    assert DRAWS >= 500
+    assert 48 <= inside <= 59
 
 
 def test_classes_with_too_few_positives_are_left_out():
     scores, truth = scores_and_truth()
     truth[:, 1] = 0
     truth[:2, 1] = 1
-    gain = gain_of([scores], [scores + truth], [truth], list("abc"))
+    gain = gain_of([scores], [scores + truth], [truth], list("abc"), 20)
     assert np.isnan(gain.by_class[1]).all()
     assert "2 of 3 classes" in gain.sentence()
     assert gain.overall[0] == pytest.approx(np.nanmean(gain.by_class[:, 0]))
     with pytest.raises(DataError, match="no class has 3"):
-        gain_of([scores], [scores], [0 * truth], list("abc"))
+        gain_of([scores], [scores], [0 * truth], list("abc"), 20)
 
 
 def test_deal_gives_each_fold_its_share_of_each_rarest_label():
@@ -134,6 +132,7 @@ def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, t
         assert (data.split.labelled == rows).all()
         assert not len(data.split.held_out)
         assert gain.images == 20
+        assert np.nanmax(np.abs(gain.by_class[:, 0])) > 0
         found.append(gain)
     np.testing.assert_array_equal(found[0].by_class, found[1].by_class)
     assert np.isfinite(found[0].overall).all()
@@ -146,6 +145,34 @@ def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, t
     assert (tmp_path / "gain.png").stat().st_size > 5000
 
 
+def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypatch):
+    """The gain is that of the module as it is over labels alone, and each labelled image is held out once."""
+    seen = []
+
+    def scores(module, data, settings):
+        alone = isinstance(module.labeler, LabelledOnly)
+        truth = data.train_table.labels[data.split.held_out].astype(np.int64)
+        seen.append((alone, data.split.labelled, data.split.held_out, data.labelled_per_batch, data.warmup_batch_size))
+        # Labels alone: upside down; with unlabelled images: right.
+        return (1.0 - truth if alone else truth.astype(float)), truth
+
+    monkeypatch.setattr(gain_module, "_held_out_scores", scores)
+    data = tiny_data(Squares(squares_folder, train=40), labelled_fraction=0.5)
+    data.setup("fit")
+    gain = GainCheck(3)(tiny_module(clip_folder), data, SETTINGS)
+    assert gain.overall[0] > 30
+    assert not gain.hurts
+    assert [alone for alone, *_ in seen] == [True, False] * 3
+    held_out = [rows for _, _, rows, *_ in seen[::2]]
+    assert sorted(np.concatenate(held_out).tolist()) == sorted(data.split.labelled.tolist())
+    for _, labelled, rows, per_batch, warmup in seen:
+        assert set(labelled) | set(rows) == set(data.split.labelled)
+        assert not set(labelled) & set(rows)
+        assert (per_batch, warmup) == (data.labelled_per_batch, data.warmup_batch_size)
+    assert gain.trained_on == 13
+    assert "13 of 20 to learn from" in gain.sentence()
+
+
 def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
     with pytest.raises(ConfigError, match="2 folds"):
         GainCheck(1)
@@ -153,3 +180,9 @@ def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
         GainCheck(2)(tiny_module(clip_folder, labeler=LabelledOnly()), tiny_data(Squares(squares_folder)), SETTINGS)
     with pytest.raises(ConfigError, match="max_epochs"):
         GainCheck(2)(tiny_module(clip_folder), tiny_data(Squares(squares_folder)), {**SETTINGS, "max_epochs": None})
+    data = tiny_data(Squares(squares_folder), labelled_fraction=0.2)
+    with pytest.raises(DataError, match="no class has 3"):
+        GainCheck(2)(tiny_module(clip_folder), data, SETTINGS)
+    data = tiny_data(Squares(squares_folder, train=40), labelled_fraction=0.5)
+    with pytest.raises(ConfigError, match="reach max_epochs"):
+        GainCheck(2)(tiny_module(clip_folder), data, {**SETTINGS, "max_steps": 2})

@@ -39,10 +39,10 @@ def test_left_out_scores_are_those_of_probes_without_the_image():
         left = np.zeros(y.shape)
         for i in range(len(rows)):
             others = np.arange(len(rows)) != i
-            left[i] = Ridge(alpha).fit(z[rows][others], y[others]).predict(z[rows][i : i + 1])[0]
+            left[i] = Ridge(alpha, fit_intercept=False).fit(z[rows][others], y[others]).predict(z[rows][i : i + 1])[0]
         errors[alpha] = ((left - y) ** 2).mean(), left
     best = min(errors, key=lambda a: errors[a][0])
-    scores = Ridge(best).fit(z[rows], y).predict(z)
+    scores = Ridge(best, fit_intercept=False).fit(z[rows], y).predict(z)
     others = np.delete(scores, rows, axis=0)
     ours = probe(x, rows, known)
     expected = [np.clip((s - others.mean(0)) / others.std(0), -6, 6) for s in (scores, errors[best][1])]
@@ -106,6 +106,40 @@ def test_an_opinion_counts_as_much_as_the_labels_confirm():
     noise = error(rng.normal(size=labels.shape))
     assert good < 0.5 * alone
     assert noise < alone + 0.03
+
+
+@pytest.mark.parametrize("dimensions", [12, 200])
+def test_a_descriptor_that_says_nothing_does_no_harm(dimensions):
+    """Left-out scores must not tell the label: a weak probe would then be believed, upside down."""
+    harm, alone = [], []
+    for seed in range(6):
+        _, labels, rows = problem(noise=3.0, seed=seed)
+        rng = np.random.default_rng(seed + 100)
+        score = labels + rng.normal(size=labels.shape)
+        truth = np.delete(labels, rows, axis=0)
+        noise = rng.normal(size=(len(labels), dimensions))
+        with_, without = (
+            StackedProbes()(evidence(noise, labels, rows, [score])).numpy(),
+            StackedProbes()(evidence(noise, labels, rows, [score])._replace(descriptors=[])).numpy(),
+        )
+        loss = [-np.mean(np.where(truth == 1, np.log(p), np.log(1 - p))) for p in (with_, without)]
+        harm.append(loss[0] - loss[1])
+        alone.append(loss[1])
+    assert np.mean(harm) < 0.02
+    assert np.mean(alone) < 0.5
+
+
+def test_a_class_of_which_nothing_is_known_is_ignored():
+    x, labels, rows = problem()
+    labels[:, 2] = -1
+    p = StackedProbes()(evidence(x, labels, rows))
+    assert (p[:, 2] == -1).all()
+    assert (p[:, [0, 1, 3]] > 0).all()
+
+
+def test_without_unlabelled_images_there_is_nothing_to_say():
+    x, labels, _ = problem()
+    assert StackedProbes()(evidence(x, labels, np.arange(len(x)))).shape == (0, 4)
 
 
 def test_a_class_without_labelled_positives_gets_small_probabilities():

@@ -14,6 +14,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks t
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import cbsa_lightning
 from cbsa_lightning.callbacks.predictions import WritePredictions
@@ -91,21 +92,34 @@ class CBSACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""
-        check: GainCheck | None = self._get(self.config_init, "gain")
         self._gain: Gain | None = None
-        if check is not None:
-            self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
+        self._left_out = False
+        self._check_gain()
         self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None
-        self._left_out = check is not None and self._gain is not None and check.keep_labelled_only and self._gain.hurts
+
+    def _check_gain(self) -> None:
+        """Estimates the gain of a new run; a resumed one goes on as it was begun."""
+        check: GainCheck | None = self._get(self.config_init, "gain")
+        if check is None or self._get(self.config_init, "ckpt_path") is not None:
+            return
+        self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
+        rank_zero_info(self._gain.sentence())
+        self._left_out = check.keep_labelled_only and self._gain.hurts
         if self._left_out:
             self.model.labeler = LabelledOnly()
+            # The saved configuration is to say what was trained, also for who resumes the run.
+            config = self.config[str(self.subcommand)]
+            config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
+            config.gain = None
 
     def after_fit(self) -> None:
-        """The comparison and what the gain check found, if asked for."""
-        if self._untrained is not None and not self._left_out:
-            compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
+        """What the gain check found and the comparison, if asked for."""
         if self._gain is not None:
             report_gain(self._gain, self.trainer, self._left_out)
+        if self._untrained is not None and self._left_out:
+            rank_zero_info("No comparison: this run is the labelled-only one.")
+        elif self._untrained is not None:
+            compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
 
 
 def main(args: ArgsType = None) -> CBSACLI:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -37,6 +38,7 @@ class Gain:
         by_class: ``(C, 3)``: estimate, lower and upper end of its interval; NaN for a class with too few positives.
         overall: ``(3,)``, the same for the mean over the other classes.
         images: labelled images it rests on.
+        trained_on: labelled images that the networks learnt from each time; the others were held out.
     """
 
     class_names: Sequence[str]
@@ -44,6 +46,7 @@ class Gain:
     by_class: Array
     overall: Array
     images: int
+    trained_on: int
 
     @property
     def hurts(self) -> bool:
@@ -62,7 +65,8 @@ class Gain:
         counted = int(np.isfinite(self.by_class[:, 0]).sum())
         return (
             f"{verdict}: {estimate:+.1f} points of mAP ({LEVEL:.0%} interval {low:+.1f} to {high:+.1f}) on labelled "
-            f"images that were held out in turn, mean of {counted} of {len(self.class_names)} classes."
+            f"images held out in turn, with {self.trained_on} of {self.images} to learn from; mean of {counted} of "
+            f"{len(self.class_names)} classes."
         )
 
     def save(self, folder: Path) -> None:
@@ -101,7 +105,8 @@ class GainCheck:
     """Asks, before a fit, whether the unlabelled images will help.
 
     The labelled images are dealt into folds. With each fold held out in turn, the module is trained twice from the
-    same weights, for as many steps: as it is, and on the labelled images alone. So it costs ``2 * folds`` fits more.
+    same weights, both times for equally many steps: as it is, and on the labelled images alone. So it costs
+    ``2 * folds`` fits more.
 
     Args:
         folds: how many, at least 2. The arms learn from (folds - 1) / folds of the labelled images, so with few folds
@@ -125,11 +130,13 @@ class GainCheck:
         Args:
             untrained: the module before training.
             data: its data; set up here if it is not.
-            settings: arguments of the run's Trainer; logger, callbacks and checkpoints are left out.
+            settings: arguments of the run's Trainer; logger, checkpoints and callbacks, early stopping among them, are
+                left out.
 
         Raises:
-            ConfigError: the module learns from labelled images alone, or the Trainer is not told how many epochs.
-            DataError: too few labelled images or positives.
+            ConfigError: the module learns from labelled images alone, or the Trainer is not told how many epochs, or
+                stops before the last one.
+            DataError: no unlabelled images, or too few labelled ones or positives.
         """
         if isinstance(untrained.labeler, LabelledOnly):
             raise ConfigError(
@@ -140,9 +147,13 @@ class GainCheck:
             raise ConfigError("gain check: say for how many epochs the run trains (trainer.max_epochs), 1 or more.")
         data.prepare_data()
         data.setup("fit")
+        if not len(data.split.unlabelled):
+            raise DataError("gain check: there is no unlabelled image, so nothing to gain. Leave the check out.")
         labels = data.labelled_targets().numpy()
+        _told(labels)  # refused now, not after hours
         fold_of = deal(labels, self.folds, data.seed)
-        with tqdm(total=2 * self.folds, desc="Do unlabelled images help?", unit="fit") as bar:
+        hidden = getattr(rank_zero_only, "rank", 0) != 0
+        with tqdm(total=2 * self.folds, desc="Do unlabelled images help?", unit="fit", disable=hidden) as bar:
             arms: list[list[Array]] = [[], []]
             truths: list[NDArray[np.int64]] = []
             for fold in range(self.folds):
@@ -155,7 +166,8 @@ class GainCheck:
                     scores.append(logits)
                     bar.update()
                 truths.append(targets)
-        return gain_of(arms[0], arms[1], truths, data.class_names, data.seed)
+        trained_on = len(labels) - int(np.bincount(fold_of).max())
+        return gain_of(arms[0], arms[1], truths, data.class_names, trained_on, data.seed)
 
 
 def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
@@ -166,9 +178,10 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
         trainer: of the fit.
         left_out: whether the unlabelled images were left out because of it.
     """
+    folder = Path(trainer.log_dir or ".")  # asked for on all processes, since they agree on it
     if not trainer.is_global_zero:
         return
-    gain.save(Path(trainer.log_dir or "."))
+    gain.save(folder)
     names = ("estimate", "low", "high")
     values = {f"gain/{name}": float(value) for name, value in zip(names, gain.overall, strict=True)}
     by_class = zip(gain.class_names, gain.by_class[:, 0].tolist(), strict=True)
@@ -186,31 +199,27 @@ def gain_of(
     with_: Sequence[Array],
     targets: Sequence[NDArray[np.int64]],
     class_names: Sequence[str],
+    trained_on: int,
     seed: int = 0,
 ) -> Gain:
     """Gain from scores of held-out images, with an interval from 1,000 bootstrap draws of the images.
 
     The scores of each fold come from networks of its own, so they are compared by their rank within it. The interval
-    holds the chance of which images are labelled, not that of training.
+    holds the chance of which images the networks were measured on, not of which they were trained on, nor of training.
 
     Args:
         without: scores ``(m_f, C)`` of each fold's images without unlabelled images.
         with_: scores of the same images with them.
         targets: ``(m_f, C)`` in {1, 0, -1}.
         class_names: the C names.
+        trained_on: labelled images that each network learnt from.
         seed: of the draws.
 
     Raises:
         DataError: no class has enough labelled positives.
     """
     truth = np.concatenate(targets)
-    positives = (truth == 1).sum(0)
-    told = np.flatnonzero((positives >= LEAST) & ((truth == 0).sum(0) > 0))
-    if not len(told):
-        raise DataError(
-            f"gain check: no class has {LEAST} labelled positives (and a negative), so nothing can be told from the "
-            f"{len(truth)} labelled images. Label more of them, or leave the check out."
-        )
+    told = _told(truth)
     rng = np.random.default_rng(seed)
     # The first draw is the images themselves, each once.
     draws = np.concatenate(
@@ -221,7 +230,21 @@ def gain_of(
     gains = 100 * (np.stack(arms[1]) - np.stack(arms[0]))
     by_class = np.full((len(class_names), 3), np.nan)
     by_class[told] = np.stack([_interval(row) for row in gains])
-    return Gain(class_names, positives, by_class, _interval(np.nanmean(gains, axis=0)), len(truth))
+    drawn = np.isfinite(gains)
+    with np.errstate(invalid="ignore"):  # a draw without any positive is left out
+        overall = np.where(drawn, gains, 0).sum(0) / drawn.sum(0)
+    return Gain(class_names, (truth == 1).sum(0), by_class, _interval(overall), len(truth), trained_on)
+
+
+def _told(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Classes of which labels ``(m, C)`` are enough to tell anything."""
+    told = np.flatnonzero(((labels == 1).sum(0) >= LEAST) & ((labels == 0).sum(0) > 0))
+    if not len(told):
+        raise DataError(
+            f"gain check: no class has {LEAST} labelled positives (and a negative), so nothing can be told from the "
+            f"{len(labels)} labelled images. Label more of them, or leave the check out."
+        )
+    return told
 
 
 def average_precision(scores: Array, targets: NDArray[np.int64], weights: Array) -> Array:
@@ -275,6 +298,9 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
 class _KeepScores(L.Callback):
     """The averaged weights' logits of the validation images, from all processes."""
 
+    logits: Array | None = None
+    targets: NDArray[np.int64] | None = None
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Before the module evaluates and forgets them."""
         logits, targets = pl_module.metrics["ema"].gathered()
@@ -296,6 +322,11 @@ def _held_out_scores(
         "limit_val_batches": 1.0,
     }
     L.Trainer(**{**settings, **own}).fit(module, datamodule=data)
+    if keep.logits is None or keep.targets is None:
+        raise ConfigError(
+            "gain check: no scores of the last epoch came back. Let the Trainer reach max_epochs (no max_steps or "
+            "max_time before it), and use a strategy that trains in this process (ddp, not ddp_spawn)."
+        )
     return keep.logits, keep.targets
 
 

@@ -90,9 +90,8 @@ def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, t
         ``(B, C)``, 0 at unknown entries; for targets of 0, 1 and -1 what ``loss`` gives.
     """
     known = targets >= 0
-    hard = known.to(torch.int8)
-    negative_hard = hard - 1  # 0 where known, -1 where not
-    positive, negative = loss(logits, 2 * hard - 1), loss(logits, negative_hard)
+    yes, no = (torch.where(known, answer, -1).to(torch.int8) for answer in (1, 0))
+    positive, negative = loss(logits, yes), loss(logits, no)
     share = targets.float().clamp(min=0)
     return share * positive + (1 - share) * negative
 

@@ -1,8 +1,8 @@
 """Stacked probes: what cheap classifiers on frozen features and CLIP's text know together, before any training.
 
-Stacked generalisation (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. Every opinion on a
-labelled image comes from a classifier that has not seen it, so how far each opinion may be trusted is learnt from the
-labelled images themselves, and the probabilities are calibrated. The unlabelled images lend their statistics.
+Stacked generalisation (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. The opinion on a
+labelled image comes from probes that were not fitted to it, so how far each kind of opinion may be trusted is learnt
+from the labelled images themselves. The unlabelled images lend their statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
 LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
@@ -39,13 +39,14 @@ class Opinion(NamedTuple):
 
 @dataclass(frozen=True)
 class StackedProbes(EvidenceLabeler):
-    """Soft pseudo-labels, made once: the calibrated probability that linear probes and CLIP's text agree on.
+    """Soft pseudo-labels, made once: the probability of a label that linear probes and CLIP's text agree on.
 
     A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
     known entries of the labelled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
     it may grow with the number n of a class's labelled positives, as n / (n + trust): a probe of two positives is not
     worth one of fifty. A class's rate is shrunk towards one half by half a positive (Jeffreys' prior), so that a class
-    without any labelled positive gets small probabilities and neither all nor none.
+    without any labelled positive gets small probabilities and neither all nor none. A class of which no entry is known
+    is ignored.
 
     Args:
         trust: number of labelled positives at which a class's probe has half of its full say, > 0.
@@ -71,23 +72,26 @@ class StackedProbes(EvidenceLabeler):
                 "labeler (cbsa_lightning.labelers)."
             )
         rows = evidence.labelled.cpu().numpy()
+        if len(rows) == len(next(iter([*evidence.descriptors, *evidence.scores]))):
+            return torch.empty(0, labels.shape[1])
         opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
         opinions += [ready(_array(s), rows) for s in evidence.scores]
         n = positive.sum(0)
         say = n / (n + self.trust)
         rate = (n + 0.5) / (known.sum(0) + 1.0)
         prior = np.log(rate / (1 - rate))
-        inputs = [z.left_out for z in opinions]
         # Of each opinion a plain and a scaled copy, and the class's prior: what the regression weighs.
+        inputs = [z.left_out for z in opinions]
         columns = [*inputs, *(z * say for z in inputs), np.broadcast_to(prior, known.shape)]
         design = np.stack([column[known] for column in columns], axis=1)
         fit = LogisticRegression(max_iter=1000).fit(design, positive[known])
         plain, scaled = np.split(fit.coef_[0, :-1], 2)
-        logit = fit.coef_[0, -1] * prior + fit.intercept_[0]
-        logit = logit + sum(
-            ((a + b * say) * z.everywhere for a, b, z in zip(plain, scaled, opinions, strict=True)), start=np.float64(0)
-        )
-        return torch.from_numpy(1 / (1 + np.exp(-np.delete(logit, rows, axis=0)))).float()
+        logit = np.broadcast_to(fit.coef_[0, -1] * prior + fit.intercept_[0], opinions[0].everywhere.shape).copy()
+        for a, b, z in zip(plain, scaled, opinions, strict=True):
+            logit += (a + b * say) * z.everywhere
+        probabilities = 1 / (1 + np.exp(-np.delete(logit, rows, axis=0)))
+        probabilities[:, ~known.any(0)] = -1
+        return torch.from_numpy(probabilities).float()
 
 
 def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
@@ -104,10 +108,12 @@ def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.in
     deviation = np.sqrt(rate * (1 - rate))
     # Unit variance, so that the penalty suits rare classes as well as frequent ones.
     y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
-    fit = RidgeCV(ALPHAS, scoring="neg_mean_squared_error", store_cv_results=True).fit(x[labelled], y)
+    # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe knows.
+    ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
+    fit = ridge.fit(x[labelled].astype(np.float64), y)
     chosen = ALPHAS.index(float(fit.alpha_))
     left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
-    scores = np.asarray(fit.predict(x)).reshape(len(x), -1)
+    scores = x @ fit.coef_.reshape(y.shape[1], -1).T.astype(x.dtype)
     # The fit to its own images is better than to others: those set the scale.
     others = np.delete(scores, labelled, axis=0)
     return Opinion(_limited(scores, others), _limited(left_out, others))
@@ -121,9 +127,10 @@ def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
 
 def _standardised(values: Array, reference: Array) -> Array:
     """In deviations of the reference's columns from their means; 0 where those do not vary."""
-    deviation = reference.std(0)
+    mean, deviation = reference.mean(0, dtype=np.float64), reference.std(0, dtype=np.float64)
     varies = deviation > 1e-8
-    standardised: Array = (values - reference.mean(0)) / np.where(varies, deviation, 1.0) * varies
+    scale = varies / np.where(varies, deviation, 1.0)
+    standardised: Array = (values - mean.astype(values.dtype)) * scale.astype(values.dtype)
     return standardised
 
 
@@ -133,5 +140,5 @@ def _limited(scores: Array, reference: Array) -> Array:
 
 
 def _array(values: Tensor) -> Array:
-    array: Array = values.detach().cpu().double().numpy()
+    array: Array = values.detach().cpu().float().numpy()
     return array

@@ -11,7 +11,7 @@ from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.labelers import Evidence
 from cbsa_lightning.metrics import pseudo_label_quality
 from cbsa_lightning.stacking import StackedProbes
-from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module
 
 TRAIN = 40  # 16 labelled
 
@@ -105,13 +105,17 @@ def test_resumed_it_keeps_its_labels(run, tmp_path, clip_folder, squares_folder,
     assert differences(module.state_dict(), resumed.state_dict()) == []
 
 
-def test_a_new_fit_of_a_trained_module_labels_anew(run, tmp_path, clip_folder, squares_folder):
-    module, _, folder = run
-    other = tiny_module(clip_folder, labeler=StackedProbes())
-    other.load_state_dict(torch.load(folder / "epoch=2.ckpt", weights_only=True)["state_dict"])
-    other.pseudo_labels = torch.zeros_like(module.pseudo_labels)
-    tiny_trainer(tmp_path, 1).fit(other, datamodule=tiny_data(Squares(squares_folder, train=TRAIN)))
-    assert other.pseudo_labels.float().std() > 0.05
+def test_labels_of_another_labeler_are_not_taken_over(run, tmp_path, clip_folder, squares_folder):
+    """Resumed from a run with thresholds, whose labels are whole numbers, it makes its own."""
+    source = Squares(squares_folder, train=TRAIN)
+    saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    settings = {"callbacks": [saver], "enable_checkpointing": True}
+    before, _ = tiny_fit(tmp_path, clip_folder, source, max_epochs=3, trainer=settings)
+    assert before.pseudo_labels.dtype == torch.int8
+    resumed, _ = fit(tmp_path, clip_folder, squares_folder, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    labels = resumed.pseudo_labels[resumed.pseudo_labels >= 0]
+    assert labels.dtype == torch.float16
+    assert ((labels > 0) & (labels < 1)).all()
 
 
 def test_kept_features_give_the_labels_of_half_precision(tmp_path, clip_folder, squares_folder):
@@ -120,4 +124,4 @@ def test_kept_features_give_the_labels_of_half_precision(tmp_path, clip_folder, 
     module, _ = fit(tmp_path, clip_folder, squares_folder, data={"feature_cache": cache})
     data, evidence = by_hand(clip_folder, squares_folder, kept_as=torch.float16)
     found = module.pseudo_labels[data.split.unlabelled].float()
-    torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.05, rtol=0)  # batches round differently
+    torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.1, rtol=0)  # batches round differently

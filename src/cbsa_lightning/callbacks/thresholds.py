@@ -31,8 +31,9 @@ class UpdateThresholds(L.Callback):
         data = data_of(trainer)
         self._rates = positive_rates(data.labelled_targets())
         pl_module.positive_rate.copy_(self._rates)
-        # A resumed run has them from its checkpoint: its attention pool is no longer CLIP's own.
-        if isinstance(pl_module.labeler, EvidenceLabeler) and pl_module.pseudo_labels is None:
+        # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
+        made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
+        if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
             labels = pl_module.labeler(self._evidence(trainer, pl_module, data))
             self._fill(pl_module, data, labels)
 
@@ -145,7 +146,7 @@ def data_of(trainer: L.Trainer) -> Any:
         ConfigError: If training was started with loaders alone.
     """
     data = getattr(trainer, "datamodule", None)
-    if data is None or not hasattr(data, "weak_dataloader"):
+    if data is None or not all(hasattr(data, name) for name in ("weak_dataloader", "plain_dataloader")):
         raise ConfigError(
             "Semi-supervised training needs all unlabelled images at each epoch's start: call "
             "trainer.fit(module, datamodule=SSMLLDataModule(...)), or a data module of your own with the same methods."

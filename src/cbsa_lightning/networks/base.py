@@ -83,7 +83,7 @@ class Network(nn.Module):
 
 
 def mean_over_places(features: Tensor) -> Tensor:
-    """``(B, D)`` float32 of a map ``(B, D, h, w)``, of tokens ``(B, L, D)``, or of ``(B, D)`` itself."""
+    """``(B, D)`` float32 of a map ``(B, D, h, w)``, of all tokens ``(B, L, D)``, or of ``(B, D)`` itself."""
     if features.ndim == 4:
         return features.float().mean((2, 3))
     return features.float().mean(1) if features.ndim == 3 else features.float()
