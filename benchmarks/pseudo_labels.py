@@ -3,7 +3,8 @@
     uv run python benchmarks/pseudo_labels.py --out DIR [--data digits photos --photos DIR --clip DIR] [--picture FILE]
 
 Hidden labels of the unlabelled images are looked at here, to understand; docs/unlabelled.md says what settings were
-chosen by. Finished runs are read from ``ablation.jsonl`` and not made again. Ends with the table, and with ``--picture`` a chart.
+chosen by. Finished runs are read from ``ablation.jsonl`` and not made again. Ends with the table, and with
+``--picture`` a chart.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         --photos DIR --clip DIR --gain [--picture FILE]
 
 The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
-labelled images alone (:class:`cbsa_lightning.gain.GainCheck`, two folds). Finished runs are read from ``rows.jsonl``
-and ``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
+labelled images alone (:class:`cbsa_lightning.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
+``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
 """
 
 from __future__ import annotations

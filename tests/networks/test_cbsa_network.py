@@ -14,6 +14,7 @@ from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
 from reference.decoder import layers_of
 from reference.network import logits as slow_logits
+from tiny_clip import tiny_clip
 
 NAMES = ["dog", "fire hydrant", "cat"]
 
@@ -130,3 +131,25 @@ def test_groups_hold_each_trainable_weight_once(clip_folder, train_pool, learn_s
         assert {id(p) for p in groups[1]["params"]} == {id(p) for p in network.clip.pool.parameters()}
     assert network.log_scale.requires_grad == learn_scale
     assert float(network.log_scale.detach().exp()) == pytest.approx(20.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit", "timm"])
+def test_descriptions_are_the_towers_own_in_full_precision(tmp_path, kind):
+    """Means of the features, CLIP's image vector and its cosine with the class names; whatever the autocast."""
+    network = build(tiny_clip(tmp_path, kind))
+    side = network.clip.image_size
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(1))
+    features = network.features(images)
+    (grid, g), (scores,) = network.describer()(features)
+    spatial = features.flatten(2).mean(2) if features.ndim == 4 else features.mean(1)
+    torch.testing.assert_close(grid, spatial, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(network.clip.image_tokens(images).g, dim=-1)
+    text = torch.nn.functional.normalize(network.clip.encode_texts([f"a photo of a {n}." for n in NAMES]), dim=-1)
+    torch.testing.assert_close(g, image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores, image @ text.T, atol=1e-6, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network.describer()(features)
+    assert half.scores[0].dtype == half.descriptors[0].dtype == half.descriptors[1].dtype == torch.float32
+    torch.testing.assert_close(half.descriptors[1], g, atol=1e-6, rtol=0)
+    torch.testing.assert_close(half.scores[0], scores, atol=5e-3, rtol=0)  # the text was encoded in half precision
