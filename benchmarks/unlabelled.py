@@ -158,6 +158,7 @@ def estimate_table(found: list[dict[str, Any]]) -> str:
         "correlation",
         "sign right",
         "truth in interval",
+        "correlation over the same classes",
         "correlation by class",
         "sign right by class",
     ]
@@ -167,19 +168,24 @@ def estimate_table(found: list[dict[str, Any]]) -> str:
 def _agreement(found: list[dict[str, Any]]) -> list[str]:
     guess, true = np.array([p["mAP"] for p in found]), np.array([p["true"] for p in found])
     held = [p["overall"][1] <= p["true"] <= p["overall"][2] for p in found]
+    means = np.array([np.mean(p["class_pairs"], axis=0) for p in found if p["class_pairs"]])
     classes = np.array([pair for p in found for pair in p["class_pairs"]])
-    correlation = f"{np.corrcoef(guess, true)[0, 1]:.2f}" if len(found) > 2 else "-"
     return [
         str(len(found)),
         f"{guess.mean():+.1f}",
         f"{true.mean():+.1f}",
         f"{np.abs(guess - true).mean():.1f}",
-        correlation,
+        _correlation(guess, true),
         f"{np.mean(np.sign(guess) == np.sign(true)):.0%}",
         f"{np.mean(held):.0%}",
-        f"{np.corrcoef(classes.T)[0, 1]:.2f}",
+        _correlation(*means.T),
+        _correlation(*classes.T),
         f"{np.mean(np.sign(classes[:, 0]) == np.sign(classes[:, 1])):.0%}",
     ]
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> str:
+    return f"{np.corrcoef(x, y)[0, 1]:.2f}" if len(x) > 2 else "-"
 
 
 def draw(found: list[dict[str, Any]], file: Path) -> None:
