@@ -212,7 +212,7 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     axes.set_xlabel("true gain on the test images, points of mAP")
     axes.set_ylabel("estimate from the labelled images alone, with its 90 % interval")
     axes.set_title("What the unlabelled images bring")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
 

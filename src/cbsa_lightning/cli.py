@@ -30,8 +30,13 @@ from cbsa_lightning.module import SSMLLModule
 class RunRecord(SaveConfigCallback):
     """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split."""
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on all processes, which must ask for the log folder together: they agree on it."""
+        self._folder = trainer.log_dir
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on the first process, after the log folder is known."""
+        """Runs on the first process."""
         plain = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -39,8 +44,8 @@ class RunRecord(SaveConfigCallback):
 
                 logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
         split = getattr(trainer.datamodule, "split", None)
-        if split is not None and trainer.log_dir is not None:
-            split.save(Path(trainer.log_dir) / "split.json", trainer.datamodule.train_table)
+        if split is not None and self._folder is not None:
+            split.save(Path(self._folder) / "split.json", trainer.datamodule.train_table)
 
 
 def _seed(everything: bool | int) -> int:
