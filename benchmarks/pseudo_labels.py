@@ -239,7 +239,8 @@ def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Pat
                 line = np.mean([[epoch[key][k] for epoch in r["epochs"]] for r in runs], axis=0)
                 colour = matplotlib.colormaps["viridis"](norm(max(number, 0.3)))
                 ax.plot(range(1, len(line) + 1), line, color=colour)
-                ax.annotate(n, (len(line), line[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
+                if key != "coverage":  # where all lines lie on one another
+                    ax.annotate(n, (len(line), line[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
             ax.set(xlabel="epoch of the second stage", ylim=(0, 1.02), title=f"{data}, p = {share}: {key} by class")
         scale = matplotlib.cm.ScalarMappable(norm, "viridis")
         figure.colorbar(scale, ax=axes[2], label="labelled positives of the class (mean over seeds)")
