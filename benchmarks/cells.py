@@ -42,17 +42,18 @@ class Cell(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What differs between the two data sets: lengths of the stages in epochs, and images a step."""
+    """What differs between the two data sets: lengths of the stages in epochs, images a step, kept strong views."""
 
     warmup: int
     epochs: int
     batch: int
+    strong_views: int
     model: dict[str, Any]
 
 
 SETTINGS = {
-    "digits": Settings(30, 6, 48, {"clip": "embedded", "prompt_length": 4, "decoder_feedforward": 256}),
-    "photos": Settings(8, 4, 64, {}),
+    "digits": Settings(30, 6, 48, 8, {"clip": "embedded", "prompt_length": 4, "decoder_feedforward": 256}),
+    "photos": Settings(8, 4, 64, 16, {}),
 }
 CONTEXTS = {"digits": 3, "photos": 2}
 
@@ -67,7 +68,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--drawing", type=int, default=0, help="seed of the canvases; settings were chosen on 7")
-    parser.add_argument("--strong-views", type=int, default=8, help="kept strong views an image")
     parser.add_argument("--only", nargs="*", help="names of the runs to make; all if not given")
     return parser
 
@@ -83,7 +83,7 @@ def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None)
         "batch_size": labelled + size - caps,
         "labelled_per_batch": labelled,
         "num_workers": 0,
-        "feature_cache": FeatureCache(str(args.out / f"features-{cell.data}"), args.strong_views, 100.0),
+        "feature_cache": FeatureCache(str(args.out / f"features-{cell.data}"), SETTINGS[cell.data].strong_views, 100.0),
     }
     if cell.data == "digits":
         source = Digits(root=str(args.out / "digits"), seed=args.drawing)
@@ -143,10 +143,9 @@ class Results:
         """Refuses to mix runs of other options in one folder."""
         self.file = args.out / name
         args.out.mkdir(parents=True, exist_ok=True)
-        options = {"drawing": args.drawing, "strong_views": args.strong_views, "clip": args.clip}
         for data in args.data:
             file = args.out / f"options-{data}.json"
-            mine = {k: v for k, v in options.items() if (k == "clip") <= (data == "photos")}
+            mine = {"drawing": args.drawing} if data == "digits" else {"clip": args.clip}
             if not file.exists():
                 file.write_text(json.dumps(mine))
             if (there := json.loads(file.read_text())) != mine:
