@@ -159,7 +159,13 @@ RUNS: dict[str, tuple[Labeler | EvidenceLabeler, Any, int | None, dict[str, Any]
     "preset, between .1 and .6 ignored": (Changed(say=only_sure), None, LABELLED_PER_BATCH, {}),
     "preset, cross-entropy instead of ASL": (StackedProbes(), None, LABELLED_PER_BATCH, {"loss": BinaryCrossEntropy}),
 }
-STACK = "the preset's stack itself, without a network"
+# What the stack says of the test images itself, without a network.
+STACKS: dict[str, EvidenceLabeler] = {
+    "stack alone": StackedProbes(),
+    "stack alone, zero-shot scores": Changed(see=only_zero_shot),
+    "stack alone, probes": Changed(see=only_probes),
+    "stack alone, rare classes trusted like frequent ones": StackedProbes(1e-9),
+}
 
 
 def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
@@ -182,8 +188,8 @@ def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def stack_alone(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """What stacked probes say of the test images, which here lend their statistics in place of the unlabelled ones."""
+def stack_alone(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """What a stack says of the test images, which here lend their statistics in place of the unlabelled ones."""
     data = make_data(cell, args)
     data.prepare_data()
     data.setup("fit")
@@ -199,9 +205,12 @@ def stack_alone(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     both = [torch.cat([train[known], test]) for train, test in zip(train_parts, test_parts, strict=True)]
     evidence = Evidence(both[:-1], both[-1:], torch.arange(len(known)), data.labelled_targets())
     report = MultilabelReport(len(data.class_names))
-    report.update(StackedProbes()(evidence).logit(eps=1e-6), torch.from_numpy(data.test_table.labels))
+    said, truth = STACKS[name](evidence).clamp(1e-6, 1 - 1e-6), torch.from_numpy(data.test_table.labels)
+    report.update(said.logit(), truth)
+    known = truth >= 0
+    log_loss = torch.nn.functional.binary_cross_entropy(said[known], truth[known].float())
     ap = dict(zip(data.class_names, report.compute()["AP"].tolist(), strict=True))
-    return {"mAP": counted_map(ap, data), "AP": ap, "pseudo": {}}
+    return {"mAP": counted_map(ap, data), "AP": ap, "pseudo": {}, "log_loss": float(log_loss)}
 
 
 def table(found: list[dict[str, Any]], data: str, share: float) -> str:
@@ -209,15 +218,18 @@ def table(found: list[dict[str, Any]], data: str, share: float) -> str:
     mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
     paper = {r["seed"]: r["mAP"] for r in mine if r["run"] == "paper's recipe"}
     rows = []
-    for name in (*RUNS, STACK):
+    for name in (*RUNS, *STACKS):
         runs = [r for r in mine if r["run"] == name]
         gaps = [r["mAP"] - paper[r["seed"]] for r in runs if r["seed"] in paper]
         quality = [
             mean_and_error(100 * r["pseudo"][key] for r in runs) if runs and runs[0]["pseudo"] else "-"
             for key in ("precision", "recall", "coverage")
         ]
-        rows.append([name, mean_and_error(r["mAP"] for r in runs), mean_and_error(gaps), *quality])
-    return markdown(["run", "mAP", "minus the paper's recipe", "precision", "recall", "coverage"], rows)
+        losses = [r["log_loss"] for r in runs if "log_loss" in r]
+        log_loss = f"{np.mean(losses):.4f}" if losses else "-"
+        if runs:
+            rows.append([name, mean_and_error(r["mAP"] for r in runs), mean_and_error(gaps), *quality, log_loss])
+    return markdown(["run", "mAP", "minus the paper's recipe", "precision", "recall", "coverage", "log-loss"], rows)
 
 
 def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Path) -> None:
@@ -246,7 +258,8 @@ def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Pat
         figure.colorbar(scale, ax=axes[2], label="labelled positives of the class (mean over seeds)")
         base = {r["seed"]: r["mAP"] for r in mine if r["run"] == "labelled-only"}
         gaps = {
-            n: [r["mAP"] - base[r["seed"]] for r in mine if r["run"] == n and r["seed"] in base] for n in (*RUNS, STACK)
+            n: [r["mAP"] - base[r["seed"]] for r in mine if r["run"] == n and r["seed"] in base]
+            for n in (*RUNS, *STACKS)
         }
         shown = [n for n, gap in gaps.items() if gap and n != "labelled-only"][::-1]
         means = [np.mean(gaps[n]) for n in shown]
@@ -266,9 +279,9 @@ def main() -> None:
     print(where(), flush=True)
     results = Results("ablation.jsonl", args)
     for cell in cells(args):
-        for name in args.only or (*RUNS, STACK):
+        for name in args.only or (*RUNS, *STACKS):
             if not results.has(name, cell):
-                results.add(name, cell, stack_alone(cell, args) if name == STACK else one(name, cell, args))
+                results.add(name, cell, (stack_alone if name in STACKS else one)(name, cell, args))
     found = results.read()
     for data, share in dict.fromkeys((c.data, c.share) for c in cells(args)):
         print(f"\n{data}, p = {share}\n\n{table(found, data, share)}")
