@@ -72,8 +72,8 @@ class StackedProbes(EvidenceLabeler):
                 "labeler (cbsa_lightning.labelers)."
             )
         rows = evidence.labelled.cpu().numpy()
-        if len(rows) == len(next(iter([*evidence.descriptors, *evidence.scores]))):
-            return torch.empty(0, labels.shape[1])
+        if len(rows) == len([*evidence.descriptors, *evidence.scores][0]):
+            return torch.empty(0, labels.shape[1])  # no image is unlabelled
         opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
         opinions += [ready(_array(s), rows) for s in evidence.scores]
         n = positive.sum(0)
