@@ -80,16 +80,18 @@ class MultilabelReport(Metric):
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Logits and targets ``(n, C)`` float32 on the CPU of everything added so far, by all processes."""
         with self.sync_context():
-            entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)
+            return self._unpacked()
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)
         logits, targets = entries.cpu().view(-1, self.num_classes, 2).unbind(dim=-1)
         return logits, targets
 
     def compute(self) -> dict[str, Tensor]:
         """The report over everything added so far; see the class."""
-        entries = dim_zero_cat(self.entries) if len(self.entries) > 0 else torch.empty(0)
-        if entries.numel() == 0:
+        logits, targets = self._unpacked()
+        if not len(logits):
             raise DataError("report: nothing was added, so there is nothing to evaluate")
-        logits, targets = entries.cpu().view(-1, self.num_classes, 2).unbind(dim=-1)
         positives = (targets == 1).sum(dim=0)
         ap = torch.zeros(self.num_classes)
         for k in positives.nonzero()[:, 0].tolist():

@@ -376,14 +376,14 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
         """Undistorted views of this process's share of some ``rows`` of the train table, in order."""
-        dataset = ViewDataset(
-            self._views("train", self._train_images, PlainView(self.image_size)), self.train_table.labels
-        )
-        return self._loader(dataset, InOrderBatches(rows, self.eval_batch_size, **self._ranks()), collate_eval)
+        return self._eval_loader("train", self.train_table, self._train_images, rows)
 
-    def _eval_loader(self, part: str | None, table: AnnotationTable, images: Images) -> DataLoader[EvalBatch]:
+    def _eval_loader(
+        self, part: str | None, table: AnnotationTable, images: Images, rows: np.ndarray | None = None
+    ) -> DataLoader[EvalBatch]:
         dataset = ViewDataset(self._views(part, images, PlainView(self.image_size)), table.labels)
-        batches = InOrderBatches(np.arange(len(table)), self.eval_batch_size, **self._ranks())
+        rows = np.arange(len(table)) if rows is None else rows
+        batches = InOrderBatches(rows, self.eval_batch_size, **self._ranks())
         return self._loader(dataset, batches, collate_eval)
 
     def eval_table(self) -> AnnotationTable:
