@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cbsa_lightning.clip.loading import OWN, Loaded, load_open_clip
-from cbsa_lightning.clip.pooling import ImageTokens
+from cbsa_lightning.clip.pooling import ImageTokens, Pool
 from cbsa_lightning.clip.text import TextTower
 from cbsa_lightning.clip.towers import fold_batch_norms, split_tower
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -42,6 +42,7 @@ class FrozenCLIP(nn.Module):
 
     mean: Tensor
     std: Tensor
+    pool: Pool
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()

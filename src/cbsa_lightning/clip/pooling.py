@@ -3,6 +3,9 @@
 Each pool takes over the layers of one open_clip pool, by their names, and runs them in the order in which
 open_clip does. Its token 0 is therefore open_clip's image embedding to the last bit; the other tokens, which
 open_clip computes and drops, are the local features in the same space.
+
+Beside it each has the *value path* that DualCoOp and its successors take (facts A1): a token goes through the value
+and output projections alone, so that it says what stands at its own place and nothing of the others.
 """
 
 from __future__ import annotations
@@ -72,16 +75,25 @@ class ResNetPool(nn.Module):
         side = math.isqrt(self.positional_embedding.shape[0] - 1)
         self.native_grid = (side, side)
 
-    def forward(self, features: Tensor) -> ImageTokens:
-        """Pools the tower's last map (B, c, h, w); any grid, any floating type."""
-        positions, grid = self.positional_embedding, _grid(features)
-        x = features.to(positions.dtype).flatten(2).permute(2, 0, 1)  # (hw, B, c), tokens first as in open_clip
-        x = torch.cat([x.mean(dim=0, keepdim=True), x])
-        x = x + resize_positions(positions, self.native_grid, grid, antialias=False)[:, None]
+    def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """Pools the tower's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
+        x = self._tokens(features, positions)
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1 + hw, c / heads)
         tokens: Tensor = self.c_proj(x.permute(2, 0, 1, 3).flatten(2))
-        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), grid)
+        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), _grid(features))
+
+    def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """Value path: no attention mixes the tokens; ``g`` is the mean token's."""
+        tokens: Tensor = self.c_proj(self.v_proj(self._tokens(features, positions)))
+        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), _grid(features))
+
+    def _tokens(self, features: Tensor, positions: bool) -> Tensor:
+        """The mean and all places (1 + hw, B, c), tokens first as in open_clip."""
+        learned, grid = self.positional_embedding, _grid(features)
+        x = features.to(learned.dtype).flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(dim=0, keepdim=True), x])
+        return x + resize_positions(learned, self.native_grid, grid, antialias=False)[:, None] if positions else x
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)
@@ -101,20 +113,36 @@ class TimmPool(nn.Module):
         self.attention: Any = layers.pop("pool")
         self.after = nn.Sequential(*layers.values())
 
-    def forward(self, features: Tensor) -> ImageTokens:
-        """Pools the trunk's last map (B, c, h, w); any grid, any floating type."""
+    def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """Pools the trunk's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
         pool, grid = self.attention, _grid(features)
-        x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
-        if isinstance(pool, AttentionPool2d):
-            x = x + resize_positions(pool.pos_embed, pool.feat_size, grid, antialias=True)
+        x = self._tokens(features, positions)
         fused = pool.qkv is not None
         parts = pool.qkv(x).chunk(3, dim=-1) if fused else [layer(x) for layer in (pool.q, pool.k, pool.v)]
         q, k, v = (part.view(*part.shape[:2], pool.num_heads, -1).transpose(1, 2) for part in parts)
-        if isinstance(pool, RotAttentionPool2d):
+        if positions and isinstance(pool, RotAttentionPool2d):
             q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
         x = F.scaled_dot_product_attention(q, k, v)
-        tokens = pool.proj(x.transpose(1, 2).flatten(2))
+        return self._projected(x.transpose(1, 2).flatten(2), grid)
+
+    def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """Value path: no attention mixes the tokens; ``g`` is the mean token's. Rotary positions never reach it."""
+        pool = self.attention
+        x = self._tokens(features, positions)
+        values = pool.v(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)[2]
+        return self._projected(values, _grid(features))
+
+    def _tokens(self, features: Tensor, positions: bool) -> Tensor:
+        """The mean and all places, (B, 1 + hw, c)."""
+        pool = self.attention
+        x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        if positions and isinstance(pool, AttentionPool2d):
+            x = x + resize_positions(pool.pos_embed, pool.feat_size, _grid(features), antialias=True)
+        return x
+
+    def _projected(self, x: Tensor, grid: tuple[int, int]) -> ImageTokens:
+        tokens = self.attention.proj(x)
         return ImageTokens(self.after(tokens[:, 0]), self.after(tokens[:, 1:]), grid)
 
     def _rotate(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -137,20 +165,27 @@ class ViTPool(nn.Module):
         self.ln_post: nn.Module = source.ln_post
         self.proj: nn.Parameter = source.proj
 
-    def forward(self, features: Tensor) -> ImageTokens:
-        """Projects the last block's tokens (B, 1 + h*w, c); h = w, as ``ViTTower`` ensures."""
+    def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """Projects the last block's tokens (B, 1 + h*w, c); h = w, as ``ViTTower`` ensures. They hold positions."""
         x = self.ln_post(features.to(self.proj.dtype))
         side = math.isqrt(features.shape[1] - 1)
         # Two products, not one: open_clip multiplies the class token alone, and a product's last bits depend
         # on its number of rows.
         return ImageTokens(x[:, 0] @ self.proj, x[:, 1:] @ self.proj, (side, side))
 
+    def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
+        """A ViT has no attention pool to leave out: the same as :meth:`forward`."""
+        return self.forward(features)
+
 
 def _grid(features: Tensor) -> tuple[int, int]:
     return features.shape[-2], features.shape[-1]
 
 
-def dense_pool(visual: nn.Module) -> nn.Module:
+Pool = ResNetPool | TimmPool | ViTPool
+
+
+def dense_pool(visual: nn.Module) -> Pool:
     """The pool for an open_clip image tower.
 
     Raises:

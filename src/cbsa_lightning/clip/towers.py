@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cbsa_lightning.clip.pooling import ResNetPool, TimmPool, dense_pool, resize_positions
+from cbsa_lightning.clip.pooling import Pool, ResNetPool, TimmPool, dense_pool, resize_positions
 from cbsa_lightning.errors import ConfigError
 
 RESNET_LAYERS = (
@@ -53,7 +53,7 @@ class ViTTower(nn.Module):
         return cast(Tensor, self.transformer(self.ln_pre(x)))
 
 
-def split_tower(visual: nn.Module) -> tuple[nn.Module, nn.Module]:
+def split_tower(visual: nn.Module) -> tuple[nn.Module, Pool]:
     """An open_clip image tower as (everything below the pool, dense pool), sharing its parameters.
 
     Raises:

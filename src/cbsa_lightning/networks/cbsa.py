@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.networks.base import Description, Network, NetworkOutput, mean_over_places
+from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.decoder import LabelDecoder
-from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
+from cbsa_lightning.networks.prompted import PromptedCLIP
+from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
 class TextFeatures(NamedTuple):
@@ -24,7 +24,7 @@ class TextFeatures(NamedTuple):
     semantic: Tensor | None
 
 
-class CBSANetwork(Network):
+class CBSANetwork(PromptedCLIP):
     """CLIP with prompts, label decoder and context head.
 
     Each part of the paper's Table 3 can be left out: ``target_prompts=False`` classifies with fixed template words
@@ -62,62 +62,26 @@ class CBSANetwork(Network):
         train_pool: bool = True,
         pool_lr_scale: float = 0.1,
     ) -> None:
-        super().__init__()
-        self.clip = clip
-        self.prompt_names = list(prompt_names)
+        super().__init__(clip, prompt_names, train_pool, pool_lr_scale)
         self.num_contexts = num_contexts
-        self.pool_lr_scale = pool_lr_scale
-        clip.pool.requires_grad_(train_pool)
-        clip.speed_up()
         if num_contexts and not train_pool:
             warnings.warn(
                 "Contexts are on but the attention pool is frozen: the context loss then reaches no weight that the "
                 "label task shares and cannot change any label. Train the pool, or switch contexts off.",
                 stacklevel=2,
             )
-        words = {"length": prompt_length, "shared": shared_prompts, "template": prompt_template}
+        words = (prompt_length, shared_prompts, prompt_template)
         if target_prompts:
-            self.target_prompts = ClassPrompts(clip, prompt_names, **words)  # type: ignore[arg-type]
+            self.target_prompts = self._prompts(*words)
         else:
-            template = prompt_template or "a photo of a"
-            self.target_prompts = ClassPrompts(clip, prompt_names, template=template, trainable=False)
+            self.target_prompts = self._prompts(
+                prompt_length, False, prompt_template or "a photo of a", trainable=False
+            )
         self.decoder = decoder
-        self.semantic_prompts = ClassPrompts(clip, prompt_names, **words) if decoder is not None else None  # type: ignore[arg-type]
+        self.semantic_prompts = self._prompts(*words) if decoder is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         # Made last, so that switching contexts on or off leaves the start of all other weights as it is.
         self.context_head = nn.Linear(clip.embed_dim, num_contexts) if num_contexts else None
-
-    @property
-    def frozen_weights(self) -> str:
-        """Fingerprint of the CLIP weights as they were loaded, and of how the tower uses them.
-
-        The same weights give other features under another activation or number of heads, which no weight shows.
-        """
-        tower = self.clip.tower
-        heads = [f"{name} {m.num_heads}" for name, m in tower.named_modules() if hasattr(m, "num_heads")]
-        return hashlib.sha256("\n".join([self.clip.fingerprint, repr(tower), *heads]).encode()).hexdigest()
-
-    def features(self, images: Tensor) -> Tensor:
-        """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
-        return self.clip.features(images)
-
-    def describer(self) -> Callable[[Tensor], Description]:
-        """Mean of the frozen features, CLIP's global feature, and zero-shot scores: the cosine with "a photo of a ...".
-
-        All of the towers as they are now: before training the pool is CLIP's own.
-        """
-        texts = [f"a photo of a {name}." for name in self.prompt_names]
-        text = nn.functional.normalize(self.clip.encode_texts(texts).float(), dim=-1)
-
-        dtype = next(self.clip.pool.parameters()).dtype
-
-        def describe(features: Tensor) -> Description:
-            # In full precision: zero-shot scores of two images differ by little more than half precision holds.
-            with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-                g = nn.functional.normalize(self.clip.pool(features.to(dtype)).g.float(), dim=-1)
-                return Description([mean_over_places(features), g], [g @ text.T])
-
-        return describe
 
     def encode_text(self) -> TextFeatures:
         """Text features of all prompts, in one pass of the text tower."""
@@ -153,14 +117,6 @@ class CBSANetwork(Network):
             z = nn.functional.normalize(aligned.float(), dim=-1)
             t = nn.functional.normalize(target.float(), dim=-1)
             return self.log_scale.float().exp() * (z * t).sum(-1)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The attention pool in a group of its own, with its factor of the learning rate."""
-        pool = [p for p in self.clip.pool.parameters() if p.requires_grad]
-        own = {id(p) for p in pool}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
-        groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
-        return [*groups, {"params": pool, "lr_scale": self.pool_lr_scale}] if pool else groups
 
 
 def build_cbsa_network(

@@ -1,0 +1,100 @@
+"""What the networks with learnable prompts over a frozen CLIP share: CBSA and the systems it is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.networks.base import Description, Network, mean_over_places
+from cbsa_lightning.networks.prompts import ClassPrompts
+
+
+class PromptedCLIP(Network):
+    """Base: frozen towers, features below the attention pool, and parameter groups.
+
+    Args:
+        clip: The towers. Their image tower is brought into its fastest form, for good.
+        prompt_names: The C class names, as they are to be read.
+        train_pool: Whether CLIP's attention pool is trained.
+        pool_lr_scale: Factor of the learning rate for the attention pool.
+    """
+
+    def __init__(
+        self, clip: FrozenCLIP, prompt_names: Sequence[str], train_pool: bool = False, pool_lr_scale: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self.prompt_names = list(prompt_names)
+        self.pool_lr_scale = pool_lr_scale
+        clip.pool.requires_grad_(train_pool)
+        clip.speed_up()
+
+    def _prompts(self, length: int, shared: bool, template: str | None = None, trainable: bool = True) -> ClassPrompts:
+        return ClassPrompts(self.clip, self.prompt_names, length, shared, template, trainable)
+
+    @property
+    def frozen_weights(self) -> str:
+        """Fingerprint of the CLIP weights as they were loaded, and of how the tower uses them.
+
+        The same weights give other features under another activation or number of heads, which no weight shows.
+        """
+        tower = self.clip.tower
+        heads = [f"{name} {m.num_heads}" for name, m in tower.named_modules() if hasattr(m, "num_heads")]
+        return hashlib.sha256("\n".join([self.clip.fingerprint, repr(tower), *heads]).encode()).hexdigest()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
+        return self.clip.features(images)
+
+    def describer(self) -> Callable[[Tensor], Description]:
+        """Mean of the frozen features, CLIP's global feature, and zero-shot scores: the cosine with "a photo of a ...".
+
+        All of the towers as they are now: before training the pool is CLIP's own.
+        """
+        text = nn.functional.normalize(self.zero_shot_text().float(), dim=-1)
+        dtype = next(self.clip.pool.parameters()).dtype
+
+        def describe(features: Tensor) -> Description:
+            # In full precision: zero-shot scores of two images differ by little more than half precision holds.
+            with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+                g = nn.functional.normalize(self.clip.pool(features.to(dtype)).g.float(), dim=-1)
+                return Description([mean_over_places(features), g], [g @ text.T])
+
+        return describe
+
+    def zero_shot_text(self) -> Tensor:
+        """Text features ``(C, d)`` of "a photo of a ...", without gradients; not normalised."""
+        return self.clip.encode_texts([f"a photo of a {name}." for name in self.prompt_names])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The attention pool, if trained, in a group of its own with its factor of the learning rate."""
+        return parameter_groups(self, {self.pool_lr_scale: self.clip.pool})
+
+
+def parameter_groups(network: nn.Module, scaled: Mapping[float, nn.Module]) -> list[dict[str, Any]]:
+    """Groups of trainable parameters: those of the ``scaled`` parts under their factors, all others under 1."""
+    groups: list[dict[str, Any]] = []
+    for scale, part in scaled.items():
+        trained = [p for p in part.parameters() if p.requires_grad]
+        groups += [{"params": trained, "lr_scale": scale}] if trained else []
+    taken = {id(p) for group in groups for p in group["params"]}
+    rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
+    return [{"params": rest, "lr_scale": 1.0}, *groups]
+
+
+def cosines(images: Tensor, text: Tensor) -> Tensor:
+    """Cosine ``(..., C)`` of image features ``(..., d)`` with every class ``(C, d)``; float32 whatever the autocast."""
+    with torch.autocast(images.device.type, enabled=False):
+        x, t = (nn.functional.normalize(v.float(), dim=-1) for v in (images, text))
+        return x @ t.T
+
+
+def region_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weights of the places ``(B, h * w, C)`` as attention maps ``(B, C, h, w)``, each of which sums to 1."""
+    maps = weights / weights.sum(1, keepdim=True)
+    return maps.transpose(1, 2).reshape(len(maps), -1, *grid)

@@ -1,0 +1,116 @@
+"""SCPNet: class embeddings refined over a graph of how alike CLIP finds the class names (Ding et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.networks.base import NetworkOutput
+from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, parameter_groups
+from cbsa_lightning.networks.prompts import encode_prompt_sets
+
+OWN_SHARE = 0.8  # of a class in its own row of the graph; its neighbours share the rest
+
+
+class SCPNet(PromptedCLIP):
+    """The global image feature against class embeddings that graph convolutions have mixed with their neighbours'.
+
+    Source: repository jameslahm/SCPNet (facts E3). Its relation matrix is shipped without its generator; here it is
+    made of the cosines of CLIP's text features of "a photo of a ...", which its values are consistent with. Other than
+    there: the image encoder is frozen as in all rows of the paper's tables; class-specific noise instead of the words
+    "a photo of a" starts the prompts; and CAP's pseudo-labels and ASL(0, 4) take the place of its losses for single
+    positive labels and of its consistency term, as the paper combines it with CAP.
+
+    Args:
+        prompt_names: The C class names, as they are to be read.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        prompt_length: N, learnable words a prompt.
+        shared_prompts: One set of words for all classes.
+        neighbours: Entries that a row of the graph keeps, itself among them: 62 on COCO, 50 on NUS-WIDE in the
+            original, None for all (its 20 on VOC).
+        scale: Factor of the cosine, a constant; 10 in the original, on NUS-WIDE CLIP's own (about 100).
+        hidden: Width of the graph convolutions.
+        graph_lr_scale: Factor of the learning rate for the graph convolutions. At 1e-3 it gives 1e-4, within the
+            original's 1e-5 to 2e-4.
+
+    Raises:
+        ConfigError: If settings do not fit the towers.
+        WeightsError: If the CLIP weights cannot be had.
+    """
+
+    graph: Tensor
+
+    def __init__(
+        self,
+        prompt_names: Sequence[str],
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+        neighbours: int | None = None,
+        scale: float = 10.0,
+        hidden: int = 2048,
+        graph_lr_scale: float = 0.1,
+    ) -> None:
+        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
+        self.prompts = self._prompts(prompt_length, shared_prompts)
+        self.scale, self.graph_lr_scale = scale, graph_lr_scale
+        text = self.zero_shot_text()
+        # Derived from the class names and the frozen towers, so not part of a checkpoint.
+        self.register_buffer("graph", relation_graph(cosines(text, text), neighbours), persistent=False)
+        widths = (self.clip.embed_dim, hidden, hidden, self.clip.embed_dim)
+        self.convolutions = nn.ModuleList(_convolution(*ends) for ends in itertools.pairwise(widths))
+
+    def encode_text(self) -> Tensor:
+        """Refined class embeddings ``(C, d)``."""
+        (text,) = encode_prompt_sets(self.clip, [self.prompts])
+        x = text
+        for i, layer in enumerate(self.convolutions):
+            x = self.graph.to(x.dtype) @ layer(F.leaky_relu(x, 0.2) if i else x)
+        return text + x
+
+    def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
+        """See :class:`Network`; there is no attention, since only the global feature is looked at."""
+        text = text if text is not None else self.encode_text()
+        return NetworkOutput(self.scale * cosines(self.clip.pool(features).g, text))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The graph convolutions in a group of their own."""
+        return parameter_groups(self, {self.graph_lr_scale: self.convolutions})
+
+
+def _convolution(before: int, after: int) -> nn.Linear:
+    """Weights of a graph convolution; they start as the original's do."""
+    layer = nn.Linear(before, after, bias=False)
+    nn.init.uniform_(layer.weight, -(after**-0.5), after**-0.5)
+    return layer
+
+
+def relation_graph(relation: Tensor, neighbours: int | None = None) -> Tensor:
+    """Graph ``(C, C)`` of a relation matrix ``(C, C)`` with positive entries; rows sum to 1.
+
+    Args:
+        relation: How alike two classes are.
+        neighbours: Highest entries that each row keeps, itself among them; None keeps all.
+
+    Raises:
+        ConfigError: If there are not so many classes, or no neighbour would be left.
+    """
+    number = len(relation)
+    kept = number if neighbours is None else neighbours
+    if not 2 <= kept <= number:
+        raise ConfigError(f"SCPNet: neighbours must lie between 2 and the {number} classes, got {kept}.")
+    rows = torch.zeros_like(relation)
+    highest = relation.topk(kept, dim=1)
+    rows.scatter_(1, highest.indices, highest.values)
+    rows.fill_diagonal_(0)
+    rows = rows / rows.sum(1, keepdim=True) * (1 - OWN_SHARE)
+    return rows.fill_diagonal_(OWN_SHARE)

@@ -1,0 +1,83 @@
+"""TaI-DPT: one prompt a class for the whole image and one for its places (Guo et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.networks.base import NetworkOutput
+from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompts import encode_prompt_sets
+
+
+class GrainedText(NamedTuple):
+    """Text features that the whole image (``coarse``) and its places (``fine``) are compared with, each ``(C, d)``."""
+
+    coarse: Tensor
+    fine: Tensor
+
+
+class TaI(PromptedCLIP):
+    """Two granularities: the global feature against one prompt, the places that fit best against another.
+
+    The logit is the mean of the global cosine and of the places' cosines, weighed by a softmax over the places, times
+    a scale.
+
+    Source: repository guozix/TaI-DPT (facts A1, E4): global and local features without positions, the local ones by
+    the value path. Its prompts are trained on captions in the place of images, by a ranking loss on each granularity;
+    the paper combines it with CAP instead, so here both are trained on the labelled and pseudo-labelled images, by
+    ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learnt
+    (TaI: a constant 4), and prompts are class-specific.
+
+    Args:
+        prompt_names: The C class names, as they are to be read.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        prompt_length: N, learnable words a prompt.
+        shared_prompts: One set of words for all classes.
+        region_scale: Factor of the cosines in the softmax over places; TaI's for images (50 for captions; 4 on
+            NUS-WIDE).
+        scale: Initial factor of the cosines in the logit.
+        learn_scale: Whether that factor is learnt.
+
+    Raises:
+        ConfigError: If settings do not fit the towers.
+        WeightsError: If the CLIP weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        prompt_names: Sequence[str],
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+        region_scale: float = 40.0,
+        scale: float = 20.0,
+        learn_scale: bool = True,
+    ) -> None:
+        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
+        self.global_prompts = self._prompts(prompt_length, shared_prompts)
+        self.local_prompts = self._prompts(prompt_length, shared_prompts)
+        self.region_scale = region_scale
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+
+    def encode_text(self) -> GrainedText:
+        """Text features of both prompts, in one pass of the text tower."""
+        return GrainedText(*encode_prompt_sets(self.clip, [self.global_prompts, self.local_prompts]))
+
+    def forward(self, features: Tensor, text: GrainedText | None = None, *, attention: bool = False) -> NetworkOutput:
+        """See :class:`Network`."""
+        text = text if text is not None else self.encode_text()
+        coarse = cosines(self.clip.pool(features, positions=False).g, text.coarse)  # (B, C)
+        places = self.clip.pool.values(features, positions=False)
+        similarity = cosines(places.l, text.fine)  # (B, hw, C)
+        weights = (self.region_scale * similarity).softmax(1)
+        fine = (weights * similarity).sum(1)
+        logits = self.log_scale.exp() * (coarse + fine) / 2
+        return NetworkOutput(logits, None, region_maps(weights, places.grid) if attention else None)
