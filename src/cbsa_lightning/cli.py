@@ -1,163 +1,28 @@
-"""`cbsa fit | validate | test | predict`, from YAML overlays and flags."""
+"""The `cbsa` command: fit, validate, test and predict one run, and table for the paper's tables."""
 
 from __future__ import annotations
 
-import copy
-import os
 import sys
-import warnings
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
-
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
-
-import cbsa_lightning
-from cbsa_lightning.callbacks.predictions import WritePredictions
-from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.comparison import compare
-from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import CBSAError
-from cbsa_lightning.gain import Gain, GainCheck, report_gain
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.module import SSMLLModule
+from cbsa_lightning.lightning_cli import run
+from cbsa_lightning.tables import table
 
 
-class RunRecord(SaveConfigCallback):
-    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split."""
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on all processes, which must ask for the log folder together: they agree on it."""
-        self._folder = trainer.log_dir
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on the first process."""
-        plain = self.parser.dump(self.config, skip_none=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                import yaml
-
-                logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
-        split = getattr(trainer.datamodule, "split", None)
-        if split is not None and self._folder is not None:
-            split.save(Path(self._folder) / "split.json", trainer.datamodule.train_table)
-
-
-def _seed(everything: bool | int) -> int:
-    """Seed of split, order and views; `--seed_everything true` lets Lightning draw one that we are not told."""
-    return 1 if isinstance(everything, bool) else everything
-
-
-class CBSACLI(LightningCLI):
-    """LightningCLI with classes taken from the data, and a comparison after the fit on request."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what data and model share, and adds what every run leaves behind."""
-        for names in ("class_names", "prompt_names"):
-            parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
-        parser.link_arguments(
-            "seed_everything", "data.seed", compute_fn=lambda seed: 1 if isinstance(seed, bool) else seed
-        )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
-        parser.add_lightning_class_args(RunReport, "report")
-        parser.add_lightning_class_args(WritePredictions, "predictions")
-        parser.add_argument(
-            "--compare",
-            type=bool,
-            default=False,
-            help="After the fit, train the same network on the labelled images alone for as many steps, score CLIP "
-            "without any training, and print the three side by side.",
-        )
-
-        parser.add_argument(
-            "--gain",
-            type=GainCheck | None,
-            default=None,
-            help="Before the fit, estimate from the labelled images alone whether the unlabelled ones will help, for "
-            "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
-        )
-
-    def instantiate_classes(self) -> None:
-        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, CBSAError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
-
-    def before_fit(self) -> None:
-        """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""
-        self._gain: Gain | None = None
-        self._left_out = False
-        self._check_gain()
-        self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None
-
-    def _check_gain(self) -> None:
-        """Estimates the gain of a new run; a resumed one goes on as it was begun."""
-        check: GainCheck | None = self._get(self.config_init, "gain")
-        if check is None or self._get(self.config_init, "ckpt_path") is not None:
-            return
-        self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
-        rank_zero_info(self._gain.sentence())
-        self._left_out = check.keep_labelled_only and self._gain.hurts
-        if self._left_out:
-            self.model.labeler = LabelledOnly()
-            # The saved configuration is to say what was trained, also for who resumes the run.
-            config = self.config[str(self.subcommand)]
-            config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
-            config.gain = None
-
-    def after_fit(self) -> None:
-        """What the gain check found and the comparison, if asked for."""
-        if self._gain is not None:
-            report_gain(self._gain, self.trainer, self._left_out)
-        if self._untrained is not None and self._left_out:
-            rank_zero_info("No comparison: this run is the labelled-only one.")
-        elif self._untrained is not None:
-            compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
-
-
-def main(args: ArgsType = None) -> CBSACLI:
+def main(args: Sequence[str] | None = None) -> Any:
     """Runs the command line.
 
     Args:
         args: Arguments instead of those of the process, for calls from Python and tests.
+
+    Returns:
+        The LightningCLI of a run, or the file of a table.
     """
-    with warnings.catch_warnings():
-        # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 under torch 2.15
-        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the frozen CLIP, on purpose
-        warnings.filterwarnings("ignore", message="The number of training batches")  # epochs are what we log
-        return CBSACLI(
-            SSMLLModule,
-            SSMLLDataModule,
-            subclass_mode_model=True,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=1,
-            trainer_defaults={
-                "use_distributed_sampler": False,  # our samplers share the work themselves
-                "num_sanity_val_steps": 0,
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": "cbsa"},
-                },
-            },
-            auto_configure_optimizers=False,
-            parser_kwargs={"version": cbsa_lightning.__version__},
-            args=args,
-        )
+    words = list(sys.argv[1:] if args is None else args)
+    # LightningCLI knows the methods of a Trainer alone, so our own verb is taken out before it looks.
+    return table(words[1:]) if words[:1] == ["table"] else run(None if args is None else words)
 
 
 def entry_point() -> None:

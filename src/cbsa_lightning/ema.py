@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 
 class ParameterEMA(nn.Module):
-    """Average of the trainable parameters of a module.
+    """Average of the trainable parameters of a module, and of the running statistics that go with them.
 
-    Frozen weights and buffers are left out: with a frozen CLIP they are most of the memory and never change.
-    The averages are buffers, so they travel in a checkpoint and to a device with their owner.
+    CAP averages the whole state (fact B2). Frozen weights and all other buffers are left out here: with a frozen CLIP
+    they are most of the memory and never change. But where a BatchNorm is trained its means and variances move, and
+    averaged weights do not go with those of the raw ones. The averages are buffers, so they travel in a checkpoint and
+    to a device with their owner.
 
     Args:
-        module: Whose trainable parameters are averaged; which ones are trainable must not change afterwards.
+        module: Whose weights are averaged; which ones are trainable must not change afterwards.
         decay: Share of the old average that each :meth:`update` keeps.
     """
 
@@ -25,10 +27,10 @@ class ParameterEMA(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self._names = [name for name, p in module.named_parameters() if p.requires_grad]
-        parameters = dict(module.named_parameters())
-        for name in self._names:
-            self.register_buffer(self._key(name), parameters[name].detach().clone())
+        averaged = {name: p for name, p in module.named_parameters() if p.requires_grad} | _moving_statistics(module)
+        self._names = list(averaged)
+        for name, value in averaged.items():
+            self.register_buffer(self._key(name), value.detach().clone())
         self.register_buffer("started", torch.tensor(False))
 
     @staticmethod
@@ -36,9 +38,9 @@ class ParameterEMA(nn.Module):
         return "average_of_" + name.replace(".", "__")  # a buffer's name cannot hold a dot
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        parameters = dict(module.named_parameters())
+        state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         averages = [self.get_buffer(self._key(name)) for name in self._names]
-        return averages, [parameters[name] for name in self._names]
+        return averages, [state[name] for name in self._names]
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:
@@ -74,3 +76,14 @@ class ParameterEMA(nn.Module):
         for average, weight in zip(averages, current, strict=True):
             average.data, weight.data = weight.data, average.data
         torch.clear_autocast_cache()  # which knows a weight by its identity, and that has not changed
+
+
+def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances, by name, of the normalisation layers that are trained; not their counters."""
+    return {
+        name: value
+        for prefix, layer in module.named_modules()
+        if any(p.requires_grad for p in layer.parameters(recurse=False))
+        for name, value in layer.named_buffers(prefix, recurse=False)
+        if name.rpartition(".")[2].startswith("running_") and value.is_floating_point()
+    }

@@ -1,0 +1,253 @@
+"""Cells of the paper's tables: one system, data set, labelled share and seed; each a run of its own, made once.
+
+A cell's recipe is one YAML, merged from overlays, that ``cbsa fit --config recipe.yaml`` runs as well. Its folder is
+named after what the recipe says, so that two tables with the same cell share it, and a changed setting makes a new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+import cbsa_lightning
+from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.lightning_cli import run
+from cbsa_lightning.paper import Row
+
+Settings = dict[str, Any]
+
+SPEED_ONLY = (
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("data.num_workers", "data.image_cache", "data.feature_cache.folder", "data.feature_cache.limit_gb"),
+)
+"""What changes no number of a run, so that another machine's settings find the same cell."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of a table: ``name`` is the paper's (voc, coco, nuswide) or one's own, ``file`` its overlay."""
+
+    name: str
+    file: Path
+
+    @classmethod
+    def named(cls, text: str, configs: Path) -> DataSet:
+        """From "voc", which means ``configs/data/voc.yaml``, or "voc=my_voc.yaml"."""
+        name, _, file = text.partition("=")
+        return cls(name, Path(file) if file else configs / "data" / f"{name}.yaml")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        row: The system.
+        data: Name of the data set.
+        share: p, the labelled share of the training images.
+        seed: Of everything.
+        recipe: The run's whole configuration but for where it writes.
+    """
+
+    row: Row
+    data: str
+    share: float
+    seed: int
+    recipe: Settings
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return f"{self.row.label} on {self.data}, p = {self.share:.2f}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Folder of the run; the same recipe has the same."""
+        plain = copy.deepcopy(self.recipe)
+        for path in SPEED_ONLY:
+            *parents, last = path.split(".")
+            place: Any = plain
+            for key in parents:
+                place = place.get(key) or {}
+            place.pop(last, None)
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.data}-p{round(1000 * self.share):03d}-seed{self.seed}-{'+'.join(self.row.overlays)}-{digest}"
+
+
+def make_cell(
+    row: Row,
+    data: DataSet,
+    share: float,
+    seed: int,
+    configs: Path,
+    extra: Iterable[Path] = (),
+    clip: tuple[str, str | None] | None = None,
+) -> Cell:
+    """A cell from the overlays: method, data set, what a method needs there, ``extra`` ones; then share and seed.
+
+    Args:
+        row: The system.
+        data: The data set.
+        share: Labelled share.
+        seed: Of everything.
+        configs: Folder with ``methods/``.
+        extra: Overlays over all of them, such as hardware.
+        clip: Model and weights for systems that have a CLIP, instead of their own.
+
+    Raises:
+        ConfigError: An overlay is not there or no mapping.
+    """
+    files = [configs / "methods" / f"{name}.yaml" for name in row.overlays]
+    special = [configs / "methods" / data.name / f"{name}.yaml" for name in row.overlays]
+    there = [file for file in special if file.is_file()]
+    # What a method needs on this data set stands above the method, and below its ablations.
+    recipe = merged(read(file) for file in (files[0], data.file, *there, *files[1:], *extra))
+    arguments = recipe["model"]["init_args"]
+    arguments.update(row.settings)
+    if clip is not None:
+        where = arguments if "clip" in arguments else arguments.get("network", {}).get("init_args", {})
+        if "clip" in where:
+            where.update(clip=clip[0], pretrained=clip[1])
+    recipe["seed_everything"] = seed
+    recipe["data"]["labelled_fraction"] = share
+    return Cell(row, data.name, share, seed, recipe)
+
+
+def read(file: Path) -> Settings:
+    """An overlay.
+
+    Raises:
+        ConfigError: It is not there, or no mapping.
+    """
+    if not file.is_file():
+        raise ConfigError(
+            f"There is no overlay {file}. Start where the project's configs/ lies, or say where it is with --configs."
+        )
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} must be a mapping such as 'trainer: {{max_epochs: 40}}', not {found!r}.")
+    return found
+
+
+def merged(overlays: Iterable[Settings]) -> Settings:
+    """Overlays one over the other, as the command line merges ``--config`` files."""
+    return reduce(_over, overlays, {})
+
+
+def _over(below: Settings, above: Settings) -> Settings:
+    """``above`` over ``below``; another class begins with no arguments."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
+            old = {"class_path": old}  # a class by its path alone
+        if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
+            result[key] = _over(old, value)
+        else:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def _other_class(old: Settings, new: Settings) -> bool:
+    return "class_path" in new and new["class_path"] != old.get("class_path")
+
+
+def result_of(cell: Cell, out: Path) -> Settings | None:
+    """What a finished cell found, or None."""
+    file = out / cell.folder / "result.json"
+    found: Settings | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
+    """Runs a cell, from its last checkpoint on if it was stopped; a finished one is left alone.
+
+    Several processes may work in the same ``out``: a cell that another one has in hand is left to it.
+
+    Returns:
+        Whether it is finished now.
+    """
+    folder = out / cell.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            if result_of(cell, out) is None:
+                _write(folder / "result.json", json.dumps(_run(cell, folder), indent=1))
+                if not keep_checkpoint:
+                    (folder / "last.ckpt").unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return True
+
+
+def _run(cell: Cell, folder: Path) -> Settings:
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError("A cell runs in one process: start `cbsa table` once a GPU, each with one device.")
+    recipe, here = folder / "recipe.yaml", folder / "here.yaml"
+    _write(recipe, yaml.safe_dump(cell.recipe, sort_keys=False))
+    _write(here, yaml.safe_dump(_here(folder), sort_keys=False))
+    checkpoint = folder / "last.ckpt"
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
+    begun = time.monotonic()
+    cli = run(["fit", f"--config={recipe}", f"--config={here}", *resume])
+    found = _found(cli, time.monotonic() - begun)
+    del cli
+    gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"cell": cell.name, "row": cell.row.label, "data": cell.data, "share": cell.share, "seed": cell.seed} | found
+
+
+def _here(folder: Path) -> Settings:
+    """Where a cell writes: all into its folder, one checkpoint an epoch, the last."""
+    logger = {"save_dir": str(folder), "name": "", "version": "log"}
+    return {
+        "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}},
+        "checkpoint": {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "enable_version_counter": False},
+    }
+
+
+def _found(cli: Any, seconds: float) -> Settings:
+    """What a finished run tells: every metric of every epoch, and what they were measured on."""
+    report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RunReport))
+    last = cli.trainer.max_epochs - 1
+    if last not in report.history.get("val/mAP", {}):
+        raise ConfigError(
+            f"The run was not validated in its last epoch, {last}; let trainer.check_val_every_n_epoch divide "
+            "trainer.max_epochs."
+        )
+    test = cli.datamodule.eval_table()
+    gpu = cli.trainer.strategy.root_device.type == "cuda"
+    return {
+        "positives": dict(zip(test.class_names, (test.labels == 1).sum(0).tolist(), strict=True)),
+        "history": {
+            name: {epoch: None if math.isnan(value) else value for epoch, value in values.items()}
+            for name, values in report.history.items()
+        },
+        "seconds_since_last_start": seconds,
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "versions": {"cbsa_lightning": cbsa_lightning.__version__, "torch": torch.__version__},
+    }
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)

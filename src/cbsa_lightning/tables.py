@@ -1,0 +1,105 @@
+"""`cbsa table N`: runs the cells of a table of the paper and writes it, beside what the paper reports."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbsa_lightning.cells import Cell, DataSet, make, make_cell, result_of
+from cbsa_lightning.errors import CBSAError, ConfigError
+from cbsa_lightning.paper import TABLES, table_of
+from cbsa_lightning.results import Finished, write_table
+
+
+def table(args: Sequence[str] | None = None) -> Path:
+    """Runs the cells of a table that are not finished, then writes it.
+
+    Args:
+        args: Arguments instead of those of the process; ``--help`` lists them.
+
+    Returns:
+        The Markdown file; CSV files and pictures lie beside it.
+
+    Raises:
+        ConfigError: Cells could not be run; the table is written nevertheless, and says which.
+    """
+    options = _parser().parse_args(args)
+    plan = table_of(options.number)
+    sets = [DataSet.named(text, options.configs) for text in options.data or plan.data]
+    rows = plan.select(options.rows) if options.rows else plan.rows
+    clip = (options.clip, options.pretrained) if options.clip else None
+    cells = [
+        make_cell(row, data, share, seed, options.configs, options.config, clip)
+        for seed in options.seeds or plan.seeds
+        for data in sets
+        for share in options.shares or plan.shares
+        for row in rows
+    ]
+    problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints)
+    finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
+    file: Path = options.out / f"table_{plan.number}.md"
+    write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets))
+    print(f"{len(finished)} of {len(cells)} cells are in {file}")
+    if problems:
+        listed = "\n".join(f"- {name}: {problem}" for name, problem in problems.items())
+        raise ConfigError(f"{len(problems)} cells could not be run; all others are in {file}.\n{listed}")
+    return file
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cbsa table",
+        description="Runs the cells of a table of the paper and writes it as Markdown, CSV and pictures, beside what "
+        "the paper reports. A finished cell is never run again, a stopped one goes on from its last epoch. Several "
+        "processes may share --out: start the command once a GPU.",
+    )
+    parser.add_argument("number", type=int, help=f"of the table in the paper: {', '.join(map(str, TABLES))}")
+    parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide; or a name and an overlay")
+    parser.add_argument("--shares", nargs="+", type=float, help="labelled shares, such as 0.05 0.10")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--rows", nargs="+", help="labels of the table, or names of overlays in configs/methods")
+    parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")
+    parser.add_argument("--clip", help="open_clip model or folder for all rows that have a CLIP, instead of theirs")
+    parser.add_argument("--pretrained", help="its weights: an open_clip tag or a file; nothing for a folder")
+    parser.add_argument(
+        "--min_positives", type=int, default=1, help="test positives that a class needs to count in mAP"
+    )
+    parser.add_argument("--keep_checkpoints", action="store_true", help="of finished cells too")
+    parser.add_argument("--write_only", action="store_true", help="run nothing, write what is finished")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the overlays")
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and of the table")
+    return parser
+
+
+def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, str]:
+    """Makes what is not finished; gives the problems of the cells that could not be run."""
+    todo = [cell for cell in {cell.folder: cell for cell in cells}.values() if result_of(cell, out) is None]
+    problems: dict[str, str] = {}
+    begun, done = time.monotonic(), 0
+    for i, cell in enumerate(todo):
+        left = "" if not done else f", about {_span((time.monotonic() - begun) / done * (len(todo) - i))} to go"
+        print(f"Cell {i + 1} of {len(todo)}: {cell.name}{left}", flush=True)
+        try:
+            if make(cell, out, keep_checkpoints):
+                done += 1
+            else:
+                print("... another process has it in hand", flush=True)
+        except CBSAError as error:
+            problems[cell.name] = f"{type(error).__name__}: {error}"
+    return problems
+
+
+def _span(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+
+
+def _settings(options: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str, str]:
+    """What every cell ran under beside its method: name and text of each overlay."""
+    files = [*(data.file for data in sets), *options.config]
+    found = {file.name: file.read_text(encoding="utf-8") for file in files}
+    if options.clip:
+        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained or 'its own'}\n"
+    return found

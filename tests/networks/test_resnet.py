@@ -1,0 +1,351 @@
+"""The ImageNet network: its heads against slow re-computations, its weights, and whole runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18
+
+from cbsa_lightning import SSMLLModule
+from cbsa_lightning.cli import main
+from cbsa_lightning.errors import ConfigError, DataError, WeightsError
+from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.losses import binary_cross_entropy
+from cbsa_lightning.networks.resnet import ImageNetNetwork, LinearHead, MLDecoderHead
+from cbsa_lightning.stacking import StackedProbes
+from layouts import make_voc
+from reference.decoder import layers_of
+from reference.resnet import linear, ml_decoder, slope
+from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_trainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TINY = "test_resnet.r160_in1k"
+HEADS = {"linear": LinearHead, "ml-decoder": partial(MLDecoderHead, width=16, heads=4, feedforward=24)}
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return ImageNetNetwork(CLASSES, **{"backbone": TINY, "pretrained": None, **settings})
+
+
+def images(number=4):
+    return torch.randint(0, 256, (number, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.manual_seed(1))
+
+
+def shaken(head):
+    """In float64 and without dropout; norms and biases away from 0 and 1, where an omission would not show."""
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.manual_seed(p.numel())) * 0.1)
+    return head.double().eval()
+
+
+def arrays(head):
+    return {name: value.detach().numpy() for name, value in head.state_dict().items()}
+
+
+def check_gradients(head, found, features, value):
+    """Of a weighted sum of logits, by the map and all weights, against central differences of ``value``."""
+    weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    wanted = {"features": features, **dict(head.named_parameters())}
+    gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        expected = slope(lambda: (value() * weighing.numpy()).sum(), x.detach().numpy())
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7, err_msg=name)
+
+
+def test_linear_head_by_hand():
+    torch.manual_seed(0)
+    head = shaken(LinearHead(6, 3))
+    features = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    output, weights = head(features, attention=True), arrays(head)
+
+    def value():
+        return linear(features.detach().numpy(), weights["linear.weight"], weights["linear.bias"])
+
+    np.testing.assert_allclose(output.logits.detach().numpy(), value(), atol=1e-12)
+    assert output.attention is None
+    check_gradients(head, output.logits, features, value)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_ml_decoder_head_by_hand(maps):
+    torch.manual_seed(0)
+    head = shaken(MLDecoderHead(6, 3, width=8, heads=2, feedforward=5))
+    features = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    output, weights = head(features, maps), arrays(head)
+
+    def value():
+        return ml_decoder(features.detach().numpy(), weights, layers_of(head.decoder)[0], 2)[0]
+
+    np.testing.assert_allclose(output.logits.detach().numpy(), value(), atol=1e-12)
+    assert (output.attention is not None) == maps
+    if maps:
+        expected = ml_decoder(features.detach().numpy(), weights, layers_of(head.decoder)[0], 2)[1]
+        np.testing.assert_allclose(output.attention.detach().numpy(), expected, atol=1e-12)
+        np.testing.assert_allclose(output.attention.sum((2, 3)).detach().numpy(), 1)
+    check_gradients(head, output.logits, features, value)
+
+
+def test_ml_decoder_head_has_the_published_sizes():
+    head = MLDecoderHead(2048, 80)
+    assert {name: tuple(p.shape) for name, p in head.named_parameters() if "." not in name} == {
+        "weight": (80, 768),
+        "bias": (80,),
+    }
+    assert tuple(head.queries.shape) == (80, 768)
+    assert not head.queries.requires_grad
+    (block,) = head.decoder.layers
+    assert (block.self_attn, block.multihead_attn.num_heads, block.linear1.out_features) == (None, 8, 2048)
+    assert (block.dropout.p, block.multihead_attn.dropout) == (0.1, 0.1)
+    with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 768"):
+        MLDecoderHead(2048, 80, heads=5)
+
+
+def test_the_default_trunk_is_resnet_50():
+    trunk = network(backbone="resnet50.tv_in1k").trunk
+    assert trunk.num_features == 2048
+    assert sum(p.numel() for p in trunk.parameters()) == 25_557_032 - 2_049_000  # torchvision's, without its classifier
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_everything_is_trained(head):
+    net = network(head=head)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)  # timm starts the last of a block at 0, which hides the block from the gradient
+    net(net.features(images())).logits.square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+    (group,) = net.parameter_groups()
+    assert (len(group["params"]), group["lr_scale"]) == (len(list(net.parameters())), 1.0)
+    assert net.frozen_weights is None
+    assert net.encode_text() is None
+    assert net.num_contexts == 0
+
+
+def test_features_are_the_images():
+    net, batch = network(), images()
+    assert torch.equal(net.features(batch), batch.float() / 255)
+    assert torch.equal(net.features(batch.float() / 255), net.features(batch))
+    with pytest.raises(DataError, match=r"\(B, 3, H, W\), got \(3, 64, 64\)"):
+        net.features(batch[0])
+    with pytest.raises(DataError, match=r"got torch\.int64"):
+        net.features(batch.long())
+
+
+def test_normalisation_only_where_asked_for():
+    plain, net = network().eval(), network(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.5]).eval()
+    x = plain.features(images())
+    by_hand = torch.stack([(x[:, 0] - 0.5) / 0.2, (x[:, 1] - 0.4) / 0.25, (x[:, 2] - 0.3) / 0.5], 1)
+    with torch.no_grad():
+        assert torch.equal(plain(x).logits, plain.head(plain.trunk(x)).logits)
+        torch.testing.assert_close(net(x).logits, plain(by_hand).logits)
+    with pytest.raises(ConfigError, match=r"image_mean must be three numbers, got \[0.5\]"):
+        network(image_mean=[0.5])
+    with pytest.raises(ConfigError, match=r"image_std must be three numbers above 0, got \[1, 1, 0\]"):
+        network(image_std=[1, 1, 0])
+
+
+def test_batch_norm_statistics_move_in_training_only():
+    net = network()
+    statistics = {k: v for k, v in net.trunk.state_dict().items() if "running_" in k}
+    before = {k: v.clone() for k, v in statistics.items()}
+    net.eval()(net.features(images()))
+    assert all(torch.equal(statistics[k], before[k]) for k in before)
+    net.train()(net.features(images()))
+    assert before
+    assert not any(torch.equal(statistics[k], before[k]) for k in before)
+
+
+def test_attention_maps():
+    net = network(head=HEADS["ml-decoder"]).eval()
+    x = net.features(images())
+    with torch.no_grad():
+        output, plain = net(x, attention=True), net(x)
+    assert output.attention.shape[:2] == (4, len(CLASSES))
+    assert output.attention.shape[2:] == net.trunk(x).shape[2:]
+    torch.testing.assert_close(output.attention.sum((2, 3)), torch.ones(4, len(CLASSES)))
+    assert plain.attention is None
+    torch.testing.assert_close(output.logits, plain.logits)
+
+
+def test_backbones_that_do_not_fit():
+    with pytest.raises(ConfigError, match=r"knows no model 'resnet50x'; near names: .*resnet50"):
+        network(backbone="resnet50x")
+    net = network(backbone="test_vit")
+    with pytest.raises(ConfigError, match=r"VisionTransformer gives \(1, 101, 64\) where a map \(B, 64, h, w\)"):
+        net(torch.zeros(1, 3, 160, 160))
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_offline_it_says_what_to_fetch_and_which_ways_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        ImageNetNetwork(CLASSES)
+    text = str(caught.value)
+    assert "ImageNet weights of resnet50.tv_in1k, huggingface.co/timm/resnet50.tv_in1k, could not be loaded" in text
+    assert all(way in text for way in ("HF_HOME", "pretrained=<file>", "pretrained=None"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_a_file(tmp_path, suffix):
+    """With a classifier, as on the hub, and without counters, as in torchvision's older files."""
+    torch.manual_seed(7)
+    source = ImageNetNetwork(CLASSES, TINY, None).trunk
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state |= {"fc.weight": torch.zeros(1000, 96), "fc.bias": torch.zeros(1000)}
+    file = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, file)
+    trunk = network(pretrained=str(file)).trunk
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in trunk.state_dict().items())
+    assert not torch.equal(trunk.state_dict()["conv1.0.weight"], network().trunk.state_dict()["conv1.0.weight"])
+
+
+def test_torchvisions_file_gives_torchvisions_network(tmp_path):
+    torch.manual_seed(3)
+    theirs, file = resnet18().eval(), tmp_path / "resnet18.pth"
+    torch.save(theirs.state_dict(), file)
+    ours = network(backbone="resnet18.tv_in1k", pretrained=str(file)).eval()
+    ours.head.linear.load_state_dict({k: v[: len(CLASSES)] for k, v in theirs.fc.state_dict().items()})
+    x = ours.features(images())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).logits, theirs(x)[:, : len(CLASSES)])
+
+
+def test_files_that_do_not_fit(tmp_path):
+    state, file = network().trunk.state_dict(), tmp_path / "w.pth"
+
+    def message(content):
+        torch.save(content, file)
+        with pytest.raises(WeightsError) as caught:
+            network(pretrained=str(file))
+        assert "pretrained=<file>" in str(caught.value)
+        return str(caught.value)
+
+    less = {k: v for k, v in state.items() if k != "conv1.0.weight"}
+    text = message({**less, "odd": torch.zeros(2), "bn1.bias": torch.zeros(3)})
+    assert f"{file} does not hold the weights of this backbone" in text
+    assert "missing: conv1.0.weight" in text
+    assert "unknown: odd" in text
+    assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
+    assert f"{file} holds no plain mapping from names to tensors" in message({"state_dict": state})
+    assert f"{file} is no file of weights" in message(Path("code"))  # would have to be unpickled
+    file.write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="is no file of weights"):
+        network(pretrained=str(file))
+    with pytest.raises(WeightsError, match=r"there\.pth' is neither 'timm' nor a file that is there"):
+        network(pretrained=str(tmp_path / "not_there.pth"))
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def test_bce_row_is_torchs_binary_cross_entropy():
+    logits = torch.randn(6, 5, generator=torch.manual_seed(0)).mul(4).requires_grad_(True)
+    targets = torch.randint(0, 2, (6, 5), generator=torch.manual_seed(1))
+    ours = binary_cross_entropy(logits, targets)
+    theirs = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(x.sum(), logits)[0] for x in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def run(request, tmp_path_factory, squares_folder):
+    """A run of 1 + 1 epochs, its checkpoint, and the maker of its network."""
+    folder = tmp_path_factory.mktemp("run")
+    make = partial(ImageNetNetwork, backbone=TINY, pretrained=None, head=HEADS[request.param])
+    torch.manual_seed(0)
+    module = SSMLLModule(CLASSES, make, warmup_epochs=1, ema_decay=0.8)
+    saver = ModelCheckpoint(folder, save_last=True)
+    trainer = tiny_trainer(folder, callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(module, datamodule=tiny_data(Squares(squares_folder)))
+    return module, trainer, folder / "last.ckpt", make
+
+
+def test_a_whole_run(run):
+    module, trainer, _, _ = run
+    metrics = trainer.callback_metrics
+    assert 0 <= metrics["val/mAP"] <= 1
+    assert metrics["train/loss_unsup"] > 0
+    assert bool(module.ema.started)
+    assert not module.tau_pos.isnan().all()
+    averaged = module.ema.get_buffer("average_of_trunk__bn1__running_mean")
+    assert not torch.equal(averaged, module.network.trunk.bn1.running_mean)
+
+
+def test_a_checkpoint_predicts_as_the_run_did(run):
+    module, _, file, make = run
+    torch.manual_seed(99)
+    loaded = SSMLLModule.load_from_checkpoint(file, network=make, weights_only=True).eval()
+    assert torch.equal(loaded(images()), module.eval()(images()))
+    assert torch.equal(loaded.decision_thresholds(), module.decision_thresholds())
+    with module.ema.applied_to(module.network):  # averaged weights go with averaged statistics
+        assert torch.equal(module.network(module.network.features(images())).logits.sigmoid(), loaded(images()))
+
+
+def test_labels_from_frozen_features_are_refused(tmp_path, squares_folder):
+    module = SSMLLModule(CLASSES, partial(ImageNetNetwork, backbone=TINY, pretrained=None), labeler=StackedProbes())
+    with pytest.raises(ConfigError, match=r"no frozen features .*ClassDistributionAware"):
+        tiny_trainer(tmp_path).fit(module, datamodule=tiny_data(Squares(squares_folder)))
+
+
+def fit(folder, method, *more):
+    """The overlays as the paper's table takes them, then a tiny random backbone."""
+    if not (folder / "voc").exists():
+        make_voc(folder / "voc")
+    tiny = folder / "tiny.yaml"
+    tiny.write_text(f"model: {{init_args: {{network: {{init_args: {{backbone: {TINY}, pretrained: null}}}}}}}}\n")
+    overlays = [CONFIGS / f"{name}.yaml" for name in (f"methods/{method}", "data/voc", f"methods/voc/{method}")]
+    return main(
+        [
+            "fit",
+            *(part for file in (*overlays, tiny) for part in ("--config", str(file))),
+            f"--data.source.init_args.root={folder / 'voc'}",
+            "--data.labelled_fraction=0.2",
+            "--data.image_size=64",
+            "--data.num_workers=0",
+            "--model.init_args.warmup_epochs=1",
+            "--trainer.max_epochs=2",
+            "--trainer.accelerator=cpu",
+            "--trainer.limit_train_batches=2",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            *more,
+        ]
+    )
+
+
+@pytest.mark.parametrize("method", ["bce", "asl", "cap", "cap_ml_decoder"])
+def test_each_overlay_fits(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = fit(tmp_path, method)
+    module, net = cli.model, cli.model.network
+    assert isinstance(net, ImageNetNetwork)
+    assert isinstance(net.head, MLDecoderHead if method == "cap_ml_decoder" else LinearHead)
+    assert isinstance(module.labeler, LabelledOnly) == (method in ("bce", "asl"))
+    assert (module.loss is binary_cross_entropy) == (method == "bce")
+    assert cli.datamodule.batch_size == 32
+    assert cli.trainer.optimizers[0].defaults["weight_decay"] == 1e-4
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    folder = Path(cli.trainer.log_dir)
+    assert (folder / "pictures" / "attention.png").is_file() == (method == "cap_ml_decoder")
+
+
+def test_one_setting_of_the_network_by_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("backbone=resnet18", "head.init_args.width=48", "image_mean=[0.4,0.4,0.4]")
+    more = [f"--model.init_args.network.init_args.{flag}" for flag in flags]
+    net = fit(tmp_path, "cap_ml_decoder", *more, "--report.enabled=false").model.network
+    assert (net.trunk.num_features, net.head.weight.shape[1]) == (512, 48)
+    assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
