@@ -97,7 +97,7 @@ def make_cell(
     seed: int,
     configs: Path,
     extra: Iterable[Path] = (),
-    clip: tuple[str, str | None] | None = None,
+    clip: tuple[str, str] | None = None,
 ) -> Cell:
     """A cell from the overlays: method, data set, what a method needs there, ``extra`` ones; then share and seed.
 

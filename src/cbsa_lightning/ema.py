@@ -20,6 +20,9 @@ class ParameterEMA(nn.Module):
     Args:
         module: Whose weights are averaged; which ones are trainable must not change afterwards.
         decay: Share of the old average that each :meth:`update` keeps.
+
+    Attributes:
+        names: What is averaged, by its names in ``module``.
     """
 
     started: Tensor
@@ -28,7 +31,7 @@ class ParameterEMA(nn.Module):
         super().__init__()
         self.decay = decay
         averaged = {name: p for name, p in module.named_parameters() if p.requires_grad} | _moving_statistics(module)
-        self._names = list(averaged)
+        self.names = list(averaged)
         for name, value in averaged.items():
             self.register_buffer(self._key(name), value.detach().clone())
         self.register_buffer("started", torch.tensor(False))
@@ -39,8 +42,8 @@ class ParameterEMA(nn.Module):
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        averages = [self.get_buffer(self._key(name)) for name in self._names]
-        return averages, [state[name] for name in self._names]
+        averages = [self.get_buffer(self._key(name)) for name in self.names]
+        return averages, [state[name] for name in self.names]
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:

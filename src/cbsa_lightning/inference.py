@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -77,9 +77,11 @@ class Classifier:
         image_size: int | None = None,
         clip: str | None = None,
         pretrained: str | None = None,
+        network: Callable[[Sequence[str]], Network] | None = None,
     ) -> Self:
-        """Rebuilds the network of a :class:`~cbsa_lightning.cbsa.CBSAModule` checkpoint, with its averaged weights.
+        """Rebuilds the network of a checkpoint, with its averaged weights.
 
+        The checkpoint of a :class:`~cbsa_lightning.cbsa.CBSAModule` says how; for another network say it yourself.
         Before the average has started, in the warm-up, the plain weights are taken, as the module does.
 
         Args:
@@ -89,22 +91,33 @@ class Classifier:
                 native size of the towers.
             clip: Where the towers are now, if not where they were at training. Other weights are refused.
             pretrained: The same for their weights.
+            network: Makes the network of any other module from the prompt names, as at training:
+                ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then not looked at.
 
         Raises:
-            CheckpointError: Not a checkpoint of a CBSAModule, damaged, or made on other frozen weights.
+            CheckpointError: Not a checkpoint of this library, of another network, damaged, or made on other frozen
+                weights.
             WeightsError: If the CLIP weights cannot be had.
         """
-        checkpoint = _read(Path(path))
+        checkpoint = _read(Path(path), () if network is not None else SETTINGS)
         stored = checkpoint["hyper_parameters"]
-        settings = {name: stored[name] for name in SETTINGS}
-        settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if v is not None})
         class_names = list(checkpoint["class_names"])
-        prompt_names = stored.get("prompt_names") or default_prompts(class_names)
-        network = build_cbsa_network(list(prompt_names), **settings)
-        trained = _Trained(network, class_names)
-        trained.on_load_checkpoint({name: checkpoint[name] for name in ("class_names", FINGERPRINT)})
+        prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
+        if network is None:
+            settings = {name: stored[name] for name in SETTINGS}
+            settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if v is not None})
+            built: Network = build_cbsa_network(prompt_names, **settings)
+        else:
+            built = network(prompt_names)
+        trained = _Trained(built, class_names)
+        towers = getattr(built, "clip", None)
+        if towers is not None and FINGERPRINT not in checkpoint:
+            raise CheckpointError(f"{path} has no {FINGERPRINT}, so nothing tells which frozen weights it belongs to.")
+        trained.on_load_checkpoint(checkpoint)
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
-        size = image_size or checkpoint.get("image_size") or int(network.clip.image_size)
+        size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
+        if size is None:
+            raise CheckpointError(f"{path} does not say at which size it was trained: give image_size.")
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
@@ -192,7 +205,8 @@ class _Trained(LeanCheckpoint):
 
     def averaged(self) -> Any:
         with self.ema.applied_to(self.network):
-            weights = {name: p.detach().clone() for name, p in self.network.named_parameters() if p.requires_grad}
+            state = self.network.state_dict()
+            weights = {name: state[name].clone() for name in self.ema.names}
         self.network.load_state_dict(weights, strict=False)
         return self.network
 
@@ -200,7 +214,7 @@ class _Trained(LeanCheckpoint):
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, settings: Sequence[str]) -> dict[str, Any]:
     """A checkpoint with all that :meth:`Classifier.load` needs, or an error that says what it lacks."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -212,13 +226,13 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "
             "a .ckpt file that cbsa_lightning saved."
         ) from error
-    needed = ("state_dict", "hyper_parameters", "class_names", FINGERPRINT)
+    needed = ("state_dict", "hyper_parameters", "class_names")
     lacking = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if not lacking:
-        lacking = [f"setting {name}" for name in SETTINGS if name not in checkpoint["hyper_parameters"]]
+        lacking = [f"setting {name}" for name in settings if name not in checkpoint["hyper_parameters"]]
     if lacking:
         raise CheckpointError(
-            f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, build it "
-            "and give it to Classifier(network, ...) itself."
+            f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say how "
+            "it is made: Classifier.load(path, network=...)."
         )
     return checkpoint  # type: ignore[no-any-return]

@@ -82,6 +82,16 @@ class CBSACLI(LightningCLI):
             "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Takes a checkpoint's settings only where they are all of a model's; a network is an object, so not in them.
+
+        Where the configuration names a network, it must say the rest as well; Lightning would drop it.
+        """
+        subcommand = self.config.get("subcommand")
+        model = self.config[subcommand].get("model") if subcommand else None
+        if "network" not in ((model or {}).get("init_args") or {}):
+            super()._parse_ckpt_path()
+
     def instantiate_classes(self) -> None:
         """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
         try:

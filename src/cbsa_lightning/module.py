@@ -22,7 +22,7 @@ from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
-from cbsa_lightning.losses import AsymmetricLoss, context_loss, soft_target_loss
+from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable
@@ -80,7 +80,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         network: NetworkCallable,
         prompt_names: Sequence[str] | None = None,
         labeler: Labeler | EvidenceLabeler | None = None,
-        loss: LossCallable | None = None,
+        loss: ElementwiseLoss | LossCallable | None = None,
         contexts: ContextTask | None = None,
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cbsa_lightning.cells import Cell, DataSet, make, make_cell, result_of
+from cbsa_lightning.clip.loading import OWN
 from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.paper import TABLES, table_of
 from cbsa_lightning.results import Finished, write_table
@@ -62,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", help="labels of the table, or names of overlays in configs/methods")
     parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")
     parser.add_argument("--clip", help="open_clip model or folder for all rows that have a CLIP, instead of theirs")
-    parser.add_argument("--pretrained", help="its weights: an open_clip tag or a file; nothing for a folder")
+    parser.add_argument(
+        "--pretrained", default=OWN, help="its weights: an open_clip tag or a file; a folder has its own"
+    )
     parser.add_argument(
         "--min_positives", type=int, default=1, help="test positives that a class needs to count in mAP"
     )
@@ -101,5 +104,5 @@ def _settings(options: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str,
     files = [*(data.file for data in sets), *options.config]
     found = {file.name: file.read_text(encoding="utf-8") for file in files}
     if options.clip:
-        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained or 'its own'}\n"
+        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained}\n"
     return found

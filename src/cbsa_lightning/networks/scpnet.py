@@ -95,22 +95,23 @@ def _convolution(before: int, after: int) -> nn.Linear:
 
 
 def relation_graph(relation: Tensor, neighbours: int | None = None) -> Tensor:
-    """Graph ``(C, C)`` of a relation matrix ``(C, C)`` with positive entries; rows sum to 1.
+    """Graph ``(C, C)`` of a relation matrix ``(C, C)``; rows sum to 1.
 
     Args:
-        relation: How alike two classes are.
-        neighbours: Highest entries that each row keeps, itself among them; None keeps all.
+        relation: How alike two classes are. Negative entries count as 0; CLIP's own are all far above.
+        neighbours: Highest entries that each row keeps, the class itself among them; None keeps all.
 
     Raises:
         ConfigError: If there are not so many classes, or no neighbour would be left.
     """
     number = len(relation)
+    if number < 2:
+        raise ConfigError("SCPNet needs two classes or more: its graph joins each to others.")
     kept = number if neighbours is None else neighbours
     if not 2 <= kept <= number:
         raise ConfigError(f"SCPNet: neighbours must lie between 2 and the {number} classes, got {kept}.")
-    rows = torch.zeros_like(relation)
+    relation = relation.clone().fill_diagonal_(torch.inf)  # a class is its own nearest, even beside a namesake
     highest = relation.topk(kept, dim=1)
-    rows.scatter_(1, highest.indices, highest.values)
-    rows.fill_diagonal_(0)
-    rows = rows / rows.sum(1, keepdim=True) * (1 - OWN_SHARE)
+    rows = torch.zeros_like(relation).scatter_(1, highest.indices, highest.values.clamp(min=0)).fill_diagonal_(0)
+    rows = rows / rows.sum(1, keepdim=True).clamp(min=1e-12) * (1 - OWN_SHARE)
     return rows.fill_diagonal_(OWN_SHARE)
