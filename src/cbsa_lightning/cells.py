@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.lightning_cli import run
+from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.paper import Row
 
 Settings = dict[str, Any]
@@ -205,7 +205,7 @@ def _run(cell: Cell, folder: Path) -> Settings:
     checkpoint = folder / "last.ckpt"
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
     begun = time.monotonic()
-    cli = run(["fit", f"--config={recipe}", f"--config={here}", *resume])
+    cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
     found = _found(cli, time.monotonic() - begun)
     del cli
     gc.collect()  # a Trainer and its module know each other; the next cell needs the memory

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cbsa_lightning.errors import CBSAError
-from cbsa_lightning.lightning_cli import run
+from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.tables import table
 
 
@@ -22,7 +22,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     """
     words = list(sys.argv[1:] if args is None else args)
     # LightningCLI knows the methods of a Trainer alone, so our own verb is taken out before it looks.
-    return table(words[1:]) if words[:1] == ["table"] else run(None if args is None else words)
+    return table(words[1:]) if words[:1] == ["table"] else make_cli(None if args is None else words)
 
 
 def entry_point() -> None:

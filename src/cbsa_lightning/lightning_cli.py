@@ -136,11 +136,12 @@ class CBSACLI(LightningCLI):
             compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
 
 
-def run(args: ArgsType = None) -> CBSACLI:
-    """Fits, validates, tests or predicts.
+def make_cli(args: ArgsType = None, run: bool = True) -> CBSACLI:
+    """Fits, validates, tests or predicts, as the first of ``args`` says.
 
     Args:
-        args: Arguments instead of those of the process: the verb first.
+        args: Arguments instead of those of the process.
+        run: False only builds Trainer, module and data; there is then no verb among ``args``.
     """
     with warnings.catch_warnings():
         # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
@@ -167,4 +168,5 @@ def run(args: ArgsType = None) -> CBSACLI:
             auto_configure_optimizers=False,
             parser_kwargs={"version": cbsa_lightning.__version__},
             args=args,
+            run=run,
         )

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
 from cbsa_lightning.cells import Cell
-from cbsa_lightning.paper import PAPER_ERRORS, Table
+from cbsa_lightning.cost import Cost
+from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
 
 Column = tuple[str, float]
 """Data set and labelled share."""
@@ -103,6 +104,7 @@ def write_table(
     problems: Mapping[str, str],
     min_positives: int,
     settings: Mapping[str, str],
+    cost: Mapping[str, Cost],
 ) -> None:
     """Writes ``file``, and beside it ``.csv``, ``.png``, ``_pseudo_labels.csv`` and ``_pseudo_labels.png``.
 
@@ -114,6 +116,7 @@ def write_table(
         problems: Why some could not be run, by name.
         min_positives: Test positives that a class needs to count.
         settings: Overlays that every cell ran under, by name.
+        cost: Of a step of each system, where it was measured.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = list(dict.fromkeys(cell.row.label for cell in cells))
@@ -123,6 +126,7 @@ def write_table(
         f"# Table {table.number}: {table.title}",
         _introduction(cells, finished, min_positives),
         _grid(rows, columns, lambda row, column: _beside_paper(table, means, row, column)),
+        _costs(cost),
         _order(table, means, rows, columns),
         _against_ours(table, means, rows, columns),
         "## Best on test\n\nThe averaged weights' highest test mAP of any epoch, much as CAP reports. It is chosen on "
@@ -205,6 +209,30 @@ def _against_ours(table: Table, means: Means, rows: Sequence[str], columns: Sequ
         return ""
     return f"## {last} minus each other system\n\nOn the same seeds, points of mAP:\n\n" + _grid(
         rows[:-1], columns, difference
+    )
+
+
+def _costs(cost: Mapping[str, Cost]) -> str:
+    """Milliseconds and gigabytes an image, as they are and beside the paper's as multiples of its own method's."""
+    if not cost:
+        return ""
+    head = ["system", "ms/image", "GB/image"]
+    own, theirs = cost.get(OURS), PAPER_COSTS[OURS]
+    lines = []
+    for label, c in cost.items():
+        line = [label, f"{c.ms:.2f}", f"{c.gb:.3f}"]
+        if own is not None:
+            paper = PAPER_COSTS.get(label)
+            times = [f" ({of / whole:.2f})" for of, whole in zip(paper, theirs, strict=True)] if paper else ["", ""]
+            line += [f"{c.ms / own.ms:.2f}{times[0]}", f"{c.gb / own.gb:.2f}{times[1]}"]
+        lines.append(line)
+    if own is not None:
+        head += [f"time, multiple of {OURS} (paper)", f"memory, multiple of {OURS} (paper)"]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+    return (
+        "## Cost\n\nOf a training step of the second stage, least of three rounds in which all systems took turns; "
+        "memory is torch's peak on a GPU, else what the process grew by while training. The paper's: one RTX 3090, "
+        f"COCO.\n\n{text}"
     )
 
 

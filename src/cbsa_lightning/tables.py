@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from cbsa_lightning.cells import Cell, DataSet, make, make_cell, result_of
 from cbsa_lightning.clip.loading import OWN
+from cbsa_lightning.cost import Cost, costs
 from cbsa_lightning.errors import CBSAError, ConfigError
-from cbsa_lightning.paper import TABLES, table_of
+from cbsa_lightning.paper import TABLES, Table, table_of
 from cbsa_lightning.results import Finished, write_table
 
 
@@ -39,9 +41,10 @@ def table(args: Sequence[str] | None = None) -> Path:
         for row in rows
     ]
     problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints)
+    cost = _cost(plan, cells, options) if plan.number == 9 else {}
     finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
     file: Path = options.out / f"table_{plan.number}.md"
-    write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets))
+    write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets), cost)
     print(f"{len(finished)} of {len(cells)} cells are in {file}")
     if problems:
         listed = "\n".join(f"- {name}: {problem}" for name, problem in problems.items())
@@ -92,6 +95,17 @@ def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, 
         except CBSAError as error:
             problems[cell.name] = f"{type(error).__name__}: {error}"
     return problems
+
+
+def _cost(plan: Table, cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Cost]:
+    """What a step of each row costs, measured now, all rows in turn; or read, where nothing is to be run."""
+    file = options.out / f"table_{plan.number}_cost.json"
+    if not options.write_only:
+        found = costs({cell.row.label: cell.recipe for cell in cells})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {label: Cost(*values) for label, values in stored.items()}
 
 
 def _span(seconds: float) -> str:

@@ -1,0 +1,157 @@
+"""What a training step of a system costs: milliseconds and memory an image (Table 9).
+
+Every system is measured in processes of its own, in turn and round by round, so that a machine whose speed drifts
+drifts for all of them. A step is one of the second stage inside a Trainer, from one batch to the next: frozen tower,
+forward, backward, optimiser and average, on images that lie in memory; decoding, views and the pass for pseudo-labels
+are not in it. Weights are random, since they cost the same. Without a GPU memory is measured on Linux only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import yaml
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cbsa_lightning.data.batches import TrainBatch
+from cbsa_lightning.errors import CBSAError
+from cbsa_lightning.lightning_cli import CBSACLI, make_cli
+
+UNCOUNTED = 2  # steps at the start, in which memory is taken and kernels are chosen
+
+
+class Cost(NamedTuple):
+    """Milliseconds and gigabytes (10^9 bytes) an image."""
+
+    ms: float
+    gb: float
+
+
+def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int = 5) -> dict[str, Cost]:
+    """Measures every recipe in turn, ``rounds`` times, and takes the least of each, since other work only adds.
+
+    Args:
+        recipes: Configuration of a run by name of its system; see :mod:`cbsa_lightning.cells`.
+        rounds: How often each is measured.
+        steps: Steps that are counted in a round.
+
+    Raises:
+        CBSAError: A system could not be measured, with what its process said.
+    """
+    found: dict[str, list[Cost]] = {name: [] for name in recipes}
+    with TemporaryDirectory() as folder:
+        for _ in tqdm(range(rounds), desc="Cost of a step, rounds"):
+            for name, recipe in recipes.items():
+                file = Path(folder) / "recipe.yaml"
+                file.write_text(yaml.safe_dump(_with_random_weights(recipe)), encoding="utf-8")
+                command = [sys.executable, "-m", "cbsa_lightning.cost", str(file), str(steps)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+                if done.returncode:
+                    raise CBSAError(f"The cost of {name} could not be measured:\n{done.stderr[-2000:]}")
+                found[name].append(Cost(*json.loads(done.stdout.splitlines()[-1])))
+    return {name: Cost(min(c.ms for c in each), min(c.gb for c in each)) for name, each in found.items()}
+
+
+def _with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(recipe))
+    arguments = changed["model"]["init_args"]
+    for settings in (arguments, arguments.get("network", {}).get("init_args", {})):
+        if "pretrained" in settings:
+            settings["pretrained"] = None
+    return changed
+
+
+def measure(recipe: Path, steps: int) -> Cost:
+    """Trains on random images; best in a process of its own, whose memory nothing else has touched."""
+    cli = make_cli([f"--config={recipe}"], run=False)
+    module, batch, clock = cli.model, _batch(cli), _Clock(steps)
+    given: dict[str, Any] = cli.config_init["trainer"]
+    module.configure_callbacks = list  # the tables are given, not made from a data set
+    module.warmup_epochs = 0
+    module.ema.start(module.network)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator=given["accelerator"],
+        precision=given["precision"],
+        devices=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    _give_tables(module, batch, trainer.strategy.root_device)
+    batches: Any = [batch] * (UNCOUNTED + steps)
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+    trainer.fit(module, train_dataloaders=loader)
+    images = len(batch.index)
+    return Cost(1000 * clock.seconds / steps / images, clock.memory / 1e9 / images)
+
+
+def _batch(cli: CBSACLI) -> TrainBatch:
+    """Random images, a sixteenth of them labelled."""
+    data, classes = cli.datamodule, len(cli.datamodule.class_names)
+    count, size = data.batch_size, data.image_size
+    labelled = torch.arange(count) < max(1, count // 16)
+    targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    return TrainBatch(images, targets, torch.arange(count), labelled)
+
+
+def _give_tables(module: Any, batch: TrainBatch, device: torch.device) -> None:
+    count, classes = batch.targets.shape
+    module.pseudo_labels = (torch.rand(count, classes) < 0.05).to(device, torch.int8)
+    if module.num_contexts:
+        chosen = torch.randint(module.num_contexts, (count,), device=device)
+        module.context_targets = torch.nn.functional.one_hot(chosen, module.num_contexts).float()
+
+
+class _Clock(L.Callback):
+    """Seconds of the counted steps, and memory of training: on a GPU torch's peak, else how far the process grew."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seconds = self.memory = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.device.type != "cuda":
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
+            self._before = _resident("VmRSS")
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == UNCOUNTED:
+            self._settle(pl_module)
+            self._begun = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == UNCOUNTED + self.steps - 1:
+            self._settle(pl_module)
+            self.seconds = time.perf_counter() - self._begun
+            on_gpu = pl_module.device.type == "cuda"
+            self.memory = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - self._before
+
+    @staticmethod
+    def _settle(pl_module: Any) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _resident(what: str) -> int:
+    """Bytes in memory: now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
