@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -111,22 +111,37 @@ def make_cell(
         clip: Model and weights for systems that have a CLIP, instead of their own.
 
     Raises:
-        ConfigError: An overlay is not there or no mapping.
+        ConfigError: An overlay is not there or no mapping, or they name no module and data.
     """
     files = [configs / "methods" / f"{name}.yaml" for name in row.overlays]
     special = [configs / "methods" / data.name / f"{name}.yaml" for name in row.overlays]
     there = [file for file in special if file.is_file()]
     # What a method needs on this data set stands above the method, and below its ablations.
     recipe = merged(read(file) for file in (files[0], data.file, *there, *files[1:], *extra))
-    arguments = recipe["model"]["init_args"]
-    arguments.update(row.settings)
+    places = init_args(recipe)
+    places[0].update(row.settings)
     if clip is not None:
-        where = arguments if "clip" in arguments else arguments.get("network", {}).get("init_args", {})
-        if "clip" in where:
-            where.update(clip=clip[0], pretrained=clip[1])
+        for place in places:
+            if "clip" in place:
+                place.update(clip=clip[0], pretrained=clip[1])
     recipe["seed_everything"] = seed
     recipe["data"]["labelled_fraction"] = share
     return Cell(row, data.name, share, seed, recipe)
+
+
+def init_args(recipe: Mapping[str, Any]) -> list[Settings]:
+    """Arguments of a recipe's module, then those of its network if it names one with arguments.
+
+    Raises:
+        ConfigError: The recipe has no data, or no module with arguments.
+    """
+    model = recipe.get("model")
+    arguments = model.get("init_args") if isinstance(model, dict) else None
+    if not isinstance(arguments, dict) or not isinstance(recipe.get("data"), dict):
+        raise ConfigError("The overlays of a cell must give model: {class_path: ..., init_args: {...}}, and data.")
+    network = arguments.get("network")
+    inner = network.get("init_args") if isinstance(network, dict) else None
+    return [arguments, inner] if isinstance(inner, dict) else [arguments]
 
 
 def read(file: Path) -> Settings:
@@ -146,7 +161,11 @@ def read(file: Path) -> Settings:
 
 
 def merged(overlays: Iterable[Settings]) -> Settings:
-    """Overlays one over the other, as the command line merges ``--config`` files."""
+    """Overlays one over the other, as the command line merges ``--config`` files.
+
+    But for one thing: another class begins with no arguments here, while the command line hands on those of the class
+    below that it has too.
+    """
     return reduce(_over, overlays, {})
 
 
@@ -157,6 +176,8 @@ def _over(below: Settings, above: Settings) -> Settings:
         old = result.get(key)
         if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
             old = {"class_path": old}  # a class by its path alone
+        if isinstance(old, dict) and "class_path" in old and value == old["class_path"]:
+            continue  # the same class by its path alone keeps its arguments
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
             result[key] = _over(old, value)
         else:
@@ -217,9 +238,12 @@ def _run(cell: Cell, folder: Path) -> Settings:
 def _here(folder: Path) -> Settings:
     """Where a cell writes: all into its folder, one checkpoint an epoch, the last."""
     logger = {"save_dir": str(folder), "name": "", "version": "log"}
+    # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
+    last = {"filename": "last", "monitor": None, "save_top_k": 1, "save_last": False, "enable_version_counter": False}
+    last["save_on_train_epoch_end"] = True  # after the report has taken the epoch's figures
     return {
         "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}},
-        "checkpoint": {"dirpath": str(folder), "save_last": True, "save_top_k": 0, "enable_version_counter": False},
+        "checkpoint": {"dirpath": str(folder), **last},
     }
 
 

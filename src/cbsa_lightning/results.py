@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 
 from cbsa_lightning.cells import Cell
 from cbsa_lightning.cost import Cost
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
 
 Column = tuple[str, float]
@@ -37,8 +38,14 @@ class Finished:
         return {int(epoch): value for epoch, value in values.items() if value is not None}
 
     def mAP_by_epoch(self, min_positives: int) -> dict[int, float]:
-        """Test mAP of the averaged weights in each epoch that was validated."""
+        """Test mAP of the averaged weights in each epoch that was validated.
+
+        Raises:
+            ConfigError: No class has so many test positives.
+        """
         counted = [name for name, number in self.found["positives"].items() if number >= min_positives]
+        if not counted:
+            raise ConfigError(f"No class of {self.cell.data} has {min_positives} test positives; choose fewer.")
         by_class = [self.metric(f"val/AP/{name}") for name in counted]
         return {epoch: 100 * float(np.mean([ap[epoch] for ap in by_class])) for epoch in self.metric("val/mAP")}
 

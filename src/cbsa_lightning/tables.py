@@ -30,6 +30,10 @@ def table(args: Sequence[str] | None = None) -> Path:
     """
     options = _parser().parse_args(args)
     plan = table_of(options.number)
+    if options.min_positives < 1:
+        raise ConfigError(
+            f"--min_positives is {options.min_positives}; a class without any has no AP, so give 1 or more."
+        )
     sets = [DataSet.named(text, options.configs) for text in options.data or plan.data]
     rows = plan.select(options.rows) if options.rows else plan.rows
     clip = (options.clip, options.pretrained) if options.clip else None
@@ -41,14 +45,19 @@ def table(args: Sequence[str] | None = None) -> Path:
         for row in rows
     ]
     problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints)
-    cost = _cost(plan, cells, options) if plan.number == 9 else {}
+    cost: dict[str, Cost] = {}
+    if plan.number == 9:
+        try:
+            cost = _cost(plan, cells, options)
+        except CBSAError as error:
+            problems["Cost of a step"] = f"{type(error).__name__}: {error}"
     finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
     file: Path = options.out / f"table_{plan.number}.md"
     write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets), cost)
     print(f"{len(finished)} of {len(cells)} cells are in {file}")
     if problems:
         listed = "\n".join(f"- {name}: {problem}" for name, problem in problems.items())
-        raise ConfigError(f"{len(problems)} cells could not be run; all others are in {file}.\n{listed}")
+        raise ConfigError(f"Not all could be run; the rest is in {file}.\n{listed}")
     return file
 
 
@@ -116,7 +125,10 @@ def _span(seconds: float) -> str:
 def _settings(options: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str, str]:
     """What every cell ran under beside its method: name and text of each overlay."""
     files = [*(data.file for data in sets), *options.config]
-    found = {file.name: file.read_text(encoding="utf-8") for file in files}
+    names = [file.name for file in files]
+    found = {
+        file.name if names.count(file.name) == 1 else str(file): file.read_text(encoding="utf-8") for file in files
+    }
     if options.clip:
         found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained}\n"
     return found

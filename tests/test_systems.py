@@ -1,0 +1,123 @@
+"""Every system of the paper's tables on the embedded data: trains, validates, saves, loads and predicts."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cbsa_lightning import Classifier
+from cbsa_lightning.cells import Cell, DataSet, make, make_cell, result_of
+from cbsa_lightning.cli import main
+from cbsa_lightning.paper import SYSTEMS, TABLES, Row
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ABLATIONS = tuple(row for row in TABLES[3].rows if row.label in ("TP", "TP + SAA"))
+IMAGENET = ("BCE", "ASL", "CAP", "CAP + ML-Decoder")
+ROWS = (*SYSTEMS, *ABLATIONS, Row("CAP + ML-Decoder", ("cap_ml_decoder",)))
+
+DIGITS = """
+data:
+  source:
+    class_path: cbsa_lightning.data.readers.digits.Digits
+    init_args: {root: digits, num_train: 60, num_test: 24}
+  image_size: 160
+"""
+SHORT = """
+trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+data: {num_workers: 0, batch_size: 16, labelled_per_batch: 4, warmup_batch_size: 8}
+model: {init_args: {warmup_epochs: 1}}
+report: {enabled: false}
+"""
+KEPT = "data: {feature_cache: {folder: cache, strong_views: 1}}"
+SMALL_RESNET = "model: {init_args: {network: {init_args: {backbone: resnet18.tv_in1k, pretrained: null}}}}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("systems")
+    overlays = {"digits": DIGITS, "short": SHORT, "kept": KEPT, "resnet": SMALL_RESNET}
+    for name, text in overlays.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def finished(row: Row, folder: Path) -> tuple[Cell, dict[str, Any]]:
+    """The row's cell, one epoch of warm-up and one of the second stage, with its checkpoint."""
+    imagenet = row.label in IMAGENET
+    extra = [folder / "short.yaml", folder / ("resnet.yaml" if imagenet else "kept.yaml")]
+    data = DataSet("digits", folder / "digits.yaml")
+    cell = make_cell(row, data, 0.3, 1, CONFIGS, extra, ("embedded", "openai"))
+    assert make(cell, folder / "out", keep_checkpoint=True)
+    found = result_of(cell, folder / "out")
+    assert found is not None
+    return cell, found
+
+
+def network_of(cell: Cell) -> Any:
+    """Makes the cell's network, or None for CBSA, whose checkpoint says how."""
+    network = cell.recipe["model"]["init_args"].get("network")
+    if network is None:
+        return None
+    arguments = dict(network["init_args"])
+    if "head" in arguments:
+        arguments["head"] = thing(arguments["head"])
+    return partial(thing(network["class_path"]), **arguments)
+
+
+def thing(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.label for row in ROWS])
+def test_trains_validates_saves_loads_predicts(row: Row, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    cell, found = finished(row, folder)
+    history = found["history"]
+    assert set(history["val/mAP"]) == {"0", "1"}
+    assert 0 < history["val/mAP"]["1"] < 1
+    assert np.isfinite(history["train/loss"]["1"])
+    learns_from_labels_alone = row.label in ("BCE", "ASL")
+    assert (history["train/loss_unsup"]["1"] == 0) == learns_from_labels_alone
+    # CF1 of the pseudo-labels is there for every system that makes any.
+    assert ("pseudo/CF1" in history) == (not learns_from_labels_alone)
+    assert ("train/loss_aux" in history) == (row.label == "Ours")
+
+    # The checkpoint predicts through the command line ...
+    recipe, checkpoint = (folder / "out" / cell.folder / name for name in ("recipe.yaml", "last.ckpt"))
+    images = sorted((folder / "digits").rglob("*.png"))[:5]
+    table = folder / "five.csv"
+    table.write_text("image\n" + "\n".join(map(str, images)) + "\n")
+    arguments = [f"--config={recipe}", f"--ckpt_path={checkpoint}", "--trainer.logger=false"]
+    main(["predict", *arguments, f"--data.predict={table}", f"--predictions.output={folder / 'found.csv'}"])
+    rows = list(csv.DictReader((folder / "found.csv").open()))
+    classifier = Classifier.load(checkpoint, network=network_of(cell))
+    scores = np.array([[float(row[name]) for name in classifier.class_names] for row in rows])
+
+    # ... and alone, with the same scores.
+    np.testing.assert_allclose(classifier.scores(images).numpy(), scores, atol=2e-3)
+
+
+def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
+    """Rows that are set side by side share data, stages and the average; those of CAP have its own optimiser."""
+    data = DataSet("digits", folder / "digits.yaml")
+    cells = [make_cell(row, data, 0.3, 1, CONFIGS) for row in ROWS if row.label not in IMAGENET]
+    for cell in cells:
+        recipe, first = cell.recipe, cells[0].recipe
+        assert {k: v for k, v in recipe.items() if k != "model"} == {k: v for k, v in first.items() if k != "model"}
+        own = {"network", "labeler", "num_contexts", "semantic_alignment", "clip", "pretrained"}
+        arguments = recipe["model"]["init_args"]
+        assert set(arguments) - own == {"warmup_epochs"}
+        assert arguments["warmup_epochs"] == 8
+
+
+def test_yaml_of_a_recipe_is_what_a_run_takes(folder: Path) -> None:
+    cell, _ = finished(SYSTEMS[-1], folder)
+    assert yaml.safe_load((folder / "out" / cell.folder / "recipe.yaml").read_text()) == cell.recipe

@@ -1,0 +1,53 @@
+"""Short cells on a VOC of a few generated files, and a callback that cuts one off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+
+from layouts import make_voc
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def write_overlay(file: Path, **content: Any) -> Path:
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def tiny_voc(folder: Path) -> Path:
+    """An overlay of a data set of 24 training and 12 test images, where 4 of 20 classes have 2 test images or more."""
+    make_voc(folder / "voc")
+    source = {"class_path": "cbsa_lightning.data.readers.voc.VOC", "init_args": {"root": str(folder / "voc")}}
+    return write_overlay(folder / "tiny_voc.yaml", data={"source": source, "batch_size": 8, "image_size": 64})
+
+
+def short(folder: Path, epochs: int, **trainer: Any) -> Path:
+    """An overlay for the CPU: one epoch of warm-up, ``epochs`` in all, two steps each."""
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return write_overlay(
+        folder / "short.yaml",
+        trainer={"max_epochs": epochs, "limit_train_batches": 2, **quiet, **trainer},
+        data={"num_workers": 0, "eval_batch_size": 16},
+        model={"init_args": {"warmup_epochs": 1}},
+        report={"enabled": False},
+    )
+
+
+class PowerCutError(Exception):
+    """No error of the library: it goes through all of it."""
+
+
+class PowerCut(L.Callback):
+    """Ends a run at the first step of an epoch, once: where the file ``flag`` is, which it removes."""
+
+    def __init__(self, flag: str, epoch: int) -> None:
+        self.flag, self.epoch = Path(flag), epoch
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == self.epoch and self.flag.is_file():
+            self.flag.unlink()
+            raise PowerCutError
