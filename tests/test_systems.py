@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -121,3 +123,25 @@ def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
 def test_yaml_of_a_recipe_is_what_a_run_takes(folder: Path) -> None:
     cell, _ = finished(SYSTEMS[-1], folder)
     assert yaml.safe_load((folder / "out" / cell.folder / "recipe.yaml").read_text()) == cell.recipe
+
+
+def test_the_example_of_the_docs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system of one's own in one file and one YAML, as docs/systems.md shows it, beside one of the paper's."""
+    text = (CONFIGS.parent / "docs" / "systems.md").read_text().split("## A system of your own")[1]
+    code, overlay = (re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)[0] for language in ("python", "yaml"))
+    assert len((code + overlay).splitlines()) <= 30
+    (folder / "my_systems.py").write_text(code)
+    configs = folder / "configs"
+    shutil.copytree(CONFIGS, configs)
+    (configs / "methods" / "linear_probe.yaml").write_text(overlay)
+    (folder / "embedded.yaml").write_text("model: {init_args: {network: {init_args: {clip: embedded}}}}")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    rest = ["--config", "short.yaml", "kept.yaml", "embedded.yaml", "--shares", "0.3", "--keep_checkpoints"]
+    rows = ["--rows", "DualCoOp", "linear_probe"]
+    file = main(["table", "1", "--data", "digits=digits.yaml", "--out", "own", *rest, *rows])
+    assert re.search(r"\| linear_probe \| \d+\.\d \|", file.read_text())
+    (checkpoint,) = (folder / "own").glob("*linear_probe*/last.ckpt")
+    classifier = Classifier.load(checkpoint, network=partial(thing("my_systems.LinearProbe"), clip="embedded"))
+    images = sorted((folder / "digits").rglob("*.png"))[:3]
+    assert len(classifier(images)) == 3
