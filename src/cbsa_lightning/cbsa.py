@@ -114,11 +114,10 @@ class CBSAModule(SSMLLModule):
                 pool_lr_scale=pool_lr_scale,
             )
 
-        names = list(prompt_names) if prompt_names is not None else [n.replace("_", " ") for n in class_names]
         super().__init__(
             class_names,
             network,
-            prompt_names=names,
+            prompt_names=prompt_names,
             labeler=labeler,
             loss=loss,
             contexts=contexts,

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -226,7 +227,9 @@ def _run(cell: Cell, folder: Path) -> Settings:
     checkpoint = folder / "last.ckpt"
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
     begun = time.monotonic()
-    cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the cell's own
+        cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
     found = _found(cli, time.monotonic() - begun)
     del cli
     gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
@@ -239,11 +242,14 @@ def _here(folder: Path) -> Settings:
     """Where a cell writes: all into its folder, one checkpoint an epoch, the last."""
     logger = {"save_dir": str(folder), "name": "", "version": "log"}
     # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
-    last = {"filename": "last", "monitor": None, "save_top_k": 1, "save_last": False, "enable_version_counter": False}
-    last["save_on_train_epoch_end"] = True  # after the report has taken the epoch's figures
+    checkpoint = {
+        **{"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
+        **{"monitor": None, "save_top_k": 1, "save_last": False},
+        "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
+    }
     return {
         "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}},
-        "checkpoint": {"dirpath": str(folder), **last},
+        "checkpoint": checkpoint,
     }
 
 

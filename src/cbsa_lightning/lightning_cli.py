@@ -59,9 +59,7 @@ class CBSACLI(LightningCLI):
         """Links what data and model share, and adds what every run leaves behind."""
         for names in ("class_names", "prompt_names"):
             parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
-        parser.link_arguments(
-            "seed_everything", "data.seed", compute_fn=lambda seed: 1 if isinstance(seed, bool) else seed
-        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")

@@ -20,6 +20,7 @@ from cbsa_lightning.callbacks.thresholds import UpdateThresholds
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
+from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
@@ -53,7 +54,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     Args:
         class_names: The C class names.
-        prompt_names: How prompts spell them; None: as ``class_names``.
+        prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
         network: Makes the network from the prompt names.
         labeler: Makes pseudo-labels, anew each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
             paper's CAT. ``LabelledOnly()`` trains on the labels alone.
@@ -92,7 +93,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = list(class_names)
-        self.prompt_names = list(prompt_names if prompt_names is not None else class_names)
+        self.prompt_names = list(prompt_names if prompt_names is not None else default_prompts(class_names))
         self.network = network(self.prompt_names)
         self.labeler = labeler if labeler is not None else ClassDistributionAware()
         self.loss = loss if loss is not None else AsymmetricLoss()

@@ -239,10 +239,14 @@ def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
     small = FeatureCache(str(tmp_path / "small"), strong_views=1000, limit_gb=0.01)
     with pytest.raises(ConfigError, match=r"features need .* GB.*0.01 GB are allowed.*Keep fewer strong views"):
         cached_fit(tmp_path, clip_folder, squares, cache=small)
-    module = tiny_module(clip_folder)
-    monkeypatch.setattr(type(module.network), "frozen_weights", None)
-    with pytest.raises(ConfigError, match="CBSANetwork has no frozen image tower"):
+
+
+def test_a_tower_that_is_trained_reads_images(tmp_path, clip_folder, squares, monkeypatch):
+    """Said, not refused: overlays of a machine go over all systems of a table, also those without a frozen tower."""
+    monkeypatch.setattr(type(tiny_module(clip_folder).network), "frozen_weights", None)
+    with pytest.warns(UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views are ever new"):
         cached_fit(tmp_path, clip_folder, squares)
+    assert not list(tmp_path.rglob("rows.bin"))
 
 
 def test_overflowing_features_are_refused(tmp_path, clip_folder, squares, monkeypatch):

@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbsa_lightning.data.feature_cache import Tower
-from cbsa_lightning.errors import ConfigError
 
 
 class CacheFeatures(L.Callback):
@@ -23,7 +23,15 @@ class CacheFeatures(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "feature_cache", None) is None:
             return
-        tower = _tower(trainer, pl_module)
+        weights = pl_module.network.frozen_weights
+        if weights is None:
+            rank_zero_warn(
+                f"{type(pl_module.network).__name__} has no frozen image tower, so data.feature_cache keeps nothing: "
+                "images are read in every epoch, and strong views are ever new ones."
+            )
+            data.forget_features(None)
+            return
+        tower = _tower(trainer, pl_module, weights)
         if stage != "fit":
             data.forget_features(tower)
             return
@@ -33,14 +41,7 @@ class CacheFeatures(L.Callback):
         data.use_features(tower, store, kept)
 
 
-def _tower(trainer: L.Trainer, pl_module: Any) -> Tower:
-    weights = pl_module.network.frozen_weights
-    if weights is None:
-        raise ConfigError(
-            f"{type(pl_module.network).__name__} has no frozen image tower, so its features cannot be kept: set no "
-            "data.feature_cache."
-        )
-
+def _tower(trainer: L.Trainer, pl_module: Any, weights: str) -> Tower:
     def features(images: Tensor) -> Tensor:
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             found: Tensor = pl_module.network.features(images.to(pl_module.device))

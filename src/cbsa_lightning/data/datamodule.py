@@ -197,11 +197,21 @@ class SSMLLDataModule(L.LightningDataModule):
         if self.labelled_fraction is None:
             split = split_known(self.train_table)
         else:
+            self._refuse_unknown()
             split = split_labelled(len(self.train_table), self.labelled_fraction, self.seed, self.train_table.digest())
         share = self.held_out_fraction
         if share is None:
             share = 0.0 if self.test_table is not None else 0.2
         return hold_out(split, share, self.seed) if share else split
+
+    def _refuse_unknown(self) -> None:
+        unknown = int((self.train_table.labels < 0).all(1).sum())
+        if unknown:
+            raise DataError(
+                f"labelled_fraction {self.labelled_fraction} draws labelled images from a table in which all have "
+                f"labels, but {unknown} of {len(self.train_table)} training images have none. Leave it out: the images "
+                "with labels are then the labelled ones."
+            )
 
     def _check_leaks(self) -> None:
         if self.test_table is None:
@@ -254,9 +264,9 @@ class SSMLLDataModule(L.LightningDataModule):
         rows["held_out"] = rows["train"][self.split.held_out]
         self._features = Features(tower, store, rows)
 
-    def forget_features(self, tower: Tower) -> None:
+    def forget_features(self, tower: Tower | None) -> None:
         """Has them give images again, unless the features are those of ``tower``."""
-        if self._features is not None and not self._features.tower.same_as(tower):
+        if self._features is not None and (tower is None or not self._features.tower.same_as(tower)):
             self._features = None
 
     def _cache(self) -> FeatureCache:

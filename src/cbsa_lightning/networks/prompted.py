@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,18 +73,16 @@ class PromptedCLIP(Network):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The attention pool, if trained, in a group of its own with its factor of the learning rate."""
-        return parameter_groups(self, {self.pool_lr_scale: self.clip.pool})
+        return parameter_groups(self, self.clip.pool, self.pool_lr_scale)
 
 
-def parameter_groups(network: nn.Module, scaled: Mapping[float, nn.Module]) -> list[dict[str, Any]]:
-    """Groups of trainable parameters: those of the ``scaled`` parts under their factors, all others under 1."""
-    groups: list[dict[str, Any]] = []
-    for scale, part in scaled.items():
-        trained = [p for p in part.parameters() if p.requires_grad]
-        groups += [{"params": trained, "lr_scale": scale}] if trained else []
-    taken = {id(p) for group in groups for p in group["params"]}
+def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """Groups of trainable parameters: those of a ``part`` of the network, if any, under their own factor."""
+    scaled = [p for p in part.parameters() if p.requires_grad]
+    taken = {id(p) for p in scaled}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
-    return [{"params": rest, "lr_scale": 1.0}, *groups]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
+    return [*groups, {"params": scaled, "lr_scale": scale}] if scaled else groups
 
 
 def cosines(images: Tensor, text: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class SCPNet(PromptedCLIP):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The graph convolutions in a group of their own."""
-        return parameter_groups(self, {self.graph_lr_scale: self.convolutions})
+        return parameter_groups(self, self.convolutions, self.graph_lr_scale)
 
 
 def _convolution(before: int, after: int) -> nn.Linear:

@@ -1,0 +1,357 @@
+"""Cells of the paper's tables: what they are made of, when two are one, and that each is made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from cbsa_lightning import cells, lightning_cli
+from cbsa_lightning.cells import Cell, DataSet, init_args, make, make_cell, merged, read, result_of
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
+from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
+
+LABELERS = "cbsa_lightning.labelers"
+BY_LABEL = {row.label: row for row in SYSTEMS}
+
+
+# Merging ---------------------------------------------------------------------------------------------------------
+
+
+class Parsed(lightning_cli.CBSACLI):
+    """The command line without what it builds."""
+
+    def instantiate_classes(self) -> None:
+        self.model = self.trainer = self.datamodule = None
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path]], dict[str, Any]]:
+    monkeypatch.setattr(lightning_cli, "CBSACLI", Parsed)
+
+    def parsed(files: list[Path]) -> dict[str, Any]:
+        cli = lightning_cli.make_cli([f"--config={file}" for file in files], run=False)
+        return yaml.safe_load(cli.parser.dump(cli.config))
+
+    return parsed
+
+
+def labeler(above: Any) -> dict[str, Any]:
+    return {"model": {"init_args": {"labeler": above}}}
+
+
+OVERLAYS = {
+    "fixed": labeler({"class_path": f"{LABELERS}.Fixed", "init_args": {"tau_pos": 0.8}}),
+    "fixed_too": labeler({"class_path": f"{LABELERS}.Fixed", "init_args": {"tau_neg": 0.1}}),
+    "fixed_by_path": labeler(f"{LABELERS}.Fixed"),
+    "arguments": labeler({"init_args": {"tau_neg": 0.2}}),
+    "cat": labeler({"class_path": f"{LABELERS}.ClassDistributionAware", "init_args": {"eta_pos": 0.7}}),
+    "none": labeler(None),
+    "callbacks": {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]}},
+    "no_callbacks": {"trainer": {"callbacks": []}},
+    "dualcoop_clip": {"model": {"init_args": {"network": {"init_args": {"prompt_length": 3}}}}},
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "methods/cbsa data/coco methods/coco/cbsa methods/without_contexts hardware/cpu",
+        "methods/cbsa data/voc methods/labelled_only",
+        "methods/cbsa data/voc methods/cbsa_safe hardware/gpu loggers/wandb",
+        "methods/top_k data/coco methods/coco/top_k",
+        "methods/dualcoop data/voc dualcoop_clip",
+        "methods/bce data/voc methods/voc/bce",
+        "methods/cbsa data/voc fixed fixed_too",
+        "methods/cbsa data/voc fixed_by_path arguments",
+        "methods/cbsa data/voc fixed fixed_by_path arguments",
+        "methods/cbsa data/voc fixed arguments",
+        "methods/cbsa data/voc cat fixed",
+        "methods/cbsa data/voc cat fixed_by_path",
+        "methods/cbsa data/voc fixed none fixed_too",
+        "methods/cbsa data/voc callbacks no_callbacks",
+        "methods/cbsa data/voc no_callbacks callbacks",
+    ],
+)
+def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path, parse: Any) -> None:
+    files = [
+        write_overlay(tmp_path / f"{name}.yaml", **OVERLAYS[name]) if name in OVERLAYS else CONFIGS / f"{name}.yaml"
+        for name in names.split()
+    ]
+    one = merged(read(file) for file in files)
+    assert parse([write_overlay(tmp_path / "merged.yaml", **one)]) == parse(files)
+
+
+def test_another_class_begins_with_no_arguments(tmp_path: Path, parse: Any) -> None:
+    """The one difference: the command line hands on arguments that both classes have."""
+    overlays = [
+        {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}}}},
+        {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}}}},
+    ]
+    arguments = merged(overlays)["model"]["init_args"]
+    assert arguments == {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}}
+    files = [write_overlay(tmp_path / f"{i}.yaml", **overlay) for i, overlay in enumerate(overlays)]
+    theirs = parse([CONFIGS / "methods" / "cbsa.yaml", CONFIGS / "data" / "voc.yaml", *files])
+    assert theirs["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+
+
+def test_merging_changes_no_overlay() -> None:
+    below, above = {"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "d": {"e": 3}}}
+    result = merged([below, above])
+    assert result == {"a": {"b": 2, "c": [1], "d": {"e": 3}}}
+    result["a"]["d"]["e"] = result["a"]["b"] = 4
+    assert (below, above) == ({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "d": {"e": 3}}})
+
+
+def test_bad_overlays_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no overlay .*nowhere\.yaml.*--configs"):
+        cell(Row("nowhere", ("nowhere",)))
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match=r"list\.yaml must be a mapping"):
+        cell(CBSA, extra=[tmp_path / "list.yaml"])
+    with pytest.raises(ConfigError, match="must give model"):
+        cell(CBSA, extra=[write_overlay(tmp_path / "model.yaml", model="cbsa_lightning.SSMLLModule")])
+    with pytest.raises(ConfigError, match="and data"):
+        cell(CBSA, extra=[write_overlay(tmp_path / "data.yaml", data=None)])
+
+
+# Identity --------------------------------------------------------------------------------------------------------
+
+
+def cell(row: Row, data: str = "coco", share: float = 0.05, seed: int = 1, **settings: Any) -> Cell:
+    return make_cell(row, DataSet.named(data, CONFIGS), share, seed, CONFIGS, **settings)
+
+
+def row_of(number: int, label: str) -> Row:
+    return next(row for row in TABLES[number].rows if row.label == label)
+
+
+def test_a_run_that_stands_in_several_tables_is_one() -> None:
+    whole = [(1, "Ours"), (3, "TP + SAA + CI"), (4, "K = 6"), (6, "Random"), (7, "16"), (8, "CSP"), (9, "Ours")]
+    folders = {cell(row_of(*place)).folder for place in [*whole, (10, "Ours")]}
+    assert len(folders) == 1
+    assert len({cell(row_of(*place)).folder for place in [(3, "TP + SAA"), (4, "K = 1")]} | folders) == 2
+    assert cell(BY_LABEL["CAP"]).folder == cell(row_of(3, "CAP")).folder
+    rows = [row for table in TABLES.values() for row in table.rows]
+    assert len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1  # of Tables 3, 4, 6, 7, 8
+
+
+def test_settings_of_rows_reach_their_recipes() -> None:
+    def arguments(row: Row, data: str = "coco") -> dict[str, Any]:
+        return cell(row, data).recipe["model"]["init_args"]
+
+    assert arguments(CBSA)["num_contexts"] == 6
+    assert arguments(CBSA, "voc")["num_contexts"] == 2
+    assert arguments(row_of(3, "TP + SAA"))["num_contexts"] == 0  # above what CBSA needs on COCO
+    assert arguments(row_of(3, "TP"))["semantic_alignment"] is False
+    assert arguments(row_of(4, "K = 4"))["num_contexts"] == 4
+    assert arguments(row_of(6, "Template"))["prompt_template"] == "a photo of a"
+    assert arguments(row_of(7, "48"))["prompt_length"] == 48
+    assert arguments(row_of(8, "w/o CSP"))["shared_prompts"] is True
+    assert arguments(BY_LABEL["Top-k*"])["labeler"]["init_args"] == {"k": 3}
+    assert cell(BY_LABEL["BCE"], "voc").recipe["data"]["batch_size"] == 32
+    recipe = cell(CBSA, share=0.15, seed=7).recipe
+    assert (recipe["data"]["labelled_fraction"], recipe["seed_everything"]) == (0.15, 7)
+
+
+def test_what_changes_speed_only_is_the_same_cell(tmp_path: Path) -> None:
+    def folder(**overlay: Any) -> str:
+        return cell(CBSA, extra=[write_overlay(tmp_path / "extra.yaml", **overlay)]).folder
+
+    cache = {"folder": "a", "limit_gb": 1, "strong_views": 8}
+    here = folder(
+        trainer={"accelerator": "cpu", "precision": "32-true"}, data={"num_workers": 1, "feature_cache": cache}
+    )
+    assert here == folder(
+        trainer={"accelerator": "gpu", "precision": "32-true", "devices": 1, "enable_progress_bar": False},
+        data={"num_workers": 8, "feature_cache": {"folder": "b", "strong_views": 8}, "image_cache": "c"},
+    )
+    changed = {
+        folder(trainer={"precision": "16-mixed"}, data={"feature_cache": cache}),
+        folder(trainer={"precision": "32-true", "max_epochs": 41}, data={"feature_cache": cache}),
+        folder(trainer={"precision": "32-true"}, data={"feature_cache": cache | {"strong_views": 4}}),
+        folder(trainer={"precision": "32-true"}),
+        folder(trainer={"precision": "32-true"}, data={"feature_cache": cache, "batch_size": 3}),
+        folder(trainer={"precision": "32-true"}, data={"feature_cache": cache}, model={"init_args": {"loss": "x"}}),
+    }
+    assert len(changed | {here}) == 7
+    others = {cell(CBSA, seed=2).folder, cell(CBSA, share=0.1).folder, cell(CBSA, "voc").folder, cell(CBSA).folder}
+    assert len(others) == 4
+    assert cell(CBSA, seed=2).folder.startswith("coco-p050-seed2-cbsa-")
+    assert cell(CBSA).name == "Ours on coco, p = 0.05, seed 1"
+
+
+def test_the_name_of_a_folder_leaves_the_recipe_whole(tmp_path: Path) -> None:
+    """What is left out of its name must still be run."""
+    cell_of_cpu = cell(CBSA, extra=[CONFIGS / "hardware" / "cpu.yaml"])
+    assert cell_of_cpu.folder
+    assert cell_of_cpu.recipe["trainer"]["accelerator"] == "cpu"
+    assert cell_of_cpu.recipe["data"]["feature_cache"]["folder"] == "cache"
+
+
+@pytest.mark.parametrize("label", BY_LABEL)
+def test_clip_reaches_every_network_that_has_one(label: str) -> None:
+    plain, other = (cell(BY_LABEL[label], clip=clip).recipe for clip in (None, ("tiny", "file.pt")))
+    if label in ("BCE", "ASL", "CAP"):
+        assert other == plain
+        return
+    found = init_args(other)[-1]
+    assert (found["clip"], found["pretrained"]) == ("tiny", "file.pt")
+    found.update(clip="RN50-quickgelu", pretrained="openai")
+    assert other == plain
+
+
+def test_data_set_by_name_or_with_a_file() -> None:
+    assert DataSet.named("voc", CONFIGS) == DataSet("voc", CONFIGS / "data" / "voc.yaml")
+    assert DataSet.named("voc=a=b.yaml", CONFIGS) == DataSet("voc", Path("a=b.yaml"))
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_cell(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Callable[..., Cell]:
+    """Makes a cell of ``epochs`` epochs that is cut off at the last one's first step while the file ``flag`` is."""
+    folder = tmp_path_factory.mktemp("short")
+    voc = tiny_voc(folder)
+
+    def made(row: Row, flag: Path, epochs: int = 3, **trainer: Any) -> Cell:
+        cut = {"class_path": "tiny_tables.PowerCut", "init_args": {"flag": str(flag), "epoch": epochs - 1}}
+        extra = [short(folder, epochs, callbacks=[cut], **trainer)]
+        return make_cell(row, DataSet("voc", voc), 0.2, 1, CONFIGS, extra, (str(clip_folder), "openai"))
+
+    return made
+
+
+def history(cell: Cell, out: Path) -> dict[str, dict[str, float]]:
+    found = result_of(cell, out)
+    assert found is not None
+    return {name: values for name, values in found["history"].items() if not name.startswith("time/")}
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise AssertionError("it was run")
+
+
+@pytest.mark.parametrize(
+    ("label", "epochs", "every"), [("Ours", 3, 1), ("DualCoOp", 3, 1), ("Ours", 4, 2)], ids=["cbsa", "dualcoop", "2nd"]
+)
+def test_cut_off_in_the_second_stage_it_goes_on_as_if_it_never_was(
+    label: str, epochs: int, every: int, short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its last checkpoint, to the last bit of every metric of every epoch; also when the end was not written."""
+    flag, whole, cut = (tmp_path / name for name in ("flag", "whole", "cut"))
+    one = short_cell(BY_LABEL[label], flag, epochs, check_val_every_n_epoch=every)
+    assert make(one, whole)
+    assert not (whole / one.folder / "last.ckpt").exists()
+    expected = history(one, whole)
+    last = str(epochs - 1)
+    assert {"val/mAP", "val/mAP_raw", "val/CF1", "val/AP/person", "pseudo/CF1", "train/loss_unsup"} <= expected.keys()
+    assert list(expected["train/loss"]) == [str(epoch) for epoch in range(epochs)]
+    assert last in expected["val/mAP"]
+
+    flag.touch()
+    with pytest.raises(PowerCutError):
+        make(one, cut)
+    folder = cut / one.folder
+    assert (folder / "last.ckpt").is_file()
+    assert result_of(one, cut) is None
+
+    commands = []
+    make_cli = cells.make_cli
+    monkeypatch.setattr(cells, "make_cli", lambda args: commands.append(args) or make_cli(args))
+    assert make(one, cut, keep_checkpoint=True)
+    assert commands[0][-1] == f"--ckpt_path={folder / 'last.ckpt'}"
+    assert history(one, cut) == expected
+    assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
+
+    if label == "Ours":  # killed between the last checkpoint and the result
+        (folder / "result.json").unlink()
+        assert make(one, cut)
+        assert history(one, cut) == expected
+    monkeypatch.setattr(cells, "make_cli", fails)
+    assert make(one, cut)  # never again
+
+
+@pytest.fixture
+def instant(short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cell:
+    """A cell whose run takes no time."""
+    monkeypatch.setattr(cells, "make_cli", lambda args: None)
+    monkeypatch.setattr(cells, "_found", lambda cli, seconds: {"history": {}, "seconds": seconds})
+    return short_cell(CBSA, tmp_path / "flag")
+
+
+def test_a_result_says_whose_it_is(instant: Cell, tmp_path: Path) -> None:
+    assert make(instant, tmp_path)
+    found = result_of(instant, tmp_path)
+    assert found is not None
+    assert found.pop("seconds") >= 0
+    assert found == {"cell": instant.name, "row": "Ours", "data": "voc", "share": 0.2, "seed": 1, "history": {}}
+    assert yaml.safe_load((tmp_path / instant.folder / "recipe.yaml").read_text()) == instant.recipe
+
+
+def test_a_cell_in_other_hands_is_left_alone(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / instant.folder
+    folder.mkdir()
+    monkeypatch.setattr(cells, "_run", fails)
+    with FileLock(folder / ".lock"):
+        assert not make(instant, tmp_path)
+    assert result_of(instant, tmp_path) is None
+
+
+def test_one_process_a_cell(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="runs in one process"):
+        make(instant, tmp_path)
+    assert result_of(instant, tmp_path) is None
+
+
+def test_a_result_is_whole_or_not_there(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk in the middle of it; the checkpoint is still there to go on from."""
+    write_text = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        if "result" not in self.name:
+            return write_text(self, text, **options)
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError("no space left")
+
+    folder = tmp_path / instant.folder
+    folder.mkdir()
+    (folder / "last.ckpt").touch()
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        make(instant, tmp_path)
+    assert result_of(instant, tmp_path) is None
+    assert (folder / "last.ckpt").exists()
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert make(instant, tmp_path)
+    assert result_of(instant, tmp_path) is not None
+    assert not (folder / "last.ckpt").exists()
+
+
+def test_what_is_undefined_is_null(tmp_path: Path, short_cell: Any) -> None:
+    """Beside the classes of the test images, so that another count of classes needs no new run."""
+    one = short_cell(CBSA, tmp_path / "flag", 2)
+    assert make(one, tmp_path)
+    text = (tmp_path / one.folder / "result.json").read_text()
+    found = json.loads(text, parse_constant=fails)
+    absent = [name for name, number in found["positives"].items() if number == 0]
+    assert absent == ["person", "pottedplant", "train"]
+    assert found["history"]["val/AP/person"] == {"0": None, "1": None}
+    assert found["history"]["val/AP/cat"]["1"] > 0
+    assert found["device"]
+    assert found["seconds_since_last_start"] > 0
+
+
+def test_a_run_without_a_last_validation_is_refused(tmp_path: Path, short_cell: Any) -> None:
+    one = short_cell(CBSA, tmp_path / "flag", 3, check_val_every_n_epoch=2)
+    with pytest.raises(ConfigError, match=r"not validated in its last epoch, 2; .*check_val_every_n_epoch"):
+        make(one, tmp_path)
+    assert result_of(one, tmp_path) is None
