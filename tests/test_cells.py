@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from filelock import FileLock
 
 from cbsa_lightning import cells, lightning_cli
-from cbsa_lightning.cells import Cell, DataSet, init_args, make, make_cell, merged, read, result_of
+from cbsa_lightning.cells import Cell, DataSet, classes_of, make, make_cell, merged, read, result_of
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
 from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
@@ -115,10 +116,19 @@ def test_bad_overlays_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match=r"list\.yaml must be a mapping"):
         cell(CBSA, extra=[tmp_path / "list.yaml"])
-    with pytest.raises(ConfigError, match="must give model"):
+    with pytest.raises(ConfigError, match=r"name a model .*cbsa\+cbsa_safe"):
         cell(CBSA, extra=[write_overlay(tmp_path / "model.yaml", model="cbsa_lightning.SSMLLModule")])
     with pytest.raises(ConfigError, match="and data"):
         cell(CBSA, extra=[write_overlay(tmp_path / "data.yaml", data=None)])
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is no YAML"):
+        cell(CBSA, extra=[tmp_path / "broken.yaml"])
+    with pytest.raises(ConfigError, match=r"cbsa\+cbsa_safe"):  # an overlay that goes over a method, alone
+        cell(Row("cbsa_safe", ("cbsa_safe",)))
+    assert cell(Row("", ("cbsa", "cbsa_safe"))).recipe["model"]["init_args"]["ema_decay"] == 0.98
+    other = write_overlay(tmp_path / "own.yaml", model={"class_path": "nowhere.Module"})
+    with pytest.raises(ConfigError, match=r"no class nowhere\.Module.*PYTHONPATH"):
+        cell(CBSA, extra=[other], clip=("embedded", "openai"))
 
 
 # Identity --------------------------------------------------------------------------------------------------------
@@ -201,7 +211,7 @@ def test_clip_reaches_every_network_that_has_one(label: str) -> None:
     if label in ("BCE", "ASL", "CAP"):
         assert other == plain
         return
-    found = init_args(other)[-1]
+    found = classes_of(other)[-1]["init_args"]
     assert (found["clip"], found["pretrained"]) == ("tiny", "file.pt")
     found.update(clip="RN50-quickgelu", pretrained="openai")
     assert other == plain
@@ -350,8 +360,36 @@ def test_what_is_undefined_is_null(tmp_path: Path, short_cell: Any) -> None:
     assert found["seconds_since_last_start"] > 0
 
 
-def test_a_run_without_a_last_validation_is_refused(tmp_path: Path, short_cell: Any) -> None:
+def test_a_run_without_a_last_validation_is_refused(
+    tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = short_cell(CBSA, tmp_path / "flag", 3, check_val_every_n_epoch=2)
-    with pytest.raises(ConfigError, match=r"not validated in its last epoch, 2; .*check_val_every_n_epoch"):
+    monkeypatch.setattr(cells, "make_cli", fails)  # before the work, not after it
+    with pytest.raises(ConfigError, match=r"check_val_every_n_epoch 2: the last epoch would not be validated"):
         make(one, tmp_path)
     assert result_of(one, tmp_path) is None
+
+
+def test_a_run_that_is_stopped_early_has_no_result(tmp_path: Path, short_cell: Any) -> None:
+    one = short_cell(CBSA, tmp_path / "flag", 2, max_steps=1)
+    with pytest.raises(ConfigError, match="without a validation in its last epoch, 1"):
+        make(one, tmp_path)
+    assert result_of(one, tmp_path) is None
+
+
+def test_what_the_command_line_refuses_is_an_error(tmp_path: Path, short_cell: Any) -> None:
+    one = short_cell(CBSA, tmp_path / "flag", 2, no_such_argument=1)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be run"):
+        make(one, tmp_path)
+
+
+def test_a_cell_runs_on_one_device_and_keeps_its_loggers(instant: Cell, tmp_path: Path) -> None:
+    assert make(instant, tmp_path)
+    here = yaml.safe_load((tmp_path / instant.folder / "here.yaml").read_text())
+    assert here["trainer"]["devices"] == 1
+    assert here["trainer"]["logger"]["init_args"]["name"] == "log"
+    own = replace(instant, seed=5, recipe={**instant.recipe, "seed_everything": 5})
+    own.recipe["trainer"] = {**own.recipe["trainer"], "logger": [{"class_path": "W"}]}
+    assert own.folder == replace(own, recipe={**instant.recipe, "seed_everything": 5}).folder
+    assert make(own, tmp_path)
+    assert "logger" not in yaml.safe_load((tmp_path / own.folder / "here.yaml").read_text())["trainer"]

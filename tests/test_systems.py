@@ -41,6 +41,12 @@ KEPT = "data: {feature_cache: {folder: cache, strong_views: 1}}"
 SMALL_RESNET = "model: {init_args: {network: {init_args: {backbone: resnet18.tv_in1k, pretrained: null}}}}"
 
 
+@pytest.fixture(autouse=True)
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and features are written where a run starts."""
+    monkeypatch.chdir(folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("systems")
@@ -79,8 +85,7 @@ def thing(path: str) -> Any:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.label for row in ROWS])
-def test_trains_validates_saves_loads_predicts(row: Row, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
     cell, found = finished(row, folder)
     history = found["history"]
     assert set(history["val/mAP"]) == {"0", "1"}
@@ -134,10 +139,8 @@ def test_the_example_of_the_docs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     configs = folder / "configs"
     shutil.copytree(CONFIGS, configs)
     (configs / "methods" / "linear_probe.yaml").write_text(overlay)
-    (folder / "embedded.yaml").write_text("model: {init_args: {network: {init_args: {clip: embedded}}}}")
-    monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    rest = ["--config", "short.yaml", "kept.yaml", "embedded.yaml", "--shares", "0.3", "--keep_checkpoints"]
+    rest = ["--config", "short.yaml", "kept.yaml", "--clip", "embedded", "--shares", "0.3", "--keep_checkpoints"]
     rows = ["--rows", "DualCoOp", "linear_probe"]
     file = main(["table", "1", "--data", "digits=digits.yaml", "--out", "own", *rest, *rows])
     assert re.search(r"\| linear_probe \| \d+\.\d \|", file.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from PIL import Image
 from scipy.stats import kendalltau
 
 from cbsa_lightning import cost, tables
-from cbsa_lightning.cells import Cell, DataSet, init_args, make_cell
+from cbsa_lightning.cells import Cell, DataSet, classes_of, make_cell
 from cbsa_lightning.cli import main
 from cbsa_lightning.cost import Cost, costs, measure
 from cbsa_lightning.errors import CBSAError, ConfigError
@@ -39,11 +40,17 @@ def finished(label: str, AP: Sequence[float], seed: int = 1, data: str = "voc", 
         "val/AP/cow": dict.fromkeys(epochs),
         "val/mAP": {epoch: value - 0.05 for epoch, value in zip(epochs, AP, strict=True)},
         "val/mAP_with_zeros": {epoch: value / 2 for epoch, value in zip(epochs, AP, strict=True)},
-        "val/mAP_raw": dict.fromkeys(epochs, 0.25),
         "pseudo/CF1": {epoch: value / 4 for epoch, value in list(zip(epochs, AP, strict=True))[1:]},
         "time/ms_per_image": {"10": 2.5},
     }
-    found = {"positives": {"cat": 5, "dog": 2, "cow": 0}, "history": history, "device": "a machine"}
+    found = {
+        "positives": {"cat": 5, "dog": 2, "cow": 0},
+        "history": history,
+        "device": "a machine",
+        "measured_on": "test images",
+        "images": ["a", "b"],
+        "versions": {"torch": "2"},
+    }
     return Finished(Cell(Row(label, (label,)), data, share, seed, {}), found)
 
 
@@ -81,8 +88,8 @@ def test_figures_of_a_cell() -> None:
     assert (cell.mAP(1), cell.mAP(2), cell.mAP(3)) == pytest.approx((75, 75, 80))
     assert (cell.best_on_test(2), cell.best_on_test(5)) == pytest.approx((85, 90))
     assert cell.with_zeros(1) == pytest.approx(40)
-    with pytest.raises(ConfigError, match="No class of voc has 6 test positives"):
-        cell.mAP(6)
+    assert math.isnan(cell.mAP(6))
+    assert Means([cell], lambda f: f.mAP(6)).text("a", ("voc", 0.05)) == "-"
 
 
 def test_means_and_standard_errors() -> None:
@@ -114,7 +121,7 @@ def test_beside_the_paper(tmp_path: Path) -> None:
     assert found[title]["BCE"] == ["- (67.95)", "-", "-"]
     assert found["Best on test"]["Ours"] == ["82.0 ± 2.0", "65.0", "75.0"]
     assert found["All classes, absent ones counting 0"]["Ours"] == ["43.5 ± 1.0", "35.0", "40.0"]
-    assert "5 of 7 cells are finished (on a machine)" in text
+    assert "5 of 7 cells are finished, on a machine; measured on test images." in text
     assert "mean over seeds 1, 2 and" in text
     assert "over the classes with a test positive" in text
     assert "## Could not be run\n\n- BCE on voc: WeightsError: no weights" in text
@@ -148,6 +155,15 @@ def test_other_counts_of_positives(tmp_path: Path) -> None:
     assert "over the classes with 3 test positives or more" in text
 
 
+def test_cells_that_should_not_stand_side_by_side_are_told(tmp_path: Path) -> None:
+    runs = [finished("a", [0.5]), finished("b", [0.5])]
+    assert "changed" not in written(tmp_path, 1, [run.cell for run in runs], runs)
+    runs[1].found.update(images=["a", "c"], versions={"torch": "3"})
+    text = written(tmp_path, 1, [run.cell for run in runs], runs)
+    assert "**The images or labels of voc changed between its cells**" in text
+    assert "different versions**: torch 2; torch 3" in text
+
+
 def test_order_of_the_systems(tmp_path: Path) -> None:
     """Kendall's tau against a plain count of pairs; a system that is not in the paper has no place in it."""
     ours = {"BCE": 0.7, "ASL": 0.6, "CAP": 0.8, "Ours": 0.85, "mine": 0.1}
@@ -179,7 +195,7 @@ def test_csv_of_cells_and_of_pseudo_labels(tmp_path: Path) -> None:
         first, second = csv.DictReader(stream)
     assert first == {
         **{"system": "Ours", "data": "voc", "p": "0.05", "seed": "2", "mAP": "75.000", "mAP_with_zeros": "40.000"},
-        **{"best_on_test": "85.000", "mAP_raw": "25.000", "CF1": "", "OF1": "", "pseudo_CF1": "20.000"},
+        **{"best_on_test": "85.000", "CF1": "", "OF1": "", "pseudo_CF1": "20.000"},
         **{"ms_per_image": "2.5", "paper_mAP": "82.1", "device": "a machine", "folder": runs[0].cell.folder},
     }
     assert (second["system"], second["mAP"], second["paper_mAP"], second["pseudo_CF1"]) == ("mine", "45.000", "", "")
@@ -330,7 +346,7 @@ def test_its_csv_files_and_pictures_too(bench: Bench, stopped: str) -> None:
         figures, found = expected(bench, row["system"]), bench.results()[row["system"], seed]
         for column, name in (("mAP", "last"), ("best_on_test", "best"), ("mAP_with_zeros", "zeros")):
             assert float(row[column]) == pytest.approx(figures[name][seed - 1], abs=1e-3)
-        for column, name in (("CF1", "val/CF1"), ("mAP_raw", "val/mAP_raw"), ("pseudo_CF1", "pseudo/CF1")):
+        for column, name in (("CF1", "val/CF1"), ("pseudo_CF1", "pseudo/CF1")):
             assert float(row[column]) == pytest.approx(100 * found["history"][name]["1"], abs=1e-3)
         assert row["paper_mAP"] == ("86.85" if row["system"] == "Ours" else "")
         assert (bench.out / row["folder"] / "result.json").is_file()
@@ -347,7 +363,7 @@ def test_it_says_what_every_cell_ran_under(bench: Bench, stopped: str, clip_fold
     text = (bench.out / "table_1.md").read_text().partition("## Settings of every cell")[2]
     for name in ("tiny_voc.yaml", "short.yaml"):
         assert f"`{name}`\n\n```yaml\n{(bench.configs.parent / name).read_text().strip()}\n```" in text
-    assert f"`--clip`\n\n```yaml\n{clip_folder.name}, weights: openai\n```" in text
+    assert f"`--clip`\n\n```yaml\n{clip_folder.name}, weights: its own\n```" in text
 
 
 def test_finished_cells_are_only_read(bench: Bench, stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,13 +395,24 @@ def test_a_cell_in_other_hands(bench: Bench, stopped: str, capsys: pytest.Captur
     assert "Cell 1 of 1: Ours on voc, p = 0.20, seed 3\n... another process has it in hand\n1 of 2 cells are in" in out
 
 
-def test_refusals(bench: Bench, tmp_path: Path) -> None:
+def test_refusals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="no table 5"):
         main(["table", "5"])
     with pytest.raises(ConfigError, match="min_positives is 0"):
         bench("--min_positives", "0")
-    with pytest.raises(ConfigError, match=r"no overlay .*nothing\.yaml"):
+    with pytest.raises(ConfigError, match=r"no row 'nothing'.*nothing\.yaml.*'Ours'"):
         bench("--rows", "nothing")
+    with pytest.raises(ConfigError, match=r"no .*zoo\.yaml.*NAME=FILE"):
+        main(["table", "1", "--data", "zoo", "--configs", str(bench.configs)])
+    twice = f"voc={bench.configs / 'data' / 'voc.yaml'}"
+    with pytest.raises(ConfigError, match="names a data set twice"):
+        main(["table", "1", "--data", twice, "voc", "--configs", str(bench.configs)])
+    with pytest.raises(ConfigError, match="give both"):
+        main(["table", "1", "--pretrained", "openai", "--configs", str(bench.configs)])
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(ConfigError, match="one process"):
+            bench("--write_only")
     with pytest.raises(SystemExit):
         bench("--nothing")
 
@@ -427,7 +454,7 @@ def test_rounds_in_turn_and_the_least_of_each(
 
     def run(command: list[str], **_: Any) -> Any:
         assert command[-1] == "3"
-        seen.append(init_args(cost.yaml.safe_load(Path(command[-2]).read_text()))[-1])
+        seen.append(classes_of(cost.yaml.safe_load(Path(command[-2]).read_text()))[-1]["init_args"])
         return subprocess.CompletedProcess(command, 0, f"Seed set to 1\n{next(said)}\n", "")
 
     monkeypatch.setattr(cost.subprocess, "run", run)
@@ -473,6 +500,8 @@ def test_costs_belong_to_table_9(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
         raise CBSAError("no room")
 
     monkeypatch.setattr(tables, "costs", no_room)
+    assert bench(*rows, number=9).read_text() == first  # measured once for the same cells
+    rows += ["--seeds", "2"]
     with pytest.raises(ConfigError, match="Cost of a step: CBSAError: no room"):
         bench(*rows, number=9)
     text = (bench.out / "table_9.md").read_text()

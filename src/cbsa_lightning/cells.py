@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
 import platform
+import pydoc
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -33,11 +35,12 @@ from cbsa_lightning.paper import Row
 
 Settings = dict[str, Any]
 
-SPEED_ONLY = (
+WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("trainer.logger", "report", "predictions"),
     *("data.num_workers", "data.image_cache", "data.feature_cache.folder", "data.feature_cache.limit_gb"),
 )
-"""What changes no number of a run, so that another machine's settings find the same cell."""
+"""Settings that change no number of a run, so that another machine finds the same cell."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Cell:
     def folder(self) -> str:
         """Folder of the run; the same recipe has the same."""
         plain = copy.deepcopy(self.recipe)
-        for path in SPEED_ONLY:
+        for path in WITHOUT_EFFECT:
             *parents, last = path.split(".")
             place: Any = plain
             for key in parents:
@@ -119,30 +122,49 @@ def make_cell(
     there = [file for file in special if file.is_file()]
     # What a method needs on this data set stands above the method, and below its ablations.
     recipe = merged(read(file) for file in (files[0], data.file, *there, *files[1:], *extra))
-    places = init_args(recipe)
-    places[0].update(row.settings)
-    if clip is not None:
-        for place in places:
-            if "clip" in place:
-                place.update(clip=clip[0], pretrained=clip[1])
+    for place in classes_of(recipe):
+        if clip is not None and takes(place, "clip"):
+            place["init_args"].update(clip=clip[0], pretrained=clip[1])
+    recipe["model"]["init_args"].update(row.settings)
     recipe["seed_everything"] = seed
     recipe["data"]["labelled_fraction"] = share
     return Cell(row, data.name, share, seed, recipe)
 
 
-def init_args(recipe: Mapping[str, Any]) -> list[Settings]:
-    """Arguments of a recipe's module, then those of its network if it names one with arguments.
+def classes_of(recipe: Settings) -> list[Settings]:
+    """The recipe's module and, if it has one, its network, as places with ``class_path`` and ``init_args``.
 
     Raises:
-        ConfigError: The recipe has no data, or no module with arguments.
+        ConfigError: The recipe has no data or no module.
     """
     model = recipe.get("model")
-    arguments = model.get("init_args") if isinstance(model, dict) else None
-    if not isinstance(arguments, dict) or not isinstance(recipe.get("data"), dict):
-        raise ConfigError("The overlays of a cell must give model: {class_path: ..., init_args: {...}}, and data.")
-    network = arguments.get("network")
-    inner = network.get("init_args") if isinstance(network, dict) else None
-    return [arguments, inner] if isinstance(inner, dict) else [arguments]
+    if not isinstance(model, dict) or "class_path" not in model or not isinstance(recipe.get("data"), dict):
+        raise ConfigError(
+            "The overlays of a cell must name a model (class_path) and data. An overlay that goes over a method is a "
+            "row together with it, such as cbsa+cbsa_safe."
+        )
+    arguments = model.setdefault("init_args", {})
+    if "network" not in arguments:
+        return [model]
+    if isinstance(arguments["network"], str):
+        arguments["network"] = {"class_path": arguments["network"]}
+    arguments["network"].setdefault("init_args", {})
+    return [model, arguments["network"]]
+
+
+def takes(place: Settings, argument: str) -> bool:
+    """Whether the class of a place of :func:`classes_of` has such an argument.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    try:
+        found = pydoc.locate(place["class_path"])
+    except pydoc.ErrorDuringImport as error:
+        raise ConfigError(f"{place['class_path']} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"There is no class {place['class_path']}; is its module on PYTHONPATH?")
+    return argument in inspect.signature(found).parameters
 
 
 def read(file: Path) -> Settings:
@@ -155,7 +177,10 @@ def read(file: Path) -> Settings:
         raise ConfigError(
             f"There is no overlay {file}. Start where the project's configs/ lies, or say where it is with --configs."
         )
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} must be a mapping such as 'trainer: {{max_epochs: 40}}', not {found!r}.")
     return found
@@ -210,7 +235,7 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
     try:
         with FileLock(folder / ".lock", timeout=0):
             if result_of(cell, out) is None:
-                _write(folder / "result.json", json.dumps(_run(cell, folder), indent=1))
+                write_whole(folder / "result.json", json.dumps(_run(cell, folder), indent=1))
                 if not keep_checkpoint:
                     (folder / "last.ckpt").unlink(missing_ok=True)
     except Timeout:
@@ -218,18 +243,49 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
     return True
 
 
-def _run(cell: Cell, folder: Path) -> Settings:
+def busy(cell: Cell, out: Path) -> bool:
+    """Whether a process has the cell in hand."""
+    folder = out / cell.folder
+    if not folder.is_dir():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def refuse_ranks() -> None:
+    """Refuses to be one of several processes of a run: each would do the same cells.
+
+    Raises:
+        ConfigError: torchrun or the like started this process.
+    """
     if "LOCAL_RANK" in os.environ:
-        raise ConfigError("A cell runs in one process: start `cbsa table` once a GPU, each with one device.")
+        raise ConfigError("A cell runs in one process: start `cbsa table` once a GPU, without torchrun.")
+
+
+def _run(cell: Cell, folder: Path) -> Settings:
+    refuse_ranks()
+    trainer = cell.recipe.get("trainer", {})
+    epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
+    if not epochs or epochs % every:
+        raise ConfigError(
+            f"max_epochs is {epochs} and check_val_every_n_epoch {every}: the last epoch would not be validated, and "
+            "there would be nothing to report. Let the latter divide the former."
+        )
     recipe, here = folder / "recipe.yaml", folder / "here.yaml"
-    _write(recipe, yaml.safe_dump(cell.recipe, sort_keys=False))
-    _write(here, yaml.safe_dump(_here(folder), sort_keys=False))
+    write_whole(recipe, yaml.safe_dump(cell.recipe, sort_keys=False))
+    write_whole(here, yaml.safe_dump(_here(folder, "logger" in trainer), sort_keys=False))
     checkpoint = folder / "last.ckpt"
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
     begun = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the cell's own
-        cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # the cell's own
+        try:
+            cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
+        except SystemExit as error:  # jsonargparse says why and leaves
+            raise ConfigError(f"{recipe} cannot be run: see the message above.") from error
     found = _found(cli, time.monotonic() - begun)
     del cli
     gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
@@ -238,19 +294,19 @@ def _run(cell: Cell, folder: Path) -> Settings:
     return {"cell": cell.name, "row": cell.row.label, "data": cell.data, "share": cell.share, "seed": cell.seed} | found
 
 
-def _here(folder: Path) -> Settings:
-    """Where a cell writes: all into its folder, one checkpoint an epoch, the last."""
-    logger = {"save_dir": str(folder), "name": "", "version": "log"}
+def _here(folder: Path, has_logger: bool) -> Settings:
+    """Where and how a cell runs: on one device, all into its folder, one checkpoint an epoch, the last."""
+    trainer: Settings = {"devices": 1}
+    if not has_logger:
+        logger = {"save_dir": str(folder), "name": "log"}  # a folder a start below it
+        trainer["logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}
     # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
     checkpoint = {
         **{"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
         **{"monitor": None, "save_top_k": 1, "save_last": False},
         "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
     }
-    return {
-        "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}},
-        "checkpoint": checkpoint,
-    }
+    return {"trainer": trainer, "checkpoint": checkpoint}
 
 
 def _found(cli: Any, seconds: float) -> Settings:
@@ -259,10 +315,10 @@ def _found(cli: Any, seconds: float) -> Settings:
     last = cli.trainer.max_epochs - 1
     if last not in report.history.get("val/mAP", {}):
         raise ConfigError(
-            f"The run was not validated in its last epoch, {last}; let trainer.check_val_every_n_epoch divide "
-            "trainer.max_epochs."
+            f"The run ended without a validation in its last epoch, {last}; no callback or limit may stop it early."
         )
-    test = cli.datamodule.eval_table()
+    data = cli.datamodule
+    test = data.eval_table()
     gpu = cli.trainer.strategy.root_device.type == "cuda"
     return {
         "positives": dict(zip(test.class_names, (test.labels == 1).sum(0).tolist(), strict=True)),
@@ -270,13 +326,15 @@ def _found(cli: Any, seconds: float) -> Settings:
             name: {epoch: None if math.isnan(value) else value for epoch, value in values.items()}
             for name, values in report.history.items()
         },
+        "measured_on": "held-out labelled images" if len(data.split.held_out) else "test images",
+        "images": [data.train_table.digest(), test.digest()],
         "seconds_since_last_start": seconds,
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),
         "versions": {"cbsa_lightning": cbsa_lightning.__version__, "torch": torch.__version__},
     }
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Writes a file as a whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")

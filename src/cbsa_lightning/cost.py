@@ -24,7 +24,7 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cbsa_lightning.cells import init_args
+from cbsa_lightning.cells import classes_of, takes
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.lightning_cli import CBSACLI, make_cli
@@ -66,9 +66,9 @@ def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int 
 
 def _with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
     changed = copy.deepcopy(dict(recipe))
-    for settings in init_args(changed):
-        if "pretrained" in settings:
-            settings["pretrained"] = None
+    for place in classes_of(changed):
+        if takes(place, "pretrained"):
+            place["init_args"]["pretrained"] = None
     return changed
 
 

@@ -49,9 +49,9 @@ class Table:
     seeds: tuple[int, ...] = (1,)
 
     def select(self, names: Sequence[str]) -> tuple[Row, ...]:
-        """Rows by their labels; any other name is a row of one's own, the overlay ``configs/methods/NAME.yaml``."""
+        """Rows by their labels; any other name is overlays in ``configs/methods``, one over the other: "cbsa+mine"."""
         by_label = {row.label: row for row in self.rows}
-        return tuple(by_label.get(name, Row(name, (name,))) for name in names)
+        return tuple(by_label.get(name, Row(name, tuple(name.split("+")))) for name in names)
 
     def paper(self, label: str, data: str, share: float) -> float | None:
         """What the paper reports for a cell, or None where it reports nothing."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from scipy.stats import kendalltau
 
 from cbsa_lightning.cells import Cell
 from cbsa_lightning.cost import Cost
-from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
 
 Column = tuple[str, float]
@@ -38,16 +38,13 @@ class Finished:
         return {int(epoch): value for epoch, value in values.items() if value is not None}
 
     def mAP_by_epoch(self, min_positives: int) -> dict[int, float]:
-        """Test mAP of the averaged weights in each epoch that was validated.
-
-        Raises:
-            ConfigError: No class has so many test positives.
-        """
+        """Test mAP of the averaged weights in each epoch that was validated; NaN where no class counts."""
         counted = [name for name, number in self.found["positives"].items() if number >= min_positives]
-        if not counted:
-            raise ConfigError(f"No class of {self.cell.data} has {min_positives} test positives; choose fewer.")
         by_class = [self.metric(f"val/AP/{name}") for name in counted]
-        return {epoch: 100 * float(np.mean([ap[epoch] for ap in by_class])) for epoch in self.metric("val/mAP")}
+        return {
+            epoch: 100 * float(np.mean([ap[epoch] for ap in by_class])) if counted else math.nan
+            for epoch in self.metric("val/mAP_with_zeros")
+        }
 
     def mAP(self, min_positives: int) -> float:
         """The number to report: the averaged weights after the last epoch."""
@@ -70,8 +67,9 @@ class Means:
     def __init__(self, finished: Iterable[Finished], figure: Callable[[Finished], float]) -> None:
         self.by_seed: dict[tuple[str, Column], dict[int, float]] = {}
         for f in finished:
-            place = (f.cell.row.label, (f.cell.data, f.cell.share))
-            self.by_seed.setdefault(place, {})[f.cell.seed] = figure(f)
+            place, value = (f.cell.row.label, (f.cell.data, f.cell.share)), figure(f)
+            if not math.isnan(value):
+                self.by_seed.setdefault(place, {})[f.cell.seed] = value
 
     def mean(self, label: str, column: Column) -> float | None:
         """None where no seed is finished."""
@@ -156,14 +154,28 @@ def write_table(
 
 def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:
     seeds = sorted({cell.seed for cell in cells})
-    devices = sorted({f.found["device"] for f in finished})
     counted = "with a test positive" if min_positives == 1 else f"with {min_positives} test positives or more"
-    return (
+    text = (
         f"Test mAP in % over the classes {counted}: averaged weights after the last epoch; mean over seeds "
         f"{', '.join(map(str, seeds))} and its standard error where there are two or more; in brackets what the paper "
         f"reports and our difference from it. {len(finished)} of {len(cells)} cells are finished"
-        + (f" (on {', '.join(devices)})." if devices else ".")
     )
+    if finished:
+        devices = sorted({f.found["device"] for f in finished})
+        measured = sorted({f.found["measured_on"] for f in finished})
+        text += f", on {', '.join(devices)}; measured on {' and '.join(measured)}"
+    return ". ".join([text, *_unlike(finished)]) + "."
+
+
+def _unlike(finished: Sequence[Finished]) -> Iterator[str]:
+    """What should be the same in cells that are set side by side, and is not: the recipe alone does not tell."""
+    for data in dict.fromkeys(f.cell.data for f in finished):
+        images = {str(f.found["images"]) for f in finished if f.cell.data == data}
+        if len(images) > 1:
+            yield f"**The images or labels of {data} changed between its cells**: delete the older ones' folders"
+    versions = sorted({" ".join(map(" ".join, sorted(f.found["versions"].items()))) for f in finished})
+    if len(versions) > 1:
+        yield f"**Cells were made with different versions**: {'; '.join(versions)}"
 
 
 def _grid(rows: Sequence[str], columns: Sequence[Column], text: Callable[[str, Column], str]) -> str:
@@ -249,7 +261,7 @@ def _list(title: str, entries: Mapping[str, str]) -> str:
 
 def _write_cells(file: Path, table: Table, finished: Sequence[Finished], min_positives: int) -> None:
     head = [
-        *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "mAP_raw", "CF1", "OF1"),
+        *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1", "OF1"),
         *("pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
     ]
     with file.open("w", newline="", encoding="utf-8") as stream:
@@ -257,7 +269,7 @@ def _write_cells(file: Path, table: Table, finished: Sequence[Finished], min_pos
         out.writerow(head)
         for f in finished:
             cell = f.cell
-            last = [_last(f, name) for name in ("val/mAP_raw", "val/CF1", "val/OF1", "pseudo/CF1")]
+            last = [_last(f, name) for name in ("val/CF1", "val/OF1", "pseudo/CF1")]
             figures = [f.mAP(min_positives), f.with_zeros(min_positives), f.best_on_test(min_positives)]
             out.writerow(
                 [

@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbsa_lightning.cells import Cell, DataSet, make, make_cell, result_of
+from cbsa_lightning.cells import Cell, DataSet, busy, make, make_cell, refuse_ranks, result_of, write_whole
 from cbsa_lightning.clip.loading import OWN
 from cbsa_lightning.cost import Cost, costs
 from cbsa_lightning.errors import CBSAError, ConfigError
-from cbsa_lightning.paper import TABLES, Table, table_of
+from cbsa_lightning.paper import TABLES, Row, Table, table_of
 from cbsa_lightning.results import Finished, write_table
 
 
@@ -28,27 +28,26 @@ def table(args: Sequence[str] | None = None) -> Path:
     Raises:
         ConfigError: Cells could not be run; the table is written nevertheless, and says which.
     """
+    refuse_ranks()
     options = _parser().parse_args(args)
     plan = table_of(options.number)
     if options.min_positives < 1:
         raise ConfigError(
             f"--min_positives is {options.min_positives}; a class without any has no AP, so give 1 or more."
         )
-    sets = [DataSet.named(text, options.configs) for text in options.data or plan.data]
-    rows = plan.select(options.rows) if options.rows else plan.rows
-    clip = (options.clip, options.pretrained) if options.clip else None
+    sets, rows = _data_sets(plan, options), _rows(plan, options)
     cells = [
-        make_cell(row, data, share, seed, options.configs, options.config, clip)
-        for seed in options.seeds or plan.seeds
+        make_cell(row, data, share, seed, options.configs, options.config, _clip(options))
+        for seed in dict.fromkeys(options.seeds or plan.seeds)
         for data in sets
-        for share in options.shares or plan.shares
+        for share in dict.fromkeys(options.shares or plan.shares)
         for row in rows
     ]
     problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints)
     cost: dict[str, Cost] = {}
     if plan.number == 9:
         try:
-            cost = _cost(plan, cells, options)
+            cost = _cost(cells, options)
         except CBSAError as error:
             problems["Cost of a step"] = f"{type(error).__name__}: {error}"
     finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
@@ -72,12 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide; or a name and an overlay")
     parser.add_argument("--shares", nargs="+", type=float, help="labelled shares, such as 0.05 0.10")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--rows", nargs="+", help="labels of the table, or names of overlays in configs/methods")
+    parser.add_argument("--rows", nargs="+", help="labels of the table; or overlays in configs/methods, cbsa+cbsa_safe")
     parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")
     parser.add_argument("--clip", help="open_clip model or folder for all rows that have a CLIP, instead of theirs")
-    parser.add_argument(
-        "--pretrained", default=OWN, help="its weights: an open_clip tag or a file; a folder has its own"
-    )
+    parser.add_argument("--pretrained", help="its weights: an open_clip tag or a file; a folder has its own")
     parser.add_argument(
         "--min_positives", type=int, default=1, help="test positives that a class needs to count in mAP"
     )
@@ -106,15 +103,52 @@ def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, 
     return problems
 
 
-def _cost(plan: Table, cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Cost]:
-    """What a step of each row costs, measured now, all rows in turn; or read, where nothing is to be run."""
-    file = options.out / f"table_{plan.number}_cost.json"
-    if not options.write_only:
-        found = costs({cell.row.label: cell.recipe for cell in cells})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found), encoding="utf-8")
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {label: Cost(*values) for label, values in stored.items()}
+def _data_sets(plan: Table, options: argparse.Namespace) -> list[DataSet]:
+    sets = [DataSet.named(text, options.configs) for text in options.data or plan.data]
+    for data in sets:
+        if not data.file.is_file():
+            raise ConfigError(
+                f"There is no {data.file}. Give --data NAME=FILE, or a name of {options.configs / 'data'} (start where "
+                "configs/ lies, or say where it is with --configs)."
+            )
+    if len({data.name for data in sets}) < len(sets):
+        raise ConfigError("--data names a data set twice: its cells could not be told apart. Give each its own name.")
+    return sets
+
+
+def _rows(plan: Table, options: argparse.Namespace) -> tuple[Row, ...]:
+    rows = plan.select(list(dict.fromkeys(options.rows))) if options.rows else plan.rows
+    for row in rows:
+        for name in row.overlays:
+            if not (options.configs / "methods" / f"{name}.yaml").is_file():
+                labels = ", ".join(repr(known.label) for known in plan.rows)
+                raise ConfigError(
+                    f"Table {plan.number} has no row '{row.label}', and {options.configs / 'methods'} no {name}.yaml. "
+                    f"Its rows are {labels}."
+                )
+    return rows
+
+
+def _clip(options: argparse.Namespace) -> tuple[str, str] | None:
+    if options.pretrained and not options.clip:
+        raise ConfigError("--pretrained says which weights --clip has: give both, or set them in an overlay.")
+    return (options.clip, options.pretrained or OWN) if options.clip else None
+
+
+def _cost(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Cost]:
+    """What a step of each row costs: all rows in turn, once for the same cells, while no other process trains one."""
+    file = options.out / "table_9_cost.json"
+    names = [cell.folder for cell in cells]
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "cost": {}}
+    if stored["cells"] != names and not options.write_only:
+        if any(busy(cell, options.out) for cell in cells):
+            raise ConfigError(
+                "other processes train cells now, which would disturb it; start again when they are done."
+            )
+        stored = {"cells": names, "cost": costs({cell.row.label: cell.recipe for cell in cells})}
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(stored))
+    return {label: Cost(*values) for label, values in stored["cost"].items()}
 
 
 def _span(seconds: float) -> str:
@@ -130,5 +164,5 @@ def _settings(options: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str,
         file.name if names.count(file.name) == 1 else str(file): file.read_text(encoding="utf-8") for file in files
     }
     if options.clip:
-        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained}\n"
+        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained or 'its own'}\n"
     return found
