@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,7 +293,7 @@ def test_cut_off_in_the_second_stage_it_goes_on_as_if_it_never_was(
 @pytest.fixture
 def instant(short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cell:
     """A cell whose run takes no time."""
-    monkeypatch.setattr(cells, "make_cli", lambda args: None)
+    monkeypatch.setattr(cells, "make_cli", lambda args: SimpleNamespace(trainer=SimpleNamespace(loggers=[])))
     monkeypatch.setattr(cells, "_found", lambda cli, seconds: {"history": {}, "seconds": seconds})
     return short_cell(CBSA, tmp_path / "flag")
 
@@ -381,6 +382,17 @@ def test_what_the_command_line_refuses_is_an_error(tmp_path: Path, short_cell: A
     one = short_cell(CBSA, tmp_path / "flag", 2, no_such_argument=1)
     with pytest.raises(ConfigError, match=r"recipe\.yaml cannot be run"):
         make(one, tmp_path)
+
+
+def test_each_cell_is_a_run_of_its_own_at_wandb(
+    tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": str(tmp_path)}}
+    for label in ("TP", "DualCoOp"):
+        row = next(row for row in (*TABLES[3].rows, *SYSTEMS) if row.label == label)
+        assert make(short_cell(row, tmp_path / "flag", 2, logger=[logger]), tmp_path)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
 def test_a_cell_runs_on_one_device_and_keeps_its_loggers(instant: Cell, tmp_path: Path) -> None:
