@@ -91,6 +91,7 @@ def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
     assert set(history["val/mAP"]) == {"0", "1"}
     assert 0 < history["val/mAP"]["1"] < 1
     assert np.isfinite(history["train/loss"]["1"])
+    assert set(history["time/ms_per_image"]) == {"0", "1"}  # of each epoch, not of the one before
     learns_from_labels_alone = row.label in ("BCE", "ASL")
     assert (history["train/loss_unsup"]["1"] == 0) == learns_from_labels_alone
     # CF1 of the pseudo-labels is there for every system that makes any.

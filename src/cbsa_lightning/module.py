@@ -220,10 +220,14 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if self.current_epoch >= self.warmup_epochs:
             self.ema.update(self.network)
 
-    def on_train_epoch_end(self) -> None:
-        """Logs what an image cost, loading included, validation and threshold pass not."""
-        if self._images:
-            self.log("time/ms_per_image", 1000 * (time.perf_counter() - self._clock) / self._images)
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs after an epoch's last step what an image cost, loading included, validation and threshold pass not.
+
+        Here, since callbacks that keep an epoch's figures look before the module's own hook of the epoch's end.
+        """
+        if self.trainer.is_last_batch and self._images:
+            cost = 1000 * (time.perf_counter() - self._clock) / self._images
+            self.log("time/ms_per_image", cost, on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_start(self) -> None:
         """Stops the clock of the steps."""
