@@ -12,14 +12,14 @@ import cbsa_lightning
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
     {"errors", "embedded"},
-    {"data", "losses", "thresholds", "labelers", "stacking", "contexts", "metrics", "clip", "paper"},
+    {"data", "losses", "thresholds", "labelers", "stacking", "contexts", "metrics", "clip", "paper", "recipes"},
     {"networks"},
     {"ema", "schedules", "context_task", "checkpoints", "predictions", "pictures", "inference", "callbacks"},
     {"module"},
     {"cbsa", "comparison", "gain"},
     {"lightning_cli"},
     {"cells", "cost"},
-    {"results", "tables"},
+    {"results", "table_pictures", "table_page", "tables"},
     {"cli"},
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

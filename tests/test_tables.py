@@ -20,12 +20,14 @@ from PIL import Image
 from scipy.stats import kendalltau
 
 from cbsa_lightning import cost, tables
-from cbsa_lightning.cells import Cell, DataSet, classes_of, make_cell
 from cbsa_lightning.cli import main
 from cbsa_lightning.cost import Cost, costs, measure
 from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
-from cbsa_lightning.results import Finished, Means, draw_pseudo_labels, draw_table, write_table
+from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell
+from cbsa_lightning.results import Finished, Means
+from cbsa_lightning.table_page import write_table
+from cbsa_lightning.table_pictures import draw_pseudo_labels, draw_table
 from tiny_tables import CONFIGS, short, tiny_voc, write_overlay
 
 # From hand-made results ------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cbsa_lightning.cells import classes_of, takes
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.lightning_cli import CBSACLI, make_cli
+from cbsa_lightning.recipes import classes_of, takes
 
 UNCOUNTED = 2  # steps at the start, in which memory is taken and kernels are chosen
 
@@ -43,7 +43,7 @@ def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int 
     """Measures every recipe in turn, ``rounds`` times, and takes the least of each, since other work only adds.
 
     Args:
-        recipes: Configuration of a run by name of its system; see :mod:`cbsa_lightning.cells`.
+        recipes: Configuration of a run by name of its system; see :mod:`cbsa_lightning.recipes`.
         rounds: How often each is measured.
         steps: Steps that are counted in a round.
 

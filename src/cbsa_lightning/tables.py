@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbsa_lightning.cells import Cell, DataSet, busy, make, make_cell, refuse_ranks, result_of, write_whole
+from cbsa_lightning.cells import busy, make, refuse_ranks, result_of, write_whole
 from cbsa_lightning.clip.loading import OWN
 from cbsa_lightning.cost import Cost, costs
 from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.paper import TABLES, Row, Table, table_of
-from cbsa_lightning.results import Finished, write_table
+from cbsa_lightning.recipes import Cell, DataSet, make_cell
+from cbsa_lightning.results import Finished
+from cbsa_lightning.table_page import write_table
 
 
 def table(args: Sequence[str] | None = None) -> Path:
