@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cbsa_lightning import cli
+from cbsa_lightning import SSMLLModule, cli
 from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.lightning_cli import make_cli
+from cbsa_lightning.losses import AsymmetricLoss
+from cbsa_lightning.networks.dualcoop import DualCoOp
 from layouts import make_table, write_rows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -73,3 +77,24 @@ def test_unknown_option_is_refused(arguments: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--model.init_args.num_context=2"])
     assert "num_context" in capsys.readouterr().err
+
+
+def test_a_network_of_ones_choice_takes_a_loss_object(arguments: list[str], clip_folder: Path) -> None:
+    """Of the labels too: CAP's and DualCoOp's ASL differ in their focus on negatives."""
+    own = [
+        part.replace("methods/cbsa", "methods/dualcoop").replace("init_args.clip", "init_args.network.init_args.clip")
+        for part in arguments[1:]
+    ]
+    loss = [
+        "--model.init_args.loss=cbsa_lightning.losses.AsymmetricLoss",
+        "--model.init_args.loss.init_args.gamma_neg=2",
+    ]
+    built = make_cli([*own, *loss], run=False)
+    assert isinstance(built.model.loss, AsymmetricLoss)
+    assert built.model.loss.gamma_neg == 2
+    assert built.model.network.prompt_names == ["cat", "dog", "zebra"]
+
+
+def test_names_are_read_alike_with_and_without_the_command_line(clip_folder: Path) -> None:
+    module = SSMLLModule(["fire_hydrant", "dog"], partial(DualCoOp, clip=str(clip_folder), prompt_length=2))
+    assert module.prompt_names == ["fire hydrant", "dog"]
