@@ -23,11 +23,13 @@ def draw_table(table: Table, means: Means, rows: Sequence[str], columns: Sequenc
         panel.errorbar([ours[i] for i in there], places[there], xerr=errors, fmt="o", color="tab:blue", label="here")
         paper = [table.paper(row, *column) for row in rows]
         told = [i for i, value in enumerate(paper) if value is not None]
-        panel.plot([paper[i] for i in told], places[told], "D", mfc="none", color="tab:orange", label="paper")
+        if told:
+            panel.plot([paper[i] for i in told], places[told], "D", mfc="none", color="tab:orange", label="paper")
         panel.set_title(f"{column[0]}, p = {column[1]:.2f}", fontsize=10)
         panel.set_xlabel("test mAP in %")
         panel.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(places, rows)
+    panels[0].set_ylim(-0.5, len(rows) - 0.5)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=8)
     figure.suptitle(f"Table {table.number}: {table.title}", fontsize=11, x=0.01, ha="left")
