@@ -121,12 +121,7 @@ class FrozenCLIP(nn.Module):
         Raises:
             DataError: another shape or type.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise DataError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        elif not images.is_floating_point():
-            raise DataError(f"images must be uint8, or float in [0, 1], got {images.dtype}")
+        images = as_float(images, self.mean.dtype)
         with torch.no_grad():
             return cast(Tensor, self.tower((images - self.mean) / self.std))
 
@@ -171,6 +166,21 @@ class FrozenCLIP(nn.Module):
         eot = self.eot(tokens)
         with torch.no_grad():
             return self.encode_prompts(self.embed_tokens(tokens[:, : int(eot.max()) + 1]), eot)
+
+
+def as_float(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images ``(B, 3, H, W)`` as floats in [0, 1]: of uint8 ones, in ``dtype``; floats as they are.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.to(dtype) / 255
+    if not images.is_floating_point():
+        raise DataError(f"images must be uint8, or float in [0, 1], got {images.dtype}")
+    return images
 
 
 def fingerprint(module: nn.Module) -> str:

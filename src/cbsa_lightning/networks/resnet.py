@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cbsa_lightning.errors import ConfigError, DataError, WeightsError, listed
+from cbsa_lightning.clip.frozen import as_float
+from cbsa_lightning.errors import ConfigError, WeightsError, listed
 from cbsa_lightning.networks.base import Description, Network, NetworkOutput
 from cbsa_lightning.networks.decoder import LabelDecoder
 
@@ -163,13 +164,7 @@ class ImageNetNetwork(Network):
         Raises:
             DataError: Another shape or type.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise DataError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        if images.dtype == torch.uint8:
-            return images.to(self.mean.dtype) / 255
-        if not images.is_floating_point():
-            raise DataError(f"images must be uint8, or float in [0, 1], got {images.dtype}")
-        return images
+        return as_float(images, self.mean.dtype)
 
     def describer(self) -> Callable[[Tensor], Description]:
         """There is none: before training, a tower that is trained has nothing to say that will stay true.
