@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from cbsa_lightning.results import markdown as markdown  # the benchmarks write tables as `cbsa table` does
 
 
 def where(device: str = "cpu") -> str:
@@ -28,9 +29,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; numbers come ready as text."""
-    lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)

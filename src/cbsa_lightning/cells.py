@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.files import replacing
 from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.recipes import Cell, Settings
 
@@ -44,7 +45,9 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
     try:
         with FileLock(folder / ".lock", timeout=0):
             if result_of(cell, out) is None:
-                write_whole(folder / "result.json", json.dumps(_run(cell, folder), indent=1))
+                found = json.dumps(_run(cell, folder), indent=1)
+                with replacing(folder / "result.json") as draft:
+                    draft.write_text(found, encoding="utf-8")
                 if not keep_checkpoint:
                     (folder / "last.ckpt").unlink(missing_ok=True)
     except Timeout:
@@ -84,8 +87,9 @@ def _run(cell: Cell, folder: Path) -> Settings:
             "there would be nothing to report. Let the latter divide the former."
         )
     recipe, here = folder / "recipe.yaml", folder / "here.yaml"
-    write_whole(recipe, yaml.safe_dump(cell.recipe, sort_keys=False))
-    write_whole(here, yaml.safe_dump(_here(folder, "logger" in trainer), sort_keys=False))
+    for file, settings in ((recipe, cell.recipe), (here, _here(folder, "logger" in trainer))):
+        with replacing(file) as draft:
+            draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     checkpoint = folder / "last.ckpt"
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
     begun = time.monotonic()
@@ -144,10 +148,3 @@ def _found(cli: Any, seconds: float) -> Settings:
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),
         "versions": {"cbsa_lightning": cbsa_lightning.__version__, "torch": torch.__version__},
     }
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.files import replacing
 
 SEPARATOR = ";"
 COLUMNS = ("image", "labels")
@@ -84,7 +84,7 @@ def write_predictions(
     }
     for k, name in enumerate(class_names):
         columns[name] = pa.array(np.ascontiguousarray(scores[:, k], dtype=np.float32))
-    with _replacing(path) as draft:
+    with replacing(path) as draft:
         _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
 
 
@@ -117,15 +117,3 @@ def in_table_order(
             "predictions is complete: run over all batches, without limits on their number."
         )
     return scores, labels
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A draft beside ``path`` that takes its place once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

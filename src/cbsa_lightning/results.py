@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cbsa_lightning.files import replacing
 from cbsa_lightning.paper import Table
 from cbsa_lightning.recipes import Cell
 
@@ -45,8 +46,7 @@ class Finished:
 
     def mAP(self, min_positives: int) -> float:
         """The number to report: the averaged weights after the last epoch."""
-        values = self.mAP_by_epoch(min_positives)
-        return values[max(values)]
+        return _last(self.mAP_by_epoch(min_positives))
 
     def best_on_test(self, min_positives: int) -> float:
         """The best epoch's, chosen on the test images themselves, as CAP reports: too high by that choice."""
@@ -54,8 +54,7 @@ class Finished:
 
     def with_zeros(self, min_positives: int) -> float:
         """The number to report under CAP's other convention: over all classes, one without positives counts 0."""
-        values = self.metric("val/mAP_with_zeros")
-        return 100 * values[max(values)]
+        return 100 * _last(self.metric("val/mAP_with_zeros"))
 
 
 class Means:
@@ -98,40 +97,46 @@ def mean_and_error(values: Iterable[float], sign: str = "") -> str:
     return f"{np.mean(found):{sign}.1f}" + (f" ± {error:.1f}" if error is not None else "")
 
 
+def _last(by_epoch: Mapping[int, float]) -> float:
+    return by_epoch[max(by_epoch)]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; numbers come ready as text."""
+    lines = [" | ".join(map(str, line)) for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_positives: int) -> None:
     """A line a run, mAP and F1 in %."""
     head = [
         *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1", "OF1"),
         *("pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
     ]
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         out = csv.writer(stream)
         out.writerow(head)
         for f in finished:
             cell = f.cell
-            last = [_last(f, name) for name in ("val/CF1", "val/OF1", "pseudo/CF1")]
+            last = [f.metric(name) for name in ("val/CF1", "val/OF1", "pseudo/CF1")]
+            ms = f.metric("time/ms_per_image")
             figures = [f.mAP(min_positives), f.with_zeros(min_positives), f.best_on_test(min_positives)]
             out.writerow(
                 [
                     *(cell.row.label, cell.data, cell.share, cell.seed),
                     *(f"{value:.3f}" for value in figures),
-                    *("" if value is None else f"{100 * value:.3f}" for value in last),
-                    _last(f, "time/ms_per_image"),
+                    *(f"{100 * _last(values):.3f}" if values else "" for values in last),
+                    _last(ms) if ms else "",
                     table.paper(cell.row.label, cell.data, cell.share),
                     *(f.found["device"], cell.folder),
                 ]
             )
 
 
-def _last(f: Finished, name: str) -> float | None:
-    values = f.metric(name)
-    return values[max(values)] if values else None
-
-
 def write_pseudo_labels(file: Path, finished: Sequence[Finished]) -> None:
     """Quality of the pseudo-labels of each epoch against the hidden labels, in %."""
     names = ("CF1", "precision", "recall", "coverage")
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         out = csv.writer(stream)
         out.writerow(["system", "data", "p", "seed", "epoch", *names])
         for f in finished:

@@ -8,9 +8,10 @@ from pathlib import Path
 from scipy.stats import kendalltau
 
 from cbsa_lightning.cost import Cost
+from cbsa_lightning.files import replacing
 from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
 from cbsa_lightning.recipes import Cell
-from cbsa_lightning.results import Column, Finished, Means, mean_and_error, write_cells, write_pseudo_labels
+from cbsa_lightning.results import Column, Finished, Means, markdown, mean_and_error, write_cells, write_pseudo_labels
 from cbsa_lightning.table_pictures import draw_pseudo_labels, draw_table
 
 
@@ -36,7 +37,6 @@ def write_table(
         settings: Overlays that every cell ran under, by name.
         cost: Of a step of each system, where it was measured.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     rows = list(dict.fromkeys(cell.row.label for cell in cells))
     columns = list(dict.fromkeys((cell.data, cell.share) for cell in cells))
     means = Means(finished, lambda f: f.mAP(min_positives))
@@ -57,7 +57,8 @@ def write_table(
         "## Settings of every cell\n\nOver its method's overlay in `configs/methods`:",
         *(f"`{name}`\n\n```yaml\n{text.strip()}\n```" for name, text in settings.items()),
     ]
-    file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    with replacing(file) as draft:
+        draft.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     write_cells(file.with_suffix(".csv"), table, finished, min_positives)
     write_pseudo_labels(file.with_name(f"{file.stem}_pseudo_labels.csv"), finished)
     if finished:
@@ -93,8 +94,7 @@ def _unlike(finished: Sequence[Finished]) -> Iterator[str]:
 
 def _grid(rows: Sequence[str], columns: Sequence[Column], text: Callable[[str, Column], str]) -> str:
     head = ["system", *(f"{data} p = {share:.2f}" for data, share in columns)]
-    lines = [head, ["---"] * len(head), *([row, *(text(row, column) for column in columns)] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, ([row, *(text(row, column) for column in columns)] for row in rows))
 
 
 def _beside_paper(table: Table, means: Means, row: str, column: Column) -> str:
@@ -160,11 +160,10 @@ def _costs(cost: Mapping[str, Cost]) -> str:
         lines.append(line)
     if own is not None:
         head += [f"time, multiple of {OURS} (paper)", f"memory, multiple of {OURS} (paper)"]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
     return (
         "## Cost\n\nOf a training step of the second stage, least of three rounds in which all systems took turns; "
         "memory is torch's peak on a GPU, else what the process grew by while training. The paper's: one RTX 3090, "
-        f"COCO.\n\n{text}"
+        f"COCO.\n\n{markdown(head, lines)}"
     )
 
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbsa_lightning.cells import busy, make, refuse_ranks, result_of, write_whole
+from cbsa_lightning.cells import busy, make, refuse_ranks, result_of
 from cbsa_lightning.clip.loading import OWN
 from cbsa_lightning.cost import Cost, costs
 from cbsa_lightning.errors import CBSAError, ConfigError
+from cbsa_lightning.files import replacing
 from cbsa_lightning.paper import TABLES, Row, Table, table_of
 from cbsa_lightning.recipes import Cell, DataSet, make_cell
 from cbsa_lightning.results import Finished
@@ -148,8 +149,8 @@ def _cost(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Cost]
                 "other processes train cells now, which would disturb it; start again when they are done."
             )
         stored = {"cells": names, "cost": costs({cell.row.label: cell.recipe for cell in cells})}
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(stored))
+        with replacing(file) as draft:
+            draft.write_text(json.dumps(stored), encoding="utf-8")
     return {label: Cost(*values) for label, values in stored["cost"].items()}
 
 
