@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from cbsa_lightning.errors import CheckpointError, listed
+from cbsa_lightning.checkpoint_files import SOURCE, VERSION
+from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
 
 FINGERPRINT = "frozen_fingerprint"
 TABLES = ("pseudo_labels", "context_targets")
@@ -19,6 +22,7 @@ class LeanCheckpoint(nn.Module):
 
     network: nn.Module
     class_names: list[str]
+    _source = "The checkpoint"  # for messages: which file it was read from, and by which version it was written
 
     def _frozen_keys(self) -> set[str]:
         """Keys of the state below ``network.clip`` that are not trained."""
@@ -46,9 +50,9 @@ class LeanCheckpoint(nn.Module):
         expected = own.keys() - self._frozen_keys()
         missing, extra = _sorted(expected - state_dict.keys()), _sorted(state_dict.keys() - own.keys())
         shapes = [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+            f"{key} {_form(state_dict[key])} instead of {_form(own[key])}"
             for key in _sorted(expected & state_dict.keys())
-            if state_dict[key].shape != own[key].shape
+            if _form(state_dict[key]) != _form(own[key])
         ]
         problems = [
             f"{what}: {listed(found, 5)}"
@@ -57,14 +61,28 @@ class LeanCheckpoint(nn.Module):
         ]
         if strict and problems:
             raise CheckpointError(
-                "The checkpoint belongs to another model; " + "; ".join(problems) + ". Build the module with the "
+                f"{self._source} belongs to another model; " + "; ".join(problems) + ". Build the module with the "
                 "settings that the checkpoint was made with (they are in the config.yaml beside it)."
+            )
+        if broken := not_finite(state_dict):
+            raise CheckpointError(
+                f"{self._source} holds weights that are not finite: {listed(broken, 5)}. Take another."
             )
         loaded: _IncompatibleKeys = super().load_state_dict(state_dict, strict=False, assign=assign)
         return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the fingerprint of the frozen weights and the tables of the present epoch."""
+        """Adds the fingerprint of the frozen weights and the tables of the present epoch.
+
+        Raises:
+            NotFiniteError: Weights are NaN or infinite. Not saved, so that the last good checkpoint stays the last.
+        """
+        if broken := not_finite(checkpoint["state_dict"]):
+            raise NotFiniteError(
+                f"Weights are not finite: {listed(broken, 5)}. They were not saved; earlier checkpoints are untouched. "
+                "Training has diverged: lower the learning rate, or train in bf16-mixed or 32-true precision."
+            )
+        checkpoint[VERSION] = version("cbsa-lightning")
         clip = getattr(self.network, "clip", None)
         if clip is not None:
             checkpoint[FINGERPRINT] = clip.fingerprint
@@ -84,21 +102,43 @@ class LeanCheckpoint(nn.Module):
         Raises:
             CheckpointError: Naming both sides.
         """
+        self._source = checkpoint.get(SOURCE, "The checkpoint")
+        written, here = checkpoint.get(VERSION), version("cbsa-lightning")
+        if written not in (None, here):
+            self._source += f" (written by cbsa_lightning {written}, read by {here})"
         stored = checkpoint.get("class_names", self.class_names)
         if list(stored) != list(self.class_names):
             raise CheckpointError(
-                f"The checkpoint knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
+                f"{self._source} knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
                 "Use the data settings that the checkpoint was made with."
             )
         clip = getattr(self.network, "clip", None)
         if clip is not None and checkpoint.get(FINGERPRINT, clip.fingerprint) != clip.fingerprint:
+            stored = str(checkpoint[FINGERPRINT])[:12]
             raise CheckpointError(
-                f"The checkpoint was trained on other frozen weights (sha256 {checkpoint[FINGERPRINT][:12]}...) than "
+                f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
                 f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
             )
         for name in TABLES:
             if name in checkpoint:
                 setattr(self, name, checkpoint[name])
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """Weights and averages that hold NaN or infinity; thresholds may."""
+    weights = {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)}
+    floating = {k: v for k, v in weights.items() if v.is_floating_point() and v.numel()}
+    if not floating:
+        return []
+    finite = torch.stack([value.isfinite().all() for value in floating.values()])  # one wait for the device, not many
+    return [] if bool(finite.all()) else _sorted(k for k, ok in zip(floating, finite.tolist(), strict=True) if not ok)
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"({type(value).__name__})"
+    kind = "" if value.layout == torch.strided and not (value.is_meta or value.is_complex()) else " of another kind"
+    return f"{tuple(value.shape)}{kind}"
 
 
 def _sorted(keys: Iterable[str]) -> list[str]:

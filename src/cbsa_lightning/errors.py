@@ -25,6 +25,10 @@ class CheckpointError(CBSAError, RuntimeError):
     """A checkpoint that does not belong to this model, or cannot be read."""
 
 
+class NotFiniteError(CBSAError, ArithmeticError):
+    """A loss, score or weight that is NaN or infinite: training has diverged."""
+
+
 def listed(items: Iterable[object], limit: int = 20) -> str:
     """Joins ``items`` for a message: at most ``limit`` of them, then how many more there are."""
     texts = [str(item) for item in items]

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import FINGERPRINT, LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import _to_rgb, _turned_upright, decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.errors import CheckpointError, DataError, listed
+from cbsa_lightning.errors import CBSAError, CheckpointError, DataError, WeightsError, listed
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import build_cbsa_network
 
@@ -99,16 +100,25 @@ class Classifier:
                 weights.
             WeightsError: If the CLIP weights cannot be had.
         """
-        checkpoint = _read(Path(path), () if network is not None else SETTINGS)
+        checkpoint = _read(path, () if network is not None else SETTINGS)
         stored = checkpoint["hyper_parameters"]
         class_names = list(checkpoint["class_names"])
-        prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
-        if network is None:
-            settings = {name: stored[name] for name in SETTINGS}
-            settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if v is not None})
-            built: Network = build_cbsa_network(prompt_names, **settings)
-        else:
-            built = network(prompt_names)
+        settings = {name: stored[name] for name in SETTINGS} if network is None else {}
+        settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if network is None and v})
+        try:
+            prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
+            built = network(prompt_names) if network is not None else build_cbsa_network(prompt_names, **settings)
+        except WeightsError:  # which says where they were looked for
+            raise
+        except CBSAError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except Exception as error:  # a setting of another type or range can fail anywhere
+            if network is not None:  # the caller's own
+                raise
+            raise CheckpointError(
+                f"{path}: the network cannot be built from its settings ({error}); they were changed, or belong to "
+                "another version."
+            ) from error
         trained = _Trained(built, class_names)
         towers = getattr(built, "clip", None)
         if towers is not None and FINGERPRINT not in checkpoint:
@@ -214,25 +224,12 @@ class _Trained(LeanCheckpoint):
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
 
-def _read(path: Path, settings: Sequence[str]) -> dict[str, Any]:
+def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:
     """A checkpoint with all that :meth:`Classifier.load` needs, or an error that says what it lacks."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
-    except Exception as error:  # damaged bytes make torch's reader raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "
-            "a .ckpt file that cbsa_lightning saved."
-        ) from error
-    needed = ("state_dict", "hyper_parameters", "class_names")
-    lacking = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if not lacking:
-        lacking = [f"setting {name}" for name in settings if name not in checkpoint["hyper_parameters"]]
-    if lacking:
+    checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
+    if lacking := [f"setting {name}" for name in settings if name not in checkpoint["hyper_parameters"]]:
         raise CheckpointError(
             f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say how "
             "it is made: Classifier.load(path, network=...)."
         )
-    return checkpoint  # type: ignore[no-any-return]
+    return checkpoint

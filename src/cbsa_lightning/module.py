@@ -15,6 +15,7 @@ from torch.optim import AdamW
 
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
+from cbsa_lightning.callbacks.resume import ExactResume
 from cbsa_lightning.callbacks.stages import Stages
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
 from cbsa_lightning.checkpoints import LeanCheckpoint
@@ -137,7 +138,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The epoch-wise parts of the method come along with it; their order matters."""
-        callbacks: list[L.Callback] = [CacheFeatures(), Stages(), UpdateThresholds()]
+        callbacks: list[L.Callback] = [ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
         return [*callbacks, UpdateContexts()] if self.num_contexts else callbacks
 
     def configure_optimizers(self) -> Any:
@@ -166,6 +167,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.network.features(cast(Tensor, batch.images))
 
     # Training --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Starts the clock of a resumed epoch."""
+        self._clock, self._images = time.perf_counter(), 0
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock of the epoch's steps."""

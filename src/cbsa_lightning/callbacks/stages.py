@@ -15,8 +15,8 @@ class Stages(L.Callback):
     """Changes stage when the warm-up ends: new loader, new optimiser and schedule, average started.
 
     CAP's second stage likewise takes up the warm-up's weights with a fresh optimiser, schedule and average (fact B1).
-    It also seeds each epoch, so that dropout too is a function of (seed, epoch, rank), and a run that is resumed at
-    an epoch's end goes on as if it had never stopped.
+    It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank): a resumed run needs no
+    state of a random generator.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -30,21 +30,21 @@ class Stages(L.Callback):
         """The first hook that knows the epoch of a resumed run."""
         if trainer.current_epoch < pl_module.warmup_epochs:
             pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
-        else:
-            # Lightning made the loader before it read the epoch from the checkpoint, so it is the warm-up's.
-            trainer.reload_dataloaders_every_n_epochs = 1
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
-        seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
-        stream = np.random.SeedSequence(seed, spawn_key=(trainer.current_epoch, trainer.global_rank))
-        torch.manual_seed(int(stream.generate_state(1)[0]))
         trainer.reload_dataloaders_every_n_epochs = 0
         if trainer.current_epoch != pl_module.warmup_epochs:
             return
         if pl_module.warmup_epochs:
             trainer.strategy.setup_optimizers(trainer)
         pl_module.ema.start(pl_module.network)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Seeds the step."""
+        seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
+        stream = np.random.SeedSequence(seed, spawn_key=(trainer.current_epoch, batch_idx, trainer.global_rank))
+        torch.manual_seed(int(stream.generate_state(1)[0]))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Has Lightning ask for the second stage's loader before its first epoch."""

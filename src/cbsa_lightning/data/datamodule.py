@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
-from cbsa_lightning.data.datasets import ImageViews, View, ViewDataset, collate_eval, collate_train
+from cbsa_lightning.data.datasets import (
+    ImageViews,
+    ResumableLoader,
+    View,
+    ViewDataset,
+    collate_eval,
+    collate_train,
+)
 from cbsa_lightning.data.feature_cache import (
     MIRRORED,
     PLAIN,
@@ -101,6 +108,16 @@ class SSMLLDataModule(L.LightningDataModule):
         feature_cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
+        for name, value, least, most in (
+            ("image_size", image_size, 1, 1 << 13),
+            ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits
+            ("batch_size", batch_size, None, 1 << 20),
+            ("labelled_per_batch", labelled_per_batch, None, 1 << 20),
+            ("warmup_batch_size", warmup_batch_size, 1, 1 << 20),
+            ("eval_batch_size", eval_batch_size, 1, 1 << 20),
+            ("num_workers", num_workers, 0, 1 << 10),
+        ):
+            _refuse_outside(name, value, least, most)
         self.source = source
         self.image_size = image_size
         self.labelled_fraction = labelled_fraction
@@ -321,7 +338,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _loader(self, dataset: ViewDataset, batches: Any, collate: Any) -> DataLoader[Any]:
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -357,8 +374,10 @@ class SSMLLDataModule(L.LightningDataModule):
             )
         else:
             batches = paired
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        batches.set_epoch(epoch)
+        if self.trainer is not None:
+            batches.set_epoch(self.trainer.current_epoch)
+            loop = self.trainer.fit_loop
+            batches.skip(loop.epoch_loop.batch_progress.current.ready if loop.restarted_mid_epoch else 0)
         return self._loader(dataset, batches, collate_train)
 
     def _paired(self) -> PairedBatches:
@@ -433,3 +452,10 @@ class SSMLLDataModule(L.LightningDataModule):
         """The images of ``predict``."""
         table = self.predict_table()
         return self._eval_loader(None, table, ImageFiles(table, self._at_least))
+
+
+def _refuse_outside(name: str, value: int | None, least: int | None, most: int) -> None:
+    """None as ``least``: what is too small is refused where more is known of why."""
+    if value is not None and not (value if least is None else least) <= value <= most:
+        bounds = f"at most {most}" if least is None else f"between {least} and {most}"
+        raise ConfigError(f"{name} must be {bounds}, got {value}.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.image_cache import Images
@@ -32,6 +32,17 @@ class ImageViews:
     def __call__(self, draw: Draw) -> Tensor:
         """The view of a draw, (3, S, S) uint8."""
         return self.view(self.images[draw.index], draw)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning takes for resumable, as it is: the training loop knows its place, the sampler skips."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: batches that are loaded but not yet used do not count, so the loader could not tell the place."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up; see :meth:`SSMLLDataModule.train_dataloader`."""
 
 
 class ViewDataset(Dataset[tuple[Any, ...]]):

@@ -44,6 +44,7 @@ class _Batches(Sampler[list[Draw]]):
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} does not fit world_size {world_size}: ranks are 0 to world_size - 1")
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+        self._skipped = 0
 
     @property
     def sampler(self) -> Self:
@@ -52,7 +53,21 @@ class _Batches(Sampler[list[Draw]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the next iteration is for; one that is under way keeps its own."""
+        if epoch != self.epoch:
+            self._skipped = 0
         self.epoch = epoch
+
+    def skip(self, batches: int) -> None:
+        """Leaves out the first batches of this epoch's next iteration, which a resumed epoch has had already."""
+        self._skipped = batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yields this rank's part of each batch."""
+        skipped, self._skipped = self._skipped, 0
+        yield from islice(self._batches(), skipped, None)
+
+    def _batches(self) -> Iterator[list[Draw]]:
+        raise NotImplementedError
 
     def _pass(self, indices: np.ndarray, stream: int, epoch: int, visit: int) -> Iterator[Draw]:
         """Every index once, in the order that (seed, stream, epoch, visit) gives."""
@@ -106,8 +121,7 @@ class LabelledBatches(_Batches):
         """Batches an epoch, the same on all ranks."""
         return self.num_batches or -(-len(self.labelled) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yields this rank's part of each batch."""
+    def _batches(self) -> Iterator[list[Draw]]:
         if self.num_batches is None:
             draws = self._pass(self.labelled, _LABELLED, self.epoch, visit=0)
         else:
@@ -159,8 +173,8 @@ class PairedBatches(_Batches):
         """Batches an epoch, the same on all ranks."""
         return -(-len(self.unlabelled) // self.unlabelled_per_batch)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yields this rank's part of each batch: labelled draws first, then unlabelled ones."""
+    def _batches(self) -> Iterator[list[Draw]]:
+        """Labelled draws first, then unlabelled ones."""
         labelled = self._passes(self.labelled, _LABELLED, self.epoch)
         unlabelled = self._pass(self.unlabelled, _UNLABELLED, self.epoch, visit=0)
         for _ in range(len(self)):
@@ -204,8 +218,7 @@ class InOrderBatches(_Batches):
         """Batches on this rank."""
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        """Yields the batches of this rank's shard."""
+    def _batches(self) -> Iterator[list[Draw]]:
         draws = _draws(self.indices, self.epoch, visit=0)
         for _ in range(len(self)):
             yield _take(draws, self.batch_size)

@@ -1,0 +1,212 @@
+"""What Lightning's own resume leaves out, so that a run goes on from any checkpoint as if it had never stopped.
+
+Lightning restores weights, optimiser, schedule, callbacks and counters. Here are the rest: where in an epoch the
+run was, the epoch's figures so far, gradients that wait for a step, and what callbacks monitor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from cbsa_lightning.checkpoint_files import TORN
+from cbsa_lightning.checkpoint_io import WholeCheckpointIO
+from cbsa_lightning.errors import CheckpointError
+
+_RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
+
+
+class ExactResume(L.Callback):
+    """Saves and restores what makes a resumed run end with the same bits, from checkpoints of any moment.
+
+    Also has checkpoints written as a whole or not at all, and writes ``last.ckpt`` when the process is asked to end
+    (SIGTERM) and checkpoints are kept at all.
+    """
+
+    def __init__(self) -> None:
+        self._updating = False
+        self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Replaces Lightning's default way of writing and reading checkpoints; one that a user chose stays."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    # Saving ----------------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """From now on weights, average and schedule may disagree with each other."""
+        self._updating = True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Now they agree again; runs before a checkpoint is written here."""
+        self._updating = False
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Runs on all processes."""
+        if trainer.state.fn != "fit":
+            return
+        checkpoint[TORN] = self._updating
+        loops = checkpoint["loops"]["fit_loop"]
+        epoch = loops["epoch_progress"]
+        connector = trainer._logger_connector
+        kept: dict[str, Any] = {
+            "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "figures": [],
+            "unlogged": None,
+            "gradients": {},
+            "stage": [pl_module.stage, pl_module._stage_steps()],
+        }
+        if epoch["total"]["processed"] < epoch["total"]["ready"]:
+            _settle(loops, trainer)
+            kept["figures"] = _figures(trainer)
+            kept["gradients"] = _gradients(trainer, pl_module)
+        elif epoch["total"]["completed"] == epoch["total"]["processed"]:
+            # After an epoch is over; Lightning would take the next one for begun and empty.
+            for part in ("total", "current"):
+                epoch[part]["completed"] = max(0, epoch[part]["completed"] - 1)
+        elif epoch["total"]["ready"]:
+            # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
+            figures = {name: float(value) for name, value in connector.metrics["log"].items()}
+            kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
+        checkpoint[_RUN] = kept
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Asked to end between two steps, on all processes alike: keeps what was done since the last checkpoint."""
+        callback = trainer.checkpoint_callback
+        folder = getattr(callback, "dirpath", None)
+        if isinstance(exception, SIGTERMException) and folder and trainer.state.fn == "fit":
+            trainer.save_checkpoint(f"{folder}/last.ckpt")
+
+    # Restoring -------------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps it for the start of training."""
+        self._restored = checkpoint.get(_RUN, {}) if trainer.state.fn == "fit" else {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first hook that knows where the run is.
+
+        Raises:
+            CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
+        """
+        self._updating = False
+        if trainer.ckpt_path is None:
+            return
+        # Lightning asked for a loader before it read epoch and place from the checkpoint.
+        trainer.fit_loop._combined_loader = None
+        trainer.fit_loop.setup_data()
+        kept, self._restored = self._restored, {}
+        if not kept:  # a checkpoint of an earlier version, written at an epoch's end
+            return
+        stage, steps = kept["stage"]
+        _check_length(stage, steps, trainer, pl_module)
+        _log_again(kept["figures"], trainer, pl_module)
+        metrics = {name: torch.tensor(value) for name, value in kept["callback_metrics"].items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
+        if kept["unlogged"] is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
+                logger.save()
+        parameters = dict(pl_module.named_parameters())
+        for name, gradient in kept["gradients"].items():
+            parameters[name].grad = gradient.to(parameters[name])
+
+
+def _settle(loops: dict[str, Any], trainer: Any) -> None:
+    """Rewrites the counters of an unfinished epoch into the one form from which Lightning goes on rightly.
+
+    That form is "between two batches". From others, lightning 2.6 leaves out a validation that was due, or the end
+    of an epoch, or counts a step twice.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    in_step = batches["total"]["started"] > batches["total"]["processed"]
+    in_hook = batches["total"]["processed"] > batches["total"]["completed"]
+    in_validation = validation["total"]["ready"] > validation["total"]["completed"]
+    if in_step:
+        batches["is_last_batch"] = False  # true of the batch that will be made again
+    for part in ("total", "current"):
+        done = batches[part]["processed"]
+        batches[part].update(ready=done, started=done, completed=done)
+    due = _validation_due(batches, trainer)
+    if due and (in_hook or in_validation):
+        for part in ("total", "current"):
+            validation[part].update(ready=1, started=1, processed=0, completed=0)
+    done = batches["current"]["processed"]
+    last = batches["is_last_batch"] or done == trainer.num_training_batches
+    accumulating = done % trainer.accumulate_grad_batches != 0 and not last
+    counted_again = due and not accumulating  # as the validation is run or passed over
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = loop.global_step - int(counted_again)
+
+
+def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
+    """Whether a validation belongs after the last batch that is done, as the resumed loop will see it."""
+    loop = trainer.fit_loop.epoch_loop
+    before = loop.batch_progress.state_dict()
+    loop.batch_progress.load_state_dict(batches)
+    try:
+        return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    finally:
+        loop.batch_progress.load_state_dict(before)
+
+
+def _figures(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged in this epoch: value and weight of each figure, the mean over processes."""
+    figures = []
+    for metric in trainer.fit_loop.epoch_loop._results.values():
+        if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:
+            continue
+        meta = metric.meta
+        mean = getattr(metric, "cumulated_batch_size", None)
+        figures.append(
+            {
+                **{key: getattr(meta, key) for key in ("fx", "name", "prog_bar", "logger", "on_step")},
+                "reduce_fx": meta.reduce_fx.__name__,
+                "sync_dist": meta.sync.should,
+                "value": trainer.strategy.reduce(metric.value.detach().clone(), reduce_op="mean").cpu(),
+                "weight": None if mean is None else trainer.strategy.reduce(mean.double(), reduce_op="mean").cpu(),
+            }
+        )
+    return figures
+
+
+def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> None:
+    results = trainer.fit_loop.epoch_loop._results
+    if figures:
+        trainer._logger_connector._first_loop_iter = True  # else the first step would begin the figures anew
+    for figure in figures:
+        settings = {key: figure[key] for key in ("prog_bar", "logger", "on_step", "reduce_fx", "sync_dist")}
+        value = figure["value"].to(pl_module.device)
+        results.log(figure["fx"], figure["name"], value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **settings)
+        metric = results[f"{figure['fx']}.{figure['name']}"]
+        metric.value = value
+        if figure["weight"] is not None:
+            metric.cumulated_batch_size = figure["weight"].round().long().to(value.device)
+
+
+def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
+    """Gradients of the batches since the last optimiser step, where several make one step."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    if done % trainer.accumulate_grad_batches == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return {}
+    return {
+        name: trainer.strategy.reduce(p.grad.detach().clone(), reduce_op="mean").cpu()
+        for name, p in pl_module.named_parameters()
+        if p.grad is not None
+    }
+
+
+def _check_length(stage: str, steps: int, trainer: Any, pl_module: Any) -> None:
+    now = pl_module._stage_steps()
+    if pl_module.stage == stage and now != steps:
+        raise CheckpointError(
+            f"{trainer.ckpt_path}: the {stage} stage of this run was laid out for {steps} steps, and with the settings "
+            f"given now it has {now}. Resume with the max_epochs, warmup_epochs and batch sizes of the config.yaml "
+            "beside the checkpoint; to train longer, begin a new run."
+        )

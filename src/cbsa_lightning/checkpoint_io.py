@@ -1,0 +1,53 @@
+"""How Lightning writes and reads checkpoints: as a whole or not at all, and as data, never as code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from cbsa_lightning.checkpoint_files import local, read_checkpoint
+from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.files import replacing
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """A draft beside the file takes its place once the disk has all of it; Lightning's own way can leave half a file.
+
+    Reads without running code from the file, and refuses what is damaged, saying how. Local files only.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written to; what was there is still there.
+        """
+        file = local(path)
+        try:
+            with replacing(file) as draft, draft.open("wb") as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise CheckpointError(
+                f"{file}: the checkpoint could not be written ({cause.strerror or cause}). Earlier checkpoints are "
+                "untouched. Make room or choose another folder, then go on with `cbsa fit --resume`."
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint; see :func:`~cbsa_lightning.checkpoint_files.read_checkpoint`."""
+        return read_checkpoint(path, ("state_dict", "loops", "epoch", "global_step"))
