@@ -11,7 +11,7 @@ import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
-    {"errors", "embedded", "files"},
+    {"errors", "embedded", "files", "finite"},
     {"data", "losses", "thresholds", "labelers", "stacking", "contexts", "metrics", "clip", "paper", "recipes"},
     {"networks"},
     {

@@ -14,7 +14,7 @@ from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.module import adamw
+from cbsa_lightning.module import SSMLLModule, adamw
 from reference.losses import asymmetric, cross_entropy
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
@@ -232,18 +232,29 @@ class Watch(L.Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_waits_for_no_value(tmp_path, clip_folder, squares, precision):
+def test_a_step_waits_for_one_value_whether_its_loss_is_finite(tmp_path, clip_folder, squares, precision):
     watch = Watch()
     tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [watch], "precision": precision})
     assert len(watch.steps) >= 2
     assert min(step.calls for step in watch.steps) > 300, "nothing was watched"
-    assert [step.found for step in watch.steps] == [[] for _ in watch.steps]
+    assert [step.found for step in watch.steps] == [["_local_scalar_dense"] for _ in watch.steps]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_a_step_never_waits_on_a_gpu(tmp_path, clip_folder, squares, precision):
+def test_a_step_waits_for_no_other_value_of_a_gpu(tmp_path, clip_folder, squares, precision, monkeypatch):
+    asked = SSMLLModule._is_finite
+
+    def allowed(*args):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        finite = asked(*args)
+        torch.cuda.set_sync_debug_mode(mode)
+        return finite
+
+    monkeypatch.setattr(SSMLLModule, "_is_finite", allowed)
+
     class Forbid(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")  # the first step may allocate

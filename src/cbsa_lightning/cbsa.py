@@ -50,6 +50,7 @@ class CBSAModule(SSMLLModule):
         ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers.
         optimizer: Makes the optimiser from parameter groups.
         scheduler: Makes the schedule of a stage; None: one cycle.
+        max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.
@@ -85,6 +86,7 @@ class CBSAModule(SSMLLModule):
         ema_decay: float = 0.9997,
         optimizer: OptimizerCallable = adamw,
         scheduler: SchedulerCallable | None = None,
+        max_skipped_steps: int = 0,
     ) -> None:
         if num_contexts > len(class_names):
             raise ConfigError(
@@ -126,6 +128,7 @@ class CBSAModule(SSMLLModule):
             ema_decay=ema_decay,
             optimizer=optimizer,
             scheduler=scheduler,
+            max_skipped_steps=max_skipped_steps,
         )
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters(ignore=["contexts", "labeler", "loss", "optimizer", "scheduler"])

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from cbsa_lightning.checkpoint_files import SOURCE, VERSION
 from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
+from cbsa_lightning.finite import REMEDY, not_finite
 
 FINGERPRINT = "frozen_fingerprint"
 TABLES = ("pseudo_labels", "context_targets")
@@ -64,7 +65,7 @@ class LeanCheckpoint(nn.Module):
                 f"{self._source} belongs to another model; " + "; ".join(problems) + ". Build the module with the "
                 "settings that the checkpoint was made with (they are in the config.yaml beside it)."
             )
-        if broken := not_finite(state_dict):
+        if broken := _broken(state_dict):
             raise CheckpointError(
                 f"{self._source} holds weights that are not finite: {listed(broken, 5)}. Take another."
             )
@@ -77,10 +78,10 @@ class LeanCheckpoint(nn.Module):
         Raises:
             NotFiniteError: Weights are NaN or infinite. Not saved, so that the last good checkpoint stays the last.
         """
-        if broken := not_finite(checkpoint["state_dict"]):
+        if broken := _broken(checkpoint["state_dict"]):
             raise NotFiniteError(
                 f"Weights are not finite: {listed(broken, 5)}. They were not saved; earlier checkpoints are untouched. "
-                "Training has diverged: lower the learning rate, or train in bf16-mixed or 32-true precision."
+                f"{REMEDY}."
             )
         checkpoint[VERSION] = version("cbsa-lightning")
         clip = getattr(self.network, "clip", None)
@@ -124,14 +125,11 @@ class LeanCheckpoint(nn.Module):
                 setattr(self, name, checkpoint[name])
 
 
-def not_finite(state: Mapping[str, Any]) -> list[str]:
+def _broken(state: Mapping[str, Any]) -> list[str]:
     """Weights and averages that hold NaN or infinity; thresholds may."""
-    weights = {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)}
-    floating = {k: v for k, v in weights.items() if v.is_floating_point() and v.numel()}
-    if not floating:
-        return []
-    finite = torch.stack([value.isfinite().all() for value in floating.values()])  # one wait for the device, not many
-    return [] if bool(finite.all()) else _sorted(k for k, ok in zip(floating, finite.tolist(), strict=True) if not ok)
+    return _sorted(
+        not_finite({k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)})
+    )
 
 
 def _form(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,6 +21,7 @@ from cbsa_lightning.data.images import _to_rgb, _turned_upright, decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import CBSAError, CheckpointError, DataError, WeightsError, listed
+from cbsa_lightning.finite import refuse_scores
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import build_cbsa_network
 
@@ -177,7 +179,9 @@ class Classifier:
             views = [self._prepared(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
             with torch.no_grad():
                 features = self.network.features(torch.stack(views).to(self.device))
-                yield self.network(features, self._text, **options)
+                output = self.network(features, self._text, **options)
+                refuse_scores(output.logits, partial(_named, images, start), "Scores")
+                yield output
 
     def _prepared(self, image: Any, position: int) -> Tensor:
         """The view of one image, ``(3, S, S)`` uint8."""
@@ -222,6 +226,11 @@ class _Trained(LeanCheckpoint):
 
     def thresholds(self) -> Tensor:
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
+
+
+def _named(images: Images, start: int, row: int) -> str:
+    image = images[start + row]
+    return str(image) if isinstance(image, (str, os.PathLike)) else f"image {start + row}"
 
 
 def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -23,6 +25,8 @@ from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.errors import NotFiniteError
+from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
@@ -63,6 +67,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         contexts: Options of context identification; used when the network has a context head.
         warmup_epochs: Epochs of the first stage.
         unsup_weight: Factor of the loss on pseudo-labels.
+        max_skipped_steps: Steps in a row that may be left out because their loss is not finite; the next one stops the
+            run. 0 stops it at the first.
         ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one.
         optimizer: Makes the optimiser from parameter groups.
@@ -89,6 +95,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         ema_decay: float = 0.9997,
         optimizer: OptimizerCallable = adamw,
         scheduler: SchedulerCallable | None = None,
+        max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
@@ -118,6 +125,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
         self._text: dict[str, Any] = {}
+        self.max_skipped_steps = max_skipped_steps
+        self._skipped = 0  # steps in a row, up to the present one
         self._clock = self._paused = 0.0
         self._images = 0
 
@@ -183,7 +192,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         weights that the paper's sums have (D2-18).
         """
         size = self._mean_batch_size(batch)
-        output = self.network(self.features_of(batch), self.network.encode_text())
+        features = self.features_of(batch)
+        output = self.network(features, self.network.encode_text())
         known = batch.labelled.to(torch.float32)
         per_image = self._label_loss(output.logits, batch).sum(1)
         sup = (per_image * known).sum() / size
@@ -194,11 +204,57 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             aux = context_loss(output.context_logits, self.context_targets[batch.index]).sum() / size
             loss = loss + self.contexts.weight * aux
             terms["loss_aux"] = aux
+        if not self._is_finite(loss, output):
+            return self._left_out({**terms, "features": features}, output, batch)
+        self._skipped = 0
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
         # Each step counts alike in the epoch's mean: weights by share of the batch would differ among processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         self._images += len(batch.index) * self.trainer.world_size
         return loss
+
+    def _is_finite(self, loss: Tensor, output: NetworkOutput) -> bool:
+        """Whether the step may be taken, alike on all processes; the one thing that a step waits for on a device.
+
+        Logits too: those of labels that are ignored have no loss, but a gradient that is not finite.
+        """
+        finite = all_finite([loss, output.logits, output.context_logits])
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce(finite.float(), reduce_op="min")
+        return bool(finite)
+
+    def _left_out(self, terms: dict[str, Tensor], output: NetworkOutput, batch: TrainBatch) -> Tensor:
+        """A loss whose step changes nothing.
+
+        Raises:
+            NotFiniteError: More steps in a row than may be left out; names terms, images and weights.
+        """
+        self._skipped += 1
+        values = {**terms, "logits": output.logits}
+        if output.context_logits is not None:
+            values["context logits"] = output.context_logits
+        table = getattr(getattr(self.trainer, "datamodule", None), "train_table", None)
+        weights = not_finite(dict(self.network.named_parameters()))
+        problem = problem_of_step(values, lambda i: _image(table, batch.index[i]), weights)
+        problem = f"Epoch {self.current_epoch}, step {self.trainer.fit_loop.epoch_loop.batch_idx}: {problem}"
+        if self._skipped > self.max_skipped_steps or weights:
+            raise NotFiniteError(
+                f"{problem}. {REMEDY}; look at the images; max_skipped_steps lets such steps be left out."
+            )
+        rank_zero_warn(f"{problem}. The step is left out ({self._skipped} of {self.max_skipped_steps} in a row).")
+        # Gradients of all weights, since processes wait for each other's. NaN has a gradient scaler pass the step over;
+        # without one, on_before_optimizer_step does.
+        every = torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
+        return every * (math.nan if self._scaled else 0.0)
+
+    @property
+    def _scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the gradients from a step that is left out."""
+        if self._skipped and not self._scaled:
+            optimizer.zero_grad(set_to_none=True)
 
     def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
         """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
@@ -222,7 +278,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An optimiser step, then one of the average once it has started."""
         super().optimizer_step(*args, **kwargs)
-        if self.current_epoch >= self.warmup_epochs:
+        if self.current_epoch >= self.warmup_epochs and not self._skipped:
             self.ema.update(self.network)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -283,7 +339,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """One pass of the frozen tower serves both the averaged and the raw weights."""
         features = self.features_of(batch)
         for weights in ("ema", "raw"):
-            self._report(weights).update(self.score(features, weights).logits, batch.targets)
+            logits = self.score(features, weights).logits
+            self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
+            self._report(weights).update(logits, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
@@ -298,7 +356,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
         """As validation, with the averaged weights only."""
-        self._report("test").update(self.score(self.features_of(batch)).logits, batch.targets)
+        logits = self.score(self.features_of(batch)).logits
+        self._refuse(logits, batch, "Test scores")
+        self._report("test").update(logits, batch.targets)
 
     def on_test_epoch_end(self) -> None:
         """Logs as validation does, under ``test/``."""
@@ -326,11 +386,21 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
         """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1] and ``labels (B, C)`` bool."""
         scores = self(batch.images)
+        self._refuse(scores, batch, "Scores", "predict_table")
         return {"index": batch.index, "scores": scores, "labels": scores >= self.decision_thresholds()}
 
     def on_predict_epoch_end(self) -> None:
         """Prompts may change again."""
         self._end_pass()
+
+    def _refuse(self, scores: Tensor, batch: EvalBatch, what: str, table: str = "") -> None:
+        """Refuses scores that are not finite, naming images of a table that the data module can give."""
+
+        def name_of(row: int) -> str:
+            find = getattr(getattr(self.trainer, "datamodule", None), table, lambda: None)
+            return _image(find(), batch.index[row])
+
+        refuse_scores(scores, name_of, what)
 
     def decision_thresholds(self) -> Tensor:
         """Score from which a label is given, ``(C,)``; see :meth:`UpdateThresholds.on_train_epoch_start`.
@@ -338,3 +408,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         0.5 where no thresholds were ever taken, as after training on labelled images alone.
         """
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
+
+
+def _image(table: Any, row: Tensor) -> str:
+    return f"row {int(row)}" if table is None else f"{table.paths[int(row)]} (row {int(row)})"

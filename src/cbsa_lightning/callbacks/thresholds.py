@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.contexts import context_targets
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.finite import refuse_scores
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler, class_thresholds, positive_rates, rounded
 from cbsa_lightning.metrics import pseudo_label_quality
 
@@ -44,6 +45,10 @@ class UpdateThresholds(L.Callback):
         data = data_of(trainer)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         scores, contexts = self._score(trainer, pl_module, data, rows)
+        images = data.train_table.paths[data.split.unlabelled]
+        for found in (scores, contexts):  # before anything is changed by them
+            if found is not None:
+                refuse_scores(found, images.__getitem__, "Scores of the weak views")
         if isinstance(pl_module.labeler, EvidenceLabeler):
             labels = rounded(pl_module.pseudo_labels[rows])
         else:
@@ -87,6 +92,9 @@ class UpdateThresholds(L.Callback):
                 table[place[batch.index]] = part.float()
         # Each process filled its own rows, the others are zero there.
         tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
+        images = data.train_table.paths[order]
+        for table in tables:
+            refuse_scores(table, images.__getitem__, "Descriptions by the frozen towers")
         labelled = torch.arange(len(data.split.labelled))
         return Evidence(tables[:split], tables[split:], labelled, data.labelled_targets())
 

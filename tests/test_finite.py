@@ -1,0 +1,174 @@
+"""Numbers that are NaN or infinite: noticed within the step, named, stopped or left out; nothing learns from them."""
+
+import lightning as L
+import pytest
+import torch
+
+from cbsa_lightning.errors import NotFiniteError
+from cbsa_lightning.finite import all_finite, not_finite, refuse_scores, rows_not_finite
+from cbsa_lightning.inference import Classifier
+from tiny_data import CLASSES, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+class Poison(L.Callback):
+    """Makes one number of given steps NaN or infinite, where it is asked to."""
+
+    def __init__(self, where, steps, value=float("nan")):
+        self.where, self.steps, self.value = where, steps, value
+        self.image = None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = {k: v.clone() for k, v in module.state_dict().items()}
+        hit = (trainer.current_epoch, batch_idx) in self.steps
+        network, plain = module.network, type(module.network).forward
+        if not hit:
+            return
+        if self.where == "features":
+            features = module.features_of(batch).clone()
+            features[1] = self.value
+            module.features_of = lambda batch: features
+            self.image = int(batch.index[1])
+        elif self.where == "weights":
+            with torch.no_grad():
+                module.network.log_scale.fill_(self.value)
+        else:
+
+            def forward(*args, **kwargs):
+                output = plain(network, *args, **kwargs)
+                wrong = getattr(output, self.where).clone()
+                wrong[2, 0] = self.value
+                self.image = int(batch.index[2])
+                return output._replace(**{self.where: wrong})
+
+            network.forward = forward
+
+    def on_train_batch_end(self, trainer, module, *_):
+        module.__dict__.pop("features_of", None)
+        module.network.__dict__.pop("forward", None)
+
+
+def fit(tmp_path, clip_folder, squares, poison, **settings):
+    trainer = {"callbacks": [poison], **settings.pop("trainer", {})}
+    return tiny_fit(tmp_path, clip_folder, squares, trainer=trainer, **settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("where", "named"), [("logits", "logits"), ("context_logits", "context logits"), ("features", "features")]
+)
+def test_it_stops_before_anything_moves_and_names_what_is_wrong(tmp_path, clip_folder, squares, where, named, value):
+    poison = Poison(where, {(1, 2)}, value)
+    module = tiny_module(clip_folder)
+    with pytest.raises(NotFiniteError, match=r"Epoch 1, step 2: not finite are .*of 1 image") as error:
+        tiny_trainer(tmp_path, callbacks=[poison]).fit(module, datamodule=tiny_data(squares))
+    assert named in str(error.value)
+    assert f"train/{poison.image}.png (row {poison.image})" in str(error.value)
+    assert differences(poison.before, module.state_dict()) == []
+
+
+def test_weights_that_are_broken_stop_whatever_may_be_skipped(tmp_path, clip_folder, squares):
+    with pytest.raises(NotFiniteError, match=r"so are the weights log_scale"):
+        fit(tmp_path, clip_folder, squares, Poison("weights", {(1, 1)}), max_skipped_steps=9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_left_out_changes_no_weight_and_no_average(tmp_path, clip_folder, squares, precision, accumulate):
+    class Compare(L.Callback):
+        def __init__(self):
+            self.moved = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            changed = [k for k in differences(poison.before, module.state_dict()) if k.startswith(("network.", "ema."))]
+            self.moved.append(((trainer.current_epoch, batch_idx), bool(changed)))
+
+    poison, compare = Poison("logits", {(1, 1), (1, 3)}), Compare()
+    settings = {"callbacks": [poison, compare], "precision": precision, "accumulate_grad_batches": accumulate}
+    with pytest.warns(UserWarning, match="left out"):
+        module, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer=settings, max_skipped_steps=1)
+    moved = dict(compare.moved)
+    assert not moved[(1, 1)]
+    assert not moved[(1, 3)]
+    assert moved[(0, 0)]
+    assert moved[(1, 0)] == moved[(1, 2)] == (accumulate == 1)
+    assert trainer.state.finished
+    assert not not_finite(module.state_dict() | {k: torch.zeros(1) for k in ("tau_pos", "tau_neg", "cut")})
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_more_in_a_row_than_allowed_stop_it(tmp_path, clip_folder, squares):
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(NotFiniteError, match="step 2"):
+        fit(tmp_path, clip_folder, squares, Poison("logits", {(1, 0), (1, 1), (1, 2)}), max_skipped_steps=2)
+
+
+def test_thresholds_never_move_on_scores_that_are_not_finite(tmp_path, clip_folder, squares):
+    module, _ = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
+    before = {name: getattr(module, name).clone() for name in ("tau_pos", "tau_neg", "cut", "context_partition")}
+    labels = module.pseudo_labels.clone()
+    score = module.score
+
+    def broken(features, weights="ema", **options):
+        output = score(features, weights, **options)
+        if not module.trainer.validating:
+            output.logits[1, 1] = float("nan")
+        return output
+
+    module.score = broken
+    module.warmup_epochs = 0
+    with pytest.raises(NotFiniteError, match=r"Scores of the weak views of \d image\(s\) are not finite: train/"):
+        tiny_trainer(tmp_path, max_epochs=3).fit(module, datamodule=tiny_data(squares))
+    for name, value in before.items():
+        assert torch.equal(value, getattr(module, name)), name
+    assert module.pseudo_labels is None or torch.equal(labels, module.pseudo_labels)
+
+
+def test_validation_names_the_image(tmp_path, clip_folder, squares):
+    module = tiny_module(clip_folder)
+    score = module.score
+
+    def broken(features, weights="ema", **options):
+        output = score(features, weights, **options)
+        output.logits[3, 0] = float("inf")
+        return output
+
+    module.score = broken
+    with pytest.raises(NotFiniteError, match=r"Validation scores \(ema\) of 1 image\(s\) are not finite: test/3.png"):
+        tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule=tiny_data(squares))
+
+
+def test_a_classifier_names_the_image(clip_folder, squares):
+    network = tiny_module(clip_folder).network
+    with torch.no_grad():
+        network.log_scale.fill_(float("nan"))
+    classifier = Classifier(network, CLASSES, torch.full((len(CLASSES),), 0.5), 64)
+    file = str(squares.train().file(4))
+    with pytest.raises(NotFiniteError, match=r"train/4.png"):
+        classifier([file])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, clip_folder, squares):
+    module, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    whole = (tmp_path / "run.ckpt").read_bytes()
+    with torch.no_grad():
+        module.network.log_scale.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match=r"network\.log_scale.*not saved"):
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert (tmp_path / "run.ckpt").read_bytes() == whole
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["run.ckpt"]
+
+
+def test_the_parts():
+    good, bad = torch.ones(3, 2), torch.tensor([[1.0, 2.0], [float("inf"), float("-inf")], [0.0, float("nan")]])
+    assert bool(all_finite([good, None, torch.tensor(1e30)]))
+    assert not bool(all_finite([good, bad]))
+    assert rows_not_finite(bad) == [1, 2]
+    assert not_finite({"a": good, "b": bad, "c": torch.tensor([1]), "d": torch.empty(0)}) == ["b"]
+    refuse_scores(torch.full((4, 9), 3e38), str, "sums that overflow")  # large, but finite
+    with pytest.raises(NotFiniteError, match=r"x of 2 image\(s\) are not finite: 1, 2"):
+        refuse_scores(bad, str, "x")
