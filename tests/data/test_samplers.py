@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -171,6 +172,70 @@ def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
             assert all(parts[1:])  # no rank sits a step out
             lengths = [len(part) for part in parts[1:]]
             assert max(lengths) - min(lengths) <= 2  # one of each part at most
+
+
+def samplers(kind, rank=0, world_size=1, epoch=0):
+    """Batches of 19 labelled and 53 unlabelled images, large enough for eight processes."""
+    labelled, unlabelled = np.arange(19), np.arange(100, 153)
+    made = {
+        "paired": lambda: PairedBatches(labelled, unlabelled, 9, 4, 2, rank, world_size),
+        "one pass": lambda: LabelledBatches(labelled, 11, 2, None, rank, world_size),
+        "as many as asked for": lambda: LabelledBatches(labelled, 9, 2, 12, rank, world_size),
+        "in order": lambda: InOrderBatches(unlabelled, 7, rank, world_size, epoch),
+    }[kind]()
+    made.set_epoch(epoch)
+    return made
+
+
+def dealt_out(shares):
+    """Puts together what ranks had, a draw of each in turn."""
+    return [draw for turn in zip_longest(*shares) for draw in turn if draw is not None]
+
+
+@pytest.mark.parametrize("kind", ["paired", "one pass", "as many as asked for"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_shares_of_all_ranks_are_the_global_batch_in_its_order(kind, world, epoch):
+    whole = list(samplers(kind, epoch=epoch))
+    ranks = [list(samplers(kind, rank, world, epoch)) for rank in range(world)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        both = [
+            [[draw for draw in b if (draw.index < 100) == known] for b in (batch, *shares)] for known in (True, False)
+        ]
+        assert [draw for expected, *_ in both for draw in expected] == batch
+        for expected, *found in both:
+            assert dealt_out(found) == expected
+            assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_shards_in_order_are_one_pass_in_its_order(world):
+    whole, *shards = (
+        [draw for batch in samplers("in order", rank, size, epoch=4) for draw in batch]
+        for rank, size in [(0, 1), *((rank, world) for rank in range(world))]
+    )
+    assert dealt_out(shards) == whole == [Draw(row, 4, 0) for row in range(100, 153)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["paired", "as many as asked for"])
+def test_the_labelled_order_never_comes_twice(kind, world):
+    """Not within an epoch, not in another one, where there are 19! orders; nor does that of the unlabelled images."""
+    orders = []
+    for epoch in range(6):
+        ranks = [list(samplers(kind, rank, world, epoch)) for rank in range(world)]
+        draws = []
+        for shares in zip(*ranks, strict=True):
+            draws += dealt_out([[draw for draw in share if draw.index < 100] for share in shares])
+        passes = [draws[start : start + 19] for start in range(0, len(draws) - 18, 19)]
+        assert len(passes) >= 5
+        for visit, one in enumerate(passes):
+            assert sorted(draw.index for draw in one) == list(range(19))
+            assert {(draw.epoch, draw.visit) for draw in one} == {(epoch, visit)}
+            orders.append(tuple(draw.index for draw in one))
+        if kind == "paired":
+            orders.append(tuple(draw.index for batch in ranks[0] for draw in batch if draw.index >= 100))
+    assert len(set(orders)) == len(orders)
 
 
 def test_a_rank_keeps_its_part_of_labelled_then_of_unlabelled():

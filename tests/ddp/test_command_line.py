@@ -7,18 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from layouts import make_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder: Path) -> None:
-    make_table(tmp_path, n_train=24, unlabelled=12)
+def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tuple[str, str, Path]:
+    """What a small run printed, what it logged, and its folder."""
+    make_table(folder, n_train=24, unlabelled=12)
     overlays = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
     command = [
-        *(sys.executable, "-m", "cbsa_lightning.cli", "fit"),
+        *launcher,
+        *("-m", "cbsa_lightning.cli", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in overlays),
-        f"--data.source.init_args.train={tmp_path / 'train.csv'}",
+        f"--data.source.init_args.train={folder / 'train.csv'}",
         f"--model.init_args.clip={clip_folder}",
         "--model.init_args.prompt_length=2",
         "--model.init_args.decoder_feedforward=16",
@@ -30,14 +34,27 @@ def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder:
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         "--trainer.enable_progress_bar=false",
-        "--gain.folds=2",
-        "--compare=true",
+        *more,
     ]
     ran = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ}, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=folder, env={**os.environ}, capture_output=True, text=True, timeout=400, check=False
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert ran.stdout.count("points of mAP (90% interval") == 1
-    folder = next((tmp_path / "runs").glob("*/version_0"))
+    return ran.stdout, ran.stderr, next((folder / "runs").glob("*/version_0"))
+
+
+def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder: Path) -> None:
+    said, _, folder = fit(tmp_path, clip_folder, [sys.executable], "--gain.folds=2", "--compare=true")
+    assert said.count("points of mAP (90% interval") == 1
     for name in ("config.yaml", "split.json", "gain.csv", "gain.png", "comparison.csv", "checkpoints/last.ckpt"):
         assert (folder / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_under_torchrun_as_the_docs_say(tmp_path: Path, clip_folder: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    _, logged, folder = fit(tmp_path, clip_folder, torchrun)
+    assert logged.count("All distributed processes registered. Starting with 2 processes") == 1
+    for name in ("config.yaml", "split.json", "predictions.csv", "checkpoints/last.ckpt"):
+        assert (folder / name).is_file(), name
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 1, "each process has a folder of its own"

@@ -1,154 +1,255 @@
-"""Two gloo processes do what one does: the same thresholds, pseudo-labels, contexts, weights and metrics."""
+"""Two gloo processes do what one does: the same steps, thresholds, pseudo-labels, contexts, weights and metrics.
+
+The runs are those of ``runs.py``, in float64, so that what differs is not rounding.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+import csv
 
-import lightning as L
+import numpy as np
 import pytest
+import runs
 import torch
 
-from cbsa_lightning.data.feature_cache import FeatureCache
-from cbsa_lightning.stacking import StackedProbes
-from tiny_data import Squares, tiny_fit
+from tiny_data import CLASSES, Squares
 
-TOLERANCE = 1e-5  # of float64 weights: losses and cosines are taken in float32; prompts move by 0.6
-
-
-class Record(L.Callback):
-    """Each process writes what it has at the first step of each epoch and at the end."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def _save(self, trainer, module, when):
-        record = {
-            "tau_pos": module.tau_pos,
-            "tau_neg": module.tau_neg,
-            "partition": module.context_partition,
-            "pseudo_labels": module.pseudo_labels,
-            "context_targets": module.context_targets,
-            "weights": {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad},
-            "average": module.ema.get_buffer("average_of_target_prompts__words"),
-            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
-        }
-        torch.save(record, self.folder / f"{when}-{trainer.global_rank}-of-{trainer.world_size}.pt")
-
-    def setup(self, trainer, module, stage):
-        # Channels-last kernels round differently for other batch sizes, and a pseudo-label that ties within rounding
-        # would then differ between one process and two: these tests are of the algorithm.
-        module.network.clip.tower.to(memory_format=torch.contiguous_format)
-        # Untrained, the decoder hardly looks at the image: logits of two images differ by less than rounding.
-        with torch.no_grad():
-            module.network.decoder.layers[0].multihead_attn.out_proj.weight.mul_(30)
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 0:
-            self._save(trainer, module, trainer.current_epoch)
-
-    def on_train_end(self, trainer, module):
-        self._save(trainer, module, "end")
+TOLERANCE = 1e-9  # absolute and relative; weights move by 0.1 and more
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory, clip_folder, squares_folder):
-    """Both runs: 13 unlabelled and 7 test images, so shards and the last batch (4 + 1) are uneven."""
+def root(tmp_path_factory, clip_folder, squares_folder):
     folder = tmp_path_factory.mktemp("ddp")
-    for settings in ({}, {"devices": 2, "strategy": "ddp_spawn"}):
-        tiny_fit(
-            folder,
-            clip_folder,
-            Squares(squares_folder, train=21),
-            trainer={"callbacks": [Record(folder)], "precision": "64-true", **settings},
-            warmup_epochs=0,
-            decoder_dropout=0.0,
-            optimizer=partial(torch.optim.SGD, lr=0.01),
-        )
+    runs.all_runs(folder, clip_folder, squares_folder)
+    return folder
 
-    def read(when):
-        return [torch.load(folder / f"{when}-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2")]
+
+@pytest.fixture(scope="module")
+def read(root):
+    """Gives what a run left: first the one process, then each of the two."""
+
+    def read(name, world, rank=0):
+        found = torch.load(root / str(world) / f"{name}-{rank}.pt", weights_only=False)
+        assert "error" not in found, f"{name}, process {rank} of {world}: {found['error']}"
+        return found
 
     return read
 
 
-@pytest.mark.parametrize("when", [0, 1, "end"])
-def test_tables_of_the_epoch(records, when):
-    one, *two = records(when)
-    assert one["tau_pos"].isfinite().any()
-    assert len(one["pseudo_labels"]) == 21
-    for other in two:
-        for name in ("tau_pos", "tau_neg"):
-            torch.testing.assert_close(other[name], one[name], atol=1e-5, rtol=0)
-        for name in ("partition", "pseudo_labels", "context_targets"):
-            assert torch.equal(other[name], one[name]), name
-    for name in ("tau_pos", "pseudo_labels", "partition", "context_targets"):
-        assert torch.equal(two[0][name], two[1][name]), "processes disagree"
+@pytest.fixture(scope="module")
+def both(read):
+    return lambda name: (read(name, 1), read(name, 2, 0), read(name, 2, 1))
 
 
-def test_weights_learn_the_same(records):
-    start, (one, *two) = records(0)[0], records("end")
-    assert len(one["weights"]) > 10
-    for other in two:
-        for name, value in one["weights"].items():
-            torch.testing.assert_close(other["weights"][name], value, atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(other["average"], one["average"], atol=TOLERANCE, rtol=0)
-    moved = max(float((one["weights"][name] - start["weights"][name]).abs().max()) for name in one["weights"])
-    assert moved > 1000 * TOLERANCE
-    assert all(torch.equal(two[0]["weights"][name], two[1]["weights"][name]) for name in one["weights"])
-
-
-def test_metrics(records):
-    one, *two = records("end")
-    for other in two:
-        for name in ("train/loss", "train/loss_sup", "train/loss_unsup", "train/loss_aux"):
-            assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
-        for name in ("val/mAP", "val/mAP_raw", "val/CF1", "val/OF1", "pseudo/precision", "pseudo/coverage"):
-            assert other["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-6), name
-
-
-def test_kept_features_are_computed_in_shares(tmp_path, clip_folder, squares_folder):
-    """Two processes fill one cache; what they then learn is what one process learns from it."""
-    found = []
-    for settings in ({"devices": 2, "strategy": "ddp_spawn"}, {}):
-        tiny_fit(
-            tmp_path,
-            clip_folder,
-            Squares(squares_folder, train=21),
-            data={"feature_cache": FeatureCache(str(tmp_path / "cache"), strong_views=1)},
-            trainer={"callbacks": [Record(tmp_path)], "precision": "64-true", **settings},
-            warmup_epochs=0,
-            max_epochs=1,
-            decoder_dropout=0.0,
-            optimizer=partial(torch.optim.SGD, lr=0.01),
+def close(found, expected, what):
+    """Equal within TOLERANCE, structure, NaN and None included."""
+    assert type(found) is type(expected), what
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), what
+        for key, value in expected.items():
+            close(found[key], value, f"{what}, {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), what
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            close(a, b, f"{what}, {i}")
+    elif isinstance(expected, torch.Tensor):
+        allowed = TOLERANCE if expected.is_floating_point() else 0
+        torch.testing.assert_close(
+            found, expected, atol=allowed, rtol=allowed, equal_nan=True, msg=lambda text: f"{what}: {text}"
         )
-        found.append(next((tmp_path / "cache").glob("features-*/index.bin")).read_bytes())
-    assert found[0] == found[1], "one process computed something anew"
-    assert len(found[0]) == 36 * (13 * 2 + 21 + 7)  # bytes a key; weak views, strong views, test images
-    one, *two = (torch.load(tmp_path / f"end-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
-    for other in two:
-        assert torch.equal(other["pseudo_labels"], one["pseudo_labels"])
-        for name, value in one["weights"].items():
-            torch.testing.assert_close(other["weights"][name], value, atol=TOLERANCE, rtol=0)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE, nan_ok=True), what
+    else:
+        assert found == expected, what
 
 
-def test_labels_made_once_are_the_same(tmp_path, clip_folder, squares_folder):
-    for settings in ({"devices": 2, "strategy": "ddp_spawn"}, {}):
-        tiny_fit(
-            tmp_path,
-            clip_folder,
-            Squares(squares_folder, train=21),
-            trainer={"callbacks": [Record(tmp_path)], "precision": "64-true", **settings},
-            labeler=StackedProbes(),
-            warmup_epochs=0,
-            max_epochs=1,
-            decoder_dropout=0.0,
-            optimizer=partial(torch.optim.SGD, lr=0.01),
-        )
-    one, *two = (torch.load(tmp_path / f"end-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2"))
-    assert (one["pseudo_labels"] > 0).any()
-    assert torch.equal(two[0]["pseudo_labels"], two[1]["pseudo_labels"])
-    for other in two:
-        torch.testing.assert_close(other["pseudo_labels"], one["pseudo_labels"], atol=1e-3, rtol=0)
-        for name, value in one["weights"].items():
-            torch.testing.assert_close(other["weights"][name], value, atol=10 * TOLERANCE, rtol=0)
+def figures(epoch):
+    return {name: value for name, value in epoch["figures"].items() if name != "time/ms_per_image"}
+
+
+def same_run(found, expected):
+    """Tables of every epoch, figures, weights and averages."""
+    close(found["tables"], expected["tables"], "tables")
+    for i, (a, b) in enumerate(zip(found["epochs"], expected["epochs"], strict=True)):
+        close(figures(a), figures(b), f"figures of epoch {i}")
+        for name in ("weights", "averages"):
+            close(a[name], b[name], f"{name} of epoch {i}")
+
+
+def processes_agree(first, second):
+    """Bit for bit: they must not drift apart."""
+    for a, b in zip(first["tables"] + first["epochs"], second["tables"] + second["epochs"], strict=True):
+        for key in a.keys() - {"epoch", "figures"}:
+            pairs = [(a[key][n], b[key][n]) for n in a[key]] if isinstance(a[key], dict) else [(a[key], b[key])]
+            for x, y in pairs:
+                assert x is y is None or torch.equal(x.nan_to_num(-2.0), y.nan_to_num(-2.0)), key
+
+
+# The paper's method -----------------------------------------------------------------------------------------------
+
+
+def test_the_runs_are_as_uneven_as_they_should_be(both, squares_folder):
+    one, *two = both("run")
+    sizes = [[len(step["index"]) for step in run["steps"]] for run in (one, *two)]
+    assert sizes == [[5, 3, *[7, 7, 7, 4] * 2], [3, 2, *[4, 4, 4, 3] * 2], [2, 1, *[3, 3, 3, 1] * 2]]
+    assert len(one["split"]) == 13
+    source = Squares(squares_folder, train=runs.TRAIN)
+    seen = {"validation": source.test().labels, "thresholds": source.train().labels[one["split"]]}
+    seen["pseudo-labels"] = one["tables"][-1]["pseudo_labels"][torch.as_tensor(one["split"])].numpy()
+    for name, labels in seen.items():
+        has = [(labels[rank::2] == 1).any(0) for rank in (0, 1)]
+        assert (has[0] != has[1]).any(), f"{name}: each class has positives in both processes"
+    sure = one["tables"][1]["context_targets"][torch.as_tensor(one["split"])].sum(1)
+    for rank in (0, 1):
+        assert set(sure[rank::2].tolist()) == {0.0, 1.0}, "no process is sure of some contexts and not of others"
+
+
+def test_a_step_is_of_the_same_images(both):
+    one, *two = both("run")
+    for whole, *shares in zip(one["steps"], *(run["steps"] for run in two), strict=True):
+        for labelled in (True, False):  # each part of the global batch is dealt out in turn
+            expected = whole["index"][whole["labelled"] == labelled].tolist()
+            for rank, share in enumerate(shares):
+                assert share["index"][share["labelled"] == labelled].tolist() == expected[rank::2]
+        views = dict(zip(whole["index"].tolist(), whole["images"], strict=True))
+        if len(views) < len(whole["index"]):
+            continue  # an image comes twice, in two views
+        for share in shares:
+            for row, image in zip(share["index"].tolist(), share["images"], strict=True):
+                assert torch.equal(image, views[row])
+
+
+def test_loss_and_gradient_of_a_step(both):
+    """Each process has its share of the loss; their mean is the loss of the whole batch."""
+    one, *two = both("run")
+    losses = [[step["loss"] for step in run["steps"]] for run in (one, *two)]
+    assert np.mean(losses[1:], axis=0) == pytest.approx(losses[0], rel=TOLERANCE, abs=TOLERANCE)
+    assert np.abs(np.subtract(losses[1], losses[2])).max() > 0.1, "shares are too alike to tell"
+    assert len(one["gradients"]) == 2
+    for run in two:
+        close(run["gradients"], one["gradients"], "gradients")
+
+
+def test_tables_figures_and_weights_of_every_epoch(both):
+    one, *two = both("run")
+    for run in two:
+        same_run(run, one)
+    processes_agree(*two)
+    last = one["tables"][-1]
+    assert last["epoch"] == 2
+    assert all(last[name].isfinite().all() for name in ("tau_pos", "tau_neg", "cut", "positive_rate"))
+    assert set(last["pseudo_labels"].flatten().tolist()) == {-1, 0, 1}
+    assert set(last["context_partition"].tolist()) == {0, 1}
+    assert last["context_targets"].any(0).all()
+    names = {"val/mAP", "val/mAP_raw", *(f"val/AP/{name}" for name in CLASSES), "val/CF1", "val/OF1"}
+    names |= {"train/loss", "train/loss_sup", "train/loss_unsup", "train/loss_aux"}
+    names |= {"pseudo/precision", "pseudo/recall", "pseudo/coverage", "context/coverage", "context/accuracy"}
+    assert names <= one["epochs"][-1]["figures"].keys()
+    start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
+    learnt = [name for name in start if "context_head" not in name]  # that one was also moved by hand
+    assert max(float((end[name] - start[name]).abs().max()) for name in learnt) > 0.1
+
+
+def test_predictions(root, both):
+    both("predictions")
+    one, two = (list(csv.DictReader((root / str(world) / "predictions.csv").open())) for world in (1, 2))
+    assert len(one) == 7
+    for a, b in zip(two, one, strict=True):
+        for name, value in b.items():
+            if name in CLASSES:
+                assert float(a[name]) == pytest.approx(float(value), abs=2e-6), "last digit of a score"
+            else:
+                assert a[name] == value
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "world"), [("one to two", 2), ("two to one", 1), ("one to two to one", 1)])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(root, read, name, world):
+    """After the warm-up and within the second stage, to the end of the run that was one process all the time."""
+    whole = read("run", 1)
+    for rank in range(world):
+        run = read(name, world, rank)
+        left = len(run["epochs"])
+        assert left == (1 if name == "one to two to one" else 2)
+        same_run(run, {key: whole[key][-left:] for key in ("tables", "epochs")})
+    ends = [torch.load(root / part / "epoch=2.ckpt", weights_only=True) for part in ("1/run", f"{world}/{name}")]
+    for key in ("epoch", "global_step", "optimizer_states", "pseudo_labels", "context_targets"):
+        close(ends[1][key], ends[0][key], key)
+    assert any("momentum_buffer" in state for state in ends[0]["optimizer_states"][0]["state"].values())
+
+
+def test_checkpoints_of_one_process_and_of_two_are_the_same(root, both):
+    both("run")
+    for epoch in range(runs.EPOCHS):
+        one, two = (torch.load(root / world / "run" / f"epoch={epoch}.ckpt", weights_only=True) for world in "12")
+        assert one.keys() == two.keys()
+        for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", *runs.TABLES[-2:]):
+            assert (key in one) == (key != "pseudo_labels" or epoch >= runs.WARMUP)
+            close(two.get(key), one.get(key), f"{key} of epoch {epoch}")
+
+
+# Other runs -------------------------------------------------------------------------------------------------------
+
+
+def test_kept_features_are_computed_in_shares(read, both):
+    one, *two = both("kept")
+    again = read("kept again", 1)  # one process, from what the two computed
+    for run in (*two, again):
+        same_run(run, one)
+        assert all("images" not in step for step in run["steps"]), "images were read"
+    processes_agree(*two)
+    before, after = again["index"]
+    assert before == after, "one process computed something anew"
+    assert len(before) == 36 * (13 * 2 + 21 + 7)  # bytes a key; weak views, strong views, test images
+
+
+def test_labels_made_once(both):
+    one, *two = both("once")
+    assert (one["tables"][0]["pseudo_labels"] > 0).any()
+    assert one["tables"][0]["pseudo_labels"].is_floating_point()
+    for run in two:
+        same_run(run, one)
+    processes_agree(*two)
+
+
+PARTS = {
+    "run": {"clip", "target_prompts", "semantic_prompts", "decoder", "log_scale", "context_head"},
+    "CBSA without contexts": {"clip", "target_prompts", "semantic_prompts", "decoder", "log_scale"},
+    "CBSA on labels alone": {"clip", "target_prompts", "semantic_prompts", "decoder", "log_scale", "context_head"},
+    "CBSA without alignment": {"clip", "log_scale", "context_head"},
+    "CBSA with a frozen pool": {"target_prompts", "semantic_prompts", "decoder", "log_scale"},
+    "DualCoOp": {"positive_prompts", "negative_prompts"},
+    "DualCoOp++": {"evidential_prompts", "positive_prompts", "negative_prompts", "log_temperature"},
+    "SCPNet": {"prompts", "convolutions"},
+    "TaI": {"global_prompts", "local_prompts", "log_scale"},
+    "ImageNet": {"trunk", "head"},
+    "ImageNet without batch norm": {"trunk", "head"},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_plain_ddp_reduces_what_is_trained_and_nothing_else(both, name):
+    """A parameter that a stage left unused would have stopped the run at the second step."""
+    for run in both(name)[1:]:
+        names = run["epochs"][-1]["weights"].keys()
+        assert {weight.split(".")[1] for weight in names} == PARTS[name]
+        assert all(weight.startswith("network.clip.pool.") for weight in names if ".clip." in weight)
+        plain = {"strategy": "DDPStrategy", "options": {}, "finds unused": False, "static": False}
+        assert run["wrapped"] == {**plain, "number": len(names)}
+        stages = [step["labelled"].all().item() for step in run["steps"]]
+        assert len(stages) >= 4
+        assert all(stages[:2])
+
+
+@pytest.mark.parametrize("name", runs.SYSTEMS)
+def test_every_system(both, name):
+    one, *two = both(name)
+    processes_agree(*two)
+    start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
+    assert max(float((end[weight] - start[weight]).abs().max()) for weight in start) > 0.001
+    if name == "ImageNet":
+        return  # batch norm takes its statistics of a process's own images: docs/several_gpus.md
+    for run in two:
+        same_run(run, one)

@@ -1,0 +1,296 @@
+"""Small runs that one process makes and then two, one after the other in the same pair: to start processes costs most.
+
+Jobs write what they found below ``root / world size``; ``test_two_processes.py`` compares the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.parallel import DistributedDataParallel
+
+from cbsa_lightning import SSMLLModule
+from cbsa_lightning.callbacks.predictions import WritePredictions
+from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.views import PlainView
+from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.networks.dualcoop import DualCoOp
+from cbsa_lightning.networks.dualcoop_plus import DualCoOpPlusPlus
+from cbsa_lightning.networks.resnet import ImageNetNetwork
+from cbsa_lightning.networks.scpnet import SCPNet
+from cbsa_lightning.networks.tai import TaI
+from cbsa_lightning.stacking import StackedProbes
+from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_module, tiny_trainer
+
+TRAIN = 21  # 8 labelled, 13 unlabelled
+EPOCHS, WARMUP = 3, 1
+# All last batches are uneven: 5 then 3 labelled in the warm-up, three times 3 + 4 with unlabelled ones, then 3 + 1; and
+# in passes without gradient 13 = (3 + 3 + 1) + (3 + 3) weak views, 7 = (3 + 1) + 3 test images.
+DATA = {"warmup_batch_size": 5, "labelled_per_batch": 3, "batch_size": 7, "eval_batch_size": 3}
+
+
+CONTEXTS = ContextTask(weight=1e-5)  # for the context head is sharpened below, and its gradient with it
+TABLES = (
+    *("tau_pos", "tau_neg", "cut", "positive_rate"),
+    *("context_partition", "pseudo_labels", "context_targets"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process works."""
+
+    root: Path
+    clip: Path
+    squares: Path
+    rank: int = 0
+    world: int = 1
+
+    def folder(self, world: int | None = None) -> Path:
+        return self.root / str(world or self.world)
+
+    def save(self, name: str, found: dict[str, Any]) -> None:
+        self.folder().mkdir(exist_ok=True)
+        torch.save(found, self.folder() / f"{name}-{self.rank}.pt")
+
+
+class Record(L.Callback):
+    """Keeps what this process has: tables at each epoch's first step, each step's loss, each epoch's figures."""
+
+    def __init__(self):
+        self.found: dict[str, Any] = {"tables": [], "steps": [], "epochs": [], "gradients": [], "wrapped": None}
+
+    def setup(self, trainer, module, stage):
+        # Channels-last kernels round differently for other batch sizes; see double_precision().
+        if hasattr(module.network, "clip"):
+            module.network.clip.tower.to(memory_format=torch.contiguous_format)
+        # Untrained, the decoder hardly tells one image from another.
+        if getattr(module.network, "decoder", None) is not None:
+            with torch.no_grad():
+                module.network.decoder.layers[0].multihead_attn.out_proj.weight.mul_(30)
+
+    @torch.no_grad()
+    def on_train_epoch_start(self, trainer, module):
+        """Nor does the context head: before it is first asked, it is made to part the images, some surely, some not."""
+        if module.contexts is not CONTEXTS or trainer.current_epoch != module.warmup_epochs:
+            return
+        head, table = module.network.context_head, trainer.datamodule.train_table
+        images = torch.stack([PlainView(SIZE)(decode(table.file(row))) for row in range(len(table))])
+        g = module.network.clip.pool(module.network.features(images)).g
+        head.weight.mul_(3 / (g @ (head.weight[0] - head.weight[1])).std())
+        head.bias.copy_(-head.weight @ g.mean(0))
+
+    def on_train_start(self, trainer, module):
+        wrapper, strategy = trainer.model, trainer.strategy
+        self.found["split"] = trainer.datamodule.split.unlabelled
+        if isinstance(wrapper, DistributedDataParallel):
+            self.found["wrapped"] = {
+                "strategy": type(strategy).__name__,
+                "options": dict(strategy._ddp_kwargs),
+                "finds unused": wrapper.find_unused_parameters,
+                "static": wrapper.static_graph,
+                "number": wrapper._get_ddp_logging_data()["num_parameter_tensors"],
+            }
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            tables = {name: copy.deepcopy(getattr(module, name)) for name in TABLES}
+            self.found["tables"].append({"epoch": trainer.current_epoch, **tables, "weights": trained(module)})
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if len(self.found["steps"]) in (0, 2):  # the first step of each stage
+            self.found["gradients"].append({n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad})
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        step = {"loss": float(outputs["loss"]), "index": batch.index, "labelled": batch.labelled}
+        if batch.images is not None:
+            step["images"] = batch.images
+        self.found["steps"].append(step)
+
+    def on_train_epoch_end(self, trainer, module):
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        averages = {name: value.clone() for name, value in module.ema.named_buffers()}
+        self.found["epochs"].append({"figures": figures, "weights": trained(module), "averages": averages})
+
+
+def trained(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def strategy(place: Place) -> dict[str, Any]:
+    return {"strategy": "ddp", "devices": place.world} if place.world > 1 else {}
+
+
+def fit(place: Place, name: str, *, module=None, epochs=EPOCHS, data=None, callbacks=(), ckpt_path=None, **settings):
+    """A run in float64, with the plain gradient step: Adam's would make of rounding a step of full size."""
+    settings = {"warmup_epochs": WARMUP, "decoder_dropout": 0.0, "optimizer": sgd, **settings}
+    module = module if module is not None else tiny_module(place.clip, **settings)
+    record = Record()
+    trainer = tiny_trainer(
+        place.folder(),
+        epochs,
+        callbacks=[record, *callbacks],
+        enable_checkpointing=bool(callbacks),
+        precision="64-true",
+        **strategy(place),
+    )
+    source = Squares(place.squares, train=TRAIN)
+    trainer.fit(module, datamodule=tiny_data(source, **{**DATA, **(data or {})}), ckpt_path=ckpt_path)
+    place.save(name, record.found)
+    return record.found
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.5)  # the momentum, so that there is state to resume
+
+
+def whole_run(place: Place) -> None:
+    """The paper's method, a checkpoint an epoch."""
+    fit(place, "run", callbacks=[saves(place, "run")], contexts=CONTEXTS)
+
+
+def predictions(place: Place) -> None:
+    """What the run's last checkpoint says of 7 images, as a table."""
+    writer = WritePredictions(str(place.folder() / "predictions.csv"))
+    trainer = tiny_trainer(place.folder(), callbacks=[writer], precision="64-true", **strategy(place))
+    data = tiny_data(Squares(place.squares, train=TRAIN), predict=str(place.squares / "test"), **DATA)
+    file = place.folder() / "run" / f"epoch={EPOCHS - 1}.ckpt"
+    trainer.predict(tiny_module(place.clip), datamodule=data, return_predictions=False, ckpt_path=str(file))
+    place.save("predictions", {})
+
+
+def saves(place: Place, name: str) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=place.folder() / name, filename="{epoch}", save_top_k=-1)
+
+
+def moved(place: Place, name: str, run: str, world: int, epoch: int) -> None:
+    """Goes on with a checkpoint that ``world`` processes wrote after an epoch of a run."""
+    file = place.folder(world) / run / f"epoch={epoch}.ckpt"
+    fit(place, name, callbacks=[saves(place, name)], ckpt_path=str(file), contexts=CONTEXTS)
+
+
+def kept_features(place: Place) -> None:
+    """One process and two each fill a cache of their own."""
+    fit(place, "kept", data={"feature_cache": cache(place, place.world)}, epochs=1, warmup_epochs=0)
+
+
+def kept_features_again(place: Place) -> None:
+    """One process reads what two have filled."""
+    (index,) = (place.folder(2) / "cache").glob("features-*/index.bin")
+    before = index.read_bytes()
+    found = fit(place, "kept again", data={"feature_cache": cache(place, 2)}, epochs=1, warmup_epochs=0)
+    place.save("kept again", {**found, "index": (before, index.read_bytes())})
+
+
+def cache(place: Place, world: int) -> FeatureCache:
+    return FeatureCache(str(place.folder(world) / "cache"), strong_views=1)
+
+
+def labels_made_once(place: Place) -> None:
+    fit(place, "once", labeler=StackedProbes(), epochs=1, warmup_epochs=0)
+
+
+# Beside the paper's method with contexts, which is the whole run: settings of CBSAModule, or a network of its own.
+SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
+    "CBSA without contexts": {"num_contexts": 0},
+    "CBSA on labels alone": {"labeler": LabelledOnly()},
+    "CBSA without alignment": {"semantic_alignment": False, "target_prompts": False},
+    "CBSA with a frozen pool": {"num_contexts": 0, "train_pool": False},
+    "DualCoOp": partial(DualCoOp, prompt_length=2),
+    "DualCoOp++": partial(DualCoOpPlusPlus, prompt_length=2),
+    "SCPNet": partial(SCPNet, prompt_length=2, hidden=16),
+    "TaI": partial(TaI, prompt_length=2),
+    "ImageNet": partial(ImageNetNetwork, backbone="test_resnet", pretrained=None),
+    "ImageNet without batch norm": partial(ImageNetNetwork, backbone="test_efficientnet_ln", pretrained=None),
+}
+
+
+def system(place: Place, name: str) -> None:
+    """An epoch of each stage."""
+    made = SYSTEMS[name]
+    if isinstance(made, dict):
+        fit(place, name, epochs=2, **made)
+        return
+    torch.manual_seed(0)
+    network = made if made.func is ImageNetNetwork else partial(made, clip=str(place.clip))
+    fit(place, name, epochs=2, module=SSMLLModule(CLASSES, network, warmup_epochs=WARMUP, ema_decay=0.8, optimizer=sgd))
+
+
+BOTH: dict[str, Callable[[Place], None]] = {
+    "predictions": predictions,
+    "kept": kept_features,
+    "once": labels_made_once,
+    **{name: partial(system, name=name) for name in SYSTEMS},
+}
+PAIR = {"run": whole_run, "one to two": partial(moved, name="one to two", run="run", world=1, epoch=0), **BOTH}
+AFTER = {
+    "kept again": kept_features_again,
+    "two to one": partial(moved, name="two to one", run="run", world=2, epoch=0),
+    "one to two to one": partial(moved, name="one to two to one", run="one to two", world=2, epoch=1),
+}
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """All in float64, also losses and cosines, for which Lightning's "64-true" is not enough: they ask for float32.
+
+    A batch of another size is rounded otherwise. Whatever ties within rounding, a pseudo-label at its threshold or two
+    images of a ranking, could then differ between one process and two, and these tests are of the algorithm.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def work(place: Place, jobs: dict[str, Callable[[Place], None]]) -> None:
+    """Does all jobs; one that fails leaves its traceback, and the next one begins."""
+    for name, job in jobs.items():
+        try:
+            with double_precision():
+                job(place)
+        except Exception:
+            place.save(name, {"error": traceback.format_exc()})
+
+
+def process(rank: int, root: str, clip: Path, squares: Path) -> None:
+    """One of the two, under the variables that torchrun sets."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    torch.set_num_threads(1)
+    # Before Lightning does, for a short timeout: a process that fails alone would leave the other waiting for long.
+    meeting = {"init_method": f"file://{root}/meeting", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **meeting)
+    work(Place(Path(root), clip, squares, rank, 2), PAIR)
+    with suppress(RuntimeError):  # the other one may be gone
+        torch.distributed.destroy_process_group()
+
+
+def all_runs(root: Path, clip: Path, squares: Path) -> None:
+    """One process and two; the pair starts up while the one works."""
+    alone = Place(root, clip, squares)
+    work(alone, {"run": whole_run})  # first, since the pair goes on with its checkpoints
+    pair = torch.multiprocessing.start_processes(
+        process, (str(root), clip, squares), nprocs=2, join=False, start_method="spawn"
+    )
+    work(alone, BOTH)
+    while not pair.join():
+        pass
+    work(alone, AFTER)
