@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.lightning_cli import make_cli
+from cbsa_lightning.resuming import resumed
 from cbsa_lightning.tables import table
 
 
@@ -21,8 +26,19 @@ def main(args: Sequence[str] | None = None) -> Any:
         The LightningCLI of a run, or the file of a table.
     """
     words = list(sys.argv[1:] if args is None else args)
-    # LightningCLI knows the methods of a Trainer alone, so our own verb is taken out before it looks.
-    return table(words[1:]) if words[:1] == ["table"] else make_cli(None if args is None else words)
+    # LightningCLI knows the methods of a Trainer alone, so what is ours is taken out before it looks.
+    if words[:1] == ["table"]:
+        return table(words[1:])
+    run = resumed(words)
+    before = os.environ.get("WANDB_RUN_ID")
+    if run.wandb_id is not None:
+        os.environ["WANDB_RUN_ID"] = run.wandb_id  # which wandb takes where a logger names no id
+    try:
+        return make_cli(run.words, folder=run.folder)
+    finally:
+        if run.wandb_id is not None:
+            os.environ.pop("WANDB_RUN_ID")
+            os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
 
 
 def entry_point() -> None:
@@ -31,6 +47,9 @@ def entry_point() -> None:
         main()
     except CBSAError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except SIGTERMException:
+        print("Asked to end (SIGTERM): stopped between two steps; `cbsa fit --resume` goes on.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

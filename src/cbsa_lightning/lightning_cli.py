@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 import cbsa_lightning
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.comparison import compare
+from cbsa_lightning.config_files import check_configs
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.loggers import RunLogger
 from cbsa_lightning.module import SSMLLModule
+from cbsa_lightning.resuming import WANDB_ID
 
 
 class RunRecord(SaveConfigCallback):
@@ -42,6 +48,8 @@ class RunRecord(SaveConfigCallback):
                 import yaml
 
                 logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
+                if self._folder is not None:
+                    (Path(self._folder) / WANDB_ID).write_text(f"{logger.version}\n", encoding="utf-8")
         split = getattr(trainer.datamodule, "split", None)
         if split is not None and self._folder is not None:
             split.save(Path(self._folder) / "split.json", trainer.datamodule.train_table)
@@ -53,7 +61,26 @@ def _seed(everything: bool | int) -> int:
 
 
 class CBSACLI(LightningCLI):
-    """LightningCLI with classes taken from the data, and a comparison after the fit on request."""
+    """LightningCLI with classes taken from the data, and a comparison after the fit on request.
+
+    Args:
+        folder: Where a run is or goes on; None: where its logger says.
+    """
+
+    def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
+        self._folder = folder
+        super().__init__(*args, **kwargs)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Has the run's own folder written to, if it goes on there."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._folder is not None:
+            folder = self._folder
+            trainer.loggers = [
+                RunLogger.going_on(folder, logger) if isinstance(logger, CSVLogger) else logger
+                for logger in trainer.loggers
+            ]
+        return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what data and model share, and adds what every run leaves behind."""
@@ -86,6 +113,9 @@ class CBSACLI(LightningCLI):
         Where the configuration names a network, it must say the rest as well; Lightning would drop it.
         """
         subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path is not None and path not in ("best", "last", "hpc"):
+            read_checkpoint(path)  # Lightning reads it too, but does not say what is wrong with it
         model = self.config[subcommand].get("model") if subcommand else None
         if "network" not in ((model or {}).get("init_args") or {}):
             super()._parse_ckpt_path()
@@ -134,13 +164,18 @@ class CBSACLI(LightningCLI):
             compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
 
 
-def make_cli(args: ArgsType = None, run: bool = True) -> CBSACLI:
+def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None) -> CBSACLI:
     """Fits, validates, tests or predicts, as the first of ``args`` says.
 
     Args:
         args: Arguments instead of those of the process.
         run: False only builds Trainer, module and data; there is then no verb among ``args``.
+        folder: Where the run is or goes on; None: where its logger says.
+
+    Raises:
+        ConfigError: A configuration file that is no YAML mapping, or settings that do not fit.
     """
+    check_configs(sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)])
     with warnings.catch_warnings():
         # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
@@ -159,7 +194,7 @@ def make_cli(args: ArgsType = None, run: bool = True) -> CBSACLI:
                 "use_distributed_sampler": False,  # our samplers share the work themselves
                 "num_sanity_val_steps": 0,
                 "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "class_path": "cbsa_lightning.loggers.RunLogger",
                     "init_args": {"save_dir": "runs", "name": "cbsa"},
                 },
             },
@@ -167,4 +202,5 @@ def make_cli(args: ArgsType = None, run: bool = True) -> CBSACLI:
             parser_kwargs={"version": cbsa_lightning.__version__},
             args=args,
             run=run,
+            folder=folder,
         )

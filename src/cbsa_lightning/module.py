@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
 from cbsa_lightning.callbacks.contexts import UpdateContexts
@@ -20,6 +23,7 @@ from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.resume import ExactResume
 from cbsa_lightning.callbacks.stages import Stages
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
+from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
@@ -111,6 +115,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema = ParameterEMA(self.network, ema_decay)
+        # Every process makes the same averages, so DDP need not send them at each step; running statistics that are
+        # not synchronised are each process's own.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"ema.{name}" for name, _ in self.ema.named_buffers() if "__running_" not in name
+        ]
 
         num_classes = len(self.class_names)
         unset = torch.full((num_classes,), float("nan"))
@@ -129,6 +138,17 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self._skipped = 0  # steps in a row, up to the present one
         self._clock = self._paused = 0.0
         self._images = 0
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, but never runs code from the file; a URL is refused.
+
+        Raises:
+            CheckpointError: For a file that is damaged or foreign, or a URL.
+        """
+        if isinstance(checkpoint_path, (str, os.PathLike)):
+            read_checkpoint(checkpoint_path, ("state_dict", "hyper_parameters"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
 
     @property
     def stage(self) -> Stage:
@@ -176,6 +196,18 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.network.features(cast(Tensor, batch.images))
 
     # Training --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Warns where the number of processes would change the outcome."""
+        layers = [layer for layer in self.network.modules() if isinstance(layer, _BatchNorm)]
+        own = [
+            b for b in layers if b.weight is not None and b.weight.requires_grad and not isinstance(b, SyncBatchNorm)
+        ]
+        if self.trainer.world_size > 1 and own:
+            rank_zero_warn(
+                f"{len(own)} batch norms are trained on each process's own images, so the outcome depends on how many "
+                "processes there are; with plain ResNets, sync_batchnorm=True has them share (docs/several_gpus.md)."
+            )
 
     def on_train_start(self) -> None:
         """Starts the clock of a resumed epoch."""
@@ -266,7 +298,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.loss(logits, targets)
 
     def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
-        """Images of this step a process: shares differ by one at most; divided by their mean, gradients average right.
+        """Images of this step a process: shares differ by two at most; divided by their mean, gradients average right.
 
         A number where there is one process, since a tensor of it would make the device wait for the host.
         """

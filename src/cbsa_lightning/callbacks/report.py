@@ -90,8 +90,11 @@ class RunReport(L.Callback):
             if wanted(name):
                 self.history.setdefault(name, {})[trainer.current_epoch] = float(value)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the validation images with all processes; the first one writes."""
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Scores the validation images with all processes; the first one writes.
+
+        Here and not at the end of training, which a run that was stopped right before it and is resumed never reaches.
+        """
         folder = self._folder(trainer)
         if folder is None:
             return

@@ -70,7 +70,7 @@ class ExactResume(L.Callback):
             # After an epoch is over; Lightning would take the next one for begun and empty.
             for part in ("total", "current"):
                 epoch[part]["completed"] = max(0, epoch[part]["completed"] - 1)
-        elif epoch["total"]["ready"]:
+        elif trainer._results is not None:  # else it is over, and nothing is left to log
             # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
             figures = {name: float(value) for name, value in connector.metrics["log"].items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
@@ -105,17 +105,28 @@ class ExactResume(L.Callback):
         if not kept:  # a checkpoint of an earlier version, written at an epoch's end
             return
         stage, steps = kept["stage"]
-        _check_length(stage, steps, trainer, pl_module)
+        begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
+        if not begins:
+            _check_length(stage, steps, trainer, pl_module)
         _log_again(kept["figures"], trainer, pl_module)
         metrics = {name: torch.tensor(value) for name, value in kept["callback_metrics"].items()}
         trainer._logger_connector._callback_metrics.update(metrics)
-        if kept["unlogged"] is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
-                logger.save()
+        _log_rest(kept, trainer)
         parameters = dict(pl_module.named_parameters())
         for name, gradient in kept["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name])
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """After a run that was over already, whose training never started."""
+        _log_rest(self._restored, trainer)
+        self._restored = {}
+
+
+def _log_rest(kept: dict[str, Any], trainer: Any) -> None:
+    if kept.get("unlogged") is not None:
+        for logger in trainer.loggers:
+            logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
+            logger.save()
 
 
 def _settle(loops: dict[str, Any], trainer: Any) -> None:

@@ -431,7 +431,7 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
         """Images held out from the labelled ones if any were, else the test images."""
-        return self._eval_loader(*self._evaluated())
+        return self._eval_loader(*self._enough(*self._evaluated()))
 
     def val_images(self) -> DataLoader[EvalBatch]:
         """The images of :meth:`val_dataloader` themselves, also where features of them are kept."""
@@ -440,7 +440,16 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
         """The source's test images, or the held-out ones where it has none."""
-        return self._eval_loader(*(self._evaluated() if self.test_table is None else self._tested()))
+        return self._eval_loader(*self._enough(*(self._evaluated() if self.test_table is None else self._tested())))
+
+    def _enough(self, part: str, table: AnnotationTable, images: Images) -> tuple[str, AnnotationTable, Images]:
+        """Refuses fewer images than processes, on all of them alike: those without one would have the others wait."""
+        if len(table) < (processes := self._ranks()["world_size"]):
+            raise ConfigError(
+                f"{len(table)} {part.replace('_', '-')} image(s) for {processes} processes: each needs one. Use fewer "
+                "processes, or more images to measure on."
+            )
+        return part, table, images
 
     def predict_table(self) -> AnnotationTable:
         """The images of ``predict``, all labels unknown."""

@@ -1,0 +1,293 @@
+"""From a checkpoint of any moment a run goes on as if it had never stopped; finding runs and checkpoints again."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import shutil
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from cbsa_lightning import cli
+from cbsa_lightning.checkpoint_files import SOURCE, TORN, newest_checkpoint, read_checkpoint
+from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
+from cbsa_lightning.loggers import MetricsFile, RunLogger
+from cbsa_lightning.resuming import resumed
+from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+class Record(Logger):
+    """Keeps what is logged."""
+
+    name = version = "record"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, {k: float(v) for k, v in metrics.items() if not k.startswith("time/")}))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+class SaveAlways(Checkpoint):
+    """Writes a checkpoint wherever Lightning's own callback may write one."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, []
+
+    def save(self, trainer, where, logger):
+        file = self.folder / f"{len(self.files):02d}-{where}-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(file)
+        self.files.append((file, len(logger.rows)))
+
+    def on_train_batch_end(self, trainer, *_):
+        self.save(trainer, "batch", trainer.logger)
+
+    def on_validation_end(self, trainer, *_):
+        self.save(trainer, "validation", trainer.logger)
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.save(trainer, "epoch", trainer.logger)
+
+
+class Steps(L.Callback):
+    """Which images each step had."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx, *batch.index.tolist()))
+
+
+def run(folder, clip, squares, *callbacks, ckpt_path=None, data=None, **settings):
+    record, steps = Record(), Steps()
+    settings = {"logger": record, "callbacks": [steps, *callbacks], "enable_checkpointing": bool(callbacks), **settings}
+    module, trainer = tiny_fit(
+        folder, clip, squares, max_epochs=3, trainer=settings, ckpt_path=ckpt_path and str(ckpt_path), data=data
+    )
+    state = dict(module.state_dict(), pseudo_labels=module.pseudo_labels, context_targets=module.context_targets)
+    moments = trainer.optimizers[0].state_dict()["state"]
+    state |= {f"optimizer.{i}.{name}": value for i, found in moments.items() for name, value in found.items()}
+    return {k: v.clone() for k, v in state.items()}, record.rows, steps.batches
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"val_check_interval": 0.5, "accumulate_grad_batches": 3},
+        pytest.param({"val_check_interval": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"check_val_every_n_epoch": 2}, marks=pytest.mark.slow),
+        pytest.param({"limit_val_batches": 0}, marks=pytest.mark.slow),
+        pytest.param({"accumulate_grad_batches": 2}, marks=pytest.mark.slow),
+        pytest.param({"limit_train_batches": 3}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        pytest.param({"data": {"num_workers": 2}}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder, squares, settings):
+    """Weights, average, thresholds, partition, labels, optimiser; every batch; every row of figures, lost or not."""
+    saves = SaveAlways(tmp_path)
+    state, rows, batches = run(tmp_path, clip_folder, squares, saves, **settings)
+    assert len(saves.files) > 10
+    for file, logged in saves.files:
+        again, more, rest = run(tmp_path, clip_folder, squares, ckpt_path=file, **settings)
+        assert again.keys() == state.keys(), file.name
+        assert differences(state, again) == [], file.name
+        assert rest == batches[len(batches) - len(rest) :], file.name
+        # What was logged before the checkpoint and what is logged after it are all rows: none is lost in between.
+        assert more == rows[len(rows) - len(more) :], file.name
+        assert logged + len(more) >= len(rows), file.name
+
+
+def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows(tmp_path, clip_folder, squares):
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* now it has 8"):
+        tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, ckpt_path=str(tmp_path / "end.ckpt"))
+    _, again = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
+    assert again.global_step == trainer.global_step  # nothing left to do, and nothing done
+
+
+def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
+    class Ask(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                signal.raise_signal(signal.SIGTERM)
+
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    plain, *_ = run(tmp_path, clip_folder, squares)
+    keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    with pytest.raises(SIGTERMException):
+        run(tmp_path, clip_folder, squares, keep, Ask())
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 3)
+    again, *_ = run(tmp_path, clip_folder, squares, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert differences(plain, again) == []
+
+
+def test_a_checkpoint_from_the_midst_of_a_step_is_not_taken(tmp_path, clip_folder, squares):
+    module, trainer = tiny_module(clip_folder), tiny_trainer(tmp_path)
+
+    def save(optimizer):  # Lightning asks the module after the callbacks
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    module.on_before_optimizer_step = save
+    trainer.fit(module, datamodule=tiny_data(squares))
+    with pytest.raises(CheckpointError, match=r"within.ckpt was written in the midst of an optimiser step"):
+        read_checkpoint(tmp_path / "within.ckpt")
+
+
+# Files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, clip_folder, squares):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    _, trainer = tiny_fit(folder, clip_folder, squares, max_epochs=2)
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+def test_every_changed_byte_of_the_content_is_noticed(tmp_path, checkpoint):
+    whole = checkpoint.read_bytes()
+    content = read_checkpoint(checkpoint)
+    file, unnoticed = tmp_path / "changed.ckpt", 0
+    for place in range(70, len(whole), len(whole) // 60):
+        changed = bytearray(whole)
+        changed[place] ^= 0x10
+        file.write_bytes(bytes(changed))
+        with contextlib.suppress(CheckpointError):  # bytes that fill up to the next 64th are nobody's
+            assert differences(read_checkpoint(file)["state_dict"], content["state_dict"]) == []
+            unnoticed += 1
+    assert unnoticed < 20
+    for size in range(0, len(whole), len(whole) // 40):
+        file.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"changed\.ckpt"):
+            read_checkpoint(file)
+
+
+def test_every_checkpoint_is_data(checkpoint):
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+    assert read_checkpoint(checkpoint)[SOURCE] == str(checkpoint)
+
+
+def test_urls_are_refused(clip_folder, squares, tmp_path):
+    for ask in (
+        lambda url: read_checkpoint(url),
+        lambda url: type(tiny_module(clip_folder)).load_from_checkpoint(url),
+        lambda url: tiny_trainer(tmp_path).fit(tiny_module(clip_folder), datamodule=tiny_data(squares), ckpt_path=url),
+    ):
+        with pytest.raises(CheckpointError, match=r"http://localhost:1/x.ckpt: .* local files only"):
+            ask("http://localhost:1/x.ckpt")
+
+
+def test_the_newest_whole_checkpoint(tmp_path, checkpoint):
+    assert newest_checkpoint(tmp_path) is None
+    content = torch.load(checkpoint, weights_only=True)
+    for name, step, torn in (("a", 5, False), ("b", 9, False), ("c", 12, True)):
+        torch.save({**content, "global_step": step, TORN: torn}, tmp_path / f"{name}.ckpt")
+    torch.save({**content, "global_step": 40}, tmp_path / ".draft.ckpt")
+    (tmp_path / "d.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-100])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.warns(UserWarning, match="Passed over") as warned:
+        assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
+    told = " ".join(str(w.message) for w in warned)
+    assert all(name in told for name in ("c.ckpt", "d.ckpt", "foreign.ckpt"))
+
+
+def test_a_metrics_file_goes_on(tmp_path):
+    rows = [(0, {"epoch": 0, "val/mAP": 0.5}), (0, {"epoch": 0, "train/loss": 2.0}), (4, {"epoch": 1, "val/mAP": 0.6})]
+
+    def log(file, rows):
+        for step, row in rows:
+            file.log_metrics(row, step)
+            file.save()
+
+    log(MetricsFile(tmp_path), rows)
+    whole = (tmp_path / "metrics.csv").read_text()
+    # It was cut off after a later step; and from the checkpoint of step 0 the last row is logged once more.
+    log(MetricsFile(tmp_path), [(8, {"epoch": 2, "val/mAP": 9.0})])
+    log(MetricsFile(tmp_path), rows[1:])
+    assert (tmp_path / "metrics.csv").read_text() == whole
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "4"]
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"metrics.csv: is no table of metrics"):
+        MetricsFile(tmp_path)
+
+
+def test_a_logger_goes_on_in_its_folder(tmp_path):
+    plain = CSVLogger(tmp_path / "runs", "cbsa")
+    assert RunLogger.going_on(tmp_path / "runs" / "cbsa" / "version_3", plain).log_dir == str(
+        tmp_path / "runs" / "cbsa" / "version_3"
+    )
+    moved = RunLogger.going_on(tmp_path / "elsewhere" / "mine", plain)
+    assert Path(moved.log_dir) == tmp_path / "elsewhere" / "mine"
+
+
+def make_run(folder, checkpoint):
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}\n")
+    shutil.copy(checkpoint, folder / "checkpoints" / "last.ckpt")
+
+
+def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resumed(["fit", "--config", "x"]) == (["fit", "--config", "x"], None, None)
+    with pytest.raises(ConfigError, match="runs holds no run"):
+        resumed(["fit", "--resume"])
+    make_run(Path("runs/cbsa/version_0"), checkpoint)
+    make_run(Path("runs/cbsa/version_1"), checkpoint)
+    (tmp_path / "runs/cbsa/version_0/wandb_id.txt").write_text("abc\n")
+    first, second = Path("runs/cbsa/version_0"), Path("runs/cbsa/version_1")
+    expected = ["fit", f"--config={second}/config.yaml", f"--ckpt_path={second}/checkpoints/last.ckpt"]
+    assert resumed(["fit", "--resume"]) == (expected, second, None)
+    for words in (["--resume", str(first)], [f"--resume={first}"]):
+        found = resumed(["fit", *words, "--trainer.devices=2"])
+        assert found.folder == first
+        assert found.wandb_id == "abc"
+        assert "--trainer.devices=2" in found.words
+        assert not any("resume" in word for word in found.words)
+    # With a configuration the same words begin a run and go on with it.
+    assert resumed(["fit", "--config=x", "--resume=new"]) == (["fit", "--config=x"], Path("new"), None)
+    assert resumed(["fit", "--config=x", f"--resume={second}"]).words[-1].startswith("--ckpt_path=")
+    for words, message in (
+        (["fit", "--config=x", "--resume"], "say which run"),
+        (["test", "--resume", str(first)], "goes with `cbsa fit` only"),
+        (["fit", "--resume", str(first), "--ckpt_path=y"], "leave out --ckpt_path"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resumed(words)
+
+
+def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):
+    for name, content, message in (
+        ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line 1"),
+        ("b.yaml", "5", r"b\.yaml: must map settings"),
+        ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml: cannot be read as YAML .*utf-8"),
+    ):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(ConfigError, match=message):
+            cli.main(["fit", "--config", str(tmp_path / name)])
+    with pytest.raises(ConfigError, match=r"d\.yaml: there is no such"):
+        cli.main(["fit", f"--config={tmp_path / 'd.yaml'}"])
