@@ -147,11 +147,13 @@ def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
 def test_a_checkpoint_from_the_midst_of_a_step_is_not_taken(tmp_path, clip_folder, squares):
     module, trainer = tiny_module(clip_folder), tiny_trainer(tmp_path)
 
-    def save(optimizer):  # Lightning asks the module after the callbacks
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(tmp_path / "within.ckpt")
+    update = module.ema.update
 
-    module.on_before_optimizer_step = save
+    def save(network):  # the weights have made a step, the average has not
+        trainer.save_checkpoint(tmp_path / "within.ckpt")
+        update(network)
+
+    module.ema.update = save
     trainer.fit(module, datamodule=tiny_data(squares))
     with pytest.raises(CheckpointError, match=r"within.ckpt was written in the midst of an optimiser step"):
         read_checkpoint(tmp_path / "within.ckpt")

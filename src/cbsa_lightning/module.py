@@ -134,6 +134,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
         self._text: dict[str, Any] = {}
+        self.updating = False  # weights and average are between two steps: a checkpoint of them would be torn
         self.max_skipped_steps = max_skipped_steps
         self._skipped = 0  # steps in a row, up to the present one
         self._clock = self._paused = 0.0
@@ -285,6 +286,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the gradients from a step that is left out."""
+        self.updating = True
         if self._skipped and not self._scaled:
             optimizer.zero_grad(set_to_none=True)
 
@@ -312,6 +314,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.current_epoch >= self.warmup_epochs and not self._skipped:
             self.ema.update(self.network)
+        self.updating = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs after an epoch's last step what an image cost, loading included, validation and threshold pass not.

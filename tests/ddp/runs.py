@@ -72,7 +72,8 @@ class Place:
 class Record(L.Callback):
     """Keeps what this process has: tables at each epoch's first step, each step's loss, each epoch's figures."""
 
-    def __init__(self):
+    def __init__(self, within: Path | None = None):
+        self.within = within  # where to keep a checkpoint from within the second epoch
         self.found: dict[str, Any] = {"tables": [], "steps": [], "epochs": [], "gradients": [], "wrapped": None}
 
     def setup(self, trainer, module, stage):
@@ -121,6 +122,8 @@ class Record(L.Callback):
         if batch.images is not None:
             step["images"] = batch.images
         self.found["steps"].append(step)
+        if self.within is not None and (trainer.current_epoch, batch_idx) == (1, 1):
+            trainer.save_checkpoint(self.within)
 
     def on_train_epoch_end(self, trainer, module):
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -136,11 +139,22 @@ def strategy(place: Place) -> dict[str, Any]:
     return {"strategy": "ddp", "devices": place.world} if place.world > 1 else {}
 
 
-def fit(place: Place, name: str, *, module=None, epochs=EPOCHS, data=None, callbacks=(), ckpt_path=None, **settings):
+def fit(
+    place: Place,
+    name: str,
+    *,
+    module=None,
+    epochs=EPOCHS,
+    data=None,
+    callbacks=(),
+    ckpt_path=None,
+    within=None,
+    **settings,
+):
     """A run in float64, with the plain gradient step: Adam's would make of rounding a step of full size."""
     settings = {"warmup_epochs": WARMUP, "decoder_dropout": 0.0, "optimizer": sgd, **settings}
     module = module if module is not None else tiny_module(place.clip, **settings)
-    record = Record()
+    record = Record(within)
     trainer = tiny_trainer(
         place.folder(),
         epochs,
@@ -161,7 +175,8 @@ def sgd(groups):
 
 def whole_run(place: Place) -> None:
     """The paper's method, a checkpoint an epoch."""
-    fit(place, "run", callbacks=[saves(place, "run")], contexts=CONTEXTS)
+    within = place.folder() / "run" / "within.ckpt"
+    fit(place, "run", callbacks=[saves(place, "run")], contexts=CONTEXTS, within=within)
 
 
 def predictions(place: Place) -> None:
@@ -178,9 +193,9 @@ def saves(place: Place, name: str) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=place.folder() / name, filename="{epoch}", save_top_k=-1)
 
 
-def moved(place: Place, name: str, run: str, world: int, epoch: int) -> None:
-    """Goes on with a checkpoint that ``world`` processes wrote after an epoch of a run."""
-    file = place.folder(world) / run / f"epoch={epoch}.ckpt"
+def moved(place: Place, name: str, run: str, world: int, checkpoint: str) -> None:
+    """Goes on with a checkpoint that ``world`` processes wrote after or within an epoch of a run."""
+    file = place.folder(world) / run / f"{checkpoint}.ckpt"
     fit(place, name, callbacks=[saves(place, name)], ckpt_path=str(file), contexts=CONTEXTS)
 
 
@@ -237,11 +252,17 @@ BOTH: dict[str, Callable[[Place], None]] = {
     "once": labels_made_once,
     **{name: partial(system, name=name) for name in SYSTEMS},
 }
-PAIR = {"run": whole_run, "one to two": partial(moved, name="one to two", run="run", world=1, epoch=0), **BOTH}
+PAIR = {
+    "run": whole_run,
+    "one to two within": partial(moved, name="one to two within", run="run", world=1, checkpoint="within"),
+    "one to two": partial(moved, name="one to two", run="run", world=1, checkpoint="epoch=0"),
+    **BOTH,
+}
 AFTER = {
     "kept again": kept_features_again,
-    "two to one": partial(moved, name="two to one", run="run", world=2, epoch=0),
-    "one to two to one": partial(moved, name="one to two to one", run="one to two", world=2, epoch=1),
+    "two to one": partial(moved, name="two to one", run="run", world=2, checkpoint="epoch=0"),
+    "two to one within": partial(moved, name="two to one within", run="run", world=2, checkpoint="within"),
+    "one to two to one": partial(moved, name="one to two to one", run="one to two", world=2, checkpoint="epoch=1"),
 }
 
 

@@ -180,6 +180,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(root, read, name,
     assert any("momentum_buffer" in state for state in ends[0]["optimizer_states"][0]["state"].values())
 
 
+@pytest.mark.parametrize(("name", "world"), [("one to two within", 2), ("two to one within", 1)])
+def test_a_checkpoint_from_within_an_epoch_goes_on_with_another_number_of_processes(root, read, name, world):
+    """Figures too, which are means over steps before and after it."""
+    whole = read("run", 1)
+    for rank in range(world):
+        run = read(name, world, rank)
+        assert len(run["steps"]) == len(whole["steps"]) - 4  # two of the warm-up, two of the epoch
+        same_run(run, {"tables": whole["tables"][-1:], "epochs": whole["epochs"][-2:]})
+
+
 def test_checkpoints_of_one_process_and_of_two_are_the_same(root, both):
     both("run")
     for epoch in range(runs.EPOCHS):

@@ -22,6 +22,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.files import replacing
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.pictures import (
     attention_gallery,
@@ -107,8 +108,8 @@ class RunReport(L.Callback):
         files = {}
         for name, figure in self._pictures(trainer, pl_module, found):
             files[name] = folder / "pictures" / f"{name}.png"
-            files[name].parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(files[name], dpi=110)
+            with replacing(files[name]) as draft:
+                figure.savefig(draft, dpi=110)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _to_wandb(logger, names, files, found)

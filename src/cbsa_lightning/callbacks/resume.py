@@ -29,7 +29,6 @@ class ExactResume(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._updating = False
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -39,19 +38,11 @@ class ExactResume(L.Callback):
 
     # Saving ----------------------------------------------------------------------------------------------------
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """From now on weights, average and schedule may disagree with each other."""
-        self._updating = True
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Now they agree again; runs before a checkpoint is written here."""
-        self._updating = False
-
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Runs on all processes."""
         if trainer.state.fn != "fit":
             return
-        checkpoint[TORN] = self._updating
+        checkpoint[TORN] = pl_module.updating
         loops = checkpoint["loops"]["fit_loop"]
         epoch = loops["epoch_progress"]
         connector = trainer._logger_connector
@@ -95,7 +86,7 @@ class ExactResume(L.Callback):
         Raises:
             CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
         """
-        self._updating = False
+        pl_module.updating = False
         if trainer.ckpt_path is None:
             return
         # Lightning asked for a loader before it read epoch and place from the checkpoint.
@@ -179,7 +170,7 @@ def _figures(trainer: Any) -> list[dict[str, Any]]:
             {
                 **{key: getattr(meta, key) for key in ("fx", "name", "prog_bar", "logger", "on_step")},
                 "reduce_fx": meta.reduce_fx.__name__,
-                "sync_dist": meta.sync.should,
+                "sync_dist": meta.sync.should if trainer.world_size > 1 else None,  # Lightning forgets it for one
                 "value": trainer.strategy.reduce(metric.value.detach().clone(), reduce_op="mean").cpu(),
                 "weight": None if mean is None else trainer.strategy.reduce(mean.double(), reduce_op="mean").cpu(),
             }
@@ -192,7 +183,9 @@ def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> N
     if figures:
         trainer._logger_connector._first_loop_iter = True  # else the first step would begin the figures anew
     for figure in figures:
-        settings = {key: figure[key] for key in ("prog_bar", "logger", "on_step", "reduce_fx", "sync_dist")}
+        settings = {key: figure[key] for key in ("prog_bar", "logger", "on_step", "reduce_fx")}
+        sync = figure["fx"] == "training_step" if figure["sync_dist"] is None else figure["sync_dist"]
+        settings["sync_dist"] = sync and trainer.world_size > 1
         value = figure["value"].to(pl_module.device)
         results.log(figure["fx"], figure["name"], value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **settings)
         metric = results[f"{figure['fx']}.{figure['name']}"]
