@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder,
         # What was logged before the checkpoint and what is logged after it are all rows: none is lost in between.
         assert more == rows[len(rows) - len(more) :], file.name
         assert logged + len(more) >= len(rows), file.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
+def test_from_every_checkpoint_on_a_gpu(tmp_path, clip_folder, squares, precision):
+    """Its kernels need not give the same bits twice, so to rounding; the scale of gradients is part of a checkpoint."""
+    saves, settings = SaveAlways(tmp_path), {"accelerator": "gpu", "devices": 1, "precision": precision}
+    state, _, batches = run(tmp_path, clip_folder, squares, saves, **settings)
+    for file, _ in saves.files[::3]:
+        again, _, rest = run(tmp_path, clip_folder, squares, ckpt_path=file, **settings)
+        assert rest == batches[len(batches) - len(rest) :], file.name
+        print(file.name, len(differences(state, again)), "differ in bits")
+        weights = {k: v.float() for k, v in state.items() if k.startswith(("network.", "ema.average"))}
+        torch.testing.assert_close({k: again[k].float() for k in weights}, weights, atol=1e-2, rtol=1e-2)
 
 
 def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows(tmp_path, clip_folder, squares):
@@ -280,6 +296,19 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             resumed(words)
+
+
+def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "make_cli", lambda words, folder: seen.append((folder, os.environ.get("WANDB_RUN_ID"))))
+    make_run(tmp_path / "run", checkpoint)
+    cli.main(["fit", f"--resume={tmp_path / 'run'}"])
+    (tmp_path / "run" / "wandb_id.txt").write_text("abc\n")
+    cli.main(["fit", f"--resume={tmp_path / 'run'}"])
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    cli.main(["fit", f"--resume={tmp_path / 'run'}"])
+    assert seen == [(tmp_path / "run", None), (tmp_path / "run", "abc"), (tmp_path / "run", "abc")]
+    assert os.environ["WANDB_RUN_ID"] == "mine"
 
 
 def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from killing import POLICIES, command, fit, in_a_process, left_behind, unlike, words_of
+from killing import CONFIGS, POLICIES, command, fit, in_a_process, left_behind, unlike, words_of
 
 from cbsa_lightning.checkpoint_files import newest_checkpoint
 from tiny_data import Squares
@@ -177,3 +177,15 @@ def test_the_command_killed_and_resumed(tmp_path, clip_folder):
         again = ["fit", f"--resume={run}"] if newest_checkpoint(run) else [*words, f"--resume={run}"]
         assert in_a_process(partial(command, again, run), log) == 0, log.read_text()
         assert unlike(expected, left_behind(run)) == [], sent
+
+
+def test_the_wandb_run_goes_on_under_its_id(tmp_path, clip_folder):
+    words = [*words_of(tmp_path, clip_folder), f"--config={CONFIGS / 'loggers' / 'wandb.yaml'}"]
+    words += [f"--trainer.logger+.init_args.save_dir={tmp_path}"]  # of the last one, W&B's
+    log, run = tmp_path / "log", tmp_path / "run"
+    os.environ["WANDB_MODE"] = "offline"
+    for again in ([*words, f"--resume={run}"], ["fit", f"--resume={run}"]):
+        assert in_a_process(partial(command, again, run), log) == 0, log.read_text()
+    (first, second) = sorted(tmp_path.rglob("offline-run-*"))
+    noted = (run / "wandb_id.txt").read_text().strip()
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == noted
