@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.files import replacing
+from cbsa_lightning.files import replacing, writing
 from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.recipes import Cell, Settings
 
@@ -41,7 +41,9 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
         Whether it is finished now.
     """
     folder = out / cell.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):  # said here, since what a lock raises says nothing of the remedy
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
     try:
         with FileLock(folder / ".lock", timeout=0):
             if result_of(cell, out) is None:

@@ -29,6 +29,22 @@ class NotFiniteError(CBSAError, ArithmeticError):
     """A loss, score or weight that is NaN or infinite: training has diverged."""
 
 
+class OutputError(CBSAError, OSError):
+    """A file that the system refuses to write: a full disk, or a folder that is read-only.
+
+    Args:
+        errno: The system's number of the reason, or None.
+        strerror: The system's words for it.
+        filename: The file; what it was before, it still is.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename}: cannot be written ({self.strerror}). What was there before is untouched. Make room, or "
+            "choose a folder that can be written to, then start again; `cbsa fit --resume` goes on with a run."
+        )
+
+
 def listed(items: Iterable[object], limit: int = 20) -> str:
     """Joins ``items`` for a message: at most ``limit`` of them, then how many more there are."""
     texts = [str(item) for item in items]

@@ -25,6 +25,7 @@ from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import CBSAError
+from cbsa_lightning.files import replacing
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.loggers import RunLogger
@@ -43,16 +44,22 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Runs on the first process."""
         plain = self.parser.dump(self.config, skip_none=False)
+        folder = None if self._folder is None else Path(self._folder)
+        if folder is not None:  # not by Lightning, which would leave a resumed run half a file on a full disk
+            with replacing(folder / self.config_filename) as draft:
+                draft.write_text(plain, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 import yaml
 
                 logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
-                if self._folder is not None:
-                    (Path(self._folder) / WANDB_ID).write_text(f"{logger.version}\n", encoding="utf-8")
+                if folder is not None:
+                    with replacing(folder / WANDB_ID) as draft:
+                        draft.write_text(f"{logger.version}\n", encoding="utf-8")
         split = getattr(trainer.datamodule, "split", None)
-        if split is not None and self._folder is not None:
-            split.save(Path(self._folder) / "split.json", trainer.datamodule.train_table)
+        if split is not None and folder is not None:
+            with replacing(folder / "split.json") as draft:
+                split.save(draft, trainer.datamodule.train_table)
 
 
 def _seed(everything: bool | int) -> int:
@@ -188,7 +195,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
             SSMLLDataModule,
             subclass_mode_model=True,
             save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=1,
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers share the work themselves

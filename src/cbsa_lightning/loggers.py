@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
-from cbsa_lightning.errors import DataError
-from cbsa_lightning.files import replacing
+from cbsa_lightning.errors import DataError, OutputError
+from cbsa_lightning.files import replacing, writing
 
 
 class MetricsFile:
@@ -65,8 +65,8 @@ class MetricsFile:
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Writes ``hparams.yaml``."""
         self.hparams.update(params)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_hparams_to_yaml(str(self.folder / "hparams.yaml"), self.hparams)
+        with replacing(self.folder / "hparams.yaml") as draft:
+            save_hparams_to_yaml(str(draft), self.hparams)
 
     def save(self) -> None:
         """Writes the file."""
@@ -86,9 +86,20 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         """The file, for the first process."""
         if self._experiment is None:
-            os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = MetricsFile(Path(self.log_dir))  # type: ignore[assignment]
+            folder = Path(self.log_dir)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._experiment = MetricsFile(folder)  # type: ignore[assignment]
         return self._experiment
+
+    def finalize(self, status: str) -> None:
+        """Writes the file; where a run has failed and this fails too, the error stays that of the run."""
+        try:
+            super().finalize(status)
+        except OutputError as error:
+            if status == "success":
+                raise
+            rank_zero_warn(str(error))
 
     @classmethod
     def going_on(cls, folder: Path, logger: CSVLogger) -> RunLogger:

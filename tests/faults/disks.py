@@ -1,0 +1,121 @@
+"""Disks that are full or read-only, and what is told about them."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cbsa_lightning import cli, files
+
+BALLAST = "ballast"
+
+
+def _system(*words: str) -> None:
+    """Runs a command of the system, or skips the test where it is refused: a mount needs rights."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"{words[0]}: {error}")
+    if done.returncode:
+        pytest.skip(f"{' '.join(words[:1])} is refused here: {done.stderr.strip()}")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str = "64m") -> Iterator[Path]:
+    """A file system of a few bytes at ``folder``."""
+    folder.mkdir(parents=True)
+    _system("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[Path]:
+    """A folder in which nobody may write, root neither."""
+    _system("mount", "--bind", str(folder), str(folder))
+    try:
+        _system("mount", "-o", "remount,bind,ro", str(folder))
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, left: int = 0) -> None:
+    """Leaves only some bytes free on a disk."""
+    with (disk / BALLAST).open("wb") as file:
+        file.write(b"\0" * max(shutil.disk_usage(disk).free - left, 0))
+
+
+def make_room(disk: Path) -> None:
+    """Undoes :func:`fill`."""
+    (disk / BALLAST).unlink()
+
+
+@contextmanager
+def short_files(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond ``size`` bytes; Python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but the ballast."""
+    found = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != BALLAST)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
+
+def filling_at(disk: Path, name: str, time: int, do: Callable[[], None]) -> Callable[[], None]:
+    """``do``, on a disk that becomes full right before a file is written for the ``time``-th time.
+
+    For a process of its own: it is not undone.
+    """
+    plain, seen = files.writing, []
+
+    def writing(path: Path):
+        if path.name == name:
+            seen.append(path)
+            if len(seen) == time:
+                fill(disk)
+        return plain(path)
+
+    def patched() -> None:
+        files.writing = writing
+        do()
+
+    return patched
+
+
+def typed(words: Sequence[str]) -> None:
+    """The `cbsa` command as from a shell."""
+    sys.argv = ["cbsa", *words]
+    try:
+        cli.entry_point()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # which Python prints when it ends
+            print(stop.code, file=sys.stderr)
+        if stop.code:
+            raise
+
+
+def told(log: Path, name: str, reason: str = "No space left on device") -> str:
+    """The sentence with which a command ended, on the file ``name``; empties the log."""
+    text = log.read_text()
+    log.write_text("")
+    assert "Traceback" not in text, text
+    sentence = text.strip().splitlines()[-1]
+    for part in ("Error: ", f"{name}", reason, "oom"):
+        assert part in sentence, f"{part!r} is not in: {text}"
+    return sentence
