@@ -1,12 +1,16 @@
 """Numbers that are NaN or infinite: noticed within the step, named, stopped or left out; nothing learns from them."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
 
+from cbsa_lightning import SSMLLModule
 from cbsa_lightning.errors import NotFiniteError
 from cbsa_lightning.finite import all_finite, not_finite, refuse_scores, rows_not_finite
 from cbsa_lightning.inference import Classifier
+from cbsa_lightning.networks.resnet import ImageNetNetwork
 from tiny_data import CLASSES, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
 
@@ -110,6 +114,52 @@ def check_a_step_left_out(tmp_path, clip_folder, squares, accumulate, **settings
     assert trainer.state.finished
     assert not not_finite(module.state_dict() | {k: torch.zeros(1) for k in ("tau_pos", "tau_neg", "cut")})
     assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
+    network = partial(ImageNetNetwork, backbone="test_resnet", pretrained=None)
+    torch.manual_seed(0)
+    module = SSMLLModule(CLASSES, network, warmup_epochs=1, max_skipped_steps=1)
+    plain, seen = module.network.forward, []
+
+    def forward(features, *args, **kwargs):
+        if module.training and module.trainer.global_step == 1 and not seen:
+            seen.append({k: v.clone() for k, v in module.network.named_buffers() if "running" in k})
+            features = torch.full_like(features.float(), float("nan"))
+            plain(features)  # moves them
+            output = plain(features)
+            return output
+        return plain(features, *args, **kwargs)
+
+    class Compare(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 2:
+                now = dict(module.network.named_buffers())
+                assert all(torch.equal(now[k], v) for k, v in seen[0].items())
+                seen.append(True)
+
+    module.network.forward = forward
+    with pytest.warns(UserWarning, match="left out"):
+        tiny_trainer(tmp_path, callbacks=[Compare()]).fit(module, datamodule=tiny_data(squares))
+    assert seen[1:] == [True]
+
+
+def test_a_bad_batch_takes_its_whole_step_out(tmp_path, clip_folder, squares):
+    """The first of two batches of a step: the good one after it is not half a step."""
+
+    class Compare(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                self.before = {k: v.clone() for k, v in module.state_dict().items()}
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                assert differences(self.before, module.state_dict()) == []
+                self.compared = True
+
+    poison, compare = Poison("logits", {(1, 0)}), Compare()
+    settings = {"callbacks": [poison, compare], "accumulate_grad_batches": 2}
+    with pytest.warns(UserWarning, match="left out"):
+        tiny_fit(tmp_path, clip_folder, squares, trainer=settings, max_skipped_steps=1)
+    assert compare.compared
 
 
 def test_more_in_a_row_than_allowed_stop_it(tmp_path, clip_folder, squares):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cbsa_lightning import predictions
 from cbsa_lightning.callbacks.predictions import WritePredictions, gather
 from cbsa_lightning.cbsa import CBSAModule
 from cbsa_lightning.data.annotations import AnnotationTable
@@ -19,8 +21,8 @@ from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.views import PlainView
-from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.predictions import in_table_order, write_predictions
+from cbsa_lightning.errors import ConfigError, DataError, OutputError
+from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
 from tiny_clip import tiny_clip
 
 NAMES = ("cat", "dog, brown", 'a "quoted" one')
@@ -77,6 +79,50 @@ def test_nothing_is_left_when_it_cannot_be_written(tmp_path):
 def test_what_could_not_be_written_is_refused(tmp_path, name, classes, message):
     with pytest.raises(ConfigError, match=message):
         write_predictions(tmp_path / name, table(tmp_path), classes, SCORES, LABELS)
+
+
+def test_places_where_no_file_can_be_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for place, message in (
+        ("folder.csv", "is a folder"),
+        ("file/out.csv", "below .*file, which is no folder to write in"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            check_output(tmp_path / place, NAMES)
+        assert str(tmp_path / place) in str(error.value)
+    check_output(tmp_path / "new" / "and" / "deeper" / "out.csv", NAMES)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="no folder to write in"):
+        check_output(tmp_path / "out.csv", NAMES)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(predictions._WRITERS, ".csv", full)
+    with pytest.raises(OutputError, match=r"out\.csv: cannot be written \(No space left"):
+        write_predictions(tmp_path / "out.csv", table(tmp_path), NAMES, SCORES, LABELS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_odd_names_read_back(tmp_path, name):
+    """What may be in the names of classes and files: quotes, line breaks, controls, an emoji."""
+    classes = ("a\nb", 'say "x"', "c,d", "\x01", "🏳️‍🌈", "=1+1", "'", "z\u2028b")
+    paths = ["a\nb.jpg", '"c".jpg', "\t.jpg", "é.jpg"]
+    odd = AnnotationTable(tmp_path, np.array(paths, np.dtypes.StringDType()), np.full((4, 8), -1, np.int8), classes)
+    write_predictions(tmp_path / name, odd, classes, np.full((4, 8), 0.5, np.float32), np.ones((4, 8), bool))
+    if name == "out.csv":
+        with (tmp_path / name).open(newline="", encoding="utf-8") as lines:
+            header, *rows = csv.reader(lines)
+    else:
+        content = pyarrow.parquet.read_table(tmp_path / name).to_pydict()
+        header, rows = list(content), list(zip(*content.values(), strict=True))
+    assert header == ["image", "labels", *classes]
+    assert [row[0] for row in rows] == paths
+    assert {row[1] for row in rows} == {";".join(classes)}
 
 
 def test_rows_come_in_any_order():

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -148,8 +148,6 @@ def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
             if (trainer.current_epoch, batch_idx) == (1, 1):
                 signal.raise_signal(signal.SIGTERM)
 
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     plain, *_ = run(tmp_path, clip_folder, squares)
     keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     with pytest.raises(SIGTERMException):
@@ -160,19 +158,75 @@ def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
     assert differences(plain, again) == []
 
 
-def test_a_checkpoint_from_the_midst_of_a_step_is_not_taken(tmp_path, clip_folder, squares):
+@pytest.mark.parametrize("moment", ["step", "epoch", "exchanged"])
+def test_no_checkpoint_is_written_where_its_parts_would_not_belong_together(tmp_path, clip_folder, squares, moment):
+    """Within a step, while an epoch begins, while the network holds the averages: an exception or a signal may ask."""
     module, trainer = tiny_module(clip_folder), tiny_trainer(tmp_path)
+    file, asked = tmp_path / "within.ckpt", []
+    file.write_text("an earlier one")
 
-    update = module.ema.update
+    def save():
+        asked.append(trainer.global_step)
+        trainer.save_checkpoint(file)
 
-    def save(network):  # the weights have made a step, the average has not
-        trainer.save_checkpoint(tmp_path / "within.ckpt")
-        update(network)
+    def before(method, due=lambda: True):
+        def asking(*args, **kwargs):
+            if due():
+                save()
+            return method(*args, **kwargs)
 
-    module.ema.update = save
-    trainer.fit(module, datamodule=tiny_data(squares))
-    with pytest.raises(CheckpointError, match=r"within.ckpt was written in the midst of an optimiser step"):
-        read_checkpoint(tmp_path / "within.ckpt")
+        return asking
+
+    if moment == "step":  # the weights have made a step, the average has not
+        module.ema.update = before(module.ema.update)
+    elif moment == "epoch":
+        module.evaluating = before(module.evaluating)
+    else:
+        module.network.forward = before(module.network.forward, lambda: module.ema.exchanged)
+    with pytest.warns(UserWarning, match=r"within.ckpt is not written in the midst of a step"):
+        trainer.fit(module, datamodule=tiny_data(squares))
+    assert asked
+    assert file.read_text() == "an earlier one"
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_run_that_was_stopped_early_stays_stopped(tmp_path, clip_folder, squares, at_the_end):
+    def stops():
+        return EarlyStopping("val/mAP", min_delta=9, patience=0, mode="max", check_on_train_epoch_end=at_the_end)
+
+    settings = {} if at_the_end else {"val_check_interval": 0.5}
+    saves = SaveAlways(tmp_path)
+    state, rows, batches = run(tmp_path, clip_folder, squares, stops(), saves, **settings)
+    assert batches[-1][0] == 1
+    for file, _ in saves.files:
+        again, more, _ = run(tmp_path, clip_folder, squares, stops(), ckpt_path=file, **settings)
+        assert differences(state, again) == [], file.name
+        assert more == rows[len(rows) - len(more) :], file.name
+
+
+def test_it_goes_on_with_its_own_data_only(tmp_path, clip_folder, squares, squares_folder):
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares)
+    file = str(tmp_path / "run.ckpt")
+    trainer.save_checkpoint(file)
+    hidden = Squares(squares_folder, hidden=[3])
+    for source, data, what in (
+        (squares, {"seed": 9}, "seed, split"),
+        (squares, {"batch_size": 7}, "batch_size"),
+        (hidden, {}, "table"),
+    ):
+        with pytest.raises(CheckpointError, match=f"run.ckpt was written on other data; these differ: {what}"):
+            tiny_fit(tmp_path, clip_folder, source, data=data, ckpt_path=file)
+
+
+def test_weights_alone_are_no_place_to_go_on_from(tmp_path, clip_folder, squares):
+    module, trainer = tiny_fit(tmp_path, clip_folder, squares)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt"
+    with pytest.raises(CheckpointError, match=r"best.ckpt holds weights only"):
+        tiny_fit(tmp_path, clip_folder, squares, ckpt_path=str(tmp_path / "best.ckpt"))
+    again = type(module).load_from_checkpoint(tmp_path / "best.ckpt")
+    assert differences(dict(module.state_dict()), dict(again.state_dict())) == []
 
 
 # Files -----------------------------------------------------------------------------------------------------------
@@ -289,7 +343,11 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     # With a configuration the same words begin a run and go on with it.
     assert resumed(["fit", "--config=x", "--resume=new"]) == (["fit", "--config=x"], Path("new"), None)
     assert resumed(["fit", "--config=x", f"--resume={second}"]).words[-1].startswith("--ckpt_path=")
+    (second / "checkpoints" / ".last-1.ckpt").write_text("half")
+    resumed(["fit", "--resume", str(second)])
+    assert not (second / "checkpoints" / ".last-1.ckpt").exists()
     for words, message in (
+        (["fit", "--config=x", "--resume=runs"], "runs is no run but holds some, such as runs/cbsa/version_0"),
         (["fit", "--config=x", "--resume"], "say which run"),
         (["test", "--resume", str(first)], "goes with `cbsa fit` only"),
         (["fit", "--resume", str(first), "--ckpt_path=y"], "leave out --ckpt_path"),

@@ -16,9 +16,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.checkpoint_files import newest_checkpoint, remove_drafts
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing, writing
 from cbsa_lightning.lightning_cli import make_cli
@@ -92,13 +94,16 @@ def _run(cell: Cell, folder: Path) -> Settings:
     for file, settings in ((recipe, cell.recipe), (here, _here(folder, "logger" in trainer))):
         with replacing(file) as draft:
             draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    checkpoint = folder / "last.ckpt"
-    resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
+    remove_drafts(folder)
+    checkpoint = newest_checkpoint(folder)
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint is not None else []
     begun = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # the cell's own
         try:
             cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
+        except SIGTERMException:  # which is a SystemExit too
+            raise
         except SystemExit as error:  # jsonargparse says why and leaves
             raise ConfigError(f"{recipe} cannot be run: see the message above.") from error
     found = _found(cli, time.monotonic() - begun)

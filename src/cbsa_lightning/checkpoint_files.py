@@ -41,6 +41,8 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch, about files that are refused below
                 checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}.") from error
     except CheckpointError:
@@ -73,12 +75,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         try:
             checkpoint = read_checkpoint(file, ("state_dict", "loops", "epoch", "global_step"))
+            if "optimizer_states" not in checkpoint:  # the best weights, say: meant for something else
+                continue
             epoch, step = int(checkpoint["epoch"]), int(checkpoint["global_step"])
         except (CheckpointError, TypeError, ValueError) as error:
             warnings.warn(f"Passed over: {error}", stacklevel=2)
             continue
         found.append((step, epoch, file.stat().st_mtime_ns, file))
     return max(found)[-1] if found else None
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what processes that were killed left of checkpoints that they were writing; of a run that nobody runs."""
+    for draft in folder.rglob(".*.ckpt"):
+        draft.unlink(missing_ok=True)
 
 
 def local(path: str | os.PathLike[str]) -> Path:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities import rank_zero_warn
 
-from cbsa_lightning.checkpoint_files import local, read_checkpoint
+from cbsa_lightning.checkpoint_files import TORN, local, read_checkpoint
 from cbsa_lightning.errors import CheckpointError
 from cbsa_lightning.files import replacing
 
@@ -29,6 +30,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the disk is full or the folder cannot be written to; what was there is still there.
         """
         file = local(path)
+        if checkpoint.get(TORN):  # weights, average and counters do not belong together, now
+            rank_zero_warn(
+                f"{file} is not written in the midst of a step; an earlier checkpoint is the one to go on from."
+            )
+            return
         try:
             with replacing(file) as draft, draft.open("wb") as stream:
                 torch.save(checkpoint, stream)

@@ -107,22 +107,26 @@ class LeanCheckpoint(nn.Module):
         written, here = checkpoint.get(VERSION), version("cbsa-lightning")
         if written not in (None, here):
             self._source += f" (written by cbsa_lightning {written}, read by {here})"
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise CheckpointError(f"{self._source} holds weights only: training cannot go on from it.")
+        clip = getattr(self.network, "clip", None)
+        if clip is not None and FINGERPRINT not in checkpoint:
+            raise CheckpointError(f"{self._source} has no {FINGERPRINT}: nothing tells which frozen weights it needs.")
         stored = checkpoint.get("class_names", self.class_names)
         if list(stored) != list(self.class_names):
             raise CheckpointError(
                 f"{self._source} knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
                 "Use the data settings that the checkpoint was made with."
             )
-        clip = getattr(self.network, "clip", None)
-        if clip is not None and checkpoint.get(FINGERPRINT, clip.fingerprint) != clip.fingerprint:
+        if clip is not None and checkpoint[FINGERPRINT] != clip.fingerprint:
             stored = str(checkpoint[FINGERPRINT])[:12]
             raise CheckpointError(
                 f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
                 f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
             )
         for name in TABLES:
-            if name in checkpoint:
-                setattr(self, name, checkpoint[name])
+            setattr(self, name, checkpoint.get(name))
 
 
 def _broken(state: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         return make_cli(run.words, folder=run.folder)
     finally:
         if run.wandb_id is not None:
-            os.environ.pop("WANDB_RUN_ID")
+            os.environ.pop("WANDB_RUN_ID", None)
             os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
 
 
@@ -48,7 +48,10 @@ def entry_point() -> None:
     except CBSAError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except SIGTERMException:
-        print("Asked to end (SIGTERM): stopped between two steps; `cbsa fit --resume` goes on.", file=sys.stderr)
+        print(
+            "Asked to end (SIGTERM): stopped between two steps. To go on: `cbsa fit --resume`, or `cbsa table` again.",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGTERM)
 
 

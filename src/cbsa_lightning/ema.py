@@ -30,7 +30,10 @@ class ParameterEMA(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        averaged = {name: p for name, p in module.named_parameters() if p.requires_grad} | _moving_statistics(module)
+        self.exchanged = False  # whether ``module`` holds the averages now
+        moving = _moving_statistics(module)
+        self._moving = list(moving)
+        averaged = {name: p for name, p in module.named_parameters() if p.requires_grad} | moving
         self.names = list(averaged)
         for name, value in averaged.items():
             self.register_buffer(self._key(name), value.detach().clone())
@@ -44,6 +47,10 @@ class ParameterEMA(nn.Module):
         state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         averages = [self.get_buffer(self._key(name)) for name in self.names]
         return averages, [state[name] for name in self.names]
+
+    def statistics(self, module: nn.Module) -> list[Tensor]:
+        """The running statistics among what is averaged, of ``module`` itself."""
+        return [module.get_buffer(name) for name in self._moving]
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:
@@ -70,9 +77,11 @@ class ParameterEMA(nn.Module):
         averages, current = self._pairs(module)
         try:
             self._exchange(averages, current)
+            self.exchanged = True
             yield
         finally:
             self._exchange(averages, current)
+            self.exchanged = False
 
     @staticmethod
     def _exchange(averages: list[Tensor], current: list[Tensor]) -> None:

@@ -64,7 +64,7 @@ def problem_of_step(values: Mapping[str, Tensor], name_of: Callable[[int], objec
     rows = sorted({row for value in values.values() if value.ndim > 1 for row in rows_not_finite(value)})
     images = [name_of(row) for row in rows]
     return (
-        f"not finite are {listed(not_finite(values)) or 'values on another process'}"
+        f"not finite are {listed(not_finite(values)) or 'values on another process, or a sum'}"
         + (f", of {len(images)} image(s): {listed(images, 5)}" if images else "")
         + (f"; so are the weights {listed(weights, 5)}" if weights else "")
     )

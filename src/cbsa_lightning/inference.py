@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.checkpoints import FINGERPRINT, LeanCheckpoint
+from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import _to_rgb, _turned_upright, decode
 from cbsa_lightning.data.views import PlainView
@@ -28,7 +28,10 @@ from cbsa_lightning.networks.cbsa import build_cbsa_network
 Images = Sequence[str | os.PathLike[str] | Image.Image | np.ndarray] | Tensor
 """Files, Pillow images, ``(H, W, 3)`` uint8 RGB arrays, mixed at will; or one ``(n, 3, H, W)`` uint8 tensor."""
 
-SETTINGS = tuple(n for n, p in inspect.signature(build_cbsa_network).parameters.items() if p.kind is p.KEYWORD_ONLY)
+_DEFAULTS = {
+    n: p.default for n, p in inspect.signature(build_cbsa_network).parameters.items() if p.kind is p.KEYWORD_ONLY
+}
+SETTINGS = tuple(_DEFAULTS)
 
 
 class Prediction(NamedTuple):
@@ -123,8 +126,6 @@ class Classifier:
             ) from error
         trained = _Trained(built, class_names)
         towers = getattr(built, "clip", None)
-        if towers is not None and FINGERPRINT not in checkpoint:
-            raise CheckpointError(f"{path} has no {FINGERPRINT}, so nothing tells which frozen weights it belongs to.")
         trained.on_load_checkpoint(checkpoint)
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
         size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
@@ -241,4 +242,8 @@ def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, An
             f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say how "
             "it is made: Classifier.load(path, network=...)."
         )
+    for name in settings:
+        value = checkpoint["hyper_parameters"][name]
+        if type(_DEFAULTS[name]) is int and type(value) is not int:
+            raise CheckpointError(f"{path}: setting {name} must be a whole number, found {value!r:.100}.")
     return checkpoint

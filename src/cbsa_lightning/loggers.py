@@ -19,8 +19,8 @@ class MetricsFile:
     """``metrics.csv`` of a run, a row for each time that metrics were logged; at any time whole on the disk.
 
     Opened again, it drops the rows of later steps than the first one that is logged now: the part of the run that was
-    cut off wrote them, and the resumed run writes them anew. A row of the same step with a name in common replaces the
-    earlier one.
+    cut off wrote them, and the resumed run writes them anew. A row that was there, of the same step and with a name in
+    common, is replaced.
 
     Args:
         folder: Folder of the run.
@@ -34,6 +34,7 @@ class MetricsFile:
         self.hparams: dict[str, Any] = {}
         self.metrics = self._read()
         self._opened_again = bool(self.metrics)
+        self._earlier = len(self.metrics)  # rows that were read from the file
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.is_file():
@@ -51,10 +52,11 @@ class MetricsFile:
         """Adds a row, or replaces the one that it repeats."""
         if self._opened_again:
             self.metrics = [row for row in self.metrics if row["step"] <= step]
+            self._earlier = len(self.metrics)
             self._opened_again = False
         new = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         new["step"] = step
-        for i in range(len(self.metrics) - 1, -1, -1):
+        for i in range(self._earlier - 1, -1, -1):
             if self.metrics[i]["step"] < step:
                 break
             if self.metrics[i]["step"] == step and self.metrics[i].keys() & new.keys() - {"step", "epoch"}:
@@ -106,5 +108,7 @@ class RunLogger(CSVLogger):
         """In the place of ``logger``, one that writes into ``folder``."""
         own = Path(logger.root_dir)
         if own.resolve() == folder.resolve().parent:  # the same words, so that ModelCheckpoint knows its folder again
-            return cls(logger.save_dir, logger.name, folder.name)
-        return cls(folder.parent, "", folder.name)
+            place = logger.save_dir, logger.name, folder.name
+        else:
+            place = str(folder.parent), "", folder.name
+        return cls(*place, logger._prefix, logger._flush_logs_every_n_steps)

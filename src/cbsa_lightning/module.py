@@ -47,8 +47,8 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 def adamw(params: Any) -> torch.optim.Optimizer:
     """The paper's optimiser: AdamW at 1e-3; weight decay 1e-4 as in CAP, since the paper names none.
 
-    Its fused form, which is quicker and, under float16's gradient scaling, waits for no value of the device. With
-    ``16-mixed`` precision and gradient clipping give an unfused one, since fused ones unscale by themselves.
+    Its fused form, which is quicker and, under float16's gradient scaling, waits for no further value of the device.
+    With ``16-mixed`` precision and gradient clipping give an unfused one, since fused ones unscale by themselves.
     """
     return AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True)
 
@@ -134,9 +134,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
         self._text: dict[str, Any] = {}
-        self.updating = False  # weights and average are between two steps: a checkpoint of them would be torn
+        self.asked_to_end = False  # this process was, by a signal; see ExactResume
         self.max_skipped_steps = max_skipped_steps
-        self._skipped = 0  # steps in a row, up to the present one
+        self._skipped = 0  # batches in a row that had no finite loss, up to the present one
+        self.leaves_out = False  # the optimiser step to come: one of its batches had none
         self._clock = self._paused = 0.0
         self._images = 0
 
@@ -226,6 +227,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """
         size = self._mean_batch_size(batch)
         features = self.features_of(batch)
+        self._statistics = [value.clone() for value in self.ema.statistics(self.network)]
         output = self.network(features, self.network.encode_text())
         known = batch.labelled.to(torch.float32)
         per_image = self._label_loss(output.logits, batch).sum(1)
@@ -252,9 +254,13 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         Logits too: those of labels that are ignored have no loss, but a gradient that is not finite.
         """
         finite = all_finite([loss, output.logits, output.context_logits])
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce(finite.float(), reduce_op="min")
-        return bool(finite)
+        if self.trainer.world_size == 1:
+            return bool(finite)
+        going_on = finite.new_tensor(not self.asked_to_end)
+        both = self.trainer.strategy.reduce(torch.stack([finite, going_on]).float(), reduce_op="min").tolist()
+        if not both[1]:  # Lightning ends after this step, on all processes now
+            self.trainer._signal_connector.received_sigterm = True
+        return bool(both[0])
 
     def _left_out(self, terms: dict[str, Tensor], output: NetworkOutput, batch: TrainBatch) -> Tensor:
         """A loss whose step changes nothing.
@@ -263,6 +269,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             NotFiniteError: More steps in a row than may be left out; names terms, images and weights.
         """
         self._skipped += 1
+        self.leaves_out = True
+        for kept, statistic in zip(self._statistics, self.ema.statistics(self.network), strict=True):
+            statistic.copy_(kept)  # the forward pass has moved it
         values = {**terms, "logits": output.logits}
         if output.context_logits is not None:
             values["context logits"] = output.context_logits
@@ -276,19 +285,13 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             )
         rank_zero_warn(f"{problem}. The step is left out ({self._skipped} of {self.max_skipped_steps} in a row).")
         # Gradients of all weights, since processes wait for each other's. NaN has a gradient scaler pass the step over;
-        # without one, on_before_optimizer_step does.
+        # without one the callback Stages takes them away.
         every = torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
         return every * (math.nan if self._scaled else 0.0)
 
     @property
     def _scaled(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the gradients from a step that is left out."""
-        self.updating = True
-        if self._skipped and not self._scaled:
-            optimizer.zero_grad(set_to_none=True)
 
     def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
         """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
@@ -302,7 +305,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
         """Images of this step a process: shares differ by two at most; divided by their mean, gradients average right.
 
-        A number where there is one process, since a tensor of it would make the device wait for the host.
+        A number where there is one process: no tensor of it has to reach the device.
         """
         size = float(len(batch.index))
         if self.trainer.world_size == 1:
@@ -312,9 +315,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An optimiser step, then one of the average once it has started."""
         super().optimizer_step(*args, **kwargs)
-        if self.current_epoch >= self.warmup_epochs and not self._skipped:
+        if self.current_epoch >= self.warmup_epochs and not self.leaves_out:
             self.ema.update(self.network)
-        self.updating = False
+        self.leaves_out = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs after an epoch's last step what an image cost, loading included, validation and threshold pass not.

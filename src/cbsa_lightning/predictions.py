@@ -30,10 +30,16 @@ def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> No
     """Refuses, before any work is done, what :func:`write_predictions` could not write.
 
     Raises:
-        ConfigError: Another suffix than .csv or .parquet, or a class name that would make the table ambiguous.
+        ConfigError: Another suffix than .csv or .parquet, a place where no file can be written, or a class name that
+            would make the table ambiguous.
     """
     if Path(path).suffix.lower() not in _WRITERS:
         raise ConfigError(f"{path}: predictions are written as {' or '.join(_WRITERS)}; choose one of these suffixes.")
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: is a folder; give the name of a file for the predictions.")
+    folder = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path}: predictions cannot be written below {folder}, which is no folder to write in.")
     ambiguous = [repr(name) for name in class_names if name in COLUMNS or SEPARATOR in name]
     if ambiguous:
         raise ConfigError(
@@ -64,6 +70,7 @@ def write_predictions(
     Raises:
         ConfigError: See :func:`check_output`.
         DataError: Images without a prediction, or arrays that do not fit the table.
+        OutputError: The file cannot be written.
     """
     path = Path(path)
     check_output(path, class_names)

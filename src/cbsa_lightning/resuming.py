@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cbsa_lightning.checkpoint_files import newest_checkpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from cbsa_lightning.checkpoint_files import newest_checkpoint, remove_drafts
 from cbsa_lightning.errors import ConfigError
 
 WANDB_ID = "wandb_id.txt"
@@ -49,17 +51,25 @@ def resumed(words: Sequence[str]) -> Resumed:
         if folder is None:
             raise ConfigError(f"With --config say which run is meant: {_FLAG} FOLDER.")
         run = folder
+        if not (run / "config.yaml").exists() and (others := sorted(run.rglob("config.yaml"))):
+            raise ConfigError(f"{run} is no run but holds some, such as {others[0].parent}: say which one is meant.")
     else:
         run = _newest_run(folder if folder is not None else Path("runs"))
         rest[1:1] = [f"--config={run / 'config.yaml'}"]
+    remove_drafts(run)
     checkpoint = newest_checkpoint(run) if run.is_dir() else None
     if checkpoint is not None:
-        print(f"Going on with the run in {run}, from {checkpoint.relative_to(run)}.")
+        _tell(f"Going on with the run in {run}, from {checkpoint.relative_to(run)}.")
         rest.append(f"--ckpt_path={checkpoint}")
     else:
-        print(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
+        _tell(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
     noted = run / WANDB_ID
     return Resumed(rest, run, noted.read_text(encoding="utf-8").strip() if noted.is_file() else None)
+
+
+@rank_zero_only
+def _tell(text: str) -> None:
+    print(text)
 
 
 def _taken_out(words: list[str]) -> tuple[list[str], bool, Path | None]:

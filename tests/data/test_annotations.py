@@ -281,3 +281,93 @@ def test_prompts_for_a_data_set(tmp_path):
         f.prompts_for(["sofas", "tv"])
     with pytest.raises(DataError, match="same prompt text"):
         f.prompts_for(["tv", "tvmonitor", "sofa"])
+
+
+def laughs(depth, form):
+    """Aliases of aliases: the last of ``depth`` lines stands for 9 ** depth names."""
+    lines = ["a0: &a0 lol"]
+    for i in range(1, depth):
+        names = ", ".join([f"*a{i - 1}"] * 9)
+        lines.append(f"a{i}: &a{i} " + form.replace("#", names))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("form", ["[#]", "{prompt: x, synonyms: [#]}"])
+def test_class_file_of_a_billion_laughs_is_refused_at_once(tmp_path, form):
+    file = tmp_path / "c.yaml"
+    file.write_text(laughs(12, form))
+    with pytest.raises(DataError, match=r"c\.yaml, line \d+: .*alias"):
+        read_class_file(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &x [*x]", "line 1: .*alias"),
+        ("sofa:\na: &x {prompt: b}\nc: *x", "line 2: .*alias"),
+        ("a: *x", "undefined alias"),
+        (
+            "sofa:\na: !!python/object/apply:os.system ['touch ran']",
+            "line 2: the tag 'tag:yaml.org,2002:python/object/apply",
+        ),
+        ("a: !!python/name:os.system", "line 1: the tag"),
+        ("!!binary aGk=: cat", "line 1: the tag"),
+        ("!!set {a, b}", "line 1: the tag"),
+        ("a: !own b", "line 1: the tag '!own'"),
+        ("a: b\n---\nc: d", "single document"),
+        ("[" * 5_000, "recursion"),
+        ("? [a, b]\n: c", "maps class names"),
+        ("&a cat: *a", "alias"),
+    ],
+)
+def test_class_file_with_more_than_texts(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(DataError, match=words) as error:
+        read_class_file(file)
+    assert str(file) in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_class_file_too_large(tmp_path):
+    """COCO's annotations in the place of a class file would take hours to read as YAML."""
+    file = tmp_path / "instances.json"
+    with file.open("wb") as stream:
+        stream.truncate(330_000_000)
+    with pytest.raises(
+        DataError, match=r"instances\.json: has 330\.0 MB where at most 4\.2 are read; correct the path"
+    ):
+        read_class_file(file)
+
+
+def test_class_file_json_deeper_than_any_stack(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"c\.json: cannot be read .*recursion"):
+        read_class_file(file)
+
+
+@pytest.mark.parametrize("names", [("cat", "\ud800"), ("\udcff",)])
+def test_names_that_no_file_can_hold(names):
+    with pytest.raises(DataError, match=r"lone surrogate.*\\ud[8c]"):
+        AnnotationTable(Path("x"), as_strings([]), np.zeros((0, len(names)), np.int8), names)
+
+
+def test_paths_that_no_table_can_hold():
+    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is no Unicode text"):
+        AnnotationTable(Path("x"), np.array(["a.jpg", "b\udcff.jpg"], object), np.zeros((2, 1), np.int8), ("cat",))
+
+
+def test_a_nul_in_a_folder_is_a_missing_file(tmp_path):
+    table = AnnotationTable(tmp_path, as_strings(["a\0b/c.jpg", "d\0.jpg"]), np.zeros((2, 1), np.int8), ("cat",))
+    assert len(table.missing_files()) == 2
+
+
+def test_long_names_do_not_fill_a_message():
+    long = "x" * 10**6
+    for names, paths in (((long, long), ["a"]), (("cat",), [long, long]), (("cat", "dog"), ["a"])):
+        prompts = (long, long) if names == ("cat", "dog") else ()
+        with pytest.raises(DataError) as error:
+            AnnotationTable(Path("x"), as_strings(paths), np.zeros((len(paths), len(names)), np.int8), names, prompts)
+        assert len(str(error.value)) < 1500

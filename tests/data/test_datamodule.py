@@ -63,6 +63,31 @@ def test_own_batches(monkeypatch):
         shares(100, monkeypatch, batch_size=1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("image_size", (0, -1, 10**6)),
+        ("seed", (-1, 2**32)),  # numpy's generator of splits takes no other
+        ("batch_size", (2**31, 2**63)),  # which would have filled batches of labelled images for hours
+        ("labelled_per_batch", (2**31,)),
+        ("warmup_batch_size", (0, -1, 2**31)),
+        ("eval_batch_size", (0, -1, 2**63)),
+        ("num_workers", (-1, 10**6)),
+    ],
+)
+def test_settings_that_fit_nothing_are_refused_by_name(squares, setting, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=f"{setting} must be .*, got {value}"):
+            tiny_data(squares, **{setting: value})
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, 1.5])
+@pytest.mark.parametrize("setting", ["held_out_fraction", "labelled_fraction"])
+def test_shares_that_are_none_are_refused(squares, setting, share):
+    with pytest.raises(ConfigError, match=f"{share}"):
+        tiny_data(squares, **{setting: share}).setup("fit")
+
+
 def test_the_share_of_a_table_that_says_itself_what_is_known(squares, monkeypatch):
     class Partly(Sized):
         def __init__(self):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -130,7 +133,7 @@ def test_what_cannot_be_read_is_an_error_with_name_and_remedy(tmp_path, content,
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(DataError, match=r"none\.jpg: no such file; check the image root"):
         decode(tmp_path / "none.jpg")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder, not a file"):
         decode(tmp_path)
 
 
@@ -190,6 +193,83 @@ def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content, 
     else:
         assert (array.dtype, array.ndim, array.shape[2]) == (np.uint8, 3, 3)
         assert array.size > 0
+
+
+# Files that claim, or unpack to, far more than they are ------------------------------------------------------
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, *extra, rows=None):
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(4 * 13)) if rows is None else rows)
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + rows + chunk(b"IEND", b"")
+
+
+def gif(canvas, frame):
+    head = b"GIF89a" + struct.pack("<HHBBB", canvas, canvas, 0x80, 0, 0) + bytes(6)
+    return head + b"," + struct.pack("<HHHHB", 0, 0, frame, frame, 0) + b"\x02\x02\x4c\x01\x00;"
+
+
+def patched(kind, find, offset, form, *values, **options):
+    """A sound file with a size written over: ``offset`` bytes behind ``find``."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, kind, **options)
+    data = bytearray(buffer.getvalue())
+    struct.pack_into(form, data, data.index(find) + offset, *values)
+    return bytes(data)
+
+
+MEGABYTES = zlib.compress(bytes(100 << 20), 9)
+BOMBS = {
+    "size.png": (png(100_000, 100_000), "too large to decode safely"),
+    "text.png": (png(4, 4, chunk(b"zTXt", b"a\0\0" + MEGABYTES)), "Decompressed data too large"),
+    "itxt.png": (png(4, 4, chunk(b"iTXt", b"a\0\1\0\0\0" + MEGABYTES)), "Decompressed data too large"),
+    "iccp.png": (png(4, 4, chunk(b"iCCP", b"a\0\0" + MEGABYTES)), "Decompressed data too large"),
+    "canvas.gif": (gif(65_535, 65_535), "too large to decode safely"),
+    "frame.gif": (gif(2, 65_535), "too large to decode safely"),
+    "size.webp": (patched("WEBP", b"VP8L", 9, "<I", (1 << 28) - 1, lossless=True), "too large to decode safely"),
+    "size.tif": (patched("TIFF", b"\0\1\4\0\1\0\0\0\x10\0\0\0", 8, "<I", 2**31 - 1), "too large|cannot be read"),
+    "box.jp2": (patched("JPEG2000", b"ihdr", 4, ">II", 10**6, 10**6), "too large to decode safely"),
+    "stream.jp2": (patched("JPEG2000", b"\xff\x51", 6, ">II", 10**6, 10**6), "cannot be read as an image"),
+    "stream.j2k": (
+        patched("JPEG2000", b"\xff\x51", 6, ">II", 10**6, 10**6, no_jp2=True),
+        "too large to decode safely",
+    ),
+    "size.bmp": (patched("BMP", b"BM", 18, "<ii", 10**6, 10**6), "too large to decode safely"),
+    "size.ppm": (b"P6 100000 100000 255\n", "too large to decode safely"),
+    "size.jpg": (patched("JPEG", b"\xff\xc0", 5, ">HH", 65_535, 65_535), "too large to decode safely"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("at_least", [None, 224])
+def test_bombs_of_every_format_are_refused_before_they_unpack(tmp_path, name, at_least):
+    content, message = BOMBS[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=message) as error:
+        decode(path, at_least)
+    assert str(path) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+def test_xml_inside_of_an_image_is_not_expanded(tmp_path):
+    """No reader parses XML; Pillow looks for an orientation in it as text."""
+    entities = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
+    laughs = f'<!DOCTYPE x [<!ENTITY a0 "lol">{entities}]><x tiff:Orientation="6">&a11;</x>'.encode()
+    path = tmp_path / "xmp.png"
+    path.write_bytes(png(4, 4, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + laughs)))
+    assert decode(path).shape == (4, 4, 3)
+
+
+def test_pixels_beyond_the_image_are_not_unpacked(tmp_path):
+    path = tmp_path / "rows.png"
+    path.write_bytes(png(4, 4, rows=MEGABYTES))
+    assert (decode(path) == 0).all()
 
 
 # Decoding at a part of the size ------------------------------------------------------------------------------------

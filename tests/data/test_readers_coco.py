@@ -116,14 +116,36 @@ def change(path, value):
         (("categories", 0, "id"), 2, ["same id twice", "categories[0] and categories[1]"]),
         (("categories", 0, "name"), "cat", ["same name twice", "'cat'"]),
         (("categories", 0, "name"), None, ["categories[0] has no name"]),
-        (("categories", 0, "id"), "7", ["whole numbers", "'7'"]),
+        (("categories", 0, "id"), "7", ["categories[0]", "whole number", "'7'"]),
         (("images", 1, "id"), 10, ["same id twice", "images[0] and images[1]"]),
-        (("images", 1, "file_name"), "a.jpg", ["the same path twice", "train2014/a.jpg"]),
+        (
+            ("images", 1, "file_name"),
+            "a.jpg",
+            ["instances_train2014.json, image 10", "image 9", "the same path twice", "train2014/a.jpg"],
+        ),
         (("images", 1, "file_name"), None, ["images[1] has no file_name"]),
         (("images", 1, "file_name"), "../../b.jpg", ["image 9", "outside"]),
         (("annotations", 1, "image_id"), 11, ["annotations[1]: image 11"]),
         (("annotations", 2, "category_id"), 3, ["annotations[2]: category 3"]),
         (("annotations", 2, "category_id"), None, ["annotations[2] has no category_id"]),
+        (("categories", 0, "id"), True, ["categories[0]", "whole number", "True"]),
+        (("categories", 0, "id"), 7.0, ["categories[0]", "whole number", "7.0"]),
+        (("categories", 0, "name"), 5, ["categories[0]", "name must be a text", "5"]),
+        (("categories", 0, "name"), [], ["categories[0]", "name must be a text"]),
+        (("categories", 0, "name"), " ", ["instances_train2014.json", "class 1 has an empty name"]),
+        (("categories", 0, "name"), "\ud800", ["instances_train2014.json", "lone surrogate"]),
+        (("categories", 0), "dog", ["categories[0] has no id, name"]),
+        (("images", 1, "id"), True, ["images[1]", "id must be a whole number or a text"]),
+        (("images", 1, "id"), [9], ["images[1]", "id must be a whole number or a text"]),
+        (("images", 1, "file_name"), 5, ["images[1]", "file_name must be a text", "5"]),
+        (("images", 1, "file_name"), "a\0.jpg", ["image 9", "NUL"]),
+        (("images", 1, "file_name"), "\udcff.jpg", ["image 9", "Unicode"]),
+        (("images", 1, "file_name"), "x" * 10**5 + "/../../../y", ["image 9", "outside", "characters)"]),
+        (("images", 1, "file_name"), "C:\\..\\..\\..\\y.jpg", ["image 9", "outside"]),
+        (("images", 1, "file_name"), "\\\\server\\y.jpg", ["image 9", "outside"]),
+        (("annotations", 1, "image_id"), 9.0, ["annotations[1]", "image_id", "9.0"]),
+        (("annotations", 1, "category_id"), True, ["annotations[1]", "category_id", "True"]),
+        (("annotations", 1, "category_id"), [2], ["annotations[1]", "category_id"]),
         (("annotations",), [], ["no image has an annotation"]),
         (("annotations",), None, ["no list 'annotations'"]),
     ],
@@ -141,6 +163,47 @@ def test_not_json(tmp_path):
     for read in (lambda c: c.train(), lambda c: c.class_names):
         with pytest.raises(DataError, match=r"instances_train2014\.json cannot be read as JSON"):
             read(COCO(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "cannot be read as JSON"),
+        ("[" * 100_000, "recursion"),
+        ('{"categories": ' + "[" * 100_000, "recursion"),
+        ('{"categories": [], "images": [], "annotations": [], "categories": []}', "the key 'categories' stands twice"),
+        ('{"images": [{"id": 1, "id": 2, "file_name": "a"}]}', "the key 'id' stands twice"),
+        ('{"categories": ' + "1" * 5_000 + "}", "digits"),
+        ("5", "no list 'images'"),
+    ],
+)
+def test_json_that_no_reader_should_trust(tmp_path, content, words):
+    path = write(tmp_path, tiny())
+    path.write_text(content)
+    for read in (lambda c: c.train(), lambda c: c.class_names):
+        with pytest.raises(DataError, match=words) as error:
+            read(COCO(str(tmp_path)))
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_json_in_another_encoding(tmp_path, encoding):
+    path = write(tmp_path, tiny())
+    path.write_bytes('{"categories": "caf\u00e9"}'.encode(encoding))
+    with pytest.raises(DataError, match=r"instances_train2014\.json cannot be read as JSON \('utf-8'"):
+        COCO(str(tmp_path)).train()
+
+
+def test_keys_that_are_not_read_may_stand_twice(tmp_path):
+    path = write(tmp_path, tiny())
+    path.write_text(path.read_text().replace('"iscrowd": 1', '"iscrowd": 1, "iscrowd": 0'))
+    assert len(COCO(str(tmp_path)).train()) == 2
+
+
+def test_paths_are_not_decoded(tmp_path):
+    """To a file system "%2e%2e" is a name like others."""
+    write(tmp_path, change(("images", 1, "file_name"), "%2e%2e/%2e%2e/b.jpg")(tiny()))
+    assert COCO(str(tmp_path)).train().paths.tolist()[1] == "train2014/%2e%2e/%2e%2e/b.jpg"
 
 
 def test_parts_with_different_categories(tmp_path):

@@ -122,3 +122,74 @@ def test_paths_stay_inside(tmp_path):
     file.write_text("\n".join([lines[0], "..\\..\\x.jpg", *lines[2:]]))
     with pytest.raises(DataError, match=r"TrainImagelist\.txt, image 2: .* outside"):
         NUSWIDE(str(tmp_path)).train()
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY\1\0\x06\0{'a':(",  # numpy's own parser raises a TokenError
+        b"\x93NUMPY\1\0\x02\0\n(",
+        b"PK\3\4 an archive of arrays, which numpy would open as something else",
+        b"\x93NUMPY\1\0\x40\0{'descr':'<f8','fortran_order':False,'shape':(10000000000000,81)} \n",
+    ],
+)
+def test_damaged_arrays(tmp_path, name, content):
+    make_nuswide_list(tmp_path, 4, 3)
+    (tmp_path / f"formatted_train_{name}.npy").write_bytes(content)
+    with pytest.raises(DataError, match=rf"formatted_train_{name}\.npy cannot be read as a plain array"):
+        NUSWIDE(str(tmp_path), layout="list").train()
+
+
+def test_an_archive_of_arrays_is_no_array(tmp_path):
+    make_nuswide_list(tmp_path, 4, 3)
+    np.savez(tmp_path / "a.npz", np.arange(4))
+    (tmp_path / "a.npz").rename(tmp_path / "formatted_train_labels.npy")
+    with pytest.raises(DataError, match="cannot be read as a plain array"):
+        NUSWIDE(str(tmp_path), layout="list").train()
+
+
+@pytest.mark.parametrize("point", [0xD800, 0x110000, 0xFFFFFFFF])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_names_of_damaged_characters(tmp_path, point, order):
+    make_nuswide_list(tmp_path, 4, 3)
+    path = tmp_path / "formatted_train_images.npy"
+    names = np.load(path).astype(f"{order}U20")
+    names.view(f"{order}u4").reshape(4, 20)[2, 3] = point
+    np.save(path, names)
+    with pytest.raises(DataError, match=r"formatted_train_images\.npy: image 3 has a name that is no Unicode text"):
+        NUSWIDE(str(tmp_path), layout="list").train()
+
+
+def test_lists_without_an_image(tmp_path):
+    make_nuswide_list(tmp_path, 4, 3, text=True)
+    (tmp_path / "formatted_train_images.txt").write_text("\n\n")
+    with pytest.raises(DataError, match=r"formatted_train_images\.txt: names no image"):
+        NUSWIDE(str(tmp_path), **TEXT).train()
+
+
+def test_only_line_ends_end_a_line(tmp_path):
+    """A form feed or U+2028 in a name made two rows of it."""
+    make_nuswide_list(tmp_path, 4, 3, text=True)
+    path = tmp_path / "formatted_train_images.txt"
+    path.write_bytes("a\x0cb.jpg\rc\u2028d.jpg\r\ne\x85f.jpg\ng.jpg".encode())
+    assert NUSWIDE(str(tmp_path), **TEXT).train().paths.tolist() == [
+        "Flickr/a\x0cb.jpg", "Flickr/c\u2028d.jpg", "Flickr/e\x85f.jpg", "Flickr/g.jpg"
+    ]  # fmt: skip
+
+
+def test_a_nul_in_a_name(tmp_path):
+    make_nuswide_official(tmp_path, 4, 3)
+    file = tmp_path / "ImageList/TrainImagelist.txt"
+    file.write_bytes(file.read_bytes().replace(b"0002", b"00\x002"))
+    with pytest.raises(DataError, match=r"TrainImagelist\.txt, image 3: .*NUL"):
+        NUSWIDE(str(tmp_path)).train()
+
+
+@pytest.mark.parametrize("second", ["a/1.jpg", "./a//1.jpg", "a\\1.jpg"])
+def test_the_same_image_twice(tmp_path, second):
+    make_nuswide_list(tmp_path, 4, 3, text=True)
+    (tmp_path / "formatted_train_images.txt").write_text(f"b.jpg\na/1.jpg\n{second}\nc.jpg\n")
+    with pytest.raises(DataError, match=r"'Flickr/a/1.jpg' \(.*images\.txt, image 2, and .*images\.txt, image 3\)"):
+        NUSWIDE(str(tmp_path), **TEXT).train()

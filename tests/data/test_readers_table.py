@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cbsa_lightning.data.readers import Source, Table
+from cbsa_lightning.data.readers import Source, Table, columns, unlabelled
 from cbsa_lightning.data.readers.table import read_table
 from cbsa_lightning.data.readers.unlabelled import read_images
 from cbsa_lightning.errors import ConfigError, DataError
@@ -189,6 +191,126 @@ def test_refused(tmp_path, content, words):
     refused([path, *words], lambda: Table(path).train())
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        # A quote that is not closed swallowed the rows behind it, without a word.
+        ('image,labels\na.jpg,"cat\nb.jpg,dog\n', ["row 2", "quote that is not closed", "cat\\nb.jpg"]),
+        ('image,labels,caption\na.jpg,cat,"two\nb.jpg,dog,x\n', ["row 2", "quote that is not closed"]),
+        ('image,labels\na.jpg,"cat\nb.jpg,x\nc.jpg,dog"\n', ["row 2", "line break", "close the quotes"]),
+        ('image,cat\n"a\n.jpg",1\n', ["row 2", "line break"]),
+        ('"ima\nge",cat\na.jpg,1\n', ["row 1", "column names with line breaks"]),
+        ('"image"x,cat\na.jpg,1\n', ["no image column", "'imagex'"]),
+        ("image,cat\na.jpg,1\n" + "x" * 3_000_000 + ",1\nb.jpg,1\n", ["a row has more than 1,048,576 bytes"]),
+        ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes and more", "no header"]),
+        ("image,cat" + "x" * 200_000 + "\na.jpg,1\n", ["field limit"]),
+        ("image,cat\na\0.jpg,1\n", ["row 2", "NUL"]),
+        ("image,cat\n" + "../" * 30_000 + "a,1\n", ["row 2", "outside", "(90,001 characters)"]),
+        ("image,cat\nC:\\..\\..\\a.jpg,1\n", ["row 2", "outside"]),
+        ("image,cat\n\\\\server\\share\\a.jpg,1\n", ["row 2", "outside"]),
+        ("image,cat\na/../../b.jpg,1\n", ["row 2", "outside"]),
+        ("image,cat\na.jpg," + "y" * 100_000 + "\n", ["class 'cat'", "(100,000 characters) (row 2)"]),
+        ("i" * 100_000 + ",cat\na.jpg,1\n", ["no image column", "(100,000 characters)"]),
+    ],
+)
+def test_csv_that_would_be_read_wrongly(tmp_path, content, words):
+    path = text(tmp_path / "t.csv", content)
+    refused([path, *words], lambda: Table(path).train())
+    with pytest.raises(DataError) as error:
+        Table(path).train()
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends(tmp_path, end):
+    path = text(tmp_path / "t.csv", f"image,cat{end}a.jpg,1{end}b.jpg,0{end}")
+    assert Table(path).train().labels.tolist() == [[1], [0]]
+    if end != "\r":  # to Arrow a quoted cell may hold line breaks; captions do
+        path = text(tmp_path / "t.csv", f'image,labels,caption{end}a.jpg,cat,"two{end}lines"{end}b.jpg,dog,"x"{end}')
+        assert Table(path).train().labels.tolist() == [[1, 0], [0, 1]]
+
+
+def test_quoted_line_breaks_at_the_ends_of_arrows_blocks(tmp_path):
+    """Arrow cut rows in two where a megabyte ended inside of quotes: one row too many, and none refused."""
+    rows = "".join(f'{i:07d}.jpg,cat,"two\nlines, {i}"\n' for i in range(100_000))
+    path = text(tmp_path / "t.csv", "image,labels,caption\n" + rows)
+    t = Table(path).train()
+    assert len(t) == 100_000
+    assert t.class_names == ("cat",)
+    assert t.paths[-1] == "0099999.jpg"
+
+
+def test_the_line_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"image,labels\na.jpg,cat\nb.jpg,caf\xe9\n")
+    refused([str(path), "line 3", "UTF-8"], lambda: Table(str(path)).train())
+
+
+@pytest.mark.parametrize("name", ["..%2fa.jpg", "%2e%2e/a.jpg", "~/a.jpg", "file:///a.jpg", "$HOME/a.jpg"])
+def test_paths_are_taken_literally(tmp_path, name):
+    path = text(tmp_path / "t.csv", f"image,cat\n{name},1\n")
+    t = Table(path).train()
+    assert (tmp_path / t.paths[0]).resolve().is_relative_to(tmp_path)
+    with pytest.raises(DataError, match="1 of 1 images are not under"):
+        t.require_files()
+
+
+def test_links_inside_of_the_root_are_followed(tmp_path):
+    """A data folder that links to another disk is usual; what a table may not do is to name a way out itself."""
+    write_image(tmp_path / "disk" / "a.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "disk")
+    path = text(tmp_path / "data" / "t.csv", "image,cat\nimages/a.jpg,1\n")
+    Table(path).train().require_files()
+
+
+def test_parquet_texts_that_are_none(tmp_path):
+    """Arrow hands on bytes of a text column as they are; they were found out only where numpy read them."""
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    for name in ("image", "cat", "labels"):
+        columns = {"image": pa.array(["a.jpg", "b.jpg"]), "cat": pa.array(["1", "0"]), name: bad}
+        path = tmp_path / "t.parquet"
+        pq.write_table(pa.table(columns), path)
+        refused([str(path), f"column {name!r}", "is no text"], lambda path=path: Table(str(path)).train())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array([[{"a": "cat"}]]),
+        pa.array([[["cat"]]]),
+        pa.array([{"a": "cat"}]),
+        pa.array([b"\xff\xfe"], pa.binary()),
+        pa.array([[b"\xff"]], pa.list_(pa.binary())),
+    ],
+    ids=lambda labels: str(labels.type),
+)
+def test_parquet_labels_of_other_types(tmp_path, labels):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": ["a.jpg"], "labels": labels}), path)
+    refused([str(path), "column 'labels'", "is no text"], lambda: Table(str(path)).train())
+
+
+def test_parquet_in_a_folder_with_an_equals_sign(tmp_path):
+    write_rows(tmp_path / "split=train" / "t.parquet", ["image", "cat"], [["a.jpg", 1]])
+    assert Table(str(tmp_path / "split=train" / "t.parquet")).train().class_names == ("cat",)
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_a_parquet_file_that_unpacks_without_end(tmp_path, monkeypatch, column):
+    """Kilobytes on the disk, eight gigabytes of text in memory; refused on the way."""
+    monkeypatch.setattr(columns, "memory_of_machine", lambda: 400 << 20)
+    n = 400_000
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * 20_000]))
+    path = tmp_path / "t.parquet"
+    names = {"image": pa.array(["a.jpg"] * n).dictionary_encode(), column: text}
+    pq.write_table(pa.table(names), path, store_schema=False)
+    assert path.stat().st_size < 100_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused([str(path), "a quarter of the memory", "of 400,000 rows"], lambda: read_table(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 @pytest.mark.parametrize("content", ["image,caf\u00e9\na.jpg,1\n", "image,labels\na.jpg,caf\u00e9\n"])
 def test_other_encodings(tmp_path, content, encoding):
@@ -288,6 +410,97 @@ def test_images_of_a_list(tmp_path):
         t.require_files()
     write_rows(tmp_path / "t.parquet", ["file"], [["a.jpg"], ["b c.jpg"]])
     assert read_images(tmp_path / "t.parquet", ["cat"]).paths.tolist() == ["a.jpg", "b c.jpg"]
+
+
+def test_every_format_that_is_decoded_is_found(tmp_path):
+    """JPEG 2000 files and some suffixes of the others were passed over without a word."""
+    for suffix in ("jp2", "j2k", "jfif", "jpe", "pbm", "pnm", "pgm"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"x")
+    assert len(read_images(tmp_path, ["cat"])) == 7
+
+
+def test_folders_that_are_linked_are_searched(tmp_path):
+    """They were passed over without a word."""
+    write_image(tmp_path / "disk" / "a.jpg")
+    write_image(tmp_path / "photos" / "b.jpg")
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "disk")
+    t = read_images(tmp_path / "photos", ["cat"])
+    assert t.paths.tolist() == ["b.jpg", "more/a.jpg"]
+    t.require_files()
+
+
+@pytest.mark.parametrize("target", [".", "sub"])
+def test_folders_that_are_reached_twice_are_refused(tmp_path, target):
+    write_image(tmp_path / "photos" / "sub" / "a.jpg")
+    (tmp_path / "photos" / "zzz").symlink_to(tmp_path / "photos" / target)
+    refused(
+        [str(tmp_path / "photos"), "zzz", "would count twice; remove the link"],
+        lambda: read_images(tmp_path / "photos", ["cat"]),
+    )
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused([str(tmp_path / "loop"), "cannot be followed"], lambda: read_images(tmp_path, ["cat"]))
+    (tmp_path / "loop").unlink()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "none.jpg")
+    t = read_images(tmp_path, ["cat"])  # it has the name of an image, so it is not passed over
+    with pytest.raises(DataError, match=r"gone\.jpg \(row 0\)"):
+        t.require_files()
+
+
+def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "secret" / "b.jpg")
+    scandir = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(unlabelled.os, "scandir", forbid)
+    refused([str(tmp_path / "secret"), "Permission denied", "rights"], lambda: read_images(tmp_path, ["cat"]))
+
+
+def test_file_names_that_are_not_utf8(tmp_path):
+    write_image(tmp_path / "a.jpg")
+    os.rename(tmp_path / "a.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    refused([str(tmp_path), "b'caf\\xe9.jpg'", "not UTF-8", "rename"], lambda: read_images(tmp_path, ["cat"]))
+
+
+def test_odd_file_names_are_images_like_others(tmp_path):
+    names = [
+        "a\nb.jpg",
+        " c.jpg",
+        'd"e.jpg',
+        "f\u2028g.jpg",
+        "%2e%2e.jpg",
+        "-h.jpg",
+        "\x1b[31m.jpg",
+        "caf\u00e9.jpg",
+        "cafe\u0301.jpg",
+    ]
+    for name in names:
+        write_image(tmp_path / name)
+    t = read_images(tmp_path, ["cat"])
+    assert t.paths.tolist() == sorted(names)
+    t.require_files()
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.csv"])
+def test_lists_that_no_reader_should_trust(tmp_path, name):
+    head = "" if name == "t.txt" else "path\n"
+    first = 1 if name == "t.txt" else 2
+    for line, words in {
+        "a\0.jpg": ["NUL"],
+        "/etc/passwd": ["outside"],
+        "..\\..\\a.jpg": ["outside"],
+        "\\\\server\\a.jpg": ["outside"],
+        "a/../../b.jpg": ["outside"],
+    }.items():
+        path = text(tmp_path / name, f"{head}ok.jpg\n{line}\n")
+        refused([path, f"row {first + 1}", *words], lambda path=path: read_images(path, ["cat"]))
 
 
 def test_images_refused(tmp_path):

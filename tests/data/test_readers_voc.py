@@ -129,6 +129,52 @@ def test_broken_line(tmp_path, line, words):
         assert word in str(error.value)
 
 
+def rename(root, old, new):
+    for file in (root / "VOCdevkit/VOC2012/ImageSets/Main").glob("*_train.txt"):
+        file.write_bytes(file.read_bytes().replace(old.encode(), new.encode()))
+
+
+def test_paths_stay_inside(tmp_path):
+    make_voc(tmp_path, 4, 2)
+    rename(tmp_path, "2008_000001", "../../../2008_000001")
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, image '\.\./\.\./\.\./2008_000001'.* outside"):
+        VOC(str(tmp_path)).train()
+
+
+def test_the_same_image_under_two_names(tmp_path):
+    make_voc(tmp_path, 4, 2)
+    rename(tmp_path, "2008_000001", "./2008_000002")
+    with pytest.raises(DataError, match=r"same path twice.*aeroplane_train\.txt, image '\./2008_000002'"):
+        VOC(str(tmp_path)).train()
+
+
+def test_names_that_other_line_ends_would_cut(tmp_path):
+    make_voc(tmp_path, 4, 2)
+    rename(tmp_path, "2008_000001", "a\u200bb")
+    assert VOC(str(tmp_path)).train().paths.tolist()[-1] == "JPEGImages/a\u200bb.jpg"
+    rename(tmp_path, "a\u200bb", "a\u2028b")  # a space to Python, so that the line has three words
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is no image name and flag"):
+        VOC(str(tmp_path)).train()
+
+
+def test_no_image_with_a_flag(tmp_path):
+    make_voc(tmp_path, 2, 2)
+    rename(tmp_path, " 1\n", " -1\n")
+    with pytest.raises(
+        DataError, match=r"aeroplane_train\.txt and those of the other classes have no image with flag 1"
+    ):
+        VOC(str(tmp_path)).train()
+
+
+def test_very_long_names_do_not_fill_the_message(tmp_path):
+    make_voc(tmp_path, 2, 2)
+    file = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_train.txt"
+    file.write_text(file.read_text().replace("2008_000001", "x" * 10**6))
+    with pytest.raises(DataError, match="do not list the same images") as error:
+        VOC(str(tmp_path)).train()
+    assert len(str(error.value)) < 1000
+
+
 def test_unknown_options():
     with pytest.raises(ConfigError, match="'2011'"):
         VOC("x", year="2011")

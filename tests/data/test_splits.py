@@ -205,6 +205,77 @@ def test_load_refuses_other_files(tmp_path):
         Split.load(path, t)
 
 
+def made_good(record):
+    """As someone would who takes the right digest from our own message."""
+    return record | {"digest": Split(record["labelled"], record["unlabelled"], record["held_out"]).digest}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labelled": [0, [1]]}, "labelled must be a list of row numbers"),
+        ({"labelled": [True, 0]}, "labelled must be a list of row numbers"),
+        ({"labelled": [0.0]}, "labelled must be a list of row numbers"),
+        ({"labelled": [2**64]}, "labelled must be a list of row numbers"),
+        ({"labelled": 0}, "labelled must be a list of row numbers"),
+        ({"labelled": {"0": 1}}, "labelled must be a list of row numbers"),
+        ({"held_out": None}, "held_out must be a list of row numbers"),
+        ({"fraction": "half"}, "fraction must be .* found 'half'"),
+        ({"fraction": True}, "fraction must be .* found True"),
+        ({"fraction": float("nan")}, "fraction must be .* found nan"),
+        ({"fraction": 5}, "fraction must be .* found 5"),
+        ({"seed": 1.5}, "seed must be .* found 1.5"),
+        ({"seed": [1]}, r"seed must be .* found \[1\]"),
+    ],
+)
+def test_load_refuses_values_of_another_type(tmp_path, change, words):
+    t = table([[1, 0], [0, 1], [-1, -1]])
+    path = tmp_path / "split.json"
+    split_known(t).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=words) as error:
+        Split.load(path, t)
+    assert str(path) in str(error.value)
+
+
+def test_load_refuses_rows_that_the_table_does_not_have(tmp_path):
+    t = table([[1, 0], [0, 1], [-1, -1]])
+    path = tmp_path / "split.json"
+    split_known(t).save(path)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(made_good(record | {"unlabelled": [2, 3, 10**6]})))
+    with pytest.raises(DataError, match=r"split\.json: has the rows 3, 1000000, but the table has 3 rows"):
+        Split.load(path, t)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "recursion"),
+        ('{"seed": 1, "seed": 2}', "a key stands there twice"),
+        ('{"seed": ' + "1" * 5_000 + "}", "digits"),
+        ("\ufeff{", "cannot be read as a split"),
+    ],
+)
+def test_load_refuses_json_that_cannot_be_trusted(tmp_path, content, words):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=words) as error:
+        Split.load(path, table([[1, 0]]))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("fraction", [float("nan"), float("inf"), -float("inf")])
+def test_hold_out_of_no_number(fraction):
+    with pytest.raises(ConfigError, match="of 20 labelled rows"):
+        hold_out(split_labelled(100, 0.2, 1), fraction, 1)
+
+
+def test_rows_beyond_64_bits():
+    with pytest.raises(DataError, match="labelled has shape"):
+        Split(np.array([2**63], dtype=np.uint64), np.array([0]))
+
+
 def test_masks_are_nested_seeded_and_of_the_asked_share():
     masks = [known_mask(2000, 20, share, seed=4) for share in (0.1, 0.5, 0.9)]
     for smaller, larger in itertools.pairwise(masks):

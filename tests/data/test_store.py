@@ -142,6 +142,8 @@ def test_room_is_required_before_it_is_needed(tmp_path, monkeypatch):
         store.require_room(2100, 2, "Do something.")
     with pytest.raises(ConfigError, match=r"0\.1 GB are allowed"):
         store.require_room(100, 0.1, "")
+    with pytest.raises(ConfigError, match="nan GB are allowed"):
+        store.require_room(1, float("nan"), "")
     store.require_room(0, 0, "")  # nothing to come: a lowered limit does not forbid to read
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**9))
     store.require_room(1000, 5, "")
@@ -408,5 +410,5 @@ def test_a_damaged_memo_is_made_anew(tmp_path, files, later, content):
 def test_files_that_cannot_be_read_are_named(tmp_path, files):
     with pytest.raises(DataError, match=r"none\.jpg: No such file .*check the image root"):
         content_keys([*files, tmp_path / "none.jpg"], tmp_path / "memo.json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder"):
         content_keys([tmp_path], tmp_path / "memo.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn.parallel import DistributedDataParallel
 
 from cbsa_lightning import SSMLLModule
@@ -199,6 +201,21 @@ def moved(place: Place, name: str, run: str, world: int, checkpoint: str) -> Non
     fit(place, name, callbacks=[saves(place, name)], ckpt_path=str(file), contexts=CONTEXTS)
 
 
+def asked_to_end(place: Place) -> None:
+    """Only the second process gets the signal, in the midst of its epoch."""
+
+    class Ask(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx, place.rank) == (1, 1, place.world - 1):
+                signal.raise_signal(signal.SIGTERM)
+
+    keeps = ModelCheckpoint(dirpath=place.folder() / "asked to end", save_last=True)
+    try:
+        fit(place, "asked to end", callbacks=[Ask(), keeps], contexts=CONTEXTS)
+    except SIGTERMException:
+        place.save("asked to end", {"ended": True})
+
+
 def kept_features(place: Place) -> None:
     """One process and two each fill a cache of their own."""
     fit(place, "kept", data={"feature_cache": cache(place, place.world)}, epochs=1, warmup_epochs=0)
@@ -257,10 +274,14 @@ PAIR = {
     "one to two within": partial(moved, name="one to two within", run="run", world=1, checkpoint="within"),
     "one to two": partial(moved, name="one to two", run="run", world=1, checkpoint="epoch=0"),
     **BOTH,
+    "asked to end": asked_to_end,
 }
 AFTER = {
     "kept again": kept_features_again,
     "two to one": partial(moved, name="two to one", run="run", world=2, checkpoint="epoch=0"),
+    "asked to end, then one": partial(
+        moved, name="asked to end, then one", run="asked to end", world=2, checkpoint="last"
+    ),
     "two to one within": partial(moved, name="two to one within", run="run", world=2, checkpoint="within"),
     "one to two to one": partial(moved, name="one to two to one", run="one to two", world=2, checkpoint="epoch=1"),
 }

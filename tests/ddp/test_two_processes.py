@@ -190,6 +190,14 @@ def test_a_checkpoint_from_within_an_epoch_goes_on_with_another_number_of_proces
         same_run(run, {"tables": whole["tables"][-1:], "epochs": whole["epochs"][-2:]})
 
 
+def test_when_one_process_is_asked_to_end_both_do_after_the_same_step(root, read):
+    assert all(read("asked to end", 2, rank)["ended"] for rank in range(2))
+    checkpoint = torch.load(root / "2" / "asked to end" / "last.ckpt", weights_only=True)
+    whole, run = read("run", 1), read("asked to end, then one", 1)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, len(whole["steps"]) - len(run["steps"]))
+    same_run(run, {"tables": whole["tables"][-1:], "epochs": whole["epochs"][-2:]})
+
+
 def test_checkpoints_of_one_process_and_of_two_are_the_same(root, both):
     both("run")
     for epoch in range(runs.EPOCHS):

@@ -33,7 +33,6 @@ from tiny_tables import CONFIGS, short, tiny_voc
 
 FULL = os.strerror(errno.ENOSPC)
 # To be taken out with the change of data/ that has it raise OutputError.
-awaited = pytest.mark.xfail(raises=OSError, strict=False, reason="data/ does not yet say what to do on a full disk")
 LONG = os.strerror(errno.EFBIG)
 FIXED = os.strerror(errno.EROFS)
 
@@ -83,9 +82,7 @@ WRITERS = {  # who writes, and what
     "Parquet": (partial(some_predictions, name="predictions.parquet"), "predictions.parquet"),
     "split": (a_split, "split.json"),
 }
-writers = pytest.mark.parametrize(
-    "writer", [pytest.param(name, marks=awaited) if name == "split" else name for name in WRITERS]
-)
+writers = pytest.mark.parametrize("writer", list(WRITERS))
 
 
 def refused(do, name, reason):
@@ -170,7 +167,6 @@ def in_cache(images, cache):
     return [found[row].tobytes() for row in range(len(images.table))]
 
 
-@awaited
 @pytest.mark.parametrize("left", [0, 4096, 3 * 64 * 64 * 4])
 def test_an_image_cache(tmp_path, images, left):
     """What was kept before is kept; the rest is decoded once there is room."""
@@ -189,7 +185,6 @@ def test_an_image_cache(tmp_path, images, left):
         assert in_cache(images, cache) == expected
 
 
-@awaited
 def test_an_image_cache_that_is_read_only(tmp_path, images):
     folder = tmp_path / "cache"
     few = ImageFiles(images.table.select(np.arange(4)), None)
@@ -202,7 +197,6 @@ def test_an_image_cache_that_is_read_only(tmp_path, images):
     assert contents(folder) == before
 
 
-@awaited
 @pytest.mark.parametrize("how", ["full", "long", "read-only"])
 def test_features(tmp_path, how):
     """Rows of a store, as features are: a part that was written is not taken for whole."""
@@ -232,7 +226,6 @@ def test_features(tmp_path, how):
         assert (store(disk / "f").rows == rows[[0, 1, 4, 5, 6, 7]]).all()
 
 
-@awaited
 @pytest.mark.parametrize("left", [0, 32768])
 def test_digits_that_are_drawn(tmp_path, left):
     with small_disk(tmp_path / "disk", "1m") as disk:

@@ -6,17 +6,19 @@ run was, the epoch's figures so far, gradients that wait for a step, and what ca
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from cbsa_lightning.checkpoint_files import TORN
+from cbsa_lightning.checkpoint_files import SOURCE, TORN
 from cbsa_lightning.checkpoint_io import WholeCheckpointIO
-from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.errors import CheckpointError, ConfigError, listed
 
 _RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
 
@@ -42,82 +44,119 @@ class ExactResume(L.Callback):
         """Runs on all processes."""
         if trainer.state.fn != "fit":
             return
-        checkpoint[TORN] = pl_module.updating
         loops = checkpoint["loops"]["fit_loop"]
-        epoch = loops["epoch_progress"]
-        connector = trainer._logger_connector
+        epoch, batches = loops["epoch_progress"]["total"], loops["epoch_loop.batch_progress"]["total"]
+        within_step, epoch_begins = batches["started"] > batches["processed"], epoch["started"] < epoch["ready"]
+        if within_step or epoch_begins or pl_module.ema.exchanged:
+            checkpoint[TORN] = True
+            return
         kept: dict[str, Any] = {
             "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "figures": [],
             "unlogged": None,
             "gradients": {},
             "stage": [pl_module.stage, pl_module._stage_steps()],
+            "should_stop": trainer.should_stop,
+            "data": _data_of(trainer),
         }
-        if epoch["total"]["processed"] < epoch["total"]["ready"]:
+        if epoch["processed"] < epoch["ready"]:
             _settle(loops, trainer)
             kept["figures"] = _figures(trainer)
             kept["gradients"] = _gradients(trainer, pl_module)
-        elif epoch["total"]["completed"] == epoch["total"]["processed"]:
+        elif epoch["completed"] == epoch["processed"]:
             # After an epoch is over; Lightning would take the next one for begun and empty.
-            for part in ("total", "current"):
-                epoch[part]["completed"] = max(0, epoch[part]["completed"] - 1)
+            for part in loops["epoch_progress"].values():
+                part["completed"] = max(0, part["completed"] - 1)
         elif trainer._results is not None:  # else it is over, and nothing is left to log
             # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
-            figures = {name: float(value) for name, value in connector.metrics["log"].items()}
+            figures = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
         checkpoint[_RUN] = kept
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Asked to end between two steps, on all processes alike: keeps what was done since the last checkpoint."""
         callback = trainer.checkpoint_callback
-        folder = getattr(callback, "dirpath", None)
-        if isinstance(exception, SIGTERMException) and folder and trainer.state.fn == "fit":
-            trainer.save_checkpoint(f"{folder}/last.ckpt")
+        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
+            return
+        if isinstance(callback, ModelCheckpoint) and not trainer.fast_dev_run:
+            found = callback._monitor_candidates(trainer)
+            if callback.save_last:
+                callback._save_last_checkpoint(trainer, found)
+            else:
+                trainer.save_checkpoint(callback.format_checkpoint_name(found))
 
     # Restoring -------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps it for the start of training."""
-        self._restored = checkpoint.get(_RUN, {}) if trainer.state.fn == "fit" else {}
+        """Keeps it for the start of training.
+
+        Raises:
+            CheckpointError: If it was written on other data.
+        """
+        if trainer.state.fn != "fit":
+            return
+        file = checkpoint.get(SOURCE, trainer.ckpt_path)
+        self._restored = checkpoint.get(_RUN, {})
+        now, then = _data_of(trainer), self._restored.get("data", {})
+        if differing := sorted(name for name in now.keys() & then.keys() if now[name] != then[name]):
+            raise CheckpointError(
+                f"{file} was written on other data; these differ: {listed(differing)}. Resume with the data and the "
+                "data settings that the run was begun with (config.yaml and split.json beside it)."
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first hook that knows where the run is.
 
         Raises:
             CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
+            ConfigError: With ``max_steps``.
         """
-        pl_module.updating = False
+        if trainer.world_size > 1:
+            # Processes are to agree on the step after which they end. Lightning's own handler asks the others from
+            # wherever it is called, and they wait for each other for ever.
+            signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
         if trainer.ckpt_path is None:
             return
+        if trainer.max_steps != -1:
+            raise ConfigError("A run with max_steps cannot be resumed where it was: give it max_epochs alone.")
         # Lightning asked for a loader before it read epoch and place from the checkpoint.
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop.setup_data()
-        kept, self._restored = self._restored, {}
-        if not kept:  # a checkpoint of an earlier version, written at an epoch's end
-            return
-        stage, steps = kept["stage"]
-        begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
-        if not begins:
-            _check_length(stage, steps, trainer, pl_module)
-        _log_again(kept["figures"], trainer, pl_module)
-        metrics = {name: torch.tensor(value) for name, value in kept["callback_metrics"].items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
-        _log_rest(kept, trainer)
-        parameters = dict(pl_module.named_parameters())
-        for name, gradient in kept["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name])
+        kept = self._restored
+        if kept:  # else a checkpoint of an earlier version, written at an epoch's end
+            begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
+            if not begins:
+                _check_length(kept["stage"][0], kept["stage"][1], trainer, pl_module)
+            trainer.should_stop = kept["should_stop"]
+            _log_again(kept["figures"], trainer, pl_module)
+            parameters = dict(pl_module.named_parameters())
+            for name, gradient in kept["gradients"].items():
+                parameters[name].grad = gradient.to(parameters[name])
+        self._restore_figures(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """After a run that was over already, whose training never started."""
-        _log_rest(self._restored, trainer)
-        self._restored = {}
+        self._restore_figures(trainer)
+
+    def _restore_figures(self, trainer: Any) -> None:
+        """What callbacks look at, and what the loggers may not have been given."""
+        kept, self._restored = self._restored, {}
+        metrics = {name: torch.tensor(value) for name, value in kept.get("callback_metrics", {}).items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
+        if kept.get("unlogged") is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
+                logger.save()
 
 
-def _log_rest(kept: dict[str, Any], trainer: Any) -> None:
-    if kept.get("unlogged") is not None:
-        for logger in trainer.loggers:
-            logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
-            logger.save()
+def _data_of(trainer: Any) -> dict[str, Any]:
+    """What the place in an epoch, pseudo-labels and context targets mean something for."""
+    data = getattr(trainer, "datamodule", None)
+    split = getattr(data, "split", None)
+    if split is None:
+        return {}
+    sizes = ("batch_size", "labelled_per_batch", "warmup_batch_size", "seed")
+    return {"table": split.table_digest, "split": split.digest, **{name: getattr(data, name) for name in sizes}}
 
 
 def _settle(loops: dict[str, Any], trainer: Any) -> None:
@@ -128,11 +167,8 @@ def _settle(loops: dict[str, Any], trainer: Any) -> None:
     """
     loop = trainer.fit_loop.epoch_loop
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
-    in_step = batches["total"]["started"] > batches["total"]["processed"]
     in_hook = batches["total"]["processed"] > batches["total"]["completed"]
     in_validation = validation["total"]["ready"] > validation["total"]["completed"]
-    if in_step:
-        batches["is_last_batch"] = False  # true of the batch that will be made again
     for part in ("total", "current"):
         done = batches[part]["processed"]
         batches[part].update(ready=done, started=done, completed=done)
@@ -159,7 +195,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
 
 
 def _figures(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged in this epoch: value and weight of each figure, the mean over processes."""
+    """What was logged in this epoch, over all processes: value of each figure, and its weight if it is a mean."""
     figures = []
     for metric in trainer.fit_loop.epoch_loop._results.values():
         if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:
@@ -171,7 +207,9 @@ def _figures(trainer: Any) -> list[dict[str, Any]]:
                 **{key: getattr(meta, key) for key in ("fx", "name", "prog_bar", "logger", "on_step")},
                 "reduce_fx": meta.reduce_fx.__name__,
                 "sync_dist": meta.sync.should if trainer.world_size > 1 else None,  # Lightning forgets it for one
-                "value": trainer.strategy.reduce(metric.value.detach().clone(), reduce_op="mean").cpu(),
+                "value": trainer.strategy.reduce(
+                    metric.value.detach().clone(), reduce_op=meta.reduce_fx.__name__
+                ).cpu(),
                 "weight": None if mean is None else trainer.strategy.reduce(mean.double(), reduce_op="mean").cpu(),
             }
         )
@@ -189,7 +227,7 @@ def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> N
         value = figure["value"].to(pl_module.device)
         results.log(figure["fx"], figure["name"], value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **settings)
         metric = results[f"{figure['fx']}.{figure['name']}"]
-        metric.value = value
+        metric.value = torch.zeros_like(value) if figure["reduce_fx"] == "sum" and trainer.global_rank else value
         if figure["weight"] is not None:
             metric.cumulated_batch_size = figure["weight"].round().long().to(value.device)
 

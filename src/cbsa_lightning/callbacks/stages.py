@@ -46,6 +46,11 @@ class Stages(L.Callback):
         stream = np.random.SeedSequence(seed, spawn_key=(trainer.current_epoch, batch_idx, trainer.global_rank))
         torch.manual_seed(int(stream.generate_state(1)[0]))
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Takes the gradients from a step that is left out, unless a scaler passes it over; it asks for gradients."""
+        if pl_module.leaves_out and not pl_module._scaled:
+            optimizer.zero_grad(set_to_none=True)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Has Lightning ask for the second stage's loader before its first epoch."""
         if trainer.current_epoch + 1 == pl_module.warmup_epochs:

@@ -22,6 +22,7 @@ from cbsa_lightning.data.class_names import (
     duplicates,
     read_class_file,
 )
+from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
 
 __all__ = ["AnnotationTable", "ClassFile", "read_class_file"]
@@ -36,7 +37,20 @@ def as_strings(texts: Iterable[str] | NDArray[Any]) -> StringArray:
     dtype = np.dtypes.StringDType()
     if isinstance(texts, np.ndarray) and texts.dtype == dtype:
         return texts  # numpy would copy: to it, two instances of StringDType are two types
-    return np.asarray(texts, dtype=dtype)
+    texts = texts if isinstance(texts, np.ndarray) else list(texts)
+    try:
+        return np.asarray(texts, dtype=dtype)
+    except UnicodeEncodeError as error:
+        row = first_not_unicode(texts)
+        raise DataError(
+            f"row {row} of an annotation table: the path {brief(texts[row])} is no Unicode text; a file name that is "
+            "not UTF-8 cannot be written to tables: rename the file"
+        ) from error
+
+
+def first_not_unicode(texts: Iterable[Any]) -> int:
+    """The first of ``texts`` with a lone surrogate: what Python makes of file names that are not UTF-8."""
+    return next(i for i, text in enumerate(texts) if any("\ud800" <= mark <= "\udfff" for mark in str(text)))
 
 
 def blocks(column: Any) -> Iterator[Any]:
@@ -95,7 +109,7 @@ class AnnotationTable:
         if (empty := paths == "").any():
             raise DataError(f"annotation table: row {int(empty.argmax())} has an empty path")
         if pairs := repeated_rows(paths):
-            found = listed(f"{str(paths[i])!r} (rows {i} and {j})" for i, j in pairs)
+            found = listed(f"{brief(str(paths[i]))} (rows {i} and {j})" for i, j in pairs)
             raise DataError(f"annotation table: the same path twice: {found}; keep one row an image")
         for field, value in (
             ("root", Path(self.root)),
@@ -216,5 +230,5 @@ def _file_names(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return set()

@@ -12,7 +12,10 @@ from typing import Any
 
 import yaml
 
+from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError, listed
+
+_LARGEST_FILE = 4 << 20  # bytes; a hundred thousand classes have less, and YAML takes seconds for each
 
 
 def clean_name(name: str) -> str:
@@ -48,8 +51,13 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
         raise DataError(f"{where}: no classes; at least one is needed")
     if "" in names:
         raise DataError(f"{where}: class {names.index('')} has an empty name; name it")
+    if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
+        found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
+        raise DataError(
+            f"{where}: names with half a character (a lone surrogate), which no file can hold: {found}; correct them"
+        )
     if pairs := duplicates(names):
-        found = listed(f"{names[i]!r} (classes {i} and {j})" for i, j in pairs)
+        found = listed(f"{brief(names[i])} (classes {i} and {j})" for i, j in pairs)
         raise DataError(f"{where}: the same class twice, after Unicode NFC and strip: {found}; keep one")
     return names
 
@@ -68,10 +76,10 @@ def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], 
         raise DataError(f"{where}: {len(prompts)} prompt names for {len(class_names)} classes; give one each")
     if "" in prompts:
         unnamed = class_names[prompts.index("")]
-        raise DataError(f"{where}: class {unnamed!r} has an empty prompt name; write one")
+        raise DataError(f"{where}: class {brief(unnamed)} has an empty prompt name; write one")
     seen_by_tower = [" ".join(prompt.replace("_", " ").casefold().split()) for prompt in prompts]
     if pairs := duplicates(seen_by_tower):
-        found = listed(f"{class_names[i]!r} and {class_names[j]!r} ({prompts[j]!r})" for i, j in pairs)
+        found = listed(f"{brief(class_names[i])} and {brief(class_names[j])} ({brief(prompts[j])})" for i, j in pairs)
         raise DataError(f"{where}: classes with the same prompt text: {found}; give each its own")
     return prompts
 
@@ -80,7 +88,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the closest known one, or nothing."""
     by_fold = {other.casefold(): other for other in known}
     close = difflib.get_close_matches(name.casefold(), by_fold, n=1)
-    return f" (did you mean {by_fold[close[0]]!r}?)" if close else ""
+    return f" (did you mean {brief(by_fold[close[0]])}?)" if close else ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class ClassFile:
         for k in sorted(set(range(len(self.class_names))) - set(in_file)):
             name = self.class_names[k]
             raise DataError(
-                f"{self.path}: class {name!r} is none of the {len(class_names)} classes of the data set"
+                f"{self.path}: class {brief(name)} is none of the {len(class_names)} classes of the data set"
                 f"{did_you_mean(name, class_names)}; correct the name or take it out of the file"
             )
         prompts = [
@@ -146,7 +154,8 @@ def read_class_file(path: str | Path) -> ClassFile:
     Every scalar is text: ``no`` and ``7`` are names like others.
 
     Raises:
-        DataError: The file is missing or no such mapping; a class, synonym or prompt text occurs twice.
+        DataError: The file is missing, has more than 4 MiB, or is no such mapping; it has aliases or tags of YAML; a
+            class, synonym or prompt text occurs twice.
     """
     path = Path(path)
     entries = _read_pairs(path)
@@ -154,7 +163,7 @@ def read_class_file(path: str | Path) -> ClassFile:
     prompts: list[str] = []
     synonyms: list[tuple[str, str]] = []
     for name, (_, value) in zip(names, entries, strict=True):
-        prompt, others = _entry(value, f"{path}: class {name!r}")
+        prompt, others = _entry(value, f"{path}: class {brief(name)}")
         prompts.append(prompt or name.replace("_", " "))
         synonyms += [(clean_name(other), name) for other in others]
     check_class_names([*names, *(other for other, _ in synonyms)], f"{path}, classes and synonyms")
@@ -170,7 +179,7 @@ def _entry(value: Any, where: str) -> tuple[str, list[str]]:
     pairs = value if isinstance(value, _Pairs) else _Pairs([("prompt", value)])
     keys = [key for key, _ in pairs]
     if wrong := [key for k, key in enumerate(keys) if key not in ("prompt", "synonyms") or key in keys[:k]]:
-        raise DataError(f"{where} has {listed(wrong)}; only one prompt and one synonyms are understood")
+        raise DataError(f"{where} has {listed(map(brief, wrong))}; only one prompt and one synonyms are understood")
     fields = dict(pairs)
     prompt, others = fields.get("prompt") or "", fields.get("synonyms") or []
     texts = isinstance(others, list) and all(isinstance(text, str) for text in (prompt, *others))
@@ -181,13 +190,15 @@ def _entry(value: Any, where: str) -> tuple[str, list[str]]:
 
 def _read_pairs(path: Path) -> _Pairs:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, _LARGEST_FILE)
         if path.suffix.lower() == ".json":
             content = json.loads(text, object_pairs_hook=_Pairs)
         else:
-            content = _plain(yaml.compose(text, Loader=yaml.SafeLoader))
+            content = _plain(yaml.compose(text, Loader=yaml.SafeLoader), path, set())
     except FileNotFoundError:
         raise DataError(f"{path}: there is no class file here; correct the path") from None
+    except DataError:
+        raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML or JSON ({error}); correct the file") from error
     if not isinstance(content, _Pairs) or not all(isinstance(key, str) for key, _ in content):
@@ -195,10 +206,29 @@ def _read_pairs(path: Path) -> _Pairs:
     return content
 
 
-def _plain(node: Any) -> Any:
-    """A YAML node as text, list or pairs; null is ""."""
+def _plain(node: Any, path: Path, seen: set[int]) -> Any:
+    """A YAML node as text, list or pairs; null is "".
+
+    ``seen`` are the nodes so far: one that comes again is an alias, and a few lines of aliases stand for billions of
+    values.
+    """
+    if node is None:
+        return ""
+    where = f"{path}, line {node.start_mark.line + 1}"
+    if id(node) in seen:
+        raise DataError(f"{where}: what stands here is used again by an alias (*); write it out where it is meant")
+    seen.add(id(node))
+    if node.tag not in _TAGS:
+        raise DataError(f"{where}: the tag {brief(node.tag)} means nothing here; a class file holds texts: take it out")
     if isinstance(node, yaml.MappingNode):
-        return _Pairs([(_plain(key), _plain(value)) for key, value in node.value])
+        return _Pairs([(_plain(key, path, seen), _plain(value, path, seen)) for key, value in node.value])
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    return "" if node is None or node.tag.endswith(":null") else node.value
+        return [_plain(item, path, seen) for item in node.value]
+    return "" if node.tag == f"{_CORE}null" else node.value
+
+
+_CORE = "tag:yaml.org,2002:"
+# What plain texts, lists and mappings resolve to.
+_TAGS = {
+    f"{_CORE}{kind}" for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value", "str", "seq", "map")
+}

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import DataError
 
 # What image sets come in. A fixed list also keeps Pillow from formats that start other programs (EPS).
@@ -49,7 +50,7 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
     """
     name = Path(path)
     try:
-        with name.open("rb") as file:
+        with open_regular(name) as file:
             if not file.read(1):
                 raise DataError(f"{name}: the file is empty (0 bytes); {_REMEDY}")
             file.seek(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from io import BufferedReader
@@ -35,8 +36,13 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
     except IsADirectoryError:
         kind = stat.S_IFDIR
-    except ValueError as error:  # a NUL
-        raise DataError(f"{brief(os.fspath(path))} cannot be the name of a file ({error}); correct the path") from error
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)  # a NUL
+        raise DataError(
+            f"{brief(os.fspath(path))} cannot be the name of a file ({reason}); correct the path"
+        ) from error
     else:
         kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
         if kind == stat.S_IFREG:
@@ -58,17 +64,27 @@ def read_text(path: Path, most: int | None = None) -> str:
         UnicodeDecodeError: It is not UTF-8.
     """
     with open_regular(path) as file:
-        size, memory = os.fstat(file.fileno()).st_size, memory_of_machine()
+        size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise DataError(
-                f"{path}: has {size / 1e6:,.1f} MB where at most {most / 1e6:,.0f} are read; correct the path"
+                f"{path}: has {size / 1e6:,.1f} MB where at most {most / 1e6:,.1f} are read; correct the path"
             )
-        if 2 * size > memory:
-            raise DataError(
-                f"{path}: has {size / 1e9:,.1f} GB, and reading it takes twice that; this machine has "
-                f"{memory / 1e9:,.1f} GB of memory: take out what is not needed (outlines, captions)"
-            )
+        refuse_larger_than_memory(path, size)
         return file.read().decode("utf-8-sig")
+
+
+def refuse_larger_than_memory(path: Path, size: int) -> None:
+    """Refuses a file of ``size`` bytes whose bytes and text memory cannot hold: better now than when it is full.
+
+    Raises:
+        DataError: Naming both sizes.
+    """
+    memory = memory_of_machine()
+    if 2 * size > memory:
+        raise DataError(
+            f"{path}: has {size / 1e9:,.1f} GB, and reading it takes twice that; this machine has "
+            f"{memory / 1e9:,.1f} GB of memory: take out what is not needed (outlines, captions)"
+        )
 
 
 def memory_of_machine() -> int:

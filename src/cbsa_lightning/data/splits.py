@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, json_pieces
+from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.files import replacing
 
 Rows = NDArray[np.int64]
 PARTS = ("labelled", "unlabelled", "held_out")
@@ -74,6 +76,7 @@ class Split:
 
         Raises:
             ConfigError: Neither the split nor the call says which table the rows belong to.
+            OutputError: The file cannot be written; one that was there still is.
         """
         table_digest = table.digest() if table is not None else self.table_digest
         if not table_digest:
@@ -90,8 +93,8 @@ class Split:
         }
         head = json.dumps(record).removesuffix("}")
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:  # in pieces: as one text, ten million rows take half a gigabyte
+        # In pieces: as one text, ten million rows take half a gigabyte.
+        with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.write(head)
             for part in PARTS:
                 file.write(f', "{part}": ')
@@ -103,7 +106,8 @@ class Split:
         """Reads a split that ``save`` wrote.
 
         Raises:
-            DataError: The file is missing, is no split, was changed by hand, or belongs to another table.
+            DataError: The file is missing, is no split, was changed by hand, belongs to another table, or names rows
+                that the table does not have.
         """
         record = _read_record(Path(path))
         if record["table_digest"] != (digest := table.digest()):
@@ -128,6 +132,12 @@ class Split:
             raise DataError(
                 f"{path}: its rows have digest {split.digest} but the file says {record['digest']}: it was "
                 "changed after it was written; draw the split again"
+            )
+        if beyond := [
+            row for part in PARTS for row in getattr(split, part)[getattr(split, part) >= len(table)].tolist()
+        ]:
+            raise DataError(
+                f"{path}: has the rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
             )
         return split
 
@@ -182,7 +192,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> Split:
     if len(split.held_out):
         raise ConfigError(f"{len(split.held_out)} rows are held out already; hold out from the first split")
     m = len(split.labelled)
-    count = int(fraction * m)
+    count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity are no number of rows
     if not 0 < count < m:
         raise ConfigError(
             f"holding out {fraction} of {m} labelled rows moves {count}; "
@@ -220,20 +230,39 @@ def _as_rows(rows: ArrayLike, part: str) -> Rows:
     array = np.asarray(rows)
     if array.size == 0:
         return np.empty(0, dtype=np.int64)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or array.max() > np.iinfo(np.int64).max:
         raise DataError(f"split: {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers")
     return array.astype(np.int64)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path), object_pairs_hook=_once)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no split file here; correct the path or draw a split") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a split ({error}); draw it again") from error
     needed = ("table_digest", "digest", "fraction", "seed", *PARTS)
     absent = [key for key in needed if not isinstance(record, dict) or key not in record]
     if absent:
         raise DataError(f"{path}: is no split file, it has no {listed(absent)}; draw the split again")
+    for part in PARTS:
+        if type(record[part]) is not list or not all(type(row) is int and row < 1 << 63 for row in record[part]):
+            raise DataError(f"{path}: {part} must be a list of row numbers; draw the split again")
+    fraction, seed = record["fraction"], record["seed"]
+    if fraction is not None and not (type(fraction) in (int, float) and 0 < fraction <= 1):
+        raise DataError(
+            f"{path}: fraction must be above 0 and at most 1, or null; found {brief(fraction)}; draw it again"
+        )
+    if seed is not None and type(seed) is not int:
+        raise DataError(f"{path}: seed must be a whole number or null; found {brief(seed)}; draw the split again")
     return dict(record)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands there twice, and only one of the two can count")
+    return record

@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 from tqdm.auto import tqdm
 
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.data.reading import open_regular
+from cbsa_lightning.errors import ConfigError, DataError, OutputError, listed
+from cbsa_lightning.files import writing
 
 if sys.platform == "win32":
     import msvcrt
@@ -62,6 +65,7 @@ class RowStore:
 
     Raises:
         ConfigError: The folder holds rows made with other settings, or files that are none of ours.
+        OutputError: The folder cannot be written to; of :meth:`append` too, which then keeps what was there.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class RowStore:
         self._keys: dict[bytes, int] = {}  # in the order of the rows
         self._length = 0  # of a copy in a worker, which has no need of the keys
         self._map: np.ndarray | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._settle({"format": _FORMAT, "shape": list(self.shape), "dtype": self.dtype.str, **settings})
         self.refresh()
 
@@ -181,7 +186,7 @@ class RowStore:
         """
         more, total = (n * self.row_bytes / _GB for n in (missing, missing + len(self)))
         need = f"{self.folder}: {missing} more {self.what} need {more:.1f} GB"
-        if missing and total > limit_gb:
+        if missing and not total <= limit_gb:  # NaN is no limit that could be kept
             raise ConfigError(f"{need}, {total:.1f} GB with those there; {limit_gb:g} GB are allowed. {remedy}")
         free = shutil.disk_usage(self.folder).free / _GB
         if more > free:
@@ -232,7 +237,9 @@ class RowStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One process at a time; the system lets go of it when the process ends, however that is."""
-        with (self.folder / "lock").open("ab") as file:
+        with writing(self.folder / "lock"):
+            file = (self.folder / "lock").open("ab")
+        with file:
             if sys.platform == "win32":
                 file.seek(0)
                 while True:
@@ -276,8 +283,13 @@ def content_keys(files: Sequence[Path], memo: Path, threads: int = 4) -> list[by
         for path, digest in read.items():
             known[path] = [*found[path], digest]
         kept = {path: line for path, line in known.items() if max(line[1:3]) < now - _SETTLED}
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        _replace(memo, json.dumps(kept))
+        try:
+            _replace(memo, json.dumps(kept))
+        except OutputError as error:  # the hashes are known all the same
+            warnings.warn(
+                f"{memo}: hashes of files could not be kept ({error.strerror}), so the files are read again next time.",
+                stacklevel=2,
+            )
     return [bytes.fromhex(known[path][-1]) for path in paths]
 
 
@@ -301,7 +313,7 @@ def _stamp(path: str) -> list[int]:
 
 def _hash(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights and the disk") from error
@@ -313,7 +325,7 @@ def _size(file: Path) -> int:
 
 def _write(file: Path, start: int, content: bytes | memoryview) -> None:
     """Cuts a file at ``start`` and goes on with ``content``; returns when the disk has it."""
-    with file.open("r+b" if file.exists() else "w+b") as stream:
+    with writing(file), file.open("r+b" if file.exists() else "w+b") as stream:
         stream.seek(0, os.SEEK_END)
         if stream.tell() == start and not len(content):
             return
@@ -327,8 +339,13 @@ def _write(file: Path, start: int, content: bytes | memoryview) -> None:
 def _replace(file: Path, text: str) -> None:
     """Writes a file that is, at any time, the old one or the new one whole."""
     part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # process numbers are unique on one machine only
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.class_names import duplicates, prompts_from
-from cbsa_lightning.data.readers.source import Source, tidy_paths
+from cbsa_lightning.data.class_names import check_class_names, duplicates, prompts_from
+from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
+from cbsa_lightning.data.reading import brief, open_regular, read_text, refuse_larger_than_memory
 from cbsa_lightning.errors import DataError, listed
 
 _NAMES = """
@@ -58,8 +60,10 @@ class COCO(Source):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the categories; before the annotation file is there, the 80 of COCO."""
-        file = self._files("train")[0]
-        return _peek_class_names(file) if file.is_file() else COCO_CLASSES
+        try:
+            return _peek_class_names(self._files("train")[0])
+        except FileNotFoundError:
+            return COCO_CLASSES
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
@@ -73,7 +77,7 @@ class COCO(Source):
             DataError: Some are not.
         """
         files = [path for part in ("train", "val") for path in self._files(part)]
-        if missing := [str(path) for path in dict.fromkeys(files) if not path.exists()]:
+        if missing := [str(path) for path in dict.fromkeys(files) if not os.path.exists(path)]:
             raise DataError(
                 f"COCO is not complete under {self.root}: no {listed(missing)}. Get the {self.year} images "
                 "and annotations of train and val from the COCO pages and unpack them there, or say where "
@@ -120,20 +124,22 @@ def read_coco(annotations: str | Path, images: str | Path, root: str | Path | No
         root: Folder that the table's paths are relative to; default: ``images``.
 
     Raises:
-        DataError: The file is missing or malformed; there are no categories; an image id, category id or file
-            name occurs twice; an annotation belongs to an unknown image or category; no image is annotated.
+        DataError: The file is missing, malformed or too large for memory; there are no categories; an image id,
+            category id or file name occurs twice or is of another type; an annotation belongs to an unknown image or
+            category; no image is annotated.
     """
     file, images = Path(annotations), Path(images)
     root = Path(images if root is None else root)
     content = _load(file)
     position, class_names = _classes(content["categories"], file)
-    names = dict(_fields(content["images"], ("id", "file_name"), file, "images"))
-    _refuse_twice([str(record["id"]) for record in content["images"]], file, "images", "id")
+    found = _fields(content["images"], {"id": _ID, "file_name": (str,)}, file, "images")
+    _refuse_twice([str(number) for number, _ in found], file, "images", "id")
+    names = dict(found)
 
-    pairs = _fields(content["annotations"], ("image_id", "category_id"), file, "annotations")
+    pairs = _fields(content["annotations"], {"image_id": _ID, "category_id": (int,)}, file, "annotations")
     for i, (image, category) in enumerate(pairs):
         if image not in names or category not in position:
-            what = f"image {image!r}" if image not in names else f"category {category!r}"
+            what = f"image {brief(image)}" if image not in names else f"category {brief(category)}"
             raise DataError(f"{file}, annotations[{i}]: {what} is not in the file; correct or remove it")
     ids = sorted({image for image, _ in pairs}, key=str)
     if not ids:
@@ -141,67 +147,101 @@ def read_coco(annotations: str | Path, images: str | Path, root: str | Path | No
     row = {image: i for i, image in enumerate(ids)}
     labels = np.zeros((len(ids), len(class_names)), dtype=np.int8)
     labels[[row[image] for image, _ in pairs], [position[category] for _, category in pairs]] = 1
-    paths = tidy_paths(root, images, [names[i] for i in ids], lambda i: f"{file}, image {ids[i]!r}")
+
+    def where(i: int) -> str:
+        return f"{file}, image {brief(ids[i])}"
+
+    paths = tidy_paths(root, images, [names[i] for i in ids], where)
+    refuse_repeated(paths, where)
     return AnnotationTable(root, paths, labels, class_names)
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            # Outlines are most of the file and no label: dropped as they are parsed, they take no memory.
-            content = json.load(stream, object_hook=_without_outline)
+        # Outlines are most of the file and no label: dropped as they are parsed, they take no memory.
+        content = json.loads(read_text(file), object_pairs_hook=_without_outline)
     except FileNotFoundError:
         raise DataError(f"{file} is missing; get the COCO annotations, or correct the path") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as JSON ({error}); get it again") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or "it does not fit into memory"
+        raise DataError(f"{file} cannot be read as JSON ({reason}); get it again") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{file} has no list {key!r}; it must be a COCO instances file")
     return dict(content)
 
 
-def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
+_ID = (int, str)  # COCO's own are whole numbers; other data sets name their images
+_KEYS = {"images", "annotations", "categories", "id", "file_name", "name", "image_id", "category_id"}
+
+
+def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := [key for k, key in enumerate(keys) if key in _KEYS and key in keys[:k]]:
+            raise ValueError(f"the key {twice[0]!r} stands twice in one record, and only one of them can count")
     record.pop("segmentation", None)
     return record
 
 
-def _fields(records: list[Any], keys: tuple[str, str], file: Path, kind: str) -> list[tuple[Any, Any]]:
+def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, kind: str) -> list[tuple[Any, Any]]:
+    """Two fields of each record, of the types that they must have; True is no number here, though Python calls it 1."""
+    (first, first_types), (second, second_types) = kinds.items()
     try:
-        return [(record[keys[0]], record[keys[1]]) for record in records]
-    except (KeyError, TypeError):
-        for i, record in enumerate(records):
-            absent = [key for key in keys if not isinstance(record, dict) or key not in record]
-            if absent:
-                raise DataError(f"{file}, {kind}[{i}] has no {listed(absent)}; add it") from None
-        raise
+        pairs = [(record[first], record[second]) for record in records]
+    except (KeyError, TypeError, IndexError):
+        pairs = []
+    if len(pairs) == len(records) and all(type(a) in first_types and type(b) in second_types for a, b in pairs):
+        return pairs
+    for i, record in enumerate(records):
+        absent = [key for key in kinds if not isinstance(record, dict) or key not in record]
+        if absent:
+            raise DataError(f"{file}, {kind}[{i}] has no {listed(absent)}; add it")
+        for key, types in kinds.items():
+            if type(record[key]) not in types:
+                wanted = " or ".join({int: "a whole number", str: "a text"}[t] for t in types)
+                raise DataError(f"{file}, {kind}[{i}]: {key} must be {wanted}, found {brief(record[key])}; correct it")
+    raise AssertionError("one of the records is at fault")
 
 
 def _classes(categories: list[Any], file: Path) -> tuple[dict[Any, int], tuple[str, ...]]:
     """Category id -> class index, and the names, by ascending id."""
     if not categories:
         raise DataError(f"{file}: categories is empty; a class needs an id and a name there")
-    pairs = _fields(categories, ("id", "name"), file, "categories")
+    pairs = _fields(categories, {"id": (int,), "name": (str,)}, file, "categories")
     _refuse_twice([str(number) for number, _ in pairs], file, "categories", "id")
-    _refuse_twice([str(name) for _, name in pairs], file, "categories", "name")
-    if wrong := [number for number, _ in pairs if type(number) is not int]:
-        raise DataError(f"{file}: category ids must be whole numbers; found {listed(map(repr, wrong))}")
+    _refuse_twice([name for _, name in pairs], file, "categories", "name")
     pairs.sort()
-    return {number: k for k, (number, _) in enumerate(pairs)}, tuple(str(name) for _, name in pairs)
+    return {number: k for k, (number, _) in enumerate(pairs)}, check_class_names(
+        [name for _, name in pairs], f"{file}, categories"
+    )
 
 
 def _refuse_twice(values: list[str], file: Path, kind: str, what: str) -> None:
     if pairs := duplicates(values):
-        found = listed(f"{values[i]!r} ({kind}[{i}] and {kind}[{j}])" for i, j in pairs)
+        found = listed(f"{brief(values[i])} ({kind}[{i}] and {kind}[{j}])" for i, j in pairs)
         raise DataError(f"{file}: the same {what} twice: {found}; keep one")
 
 
 def _peek_class_names(file: Path) -> tuple[str, ...]:
-    """Class names without parsing the whole file (330 MB for COCO train, where they stand at the end)."""
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = content.rfind(b'"categories"')
-        tail = content[start:].decode("utf-8", "replace") if start >= 0 else ""
+    """Class names without parsing the whole file (330 MB for COCO train, where they stand at the end).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataError: It is no COCO file.
+    """
     try:
+        with open_regular(file) as stream:
+            refuse_larger_than_memory(file, os.fstat(stream.fileno()).st_size)
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                start = content.rfind(b'"categories"')
+                tail = content[start:].decode("utf-8", "replace") if start >= 0 else ""
         categories, _ = json.JSONDecoder().raw_decode(tail.partition(":")[2].lstrip())
         return _classes(categories, file)[1]
-    except (ValueError, TypeError, DataError):
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError):  # nothing is said before the whole file has been read
         return _classes(_load(file)["categories"], file)[1]

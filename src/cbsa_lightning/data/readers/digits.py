@@ -24,6 +24,7 @@ from cbsa_lightning.data.annotations import AnnotationTable, StringArray
 from cbsa_lightning.data.canvases import draw_canvas, exemplars
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.files import writing
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # In each group the frequent digits come first.
@@ -104,24 +105,26 @@ class Digits(Source):
 
         Raises:
             DataError: The folder is there, but images or annotations in it are missing.
+            OutputError: The disk is full, or the folder cannot be written to.
         """
         if self.folder.exists():
             for part in ("train", "test"):
                 self._table(part).require_files()
             return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".drawing-", dir=self.folder.parent))
-        try:
-            self._draw(draft, "train")
-            self._draw(draft, "test")
-            draft.chmod(0o755)  # mkdtemp lets only its owner in
+        with writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=".drawing-", dir=self.folder.parent))
             try:
-                draft.rename(self.folder)
-            except OSError as error:  # another process finished the same folder first: its files are the same
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+                self._draw(draft, "train")
+                self._draw(draft, "test")
+                draft.chmod(0o755)  # mkdtemp lets only its owner in
+                try:
+                    draft.rename(self.folder)
+                except OSError as error:  # another process finished the same folder first: its files are the same
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
 
     def train(self) -> AnnotationTable:
         """The training images.

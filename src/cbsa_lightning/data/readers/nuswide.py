@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
-from cbsa_lightning.data.readers.source import Source, read_lines, tidy_paths
+from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.reading import brief, open_regular
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 _NAMES = """
@@ -87,7 +89,7 @@ class NUSWIDE(Source):
             DataError: Some are not.
         """
         wanted = [self.images, *self._files("Train"), *self._files("Test")]
-        if missing := [path for path in wanted if not (Path(self.root) / path).exists()]:
+        if missing := [path for path in wanted if not os.path.exists(Path(self.root) / path)]:
             raise DataError(
                 f"NUS-WIDE ({self.layout} layout) is not complete under {self.root}: no {listed(missing)}; "
                 f"{_REMEDY}, or set layout and the file names to what you have"
@@ -117,7 +119,12 @@ class NUSWIDE(Source):
             columns = [_read_column(file, len(names), image_list) for file in label_files]
             labels = np.stack(columns, axis=1)
         folder = Path(self.root) / self.images
-        paths = tidy_paths(self.root, folder, names, lambda i: f"{image_list}, image {i + 1}")
+
+        def where(i: int) -> str:
+            return f"{image_list}, image {i + 1}"
+
+        paths = tidy_paths(self.root, folder, names, where)
+        refuse_repeated(paths, where)
         table = AnnotationTable(Path(self.root), paths, labels, NUSWIDE_CLASSES, self.prompt_names)
         return table.select(np.flatnonzero((labels == 1).any(axis=1))) if self.drop_unlabeled else table
 
@@ -126,15 +133,23 @@ def _read_names(file: Path) -> list[str]:
     """Image names of a ".npy" array of strings, or of a text file with one a line."""
     if file.suffix == ".npy":
         array = _load_array(file)
-        if array.ndim != 1 or array.dtype.kind not in "UT":
+        if array.ndim != 1 or array.dtype.kind != "U":
             raise DataError(
                 f"{file} has shape {array.shape} and type {array.dtype}; it must be a list of image names: "
                 "save it with np.save(path, np.array(names, dtype=str))"
             )
-        return [str(name) for name in array.tolist()]
-    lines = [line.strip() for line in read_lines(file, _REMEDY)]
-    while lines and not lines[-1]:
-        lines.pop()
+        points = np.ascontiguousarray(array).view(f"{array.dtype.byteorder}u4").reshape(len(array), -1)
+        # Four damaged bytes need be no character, and numpy hands them on all the same.
+        wrong = np.flatnonzero(((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any(axis=1))
+        if len(wrong):
+            raise DataError(f"{file}: image {wrong[0] + 1} has a name that is no Unicode text; save the list again")
+        lines = [str(name) for name in array.tolist()]
+    else:
+        lines = [line.strip() for line in read_lines(file, _REMEDY)]
+        while lines and not lines[-1]:
+            lines.pop()
+    if not lines:
+        raise DataError(f"{file}: names no image; {_REMEDY}")
     return lines
 
 
@@ -156,7 +171,7 @@ def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
         )
     wrong = np.argwhere(~np.isin(labels, (0, 1)))
     if len(wrong):
-        found = listed(f"{labels[i, k]} (row {i + 1}, {NUSWIDE_CLASSES[k]!r})" for i, k in wrong)
+        found = listed(f"{brief(labels[i, k].item())} (row {i + 1}, {NUSWIDE_CLASSES[k]!r})" for i, k in wrong)
         raise DataError(f"{file}: labels must be 0 or 1; found {found}; correct the file")
     return np.asarray(labels, dtype=np.int8)
 
@@ -170,18 +185,23 @@ def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.in
         raise DataError(f"{file} has {len(values)} labels, but {image_list.name} lists {num_images} images; {_REMEDY}")
     if set(values) - {"0", "1"}:
         row = next(i for i, value in enumerate(values) if value not in ("0", "1"))
-        raise DataError(f"{file}, line {row + 1}: {values[row]!r} is neither 0 nor 1; correct it")
+        raise DataError(f"{file}, line {row + 1}: {brief(values[row])} is neither 0 nor 1; correct it")
     return np.asarray(np.array(values) == "1", dtype=np.int8)
 
 
 def _load_array(file: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(file, allow_pickle=False)  # a pickle could run any program
+        with open_regular(file) as stream:
+            array: Any = np.lib.format.read_array(stream, allow_pickle=False)  # a pickle could run any program
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {_REMEDY}, or set the file names to what you have") from None
-    except (OSError, ValueError, EOFError) as error:
+    except DataError:
+        raise
+    # The header is Python source to numpy, so damage makes it raise nearly anything: SyntaxError, TokenError, ...
+    except Exception as error:
         raise DataError(
             f"{file} cannot be read as a plain array ({error}); an array of objects is refused because it is "
             "a pickle: save names as np.array(names, dtype=str) and labels as numbers"
         ) from error
-    return array
+    loaded: NDArray[Any] = array
+    return loaded

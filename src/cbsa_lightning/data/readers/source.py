@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks
-from cbsa_lightning.errors import DataError
+from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks, first_not_unicode, repeated_rows
+from cbsa_lightning.data.reading import brief, read_text
+from cbsa_lightning.errors import DataError, listed
 
 
 class Source(ABC):
@@ -53,15 +54,17 @@ def read_lines(file: Path, remedy: str) -> list[str]:
         DataError: The file is missing or is no UTF-8 text; ``remedy`` ends the message.
     """
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        text = read_text(file).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); {remedy}") from error
+    # Not splitlines: to it a form feed or U+2028, which a name may have, ends a line as well.
+    return text.removesuffix("\n").split("\n") if text else []
 
 
-# Paths that need a closer look: empty, absolute, with a drive, "\\", "//", "." or "..", or a trailing "/".
-_ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$"
+# Paths that need a closer look: empty, absolute, with a drive, "\\", "//", "." or "..", a trailing "/", or a NUL.
+_ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$|\x00"
 
 
 def tidy_paths(
@@ -86,11 +89,18 @@ def tidy_paths(
         (n,) strings.
 
     Raises:
-        DataError: A path is empty, is no file below ``root``, or lies outside it and may not.
+        DataError: A path is empty, is no file below ``root``, lies outside it and may not, or is no text that a file
+            name can have.
     """
     base, start = os.path.abspath(root), os.path.abspath(folder)
     ahead = _relative(start, base)
-    texts = pa.array(paths, pa.large_string())
+    try:
+        texts = pa.array(paths, pa.large_string())
+    except UnicodeEncodeError as error:
+        i = first_not_unicode(paths)
+        raise DataError(
+            f"{where(i)}: {brief(paths[i])} is no Unicode text ({error.reason}); correct the path"
+        ) from error
     tidy = _strings(texts)
     if ahead:
         tidy = np.strings.add(f"{ahead}/", tidy)
@@ -100,17 +110,30 @@ def tidy_paths(
         text = texts[i].as_py()
         if not text:
             raise DataError(f"{where(i)}: the image path is empty; fill it in or take the row out")
+        if "\0" in text:
+            raise DataError(f"{where(i)}: {brief(text)} has a NUL, which no file name has; correct the path")
         full = os.path.normpath(os.path.join(start, text.replace("\\", "/")))
         inside = _relative(full, base)
         if inside == "" or text.endswith(("/", "\\")):
-            raise DataError(f"{where(i)}: {text!r} is a folder, not an image; correct the path")
+            raise DataError(f"{where(i)}: {brief(text)} is a folder, not an image; correct the path")
         if inside is None and not allow_outside:
             raise DataError(
-                f"{where(i)}: {text!r} lies outside {root}; move the image under it, or choose a root that "
+                f"{where(i)}: {brief(text)} lies outside {root}; move the image under it, or choose a root that "
                 "holds all images (a table can also set allow_outside: true)"
             )
         tidy[i] = Path(full).as_posix() if inside is None else inside
     return tidy
+
+
+def refuse_repeated(paths: StringArray, where: Callable[[int], str]) -> None:
+    """Refuses two rows for one image, of a format whose rows have names of their own.
+
+    Raises:
+        DataError: Names the path and both rows, as ``where`` does.
+    """
+    if pairs := repeated_rows(paths):
+        found = listed(f"{brief(str(paths[i]))} ({where(i)}, and {where(j)})" for i, j in pairs)
+        raise DataError(f"the same path twice: {found}; keep one row an image")
 
 
 def _strings(texts: Any) -> StringArray:

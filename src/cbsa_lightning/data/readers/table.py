@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cbsa_lightning.data.readers.columns import (
     refuse_repeated_rows,
 )
 from cbsa_lightning.data.readers.source import Source, tidy_paths
+from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 LABELS_COLUMN = "labels"
@@ -100,7 +102,7 @@ class Table(Source):
             DataError: One is not.
         """
         named = (("train", self._train), ("test", self._test), ("class_file", self._class_file))
-        if missing := [f"{path} ({what})" for what, path in named if path and not Path(path).is_file()]:
+        if missing := [f"{path} ({what})" for what, path in named if path and not os.path.isfile(path)]:
             raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
 
     def train(self) -> AnnotationTable:
@@ -192,7 +194,7 @@ class _Names:
     def __init__(self, columns: Columns, separator: str) -> None:
         column = columns.table.column(LABELS_COLUMN)
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            lists = pa.concat_arrays(column.cast(pa.large_list(pa.large_string())).chunks)
+            lists = columns.lists(LABELS_COLUMN)
         else:
             cells = columns.text(LABELS_COLUMN)
             lists = pc.split_pattern(pc.if_else(pc.equal(cells, ""), None, cells), separator)
@@ -223,7 +225,7 @@ def _labels_by_name(columns: Columns, classes: ClassFile, separator: str) -> NDA
         )
     names = [clean_name(name) for name in found.names]
     unknown = [
-        f"row {found.first_row_of(written) + columns.first_row}: {name!r}{did_you_mean(name, position)}"
+        f"row {found.first_row_of(written) + columns.first_row}: {brief(name)}{did_you_mean(name, position)}"
         for written, name in zip(found.names, names, strict=True)
         if name not in position and name != NO_LABEL
     ]
@@ -262,7 +264,7 @@ def _labels_by_column(columns: Columns, classes: ClassFile, other_columns: bool)
     chosen = [column_named(columns, names) for names in meanings.values()]
     if not other_columns and (extra := [name for name in available if name not in chosen]):
         raise DataError(
-            f"{columns.path}: columns that are no class of {classes.path}: {listed(map(repr, extra))}; take "
+            f"{columns.path}: columns that are no class of {classes.path}: {listed(map(brief, extra))}; take "
             "them out, or name the classes in a class file"
         )
     labels = np.empty((columns.table.num_rows, len(chosen)), dtype=np.int8)
@@ -277,9 +279,9 @@ def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
     codes = pc.index_in(cells, value_set=spellings)
     if codes.null_count:
         wrong = np.flatnonzero(codes.is_null().to_numpy(zero_copy_only=False))
-        found = listed(f"{cells[int(i)].as_py()!r} (row {i + columns.first_row})" for i in wrong)
+        found = listed(f"{brief(cells[int(i)].as_py())} (row {i + columns.first_row})" for i in wrong)
         raise DataError(
-            f"{columns.path}, class {name!r}: cells must be 1 (present), 0 (absent), -1 or empty (unknown); "
+            f"{columns.path}, class {brief(name)}: cells must be 1 (present), 0 (absent), -1 or empty (unknown); "
             f"found {found}; correct them, or leave columns that are no class out with a class file"
         )
     values = np.array(list(_CELLS.values()), dtype=np.int8)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, StringArray, as_strings
+from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, StringArray, as_strings, first_not_unicode
 from cbsa_lightning.data.readers.columns import Columns, read_columns, refuse_repeated_rows
 from cbsa_lightning.data.readers.source import read_lines, tidy_paths
+from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Of the formats that images are decoded from.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jp2", ".j2k",
+)  # fmt: skip
 
 
 def read_images(
@@ -27,9 +32,9 @@ def read_images(
     """Lists images whose labels are all unknown.
 
     Args:
-        path: A folder, searched with its sub-folders (names that start with "." are passed over), in sorted
-            order; or one image; or a ".txt" file with one path a line; or a CSV or Parquet table, of
-            which only the image column is read.
+        path: A folder, searched with its sub-folders and those that are linked into it (names that start with "."
+            are passed over), in sorted order; or one image; or a ".txt" file with one path a line; or a CSV or
+            Parquet table, of which only the image column is read.
         class_names: The C classes to predict.
         prompt_names: C prompt names; empty for the default.
         root: Folder that the paths of a list are relative to; default: the folder of the list.
@@ -39,12 +44,13 @@ def read_images(
         A table with label -1 everywhere.
 
     Raises:
-        DataError: There is nothing at ``path``, or no image; a path is empty, repeated, or leaves ``root``.
+        DataError: There is nothing at ``path``, or no image; a folder cannot be listed, or is linked into itself; a
+            path is empty, repeated, leaves ``root``, or is not UTF-8.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         root, paths = path, as_strings(_images_below(path))
-    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+    elif path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):
         root, paths = path.parent, as_strings([path.name])
     else:
         root = path.parent if root is None else Path(root)
@@ -54,14 +60,55 @@ def read_images(
 
 
 def _images_below(folder: Path) -> list[str]:
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [n for n in files if not n.startswith(".") and n.lower().endswith(IMAGE_SUFFIXES)]
-        found += [Path(here, name).relative_to(folder).as_posix() for name in images]
+    found = sorted(_walk(os.fspath(folder)))
     if not found:
         raise DataError(f"{folder}: no image in it or below; looked for {listed(IMAGE_SUFFIXES)}")
-    return sorted(found)
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError as error:
+        name = found[first_not_unicode(found)]
+        raise DataError(
+            f"{folder}: the name {brief(os.fsencode(name))} is not UTF-8, so no table could hold it; rename the file"
+        ) from error
+    return found
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Images in ``root`` and its sub-folders, relative to it. Each folder may be reached in one way only.
+
+    Links are followed: without a word, their images would be missing. A loop of links is a folder reached twice.
+    """
+    reached: dict[tuple[int, int], str] = {}
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        here = os.path.join(root, below)
+        try:
+            status = os.stat(here)
+            first = reached.setdefault((status.st_dev, status.st_ino), here)
+            if first is not here:
+                raise DataError(
+                    f"{here}: is by a link the folder {first}, so its images would count twice; remove the link"
+                )
+            with os.scandir(here) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise DataError(
+                f"{here}: cannot be listed ({error.strerror}); change its rights, or move it away"
+            ) from error
+        for entry in visible:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                folders.append(name)
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise DataError(f"{entry.path}: is a link that cannot be followed ({error.strerror}); remove it") from error
 
 
 def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ import numpy as np
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
-from cbsa_lightning.data.readers.source import Source, read_lines
+from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 _NAMES = """
@@ -101,13 +103,13 @@ class VOC(Source):
     def _missing(self) -> list[str]:
         wanted = ["JPEGImages"]
         wanted += [f"ImageSets/Main/{name}_{part}.txt" for part in self._image_sets for name in VOC_CLASSES]
-        return [path for path in wanted if not (self._folder / path).exists()]
+        return [path for path in wanted if not os.path.exists(self._folder / path)]
 
     def _fetch(self) -> None:
         from torchvision.datasets import VOCDetection  # slow to import, and needed once in a life
 
-        Path(self.root).mkdir(parents=True, exist_ok=True)
         try:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
             for image_set in ("train",) if self.year == "2012" else self._image_sets:
                 VOCDetection(self.root, year=self.year, image_set=image_set, download=True)
         except (OSError, RuntimeError) as error:
@@ -147,14 +149,22 @@ def read_voc(
             differing = sorted(columns[-1].keys() ^ columns[0].keys())
             raise DataError(
                 f"{file} and {VOC_CLASSES[0]}_{image_set}.txt do not list the same images; only one of them "
-                f"has {listed(differing)}; unpack the archive again"
+                f"has {listed(map(_cut, differing))}; unpack the archive again"
             )
     images = sorted(columns[0])
     flags = np.array([[column[image] for column in columns] for image in images], dtype=np.int8)
     flags = flags.reshape(len(images), len(VOC_CLASSES))
     labels = np.select([flags == 1, flags == 0], [1, difficult], 0).astype(np.int8)
-    paths = np.array([f"JPEGImages/{image}.jpg" for image in images], dtype=np.dtypes.StringDType())
     listed_images = (flags == 1).any(axis=1)  # by the raw flags: the list does not depend on `difficult`
+    first = folder / "ImageSets" / "Main" / f"{VOC_CLASSES[0]}_{image_set}.txt"
+    if not listed_images.any():
+        raise DataError(f"{first} and those of the other classes have no image with flag 1; unpack the archive again")
+
+    def where(i: int) -> str:
+        return f"{first}, image {brief(images[i])}"
+
+    paths = tidy_paths(folder, folder, [f"JPEGImages/{image}.jpg" for image in images], where)
+    refuse_repeated(paths, where)
     return AnnotationTable(folder, paths[listed_images], labels[listed_images], VOC_CLASSES, prompt_names)
 
 
@@ -165,8 +175,13 @@ def _read_flags(file: Path) -> dict[str, int]:
         if not parts:
             continue
         if len(parts) != 2 or parts[1] not in ("1", "0", "-1"):
-            raise DataError(f"{file}, line {number}: {line!r} is no image name and flag (1, 0 or -1); correct it")
+            raise DataError(f"{file}, line {number}: {brief(line)} is no image name and flag (1, 0 or -1); correct it")
         if parts[0] in flags:
-            raise DataError(f"{file}, line {number}: image {parts[0]!r} is listed twice; keep one line")
+            raise DataError(f"{file}, line {number}: image {brief(parts[0])} is listed twice; keep one line")
         flags[parts[0]] = int(parts[1])
     return flags
+
+
+def _cut(name: str) -> str:
+    """An image's name for a message: as it is, unless it is so long that it can be none."""
+    return name if len(name) <= 100 else brief(name, 100)

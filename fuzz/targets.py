@@ -1,0 +1,19 @@
+"""All kinds of input."""
+
+from __future__ import annotations
+
+from fuzz.annotations import CocoFile, NusWideFiles, VocFlags
+from fuzz.checkpoints import Checkpoints
+from fuzz.harness import Target
+from fuzz.images import ImageBytes
+from fuzz.names import ClassFiles, ClassNames
+from fuzz.predict import PredictInputs
+from fuzz.settings import Configs, DataSettings
+from fuzz.splits import SplitFiles
+from fuzz.tables import CsvTables, ParquetTables
+
+_ALL: tuple[type[Target], ...] = (
+    ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, ClassFiles, ClassNames, SplitFiles,
+    PredictInputs, DataSettings, Configs, Checkpoints,
+)  # fmt: skip
+TARGETS = {target.name: target for target in _ALL}
