@@ -371,7 +371,7 @@ def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
 
 def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):
     for name, content, message in (
-        ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line 1"),
+        ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line \d"),
         ("b.yaml", "5", r"b\.yaml: must map settings"),
         ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml: cannot be read as YAML .*utf-8"),
     ):

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.files import replacing
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.module import SSMLLModule
@@ -81,7 +82,7 @@ def compare(
     results["semi-supervised"] = float(trainer.callback_metrics["val/mAP"])
 
     if trainer.is_global_zero:
-        with (folder / "comparison.csv").open("w", newline="") as file:
+        with replacing(folder / "comparison.csv") as draft, draft.open("w", newline="") as file:
             csv.writer(file).writerows([["run", "mAP"], *results.items()])
         for logger in trainer.loggers:
             logger.log_metrics({f"compare/{name.replace(' ', '_')}": value for name, value in results.items()})

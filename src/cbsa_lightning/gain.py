@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.files import replacing
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.module import SSMLLModule
 
@@ -71,14 +72,14 @@ class Gain:
 
     def save(self, folder: Path) -> None:
         """Writes ``gain.csv``, one row a class, and ``gain.png``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "gain.csv").open("w", newline="") as file:
+        with replacing(folder / "gain.csv") as draft, draft.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "labelled_positives", "gain", "low", "high"])
             for name, number, row in zip(self.class_names, self.positives, self.by_class, strict=True):
                 writer.writerow([name, number, *(f"{value:.2f}" for value in row)])
             writer.writerow(["(mean)", "", *(f"{value:.2f}" for value in self.overall)])
-        self._draw(folder / "gain.png")
+        with replacing(folder / "gain.png") as draft:
+            self._draw(draft)
 
     def _draw(self, file: Path) -> None:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state

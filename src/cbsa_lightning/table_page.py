@@ -62,8 +62,10 @@ def write_table(
     write_cells(file.with_suffix(".csv"), table, finished, min_positives)
     write_pseudo_labels(file.with_name(f"{file.stem}_pseudo_labels.csv"), finished)
     if finished:
-        draw_table(table, means, rows, columns).savefig(file.with_suffix(".png"), dpi=120)
-        draw_pseudo_labels(finished, rows).savefig(file.with_name(f"{file.stem}_pseudo_labels.png"), dpi=120)
+        with replacing(file.with_suffix(".png")) as draft:
+            draw_table(table, means, rows, columns).savefig(draft, dpi=120)
+        with replacing(file.with_name(f"{file.stem}_pseudo_labels.png")) as draft:
+            draw_pseudo_labels(finished, rows).savefig(draft, dpi=120)
 
 
 def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:
