@@ -48,14 +48,15 @@ def test_a_template_gives_the_sentences_features(clip, reference, shared, templa
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
-def test_shared_words_gather_the_gradients_of_all_classes(clip):
-    own = ClassPrompts(clip, NAMES, template="a photo of a")
-    shared = ClassPrompts(clip, NAMES, shared=True, template="a photo of a")
-    weights = torch.randn(3, 24, generator=torch.manual_seed(0))
+def test_shared_words_gather_the_gradients_of_all_classes(clip_folder):
+    clip = FrozenCLIP.load(str(clip_folder)).double()  # a sum of gradients in another order, whatever the processor
+    own = ClassPrompts(clip, NAMES, template="a photo of a").double()
+    shared = ClassPrompts(clip, NAMES, shared=True, template="a photo of a").double()
+    weights = torch.randn(3, 24, generator=torch.manual_seed(0), dtype=torch.float64)
     for prompts in (own, shared):
         (encode_prompt_sets(clip, [prompts])[0] * weights).sum().backward()
     assert own.words.grad.abs().amax((1, 2)).min() > 0
-    torch.testing.assert_close(shared.words.grad, own.words.grad.sum(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shared.words.grad, own.words.grad.sum(0), atol=1e-10, rtol=1e-8)
     assert all(p.grad is None for p in clip.parameters())
 
 
