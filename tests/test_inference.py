@@ -174,6 +174,15 @@ def test_wrong_files_are_refused(checkpoint, towers, tmp_path):
         Classifier.load(tmp_path / "settings.ckpt")
 
 
+def test_a_setting_of_another_type_is_named(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    for name, value in (("decoder_heads", 4.0), ("prompt_length", True), ("num_contexts", "2")):
+        changed = {**content, "hyper_parameters": {**content["hyper_parameters"], name: value}}
+        torch.save(changed, tmp_path / "changed.ckpt")
+        with pytest.raises(CheckpointError, match=rf"changed\.ckpt: setting {name} must be a whole number"):
+            Classifier.load(tmp_path / "changed.ckpt")
+
+
 def test_towers_that_moved(checkpoint, classifier, images, tmp_path):
     moved, other = tiny_clip(tmp_path / "moved", "resnet"), tiny_clip(tmp_path / "other", "resnet", seed=1)
     assert torch.equal(Classifier.load(checkpoint, clip=str(moved)).scores(images), classifier.scores(images))

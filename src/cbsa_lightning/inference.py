@@ -28,10 +28,9 @@ from cbsa_lightning.networks.cbsa import build_cbsa_network
 Images = Sequence[str | os.PathLike[str] | Image.Image | np.ndarray] | Tensor
 """Files, Pillow images, ``(H, W, 3)`` uint8 RGB arrays, mixed at will; or one ``(n, 3, H, W)`` uint8 tensor."""
 
-_DEFAULTS = {
-    n: p.default for n, p in inspect.signature(build_cbsa_network).parameters.items() if p.kind is p.KEYWORD_ONLY
-}
-SETTINGS = tuple(_DEFAULTS)
+_PARAMETERS = inspect.signature(build_cbsa_network).parameters.values()
+_TYPES = {p.name: p.annotation for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}  # as they are written there
+SETTINGS = tuple(_TYPES)
 
 
 class Prediction(NamedTuple):
@@ -244,6 +243,6 @@ def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, An
         )
     for name in settings:
         value = checkpoint["hyper_parameters"][name]
-        if type(_DEFAULTS[name]) is int and type(value) is not int:
+        if _TYPES[name] == "int" and type(value) is not int:
             raise CheckpointError(f"{path}: setting {name} must be a whole number, found {value!r:.100}.")
     return checkpoint

@@ -26,8 +26,8 @@ _RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
 class ExactResume(L.Callback):
     """Saves and restores what makes a resumed run end with the same bits, from checkpoints of any moment.
 
-    Also has checkpoints written as a whole or not at all, and writes ``last.ckpt`` when the process is asked to end
-    (SIGTERM) and checkpoints are kept at all.
+    Also has checkpoints written as a whole or not at all, and one more written when a process is asked to end
+    (SIGTERM). Works on Lightning's private counters, since there is no other way; tests/test_resume.py holds it.
     """
 
     def __init__(self) -> None:
@@ -111,6 +111,7 @@ class ExactResume(L.Callback):
             CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
             ConfigError: With ``max_steps``.
         """
+        pl_module.asked_to_end = False
         if trainer.world_size > 1:
             # Processes are to agree on the step after which they end. Lightning's own handler asks the others from
             # wherever it is called, and they wait for each other for ever.
