@@ -11,6 +11,14 @@ from torchmetrics.utilities import dim_zero_cat
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 
+def mean_pairwise_cosine(features: Tensor) -> Tensor:
+    """Mean cosine ``(B,)`` over all pairs of an image's C label features ``(B, C, d)``; NaN if C is 1."""
+    unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
+    count = unit.shape[1]
+    # The squared norm of the sum holds each pair twice, and C ones.
+    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1) or float("nan"))
+
+
 class MultilabelReport(Metric):
     """The evaluation of a multi-label classifier, exact, over any number of batches and processes.
 

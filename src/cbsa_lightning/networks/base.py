@@ -15,11 +15,13 @@ class NetworkOutput(NamedTuple):
         logits: ``(B, C)``; the sigmoid of an entry is the probability of that label.
         context_logits: ``(B, K)`` over the contexts, or None without a context head.
         attention: ``(B, C, h, w)``, where each label looked (rows sum to 1 over the grid), or None.
+        label_features: ``(B, C, d)``, one image feature for each label, or None where all labels share one.
     """
 
     logits: Tensor
     context_logits: Tensor | None = None
     attention: Tensor | None = None
+    label_features: Tensor | None = None
 
 
 class Description(NamedTuple):
@@ -74,6 +76,13 @@ class Network(nn.Module):
             features: What :meth:`features` gave.
             text: What :meth:`encode_text` gave; computed here when None.
             attention: Whether to give the attention maps too.
+        """
+        raise NotImplementedError
+
+    def mean_feature_logits(self, label_features: Tensor, text: Any = None) -> Tensor:
+        """Logits ``(B, C)`` when every label gets the mean of an image's ``label_features (B, C, d)``.
+
+        Only networks whose output has label features implement it.
         """
         raise NotImplementedError
 

@@ -109,7 +109,12 @@ class CBSANetwork(PromptedCLIP):
         context_logits = None if self.context_head is None else self.context_head(tokens.g)
         if maps is not None:
             maps = maps.unflatten(-1, tokens.grid)
-        return NetworkOutput(logits, context_logits, maps)
+        return NetworkOutput(logits, context_logits, maps, None if self.decoder is None else aligned)
+
+    def mean_feature_logits(self, label_features: Tensor, text: TextFeatures | None = None) -> Tensor:
+        """Logits when every label gets the same image feature: what Eq. 5 gives without label-specific features."""
+        text = text if text is not None else self.encode_text()
+        return self._cosine(label_features.mean(1, keepdim=True), text.target)
 
     def _cosine(self, aligned: Tensor, target: Tensor) -> Tensor:
         """Scaled cosine of ``(B, C or 1, d)`` with ``(C, d)`` (Eq. 5), in float32 whatever the autocast."""
