@@ -401,7 +401,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         report = self._report("ema").compute()
         self._log_report("val", report)
         self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
-        if self._report("mean").update_called:
+        if self.network.has_label_features:  # alike on all processes, also on one that saw no image
             self._log_specificity(report["mAP"])
         self._end_pass("ema", "raw", "mean")
 

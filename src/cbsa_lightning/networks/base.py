@@ -44,6 +44,7 @@ class Network(nn.Module):
     """
 
     num_contexts: int = 0
+    has_label_features: bool = False
 
     @property
     def frozen_weights(self) -> str | None:

@@ -78,6 +78,7 @@ class CBSANetwork(PromptedCLIP):
                 prompt_length, False, prompt_template or "a photo of a", trainable=False
             )
         self.decoder = decoder
+        self.has_label_features = decoder is not None
         self.semantic_prompts = self._prompts(*words) if decoder is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         # Made last, so that switching contexts on or off leaves the start of all other weights as it is.
