@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
-from torchmetrics import MeanMetric
 
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
@@ -34,13 +33,12 @@ from cbsa_lightning.errors import NotFiniteError
 from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
-from cbsa_lightning.metrics import MultilabelReport, mean_pairwise_cosine
+from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable
+from cbsa_lightning.specificity import Specificity
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
-COLLAPSED_COSINE, COLLAPSED_GAIN = 0.99, 0.01
-"""Label features this alike (cosine) that bring less than this (mAP in [0, 1]) are reported as collapsed."""
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
@@ -135,9 +133,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.pseudo_labels: Tensor | None = None
         self.context_targets: Tensor | None = None
 
-        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test", "mean")})
-        self.feature_cosine = MeanMetric()
-        self._collapse_warned = False
+        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
+        self.specificity = Specificity(num_classes) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
         self.asked_to_end = False  # this process was, by a signal; see ExactResume
         self.max_skipped_steps = max_skipped_steps
@@ -386,39 +383,26 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             logits = output.logits
             self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
             self._report(weights).update(logits, batch.targets)
-            if weights == "ema" and output.label_features is not None:
-                self._compare_label_features(output.label_features, batch.targets)
+            if weights == "ema" and self.specificity is not None:
+                z = cast(Tensor, output.label_features)
+                self.specificity.update(z, self._mean_feature_logits(z), batch.targets)
 
-    def _compare_label_features(self, label_features: Tensor, targets: Tensor) -> None:
-        """Scores the labels again with the mean feature of each image; adds up how alike its features are."""
+    def _mean_feature_logits(self, label_features: Tensor) -> Tensor:
         with torch.no_grad(), self.ema.applied_to(self.network):
-            logits = self.network.mean_feature_logits(label_features, self._text.get("ema"))
-        self._report("mean").update(logits, targets)
-        self.feature_cosine.update(mean_pairwise_cosine(label_features))
+            return self.network.mean_feature_logits(label_features, self._text.get("ema"))
 
     def on_validation_epoch_end(self) -> None:
         """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
         report = self._report("ema").compute()
         self._log_report("val", report)
         self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
-        if self.network.has_label_features:  # alike on all processes, also on one that saw no image
-            self._log_specificity(report["mAP"])
-        self._end_pass("ema", "raw", "mean")
-
-    def _log_specificity(self, mean_ap: Tensor) -> None:
-        """Logs what label-specific features add to mAP, and warns once after the warm-up if they have collapsed."""
-        gain = mean_ap - self._report("mean").compute()["mAP"]
-        cosine = self.feature_cosine.compute()
-        self.feature_cosine.reset()
-        self.log_dict({"val/specific_gain": gain, "val/feature_cosine": cosine})
-        collapsed = bool(cosine > COLLAPSED_COSINE) and bool(gain < COLLAPSED_GAIN)
-        if collapsed and self.current_epoch >= self.warmup_epochs and not self._collapse_warned:
-            self._collapse_warned = True
-            rank_zero_warn(
-                f"The label decoder has collapsed: the features of two labels in one image have a mean cosine of "
-                f"{float(cosine):.4f}, and replacing them by their mean changes mAP by {-100 * float(gain):+.2f} "
-                "points. All labels share one image feature. See docs/choices.md, 'Label-specific features'."
-            )
+        if self.specificity is not None:
+            figures = self.specificity.compute(report["mAP"])
+            self.specificity.reset()
+            self.log_dict({f"val/{name}": value for name, value in figures.items()})
+            if self.current_epoch >= self.warmup_epochs:
+                self.specificity.warn_if_collapsed(figures)
+        self._end_pass("ema", "raw")
 
     def on_test_epoch_start(self) -> None:
         """Prompts do not change within a pass."""
