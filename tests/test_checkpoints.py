@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.inference import Classifier
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
@@ -89,7 +90,7 @@ def test_other_frozen_weights_are_refused(tmp_path, run):
     ("changes", "found"),
     [
         ({"decoder_feedforward": 24}, r"other shape: .*linear1.weight \(16, 24\) instead of \(24, 24\)"),
-        ({"decoder_layers": 2}, r"missing: .*network.decoder.layers.1"),
+        ({"decoder_layers": 2}, r"missing: .*network.decoder.blocks.1"),
         ({"num_contexts": 0}, r"unknown: .*network.context_head"),
         ({"train_pool": False, "num_contexts": 0}, r"unknown: .*average_of_clip__pool"),
     ],
@@ -97,6 +98,17 @@ def test_other_frozen_weights_are_refused(tmp_path, run):
 def test_other_shapes_are_named(run, changes, found):
     with pytest.raises(CheckpointError, match=found):
         CBSAModule.load_from_checkpoint(run[1][-1], **changes)
+
+
+def test_the_label_decoder_of_earlier_checkpoints_is_refused(tmp_path, run):
+    checkpoint = torch.load(run[1][-1], weights_only=True)
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k.replace("decoder.blocks.", "decoder.layers."): v for k, v in state.items()}
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    with pytest.raises(CheckpointError, match="an earlier form of the label decoder"):
+        CBSAModule.load_from_checkpoint(tmp_path / "earlier.ckpt")
+    with pytest.raises(CheckpointError, match="an earlier form of the label decoder"):
+        Classifier.load(tmp_path / "earlier.ckpt")
 
 
 def test_trained_on_from_a_checkpoint_nothing_of_the_old_run_is_left(tmp_path, clip_folder, squares_folder, run):

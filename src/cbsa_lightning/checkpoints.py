@@ -60,6 +60,11 @@ class LeanCheckpoint(nn.Module):
             for what, found in (("missing", missing), ("unknown", extra), ("other shape", shapes))
             if found
         ]
+        if strict and any(key.startswith("network.decoder.layers.") for key in extra):
+            raise CheckpointError(
+                f"{self._source} was trained with an earlier form of the label decoder, which this version does not "
+                "have (docs/choices.md, 'Label-specific features'). Train again, or use the version that wrote it."
+            )
         if strict and problems:
             raise CheckpointError(
                 f"{self._source} belongs to another model; " + "; ".join(problems) + ". Build the module with the "

@@ -12,7 +12,7 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.losses import context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
-from reference.decoder import layers_of
+from reference.decoder import weights_of
 from reference.network import logits as slow_logits
 from tiny_clip import tiny_clip
 
@@ -38,10 +38,11 @@ def test_scores_and_maps_by_loops(clip_folder, alignment):
         output = network(features, text, attention=True)
         tokens = network.clip.pool(features)
         g, local = tokens.g.double().numpy(), tokens.l.double().numpy()
+        places = network.clip.pool.values(features).l.double().numpy()
         target = text.target.double().numpy()
         semantic = text.semantic.double().numpy() if alignment else None
-    layers = layers_of(network.decoder) if alignment else None
-    expected, maps = slow_logits(7.0, g, local, target, semantic, layers, 4)
+    blocks = [weights_of(block) for block in network.decoder.blocks] if alignment else None
+    expected, maps = slow_logits(7.0, g, local, places, target, semantic, blocks, 4)
     np.testing.assert_allclose(output.logits.numpy(), expected, atol=1e-4)
     if alignment:
         assert output.attention.shape == (2, 3, *tokens.grid)

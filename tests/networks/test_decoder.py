@@ -1,4 +1,4 @@
-"""The label decoder against torch's own decoder and a plain re-computation."""
+"""The label decoder against torch's own layers, a plain re-computation, and CLIP's own similarity."""
 
 from __future__ import annotations
 
@@ -8,66 +8,125 @@ import torch
 from torch import nn
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.networks.decoder import LabelDecoder
-from reference.decoder import decode, layers_of
+from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.networks.decoder import SHARPNESS, LabelDecoder
+from reference.decoder import decode, weights_of
 
 
 def inputs():
+    """Queries, attention-path tokens and value-path tokens."""
     generator = torch.manual_seed(0)
-    return torch.randn(5, 24, generator=generator), torch.randn(3, 7, 24, generator=generator)
+    return (torch.randn(n, generator=generator) for n in ((5, 24), (3, 7, 24), (3, 7, 24)))
+
+
+def build(**settings):
+    return LabelDecoder(24, **{"layers": 2, "heads": 4, "feedforward": 40, **settings})
 
 
 def shaken(decoder):
-    """Norms and biases start at 0 and 1, where a swap or an omission would not show."""
+    """Adds noise to all weights: an omission would not show where weights start at 0 or 1."""
     with torch.no_grad():
-        for p in decoder.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.manual_seed(p.numel())) * 0.1)
+        for i, p in enumerate(decoder.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.manual_seed(i)) * 0.1)
     return decoder.eval()
 
 
+def stock(decoder, queries, local, places):
+    """The same decoder out of torch's layers, with everything repeated for every image."""
+
+    def scaled(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    labels = scaled(queries - queries.mean(0)).expand(len(local), -1, -1)
+    keys, values = scaled(places - places.mean(1, keepdim=True)), scaled(local + places)
+    x = labels
+    for block in decoder.blocks:
+        if block.self_attention is not None:
+            y = block.norm1(x)
+            x = x + block.self_attention(y, y, y)[0]
+        seen, weights = block.cross_attention(block.norm2(x) + labels, keys, values)
+        x = x + seen
+        x = x + block.linear2(block.linear1(block.norm3(x)).relu())
+    return x, weights
+
+
 @pytest.mark.parametrize("maps", [False, True])
-def test_equals_torchs_decoder(maps):
-    decoder = shaken(LabelDecoder(24, layers=2, heads=4, feedforward=40))
-    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 4, 40, batch_first=True), 2).eval()
-    theirs.load_state_dict(decoder.state_dict())
-    queries, tokens = inputs()
-    with torch.no_grad():
-        ours, weights = decoder(queries, tokens, maps)
-        expected = theirs(queries.expand(3, -1, -1), tokens)
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_equals_torchs_layers_in_value_and_gradient(maps, self_attention):
+    decoder = shaken(build(dropout=0.0, self_attention=self_attention)).double().train()
+    tensors = [x.double().requires_grad_(True) for x in inputs()]
+    ours, weights = decoder(*tensors, maps)
+    theirs, expected_weights = stock(decoder, *tensors)
     assert (weights is not None) == maps
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    if maps:
+        torch.testing.assert_close(weights, expected_weights, atol=1e-10, rtol=0)
+    wanted = (*tensors, *decoder.parameters())
+    assert len(wanted) == 3 + 2 * (18 if self_attention else 12)
+    found = [torch.autograd.grad(output.square().sum(), wanted) for output in (ours, theirs)]
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("self_attention", [True, False])
 def test_features_and_maps_by_hand(self_attention):
-    decoder = shaken(LabelDecoder(24, layers=2, heads=4, feedforward=40, self_attention=self_attention))
-    queries, tokens = inputs()
+    decoder = shaken(build(self_attention=self_attention))
+    queries, local, places = inputs()
     with torch.no_grad():
-        ours, maps = decoder(queries, tokens, True)
+        ours, maps = decoder(queries, local, places, True)
     assert ours.shape == (3, 5, 24)
+    blocks = [weights_of(block) for block in decoder.blocks]
     for b in range(3):
-        expected, attention = decode(queries.double().numpy(), tokens[b].double().numpy(), layers_of(decoder), 4)
-        np.testing.assert_allclose(ours[b].numpy(), expected, atol=1e-5)
+        one = (x.double().numpy() for x in (queries, local[b], places[b]))
+        expected, attention = decode(*one, blocks, 4)
+        np.testing.assert_allclose(ours[b].numpy(), expected, atol=2e-5)
         np.testing.assert_allclose(maps[b].numpy(), attention, atol=1e-6)
     np.testing.assert_allclose(maps.sum(-1).numpy(), 1, atol=1e-6)
     assert maps.std() > 1e-3
 
 
-def test_without_self_attention_a_class_does_not_depend_on_the_others():
-    decoder = shaken(LabelDecoder(24, layers=2, heads=4, feedforward=40, self_attention=False))
-    queries, tokens = inputs()
+def test_untrained_it_attends_by_cosine_and_returns_what_it_finds():
+    """With one head, the attention is a softmax of cosines, and the feature is text plus the attended values."""
+    decoder = build(heads=1, dropout=0.0)
+    queries, local, places = inputs()
+    queries = queries - queries.mean(1, keepdim=True)  # which the norm before attention would take out
     with torch.no_grad():
-        torch.testing.assert_close(decoder(queries[:1], tokens)[0], decoder(queries, tokens)[0][:, :1])
-    assert not any("self_attn" in name for name in decoder.state_dict())
+        z, maps = decoder(queries, local, places, True)
+    text = nn.functional.normalize(queries - queries.mean(0), dim=-1)
+    centred = nn.functional.normalize(places - places.mean(1, keepdim=True), dim=-1)
+    shares = (SHARPNESS * text @ centred.transpose(1, 2)).softmax(-1)
+    found = shares @ nn.functional.normalize(local + places, dim=-1)
+    # The second block looks again, for the class and what was found, and adds nothing yet.
+    torch.testing.assert_close(z, 24**0.5 * (text + found), atol=1e-3, rtol=0)
+    assert float(mean_pairwise_cosine(maps).mean()) < 0.9
+
+
+def test_a_single_class_still_looks_for_its_text():
+    decoder = build()
+    queries, local, places = inputs()
+    with torch.no_grad():
+        _, maps = decoder(queries[:1], local, places, True)
+    assert maps.isfinite().all()
+    assert maps.std() > 1e-2
+
+
+def test_a_constant_image_gives_finite_features_and_gradients():
+    decoder = build(dropout=0.0)
+    queries, local, _ = inputs()
+    places = torch.ones(3, 7, 24, requires_grad=True)
+    z, maps = decoder(queries, local, places, True)
+    z.square().sum().backward()
+    torch.testing.assert_close(maps, torch.full_like(maps, 1 / 7))
+    assert places.grad.isfinite().all()
 
 
 def test_dropout_is_off_in_evaluation_only():
-    decoder = LabelDecoder(24, layers=1, heads=4, feedforward=40, dropout=0.5)
-    queries, tokens = inputs()
+    decoder = build(layers=1, dropout=0.5)
+    tensors = list(inputs())
     with torch.no_grad():
-        assert not torch.equal(decoder(queries, tokens)[0], decoder(queries, tokens)[0])
+        assert not torch.equal(decoder(*tensors)[0], decoder(*tensors)[0])
         decoder.eval()
-        assert torch.equal(decoder(queries, tokens)[0], decoder(queries, tokens)[0])
+        assert torch.equal(decoder(*tensors)[0], decoder(*tensors)[0])
 
 
 def test_heads_must_divide_the_width():
@@ -75,25 +134,11 @@ def test_heads_must_divide_the_width():
         LabelDecoder(24, heads=5)
 
 
-def test_training_equals_torchs_decoder_in_value_and_gradient():
-    decoder = shaken(LabelDecoder(24, layers=2, heads=4, feedforward=40, dropout=0.0)).double().train()
-    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 4, 40, 0.0, batch_first=True), 2).double()
-    theirs.load_state_dict(decoder.state_dict())
-    queries, tokens = (x.double().requires_grad_(True) for x in inputs())
-    found = []
-    for model, output in ((decoder, decoder(queries, tokens)[0]), (theirs, theirs(queries.expand(3, -1, -1), tokens))):
-        wanted = (queries, tokens, *dict(sorted(model.named_parameters())).values())
-        found.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
-    assert len(found[0]) == 3 + 2 * 18
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
-
-
 @pytest.mark.parametrize("self_attention", [True, False])
 def test_dropout_is_drawn_for_each_image(self_attention):
-    decoder = LabelDecoder(24, layers=1, heads=4, feedforward=40, dropout=0.5, self_attention=self_attention)
-    queries, tokens = inputs()
+    decoder = shaken(build(layers=1, dropout=0.5, self_attention=self_attention)).train()
+    queries, local, places = inputs()
     with torch.no_grad():
-        alike, _ = decoder(queries, tokens[:1].expand(3, -1, -1))
+        alike, _ = decoder(queries, *(x[:1].expand(3, -1, -1) for x in (local, places)))
     assert (alike[0] - alike[1]).abs().max() > 0.1
     assert (alike[1] - alike[2]).abs().max() > 0.1

@@ -22,7 +22,7 @@ from cbsa_lightning.losses import binary_cross_entropy
 from cbsa_lightning.networks.resnet import ImageNetNetwork, LinearHead, MLDecoderHead
 from cbsa_lightning.stacking import StackedProbes
 from layouts import make_voc
-from reference.decoder import layers_of
+from reference.decoder import weights_of
 from reference.resnet import linear, ml_decoder, slope
 from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_trainer
 
@@ -84,12 +84,12 @@ def test_ml_decoder_head_by_hand(maps):
     output, weights = head(features, maps), arrays(head)
 
     def value():
-        return ml_decoder(features.detach().numpy(), weights, layers_of(head.decoder)[0], 2)[0]
+        return ml_decoder(features.detach().numpy(), weights, weights_of(head.decoder["layers"][0]), 2)[0]
 
     np.testing.assert_allclose(output.logits.detach().numpy(), value(), atol=1e-12)
     assert (output.attention is not None) == maps
     if maps:
-        expected = ml_decoder(features.detach().numpy(), weights, layers_of(head.decoder)[0], 2)[1]
+        expected = ml_decoder(features.detach().numpy(), weights, weights_of(head.decoder["layers"][0]), 2)[1]
         np.testing.assert_allclose(output.attention.detach().numpy(), expected, atol=1e-12)
         np.testing.assert_allclose(output.attention.sum((2, 3)).detach().numpy(), 1)
     check_gradients(head, output.logits, features, value)
@@ -103,8 +103,8 @@ def test_ml_decoder_head_has_the_published_sizes():
     }
     assert tuple(head.queries.shape) == (80, 768)
     assert not head.queries.requires_grad
-    (block,) = head.decoder.layers
-    assert (block.self_attn, block.multihead_attn.num_heads, block.linear1.out_features) == (None, 8, 2048)
+    (block,) = head.decoder["layers"]
+    assert (block.multihead_attn.num_heads, block.linear1.out_features) == (8, 2048)
     assert (block.dropout.p, block.multihead_attn.dropout) == (0.1, 0.1)
     with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 768"):
         MLDecoderHead(2048, 80, heads=5)

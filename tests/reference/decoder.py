@@ -1,4 +1,4 @@
-"""A transformer decoder block in numpy float64, image by image and head by head."""
+"""Transformer decoder blocks in numpy float64, image by image and head by head."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def _norm(x, weights, name):
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def attend(queries, tokens, weights, name, heads):
-    """``queries (C, d)`` look at ``tokens (n, d)``; gives the mixture and the mean attention ``(C, n)``."""
+def attend(queries, keys, values, weights, name, heads):
+    """``queries (C, d)`` look at ``keys (n, d)``; gives the mixture of ``values`` and the mean attention ``(C, n)``."""
     d = queries.shape[1]
     w, b = weights[f"{name}.in_proj_weight"], weights[f"{name}.in_proj_bias"]
     q, k, v = (
-        _linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i, x in enumerate([queries, tokens, tokens])
+        _linear(x, w[i * d : (i + 1) * d], b[i * d : (i + 1) * d]) for i, x in enumerate([queries, keys, values])
     )
-    mixed, maps = np.zeros_like(q), np.zeros((len(queries), len(tokens)))
+    mixed, maps = np.zeros_like(q), np.zeros((len(queries), len(keys)))
     width = d // heads
     for h in range(heads):
         part = slice(h * width, (h + 1) * width)
         for c in range(len(queries)):
-            scores = np.array([q[c, part] @ k[t, part] / np.sqrt(width) for t in range(len(tokens))])
+            scores = np.array([q[c, part] @ k[t, part] / np.sqrt(width) for t in range(len(keys))])
             share = np.exp(scores - scores.max())
             share /= share.sum()
             mixed[c, part] = share @ v[:, part]
@@ -35,19 +35,35 @@ def attend(queries, tokens, weights, name, heads):
     return _linear(mixed, weights[f"{name}.out_proj.weight"], weights[f"{name}.out_proj.bias"]), maps
 
 
-def decode(queries, tokens, layers, heads):
-    """Post-norm blocks on one image; ``layers`` are dicts of float64 weights. Self-attention where it has weights."""
-    x = queries
-    for weights in layers:
-        if "self_attn.in_proj_weight" in weights:
-            x = _norm(x + attend(x, x, weights, "self_attn", heads)[0], weights, "norm1")
-        seen, maps = attend(x, tokens, weights, "multihead_attn", heads)
-        x = _norm(x + seen, weights, "norm2")
-        hidden = np.maximum(_linear(x, weights["linear1.weight"], weights["linear1.bias"]), 0)
-        x = _norm(x + _linear(hidden, weights["linear2.weight"], weights["linear2.bias"]), weights, "norm3")
+def post_norm_block(queries, tokens, weights, heads):
+    """The standard block without self-attention, on one image; ``weights`` in float64."""
+    seen, maps = attend(queries, tokens, tokens, weights, "multihead_attn", heads)
+    x = _norm(queries + seen, weights, "norm2")
+    hidden = np.maximum(_linear(x, weights["linear1.weight"], weights["linear1.bias"]), 0)
+    return _norm(x + _linear(hidden, weights["linear2.weight"], weights["linear2.bias"]), weights, "norm3"), maps
+
+
+def _scaled(x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True))
+
+
+def decode(queries, local, places, blocks, heads):
+    """``LabelDecoder`` on one image; ``blocks`` are dicts of float64 weights. Self-attention where it has weights."""
+    if len(queries) > 1:
+        queries = queries - queries.mean(0)
+    labels = x = _scaled(queries)
+    keys, values = _scaled(places - places.mean(0)), _scaled(local + places)
+    for weights in blocks:
+        if "self_attention.in_proj_weight" in weights:
+            y = _norm(x, weights, "norm1")
+            x = x + attend(y, y, y, weights, "self_attention", heads)[0]
+        seen, maps = attend(_norm(x, weights, "norm2") + labels, keys, values, weights, "cross_attention", heads)
+        x = x + seen
+        hidden = np.maximum(_linear(_norm(x, weights, "norm3"), weights["linear1.weight"], weights["linear1.bias"]), 0)
+        x = x + _linear(hidden, weights["linear2.weight"], weights["linear2.bias"])
     return x, maps
 
 
-def layers_of(decoder):
-    """Weights of a ``LabelDecoder`` as :func:`decode` takes them."""
-    return [{k: v.double().numpy() for k, v in layer.state_dict().items()} for layer in decoder.layers]
+def weights_of(block):
+    """Weights of a block in float64."""
+    return {k: v.detach().double().numpy() for k, v in block.state_dict().items()}

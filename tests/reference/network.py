@@ -7,17 +7,17 @@ import numpy as np
 from reference.decoder import decode
 
 
-def logits(scale, global_tokens, local_tokens, target, semantic, layers, heads):
+def logits(scale, global_tokens, local_tokens, places, target, semantic, blocks, heads):
     """Scaled cosines ``(B, C)`` of label-specific features and target text, and attention ``(B, C, HW)``.
 
-    ``layers`` None compares the global feature with every class instead.
+    ``blocks`` None compares the global feature with every class instead.
     """
     result, maps = np.zeros((len(global_tokens), len(target))), []
     for b in range(len(global_tokens)):
-        if layers is None:
+        if blocks is None:
             aligned = [global_tokens[b]] * len(target)
         else:
-            aligned, attention = decode(semantic, local_tokens[b], layers, heads)
+            aligned, attention = decode(semantic, local_tokens[b], places[b], blocks, heads)
             maps.append(attention)
         for k in range(len(target)):
             norms = np.sqrt((aligned[k] ** 2).sum()) * np.sqrt((target[k] ** 2).sum())

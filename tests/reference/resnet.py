@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from reference.decoder import decode
+from reference.decoder import post_norm_block
 
 
 def linear(features, weight, bias):
@@ -31,7 +31,7 @@ def ml_decoder(features, weights, layer, heads):
             for j in range(columns):
                 token = weights["embed.weight"] @ features[b, :, i, j] + weights["embed.bias"]
                 tokens.append(np.maximum(token, 0))
-        found, attention = decode(queries, np.array(tokens), [layer], heads)
+        found, attention = post_norm_block(queries, np.array(tokens), layer, heads)
         for k in range(len(queries)):
             logits[b, k] = (found[k] * weights["weight"][k]).sum() + weights["bias"][k]
             maps[b, k] = attention[k].reshape(rows, columns)

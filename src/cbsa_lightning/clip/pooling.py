@@ -78,15 +78,17 @@ class ResNetPool(nn.Module):
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Pools the tower's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
         x = self._tokens(features, positions)
-        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1 + hw, c / heads)
-        tokens: Tensor = self.c_proj(x.permute(2, 0, 1, 3).flatten(2))
-        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), _grid(features))
+        return self._projected(self._mixed(x, self.v_proj(x)), _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Value path: no attention mixes the tokens; ``g`` is the mean token's."""
-        tokens: Tensor = self.c_proj(self.v_proj(self._tokens(features, positions)))
-        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), _grid(features))
+        return self._projected(self.v_proj(self._tokens(features, positions)), _grid(features))
+
+    def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
+        """:meth:`forward` and :meth:`values` in one pass."""
+        x, grid = self._tokens(features, True), _grid(features)
+        v = self.v_proj(x)
+        return self._projected(self._mixed(x, v), grid), self._projected(v, grid)
 
     def _tokens(self, features: Tensor, positions: bool) -> Tensor:
         """The mean and all places (1 + hw, B, c), tokens first as in open_clip."""
@@ -95,8 +97,17 @@ class ResNetPool(nn.Module):
         x = torch.cat([x.mean(dim=0, keepdim=True), x])
         return x + resize_positions(learned, self.native_grid, grid, antialias=False)[:, None] if positions else x
 
+    def _mixed(self, x: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of the tokens ``x`` over the values ``v``, both (1 + hw, B, c)."""
+        q, k, v = (self._heads(part) for part in (self.q_proj(x), self.k_proj(x), v))
+        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)
+        return x.view(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)  # (B, heads, 1 + hw, c / heads)
+
+    def _projected(self, x: Tensor, grid: tuple[int, int]) -> ImageTokens:
+        tokens: Tensor = self.c_proj(x)
+        return ImageTokens(tokens[0], tokens[1:].transpose(0, 1), grid)
 
 
 class TimmPool(nn.Module):
@@ -115,15 +126,8 @@ class TimmPool(nn.Module):
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Pools the trunk's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
-        pool, grid = self.attention, _grid(features)
-        x = self._tokens(features, positions)
-        fused = pool.qkv is not None
-        parts = pool.qkv(x).chunk(3, dim=-1) if fused else [layer(x) for layer in (pool.q, pool.k, pool.v)]
-        q, k, v = (part.view(*part.shape[:2], pool.num_heads, -1).transpose(1, 2) for part in parts)
-        if positions and isinstance(pool, RotAttentionPool2d):
-            q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self._projected(x.transpose(1, 2).flatten(2), grid)
+        mixed, _ = self._paths(features, positions)
+        return self._projected(mixed, _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Value path: no attention mixes the tokens; ``g`` is the mean token's. Rotary positions never reach it."""
@@ -131,6 +135,23 @@ class TimmPool(nn.Module):
         x = self._tokens(features, positions)
         values = pool.v(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)[2]
         return self._projected(values, _grid(features))
+
+    def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
+        """:meth:`forward` and :meth:`values` in one pass."""
+        mixed, values = self._paths(features, True)
+        return self._projected(mixed, _grid(features)), self._projected(values, _grid(features))
+
+    def _paths(self, features: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
+        """Tokens after self-attention and its values, both (B, 1 + hw, c)."""
+        pool = self.attention
+        x = self._tokens(features, positions)
+        fused = pool.qkv is not None
+        parts = pool.qkv(x).chunk(3, dim=-1) if fused else [layer(x) for layer in (pool.q, pool.k, pool.v)]
+        q, k, v = (part.view(*part.shape[:2], pool.num_heads, -1).transpose(1, 2) for part in parts)
+        if positions and isinstance(pool, RotAttentionPool2d):
+            grid = _grid(features)
+            q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
 
     def _tokens(self, features: Tensor, positions: bool) -> Tensor:
         """The mean and all places, (B, 1 + hw, c)."""
@@ -176,6 +197,11 @@ class ViTPool(nn.Module):
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """A ViT has no attention pool to leave out: the same as :meth:`forward`."""
         return self.forward(features)
+
+    def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
+        """:meth:`forward` twice; see :meth:`values`."""
+        tokens = self.forward(features)
+        return tokens, tokens
 
 
 def _grid(features: Tensor) -> tuple[int, int]:

@@ -100,12 +100,13 @@ class CBSANetwork(PromptedCLIP):
             attention: Whether to give the decoder's attention maps.
         """
         text = text if text is not None else self.encode_text()
-        tokens = self.clip.pool(features)
         maps = None
         if self.decoder is None or text.semantic is None:
+            tokens = self.clip.pool(features)
             aligned = tokens.g[:, None]
         else:
-            aligned, maps = self.decoder(text.semantic.to(tokens.l.dtype), tokens.l, attention)
+            tokens, places = self.clip.pool.both(features)
+            aligned, maps = self.decoder(text.semantic.to(tokens.l.dtype), tokens.l, places.l, attention)
         logits = self._cosine(aligned, text.target)
         context_logits = None if self.context_head is None else self.context_head(tokens.g)
         if maps is not None:

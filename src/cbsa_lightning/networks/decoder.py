@@ -1,71 +1,34 @@
-"""Transformer decoder that turns local image tokens into one feature a label (Eq. 4)."""
+"""Transformer decoder that turns local image tokens into one image feature for each label (Eq. 4)."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.networks.attention import attend
 
-
-class DecoderLayer(nn.Module):
-    """The standard post-norm decoder block, which also hands out its cross-attention.
-
-    Written out since ``nn.TransformerDecoderLayer`` keeps the attention weights to itself, and would repeat for each
-    image what the first block does with queries that all images share; a test holds both equal.
-    """
-
-    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float, self_attention: bool) -> None:
-        super().__init__()
-        self.self_attn = (
-            nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True) if self_attention else None
-        )
-        self.norm1 = nn.LayerNorm(dim) if self_attention else None
-        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
-        self.norm2 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, feedforward)
-        self.linear2 = nn.Linear(feedforward, dim)
-        self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Runs the block on ``queries (B or 1, C, d)`` and ``tokens (B, HW, d)``; see :class:`LabelDecoder`."""
-        x = queries
-        if self.self_attn is not None and self.norm1 is not None:
-            # Dropout is drawn for each image; without it, queries that are shared stay shared.
-            batch = len(tokens) if self.training and self.dropout.p else len(x)
-            mixed, _ = _attend(self.self_attn, x, x, batch)
-            x = self.norm1(x + self.dropout(mixed))
-        seen, weights = _attend(self.multihead_attn, x, tokens, len(tokens), attention)
-        x = self.norm2(x + self.dropout(seen))
-        mixed = self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
-        return self.norm3(x + self.dropout(mixed)), weights
-
-
-def _attend(
-    layer: nn.MultiheadAttention, queries: Tensor, tokens: Tensor, batch: int, attention: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """What ``layer`` computes, with queries and tokens projected before they are repeated for ``batch`` images."""
-    d = layer.embed_dim
-
-    def project(x: Tensor, rows: slice) -> list[Tensor]:
-        heads = F.linear(x, layer.in_proj_weight[rows], layer.in_proj_bias[rows])
-        heads = heads.view(*x.shape[:2], -1, layer.num_heads, layer.head_dim).expand(batch, -1, -1, -1, -1)
-        return [part.transpose(1, 2) for part in heads.unbind(2)]  # (batch, heads, L, d / heads)
-
-    (q,), (k, v) = project(queries, slice(d)), project(tokens, slice(d, None))
-    dropout = layer.dropout if layer.training else 0.0
-    weights = None
-    if attention:  # the fused kernel keeps the weights to itself
-        weights = (q / layer.head_dim**0.5 @ k.transpose(2, 3)).softmax(-1)
-        seen, weights = F.dropout(weights, dropout) @ v, weights.mean(1)
-    else:
-        seen = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    return layer.out_proj(seen.transpose(1, 2).flatten(2)), weights
+SHARPNESS = 20.0
+"""Attention logit per unit of cosine between text and place before training: DualCoOp's factor for regions."""
 
 
 class LabelDecoder(nn.Module):
-    """Label-specific image features: the classes' text features look at the local image tokens (Eq. 4).
+    """Label-specific image features: the classes' text features attend to the local image tokens (Eq. 4).
+
+    The paper specifies "a transformer decoder of two layers" and nothing inside it. The standard block, started at
+    random, learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four
+    choices prevent this:
+
+    - **It starts in CLIP's joint space.** Query, key and value projections start as multiples of the identity, and all
+      other branches at zero. An untrained decoder therefore attends to the places that CLIP finds most similar to
+      the class, and returns what it finds there.
+    - **Where to look and what to return come from different tokens.** Keys are value-path tokens, which describe their
+      own place only. Values are the sum of both paths and thus include the content of the whole image.
+    - **Only differences matter for attention.** Queries are centred over the classes, keys over the places, and all
+      inputs are scaled to norm sqrt(d): what is common to all classes or places cannot dominate the softmax.
+    - **Pre-norm blocks; each adds the class query to its input** before attention, as DETR does, so that later blocks
+      still look for the class.
 
     Args:
         dim: d, width of queries and tokens.
@@ -73,7 +36,7 @@ class LabelDecoder(nn.Module):
         heads: Attention heads; must divide ``dim``.
         feedforward: Width of the hidden layer of each block.
         dropout: Rate in attention and feed-forward.
-        self_attention: Whether queries also look at each other, as in the standard block.
+        self_attention: Whether the labels also attend to each other, as in the standard block.
 
     Raises:
         ConfigError: If ``heads`` does not divide ``dim``.
@@ -91,22 +54,86 @@ class LabelDecoder(nn.Module):
         super().__init__()
         if dim % heads:
             raise ConfigError(f"{heads} attention heads do not divide the feature width {dim}; choose a divisor.")
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim, heads, feedforward, dropout, self_attention) for _ in range(layers)
+        self.blocks = nn.ModuleList(
+            LabelDecoderBlock(dim, heads, feedforward, dropout, self_attention, first=i == 0) for i in range(layers)
         )
 
-    def forward(self, queries: Tensor, tokens: Tensor, attention: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, queries: Tensor, local: Tensor, places: Tensor, attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Decodes.
 
         Args:
             queries: ``(C, d)``, semantic-aware text features t^s.
-            tokens: ``(B, HW, d)``, local image tokens l.
-            attention: Whether to give the cross-attention of the last block.
+            local: ``(B, HW, d)``, local image tokens l, mixed by the attention of CLIP's pool.
+            places: ``(B, HW, d)``, value-path tokens, each describing its own place.
+            attention: Whether to return the cross-attention of the last block.
 
         Returns:
-            Label-specific features z ``(B, C, d)``, and attention ``(B, C, HW)``, a mean over heads, or None.
+            Label-specific features z ``(B, C, d)``, and attention ``(B, C, HW)``, averaged over heads, or None.
         """
-        x, weights = queries[None], None
-        for i, layer in enumerate(self.layers):
-            x, weights = layer(x, tokens, attention and i == len(self.layers) - 1)
+        if len(queries) > 1:  # a single class has nothing to be told apart from
+            queries = queries - queries.mean(0)
+        labels = _scaled(queries)[None]
+        keys = _scaled(places - places.mean(1, keepdim=True))
+        values = _scaled(local + places)
+        x, weights = labels, None
+        for i, block in enumerate(self.blocks):
+            x, weights = block(x, labels, keys, values, attention and i == len(self.blocks) - 1)
         return x, weights
+
+
+class LabelDecoderBlock(nn.Module):
+    """Pre-norm block of :class:`LabelDecoder`; with ``first``, cross-attention starts by passing its values on."""
+
+    def __init__(
+        self, dim: int, heads: int, feedforward: int, dropout: float, self_attention: bool, first: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim) if self_attention else None
+        self.self_attention = (
+            nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True) if self_attention else None
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.cross_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm3 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, feedforward)
+        self.linear2 = nn.Linear(feedforward, dim)
+        self.dropout = nn.Dropout(dropout)
+        self._start(first)
+
+    @torch.no_grad()
+    def _start(self, first: bool) -> None:
+        cross, identity = self.cross_attention, torch.eye(self.linear2.out_features)
+        query, key, value = cross.in_proj_weight.chunk(3)
+        # In the first block the query holds the class twice, as input and as addition, hence the factor 1 / 2.
+        sharpness = SHARPNESS / 2 / cross.head_dim**0.5
+        query.copy_(sharpness**0.5 * identity)
+        key.copy_(sharpness**0.5 * identity)
+        value.copy_(identity)
+        cross.out_proj.weight.copy_(identity * first)
+        nn.init.zeros_(self.linear2.weight)
+        nn.init.zeros_(self.linear2.bias)
+        if self.self_attention is not None:
+            nn.init.zeros_(self.self_attention.out_proj.weight)
+
+    def forward(
+        self, x: Tensor, labels: Tensor, keys: Tensor, values: Tensor, attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the block on ``x (B or 1, C, d)``; ``labels (1, C, d)`` are added to what looks for places."""
+        batch = len(keys)
+        if self.self_attention is not None and self.norm1 is not None:
+            y = self.norm1(x)
+            # Dropout is drawn for each image. Without it, queries that all images share stay shared.
+            images = batch if self.training and self.dropout.p else len(x)
+            mixed, _ = attend(self.self_attention, y, y, y, images)
+            x = x + self.dropout(mixed)
+        seen, weights = attend(self.cross_attention, self.norm2(x) + labels, keys, values, batch, attention)
+        x = x + self.dropout(seen)
+        mixed = self.linear2(self.dropout(F.relu(self.linear1(self.norm3(x)))))
+        return x + self.dropout(mixed), weights
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Scales vectors to norm sqrt(d), so that their entries have mean square 1."""
+    return F.rms_norm(x, x.shape[-1:])

@@ -14,13 +14,14 @@ from typing import Any, NoReturn, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cbsa_lightning.clip.frozen import as_float
 from cbsa_lightning.errors import ConfigError, WeightsError, listed
+from cbsa_lightning.networks.attention import attend
 from cbsa_lightning.networks.base import Description, Network, NetworkOutput
-from cbsa_lightning.networks.decoder import LabelDecoder
 
 TIMM = "timm"  # the default of `pretrained`: the weights of the backbone's tag
 WAYS = (
@@ -65,6 +66,26 @@ class LinearHead(Head):
         return NetworkOutput(self.linear(features.mean((2, 3))))
 
 
+class CrossAttentionBlock(nn.Module):
+    """The standard post-norm decoder block without self-attention, which can return its attention weights."""
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, feedforward)
+        self.linear2 = nn.Linear(feedforward, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+        """``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)`` and attention ``(B, C, HW)``."""
+        seen, weights = attend(self.multihead_attn, queries, tokens, tokens, len(tokens), attention)
+        x = self.norm2(queries + self.dropout(seen))
+        mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norm3(x + self.dropout(mixed)), weights
+
+
 class MLDecoderHead(Head):
     """ML-Decoder as CAP uses it: one fixed random query a class looks at the map, and is read out by its own weights.
 
@@ -101,14 +122,20 @@ class MLDecoderHead(Head):
         self.embed = nn.Linear(num_features, width)
         self.register_buffer("queries", torch.randn(num_classes, width))
         self.norm = nn.LayerNorm(width)
-        self.decoder = LabelDecoder(width, 1, heads, feedforward, dropout, self_attention=False)
+        if width % heads:
+            raise ConfigError(f"{heads} attention heads do not divide the feature width {width}; choose a divisor.")
+        # Nested so that checkpoints written when the head had a decoder of several blocks still load.
+        self.decoder = nn.ModuleDict(
+            {"layers": nn.ModuleList([CrossAttentionBlock(width, heads, feedforward, dropout)])}
+        )
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(num_classes, width)))
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
         """See :class:`Head`; attention is the mean over heads, ``(B, C, h, w)``."""
         tokens = self.embed(features.flatten(2).transpose(1, 2)).relu()
-        found, maps = self.decoder(self.norm(self.queries), tokens, attention)
+        (block,) = cast(nn.ModuleList, self.decoder["layers"])
+        found, maps = block(self.norm(self.queries)[None], tokens, attention)
         logits = (found * self.weight).sum(-1) + self.bias
         return NetworkOutput(logits, attention=None if maps is None else maps.unflatten(-1, features.shape[2:]))
 

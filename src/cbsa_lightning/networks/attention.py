@@ -1,0 +1,41 @@
+"""Multi-head attention that projects shared inputs once and can return its weights."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(
+    layer: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, batch: int, weights: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Computes what ``layer`` computes, and repeats inputs that all images share only after their projection.
+
+    Args:
+        layer: Holds projections and dropout rate; built with ``batch_first=True``.
+        queries: ``(B or 1, C, d)``.
+        keys: ``(B or 1, L, d)``.
+        values: ``(B or 1, L, d)``.
+        batch: B.
+        weights: Whether to return the attention weights, which the fused kernel does not expose.
+
+    Returns:
+        The output ``(B, C, d)``, and the attention weights ``(B, C, L)``, averaged over heads, or None.
+    """
+    d = layer.embed_dim
+
+    def project(x: Tensor, part: int) -> Tensor:
+        rows = slice(part * d, (part + 1) * d)
+        x = F.linear(x, layer.in_proj_weight[rows], layer.in_proj_bias[rows])
+        x = x.view(*x.shape[:2], layer.num_heads, layer.head_dim).expand(batch, -1, -1, -1)
+        return x.transpose(1, 2)  # (B, heads, L, d / heads)
+
+    q, k, v = project(queries, 0), project(keys, 1), project(values, 2)
+    dropout = layer.dropout if layer.training else 0.0
+    shares = None
+    if weights:
+        shares = (q / layer.head_dim**0.5 @ k.transpose(2, 3)).softmax(-1)
+        mixed, shares = F.dropout(shares, dropout) @ v, shares.mean(1)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return layer.out_proj(mixed.transpose(1, 2).flatten(2)), shares
