@@ -81,7 +81,7 @@ def test_zero_shot_beats_permuted_names(loaded):
     for i in range(100):
         rng = np.random.default_rng((11, i))
         scene, digits = draw_labels(rng)
-        images.append(preprocess(draw_canvas(rng, 160, scene, digits, source)))
+        images.append(preprocess(draw_canvas(rng, 160, scene, digits, source).image))
         labels[i, digits] = 1
     with torch.no_grad():
         text = model.encode_text(tokenizer([f"a photo of a {name}." for name in NAMES]), normalize=True)

@@ -138,15 +138,22 @@ def test_context_map_sorts_and_frames_contexts():
 def test_curves_from_a_logger_file_and_from_a_dict(tmp_path: Path):
     file = tmp_path / "metrics.csv"
     file.write_text(
-        "epoch,pseudo/precision,step,train/loss_unsup,val/mAP\n0,,3,0.0,\n0,,3,,0.5\n1,0.75,9,2.5,\n1,,9,,0.625\n"
+        "epoch,pseudo/precision,step,train/loss_unsup,val/mAP,val/specific_gain\n"
+        "0,,3,0.0,,\n0,,3,,0.5,-0.125\n1,0.75,9,2.5,,\n1,,9,,0.625,0.25\n"
     )
-    history = {"val/mAP": {0: 0.5, 1: 0.625}, "pseudo/precision": {1: 0.75}, "train/loss_unsup": {0: 0.0, 1: 2.5}}
+    history = {
+        "val/mAP": {0: 0.5, 1: 0.625},
+        "val/specific_gain": {0: -0.125, 1: 0.25},
+        "pseudo/precision": {1: 0.75},
+        "train/loss_unsup": {0: 0.0, 1: 2.5},
+    }
     assert read_history(file) == history
     for source in (file, history):
         figure = training_curves(source, warmup_epochs=1)
         assert_readable(figure)
-        mAP, pseudo, loss = figure.axes
+        mAP, gain, pseudo, loss = figure.axes
         assert mAP.lines[0].get_xydata().tolist() == [[0, 50], [1, 62.5]]
+        assert gain.lines[0].get_xydata().tolist() == [[0, -12.5], [1, 25]]
         assert pseudo.lines[0].get_xydata().tolist() == [[1, 75]]
         assert loss.lines[0].get_xydata().tolist() == [[1, 2.5]]
     with pytest.raises(DataError, match="no curve"):

@@ -234,6 +234,11 @@ _PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
         ),
     ),
     (
+        "mAP over one feature for all labels, points",
+        True,
+        (_Curve("val/specific_gain", "gain from label-specific features", BLUE, "o-"),),
+    ),
+    (
         "Pseudo-labels, %",
         True,
         (
@@ -255,7 +260,9 @@ _PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
 
 
 def training_curves(history: History | str | os.PathLike[str], warmup_epochs: int = 0) -> Figure:
-    """Validation mAP, quality of the pseudo-labels and losses over the epochs; panels without values are left out.
+    """Validation mAP, what label-specific features add to it, quality of the pseudo-labels, and losses over the epochs.
+
+    Panels without values are left out.
 
     Args:
         history: Values by metric and epoch, or the ``metrics.csv`` of a Lightning ``CSVLogger``.

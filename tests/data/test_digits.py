@@ -103,10 +103,30 @@ def test_labels_are_the_digits_that_were_drawn(monkeypatch, tmp_path):
         assert 1 <= len(digits) == len(pasted) <= 4
 
 
+def test_boxes_hold_the_ink_of_their_digits(tmp_path):
+    """Most of what two canvases, drawn with and without a digit, differ in lies in its box."""
+    source = canvases.exemplars("train")
+    bare = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [], source).image).astype(int)
+    for digit in range(10):
+        image, boxes = canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [digit], source)
+        ys, xs = np.nonzero(np.abs(np.asarray(image).astype(int) - bare).max(-1) > 40)
+        left, top, right, bottom = boxes[digit]
+        assert list(boxes) == [digit]
+        assert right - left == pytest.approx(bottom - top)
+        inside = (left <= xs) & (xs <= right) & (top <= ys) & (ys <= bottom)
+        assert inside.mean() > 0.9
+        assert abs(xs.mean() - (left + right) / 2) < 6
+        assert abs(ys.mean() - (top + bottom) / 2) < 6
+    digits = Digits(root=str(tmp_path), **SMALL)
+    digits.prepare()
+    for part, table in (("train", digits.train()), ("test", digits.test())):
+        assert [sorted(boxes) for boxes in digits.boxes(part)] == [np.flatnonzero(row).tolist() for row in table.labels]
+
+
 def test_a_drawn_digit_changes_the_canvas_and_only_around_itself():
     source = canvases.exemplars("train")
-    bare = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [], source)).astype(int)
-    inked = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [8], source)).astype(int)
+    bare = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [], source).image).astype(int)
+    inked = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [8], source).image).astype(int)
     ys, xs = np.nonzero(np.abs(inked - bare).max(-1) > 40)
     assert len(ys) > 100
     assert max(np.ptp(ys), np.ptp(xs)) < 0.42 * 160

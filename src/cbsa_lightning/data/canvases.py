@@ -24,6 +24,9 @@ INKS: tuple[Colour, ...] = (
 )  # fmt: skip
 
 
+MARGIN = 2  # cells around an exemplar of 8 x 8, which keep the strokes of a turned digit inside its mask
+
+
 class Exemplars(NamedTuple):
     """Handwritten digits: ``images`` (n, 8, 8) float32 in [0, 1] and ``digits`` (n,) int64 in 0..9."""
 
@@ -52,12 +55,11 @@ def exemplars(part: Part) -> Exemplars:
 
 def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> Image.Image:
     """Turns an 8 x 8 exemplar into a smooth mask ("L") of ``pixels`` x ``pixels``; ``angle`` in radians."""
-    margin = 2  # keeps the strokes of a turned digit inside the mask
-    source = Image.fromarray(np.pad(image, margin).astype(np.float32))
-    step = (8 + 2 * margin) / pixels
+    source = Image.fromarray(np.pad(image, MARGIN).astype(np.float32))
+    step = (8 + 2 * MARGIN) / pixels
     cos, sin = math.cos(angle) * step, math.sin(angle) * step
     a, b, c, d = cos, sin + shear * cos, -sin, cos - shear * sin
-    centre_in, centre_out = 4 + margin, pixels / 2
+    centre_in, centre_out = 4 + MARGIN, pixels / 2
     matrix = (a, b, centre_in - (a + b) * centre_out, c, d, centre_in - (c + d) * centre_out)
     size = (pixels, pixels)
     grey = np.asarray(source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
@@ -180,9 +182,14 @@ SCENES: dict[str, Callable[[np.random.Generator, int], Image.Image]] = {
 }
 
 
-def draw_canvas(
-    rng: np.random.Generator, size: int, scene: str, digits: Sequence[int], source: Exemplars
-) -> Image.Image:
+class Canvas(NamedTuple):
+    """A picture and, for each digit in it, the square ``(left, top, right, bottom)`` in pixels that it fills."""
+
+    image: Image.Image
+    boxes: dict[int, tuple[float, float, float, float]]
+
+
+def draw_canvas(rng: np.random.Generator, size: int, scene: str, digits: Sequence[int], source: Exemplars) -> Canvas:
     """Draws ``digits`` once each into a scene, among faint scraps of other digits.
 
     Args:
@@ -199,12 +206,16 @@ def draw_canvas(
         cut = [(0, 0, w, w // 2), (0, w // 2, w, w), (0, 0, w // 2, w), (w // 2, 0, w, w)][rng.integers(4)]
         paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.15, 0.35))
     masks = [_glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits]
-    for mask, centre in zip(masks, places(rng, size, [mask.width for mask in masks]), strict=True):
-        paste(canvas, mask, centre, INKS[rng.integers(len(INKS))], rng.uniform(0.85, 1.0))
-    return canvas
+    boxes = {}
+    centres = places(rng, size, [mask.width for mask in masks])
+    for digit, mask, (x, y) in zip(digits, masks, centres, strict=True):
+        paste(canvas, mask, (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.85, 1.0))
+        half = mask.width * 8 / (8 + 2 * MARGIN) / 2
+        boxes[digit] = (x - half, y - half, x + half, y + half)
+    return Canvas(canvas, boxes)
 
 
 def _glyph(rng: np.random.Generator, source: Exemplars, row: int, size: int) -> Image.Image:
-    """One exemplar at a random scale, turn and slant; the mask is 1.5 times as wide as the digit is high."""
+    """One exemplar at a random scale, turn and slant, on a mask that is wider than the digit is high."""
     pixels = int(size * rng.uniform(0.27, 0.42))
     return handwritten(source.images[row], pixels, rng.normal(0, 0.2), rng.normal(0, 0.15))

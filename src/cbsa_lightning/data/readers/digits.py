@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray
-from cbsa_lightning.data.canvases import draw_canvas, exemplars
+from cbsa_lightning.data.canvases import Canvas, draw_canvas, exemplars
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.files import writing
@@ -142,22 +142,31 @@ class Digits(Source):
         """
         return self._table("test")
 
+    def boxes(self, part: Part) -> list[dict[int, tuple[float, float, float, float]]]:
+        """Where the digits are, which training never sees: for each image ``{digit: (left, top, right, bottom)}``.
+
+        In pixels. The canvases are drawn again for it.
+        """
+        return [self._canvas(part, index).boxes for index in range(self._count(part))]
+
     def _count(self, part: Part) -> int:
         return {"train": self.num_train, "test": self.num_test}[part]
 
     def _draw(self, draft: Path, part: Part) -> None:
         (draft / part).mkdir()
-        number = ("train", "test").index(part)
-        source = exemplars(part)
         with open(draft / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("path", *NAMES))
             for index in track(range(self._count(part)), f"Drawing {part} digits", transient=True):
-                rng = np.random.default_rng((self.seed, number, index))
-                scene, digits = draw_labels(rng)
+                canvas = self._canvas(part, index)
                 path = f"{part}/{index:06d}.png"
-                draw_canvas(rng, self.image_size, scene, digits, source).save(draft / path, compress_level=2)
-                writer.writerow((path, *(int(digit in digits) for digit in range(10))))
+                canvas.image.save(draft / path, compress_level=2)
+                writer.writerow((path, *(int(digit in canvas.boxes) for digit in range(10))))
+
+    def _canvas(self, part: Part, index: int) -> Canvas:
+        rng = np.random.default_rng((self.seed, ("train", "test").index(part), index))
+        scene, digits = draw_labels(rng)
+        return draw_canvas(rng, self.image_size, scene, digits, exemplars(part))
 
     def _table(self, part: Part) -> AnnotationTable:
         file = self.folder / f"{part}.csv"
