@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.specificity import Specificity
 from tiny_data import Squares, tiny_data, tiny_module, tiny_trainer
 
 
@@ -56,3 +59,43 @@ def test_validation_logs_the_gain_over_the_mean_feature(tmp_path, clip_folder, s
     metrics = trainer.callback_metrics
     assert float(metrics["val/specific_gain"]) == pytest.approx(np.mean(gains), abs=1e-5)
     assert float(metrics["val/feature_cosine"]) == pytest.approx(np.mean(cosines), abs=1e-5)
+
+
+def filled(label_features, mean_logits, targets):
+    specificity = Specificity(targets.shape[1])
+    specificity.update(label_features, mean_logits, targets)
+    return specificity
+
+
+def test_a_collapsed_decoder_is_reported_once():
+    targets = torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.int8)
+    shared = torch.randn(2, 1, 7, generator=torch.manual_seed(0)).expand(-1, 3, -1)
+    specificity = filled(shared, 2.0 * targets - 1, targets)
+    figures = specificity.compute(torch.tensor(1.0))
+    assert figures == {"specific_gain": 0.0, "feature_cosine": pytest.approx(1.0, abs=1e-6)}
+    with pytest.warns(
+        UserWarning, match=r"mean cosine of 1.0000, and replacing them .* changes mAP by [+-]0.00 points"
+    ):
+        specificity.warn_if_collapsed(figures)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specificity.warn_if_collapsed(figures)
+
+
+@pytest.mark.parametrize(("gain", "cosine"), [(0.02, 0.999), (0.0, 0.9), (float("nan"), 0.999), (0.0, float("nan"))])
+def test_features_that_bring_something_or_differ_are_not_reported(gain, cosine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Specificity(3).warn_if_collapsed({"specific_gain": torch.tensor(gain), "feature_cosine": torch.tensor(cosine)})
+
+
+def test_a_reset_forgets_the_pass():
+    targets = torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.int8)
+    features = torch.randn(2, 3, 7, generator=torch.manual_seed(0))
+    specificity = filled(features, 2.0 * targets - 1, targets)
+    specificity.reset()
+    specificity.update(features.flip(1), 1 - 2.0 * targets, targets)
+    again = filled(features.flip(1), 1 - 2.0 * targets, targets)
+    one, other = (s.compute(torch.tensor(1.0)) for s in (specificity, again))
+    assert one == other
+    assert one["specific_gain"] > 0
