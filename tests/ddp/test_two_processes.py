@@ -143,6 +143,7 @@ def test_tables_figures_and_weights_of_every_epoch(both):
     assert last["context_targets"].any(0).all()
     names = {"val/mAP", "val/mAP_raw", *(f"val/AP/{name}" for name in CLASSES), "val/CF1", "val/OF1"}
     names |= {"train/loss", "train/loss_sup", "train/loss_unsup", "train/loss_aux"}
+    names |= {"val/specific_gain", "val/feature_cosine"}
     names |= {"pseudo/precision", "pseudo/recall", "pseudo/coverage", "context/coverage", "context/accuracy"}
     assert names <= one["epochs"][-1]["figures"].keys()
     start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]

@@ -72,15 +72,18 @@ class LabelDecoder(nn.Module):
         Returns:
             Label-specific features z ``(B, C, d)``, and attention ``(B, C, HW)``, averaged over heads, or None.
         """
-        if len(queries) > 1:  # a single class has nothing to be told apart from
-            queries = queries - queries.mean(0)
-        labels = _scaled(queries)[None]
-        keys = _scaled(places - places.mean(1, keepdim=True))
-        values = _scaled(local + places)
+        labels, keys, values = self.inputs(queries, local, places)
         x, weights = labels, None
         for i, block in enumerate(self.blocks):
             x, weights = block(x, labels, keys, values, attention and i == len(self.blocks) - 1)
         return x, weights
+
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what the blocks take: class queries ``(1, C, d)``, keys and values ``(B, HW, d)``."""
+        if len(queries) > 1:  # a single class has no others to differ from
+            queries = queries - queries.mean(0)
+        keys = places - places.mean(1, keepdim=True)
+        return _scaled(queries)[None], _scaled(keys), _scaled(local + places)
 
 
 class LabelDecoderBlock(nn.Module):

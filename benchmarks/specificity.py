@@ -1,0 +1,282 @@
+"""Does the label decoder give each label its own image feature, and what does each of its parts bring?
+
+    uv run python benchmarks/specificity.py --out DIR --data digits photos --shares 0.05 0.2 --seeds 1 2 3 \
+        --photos DIR --clip DIR [--only NAME ...] [--epochs WARMUP SECOND]
+
+Each row changes one thing of CBSA with the safe preset's pseudo-labels. For the averaged weights, on the test images,
+before training, after the warm-up and at the end:
+
+- *specific*: mAP minus the mAP when every label gets the mean of an image's features;
+- *z cosine*, *attention cosine*: mean over pairs of labels in one image, of features and of attention maps;
+- *pointing* (digits): how often the place with the most attention lies on the label's digit, on canvases of several
+  digits; its control is where the other digits of the same canvas point.
+
+Finished runs are read from ``specificity.jsonl`` and not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import cells as shared
+import lightning as L
+import numpy as np
+import torch
+from cells import (
+    CONTEXTS,
+    COUNTED,
+    LABELLED_PER_BATCH,
+    SETTINGS,
+    Cell,
+    Results,
+    arguments,
+    cells,
+    make_data,
+    make_module,
+    mean_and_error,
+    trainer_settings,
+)
+from measuring import markdown, where
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning.data.readers.digits import Digits
+from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.networks.decoder import LabelDecoder
+from cbsa_lightning.stacking import StackedProbes
+
+EPOCHS = {"digits": (120, 12), "photos": (24, 12)}
+
+
+class RandomStart(LabelDecoder):
+    """Torch's own initial weights."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        for layer in self.modules():
+            if isinstance(layer, nn.MultiheadAttention):
+                layer._reset_parameters()
+            elif isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
+
+class AttentionPathKeys(LabelDecoder):
+    """Keys, like values, from tokens that the pool's attention has mixed."""
+
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().inputs(queries, local, local)
+
+
+class ValuePathValues(LabelDecoder):
+    """Values that describe their own place only."""
+
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().inputs(queries, places, places)
+
+
+class ClassNotAdded(LabelDecoder):
+    """Attention from the features alone, whose class fades from block to block."""
+
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        labels, keys, values = super().inputs(queries, local, places)
+        return labels, 2 * keys, values  # keeps the sharpness at the start
+
+    def forward(self, queries: Tensor, local: Tensor, places: Tensor, attention: bool = False) -> Any:
+        labels, keys, values = self.inputs(queries, local, places)
+        x, weights = labels, None
+        for block in self.blocks:
+            x, weights = block(x, torch.zeros_like(labels), keys, values, attention)
+        return x, weights
+
+
+class PostNormLayer(nn.TransformerDecoderLayer):
+    """Torch's block, which keeps its attention weights."""
+
+    weights: Tensor
+
+    def _mha_block(self, x: Tensor, mem: Tensor, *_: Any, **__: Any) -> Tensor:
+        x, self.weights = self.multihead_attn(x, mem, mem)
+        return self.dropout2(x)
+
+
+class PostNorm(nn.Module):
+    """The standard post-norm decoder on attention-path tokens: this library's until November 2026."""
+
+    def __init__(self, dim: int, layers: int, heads: int, feedforward: int, dropout: float, _: bool) -> None:
+        super().__init__()
+        sizes = (dim, heads, feedforward, dropout)
+        self.layers = nn.ModuleList(PostNormLayer(*sizes, batch_first=True) for _ in range(layers))
+
+    def forward(self, queries: Tensor, local: Tensor, places: Tensor, attention: bool = False) -> tuple[Tensor, Tensor]:
+        x = queries.expand(len(local), -1, -1)
+        for layer in self.layers:
+            x = layer(x, local)
+        return x, layer.weights
+
+
+def decoder(kind: type[nn.Module]) -> Callable[[CBSAModule], None]:
+    """Gives a module another decoder."""
+
+    def change(module: CBSAModule) -> None:
+        old: Any = module.network.decoder
+        block = old.blocks[0]
+        sizes = (block.cross_attention.num_heads, block.linear1.out_features, block.dropout.p)
+        module.network.decoder = kind(
+            module.network.clip.embed_dim, len(old.blocks), *sizes, block.self_attention is not None
+        )
+
+    return change
+
+
+def freeze_semantic(module: CBSAModule) -> None:
+    """Keeps t^s at the features of "a photo of a <class>"."""
+    module.network.semantic_prompts = module.network._prompts(4, False, "a photo of a", trainable=False)
+
+
+# name: (changes of settings, change of the untrained module)
+ROWS: dict[str, tuple[dict[str, Any], Callable[[CBSAModule], None] | None]] = {
+    "TP": ({"semantic_alignment": False}, None),
+    "TP + SAA": ({}, None),
+    "TP + SAA + CI": ({"num_contexts": -1}, None),
+    "post-norm decoder": ({}, decoder(PostNorm)),
+    "random start": ({}, decoder(RandomStart)),
+    "attention-path keys": ({}, decoder(AttentionPathKeys)),
+    "value-path values": ({}, decoder(ValuePathValues)),
+    "class not added": ({}, decoder(ClassNotAdded)),
+    "no self-attention": ({"decoder_self_attention": False}, None),
+    "one block": ({"decoder_layers": 1}, None),
+    "t^s frozen at the template": ({}, freeze_semantic),
+    "pool frozen": ({"train_pool": False}, None),
+    "pool at 0.1 of the learning rate": ({"pool_lr_scale": 0.1}, None),
+    "TP, pool at 0.1 of the learning rate": ({"semantic_alignment": False, "pool_lr_scale": 0.1}, None),
+    "post-norm decoder, pool at 0.1 of the learning rate": ({"pool_lr_scale": 0.1}, decoder(PostNorm)),
+    "TP, pool frozen": ({"semantic_alignment": False, "train_pool": False}, None),
+}
+
+
+@cache
+def boxes(drawing: int) -> list[dict[int, tuple[float, float, float, float]]]:
+    """Where the digits of the test canvases are."""
+    return Digits(seed=drawing).boxes("test")
+
+
+@torch.no_grad()
+def measure(module: CBSAModule, data: SSMLLDataModule, cell: Cell, drawing: int) -> dict[str, float]:
+    """The figures of the averaged weights on the test images."""
+    outputs, mean_logits, truth = [], [], []
+    with module.evaluating(), module.ema.applied_to(module.network):
+        text = module.network.encode_text()
+        for batch in data.val_dataloader():
+            output = module.network(module.features_of(batch), text, attention=True)
+            truth.append(batch.targets)
+            outputs.append(output)
+            if output.label_features is not None:
+                mean_logits.append(module.network.mean_feature_logits(output.label_features, text))
+    labels = (torch.cat(truth) == 1).numpy()
+    found = {"mAP": mean_ap(labels, torch.cat([o.logits for o in outputs]))}
+    if mean_logits:
+        found["specific"] = found["mAP"] - mean_ap(labels, torch.cat(mean_logits))
+        found["z cosine"] = float(torch.cat([mean_pairwise_cosine(o.label_features) for o in outputs]).mean())
+        maps = torch.cat([o.attention for o in outputs])
+        found["attention cosine"] = float(mean_pairwise_cosine(maps.flatten(2)).mean())
+        if cell.data == "digits":
+            found["pointing"], found["control"] = pointing(maps, boxes(drawing))
+    return found
+
+
+def mean_ap(labels: np.ndarray, logits: Tensor) -> float:
+    """mAP in % over the classes with enough test positives."""
+    scores = logits.float().numpy()
+    counted = np.flatnonzero(labels.sum(0) >= COUNTED)
+    return 100 * float(np.mean([average_precision_score(labels[:, k], scores[:, k]) for k in counted]))
+
+
+def pointing(maps: Tensor, places: list[dict[int, tuple[float, float, float, float]]]) -> tuple[float, float]:
+    """Hits in %, and hits of the other digits' maps, on images of several digits."""
+    side, hits, controls = maps.shape[-1], [], []
+    for image, digits in zip(maps, places, strict=True):
+        points = {k: (np.array(divmod(int(image[k].argmax()), side)) + 0.5) * 160 / side for k in digits}
+        for digit, (left, top, right, bottom) in digits.items():
+            for other, (y, x) in points.items():
+                hit = left <= x <= right and top <= y <= bottom
+                if other != digit:
+                    controls.append(hit)
+                elif len(digits) > 1:
+                    hits.append(hit)
+    return 100 * float(np.mean(hits)), 100 * float(np.mean(controls))
+
+
+class Watch(L.Callback):
+    """Measures before training, after the warm-up and at the end."""
+
+    def __init__(self, data: SSMLLDataModule, cell: Cell, drawing: int) -> None:
+        self.of = data, cell, drawing
+        self.found: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.found["untrained"] = measure(pl_module, *self.of)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        for name, last in (("warm-up", pl_module.warmup_epochs), ("end", trainer.max_epochs)):
+            if trainer.current_epoch + 1 == last:
+                self.found[name] = measure(pl_module, *self.of)
+
+
+def row(name: str, cell: Cell, args: Any) -> dict[str, Any]:
+    """Trains a row and gives its figures at the three moments."""
+    settings, change = ROWS[name]
+    settings = {k: CONTEXTS[cell.data] if v == -1 else v for k, v in settings.items()}
+    data = make_data(cell, args, LABELLED_PER_BATCH)
+    module = make_module(cell, args, data, labeler=StackedProbes(), **settings)
+    if change is not None:
+        change(module)
+        module.ema = ParameterEMA(module.network, module.hparams["ema_decay"])
+    watch = Watch(data, cell, args.drawing)
+    trainer = L.Trainer(**{**trainer_settings(cell), "limit_val_batches": 0, "callbacks": [watch]})
+    trainer.fit(module, datamodule=data)
+    epochs = [SETTINGS[cell.data].warmup, SETTINGS[cell.data].epochs]
+    return {"mAP": watch.found["end"]["mAP"], "steps": trainer.global_step, "epochs": epochs, **watch.found}
+
+
+def table(rows: list[dict[str, Any]], data: str, share: float) -> str:
+    """Means and standard errors over the seeds."""
+    lines = []
+    for name in ROWS:
+        mine = [r for r in rows if (r["run"], r["data"], r["share"]) == (name, data, share)]
+        if mine:
+            line = [name, len(mine), mine[0]["steps"]]
+            for moment in ("untrained", "warm-up", "end"):
+                line.append(mean_and_error(r[moment]["mAP"] for r in mine))
+                line.append(mean_and_error(r[moment].get("specific", np.nan) for r in mine))
+            for figure in ("z cosine", "attention cosine", "pointing", "control"):
+                means = [np.mean([r[moment].get(figure, np.nan) for r in mine]) for moment in ("untrained", "end")]
+                line.append(" → ".join(f"{mean:.3g}" for mean in means))
+            lines.append(line)
+    moments = [x for m in ("untrained", "warm-up", "end") for x in (f"mAP, {m}", "specific")]
+    header = ["row", "seeds", "steps", *moments, "z cosine", "attention cosine", "pointing, %", "control, %"]
+    return f"{data}, p = {share}\n\n" + markdown(header, lines)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="instead of those above")
+    args = parser.parse_args()
+    print(where(), flush=True)
+    for name in args.data:
+        warmup, second = args.epochs or EPOCHS[name]
+        shared.SETTINGS[name] = SETTINGS[name]._replace(warmup=warmup, epochs=second)
+    results = Results("specificity.jsonl", args)
+    for cell in cells(args):
+        for name in args.only or ROWS:
+            if not results.has(name, cell):
+                results.add(name, cell, row(name, cell, args))
+    for data, share in dict.fromkeys((c.data, c.share) for c in cells(args)):
+        print("\n" + table(results.read(), data, share))
+
+
+if __name__ == "__main__":
+    main()
