@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from measuring import markdown, where
+from reference_recipe import StockDecoder
 from torch import Tensor, nn
 
 from cbsa_lightning import CBSAModule
@@ -46,7 +47,7 @@ class Bench:
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
         with torch.no_grad():
             self.features = self.network.features(self.images)
-            self.tokens = self.network.clip.pool(self.features).l
+            self.tokens, self.places = (path.l for path in self.network.clip.pool.both(self.features))
             self.queries = self.network.encode_text().semantic
         self.names = names
 
@@ -146,14 +147,11 @@ def text(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
 def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
     """Decoder and attention pool, forward and backward; the decoder also without gradient."""
-    decoder, tokens, queries = bench.network.decoder, bench.tokens, bench.queries
-    layer = decoder.layers[0]
-    sizes = (queries.shape[1], layer.multihead_attn.num_heads, layer.linear1.out_features, layer.dropout.p)
-    stock = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), len(decoder.layers))
-    stock.load_state_dict(decoder.state_dict())
-    stock.to(bench.device)
-    ours = bench.trained(lambda: [decoder(queries, tokens)[0]])
-    theirs = bench.trained(lambda: [stock(queries.expand(len(tokens), -1, -1), tokens)])
+    decoder = bench.network.decoder
+    inputs = bench.queries, bench.tokens, bench.places
+    stock = StockDecoder(decoder).to(bench.device)
+    ours = bench.trained(lambda: [decoder(*inputs)[0]])
+    theirs = bench.trained(lambda: [stock(*inputs)])
     yield "decoder: shared queries projected once", ours, theirs
 
     def without_gradient(model: nn.Module, run: Part) -> Part:
@@ -167,8 +165,8 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
     yield (
         "the same without gradient",
-        without_gradient(decoder, lambda: decoder(queries, tokens)),
-        without_gradient(stock, lambda: stock(queries.expand(len(tokens), -1, -1), tokens)),
+        without_gradient(decoder, lambda: decoder(*inputs)),
+        without_gradient(stock, lambda: stock(*inputs)),
     )
     pool = bench.network.clip.pool
 

@@ -265,8 +265,9 @@ def text(shared: bool, backward: bool, classes: int, length: int) -> float:
 
 def decoder(classes: int, batch: int = 4) -> float:
     decoder = LabelDecoder(1024)
-    queries, tokens = torch.randn(classes, 1024, requires_grad=True), torch.randn(batch, 49, 1024, requires_grad=True)
-    return timed(lambda: decoder(queries, tokens)[0].square().mean().backward())
+    queries = torch.randn(classes, 1024, requires_grad=True)
+    local, places = (torch.randn(batch, 49, 1024, requires_grad=True) for _ in range(2))
+    return timed(lambda: decoder(queries, local, places)[0].square().mean().backward())
 
 
 def thresholds(classes: int, n: int = 20_000) -> float:

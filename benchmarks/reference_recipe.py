@@ -18,6 +18,32 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.losses import asymmetric_loss, context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
+from cbsa_lightning.networks.decoder import LabelDecoder
+
+
+class StockDecoder(nn.Module):
+    """The label decoder out of torch's own attention layers: queries repeated for every image, attention kept."""
+
+    def __init__(self, decoder: LabelDecoder) -> None:
+        super().__init__()
+        self.blocks = copy.deepcopy(decoder.blocks)
+
+    def forward(self, queries: Tensor, local: Tensor, places: Tensor) -> Tensor:
+        """Features ``(B, C, d)``; see :class:`LabelDecoder`."""
+        labels = self._scaled(queries - queries.mean(0)).expand(len(local), -1, -1)
+        keys, values = self._scaled(places - places.mean(1, keepdim=True)), self._scaled(local + places)
+        x = labels
+        for block in self.blocks:
+            y = block.norm1(x)
+            x = x + block.dropout(block.self_attention(y, y, y)[0])
+            x = x + block.dropout(block.cross_attention(block.norm2(x) + labels, keys, values)[0])
+            hidden = block.dropout(block.linear1(block.norm3(x)).relu())
+            x = x + block.dropout(block.linear2(hidden))
+        return x
+
+    @staticmethod
+    def _scaled(x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
 
 
 class ReferenceRecipe(nn.Module):
@@ -30,14 +56,10 @@ class ReferenceRecipe(nn.Module):
 
     def __init__(self, clip: FrozenCLIP, network: CBSANetwork) -> None:
         super().__init__()
-        decoder = network.decoder
-        layer = decoder.layers[0]
         self.clip = clip
         self.clip.pool.load_state_dict(network.clip.pool.state_dict())
         self.clip.pool.requires_grad_(True)
-        sizes = (clip.embed_dim, layer.multihead_attn.num_heads, layer.linear1.out_features, layer.dropout.p)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(*sizes, batch_first=True), len(decoder.layers))
-        self.decoder.load_state_dict(decoder.state_dict())
+        self.decoder = StockDecoder(network.decoder)
         self.prompts = nn.ModuleList([copy.deepcopy(network.target_prompts), copy.deepcopy(network.semantic_prompts)])
         self.context_head = copy.deepcopy(network.context_head)
         self.log_scale = copy.deepcopy(network.log_scale)
@@ -68,7 +90,7 @@ class ReferenceRecipe(nn.Module):
     def after_tower(self, features: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
         """The same from features of the image tower."""
         tokens = self.clip.pool(features)
-        aligned = self.decoder(semantic.to(tokens.l.dtype).expand(len(features), -1, -1), tokens.l)
+        aligned = self.decoder(semantic.to(tokens.l.dtype), tokens.l, self.clip.pool.values(features).l)
         z = nn.functional.normalize(aligned.float(), dim=-1)
         t = nn.functional.normalize(target.float(), dim=-1)
         return self.log_scale.exp() * (z * t).sum(-1), self.context_head(tokens.g)

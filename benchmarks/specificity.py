@@ -2,6 +2,7 @@
 
     uv run python benchmarks/specificity.py --out DIR --data digits photos --shares 0.05 0.2 --seeds 1 2 3 \
         --photos DIR --clip DIR [--only NAME ...] [--epochs WARMUP SECOND]
+    uv run python benchmarks/specificity.py --out DIR --mechanics
 
 Each row changes one thing of CBSA with the safe preset's pseudo-labels. For the averaged weights, on the test images,
 before training, after the warm-up and at the end:
@@ -11,7 +12,8 @@ before training, after the warm-up and at the end:
 - *pointing* (digits): how often the place with the most attention lies on the label's digit, on canvases of several
   digits; its control is where the other digits of the same canvas point.
 
-Finished runs are read from ``specificity.jsonl`` and not repeated.
+Finished runs are read from ``specificity.jsonl`` and not repeated. ``--mechanics`` trains RN50 with random weights on
+coloured squares instead: nothing is known at the start, so what is specific at the end was learnt.
 """
 
 from __future__ import annotations
@@ -261,11 +263,70 @@ def table(rows: list[dict[str, Any]], data: str, share: float) -> str:
     return f"{data}, p = {share}\n\n" + markdown(header, lines)
 
 
+def squares(number: int, rng: np.random.Generator, colours: np.ndarray, size: int = 160) -> tuple[Tensor, Tensor]:
+    """Grey images with up to three coloured squares at random places, uint8 ``(n, 3, S, S)``, and their labels."""
+    images = rng.integers(90, 160, (number, size, size, 1)).repeat(3, 3).astype(np.uint8)
+    labels = np.zeros((number, len(colours)), np.int8)
+    for image, row in zip(images, labels, strict=True):
+        for k in rng.permutation(len(colours))[: rng.integers(1, 4)]:
+            x, y = rng.integers(0, size - 40, 2)
+            image[y : y + 40, x : x + 40] = colours[k]
+            row[k] = 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def mechanics(steps: int = 300, batch: int = 32, seeds: tuple[int, ...] = (1, 2, 3)) -> str:
+    """RN50 with random weights, before and after ``steps`` steps on labelled images, with both decoders."""
+    lines = []
+    for name in ("post-norm decoder", "TP + SAA"):
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            colours = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
+            L.seed_everything(seed, verbose=False)
+            names = [f"colour {k}" for k in range(len(colours))]
+            module = CBSAModule(names, clip="RN50-quickgelu", pretrained=None, prompt_length=4)
+            change = ROWS[name][1]
+            if change is not None:
+                change(module)
+            network = module.network
+            images, labels = zip(*(squares(n, rng, colours) for n in (320, 200)), strict=True)
+            train, test = (torch.cat([network.features(part) for part in x.split(16)]) for x in images)
+            groups = network.parameter_groups()
+            optimizer = torch.optim.AdamW([{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in groups])
+            line = [name, seed]
+            for moment in range(2):
+                network.eval()
+                with torch.no_grad():
+                    output = network(test, attention=True)
+                    ap = mean_ap(labels[1].numpy(), output.logits)
+                    shared_ap = mean_ap(labels[1].numpy(), network.mean_feature_logits(output.label_features))
+                alike = [
+                    float(mean_pairwise_cosine(x).mean()) for x in (output.label_features, output.attention.flatten(2))
+                ]
+                line += [f"{ap:.1f}", f"{ap - shared_ap:+.1f}", *(f"{x:.3f}" for x in alike)]
+                network.train()
+                for _ in range(0 if moment else steps):
+                    rows = torch.randint(len(train), (batch,))
+                    module.loss(network(train[rows]).logits, labels[0][rows]).sum().div(batch).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            lines.append(line)
+            print(line, flush=True)
+    figures = ["mAP", "specific", "z cosine", "attention cosine"]
+    return markdown(
+        ["decoder", "seed", *(f"{f}, {m}" for m in ("untrained", f"{steps} steps") for f in figures)], lines
+    )
+
+
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--mechanics", action="store_true", help="RN50 with random weights on coloured squares")
     parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="instead of those above")
     args = parser.parse_args()
     print(where(), flush=True)
+    if args.mechanics:
+        print(mechanics())
+        return
     for name in args.data:
         warmup, second = args.epochs or EPOCHS[name]
         shared.SETTINGS[name] = SETTINGS[name]._replace(warmup=warmup, epochs=second)

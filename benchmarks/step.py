@@ -128,7 +128,8 @@ class Ours:
         batch = on(self.device, self.batch)
         with torch.no_grad(), self.autocast():
             features = network.features(batch.images)
-            tokens, text = network.clip.pool(features).l.detach(), network.encode_text()
+            tokens = [path.l for path in network.clip.pool.both(features)]
+            text = network.encode_text()
 
         def tower() -> None:
             with self.autocast():
@@ -136,8 +137,8 @@ class Ours:
 
         def pool() -> None:
             with self.autocast():
-                found = network.clip.pool(features)
-            (found.g.float().sum() + found.l.float().sum()).backward()
+                found, places = network.clip.pool.both(features)
+            (found.g.float().sum() + found.l.float().sum() + places.l.float().sum()).backward()
 
         def encode() -> None:
             with self.autocast():
@@ -145,7 +146,7 @@ class Ours:
             (found.target.float().sum() + found.semantic.float().sum()).backward()
 
         def decode() -> None:
-            leaves = (text.semantic.detach().requires_grad_(), tokens.detach().requires_grad_())
+            leaves = [x.detach().requires_grad_() for x in (text.semantic, *tokens)]
             with self.autocast():
                 found, _ = network.decoder(*leaves)
             found.float().sum().backward()
@@ -201,7 +202,8 @@ class Reference:
         halves = (images[self.batch.labelled], images[~self.batch.labelled])
         with torch.no_grad(), self.autocast():
             features = [recipe.clip.features(half) for half in halves]
-            tokens, text = [recipe.clip.pool(f).l.detach() for f in features], recipe.encode_text()
+            tokens = [(recipe.clip.pool(f).l, recipe.clip.pool.values(f).l) for f in features]
+            text = recipe.encode_text()
 
         def tower() -> None:
             with self.autocast():
@@ -210,8 +212,8 @@ class Reference:
 
         def pool() -> None:
             with self.autocast():
-                found = [recipe.clip.pool(f) for f in features]
-            sum(part.float().sum() for tokens in found for part in tokens[:2]).backward()
+                found = [(*recipe.clip.pool(f)[:2], recipe.clip.pool.values(f).l) for f in features]
+            sum(part.float().sum() for tokens in found for part in tokens).backward()
 
         def encode() -> None:
             with self.autocast():
@@ -221,7 +223,7 @@ class Reference:
         def decode() -> None:
             leaf = text[1].detach().requires_grad_()
             with self.autocast():
-                found = [recipe.decoder(leaf.expand(len(t), -1, -1), t.requires_grad_()) for t in tokens]
+                found = [recipe.decoder(leaf, *(t.requires_grad_() for t in both)) for both in tokens]
             sum(part.float().sum() for part in found).backward()
 
         return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
