@@ -78,7 +78,7 @@ class CBSAModule(SSMLLModule):
         scale: float = 20.0,
         learn_scale: bool = True,
         train_pool: bool = True,
-        pool_lr_scale: float = 0.1,
+        pool_lr_scale: float = 0.3,
         labeler: Labeler | EvidenceLabeler | None = None,
         loss: ElementwiseLoss | None = None,
         warmup_epochs: int = 8,

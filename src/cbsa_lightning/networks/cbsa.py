@@ -60,7 +60,7 @@ class CBSANetwork(PromptedCLIP):
         scale: float = 20.0,
         learn_scale: bool = True,
         train_pool: bool = True,
-        pool_lr_scale: float = 0.1,
+        pool_lr_scale: float = 0.3,
     ) -> None:
         super().__init__(clip, prompt_names, train_pool, pool_lr_scale)
         self.num_contexts = num_contexts
