@@ -82,10 +82,6 @@ class Record(L.Callback):
         # Channels-last kernels round differently for other batch sizes; see double_precision().
         if hasattr(module.network, "clip"):
             module.network.clip.tower.to(memory_format=torch.contiguous_format)
-        # Untrained, the decoder hardly tells one image from another.
-        if getattr(module.network, "decoder", None) is not None:
-            with torch.no_grad():
-                module.network.decoder.layers[0].multihead_attn.out_proj.weight.mul_(30)
 
     @torch.no_grad()
     def on_train_epoch_start(self, trainer, module):
