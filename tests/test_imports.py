@@ -12,7 +12,19 @@ import cbsa_lightning
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
     {"errors", "embedded", "files", "finite"},
-    {"data", "losses", "thresholds", "labelers", "stacking", "contexts", "metrics", "clip", "paper", "recipes"},
+    {
+        "data",
+        "losses",
+        "thresholds",
+        "labelers",
+        "stacking",
+        "contexts",
+        "metrics",
+        "specificity",
+        "clip",
+        "paper",
+        "recipes",
+    },
     {"networks"},
     {
         "ema",

@@ -127,8 +127,8 @@ def test_each_stage_has_its_own_schedule_of_true_length(run):
     for epochs in (range(WARMUP), range(WARMUP, EPOCHS)):
         stage = np.array([row[1:] for row in spy.rates if row[0] in epochs])
         assert len(stage) >= 4
-        np.testing.assert_allclose(stage[0], [1e-3 / 25, 1e-4 / 25])
-        np.testing.assert_allclose(stage[-1], [1e-3 / 25e4, 1e-4 / 25e4])
+        np.testing.assert_allclose(stage[0], [1e-3 / 25, 3e-4 / 25])
+        np.testing.assert_allclose(stage[-1], [1e-3 / 25e4, 3e-4 / 25e4])
         assert stage[:, 0].max() == pytest.approx(1e-3)
     assert spy.fresh == [True, False, True, False]
     assert spy.optimizers[0] is spy.optimizers[1] is not spy.optimizers[2]
