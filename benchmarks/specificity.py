@@ -12,8 +12,9 @@ before training, after the warm-up and at the end:
 - *pointing* (digits): how often the place with the most attention lies on the label's digit, on canvases of several
   digits; its control is where the other digits of the same canvas point.
 
-Finished runs are read from ``specificity.jsonl`` and not repeated. ``--mechanics`` trains RN50 with random weights on
-coloured squares instead: nothing is known at the start, so what is specific at the end was learnt.
+Finished runs are read from ``specificity.jsonl``, with ``--epochs`` from ``specificity-WARMUP-SECOND.jsonl``, and not
+repeated. ``--mechanics`` trains RN50 with random weights on coloured squares instead: nothing is known at the start, so
+what is specific at the end was learnt.
 """
 
 from __future__ import annotations
@@ -330,7 +331,8 @@ def main() -> None:
     for name in args.data:
         warmup, second = args.epochs or EPOCHS[name]
         shared.SETTINGS[name] = SETTINGS[name]._replace(warmup=warmup, epochs=second)
-    results = Results("specificity.jsonl", args)
+    # Runs of other lengths are in files of their own: a finished run is found by its name and cell alone.
+    results = Results("-".join(["specificity", *map(str, args.epochs or [])]) + ".jsonl", args)
     for cell in cells(args):
         for name in args.only or ROWS:
             if not results.has(name, cell):

@@ -5,6 +5,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbsa_lightning.errors import ConfigError
+
+
+def multi_head_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAttention:
+    """The layer that :func:`attend` runs.
+
+    Raises:
+        ConfigError: If ``heads`` does not divide ``dim``.
+    """
+    if dim % heads:
+        raise ConfigError(f"{heads} attention heads do not divide the feature width {dim}; choose a divisor.")
+    return nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+
 
 def attend(
     layer: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, batch: int, weights: bool = False
@@ -12,7 +25,7 @@ def attend(
     """Computes what ``layer`` computes, and repeats inputs that all images share only after their projection.
 
     Args:
-        layer: Holds projections and dropout rate; built with ``batch_first=True``.
+        layer: Holds projections and dropout rate; see :func:`multi_head_attention`.
         queries: ``(B or 1, C, d)``.
         keys: ``(B or 1, L, d)``.
         values: ``(B or 1, L, d)``.

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.networks.attention import attend
+from cbsa_lightning.networks.attention import attend, multi_head_attention
 
 SHARPNESS = 20.0
 """Attention logit per unit of cosine between text and place before training: DualCoOp's factor for regions."""
@@ -18,7 +17,7 @@ class LabelDecoder(nn.Module):
 
     The paper specifies "a transformer decoder of two layers" and nothing inside it. The standard block, started at
     random, learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four
-    choices prevent this:
+    choices counter this where CLIP's text and image features are aligned:
 
     - **It starts in CLIP's joint space.** Query, key and value projections start as multiples of the identity, and all
       other branches at zero. An untrained decoder therefore attends to the places that CLIP finds most similar to
@@ -52,8 +51,6 @@ class LabelDecoder(nn.Module):
         self_attention: bool = True,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ConfigError(f"{heads} attention heads do not divide the feature width {dim}; choose a divisor.")
         self.blocks = nn.ModuleList(
             LabelDecoderBlock(dim, heads, feedforward, dropout, self_attention, first=i == 0) for i in range(layers)
         )
@@ -94,11 +91,9 @@ class LabelDecoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim) if self_attention else None
-        self.self_attention = (
-            nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True) if self_attention else None
-        )
+        self.self_attention = multi_head_attention(dim, heads, dropout) if self_attention else None
         self.norm2 = nn.LayerNorm(dim)
-        self.cross_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.cross_attention = multi_head_attention(dim, heads, dropout)
         self.norm3 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cbsa_lightning.clip.frozen import as_float
 from cbsa_lightning.errors import ConfigError, WeightsError, listed
-from cbsa_lightning.networks.attention import attend
+from cbsa_lightning.networks.attention import attend, multi_head_attention
 from cbsa_lightning.networks.base import Description, Network, NetworkOutput
 
 TIMM = "timm"  # the default of `pretrained`: the weights of the backbone's tag
@@ -71,7 +71,7 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
-        self.multihead_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.multihead_attn = multi_head_attention(dim, heads, dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
@@ -122,8 +122,6 @@ class MLDecoderHead(Head):
         self.embed = nn.Linear(num_features, width)
         self.register_buffer("queries", torch.randn(num_classes, width))
         self.norm = nn.LayerNorm(width)
-        if width % heads:
-            raise ConfigError(f"{heads} attention heads do not divide the feature width {width}; choose a divisor.")
         # Nested so that checkpoints written when the head had a decoder of several blocks still load.
         self.decoder = nn.ModuleDict(
             {"layers": nn.ModuleList([CrossAttentionBlock(width, heads, feedforward, dropout)])}
