@@ -2,7 +2,7 @@
 
     uv run python benchmarks/specificity.py --out DIR --data digits photos --shares 0.05 0.2 --seeds 1 2 3 \
         --photos DIR --clip DIR [--only NAME ...] [--epochs WARMUP SECOND]
-    uv run python benchmarks/specificity.py --out DIR --mechanics
+    uv run python benchmarks/specificity.py --out DIR --mechanics [--only NAME ...] [--steps STEPS]
 
 Each row changes one thing of CBSA with the safe preset's pseudo-labels. For the averaged weights, on the test images,
 before training, after the warm-up and at the end:
@@ -276,57 +276,66 @@ def squares(number: int, rng: np.random.Generator, colours: np.ndarray, size: in
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def mechanics(steps: int = 300, batch: int = 32, seeds: tuple[int, ...] = (1, 2, 3)) -> str:
-    """RN50 with random weights, before and after ``steps`` steps on labelled images, with both decoders."""
-    lines = []
-    for name in ("post-norm decoder", "TP + SAA"):
-        for seed in seeds:
-            rng = np.random.default_rng(seed)
-            colours = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
-            L.seed_everything(seed, verbose=False)
-            names = [f"colour {k}" for k in range(len(colours))]
-            module = CBSAModule(names, clip="RN50-quickgelu", pretrained=None, prompt_length=4)
-            change = ROWS[name][1]
-            if change is not None:
-                change(module)
-            network = module.network
-            images, labels = zip(*(squares(n, rng, colours) for n in (320, 200)), strict=True)
-            train, test = (torch.cat([network.features(part) for part in x.split(16)]) for x in images)
-            groups = network.parameter_groups()
-            optimizer = torch.optim.AdamW([{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in groups])
-            line = [name, seed]
-            for moment in range(2):
-                network.eval()
-                with torch.no_grad():
-                    output = network(test, attention=True)
-                    ap = mean_ap(labels[1].numpy(), output.logits)
-                    shared_ap = mean_ap(labels[1].numpy(), network.mean_feature_logits(output.label_features))
-                alike = [
-                    float(mean_pairwise_cosine(x).mean()) for x in (output.label_features, output.attention.flatten(2))
-                ]
-                line += [f"{ap:.1f}", f"{ap - shared_ap:+.1f}", *(f"{x:.3f}" for x in alike)]
-                network.train()
-                for _ in range(0 if moment else steps):
-                    rows = torch.randint(len(train), (batch,))
-                    module.loss(network(train[rows]).logits, labels[0][rows]).sum().div(batch).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-            lines.append(line)
-            print(line, flush=True)
-    figures = ["mAP", "specific", "z cosine", "attention cosine"]
-    return markdown(
-        ["decoder", "seed", *(f"{f}, {m}" for m in ("untrained", f"{steps} steps") for f in figures)], lines
+def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str]:
+    """Trains RN50 with random weights on labelled images; figures before and after."""
+    rng = np.random.default_rng(seed)
+    colours = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
+    L.seed_everything(seed, verbose=False)
+    module = CBSAModule([f"colour {k}" for k in range(6)], clip="RN50-quickgelu", pretrained=None, prompt_length=4)
+    settings, change = ROWS[name]
+    if settings:
+        raise SystemExit(f"--mechanics trains on labels alone with the default settings: {name!r} has {settings}.")
+    if change is not None:
+        change(module)
+    network = module.network
+    (train, train_labels), (test, test_labels) = (
+        (torch.cat([network.features(part) for part in images.split(16)]), labels)
+        for images, labels in (squares(n, rng, colours) for n in (320, 200))
     )
+    groups = network.parameter_groups()
+    optimizer = torch.optim.AdamW([{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in groups])
+    before = mechanics_figures(network, test, test_labels.numpy())
+    for _ in range(steps):
+        rows = torch.randint(len(train), (batch,))
+        module.loss(network(train[rows]).logits, train_labels[rows]).sum().div(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before + mechanics_figures(network, test, test_labels.numpy())
+
+
+@torch.no_grad()
+def mechanics_figures(network: Any, features: Tensor, labels: np.ndarray) -> list[str]:
+    """mAP, specific gain, and cosines of z and attention."""
+    network.eval()
+    output = network(features, attention=True)
+    mean_feature = mean_ap(labels, network.mean_feature_logits(output.label_features))
+    alike = [float(mean_pairwise_cosine(x).mean()) for x in (output.label_features, output.attention.flatten(2))]
+    network.train()
+    found = mean_ap(labels, output.logits)
+    return [f"{found:.1f}", f"{found - mean_feature:+.1f}", *(f"{x:.3f}" for x in alike)]
+
+
+def mechanics(names: list[str], seeds: list[int], steps: int) -> str:
+    """The table of :func:`mechanics_row`."""
+    lines = []
+    for name in names:
+        for seed in seeds:
+            lines.append([name, seed, *mechanics_row(name, seed, steps)])
+            print(lines[-1], flush=True)
+    figures = ["mAP", "specific", "z cosine", "attention cosine"]
+    moments = ("untrained", f"{steps} steps")
+    return markdown(["row", "seed", *(f"{f}, {m}" for m in moments for f in figures)], lines)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--mechanics", action="store_true", help="RN50 with random weights on coloured squares")
+    parser.add_argument("--steps", type=int, default=300, help="of --mechanics")
     parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="instead of those above")
     args = parser.parse_args()
     print(where(), flush=True)
     if args.mechanics:
-        print(mechanics())
+        print(mechanics(args.only or ["post-norm decoder", "TP + SAA"], args.seeds, args.steps))
         return
     for name in args.data:
         warmup, second = args.epochs or EPOCHS[name]
