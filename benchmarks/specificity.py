@@ -70,30 +70,23 @@ class RandomStart(LabelDecoder):
 class AttentionPathKeys(LabelDecoder):
     """Keys, like values, from tokens that the pool's attention has mixed."""
 
-    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return super().inputs(queries, local, local)
 
 
 class ValuePathValues(LabelDecoder):
     """Values that describe their own place only."""
 
-    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return super().inputs(queries, places, places)
 
 
 class ClassNotAdded(LabelDecoder):
     """Attention from the features alone, whose class fades from block to block."""
 
-    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        labels, keys, values = super().inputs(queries, local, places)
-        return labels, 2 * keys, values  # keeps the sharpness at the start
-
-    def forward(self, queries: Tensor, local: Tensor, places: Tensor, attention: bool = False) -> Any:
-        labels, keys, values = self.inputs(queries, local, places)
-        x, weights = labels, None
-        for block in self.blocks:
-            x, weights = block(x, torch.zeros_like(labels), keys, values, attention)
-        return x, weights
+    def inputs(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, labels, keys, values = super().inputs(*tensors)
+        return x, torch.zeros_like(labels), 2 * keys, values  # the factor keeps the sharpness at the start
 
 
 class PostNormLayer(nn.TransformerDecoderLayer):

@@ -69,18 +69,22 @@ class LabelDecoder(nn.Module):
         Returns:
             Label-specific features z ``(B, C, d)``, and attention ``(B, C, HW)``, averaged over heads, or None.
         """
-        labels, keys, values = self.inputs(queries, local, places)
-        x, weights = labels, None
+        x, labels, keys, values = self.inputs(queries, local, places)
+        weights = None
         for i, block in enumerate(self.blocks):
             x, weights = block(x, labels, keys, values, attention and i == len(self.blocks) - 1)
         return x, weights
 
-    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what the blocks take: class queries ``(1, C, d)``, keys and values ``(B, HW, d)``."""
+    def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns x of the first block, the class queries that each block adds, keys and values.
+
+        The first two are ``(1, C, d)`` and equal; keys and values are ``(B, HW, d)``.
+        """
         if len(queries) > 1:  # a single class has no others to differ from
             queries = queries - queries.mean(0)
+        labels = _scaled(queries)[None]
         keys = places - places.mean(1, keepdim=True)
-        return _scaled(queries)[None], _scaled(keys), _scaled(local + places)
+        return labels, labels, _scaled(keys), _scaled(local + places)
 
 
 class LabelDecoderBlock(nn.Module):
