@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from cbsa_lightning import SSMLLModule, cli
 from cbsa_lightning.errors import ConfigError, DataError
@@ -98,3 +99,25 @@ def test_a_network_of_ones_choice_takes_a_loss_object(arguments: list[str], clip
 def test_names_are_read_alike_with_and_without_the_command_line(clip_folder: Path) -> None:
     module = SSMLLModule(["fire_hydrant", "dog"], partial(DualCoOp, clip=str(clip_folder), prompt_length=2))
     assert module.prompt_names == ["fire hydrant", "dog"]
+
+
+@pytest.mark.parametrize("flag", ["--model.optimizer.lr=0.01", "--model.init_args.optimizer.init_args.lr=0.01"])
+def test_the_learning_rate_alone(arguments: list[str], flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    monkeypatch.setattr(SSMLLModule, "on_train_start", lambda self: rates.append(self.make_optimizer([torch.zeros(1)])))
+    cli.main([*arguments, "--model.init_args.num_contexts=0", "--trainer.max_steps=1", flag])
+    assert rates[0].defaults["lr"] == 0.01
+    assert rates[0].defaults["weight_decay"] == 1e-4
+
+
+def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(self: SSMLLModule) -> None:
+        seen.append((self.lr_schedulers(), self.scheduled_steps))
+
+    monkeypatch.setattr(SSMLLModule, "on_train_start", look)
+    flags = ["--model.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR", "--model.scheduler.eta_min=1e-6"]
+    cli.main([*arguments, "--model.init_args.num_contexts=0", "--trainer.max_steps=1", *flags])
+    schedule, steps = seen[0]
+    assert (schedule.T_max, schedule.eta_min) == (steps, 1e-6)

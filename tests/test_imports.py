@@ -11,7 +11,7 @@ import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
-    {"errors", "embedded", "files", "finite"},
+    {"errors", "embedded", "files", "finite", "compiled", "optimizers"},
     {
         "data",
         "losses",
@@ -29,6 +29,7 @@ FLOORS = (
     {
         "ema",
         "schedules",
+        "stage_length",
         "context_task",
         "checkpoint_files",
         "checkpoint_io",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import lightning as L
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.module import SSMLLModule, adamw
+from cbsa_lightning.module import SSMLLModule
 from reference.losses import asymmetric, cross_entropy
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
@@ -269,7 +271,8 @@ def test_a_step_waits_for_no_other_value_of_a_gpu(tmp_path, clip_folder, squares
 
 def test_the_fused_optimiser_steps_like_the_plain_one():
     found = []
-    for make in (adamw, lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)):
+    default = inspect.signature(SSMLLModule).parameters["optimizer"].default
+    for make in (default, lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)):
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(50, 7))
         optimizer = make([weight])

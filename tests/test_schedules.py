@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from cbsa_lightning.schedules import Constant, OneCycle
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.schedules import Constant, OneCycle, scheduled
 
 
 def rates(schedule, steps, peaks=(1e-3, 1e-4)):
@@ -49,3 +52,38 @@ def test_one_cycle_of_a_short_stage(steps, share):
 
 def test_constant():
     assert rates(Constant(), 4) == [[1e-3, 1e-4]] * 4
+
+
+def optimizer_of(lr=1e-3):
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("make", "length"),
+    [
+        (OneCycle(), "total_steps"),
+        (lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps), "total_steps"),
+        (CosineAnnealingLR, "T_max"),
+        (partial(CosineAnnealingLR, eta_min=1e-6), "T_max"),
+        (partial(OneCycleLR, max_lr=1e-3), "total_steps"),
+    ],
+)
+def test_a_schedule_is_as_long_as_the_stage(make, length):
+    assert getattr(scheduled(make, optimizer_of(), 37), length) == 37
+
+
+def test_settings_of_a_schedule_are_kept():
+    assert scheduled(partial(CosineAnnealingLR, T_max=5), optimizer_of(), 37).T_max == 5
+    assert scheduled(partial(StepLR, step_size=4), optimizer_of(), 37).step_size == 4
+    assert scheduled(lambda optimizer: StepLR(optimizer, 3), optimizer_of(), 37).step_size == 3
+
+
+@pytest.mark.parametrize("make", [StepLR, partial(StepLR), OneCycleLR, ExponentialLR])
+def test_the_stages_length_never_becomes_another_setting(make):
+    with pytest.raises(ConfigError, match=r"step_size|max_lr|gamma"):
+        scheduled(make, optimizer_of(), 37)
+
+
+def test_schedules_that_follow_a_metric_are_refused():
+    with pytest.raises(ConfigError, match="follows a metric"):
+        scheduled(ReduceLROnPlateau, optimizer_of(), 37)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import AdamW
 
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import EvidenceLabeler, Labeler
 from cbsa_lightning.losses import ElementwiseLoss
-from cbsa_lightning.module import SSMLLModule, adamw
+from cbsa_lightning.module import SSMLLModule
 from cbsa_lightning.networks.cbsa import CBSANetwork, build_cbsa_network
 from cbsa_lightning.schedules import SchedulerCallable
 
@@ -84,8 +85,8 @@ class CBSAModule(SSMLLModule):
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
         ema_decay: float = 0.9997,
-        optimizer: OptimizerCallable = adamw,
-        scheduler: SchedulerCallable | None = None,
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
+        scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
     ) -> None:
         if num_contexts > len(class_names):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from cbsa_lightning.checkpoint_files import SOURCE, VERSION
+from cbsa_lightning.compiled import plain_name
 from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
 from cbsa_lightning.finite import REMEDY, not_finite
 
@@ -31,11 +32,12 @@ class LeanCheckpoint(nn.Module):
         if clip is None:
             return set()
         trained = {name for name, p in clip.named_parameters() if p.requires_grad}
-        return {f"network.clip.{name}" for name in nn.Module.state_dict(clip) if name not in trained}
+        frozen = (name for name in nn.Module.state_dict(clip) if name not in trained)
+        return {f"network.clip.{plain_name(name)}" for name in frozen}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All state but the frozen weights."""
-        state = super().state_dict(*args, **kwargs)
+        state = {plain_name(key): value for key, value in super().state_dict(*args, **kwargs).items()}
         frozen = self._frozen_keys()
         return {key: value for key, value in state.items() if key not in frozen}
 
@@ -47,7 +49,9 @@ class LeanCheckpoint(nn.Module):
         Raises:
             CheckpointError: If keys or shapes differ from this module's, naming them.
         """
-        own: dict[str, Tensor] = nn.Module.state_dict(self)
+        here: dict[str, Tensor] = nn.Module.state_dict(self)
+        key_of = {plain_name(key): key for key in here}
+        own = {plain: here[key] for plain, key in key_of.items()}
         expected = own.keys() - self._frozen_keys()
         missing, extra = _sorted(expected - state_dict.keys()), _sorted(state_dict.keys() - own.keys())
         shapes = [
@@ -74,7 +78,8 @@ class LeanCheckpoint(nn.Module):
             raise CheckpointError(
                 f"{self._source} holds weights that are not finite: {listed(broken, 5)}. Take another."
             )
-        loaded: _IncompatibleKeys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        state = {key_of.get(key, key): value for key, value in state_dict.items()}
+        loaded: _IncompatibleKeys = super().load_state_dict(state, strict=False, assign=assign)
         return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cbsa_lightning.compiled import plain_name
+
 
 class ParameterEMA(nn.Module):
     """Average of the trainable parameters of a module, and of the running statistics that go with them.
@@ -33,7 +35,7 @@ class ParameterEMA(nn.Module):
         self.exchanged = False  # whether ``module`` holds the averages now
         moving = _moving_statistics(module)
         self._moving = list(moving)
-        averaged = {name: p for name, p in module.named_parameters() if p.requires_grad} | moving
+        averaged = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad} | moving
         self.names = list(averaged)
         for name, value in averaged.items():
             self.register_buffer(self._key(name), value.detach().clone())
@@ -44,13 +46,15 @@ class ParameterEMA(nn.Module):
         return "average_of_" + name.replace(".", "__")  # a buffer's name cannot hold a dot
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = [*module.named_parameters(), *module.named_buffers()]
+        state: dict[str, Tensor] = {plain_name(name): value for name, value in named}
         averages = [self.get_buffer(self._key(name)) for name in self.names]
         return averages, [state[name] for name in self.names]
 
     def statistics(self, module: nn.Module) -> list[Tensor]:
         """The running statistics among what is averaged, of ``module`` itself."""
-        return [module.get_buffer(name) for name in self._moving]
+        state = {plain_name(name): value for name, value in module.named_buffers()} if self._moving else {}
+        return [state[name] for name in self._moving]
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:
@@ -93,7 +97,7 @@ class ParameterEMA(nn.Module):
 def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:
     """Running means and variances, by name, of the normalisation layers that are trained; not their counters."""
     return {
-        name: value
+        plain_name(name): value
         for prefix, layer in module.named_modules()
         if any(p.requires_grad for p in layer.parameters(recurse=False))
         for name, value in layer.named_buffers(prefix, recurse=False)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
@@ -29,29 +29,22 @@ from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.errors import NotFiniteError
+from cbsa_lightning.errors import ConfigError, NotFiniteError
 from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
-from cbsa_lightning.schedules import OneCycle, SchedulerCallable
+from cbsa_lightning.optimizers import unfuse
+from cbsa_lightning.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.specificity import Specificity
+from cbsa_lightning.stage_length import stage_steps
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 """Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
-
-
-def adamw(params: Any) -> torch.optim.Optimizer:
-    """The paper's optimiser: AdamW at 1e-3; weight decay 1e-4 as in CAP, since the paper names none.
-
-    Its fused form, which is quicker and, under float16's gradient scaling, waits for no further value of the device.
-    With ``16-mixed`` precision and gradient clipping give an unfused one, since fused ones unscale by themselves.
-    """
-    return AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True)
 
 
 class SSMLLModule(LeanCheckpoint, L.LightningModule):
@@ -76,8 +69,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             run. 0 stops it at the first.
         ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one.
-        optimizer: Makes the optimiser from parameter groups.
-        scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps.
+        optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
+            CAP's weight decay, since the paper states none.
+        scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
+            torch; see :func:`~cbsa_lightning.schedules.scheduled`. None: one cycle.
     """
 
     network: Network
@@ -98,8 +93,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
         ema_decay: float = 0.9997,
-        optimizer: OptimizerCallable = adamw,
-        scheduler: SchedulerCallable | None = None,
+        # A lambda in the signature, since jsonargparse reads its settings: --model.optimizer.lr 0.01 changes one.
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
+        scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
@@ -136,6 +132,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
+        self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimiser
+        self.scheduled_steps = 0  # length of the present schedule
+        self.stage_began_at = 0  # optimiser steps that were done when the present stage began
         self.asked_to_end = False  # this process was, by a signal; see ExactResume
         self.max_skipped_steps = max_skipped_steps
         self._skipped = 0  # batches in a row that had no finite loss, up to the present one
@@ -179,18 +178,22 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         groups = self.network.parameter_groups()
         scales = [group.pop("lr_scale") for group in groups]
         optimizer = self.make_optimizer(groups)
+        for group in optimizer.param_groups if self.lr is not None else ():
+            group["lr"] = self.lr
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] *= scale
-        schedule = self.make_schedule(optimizer, self._stage_steps())
+        if self._clips_under_mixed_precision():
+            unfuse(optimizer)
+        self.scheduled_steps = self.stage_steps()
+        schedule = scheduled(self.make_schedule, optimizer, self.scheduled_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _stage_steps(self) -> int:
-        trainer = self.trainer
-        _ = trainer.estimated_stepping_batches  # has the effect that the loader, so its length, is there
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1
-        in_warmup = self.current_epoch < self.warmup_epochs
-        epochs = min(self.warmup_epochs, epochs) if in_warmup else epochs - self.warmup_epochs
-        return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches) * max(epochs, 1)
+    def stage_steps(self) -> int:
+        """Optimiser steps of the present stage; see :func:`~cbsa_lightning.stage_length.stage_steps`."""
+        return stage_steps(self.trainer, self.warmup_epochs, self.stage_began_at)
+
+    def _clips_under_mixed_precision(self) -> bool:
+        return bool(self.trainer.gradient_clip_val) and str(self.trainer.precision).endswith("-mixed")
 
     def features_of(self, batch: TrainBatch | EvalBatch) -> Tensor:
         """Frozen features ``(B, ...)`` of a batch: computed from its images, unless it brings them from a cache."""
@@ -200,6 +203,19 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.network.features(cast(Tensor, batch.images))
 
     # Training --------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuses a precision with which training would silently fail.
+
+        Raises:
+            ConfigError: For weights in half precision.
+        """
+        if stage == "fit" and self.trainer.precision in ("16-true", "bf16-true"):
+            mixed = str(self.trainer.precision).replace("true", "mixed")
+            raise ConfigError(
+                f"trainer.precision {self.trainer.precision!r} keeps the averaged weights in half precision, which is "
+                f"too coarse for their small steps. Use {mixed!r}."
+            )
 
     def on_fit_start(self) -> None:
         """Warns where the number of processes would change the outcome."""
@@ -425,7 +441,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
         self.log_dict({f"{prefix}/{key}": report[key] for key in ("mAP_with_zeros", "CF1", "OF1")})
-        per_class = zip(self.class_names, report["AP"].tolist(), strict=True)
+        per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # of one class: a number
         self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
 
     def _end_pass(self, *reports: str) -> None:

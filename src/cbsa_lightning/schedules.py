@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from cbsa_lightning.errors import ConfigError
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 """Makes a scheduler from an optimiser and the number of steps of the stage; stepped once a step."""
+
+
+_LENGTHS = ("total_steps", "T_max")  # what torch's schedulers call the number of steps
+
+
+def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Makes the schedule of a stage.
+
+    Args:
+        make: A :data:`SchedulerCallable`; or makes a scheduler of torch from the optimiser, with settings of its own.
+            ``T_max`` or ``total_steps``, where such a scheduler has it and it is not set, is the stage's length.
+        optimizer: The optimiser.
+        total_steps: Optimiser steps of the stage.
+
+    Raises:
+        ConfigError: If a scheduler lacks a setting, or needs a metric.
+    """
+    parts = (getattr(make, "func", None), *getattr(make, "args", ()))  # a configuration gives a partial of its class
+    kind = next((part for part in parts if isinstance(part, type)), make)
+    name = getattr(kind, "__name__", type(kind).__name__)
+    parameters = list(inspect.signature(kind).parameters.values())
+    given: dict[str, Any] = getattr(make, "keywords", {})
+    own = not (isinstance(kind, type) and issubclass(kind, LRScheduler))
+    if own and sum(p.default is p.empty for p in parameters if p.name not in given) > 1:
+        return cast(LRScheduler, make(optimizer, total_steps))
+    length = {p.name: total_steps for p in parameters if p.name in _LENGTHS and given.get(p.name) is None}
+    try:
+        schedule = make(optimizer, **length)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler {name} cannot be made: {error}. Set what it needs below scheduler.init_args."
+        ) from error
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigError(
+            "scheduler ReduceLROnPlateau follows a metric, but schedules here follow steps. Take another."
+        )
+    return cast(LRScheduler, schedule)
 
 
 class OneCycle:
@@ -26,7 +67,16 @@ class OneCycle:
         peaks = [group["lr"] for group in optimizer.param_groups]
         # Rise and fall take a step each at least: torch divides by zero where a phase has no length.
         steps = max(total_steps, 3)
-        return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
+        return _OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
+
+
+class _OneCycleLR(OneCycleLR):
+    """Keeps its last rate beyond its end, where torch raises an error: Lightning's batch-size finder steps on."""
+
+    def get_lr(self) -> list[Any]:
+        if self.last_epoch > self.total_steps:
+            return [group["lr"] for group in self.optimizer.param_groups]
+        return super().get_lr()
 
 
 class Constant:

@@ -158,7 +158,7 @@ class RunReport(L.Callback):
                         attention = pl_module.score(features[here], attention=True).attention
                     maps = [None] * int(here.sum()) if attention is None else list(attention.float().cpu())
                     shown += list(zip(batch.index[here].tolist(), maps, strict=True))
-        AP = metric.compute()["AP"].cpu().numpy()
+        AP = metric.compute()["AP"].reshape(-1).cpu().numpy()  # of one class: a number
         everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))
         map_of = dict(gather(shown))
         kept = [attention for row in chosen.tolist() if (attention := map_of[row]) is not None]

@@ -12,13 +12,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from cbsa_lightning.checkpoint_files import SOURCE, TORN
 from cbsa_lightning.checkpoint_io import WholeCheckpointIO
-from cbsa_lightning.errors import CheckpointError, ConfigError, listed
+from cbsa_lightning.compiled import plain_name
+from cbsa_lightning.errors import CheckpointError, listed
 
 _RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
 
@@ -46,6 +47,10 @@ class ExactResume(L.Callback):
             return
         loops = checkpoint["loops"]["fit_loop"]
         epoch, batches = loops["epoch_progress"]["total"], loops["epoch_loop.batch_progress"]["total"]
+        if _cut_short(loops, trainer):  # by max_steps or max_time; Lightning counts the epoch as over
+            for part in loops["epoch_progress"].values():
+                part["processed"] -= 1
+                part["completed"] = min(part["completed"], part["processed"])
         within_step, epoch_begins = batches["started"] > batches["processed"], epoch["started"] < epoch["ready"]
         if within_step or epoch_begins or pl_module.ema.exchanged:
             checkpoint[TORN] = True
@@ -55,8 +60,11 @@ class ExactResume(L.Callback):
             "figures": [],
             "unlogged": None,
             "gradients": {},
-            "stage": [pl_module.stage, pl_module._stage_steps()],
-            "should_stop": trainer.should_stop,
+            "stage": [pl_module.stage, pl_module.stage_steps()],
+            "stage_began_at": pl_module.stage_began_at,
+            "lr": pl_module.lr,
+            "should_stop": trainer.should_stop and not _time_is_over(trainer),
+            "begun": epoch["ready"] > 0,
             "data": _data_of(trainer),
         }
         if epoch["processed"] < epoch["ready"]:
@@ -97,6 +105,9 @@ class ExactResume(L.Callback):
             return
         file = checkpoint.get(SOURCE, trainer.ckpt_path)
         self._restored = checkpoint.get(_RUN, {})
+        if not self._restored.get("begun", True):  # a draft that a tuner wrote before training, with another batch size
+            self._restored, trainer.ckpt_path = {}, None
+            return
         now, then = _data_of(trainer), self._restored.get("data", {})
         if differing := sorted(name for name in now.keys() & then.keys() if now[name] != then[name]):
             raise CheckpointError(
@@ -109,7 +120,6 @@ class ExactResume(L.Callback):
 
         Raises:
             CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
-            ConfigError: With ``max_steps``.
         """
         pl_module.asked_to_end = False
         if trainer.world_size > 1:
@@ -118,19 +128,18 @@ class ExactResume(L.Callback):
             signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
         if trainer.ckpt_path is None:
             return
-        if trainer.max_steps != -1:
-            raise ConfigError("A run with max_steps cannot be resumed where it was: give it max_epochs alone.")
         # Lightning asked for a loader before it read epoch and place from the checkpoint.
         trainer.fit_loop._combined_loader = None
         trainer.fit_loop.setup_data()
         kept = self._restored
         if kept:  # else a checkpoint of an earlier version, written at an epoch's end
+            pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
             begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
             if not begins:
                 _check_length(kept["stage"][0], kept["stage"][1], trainer, pl_module)
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
-            parameters = dict(pl_module.named_parameters())
+            parameters = {plain_name(name): p for name, p in pl_module.named_parameters()}
             for name, gradient in kept["gradients"].items():
                 parameters[name].grad = gradient.to(parameters[name])
         self._restore_figures(trainer)
@@ -158,6 +167,21 @@ def _data_of(trainer: Any) -> dict[str, Any]:
         return {}
     sizes = ("batch_size", "labelled_per_batch", "warmup_batch_size", "seed")
     return {"table": split.table_digest, "split": split.digest, **{name: getattr(data, name) for name in sizes}}
+
+
+def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
+    """Whether an epoch has ended before its last batch."""
+    epoch, batches = loops["epoch_progress"]["total"], loops["epoch_loop.batch_progress"]
+    ended = epoch["ready"] == epoch["processed"] > 0
+    return bool(
+        ended and not batches["is_last_batch"] and batches["current"]["processed"] < trainer.num_training_batches
+    )
+
+
+def _time_is_over(trainer: Any) -> bool:
+    """Whether ``max_time`` stops training; the run may be resumed with a larger limit."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
 def _settle(loops: dict[str, Any], trainer: Any) -> None:
@@ -239,14 +263,14 @@ def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
     if done % trainer.accumulate_grad_batches == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return {}
     return {
-        name: trainer.strategy.reduce(p.grad.detach().clone(), reduce_op="mean").cpu()
+        plain_name(name): trainer.strategy.reduce(p.grad.detach().clone(), reduce_op="mean").cpu()
         for name, p in pl_module.named_parameters()
         if p.grad is not None
     }
 
 
 def _check_length(stage: str, steps: int, trainer: Any, pl_module: Any) -> None:
-    now = pl_module._stage_steps()
+    now = pl_module.stage_steps()
     if pl_module.stage == stage and now != steps:
         raise CheckpointError(
             f"{trainer.ckpt_path}: the {stage} stage of this run was laid out for {steps} steps, and with the settings "

@@ -30,12 +30,18 @@ class Stages(L.Callback):
         """The first hook that knows the epoch of a resumed run."""
         if trainer.current_epoch < pl_module.warmup_epochs:
             pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
+        tuned = pl_module.lr is not None or pl_module.scheduled_steps != pl_module.stage_steps()
+        if tuned and trainer.ckpt_path is None:
+            trainer.strategy.setup_optimizers(
+                trainer
+            )  # a learning-rate or batch-size finder ran after the first set-up
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
         trainer.reload_dataloaders_every_n_epochs = 0
         if trainer.current_epoch != pl_module.warmup_epochs:
             return
+        pl_module.stage_began_at = trainer.global_step
         if pl_module.warmup_epochs:
             trainer.strategy.setup_optimizers(trainer)
         pl_module.ema.start(pl_module.network)

@@ -1,0 +1,17 @@
+"""What gradient clipping needs of an optimiser."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+
+def unfuse(optimizer: Optimizer) -> None:
+    """Switches an optimiser to its unfused form, in place.
+
+    Fused optimisers undo float16's gradient scaling within their step, so Lightning refuses to clip their gradients.
+    It decides by the attribute below, also for bfloat16, which needs no scaling.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=True)

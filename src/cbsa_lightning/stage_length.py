@@ -1,0 +1,53 @@
+"""How many optimiser steps a stage of training has, from the limits that the Trainer was given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from cbsa_lightning.errors import ConfigError
+
+
+def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
+    """Returns the number of optimiser steps of the present stage, for its learning-rate schedule.
+
+    ``max_epochs`` decides where it is given; ``max_steps`` and ``max_time`` beside it only end training earlier, so
+    that the same run can be continued with a larger limit. Otherwise ``max_steps`` decides.
+
+    Args:
+        trainer: A Trainer that fits.
+        warmup_epochs: Epochs of the first stage.
+        began_at: Optimiser steps that were done when the stage began.
+
+    Raises:
+        ConfigError: If neither ``max_epochs`` nor ``max_steps`` is given.
+    """
+    trainer.fit_loop.setup_data()  # else the number of batches is not known
+    batches = trainer.num_training_batches if trainer.limit_train_batches != 0 else 0
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        if trainer.max_steps < 0:
+            raise ConfigError(
+                "The learning rate needs the length of training: give trainer.max_epochs or trainer.max_steps; "
+                "trainer.max_time may end training earlier."
+            )
+        left = int(trainer.max_steps) - began_at
+        if trainer.current_epoch >= warmup_epochs:
+            return max(left, 0)
+        return min(left, _steps_of(trainer, batches, range(warmup_epochs)))
+    if trainer.current_epoch < warmup_epochs:
+        return _steps_of(trainer, batches, range(min(warmup_epochs, trainer.max_epochs)))
+    return _steps_of(trainer, batches, range(warmup_epochs, trainer.max_epochs))
+
+
+def _steps_of(trainer: Any, batches: float, epochs: range) -> int:
+    if math.isinf(batches):
+        raise ConfigError(
+            "The training loader has no length, so the length of the learning-rate schedule is unknown: "
+            "set trainer.limit_train_batches to a number of batches."
+        )
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    # Lightning sets up a scheduler of its own for Trainer(accumulate_grad_batches).
+    of = schedulers[0].get_accumulate_grad_batches if schedulers else lambda _: trainer.accumulate_grad_batches
+    return sum(-(-int(batches) // of(epoch)) for epoch in epochs)

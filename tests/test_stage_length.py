@@ -1,0 +1,117 @@
+"""Trainings whose length is not given by ``max_epochs`` alone: the schedule has as many steps as the stage takes."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+
+from cbsa_lightning.errors import ConfigError
+from tiny_data import Squares, differences, tiny_fit
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+class Rates(L.Callback):
+    """The learning rate of each optimiser step, and the length of its schedule."""
+
+    def __init__(self):
+        self.steps, self.lengths = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.steps.append(optimizer.param_groups[0]["lr"])
+        self.lengths.append(trainer.lr_scheduler_configs[0].scheduler.total_steps)
+
+
+def fit(folder, clip, squares, *callbacks, max_epochs=None, ckpt_path=None, **trainer):
+    rates = Rates()
+    module, trainer = tiny_fit(
+        folder,
+        clip,
+        squares,
+        max_epochs=max_epochs,
+        trainer={"callbacks": [*callbacks, rates], **trainer},
+        ckpt_path=ckpt_path,
+        data={"warmup_batch_size": 4},
+        num_contexts=0,
+    )
+    return module, trainer, rates
+
+
+@pytest.mark.parametrize("max_epochs", [None, -1])
+def test_max_steps_alone_decides(tmp_path, clip_folder, squares, max_epochs):
+    _, trainer, rates = fit(tmp_path, clip_folder, squares, max_epochs=max_epochs, max_steps=8)
+    assert trainer.global_step == 8
+    assert rates.lengths == [3] * 2 + [6] * 6  # one-cycle has three steps at least
+    assert rates.steps[-1] == min(rates.steps)
+
+
+def test_beside_max_epochs_max_steps_only_ends_training(tmp_path, clip_folder, squares):
+    _, _, whole = fit(tmp_path, clip_folder, squares, max_epochs=3)
+    _, trainer, rates = fit(tmp_path, clip_folder, squares, max_epochs=3, max_steps=4)
+    assert trainer.global_step == 4 < len(whole.steps)
+    assert rates.steps == whole.steps[:4]
+
+
+def test_a_time_alone_is_refused(tmp_path, clip_folder, squares):
+    with pytest.raises(ConfigError, match=r"max_epochs or trainer\.max_steps"):
+        fit(tmp_path, clip_folder, squares, max_epochs=-1, max_time="00:00:00:05")
+
+
+def test_a_time_beside_epochs_ends_training(tmp_path, clip_folder, squares):
+    _, trainer, _ = fit(tmp_path, clip_folder, squares, max_epochs=1000, max_time="00:00:00:01")
+    assert 0 < trainer.current_epoch < 1000
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, 1, 0.5])
+def test_limited_batches(tmp_path, clip_folder, squares, limit):
+    _, trainer, rates = fit(tmp_path, clip_folder, squares, max_epochs=6, limit_train_batches=limit)
+    assert trainer.global_step == len(rates.steps)
+    second = rates.lengths[-1] if limit else 0
+    assert rates.lengths.count(second) == second
+
+
+def test_accumulation_that_changes(tmp_path, clip_folder, squares):
+    scheduler = GradientAccumulationScheduler({0: 2, 2: 1})
+    _, trainer, rates = fit(tmp_path, clip_folder, squares, scheduler, max_epochs=5)
+    batches = trainer.num_training_batches
+    assert rates.lengths[-1] == -(-batches // 2) + 3 * batches == len(rates.steps) - 1
+
+
+def test_a_run_stopped_by_steps_or_time_goes_on_with_a_larger_limit(tmp_path, clip_folder, squares):
+    whole, _, _ = fit(tmp_path, clip_folder, squares, max_epochs=3)
+    for limit in (1, 4, 5):
+        _, trainer, _ = fit(tmp_path, clip_folder, squares, max_epochs=3, max_steps=limit)
+        assert trainer.global_step == limit
+        trainer.save_checkpoint(tmp_path / "part.ckpt")
+        resumed, trainer, _ = fit(
+            tmp_path, clip_folder, squares, max_epochs=3, max_steps=100, ckpt_path=str(tmp_path / "part.ckpt")
+        )
+        assert trainer.current_epoch == 3, limit
+        assert differences(whole.state_dict(), resumed.state_dict()) == [], limit
+
+
+def test_the_learning_rate_finder_decides_the_rate_of_both_stages(tmp_path, clip_folder, squares):
+    finder = LearningRateFinder(num_training_steps=20, min_lr=1e-5, early_stop_threshold=None)
+    module, _, rates = fit(tmp_path, clip_folder, squares, finder, max_epochs=8)
+    assert module.lr == finder.optimal_lr.suggestion()
+    second = [rate for rate, length in zip(rates.steps, rates.lengths, strict=True) if length == rates.lengths[-1]]
+    assert second[0] == pytest.approx(module.lr / 25)
+    assert not list(tmp_path.glob(".lr_find*"))
+
+
+def test_the_batch_size_finder_decides_the_batch_size(tmp_path, clip_folder, squares):
+    finder = BatchSizeFinder(init_val=2, max_trials=2, steps_per_trial=1)
+    _, trainer, rates = fit(tmp_path, clip_folder, squares, finder, max_epochs=3)
+    assert trainer.datamodule.batch_size == finder.optimal_batch_size != 8
+    assert rates.lengths[-1] == len(rates.steps) - rates.lengths.count(rates.lengths[0])
+    assert not list(tmp_path.glob(".scale_batch_size*"))
+
+
+def test_rates_of_a_schedule_end_with_its_length(tmp_path, clip_folder, squares):
+    _, _, rates = fit(tmp_path, clip_folder, squares, max_epochs=4)
+    assert torch.tensor(rates.steps[-1]) == min(rates.steps)
