@@ -134,7 +134,7 @@ def test_no_image_and_no_decoder(classifier, towers, tmp_path):
     [
         ("cat.png", "list of images"),
         (torch.zeros(1, 3, 8, 8), "uint8"),
-        ([np.zeros((8, 8), np.uint8)], "image 0"),
+        ([np.zeros((8, 8, 2), np.uint8)], "image 0"),
         ([np.zeros((8, 8, 3), np.uint8), 7], "image 1"),
         (["nowhere/cat.png"], "nowhere/cat.png"),
     ],
@@ -201,3 +201,66 @@ def test_image_size_of_the_checkpoint(checkpoint, tmp_path):
 def test_lightning_is_not_imported():
     code = "import cbsa_lightning.inference, sys; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Column:
+    """A column of pandas that was sorted: iterated in its order, but indexed by label."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, label):
+        return self.values[len(self.values) - 1 - label]
+
+
+@pytest.mark.parametrize(
+    "given", [tuple, iter, lambda x: (y for y in x), Column, lambda x: dict(enumerate(x)).values(), np.array],
+    ids=["tuple", "iterator", "generator", "column", "values", "array"],
+)  # fmt: skip
+def test_any_iterable_is_labelled_in_its_order(classifier, tmp_path, given):
+    paths = []
+    for i in range(5):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(np.full((30, 40, 3), 50 * i, np.uint8)).save(paths[-1])
+    expected = torch.cat([classifier.scores([path]) for path in paths])
+    torch.testing.assert_close(classifier.scores(given(paths), batch_size=2), expected, rtol=0, atol=1e-5)
+    assert torch.cdist(expected, expected).fill_diagonal_(1).min() > 1e-4
+
+
+def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    grey, rgba = rgb[..., 0], np.dstack([rgb, rng.integers(0, 256, (30, 40), np.uint8)])
+    arrays = [rgb, grey, rgba]
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+    expected = classifier.scores([tmp_path / f"{i}.png" for i in range(3)])
+    bgr = rgb[..., ::-1].copy()
+    tensor = torch.from_numpy(rgb).permute(2, 0, 1)
+    found = classifier.scores([rgb, grey, rgba, grey[..., None], bgr[..., ::-1], tensor])
+    torch.testing.assert_close(found, expected[[0, 1, 2, 1, 0, 0]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((8, 8, 3))], r"image 0: an array of float64 .* no known range"),
+        ([np.zeros((3, 8, 9), np.uint8)], "channels first"),
+        ([np.zeros((8, 9, 7), np.uint8)], "is no image"),
+        ([torch.zeros(3, 8, 8)], r"image 0: a tensor must be \(3, H, W\) uint8"),
+        ([7], "a int is no image"),
+        (np.zeros((8, 8, 3), np.uint8), "also for a single one"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "also for a single one"),
+        ({"a.png": 1}, "give its values"),
+        (5, "Give a list"),
+    ],
+)
+def test_what_is_no_image_is_refused(classifier, images, message):
+    with pytest.raises(DataError, match=message):
+        classifier.scores(images)

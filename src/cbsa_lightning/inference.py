@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
-from cbsa_lightning.data.images import _to_rgb, _turned_upright, decode
+from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import CBSAError, CheckpointError, DataError, WeightsError, listed
@@ -25,8 +24,9 @@ from cbsa_lightning.finite import refuse_scores
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import build_cbsa_network
 
-Images = Sequence[str | os.PathLike[str] | Image.Image | np.ndarray] | Tensor
-"""Files, Pillow images, ``(H, W, 3)`` uint8 RGB arrays, mixed at will; or one ``(n, 3, H, W)`` uint8 tensor."""
+Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
+"""Any iterable of files, Pillow images, uint8 arrays (grey ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
+tensors ``(3, H, W)``, mixed at will: a list, a generator, a column of pandas; or one ``(n, 3, H, W)`` uint8 tensor."""
 
 _PARAMETERS = inspect.signature(build_cbsa_network).parameters.values()
 _TYPES = {p.name: p.annotation for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}  # as they are written there
@@ -171,32 +171,33 @@ class Classifier:
         return torch.cat([part.float().cpu() for part in maps if part is not None])
 
     def _outputs(self, images: Images, batch_size: int, **options: Any) -> Iterator[NetworkOutput]:
-        if isinstance(images, (str, os.PathLike, Image.Image)):
-            raise DataError(f"Give a list of images, also for a single one; got {type(images).__name__}.")
-        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8):
-            raise DataError(f"A tensor of images must be (n, 3, H, W) uint8, got {images.dtype} {tuple(images.shape)}.")
-        for start in range(0, len(images), batch_size):
-            views = [self._prepared(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; give 1 or more.")
+        start, rest = 0, iter(_each(images))  # by iteration, never by index: pandas would look an index up as a label
+        while batch := list(islice(rest, batch_size)):
+            views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
+            names = [_name(image, start + i) for i, image in enumerate(batch)]
             with torch.no_grad():
                 features = self.network.features(torch.stack(views).to(self.device))
                 output = self.network(features, self._text, **options)
-                refuse_scores(output.logits, partial(_named, images, start), "Scores")
+                refuse_scores(output.logits, names.__getitem__, "Scores")
                 yield output
+            start += len(batch)
 
     def _prepared(self, image: Any, position: int) -> Tensor:
         """The view of one image, ``(3, S, S)`` uint8."""
-        if isinstance(image, Tensor):
-            if image.shape[1:] == (self.image_size, self.image_size):
-                return image.cpu()
-            image = image.permute(1, 2, 0).cpu().numpy()
-        elif isinstance(image, Image.Image):
-            image = np.array(_to_rgb(Path(f"image {position}"), _turned_upright(image)))
-        elif isinstance(image, (str, os.PathLike)):
-            image = decode(image)
-        elif not isinstance(image, np.ndarray):
-            raise DataError(f"image {position} is a {type(image).__name__}; give a path, a Pillow image or an array.")
+        if isinstance(image, (str, os.PathLike)):
+            return self._view(decode(image))
         try:
-            return self._view(image)
+            if isinstance(image, Tensor):
+                if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+                    raise DataError(f"a tensor must be (3, H, W) uint8, got {image.dtype} {tuple(image.shape)}.")
+                if image.shape[1:] == (self.image_size, self.image_size):
+                    return image.cpu()
+                image = image.permute(1, 2, 0).cpu().numpy()
+            elif not isinstance(image, (Image.Image, np.ndarray)):
+                raise DataError(f"a {type(image).__name__} is no image; give a path, a Pillow image or an array.")
+            return self._view(as_rgb(image))
         except DataError as error:
             raise DataError(f"image {position}: {error}") from None
 
@@ -228,9 +229,24 @@ class _Trained(LeanCheckpoint):
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
 
-def _named(images: Images, start: int, row: int) -> str:
-    image = images[start + row]
-    return str(image) if isinstance(image, (str, os.PathLike)) else f"image {start + row}"
+def _each(images: Images) -> Iterable[Any]:
+    """The images one by one.
+
+    Raises:
+        DataError: A single image, a mapping or a table instead of images.
+    """
+    single = isinstance(images, (str, os.PathLike, Image.Image)) or (
+        isinstance(images, (np.ndarray, Tensor)) and images.dtype != object and images.ndim in (2, 3)
+    )
+    if single or not isinstance(images, Iterable):
+        raise DataError(f"Give a list of images, also for a single one; got {type(images).__name__}.")
+    if isinstance(images, Mapping) or hasattr(images, "columns"):
+        raise DataError(f"A {type(images).__name__} is no list of images; give its values or one column.")
+    return images
+
+
+def _name(image: Any, position: int) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else f"image {position}"
 
 
 def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:

@@ -72,6 +72,38 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
         raise DataError(f"{name}: cannot be read as an image ({reason}); {_REMEDY}") from error
 
 
+def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Converts an image in memory to upright RGB, as :func:`decode` does with a file.
+
+    Args:
+        image: Pillow image of any mode; or uint8 array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``: grey,
+            RGB or RGBA.
+
+    Returns:
+        ``(H, W, 3)`` uint8, contiguous.
+
+    Raises:
+        DataError: An array of another type or shape.
+    """
+    if isinstance(image, Image.Image):
+        return np.array(_to_rgb(Path("image"), _turned_upright(image)))
+    found = f"an array of {image.dtype} and shape {image.shape}"
+    if image.dtype != np.uint8:
+        raise DataError(
+            f"{found} has no known range of values; give uint8 from 0 to 255, for values in [0, 1] "
+            "(255 * image).round().astype('uint8')."
+        )
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    if image.ndim == 3 and image.shape[2] == 4:
+        image = np.asarray(_to_rgb(Path("image"), Image.fromarray(np.ascontiguousarray(image))))
+    if image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return np.ascontiguousarray(image)  # torch takes no negative strides, which a BGR view has
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4):
+        raise DataError(f"{found} has its channels first; give image.transpose(1, 2, 0).")
+    raise DataError(f"{found} is no image; give (H, W), (H, W, 3) or (H, W, 4).")
+
+
 class ImageFiles:
     """The images of a table by row, decoded each time that one is asked for.
 
