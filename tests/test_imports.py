@@ -32,6 +32,7 @@ FLOORS = (
         "stage_length",
         "context_task",
         "checkpoint_files",
+        "checkpoint_flags",
         "checkpoint_io",
         "config_files",
         "loggers",

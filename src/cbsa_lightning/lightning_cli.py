@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,10 +22,11 @@ import cbsa_lightning
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
+from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.errors import CBSAError
+from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
@@ -32,9 +34,20 @@ from cbsa_lightning.loggers import RunLogger
 from cbsa_lightning.module import SSMLLModule
 from cbsa_lightning.resuming import WANDB_ID
 
+_NO_CHECKPOINT = (
+    "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
+    "--untrained true for the network as it is before training.",
+    "cbsa {0} needs the file of a checkpoint, got {1}. To go on with a run give --resume RUN.",
+)
+
 
 class RunRecord(SaveConfigCallback):
     """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split."""
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the model's section of the configuration, which decides what the checkpoint belongs to."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Runs on all processes, which must ask for the log folder together: they agree on it."""
@@ -50,8 +63,6 @@ class RunRecord(SaveConfigCallback):
                 draft.write_text(plain, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                import yaml
-
                 logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
                 if folder is not None:
                     with replacing(folder / WANDB_ID) as draft:
@@ -107,6 +118,12 @@ class CBSACLI(LightningCLI):
         )
 
         parser.add_argument(
+            "--untrained",
+            type=bool,
+            default=False,
+            help="Let validate, test and predict work without a checkpoint, with the network as it is before training.",
+        )
+        parser.add_argument(
             "--gain",
             type=GainCheck | None,
             default=None,
@@ -114,18 +131,34 @@ class CBSACLI(LightningCLI):
             "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Takes a checkpoint's settings only where they are all of a model's; a network is an object, so not in them.
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keeps the command line, which alone says what a user has set."""
+        self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+        super().parse_arguments(parser, args)
 
-        Where the configuration names a network, it must say the rest as well; Lightning would drop it.
+    def _parse_ckpt_path(self) -> None:
+        """Merges the model's settings with those of the checkpoint; see :mod:`cbsa_lightning.checkpoint_flags`.
+
+        Raises:
+            ConfigError: Where results would be those of untrained weights, or a setting contradicts the checkpoint.
         """
         subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path is not None and path not in ("best", "last", "hpc"):
-            read_checkpoint(path)  # Lightning reads it too, but does not say what is wrong with it
-        model = self.config[subcommand].get("model") if subcommand else None
-        if "network" not in ((model or {}).get("init_args") or {}):
-            super()._parse_ckpt_path()
+        if subcommand is None:
+            return
+        config = self.config[subcommand]
+        path = config.get("ckpt_path")
+        if subcommand == "fit" and path in (None, "hpc"):
+            return
+        if path is None and config.untrained:
+            return
+        if path in (None, "last", "best", "hpc"):
+            message = _NO_CHECKPOINT[subcommand == "fit"]
+            raise ConfigError(message.format(subcommand, "none" if path is None else f"--ckpt_path {path}"))
+        checkpoint = read_checkpoint(path)
+        model = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))["model"]
+        settled = settle(model, mentioned(self._words), checkpoint, str(path), training=subcommand == "fit")
+        if settled is not None:
+            self.config = self.parser.parse_object({subcommand: {"model": settled}}, self.config)
 
     def instantiate_classes(self) -> None:
         """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""

@@ -133,6 +133,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
         self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimiser
+        self.optimizer_settings: dict[str, Any] = {}  # as it was made, before any schedule
         self.scheduled_steps = 0  # length of the present schedule
         self.stage_began_at = 0  # optimiser steps that were done when the present stage began
         self.asked_to_end = False  # this process was, by a signal; see ExactResume
@@ -184,6 +185,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             group["lr"] *= scale
         if self._clips_under_mixed_precision():
             unfuse(optimizer)
+        self.optimizer_settings = {
+            "class": type(optimizer).__name__,
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        }
         self.scheduled_steps = self.stage_steps()
         schedule = scheduled(self.make_schedule, optimizer, self.scheduled_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

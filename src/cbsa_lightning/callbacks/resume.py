@@ -7,12 +7,14 @@ run was, the epoch's figures so far, gradients that wait for a step, and what ca
 from __future__ import annotations
 
 import signal
+import warnings
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -63,6 +65,7 @@ class ExactResume(L.Callback):
             "stage": [pl_module.stage, pl_module.stage_steps()],
             "stage_began_at": pl_module.stage_began_at,
             "lr": pl_module.lr,
+            "optimizer": pl_module.optimizer_settings,
             "should_stop": trainer.should_stop and not _time_is_over(trainer),
             "begun": epoch["ready"] > 0,
             "data": _data_of(trainer),
@@ -115,6 +118,19 @@ class ExactResume(L.Callback):
                 "data settings that the run was begun with (config.yaml and split.json beside it)."
             )
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Runs before the optimiser's state is restored.
+
+        Raises:
+            CheckpointError: If the optimiser is of another class.
+        """
+        now, then = pl_module.optimizer_settings.get("class"), self._restored.get("optimizer", {}).get("class")
+        if then not in (None, now):
+            raise CheckpointError(
+                f"{trainer.ckpt_path} was trained with the optimiser {then}, and this module has {now}: its state does "
+                "not fit. Resume with the same optimiser."
+            )
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first hook that knows where the run is.
 
@@ -137,6 +153,8 @@ class ExactResume(L.Callback):
             begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
             if not begins:
                 _check_length(kept["stage"][0], kept["stage"][1], trainer, pl_module)
+                if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
+                    _take_new_settings(trainer, pl_module)
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
             parameters = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -176,6 +194,19 @@ def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
     return bool(
         ended and not batches["is_last_batch"] and batches["current"]["processed"] < trainer.num_training_batches
     )
+
+
+def _take_new_settings(trainer: Any, pl_module: Any) -> None:
+    """Goes on with the settings that the optimiser has now; its running averages, and the schedule's place, stay."""
+    state = trainer.optimizers[0].state_dict()["state"]
+    trainer.strategy.setup_optimizers(trainer)
+    optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that the schedule steps before the optimiser
+        for _ in range(trainer.global_step - pl_module.stage_began_at):
+            schedule.step()
+    rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
 
 
 def _time_is_over(trainer: Any) -> bool:
