@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from cbsa_lightning.config_files import find_configs
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.resuming import resumed
@@ -29,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     # LightningCLI knows the methods of a Trainer alone, so what is ours is taken out before it looks.
     if words[:1] == ["table"]:
         return table(words[1:])
-    run = resumed(words)
+    run = resumed(find_configs(words))
     before = os.environ.get("WANDB_RUN_ID")
     if run.wandb_id is not None:
         os.environ["WANDB_RUN_ID"] = run.wandb_id  # which wandb takes where a logger names no id

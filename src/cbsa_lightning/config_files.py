@@ -1,16 +1,94 @@
-"""Configuration files, looked at before jsonargparse does, which does not say which of several it means."""
+"""Configuration files: found by name, checked before jsonargparse reads them, paths in them expanded."""
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from cbsa_lightning.data.reading import read_text
-from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.errors import ConfigError, DataError, listed
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # jsonargparse's, which takes a little less than the other
+
+
+_PATH = re.compile(r"~(?=/|$)|\$(\w+|\{\w+\})(?=/|$)")  # at the start of a value
+
+
+def shipped_configs() -> Path:
+    """Folder of the configurations that come with the library; an editable install has them in its checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def find_config(name: str | os.PathLike[str]) -> Path:
+    """Finds a configuration file: a path, or the name of one that comes with the library.
+
+    Args:
+        name: Such as ``mine.yaml``, ``methods/cbsa.yaml`` or ``configs/methods/cbsa.yaml``.
+
+    Raises:
+        ConfigError: If there is none; names similar ones.
+    """
+    file = Path(expanded(os.fspath(name)))
+    shipped = shipped_configs()
+    inside = shipped.joinpath(*file.parts[1:] if file.parts[:1] == ("configs",) else file.parts)
+    if os.path.lexists(file):
+        return file
+    if inside.is_file():
+        return inside
+    names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
+    similar = difflib.get_close_matches(file.as_posix().removeprefix("configs/"), names)
+    hint = f"Similar ones are {listed(similar)}" if similar else f"Those below {shipped} are found by name"
+    raise ConfigError(f"{name}: there is no such configuration file. {hint}.")
+
+
+def find_configs(words: Sequence[str]) -> list[str]:
+    """Replaces the names after ``--config`` in a command line by the files that they mean; see :func:`find_config`."""
+    found = list(words)
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals and _is_file_name(value):
+            found[i] = f"{option}={find_config(value)}"
+        elif not equals and i + 1 < len(words) and _is_file_name(words[i + 1]):
+            found[i + 1] = str(find_config(words[i + 1]))
+    return found
+
+
+def expanded(value: str) -> str:
+    """Replaces ``~`` or an environment variable with which a path begins.
+
+    Raises:
+        ConfigError: If the variable is not set.
+    """
+    if not (start := _PATH.match(value)):
+        return value
+    path = os.path.expanduser(os.path.expandvars(value))
+    if path == value:
+        raise ConfigError(f"{value}: {start.group()} is not set. Set it, or write the path out.")
+    return path
+
+
+def expand_paths(config: Any) -> Any:
+    """Expands all values of a parsed configuration that begin like a path; see :func:`expanded`."""
+    if isinstance(config, str):
+        return expanded(config)
+    if isinstance(config, Namespace):
+        for name, value in vars(config).items():
+            setattr(config, name, expand_paths(value))
+    if isinstance(config, dict):
+        return {name: expand_paths(value) for name, value in config.items()}
+    if isinstance(config, list):
+        return [expand_paths(value) for value in config]
+    return config
 
 
 def check_configs(words: Sequence[str]) -> None:
@@ -40,5 +118,9 @@ def _named(words: Sequence[str]) -> Iterator[Path]:
         option, equals, value = word.partition("=")
         if option in ("--config", "-c"):
             value = value if equals else "".join(words[i + 1 : i + 2])
-            if value and "\n" not in value and ": " not in value:  # jsonargparse takes YAML itself as well
+            if _is_file_name(value):
                 yield Path(value)
+
+
+def _is_file_name(value: str) -> bool:
+    return bool(value) and "\n" not in value and ": " not in value  # jsonargparse takes YAML itself as well

@@ -24,7 +24,7 @@ from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.comparison import compare
-from cbsa_lightning.config_files import check_configs
+from cbsa_lightning.config_files import check_configs, expand_paths
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.files import replacing
@@ -135,6 +135,7 @@ class CBSACLI(LightningCLI):
         """Keeps the command line, which alone says what a user has set."""
         self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
         super().parse_arguments(parser, args)
+        self.config = expand_paths(self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Merges the model's settings with those of the checkpoint; see :mod:`cbsa_lightning.checkpoint_flags`.

@@ -164,7 +164,7 @@ def read(file: Path) -> Settings:
     """
     if not file.is_file():
         raise ConfigError(
-            f"There is no overlay {file}. Start where the project's configs/ lies, or say where it is with --configs."
+            f"There is no overlay {file}. Correct its name, or say where the folder of overlays is with --configs."
         )
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cbsa_lightning.cells import busy, make, refuse_ranks, result_of
 from cbsa_lightning.clip.loading import OWN
+from cbsa_lightning.config_files import find_config, shipped_configs
 from cbsa_lightning.cost import Cost, costs
 from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.files import replacing
@@ -33,6 +34,9 @@ def table(args: Sequence[str] | None = None) -> Path:
     """
     refuse_ranks()
     options = _parser().parse_args(args)
+    own = Path("configs")
+    options.configs = options.configs or (own if (own / "methods").is_dir() else shipped_configs())
+    options.config = [find_config(file) for file in options.config]
     plan = table_of(options.number)
     if options.min_positives < 1:
         raise ConfigError(
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--keep_checkpoints", action="store_true", help="of finished cells too")
     parser.add_argument("--write_only", action="store_true", help="run nothing, write what is finished")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the overlays")
+    parser.add_argument("--configs", type=Path, help="folder of the overlays; default: configs, or the library's own")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and of the table")
     return parser
 
@@ -111,8 +115,7 @@ def _data_sets(plan: Table, options: argparse.Namespace) -> list[DataSet]:
     for data in sets:
         if not data.file.is_file():
             raise ConfigError(
-                f"There is no {data.file}. Give --data NAME=FILE, or a name of {options.configs / 'data'} (start where "
-                "configs/ lies, or say where it is with --configs)."
+                f"There is no {data.file}. Give --data NAME=FILE, or a name of {options.configs / 'data'}."
             )
     if len({data.name for data in sets}) < len(sets):
         raise ConfigError("--data names a data set twice: its cells could not be told apart. Give each its own name.")
