@@ -121,3 +121,30 @@ def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPa
     cli.main([*arguments, "--model.init_args.num_contexts=0", "--trainer.max_steps=1", *flags])
     schedule, steps = seen[0]
     assert (schedule.T_max, schedule.eta_min) == (steps, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.max_epoch=3"], r"^--trainer\.max_epoch is no option\. Similar names: --trainer\.max_epochs"),
+        (["--nonsense"], r"^--nonsense is no option\.$"),
+        (["--model.warmup=3"], r"^--model has no setting 'warmup'\. Similar names: warmup_epochs\.$"),
+        (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it takes int\.$"),
+        (["--trainer.precision=17"], r"^--trainer\.precision is 17; it takes 64, 32, 16 or "),
+        (["--model=Nope"], r"^--model: no class 'Nope' fits"),
+        (["--model.labeler=Nope"], r"^--model\.labeler: no class 'Nope' fits"),
+        (["--trainer.accelerator=gpu"], "No supported gpu backend"),
+        (["--trainer.strategy=foo"], "invalid strategy name"),
+        (
+            ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.log_model=true"],
+            "offline",
+        ),
+    ],
+)
+def test_refusals_are_sentences(arguments: list[str], flags: list[str], message: str) -> None:
+    if "gpu" in flags[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=message) as refusal:
+        cli.main([*arguments, *flags])
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.__cause__ is None

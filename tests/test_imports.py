@@ -35,6 +35,7 @@ FLOORS = (
         "checkpoint_flags",
         "checkpoint_io",
         "config_files",
+        "cli_parser",
         "loggers",
         "resuming",
         "checkpoints",

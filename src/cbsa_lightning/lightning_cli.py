@@ -23,10 +23,11 @@ from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
+from cbsa_lightning.cli_parser import PlainParser, plain_cause
 from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs, expand_paths
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.errors import CBSAError, ConfigError
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
@@ -165,11 +166,8 @@ class CBSACLI(LightningCLI):
         """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, CBSAError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+        except Exception as error:
+            if (cause := plain_cause(error)) is None:
                 raise
             raise cause from None
 
@@ -228,6 +226,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
             SSMLLModule,
             SSMLLDataModule,
             subclass_mode_model=True,
+            parser_class=PlainParser,
             save_config_callback=RunRecord,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=1,

@@ -1,0 +1,106 @@
+"""Command-line errors in a sentence: what is wrong, and the names that are right."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pydoc
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+from cbsa_lightning.errors import CBSAError, ConfigError, listed
+
+_STRUCTURE = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given value", "Problem with given class_path")
+
+
+class PlainParser(LightningArgumentParser):
+    """LightningCLI's parser; it takes no abbreviated options, and says in a sentence what it cannot read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Refuses a command line.
+
+        Raises:
+            ConfigError: With the setting, the reason and similar names.
+        """
+        if not self.exit_on_error:  # a parser of jsonargparse's own, for a part of the configuration
+            super().error(message, ex)
+        raise ConfigError(self._sentence(message)) from None
+
+    def _sentence(self, message: str) -> str:
+        if unknown := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
+            option = unknown.group(1).partition("=")[0]
+            return f"{option} is no option.{_similar(option, list(self._option_string_actions))}"
+        keys = [key.removeprefix("--") for key in re.findall(r'Parser key "([^"]+)"', message)]
+        setting = f"--{'.'.join(keys)}" if keys else "The command line"
+        given = re.findall(r"(?:Given value|Got value): (.*)", message)
+        if name := re.search(r"Expected a dot import path string: (\S+)", message):
+            return f"{setting}: no class {name.group(1)!r} fits. Give its full name, as in package.module.Class."
+        if option := re.search(r"Option '([^']+)' is not accepted", message):
+            return (
+                f"{setting} has no setting {option.group(1)!r}.{_similar(option.group(1), _settings_named_in(message))}"
+            )
+        lines = [line.strip().removeprefix("- ").rstrip(".") for line in message.splitlines()]
+        reasons = [line for line in lines if line and not line.startswith(_STRUCTURE) and "NoneType" not in line]
+        types = [
+            found.group(1) for line in reasons if (found := re.match(r"Expected an? (.*?)(?:\. Got value.*)?$", line))
+        ]
+        if len(types) < len(reasons):
+            reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
+            return f"{setting}: {'; '.join(dict.fromkeys(reasons))}."
+        takes = " or ".join(
+            dict.fromkeys(re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", t) for t in types)
+        )
+        return f"{setting} is {given[0] if given else 'of another type'!s:.80}; it takes {takes}."
+
+
+def _settings_named_in(message: str) -> list[str]:
+    """Arguments of the class that the message is about."""
+    owner = re.findall(r"given class_path '([^']+)'", message)
+    found: Any = pydoc.locate(owner[-1]) if owner else None
+    return list(inspect.signature(found).parameters) if found is not None else []
+
+
+def plain_cause(error: BaseException) -> CBSAError | None:
+    """The error to tell instead of one that arose while objects were built from the configuration.
+
+    Returns:
+        Our own error, or that of a library that a setting caused, as a :class:`ConfigError`; None for anything else,
+        which may be a bug and keeps its trace.
+    """
+    causes = list(_chain(error))
+    for cause in causes:
+        if isinstance(cause, CBSAError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, (MisconfigurationException, ImportError)) or _raised_by_lightning(cause):
+            return ConfigError(" ".join(str(cause).split()))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    place = error.__traceback__
+    if place is None or not isinstance(error, (ValueError, TypeError)):
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    return Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(lightning.__file__).parent)
+
+
+def _similar(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names)
+    return f" Similar names: {listed(found)}." if found else ""
