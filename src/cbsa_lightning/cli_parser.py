@@ -48,18 +48,19 @@ class PlainParser(LightningArgumentParser):
             return (
                 f"{setting} has no setting {option.group(1)!r}.{_similar(option.group(1), _settings_named_in(message))}"
             )
-        lines = [line.strip().removeprefix("- ").rstrip(".") for line in message.splitlines()]
-        reasons = [line for line in lines if line and not line.startswith(_STRUCTURE) and "NoneType" not in line]
-        types = [
-            found.group(1) for line in reasons if (found := re.match(r"Expected an? (.*?)(?:\. Got value.*)?$", line))
-        ]
-        if len(types) < len(reasons):
-            reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
-            return f"{setting}: {'; '.join(dict.fromkeys(reasons))}."
-        takes = " or ".join(
-            dict.fromkeys(re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", t) for t in types)
-        )
-        return f"{setting} is {given[0] if given else 'of another type'!s:.80}; it takes {takes}."
+        reasons = [line.strip().removeprefix("- ").rstrip(".") for line in message.splitlines()]
+        reasons = [reason for reason in reasons if reason and not reason.startswith(_STRUCTURE)]
+        if specific := [reason for reason in reasons if not reason.startswith("Expected a")]:
+            return f"{setting}: {'; '.join(dict.fromkeys(specific))}."
+        value = given[0] if given else "of another type"
+        return f"{setting} is {value:.80}; it takes {' or '.join(_types(reasons))}."
+
+
+def _types(reasons: list[str]) -> list[str]:
+    """The types of "Expected a <class 'int'>. Got value: x", as a person would write them."""
+    found = [re.match(r"Expected an? (.*?)(?:\. Got value.*)?$", reason) for reason in reasons]
+    names = [re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", kind.group(1)) for kind in found if kind]
+    return [name for name in dict.fromkeys(names) if name != "NoneType"]
 
 
 def _settings_named_in(message: str) -> list[str]:
