@@ -38,6 +38,7 @@ FLOORS = (
         "cli_parser",
         "loggers",
         "resuming",
+        "runs",
         "checkpoints",
         "predictions",
         "pictures",

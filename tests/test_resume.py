@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cbsa_lightning import cli
+from cbsa_lightning import cli, runs
 from cbsa_lightning.checkpoint_files import SOURCE, TORN, newest_checkpoint, read_checkpoint
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
-from cbsa_lightning.loggers import MetricsFile, RunLogger
+from cbsa_lightning.loggers import MetricsFile, RunLogger, going_on
 from cbsa_lightning.resuming import resumed
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
@@ -310,50 +310,122 @@ def test_a_metrics_file_goes_on(tmp_path):
 
 def test_a_logger_goes_on_in_its_folder(tmp_path):
     plain = CSVLogger(tmp_path / "runs", "cbsa")
-    assert RunLogger.going_on(tmp_path / "runs" / "cbsa" / "version_3", plain).log_dir == str(
-        tmp_path / "runs" / "cbsa" / "version_3"
-    )
-    moved = RunLogger.going_on(tmp_path / "elsewhere" / "mine", plain)
-    assert Path(moved.log_dir) == tmp_path / "elsewhere" / "mine"
+    for folder in (tmp_path / "runs" / "cbsa" / "version_3", tmp_path / "elsewhere" / "mine"):
+        again = going_on(plain, folder)
+        assert isinstance(again, RunLogger)
+        assert Path(again.log_dir) == folder
+    other = Record()
+    assert going_on(other, tmp_path) is other
 
 
-def make_run(folder, checkpoint):
+def make_run(folder, checkpoint, **changes):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text("{}\n")
-    shutil.copy(checkpoint, folder / "checkpoints" / "last.ckpt")
+    (folder / "run_id.txt").write_text(f"{folder.name}\n")
+    content = {**torch.load(checkpoint, weights_only=True), "run_id": folder.name, **changes}
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+
+
+def words_of(*words):
+    with resumed(words) as run:
+        return run
 
 
 def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resumed(["fit", "--config", "x"]) == (["fit", "--config", "x"], None, None)
+    assert words_of("fit", "--config", "x") == (["fit", "--config", "x"], None, None)
     with pytest.raises(ConfigError, match="runs holds no run"):
-        resumed(["fit", "--resume"])
+        words_of("fit", "--resume")
     make_run(Path("runs/cbsa/version_0"), checkpoint)
     make_run(Path("runs/cbsa/version_1"), checkpoint)
     (tmp_path / "runs/cbsa/version_0/wandb_id.txt").write_text("abc\n")
+    evaluation = tmp_path / "runs/cbsa/version_2"
+    evaluation.mkdir()
+    (evaluation / "config.yaml").write_text("{}\n")
     first, second = Path("runs/cbsa/version_0"), Path("runs/cbsa/version_1")
     expected = ["fit", f"--config={second}/config.yaml", f"--ckpt_path={second}/checkpoints/last.ckpt"]
-    assert resumed(["fit", "--resume"]) == (expected, second, None)
+    assert words_of("fit", "--resume") == (expected, second, None)
     for words in (["--resume", str(first)], [f"--resume={first}"]):
-        found = resumed(["fit", *words, "--trainer.devices=2"])
+        found = words_of("fit", *words, "--trainer.devices=2")
         assert found.folder == first
         assert found.wandb_id == "abc"
         assert "--trainer.devices=2" in found.words
         assert not any("resume" in word for word in found.words)
     # With a configuration the same words begin a run and go on with it.
-    assert resumed(["fit", "--config=x", "--resume=new"]) == (["fit", "--config=x"], Path("new"), None)
-    assert resumed(["fit", "--config=x", f"--resume={second}"]).words[-1].startswith("--ckpt_path=")
+    assert words_of("fit", "--config=x", "--resume=new") == (["fit", "--config=x"], Path("new"), None)
+    assert words_of("fit", "--config=x", f"--resume={second}").words[-1].startswith("--ckpt_path=")
     (second / "checkpoints" / ".last-1.ckpt").write_text("half")
-    resumed(["fit", "--resume", str(second)])
+    words_of("fit", "--resume", str(second))
     assert not (second / "checkpoints" / ".last-1.ckpt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "predictions.csv").write_text("my own\n")
     for words, message in (
         (["fit", "--config=x", "--resume=runs"], "runs is no run but holds some, such as runs/cbsa/version_0"),
         (["fit", "--config=x", "--resume"], "say which run"),
+        (["fit", "--config=x", "--resume=mine"], "mine holds predictions.csv, but no run"),
+        (["fit", f"--resume={evaluation}"], "version_2 holds no run"),
         (["test", "--resume", str(first)], "goes with `cbsa fit` only"),
         (["fit", "--resume", str(first), "--ckpt_path=y"], "leave out --ckpt_path"),
     ):
         with pytest.raises(ConfigError, match=message):
-            resumed(words)
+            words_of(*words)
+
+
+def test_a_run_is_resumed_from_its_own_checkpoints_wherever_they_are(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        make_run(tmp_path / name, checkpoint, global_step=5 if name == "a" else 9)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints" / "last.ckpt").rename(shared / f"{name}.ckpt")
+    callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "shared"}}]
+    for config in ({"checkpoint": {"dirpath": "shared"}}, {"trainer": {"callbacks": callbacks}}):
+        (tmp_path / "a" / "config.yaml").write_text(json.dumps(config))
+        assert words_of("fit", "--resume=a").words[-1] == "--ckpt_path=shared/a.ckpt"
+    (shared / "a.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"a has no checkpoint to go on from: .*b\.ckpt .* belong to another run"):
+        words_of("fit", "--resume=a")
+
+
+def test_a_run_without_a_checkpoint_begins_anew_only_where_nothing_is_lost(tmp_path, checkpoint):
+    run = tmp_path / "run"
+    make_run(run, checkpoint)
+    file = run / "checkpoints" / "last.ckpt"
+    weights = torch.load(file, weights_only=True)
+    torch.save({key: value for key, value in weights.items() if key != "optimizer_states"}, file)
+    with pytest.raises(ConfigError, match=r"run has no checkpoint to go on from: checkpoints/last.ckpt hold weights"):
+        words_of("fit", f"--resume={run}")
+    file.unlink()
+    (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n")
+    assert words_of("fit", f"--resume={run}").words == ["fit", f"--config={run}/config.yaml"]
+    (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n1,3,0.5\n")
+    with pytest.raises(ConfigError, match="figures of finished epochs, but no checkpoint"):
+        words_of("fit", f"--resume={run}")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, checkpoint, monkeypatch):
+    run = tmp_path / "run"
+    make_run(run, checkpoint)
+    monkeypatch.setattr(runs, "_ENDING", 0.1)
+    waiting, ready = os.pipe()
+    other = os.fork()
+    if not other:
+        with resumed(["fit", f"--resume={run}"]):
+            os.write(ready, b"1")
+            signal.pause()
+    os.read(waiting, 1)
+    draft = run / "checkpoints" / ".last-1.ckpt"
+    draft.write_text("of the other process")
+    with pytest.raises(ConfigError, match="run is being trained by another process"):
+        words_of("fit", f"--resume={run}")
+    assert draft.exists()
+    monkeypatch.setenv("NODE_RANK", "1")  # another process of the same job
+    assert words_of("fit", f"--resume={run}").folder == run
+    monkeypatch.delenv("NODE_RANK")
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert words_of("fit", f"--resume={run}").folder == run
 
 
 def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):

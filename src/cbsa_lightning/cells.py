@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -22,9 +21,10 @@ import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import newest_checkpoint, remove_drafts
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.files import replacing, writing
+from cbsa_lightning.files import replacing
 from cbsa_lightning.lightning_cli import make_cli
 from cbsa_lightning.recipes import Cell, Settings
+from cbsa_lightning.runs import lock
 
 
 def result_of(cell: Cell, out: Path) -> Settings | None:
@@ -43,19 +43,16 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
         Whether it is finished now.
     """
     folder = out / cell.folder
-    with writing(folder / ".lock"):  # said here, since what a lock raises says nothing of the remedy
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            if result_of(cell, out) is None:
-                found = json.dumps(_run(cell, folder), indent=1)
-                with replacing(folder / "result.json") as draft:
-                    draft.write_text(found, encoding="utf-8")
-                if not keep_checkpoint:
-                    (folder / "last.ckpt").unlink(missing_ok=True)
-    except Timeout:
+    locked = lock(folder)
+    if locked is None:
         return False
+    with locked:
+        if result_of(cell, out) is None:
+            found = json.dumps(_run(cell, folder), indent=1)
+            with replacing(folder / "result.json") as draft:
+                draft.write_text(found, encoding="utf-8")
+            if not keep_checkpoint:
+                (folder / "last.ckpt").unlink(missing_ok=True)
     return True
 
 
@@ -64,11 +61,10 @@ def busy(cell: Cell, out: Path) -> bool:
     folder = out / cell.folder
     if not folder.is_dir():
         return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+    locked = lock(folder)
+    if locked is not None:
+        locked.close()
+    return locked is None
 
 
 def refuse_ranks() -> None:

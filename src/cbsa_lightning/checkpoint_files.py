@@ -16,6 +16,7 @@ from cbsa_lightning.errors import CheckpointError, DataError, listed
 
 TORN = "written_within_a_step"
 VERSION = "cbsa_lightning_version"
+RUN = "run_id"  # of the run that wrote it
 SOURCE = "read_from"  # the file that a checkpoint was read from; not in the file
 
 
@@ -64,18 +65,22 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
     return checkpoint  # type: ignore[no-any-return]
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint below ``folder`` in which the most steps were done; None if there is none.
+def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
+    """The whole checkpoint below ``folders`` in which the most steps were done; None if there is none.
 
     Those that are damaged, cut off or written in the midst of a step are passed over, with a warning that says why.
+
+    Args:
+        folders: Where to look.
+        run_id: Of the run that the checkpoint must belong to; None: any.
     """
     found: list[tuple[int, int, int, Path]] = []
-    for file in sorted(folder.rglob("*.ckpt")):
-        if file.name.startswith("."):  # a draft that was never finished
-            continue
+    for file in checkpoint_files(*folders):
         try:
             checkpoint = read_checkpoint(file, ("state_dict", "loops", "epoch", "global_step"))
             if "optimizer_states" not in checkpoint:  # the best weights, say: meant for something else
+                continue
+            if run_id is not None and checkpoint.get(RUN) != run_id:
                 continue
             epoch, step = int(checkpoint["epoch"]), int(checkpoint["global_step"])
         except (CheckpointError, TypeError, ValueError) as error:
@@ -83,6 +88,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         found.append((step, epoch, file.stat().st_mtime_ns, file))
     return max(found)[-1] if found else None
+
+
+def checkpoint_files(*folders: Path) -> list[Path]:
+    """All checkpoints below ``folders``, without drafts that were never finished."""
+    files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("*.ckpt"))}
+    return [file for file in files.values() if not file.name.startswith(".")]
 
 
 def remove_drafts(folder: Path) -> None:

@@ -30,16 +30,16 @@ def main(args: Sequence[str] | None = None) -> Any:
     # LightningCLI knows the methods of a Trainer alone, so what is ours is taken out before it looks.
     if words[:1] == ["table"]:
         return table(words[1:])
-    run = resumed(find_configs(words))
-    before = os.environ.get("WANDB_RUN_ID")
-    if run.wandb_id is not None:
-        os.environ["WANDB_RUN_ID"] = run.wandb_id  # which wandb takes where a logger names no id
-    try:
-        return make_cli(run.words, folder=run.folder)
-    finally:
+    with resumed(find_configs(words)) as run:
+        before = os.environ.get("WANDB_RUN_ID")
         if run.wandb_id is not None:
-            os.environ.pop("WANDB_RUN_ID", None)
-            os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
+            os.environ["WANDB_RUN_ID"] = run.wandb_id  # which wandb takes where a logger names no id
+        try:
+            return make_cli(run.words, folder=run.folder)
+        finally:
+            if run.wandb_id is not None:
+                os.environ.pop("WANDB_RUN_ID", None)
+                os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
 
 
 def entry_point() -> None:

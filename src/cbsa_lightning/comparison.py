@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.module import SSMLLModule
+from cbsa_lightning.runs import folder_of
 
 
 @torch.no_grad()
@@ -65,7 +67,9 @@ def compare(
         mAP (0 to 1) of "zero-shot" (where the network holds a CLIP), "labelled only" and "semi-supervised"; also
         written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
     """
-    folder = Path(trainer.log_dir or ".")
+    folder = folder_of(trainer)
+    if folder is None:
+        raise ConfigError("There is nothing to compare in a fast_dev_run.")
     results: dict[str, float] = {}
     clip = getattr(untrained.network, "clip", None)
     if clip is not None:

@@ -20,6 +20,7 @@ from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.module import SSMLLModule
+from cbsa_lightning.runs import folder_of
 
 LEVEL = 0.9
 DRAWS = 1000
@@ -179,8 +180,8 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
         trainer: of the fit.
         left_out: whether the unlabelled images were left out because of it.
     """
-    folder = Path(trainer.log_dir or ".")  # asked for on all processes, since they agree on it
-    if not trainer.is_global_zero:
+    folder = folder_of(trainer)
+    if folder is None or not trainer.is_global_zero:
         return
     gain.save(folder)
     names = ("estimate", "low", "high")

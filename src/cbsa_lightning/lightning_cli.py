@@ -6,22 +6,24 @@ import copy
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 import cbsa_lightning
+from cbsa_lightning import runs
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.checkpoint_files import read_checkpoint
+from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.cli_parser import PlainParser, plain_cause
 from cbsa_lightning.comparison import compare
@@ -31,9 +33,9 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.loggers import RunLogger
+from cbsa_lightning.loggers import going_on
 from cbsa_lightning.module import SSMLLModule
-from cbsa_lightning.resuming import WANDB_ID
+from cbsa_lightning.runs import folder_of, refuse_taken, set_folder
 
 _NO_CHECKPOINT = (
     "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
@@ -43,34 +45,81 @@ _NO_CHECKPOINT = (
 
 
 class RunRecord(SaveConfigCallback):
-    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split."""
+    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split.
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the model's section of the configuration, which decides what the checkpoint belongs to."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+    A new run gets its folder here, and keeps it locked while it is trained. What a resumed run was made of is written
+    anew only once its first epoch begins, so a checkpoint or setting that is refused leaves the folder as it was.
+    """
+
+    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed = resumed
+        self._lock = ExitStack()
+        self._id = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on all processes, which must ask for the log folder together: they agree on it."""
-        self._folder = trainer.log_dir
-        super().setup(trainer, pl_module, stage)
+        """Runs on all processes."""
+        if self.already_saved:
+            return
+        self._folder = folder_of(trainer)
+        if not self._resumed:
+            self._claim(trainer, stage)
+        self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self._folder / runs.CHECKPOINTS).resolve())
+        if not self._resumed:
+            super().setup(trainer, pl_module, stage)
+
+    def _claim(self, trainer: Any, stage: str) -> None:
+        """All processes refuse together, else some would wait for the others."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                refuse_taken(self._folder)
+                if stage == "fit":
+                    self._lock = runs.hold(self._folder)
+            except ConfigError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise ConfigError(problem)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first hook after the last check of a checkpoint."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """After a run that was over already."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds which run it is of, and the model's section of the configuration, which decides what it belongs to."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+        checkpoint[RUN] = self._id
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets another process go on."""
+        self._lock.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets another process go on."""
+        self._lock.close()
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Runs on the first process."""
+        if stage == "fit":
+            runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
         plain = self.parser.dump(self.config, skip_none=False)
-        folder = None if self._folder is None else Path(self._folder)
-        if folder is not None:  # not by Lightning, which would leave a resumed run half a file on a full disk
-            with replacing(folder / self.config_filename) as draft:
-                draft.write_text(plain, encoding="utf-8")
+        # Not by Lightning, which would leave a resumed run half a file on a full disk.
+        runs.note(self._folder / runs.CONFIG, plain)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
-                if folder is not None:
-                    with replacing(folder / WANDB_ID) as draft:
-                        draft.write_text(f"{logger.version}\n", encoding="utf-8")
+                runs.note(self._folder / runs.WANDB_ID, f"{logger.version}\n")
         split = getattr(trainer.datamodule, "split", None)
-        if split is not None and folder is not None:
-            with replacing(folder / "split.json") as draft:
+        if split is not None:
+            with replacing(self._folder / runs.SPLIT) as draft:
                 split.save(draft, trainer.datamodule.train_table)
 
 
@@ -91,15 +140,20 @@ class CBSACLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Has the run's own folder written to, if it goes on there."""
+        """Has the run's own folder written to, if it goes on there; lets ``barebones`` leave loggers out."""
+        if self._get(self.config_init, "trainer").get("barebones"):
+            kwargs = {"logger": False, "num_sanity_val_steps": None, **kwargs}
         trainer = super().instantiate_trainer(**kwargs)
         if self._folder is not None:
-            folder = self._folder
-            trainer.loggers = [
-                RunLogger.going_on(folder, logger) if isinstance(logger, CSVLogger) else logger
-                for logger in trainer.loggers
-            ]
+            set_folder(trainer, self._folder)
+            trainer.loggers = [going_on(logger, self._folder) for logger in trainer.loggers]
         return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leaves the checkpoints of ``--checkpoint`` out where there are to be none; Lightning refuses both at once."""
+        if config.get("barebones") or config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what data and model share, and adds what every run leaves behind."""
@@ -176,7 +230,10 @@ class CBSACLI(LightningCLI):
         self._gain: Gain | None = None
         self._left_out = False
         self._check_gain()
-        self._untrained = copy.deepcopy(self.model) if self._get(self.config, "compare") else None
+        trainer = self.trainer
+        if (comparing := self._get(self.config, "compare")) and trainer.barebones:
+            raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
+        self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
 
     def _check_gain(self) -> None:
         """Estimates the gain of a new run; a resumed one goes on as it was begun."""
@@ -228,7 +285,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
             subclass_mode_model=True,
             parser_class=PlainParser,
             save_config_callback=RunRecord,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_kwargs={"save_to_log_dir": False, "resumed": folder is not None},
             seed_everything_default=1,
             trainer_defaults={
                 "use_distributed_sampler": False,  # our samplers share the work themselves

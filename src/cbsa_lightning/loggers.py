@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from cbsa_lightning.errors import DataError, OutputError
 from cbsa_lightning.files import replacing, writing
+from cbsa_lightning.runs import METRICS, next_version
 
 
 class MetricsFile:
@@ -30,11 +31,12 @@ class MetricsFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / "metrics.csv"
+        self.folder, self.file = folder, folder / METRICS
         self.hparams: dict[str, Any] = {}
         self.metrics = self._read()
         self._opened_again = bool(self.metrics)
         self._earlier = len(self.metrics)  # rows that were read from the file
+        self._logged = False
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.is_file():
@@ -50,6 +52,7 @@ class MetricsFile:
 
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
         """Adds a row, or replaces the one that it repeats."""
+        self._logged = True
         if self._opened_again:
             self.metrics = [row for row in self.metrics if row["step"] <= step]
             self._earlier = len(self.metrics)
@@ -65,15 +68,16 @@ class MetricsFile:
         self.metrics.append(new)
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Writes ``hparams.yaml``."""
+        """Keeps them for ``hparams.yaml``."""
         self.hparams.update(params)
-        with replacing(self.folder / "hparams.yaml") as draft:
-            save_hparams_to_yaml(str(draft), self.hparams)
 
     def save(self) -> None:
-        """Writes the file."""
-        if not self.metrics:
+        """Writes both files once something was logged: a resumed run that is refused leaves them as they are."""
+        if not self._logged:
             return
+        if self.hparams:
+            with replacing(self.folder / "hparams.yaml") as draft:
+                save_hparams_to_yaml(str(draft), self.hparams)
         with replacing(self.file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, sorted(set().union(*self.metrics)))
             writer.writeheader()
@@ -81,7 +85,17 @@ class MetricsFile:
 
 
 class RunLogger(CSVLogger):
-    """Lightning's CSVLogger; but in a folder that has a ``metrics.csv`` already it goes on, instead of deleting it."""
+    """Lightning's CSVLogger; but in a folder that has a ``metrics.csv`` already it goes on, instead of deleting it.
+
+    The folder of a new run is made as soon as its version is asked for, so that no other process gets the same.
+    """
+
+    @property
+    def version(self) -> int | str:
+        """The version that was given, else the next free one."""
+        if self._version is None and not rank_zero_only.rank:
+            self._version = int(next_version(Path(self.root_dir)).name.removeprefix("version_"))
+        return super().version
 
     @property
     @rank_zero_experiment
@@ -103,12 +117,11 @@ class RunLogger(CSVLogger):
                 raise
             rank_zero_warn(str(error))
 
-    @classmethod
-    def going_on(cls, folder: Path, logger: CSVLogger) -> RunLogger:
-        """In the place of ``logger``, one that writes into ``folder``."""
-        own = Path(logger.root_dir)
-        if own.resolve() == folder.resolve().parent:  # the same words, so that ModelCheckpoint knows its folder again
-            place = logger.save_dir, logger.name, folder.name
-        else:
-            place = str(folder.parent), "", folder.name
-        return cls(*place, logger._prefix, logger._flush_logs_every_n_steps)
+
+def going_on(logger: Logger, folder: Path) -> Logger:
+    """In the place of a run's logger, one that goes on in the run's folder; other loggers have their own way."""
+    if isinstance(logger, TensorBoardLogger):
+        logger._root_dir, logger._name, logger._version = str(folder.parent), "", folder.name
+    if not isinstance(logger, CSVLogger):
+        return logger
+    return RunLogger(str(folder.parent), "", folder.name, logger._prefix, logger._flush_logs_every_n_steps)

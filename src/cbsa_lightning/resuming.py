@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from cbsa_lightning.checkpoint_files import newest_checkpoint, remove_drafts
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning import runs
+from cbsa_lightning.checkpoint_files import checkpoint_files, newest_checkpoint, remove_drafts
+from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.loggers import MetricsFile
 
-WANDB_ID = "wandb_id.txt"
 _FLAG = "--resume"
 
 
@@ -29,42 +31,72 @@ class Resumed(NamedTuple):
     wandb_id: str | None = None
 
 
-def resumed(words: Sequence[str]) -> Resumed:
-    """Replaces ``--resume [FOLDER]`` in a command line.
+@contextmanager
+def resumed(words: Sequence[str]) -> Iterator[Resumed]:
+    """Replaces ``--resume [FOLDER]`` in a command line, and keeps other jobs from training that run meanwhile.
 
     Without ``--config`` the run's own ``config.yaml`` is taken; FOLDER is a run's folder, or one above several, of
     which the newest is meant; by default ``runs``. With ``--config`` FOLDER is where the run is or will be: the same
     command begins it and goes on with it.
 
     Raises:
-        ConfigError: If there is nothing to resume, or the words contradict each other.
+        ConfigError: If there is nothing to resume, another process trains the run, or the words contradict each other.
     """
     rest, found, folder = _taken_out(list(words))
     if not found:
-        return Resumed(rest)
+        yield Resumed(rest)
+        return
     if rest[:1] != ["fit"]:
         raise ConfigError(f"{_FLAG} goes with `cbsa fit` only.")
     if any(word.split("=")[0] == "--ckpt_path" for word in rest):
         raise ConfigError(f"{_FLAG} finds the checkpoint itself; leave out --ckpt_path, or {_FLAG}.")
-    configured = any(word.split("=")[0] in ("--config", "-c") for word in rest)
-    if configured:
-        if folder is None:
-            raise ConfigError(f"With --config say which run is meant: {_FLAG} FOLDER.")
-        run = folder
-        if not (run / "config.yaml").exists() and (others := sorted(run.rglob("config.yaml"))):
-            raise ConfigError(f"{run} is no run but holds some, such as {others[0].parent}: say which one is meant.")
+    if any(word.split("=")[0] in ("--config", "-c") for word in rest):
+        run = _named_run(folder)
     else:
         run = _newest_run(folder if folder is not None else Path("runs"))
-        rest[1:1] = [f"--config={run / 'config.yaml'}"]
+        rest[1:1] = [f"--config={run / runs.CONFIG}"]
+    with runs.hold(run):
+        checkpoint = _place_to_go_on(run)
+        if checkpoint is not None:
+            _tell(f"Going on with the run in {run}, from {_within(checkpoint, run)}.")
+            rest.append(f"--ckpt_path={checkpoint}")
+        else:
+            _tell(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
+        yield Resumed(rest, run, runs.wandb_id(run))
+
+
+def _place_to_go_on(run: Path) -> Path | None:
+    """The run's newest checkpoint; None where nothing is lost if the run begins anew.
+
+    Raises:
+        ConfigError: If the run has weights or figures, but no checkpoint that training can go on from.
+    """
+    if not runs.is_run(run):
+        return None
     remove_drafts(run)
-    checkpoint = newest_checkpoint(run) if run.is_dir() else None
-    if checkpoint is not None:
-        _tell(f"Going on with the run in {run}, from {checkpoint.relative_to(run)}.")
-        rest.append(f"--ckpt_path={checkpoint}")
-    else:
-        _tell(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
-    noted = run / WANDB_ID
-    return Resumed(rest, run, noted.read_text(encoding="utf-8").strip() if noted.is_file() else None)
+    folders = runs.checkpoint_folders(run)
+    checkpoint = newest_checkpoint(*folders, run_id=runs.run_id(run))
+    if checkpoint is None and (files := checkpoint_files(*folders)):
+        raise ConfigError(
+            f"{run} has no checkpoint to go on from: {listed((str(_within(file, run)) for file in files), 3)} hold "
+            "weights only, are damaged, or belong to another run. Begin a new run."
+        )
+    if checkpoint is None and _has_finished_an_epoch(run):
+        raise ConfigError(
+            f"{run} has figures of finished epochs, but no checkpoint to go on from. Begin a new run, or put its "
+            "checkpoints back."
+        )
+    return checkpoint
+
+
+def _has_finished_an_epoch(run: Path) -> bool:
+    """As far as its files tell without a checkpoint."""
+    rows = MetricsFile(run).metrics
+    return (run / runs.PREDICTIONS).exists() or any(float(row.get("epoch", 0)) >= 1 for row in rows)
+
+
+def _within(file: Path, run: Path) -> Path:
+    return file.relative_to(run) if file.is_relative_to(run) else file
 
 
 @rank_zero_only
@@ -82,18 +114,26 @@ def _taken_out(words: list[str]) -> tuple[list[str], bool, Path | None]:
     return words, False, None
 
 
+def _named_run(folder: Path | None) -> Path:
+    """The folder that goes with ``--config``: of a run, or of nothing that a new run would write over."""
+    if folder is None:
+        raise ConfigError(f"With --config say which run is meant: {_FLAG} FOLDER.")
+    if not runs.is_run(folder):
+        if others := runs.runs_below(folder):
+            raise ConfigError(f"{folder} is no run but holds some, such as {others[0]}: say which one is meant.")
+        if found := runs.taken(folder):
+            raise ConfigError(
+                f"{folder} holds {listed(found)}, but no run that `cbsa fit` began: it has no {runs.RUN_ID}. "
+                f"Give {_FLAG} a folder of its own."
+            )
+    return folder
+
+
 def _newest_run(folder: Path) -> Path:
-    if (folder / "config.yaml").is_file():
-        return folder
-    runs = sorted(file.parent for file in folder.rglob("config.yaml")) if folder.is_dir() else []
-    if not runs:
+    found = [folder] if runs.is_run(folder) else runs.runs_below(folder)
+    if not found:
         raise ConfigError(
-            f"{folder} holds no run: there is no config.yaml in or below it. Give the folder of a run, such as "
-            "runs/cbsa/version_0."
+            f"{folder} holds no run: no folder in it has a {runs.CONFIG} and a {runs.RUN_ID}, which `cbsa fit` "
+            "writes. Give the folder of a run, such as runs/cbsa/version_0."
         )
-    return max(runs, key=_last_written)
-
-
-def _last_written(run: Path) -> int:
-    files = [run / "config.yaml", *run.rglob("*.ckpt")]
-    return max(file.stat().st_mtime_ns for file in files)
+    return max(found, key=runs.last_written)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
+from cbsa_lightning.runs import PREDICTIONS, folder_of
 
 
 class WritePredictions(BasePredictionWriter):
@@ -30,9 +31,12 @@ class WritePredictions(BasePredictionWriter):
         """Refuses an impossible output before the work, not after it.
 
         Raises:
-            ConfigError: An output that cannot be written, or a data module without ``predict_table``.
+            ConfigError: An output that exists or cannot be written, or a data module without ``predict_table``.
         """
-        check_output(self._path(trainer), pl_module.class_names)
+        path = self._path(trainer)
+        check_output(path, pl_module.class_names)
+        if path.exists() and not trainer.fast_dev_run:
+            raise ConfigError(f"{path} exists already. Give another --predictions.output, or move that file away.")
         if not hasattr(getattr(trainer, "datamodule", None), "predict_table"):
             raise ConfigError(
                 "A table of predictions needs the images' names: call trainer.predict(module, "
@@ -53,8 +57,9 @@ class WritePredictions(BasePredictionWriter):
         print(f"Predictions of {len(table)} images: {path}")
 
     def _path(self, trainer: Any) -> Path:
-        folder = trainer.log_dir  # asked for on all processes, since it is a broadcast
-        return Path(self.output) if self.output is not None else Path(folder or ".") / "predictions.csv"
+        if self.output is not None:
+            return Path(self.output)
+        return (folder_of(trainer) or Path()) / PREDICTIONS  # without a folder nothing is written
 
 
 Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]

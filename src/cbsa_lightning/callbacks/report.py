@@ -32,6 +32,7 @@ from cbsa_lightning.pictures import (
     training_curves,
 )
 from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
+from cbsa_lightning.runs import PICTURES, PREDICTIONS, folder_of, refuse_taken
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,13 @@ class RunReport(L.Callback):
         """Refuses class names that the table of predictions could not hold, before the training instead of after.
 
         Raises:
-            ConfigError: See :func:`~cbsa_lightning.predictions.check_output`.
+            ConfigError: See :func:`~cbsa_lightning.predictions.check_output`; or another run's report is there.
         """
-        if self._folder(trainer) is not None:
-            check_output("predictions.csv", pl_module.class_names)
+        folder = self._folder(trainer)
+        if folder is not None:
+            check_output(PREDICTIONS, pl_module.class_names)
+            if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
+                refuse_taken(folder, (PREDICTIONS, PICTURES))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the validation metrics of the epoch; only now are those that the module logs last there."""
@@ -104,10 +108,10 @@ class RunReport(L.Callback):
             return
         names = pl_module.class_names
         if found is not None:
-            write_predictions(folder / "predictions.csv", found.table, names, found.scores, found.labels)
+            write_predictions(folder / PREDICTIONS, found.table, names, found.scores, found.labels)
         files = {}
         for name, figure in self._pictures(trainer, pl_module, found):
-            files[name] = folder / "pictures" / f"{name}.png"
+            files[name] = folder / PICTURES / f"{name}.png"
             with replacing(files[name]) as draft:
                 figure.savefig(draft, dpi=110)
         for logger in trainer.loggers:
@@ -119,18 +123,17 @@ class RunReport(L.Callback):
         """Where to write, or None where there is nothing to write; to be called on all processes."""
         reasons = {
             "it is switched off": not self.enabled,
-            "this is a fast_dev_run": bool(trainer.fast_dev_run),
             "there is no data module with eval_table() and image_size": not (
                 hasattr(trainer.datamodule, "eval_table") and hasattr(trainer.datamodule, "image_size")
             ),
         }
-        folder = trainer.log_dir
-        reasons["the run has no folder"] = folder is None
+        folder = folder_of(trainer)
+        reasons["this is a fast_dev_run"] = folder is None
         for reason, holds in reasons.items():
             if holds:
                 log.debug("No report: %s.", reason)
                 return None
-        return Path(folder)
+        return folder
 
     @torch.no_grad()
     def _evaluate(self, trainer: Any, pl_module: Any) -> _Evaluation:

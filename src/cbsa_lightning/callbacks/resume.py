@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -37,7 +37,12 @@ class ExactResume(L.Callback):
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Replaces Lightning's default way of writing and reading checkpoints; one that a user chose stays."""
+        """Replaces Lightning's default way of writing and reading checkpoints; one that a user chose stays.
+
+        Leaves checkpoints out of a ``fast_dev_run``: Lightning 2.6 writes one at its end.
+        """
+        if trainer.fast_dev_run:
+            trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
