@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import cbsa_lightning
@@ -103,9 +102,6 @@ def _run(cell: Cell, folder: Path) -> Settings:
         except SystemExit as error:  # jsonargparse says why and leaves
             raise ConfigError(f"{recipe} cannot be run: see the message above.") from error
     found = _found(cli, time.monotonic() - begun)
-    for logger in cli.trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # else the next cell would go on in this run
     del cli
     gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
     if torch.cuda.is_available():

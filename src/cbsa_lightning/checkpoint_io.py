@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +23,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """A draft beside the file takes its place once the disk has all of it; Lightning's own way can leave half a file.
 
     Reads without running code from the file, and refuses what is damaged, saying how. Local files only.
+
+    Of two checkpoints of the same moment that follow each other, such as the newest epoch's and ``last.ckpt``, the disk
+    holds one, under both names, where the file system has hard links.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._former: tuple[Path, Any] | None = None  # the last file that was written, and of which moment it is
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -38,6 +49,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             with replacing(file) as draft, draft.open("wb") as stream:
                 torch.save(checkpoint, stream)
+            self._share(file, checkpoint)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -49,6 +61,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 "untouched. Make room or choose another folder, then go on with `cbsa fit --resume`."
             ) from error
 
+    def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:
+        """Lets the file before be another name of this one, if they differ in the records of callbacks at most."""
+        progress = ("epoch", "global_step", "loops", "lr_schedulers")
+        moment = copy.deepcopy((sorted(checkpoint), [checkpoint.get(key) for key in progress]))
+        former, self._former = self._former, (file, moment)
+        if former is None or former[0] == file or former[1] != moment:
+            return
+        with suppress(OSError):  # the former file is gone, or there are no such links here: then there are two files
+            if _tensors_of(former[0]) == _tensors_of(file):
+                with replacing(former[0]) as draft:
+                    os.link(file, draft)
+
     def load_checkpoint(
         self,
         path: str | os.PathLike[str],
@@ -57,3 +81,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Reads a checkpoint; see :func:`~cbsa_lightning.checkpoint_files.read_checkpoint`."""
         return read_checkpoint(path, ("state_dict", "loops", "epoch", "global_step"))
+
+
+def _tensors_of(file: Path) -> dict[str, tuple[int, int]]:
+    """Checksum and size of each tensor in a checkpoint."""
+    with zipfile.ZipFile(file) as archive:
+        return {part.filename: (part.CRC, part.file_size) for part in archive.infolist() if "/data/" in part.filename}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from cbsa_lightning.errors import DataError, OutputError
@@ -116,6 +118,24 @@ class RunLogger(CSVLogger):
             if status == "success":
                 raise
             rank_zero_warn(str(error))
+
+
+_BEGUN: WeakSet[Any] = WeakSet()  # runs at W&B that trainings of this process began
+
+
+def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
+    """Gives each new ``WandbLogger`` a run of its own, where Lightning would go on in that of the training before.
+
+    A run that the user began with ``wandb.init``, as in a sweep, is used as it is.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is None and not rank_zero_only.rank:
+            import wandb
+
+            if wandb.run in _BEGUN:
+                wandb.finish()
+            if wandb.run is None:
+                _BEGUN.add(logger.experiment)
 
 
 def going_on(logger: Logger, folder: Path) -> Logger:

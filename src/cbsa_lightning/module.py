@@ -32,6 +32,7 @@ from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import ConfigError, NotFiniteError
 from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
 from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
+from cbsa_lightning.loggers import begin_wandb_runs
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
@@ -170,7 +171,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.network.num_contexts
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The epoch-wise parts of the method come along with it; their order matters."""
+        """The epoch-wise parts of the method come along with it; their order matters.
+
+        Lightning asks for them right before it starts the loggers.
+        """
+        begin_wandb_runs(self.trainer.loggers)
         callbacks: list[L.Callback] = [ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
         return [*callbacks, UpdateContexts()] if self.num_contexts else callbacks
 

@@ -87,6 +87,8 @@ class ExactResume(L.Callback):
             # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
             figures = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
+        if epoch["processed"] == epoch["ready"] and _epochs_are_over(trainer) and "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = []  # no step will follow
         checkpoint[_RUN] = kept
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -212,6 +214,12 @@ def _take_new_settings(trainer: Any, pl_module: Any) -> None:
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
     rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
+
+
+def _epochs_are_over(trainer: Any) -> bool:
+    """Whether ``max_epochs`` are done."""
+    limit = trainer.max_epochs
+    return limit is not None and 0 <= limit <= trainer.fit_loop.epoch_progress.current.processed
 
 
 def _time_is_over(trainer: Any) -> bool:
