@@ -8,7 +8,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
@@ -55,13 +55,14 @@ class RunRecord(SaveConfigCallback):
         super().__init__(*args, **kwargs)
         self._resumed = resumed
         self._lock = ExitStack()
+        self._folder = Path()  # known once the run is set up
         self._id = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Runs on all processes."""
         if self.already_saved:
             return
-        self._folder = folder_of(trainer)
+        self._folder = cast(Path, folder_of(trainer))  # Lightning calls no such callback in a fast_dev_run
         if not self._resumed:
             self._claim(trainer, stage)
         self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
@@ -230,7 +231,7 @@ class CBSACLI(LightningCLI):
         self._gain: Gain | None = None
         self._left_out = False
         self._check_gain()
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if (comparing := self._get(self.config, "compare")) and trainer.barebones:
             raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
         self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None

@@ -11,11 +11,11 @@ from weakref import WeakSet
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from cbsa_lightning.errors import DataError, OutputError
 from cbsa_lightning.files import replacing, writing
-from cbsa_lightning.runs import METRICS, next_version
+from cbsa_lightning.runs import METRICS, next_version, rank
 
 
 class MetricsFile:
@@ -95,7 +95,7 @@ class RunLogger(CSVLogger):
     @property
     def version(self) -> int | str:
         """The version that was given, else the next free one."""
-        if self._version is None and not rank_zero_only.rank:
+        if self._version is None and rank() == 0:
             self._version = int(next_version(Path(self.root_dir)).name.removeprefix("version_"))
         return super().version
 
@@ -129,7 +129,7 @@ def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
     A run that the user began with ``wandb.init``, as in a sweep, is used as it is.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is None and not rank_zero_only.rank:
+        if isinstance(logger, WandbLogger) and logger._experiment is None and rank() == 0:
             import wandb
 
             if wandb.run in _BEGUN:

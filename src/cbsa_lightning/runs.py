@@ -41,7 +41,7 @@ def folder_of(trainer: Trainer) -> Path | None:
     It is that of the first logger with a folder for each run (CSV, TensorBoard). With other loggers, or none, it is the
     next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
     """
-    if trainer.fast_dev_run:
+    if bool(getattr(trainer, "fast_dev_run", False)):
         return None
     if trainer not in _FOLDERS:
         place = str(_new_folder(trainer)) if trainer.is_global_zero else ""
@@ -69,8 +69,8 @@ def next_version(parent: Path) -> Path:
     """Makes the next free ``version_N`` in ``parent``; no two processes get the same one."""
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(number) for path in parent.glob("version_*") if (number := path.name[8:]).isdigit()]
-        for number in count(max(taken, default=-1) + 1):
+        known = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+        for number in count(max((int(name) for name in known if name.isdigit()), default=-1) + 1):
             folder = parent / f"version_{number}"
             try:
                 folder.mkdir()
@@ -198,4 +198,9 @@ def hold(folder: Path) -> ExitStack:
 def _is_first_process() -> bool:
     """Whether this is the first process of its job, as far as the environment tells before there is a Trainer."""
     node = os.environ.get("NODE_RANK", "0") if "RANK" not in os.environ else "0"
-    return not rank_zero_only.rank and node == "0"
+    return rank() == 0 and node == "0"
+
+
+def rank() -> int:
+    """Number of this process in its job, as far as Lightning knows it."""
+    return getattr(rank_zero_only, "rank", None) or 0
