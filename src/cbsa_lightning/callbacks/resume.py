@@ -87,8 +87,9 @@ class ExactResume(L.Callback):
             # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
             figures = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
-        if epoch["processed"] == epoch["ready"] and _epochs_are_over(trainer) and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = []  # no step will follow
+        if epoch["processed"] == epoch["ready"] and _epochs_are_over(trainer):
+            for optimizer in checkpoint.get("optimizer_states", []):
+                optimizer["state"] = {}  # no step will follow
         checkpoint[_RUN] = kept
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -157,11 +158,18 @@ class ExactResume(L.Callback):
         kept = self._restored
         if kept:  # else a checkpoint of an earlier version, written at an epoch's end
             pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
-            begins = trainer.current_epoch == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
-            if not begins:
-                _check_length(kept["stage"][0], kept["stage"][1], trainer, pl_module)
+            done = trainer.fit_loop.epoch_progress.current.processed  # current_epoch may still be the epoch that ended
+            begins = done == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
+            if not begins and _prolonged(*kept["stage"], trainer, pl_module):
+                _take_new_settings(trainer, pl_module)
+                rank_zero_info(
+                    "max_steps is larger than before; the learning rate follows the longer schedule from here."
+                )
+            elif not begins:
+                _check_length(*kept["stage"], trainer, pl_module)
                 if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
                     _take_new_settings(trainer, pl_module)
+                    rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
             parameters = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -204,7 +212,7 @@ def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
 
 
 def _take_new_settings(trainer: Any, pl_module: Any) -> None:
-    """Goes on with the settings that the optimiser has now; its running averages, and the schedule's place, stay."""
+    """Goes on with the optimiser's settings and schedule of now; its running averages, and the schedule's place, stay."""
     state = trainer.optimizers[0].state_dict()["state"]
     trainer.strategy.setup_optimizers(trainer)
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
@@ -213,7 +221,6 @@ def _take_new_settings(trainer: Any, pl_module: Any) -> None:
         warnings.simplefilter("ignore")  # of torch, that the schedule steps before the optimiser
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
-    rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
 
 
 def _epochs_are_over(trainer: Any) -> bool:
@@ -311,6 +318,11 @@ def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         for name, p in pl_module.named_parameters()
         if p.grad is not None
     }
+
+
+def _prolonged(stage: str, steps: int, trainer: Any, pl_module: Any) -> bool:
+    """Whether ``max_steps``, where it alone decides the length of training, is larger than before."""
+    return trainer.max_epochs == -1 and pl_module.stage == stage and pl_module.stage_steps() > steps
 
 
 def _check_length(stage: str, steps: int, trainer: Any, pl_module: Any) -> None:
