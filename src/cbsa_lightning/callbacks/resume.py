@@ -160,13 +160,14 @@ class ExactResume(L.Callback):
             pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
             done = trainer.fit_loop.epoch_progress.current.processed  # current_epoch may still be the epoch that ended
             begins = done == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
-            if not begins and _prolonged(*kept["stage"], trainer, pl_module):
+            stage, steps = kept["stage"]
+            if not begins and _prolonged(stage, steps, trainer, pl_module):
                 _take_new_settings(trainer, pl_module)
                 rank_zero_info(
                     "max_steps is larger than before; the learning rate follows the longer schedule from here."
                 )
             elif not begins:
-                _check_length(*kept["stage"], trainer, pl_module)
+                _check_length(stage, steps, trainer, pl_module)
                 if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
                     _take_new_settings(trainer, pl_module)
                     rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
@@ -212,7 +213,7 @@ def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
 
 
 def _take_new_settings(trainer: Any, pl_module: Any) -> None:
-    """Goes on with the optimiser's settings and schedule of now; its running averages, and the schedule's place, stay."""
+    """Goes on with the present settings of optimiser and schedule; running averages and the schedule's place stay."""
     state = trainer.optimizers[0].state_dict()["state"]
     trainer.strategy.setup_optimizers(trainer)
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
@@ -322,7 +323,7 @@ def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
 
 def _prolonged(stage: str, steps: int, trainer: Any, pl_module: Any) -> bool:
     """Whether ``max_steps``, where it alone decides the length of training, is larger than before."""
-    return trainer.max_epochs == -1 and pl_module.stage == stage and pl_module.stage_steps() > steps
+    return bool(trainer.max_epochs == -1 and pl_module.stage == stage and pl_module.stage_steps() > steps)
 
 
 def _check_length(stage: str, steps: int, trainer: Any, pl_module: Any) -> None:
