@@ -17,7 +17,7 @@ from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
-from cbsa_lightning.data.views import PlainView
+from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import CBSAError, CheckpointError, DataError, WeightsError, listed
 from cbsa_lightning.finite import refuse_scores

@@ -1,4 +1,4 @@
-"""Views of an image: weak, strong and plain. The only module that imports albumentations.
+"""Views of an image: weak and strong. The only module that imports albumentations.
 
 albumentations gives every worker process of a loader the same random stream (measured with 2.0.8). Here each
 call gets a stream of its own, a function of (seed, epoch, visit, index, view), so the number of workers, the
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cbsa_lightning.data.plain_view import PlainView, checked_size, squash, to_tensor
 from cbsa_lightning.data.randaugment import Step, apply_step, draw_steps
 from cbsa_lightning.data.samplers import Draw
-from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.errors import ConfigError
 
-cv2.setNumThreads(0)  # the loader's processes are the parallelism; OpenCV's own threads would fight them
+__all__ = ["PlainView", "StrongView", "WeakView", "squash"]
 
 _WEAK, _STRONG = 0, 1  # separate random streams of one seed
 _LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an image that tells whether it was mirrored
@@ -85,7 +86,7 @@ class _RandomView:
     def __init__(self, size: int, seed: int, stream: int, transforms: list[A.BasicTransform]) -> None:
         if seed < 0:
             raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
-        self.size, self.seed, self._stream = _checked_size(size), seed, stream
+        self.size, self.seed, self._stream = checked_size(size), seed, stream
         self._pipeline = A.Compose(transforms)
 
     def __call__(self, image: np.ndarray, draw: Draw) -> torch.Tensor:
@@ -101,7 +102,7 @@ class _RandomView:
         Raises:
             DataError: The array is not of that form.
         """
-        return _to_tensor(self._transformed(squash(image, self.size), draw))
+        return to_tensor(self._transformed(squash(image, self.size), draw))
 
     def _transformed(self, image: np.ndarray, draw: Draw) -> np.ndarray:
         key = (self._stream, draw.epoch, draw.visit, draw.index)
@@ -152,75 +153,3 @@ class StrongView(_RandomView):
         if cutout == 0:
             del transforms[1]
         super().__init__(size, seed, _STRONG, transforms)
-
-
-class PlainView:
-    """The squash alone, for evaluation and inference.
-
-    Args:
-        size: Side of the view in pixels.
-
-    Raises:
-        ConfigError: A size below 1.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = _checked_size(size)
-
-    def __call__(self, image: np.ndarray, draw: Draw | None = None) -> torch.Tensor:
-        """Makes the view; nothing about it is random, so ``draw`` changes nothing.
-
-        Args:
-            image: (H, W, 3) uint8, RGB; not changed.
-            draw: Taken so that every view is called alike.
-
-        Returns:
-            (3, S, S) uint8, contiguous.
-
-        Raises:
-            DataError: The array is not of that form.
-        """
-        return _to_tensor(squash(image, self.size))
-
-
-def squash(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes to (size, size) without keeping the aspect ratio; an image of that size is returned as it is.
-
-    Not ``albumentations.Resize``: OpenCV's bilinear reads four pixels whatever the scale, so it aliases when it
-    shrinks, and differs from what the models and protocols were made with.
-
-    Args:
-        image: (H, W, 3) uint8, RGB; not changed.
-        size: S, the side in pixels.
-
-    Returns:
-        (S, S, 3) uint8, contiguous unless it is ``image`` itself.
-
-    Raises:
-        DataError: The array is not of that form.
-    """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(
-            f"a view needs an image of (H, W, 3) uint8, found {image.dtype} of shape {image.shape}; "
-            "decode() gives that form"
-        )
-    if image.shape[:2] == (size, size):
-        return image
-    # Pillow's antialiased bilinear filter, by torch: within one grey level, and several times faster.
-    if not image.flags.writeable:  # torch warns about memory that it could not write to
-        image = image.copy()
-    batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is the result
-    resized = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
-
-
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    planes = np.empty((3, *image.shape[:2]), np.uint8)  # new memory, never the caller's
-    cv2.split(image, list(planes))  # the fastest of the ways to transpose
-    return torch.from_numpy(planes)
-
-
-def _checked_size(size: int) -> int:
-    if size < 1:
-        raise ConfigError(f"the size of a view is {size}; give its side in pixels, 1 or more")
-    return size

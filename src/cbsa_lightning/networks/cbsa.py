@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompted import PromptedCLIP
 from cbsa_lightning.networks.prompts import encode_prompt_sets
+
+if TYPE_CHECKING:
+    from cbsa_lightning.clip import FrozenCLIP
 
 
 class TextFeatures(NamedTuple):
@@ -157,6 +159,8 @@ def build_cbsa_network(
         ConfigError: If settings do not fit each other or the towers.
         WeightsError: If the CLIP weights cannot be had.
     """
+    from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
+
     towers = FrozenCLIP.load(clip, pretrained)
     sizes = (decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention)
     return CBSANetwork(

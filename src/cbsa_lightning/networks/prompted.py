@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import Description, Network, mean_over_places
 from cbsa_lightning.networks.prompts import ClassPrompts
+
+if TYPE_CHECKING:
+    from cbsa_lightning.clip import FrozenCLIP
 
 
 class PromptedCLIP(Network):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cbsa_lightning.clip import FrozenCLIP
 
 
 class ClassPrompts(nn.Module):
