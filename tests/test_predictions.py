@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from cbsa_lightning import predictions
 from cbsa_lightning.callbacks.predictions import WritePredictions, gather
@@ -20,6 +20,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
+from cbsa_lightning.data.readers.unlabelled import read_images
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError, DataError, OutputError
 from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
@@ -167,6 +168,115 @@ def test_predict_writes_the_folder_in_order(tmp_path, capsys):
     trainer.callbacks = [WritePredictions("out.txt")]
     with pytest.raises(ConfigError, match=r"out\.txt"):
         trainer.predict(module, datamodule=data)
+
+
+def photos(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def damaged(folder: Path, *names: str) -> Path:
+    for name in names:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def predict(tmp_path: Path, clip: Path, folder: Path, on_error: str = "stop") -> WritePredictions:
+    """Predicts a folder into ``out.csv``, two images a batch; gives the callback."""
+    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder))
+    torch.manual_seed(0)
+    module = CBSAModule(data.class_names, clip=str(clip), num_contexts=2, prompt_length=2, decoder_feedforward=8)
+    callback = WritePredictions(str(tmp_path / "out.csv"), on_error)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.predict(module, datamodule=data)
+    return callback
+
+
+def column(file: Path, name: str) -> list[str]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        return [row[name] for row in csv.DictReader(lines)]
+
+
+def test_files_that_are_not_predicted_are_counted_and_listed(tmp_path, clip_folder, capsys):
+    folder = photos(tmp_path / "photos", "a.png", "b.JPG")
+    Image.new("RGB", (9, 9)).save(folder / "c.mpo", "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    (folder / "deep").mkdir()
+    others = ["d.HEIC", "deep/e.heic", "deep/f.dcm", "deep/g.mp4", "deep/h"]
+    for name in others:
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
+    predict(tmp_path, clip_folder, folder)
+    assert column(tmp_path / "out.csv", "image") == ["a.png", "b.JPG", "c.mpo"]
+    assert column(tmp_path / "out_left_out.csv", "image") == others
+    said = capsys.readouterr().out
+    assert "5 files were left out (2 .heic, 1 .dcm, 1 .mp4, 1 without a suffix)" in said
+    assert str(tmp_path / "out_left_out.csv") in said
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow decodes no AVIF")
+def test_avif_is_predicted(tmp_path, clip_folder):
+    predict(tmp_path, clip_folder, photos(tmp_path / "photos", "a.avif"))
+    assert column(tmp_path / "out.csv", "image") == ["a.avif"]
+    assert not (tmp_path / "out_left_out.csv").exists()
+
+
+def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
+    whole, broken = ["b.png", "d.jpg"], ["a.jpg", "c.png", "e.png"]
+    folder = damaged(photos(tmp_path / "photos", *whole, *broken), *broken)
+    predict(tmp_path, clip_folder, photos(tmp_path / "whole", *whole))
+    expected = (tmp_path / "out.csv").read_text()
+    (tmp_path / "out.csv").unlink()
+    found = predict(tmp_path, clip_folder, folder, "skip")
+    assert (tmp_path / "out.csv").read_text() == expected
+    assert sorted(found.unread) == [0, 2, 4]
+    assert column(tmp_path / "out_left_out.csv", "image") == broken
+    assert all(str(folder) in reason for reason in column(tmp_path / "out_left_out.csv", "reason"))
+    assert "3 files were left out (3 that cannot be read)" in capsys.readouterr().out
+
+
+def test_a_damaged_image_keeps_what_was_predicted_before(tmp_path, clip_folder):
+    folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
+    with pytest.raises(DataError, match=r"d\.png: .*out\.csv holds the 3 images .* --predictions\.on_error skip"):
+        predict(tmp_path, clip_folder, folder)
+    assert column(tmp_path / "out.csv", "image") == ["a.png", "b.png", "c.png"]
+
+
+def test_without_a_table_a_damaged_image_is_an_error(tmp_path):
+    folder = damaged(photos(tmp_path / "photos", "a.png"), "a.png")
+    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, num_workers=0, predict=str(folder))
+    with pytest.raises(DataError, match=r"a\.png"):
+        next(iter(data.predict_dataloader()))
+
+
+def test_another_way_with_errors_is_refused():
+    with pytest.raises(ConfigError, match=r"predictions\.on_error must be 'stop' or 'skip', got 'ignore'"):
+        WritePredictions(on_error="ignore")
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), [
+    ("a.heic", b"", "HEIC"), ("b.jpg", b"\0\0\0\x18ftypheic", "HEIC"), ("c.dcm", b"", "DICOM"),
+    ("d.jpg", bytes(128) + b"DICM", "DICOM"), ("e.NEF", b"", "camera raw"), ("f.mp4", b"", "video"),
+])  # fmt: skip
+def test_a_named_file_of_another_kind_says_what_to_do(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content + bytes(200))
+    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, num_workers=0, predict=str(tmp_path / name))
+    with pytest.raises(DataError, match=f"{name}: {kind} files are not read; convert it to JPEG or PNG"):
+        next(iter(data.predict_dataloader()))
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path):
+    folder = photos(tmp_path / "photos")
+    with pytest.raises(DataError, match="no image in it or below, it is empty"):
+        read_images(folder, NAMES)
+    (folder / "a.heic").touch()
+    with pytest.raises(DataError, match=r"found only 1 \.heic"):
+        read_images(folder, NAMES)
 
 
 def _process(rank: int, folder: str) -> None:

@@ -37,6 +37,9 @@ from cbsa_lightning.loggers import going_on
 from cbsa_lightning.module import SSMLLModule
 from cbsa_lightning.runs import folder_of, refuse_taken, set_folder
 
+SKIPPED = 3
+"""Exit status of a `cbsa predict` that has left out images that cannot be read."""
+
 _NO_CHECKPOINT = (
     "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
     "--untrained true for the network as it is before training.",
@@ -250,6 +253,12 @@ class CBSACLI(LightningCLI):
             config = self.config[str(self.subcommand)]
             config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
             config.gain = None
+
+    def after_predict(self) -> None:
+        """Ends with a status of its own where images were skipped."""
+        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, WritePredictions)]
+        if any(writer.unread for writer in writers):
+            sys.exit(SKIPPED)
 
     def after_fit(self) -> None:
         """What the gain check found and the comparison, if asked for."""

@@ -463,11 +463,13 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Prompts do not change within a pass."""
         self.cache_text()
 
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1] and ``labels (B, C)`` bool."""
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Any]:
+        """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool, and ``unread`` of the batch."""
         scores = self(batch.images)
         self._refuse(scores, batch, "Scores", "predict_table")
-        return {"index": batch.index, "scores": scores, "labels": scores >= self.decision_thresholds()}
+        labels = scores >= self.decision_thresholds()
+        # A data module of one's own may know of no images that cannot be read.
+        return {"index": batch.index, "scores": scores, "labels": labels, "unread": getattr(batch, "unread", ())}
 
     def on_predict_epoch_end(self) -> None:
         """Prompts may change again."""

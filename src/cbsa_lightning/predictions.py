@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,23 @@ def write_predictions(
         _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
 
 
+def write_left_out(path: Path, files: Sequence[tuple[str, str]]) -> None:
+    """Writes a CSV with the columns ``image`` and ``reason``, for files that were not predicted.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    names, reasons = zip(*files, strict=True)
+    texts = [name.encode("utf-8", "replace").decode() for name in names]  # a name on disk need not be UTF-8
+    with replacing(path) as draft:
+        pyarrow.csv.write_csv(pa.table({"image": pa.array(texts), "reason": pa.array(list(reasons))}), str(draft))
+
+
 def in_table_order(
-    num_rows: int, num_classes: int, parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]
+    num_rows: int,
+    num_classes: int,
+    parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
+    missing: Collection[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Puts predictions that came in any order, from any process, in the order of their table.
 
@@ -105,6 +120,7 @@ def in_table_order(
         num_classes: C.
         parts: ``(index (B,), scores (B, C), labels (B, C))``, the index being rows of the table. An image may come
             twice; the last counts.
+        missing: Rows that have no prediction; they come out as 0 and False.
 
     Returns:
         Scores ``(n, C)`` and labels ``(n, C)``.
@@ -117,6 +133,7 @@ def in_table_order(
     seen = np.zeros(num_rows, dtype=np.bool_)
     for index, some_scores, some_labels in parts:
         scores[index], labels[index], seen[index] = some_scores, some_labels, True
+    seen[list(missing)] = True
     if not seen.all():
         rows = np.flatnonzero(~seen)
         raise DataError(

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
+from cbsa_lightning.data.readers.unlabelled import by_suffix
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.predictions import check_output, in_table_order, write_left_out, write_predictions
 from cbsa_lightning.runs import PREDICTIONS, folder_of
 
 
 class WritePredictions(BasePredictionWriter):
     """Writes what ``cbsa predict`` finds, one row an image, in the order of the images.
 
+    Files that are not predicted are listed beside it, in ``<output>_left_out.csv``: those in a folder whose suffix is
+    no image's, and images that cannot be read.
+
     Args:
         output: File to write, .csv or .parquet; None: ``predictions.csv`` in the run's folder.
+        on_error: What happens at an image that cannot be read: "stop" writes what was predicted so far and ends with
+            an error; "skip" predicts the others.
+
+    Attributes:
+        unread: Rows of images that could not be read, and why.
     """
 
-    def __init__(self, output: str | None = None) -> None:
-        super().__init__(write_interval="epoch")
+    def __init__(self, output: str | None = None, on_error: Literal["stop", "skip"] = "stop") -> None:
+        super().__init__(write_interval="batch_and_epoch")
+        if on_error not in ("stop", "skip"):
+            raise ConfigError(f"predictions.on_error must be 'stop' or 'skip', got {on_error!r}.")
         self.output = output
+        self.on_error = on_error
+        self.unread: dict[int, str] = {}
+        self._parts: list[Part] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Has the loader go on behind images that cannot be read."""
+        self.unread, self._parts = {}, []
+        if stage == "predict" and hasattr(trainer.datamodule, "gives_unread"):
+            trainer.datamodule.gives_unread = True
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses an impossible output before the work, not after it.
@@ -35,12 +56,46 @@ class WritePredictions(BasePredictionWriter):
         """
         path = self._path(trainer)
         check_output(path, pl_module.class_names)
-        if path.exists() and not trainer.fast_dev_run:
-            raise ConfigError(f"{path} exists already. Give another --predictions.output, or move that file away.")
+        for file in (path, self._listing(path)):
+            if file.exists() and not trainer.fast_dev_run:
+                raise ConfigError(f"{file} exists already. Give another --predictions.output, or move that file away.")
         if not hasattr(getattr(trainer, "datamodule", None), "predict_table"):
             raise ConfigError(
                 "A table of predictions needs the images' names: call trainer.predict(module, "
                 "datamodule=SSMLLDataModule(..., predict=FOLDER_OR_TABLE)), or leave WritePredictions out."
+            )
+        if names := self._other_files(trainer):
+            rank_zero_info(f"Left out, since they are no images that are read: {by_suffix(names)}.")
+
+    def write_on_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keeps the batch's predictions, and writes all so far where an image cannot be read.
+
+        Raises:
+            DataError: An image cannot be read, and ``on_error`` is "stop".
+        """
+        unread = dict(prediction.get("unread", ()))
+        self._parts.append(packed(prediction, without=unread))
+        self.unread.update(unread)
+        if unread and self.on_error == "stop":
+            reason = next(iter(unread.values()))
+            if trainer.fast_dev_run:
+                raise DataError(f"{reason}.")
+            path = self._path(trainer)
+            if trainer.world_size > 1:  # the others are at another image
+                path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
+            count = self._write(trainer, pl_module, path, self._parts)
+            raise DataError(
+                f"{reason}. {path} holds the {count} images that were predicted before; --predictions.on_error skip "
+                "predicts all that can be read."
             )
 
     def write_on_epoch_end(
@@ -48,13 +103,40 @@ class WritePredictions(BasePredictionWriter):
     ) -> None:
         """Gathers the predictions of all processes; the first one writes them."""
         path = self._path(trainer)
-        parts = gather([packed(output) for output in predictions])
+        parts = gather(self._parts)
+        self.unread = dict(gather(list(self.unread.items())))
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        data = trainer.datamodule
-        table, class_names = data.predict_table(), pl_module.class_names
-        write_predictions(path, table, class_names, *in_table_order(len(table), len(class_names), parts))
-        print(f"Predictions of {len(table)} images: {path}")
+        count = self._write(trainer, pl_module, path, parts)
+        print(f"Predictions of {count} images: {path}")
+        names = self._other_files(trainer)
+        table = trainer.datamodule.predict_table()
+        left_out = [(name, "no image that is read, by its suffix") for name in names]
+        left_out += [(str(table.paths[row]), reason) for row, reason in sorted(self.unread.items())]
+        if left_out:
+            write_left_out(self._listing(path), left_out)
+            counts = [by_suffix(names)] if names else []
+            counts += [f"{len(self.unread)} that cannot be read"] if self.unread else []
+            print(f"{len(left_out)} files were left out ({', '.join(counts)}): {self._listing(path)}")
+
+    def _write(self, trainer: Any, pl_module: Any, path: Path, parts: Sequence[Part]) -> int:
+        """Writes the predictions of ``parts``, all of the table but those unread; gives their number."""
+        table, class_names = trainer.datamodule.predict_table(), pl_module.class_names
+        missing = set(self.unread)
+        if self.on_error == "stop" and missing:
+            missing = set(range(len(table))).difference(*(part[0].tolist() for part in parts))
+        scores, labels = in_table_order(len(table), len(class_names), parts, missing)
+        rows = np.delete(np.arange(len(table)), sorted(missing))
+        write_predictions(path, table.select(rows), class_names, scores[rows], labels[rows])
+        return len(rows)
+
+    @staticmethod
+    def _other_files(trainer: Any) -> list[str]:
+        return getattr(trainer.datamodule, "predict_left_out", list)()
+
+    @staticmethod
+    def _listing(path: Path) -> Path:
+        return path.with_name(f"{path.stem}_left_out.csv")
 
     def _path(self, trainer: Any) -> Path:
         if self.output is not None:
@@ -65,13 +147,12 @@ class WritePredictions(BasePredictionWriter):
 Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
-def packed(output: dict[str, torch.Tensor]) -> Part:
-    """Output of ``predict_step`` as numpy arrays: row, float32 scores and bool labels."""
-    return (
-        output["index"].cpu().numpy(),
-        output["scores"].float().cpu().numpy().astype(np.float32),
-        output["labels"].cpu().numpy(),
-    )
+def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
+    """Output of ``predict_step`` as numpy arrays: row, float32 scores and bool labels; ``without`` some rows."""
+    index = output["index"].cpu().numpy()
+    kept = ~np.isin(index, list(without))
+    scores = output["scores"].float().cpu().numpy().astype(np.float32)
+    return index[kept], scores[kept], output["labels"].cpu().numpy()[kept]
 
 
 def gather(parts: list[Any]) -> list[Any]:

@@ -33,9 +33,11 @@ class EvalBatch(NamedTuple):
         targets: ``(B, C)`` int8 in {1, 0, -1}, for measuring only.
         index: ``(B,)`` int64, row of each image in its table.
         features: What the frozen tower made of the images, ``(B, ...)`` float16 from a cache, or None.
+        unread: Rows of images that could not be read, and why; black images stand for them.
     """
 
     images: Tensor | None
     targets: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a batch
     features: Tensor | None = None
+    unread: tuple[tuple[int, str], ...] = ()

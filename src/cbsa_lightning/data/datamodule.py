@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.datasets import (
     ImageViews,
+    ReadableViews,
     ResumableLoader,
     View,
     ViewDataset,
     collate_eval,
+    collate_readable,
     collate_train,
 )
 from cbsa_lightning.data.feature_cache import (
@@ -36,7 +39,7 @@ from cbsa_lightning.data.feature_cache import (
 from cbsa_lightning.data.image_cache import ImageCache, Images
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Source
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabelled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
 from cbsa_lightning.data.splits import Split, hold_out, split_known, split_labelled
 from cbsa_lightning.data.store import RowStore, content_keys
@@ -78,6 +81,10 @@ class SSMLLDataModule(L.LightningDataModule):
         feature_cache: Where features of the frozen tower are kept, computed once before training: the threshold pass
             and validation then cost no image, and, if strong views are kept too, training neither. None computes
             them from the images each time.
+
+    Attributes:
+        gives_unread: Whether an image to predict that cannot be read comes as a black one, named in its batch, for who
+            lists it; else it is an error.
 
     Raises:
         ConfigError: If sizes do not fit each other or the data.
@@ -134,6 +141,8 @@ class SSMLLDataModule(L.LightningDataModule):
         self.image_cache = image_cache
         self.fast_decode = fast_decode
         self.feature_cache = feature_cache
+        self.gives_unread = False
+        self._predicted: tuple[str, AnnotationTable] | None = None
         self._features: Features | None = None
         self._ready = False
 
@@ -455,12 +464,23 @@ class SSMLLDataModule(L.LightningDataModule):
         """The images of ``predict``, all labels unknown."""
         if self.predict is None:
             raise ConfigError("Say which images to predict: --data.predict FOLDER, or a CSV/Parquet table of paths.")
-        return read_images(Path(self.predict), self.class_names)
+        if self._predicted is None or self._predicted[0] != self.predict:  # once: the folder may change meanwhile
+            self._predicted = self.predict, read_images(Path(self.predict), self.class_names)
+        return self._predicted[1]
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
         """The images of ``predict``."""
         table = self.predict_table()
-        return self._eval_loader(None, table, ImageFiles(table, self._at_least))
+        images = ImageFiles(table, self._at_least)
+        if not self.gives_unread:
+            return self._eval_loader(None, table, images)
+        dataset = ViewDataset(ReadableViews(images, PlainView(self.image_size)), table.labels)
+        batches = InOrderBatches(np.arange(len(table)), self.eval_batch_size, **self._ranks())
+        return self._loader(dataset, batches, partial(collate_readable, size=self.image_size))
+
+    def predict_left_out(self) -> list[str]:
+        """Files in the folder of ``predict`` that are no images, by their suffix."""
+        return left_out(self.predict) if self.predict is not None else []
 
 
 def _refuse_outside(name: str, value: int | None, least: int | None, most: int) -> None:

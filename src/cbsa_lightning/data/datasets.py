@@ -14,6 +14,7 @@ from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.image_cache import Images
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
+from cbsa_lightning.errors import DataError
 
 View = PlainView | WeakView | StrongView
 
@@ -32,6 +33,17 @@ class ImageViews:
     def __call__(self, draw: Draw) -> Tensor:
         """The view of a draw, (3, S, S) uint8."""
         return self.view(self.images[draw.index], draw)
+
+
+class ReadableViews(ImageViews):
+    """As :class:`ImageViews`, but gives the error of an image that cannot be read instead of raising it."""
+
+    def __call__(self, draw: Draw) -> Any:
+        """The view of a draw, or a :class:`~cbsa_lightning.errors.DataError`."""
+        try:
+            return super().__call__(draw)
+        except DataError as error:
+            return error
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -83,6 +95,14 @@ def collate_eval(items: list[tuple[Any, ...]]) -> EvalBatch:
     views, targets, index = zip(*items, strict=True)
     images, features = _stacked(views)
     return EvalBatch(images, torch.stack(targets), torch.tensor(index), features)
+
+
+def collate_readable(items: list[tuple[Any, ...]], size: int) -> EvalBatch:
+    """A batch of items of :class:`ReadableViews`, whose images have a side of ``size``."""
+    black = torch.zeros(3, size, size, dtype=torch.uint8)
+    unread = tuple((index, str(view)) for view, _, index in items if isinstance(view, DataError))
+    readable = [(black if isinstance(view, DataError) else view, target, index) for view, target, index in items]
+    return collate_eval(readable)._replace(unread=unread)
 
 
 def _stacked(views: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:

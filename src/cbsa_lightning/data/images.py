@@ -6,14 +6,40 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import DataError
 
 # What image sets come in. A fixed list also keeps Pillow from formats that start other programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
+if "avif" in features.modules and features.check_module("avif"):  # as this Pillow was built; MPO is read as JPEG
+    _FORMATS.append("AVIF")
+
+# What people keep among their photos and is not decoded here, by suffix, for messages.
+_FOREIGN = {
+    "AVIF": "avif",
+    "HEIC": "heic heif hif",
+    "DICOM": "dcm dicom",
+    "camera raw": "3fr arw cr2 cr3 crw dng erf kdc mrw nef nrw orf pef raf raw rw2 sr2 srf srw x3f",
+    "video": "3gp avi m4v mkv mov mp4 mpg mts webm wmv",
+    "Photoshop": "psb psd",
+    "vector": "ai eps pdf svg",
+    "JPEG XL": "jxl",
+}
+_KIND_OF = {f".{suffix}": kind for kind, suffixes in _FOREIGN.items() for suffix in suffixes.split()}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO base media files
+
+
+def foreign_kind(path: str | os.PathLike[str], start: bytes = b"") -> str | None:
+    """Name of the format of a file that is not decoded here, by its first bytes or its suffix; None if unknown."""
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
+        return "HEIC"
+    if start[128:132] == b"DICM":
+        return "DICOM"
+    return _KIND_OF.get(Path(path).suffix.lower())
+
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values say how the stored pixels must be turned to stand upright
 _UPRIGHT = {
@@ -36,7 +62,7 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
     the related code base lets Pillow fill the rest with grey.
 
     Args:
-        path: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM or JPEG 2000 file.
+        path: JPEG (also MPO), PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or, where Pillow decodes it, AVIF file.
         at_least: Pixels that each side must keep: a JPEG is then read at the smallest of 1/1, 1/2, 1/4 and 1/8 of
             its size that has them, which is quicker, and not quite what shrinking the whole image gives. Other
             formats, and images with a side below twice as much, are read as they are. None reads all whole.
@@ -51,7 +77,8 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
     name = Path(path)
     try:
         with open_regular(name) as file:
-            if not file.read(1):
+            start = file.read(132)
+            if not start:
                 raise DataError(f"{name}: the file is empty (0 bytes); {_REMEDY}")
             file.seek(0)
             with Image.open(file, formats=_FORMATS) as image:
@@ -66,6 +93,12 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
         raise DataError(f"{name}: no such file; check the image root, or that the download is whole") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
+    except UnidentifiedImageError as error:
+        kind = foreign_kind(name, start)
+        if kind is None:
+            formats = ", ".join(_FORMATS)
+            raise DataError(f"{name}: cannot be read as an image (it is none of {formats}); {_REMEDY}") from error
+        raise DataError(f"{name}: {kind} files are not read; convert it to JPEG or PNG") from error
     # Pillow's plugins answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -124,7 +157,7 @@ class ImageFiles:
         return ImageFiles(self.table.select(rows), self.at_least)
 
 
-_REMEDY = "fetch the file again, or take its row out of the annotations"
+_REMEDY = "fetch the file again, or leave the image out"
 
 
 def _check_size(name: Path, image: Image.Image) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, StringArray, as_strings, first_not_unicode
+from cbsa_lightning.data.images import foreign_kind
 from cbsa_lightning.data.readers.columns import Columns, read_columns, refuse_repeated_rows
 from cbsa_lightning.data.readers.source import read_lines, tidy_paths
 from cbsa_lightning.data.reading import brief
@@ -17,7 +19,7 @@ from cbsa_lightning.errors import DataError, listed
 # Of the formats that images are decoded from.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-    ".jp2", ".j2k",
+    ".jp2", ".j2k", ".mpo", ".avif",
 )  # fmt: skip
 
 
@@ -50,6 +52,8 @@ def read_images(
     path = Path(path)
     if os.path.isdir(path):
         root, paths = path, as_strings(_images_below(path))
+    elif os.path.isfile(path) and path.suffix.lower() not in IMAGE_SUFFIXES and (kind := foreign_kind(path)):
+        raise DataError(f"{path}: {kind} files are not read; convert it to JPEG or PNG")
     elif path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):
         root, paths = path.parent, as_strings([path.name])
     else:
@@ -59,10 +63,25 @@ def read_images(
     return AnnotationTable(root, paths, labels, tuple(class_names), tuple(prompt_names))
 
 
+def left_out(path: str | Path) -> list[str]:
+    """Files in a folder that :func:`read_images` leaves out since their suffix is no image's; none for a list."""
+    if not os.path.isdir(path):
+        return []
+    return sorted(name for name in _walk(os.fspath(path)) if not _is_image(name))
+
+
+def by_suffix(names: Iterable[str]) -> str:
+    """How many files there are of each suffix, for a message: "2 .heic, 1 without a suffix"."""
+    counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
+    return listed(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
 def _images_below(folder: Path) -> list[str]:
-    found = sorted(_walk(os.fspath(folder)))
+    names = list(_walk(os.fspath(folder)))
+    found = sorted(filter(_is_image, names))
     if not found:
-        raise DataError(f"{folder}: no image in it or below; looked for {listed(IMAGE_SUFFIXES)}")
+        there = f"found only {by_suffix(names)}" if names else "it is empty"
+        raise DataError(f"{folder}: no image in it or below, {there}; looked for {listed(IMAGE_SUFFIXES)}")
     try:
         "".join(found).encode()
     except UnicodeEncodeError as error:
@@ -74,7 +93,7 @@ def _images_below(folder: Path) -> list[str]:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Images in ``root`` and its sub-folders, relative to it. Each folder may be reached in one way only.
+    """Files in ``root`` and its sub-folders, relative to it. Each folder may be reached in one way only.
 
     Links are followed: without a word, their images would be missing. A loop of links is a folder reached twice.
     """
@@ -100,8 +119,12 @@ def _walk(root: str) -> Iterator[str]:
             name = f"{below}/{entry.name}" if below else entry.name
             if _is_folder(entry):
                 folders.append(name)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            else:
                 yield name
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
