@@ -256,7 +256,8 @@ class CBSACLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Ends with a status of its own where images were skipped."""
-        writers = [callback for callback in self.trainer.callbacks if isinstance(callback, WritePredictions)]
+        trainer: Any = self.trainer  # Lightning sets its callbacks late, so their attribute has no type
+        writers = [callback for callback in trainer.callbacks if isinstance(callback, WritePredictions)]
         if any(writer.unread for writer in writers):
             sys.exit(SKIPPED)
 
