@@ -39,7 +39,7 @@ class Bench:
         self.device, self.half = args.device, torch.float16 if args.device == "cuda" else torch.bfloat16
         torch.manual_seed(0)
         names = [f"class {i}" for i in range(args.classes)]
-        module = CBSAModule(names, clip=f"{args.tower}-quickgelu", pretrained=None, warmup_epochs=0)
+        module = CBSAModule(names, clip=f"{args.tower}-quickgelu", pretrained="random", warmup_epochs=0)
         self.network = module.network.to(self.device).train()
         torch.manual_seed(0)
         self.plain = FrozenCLIP.load(f"{args.tower}-quickgelu", None).to(self.device)

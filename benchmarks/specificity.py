@@ -274,7 +274,7 @@ def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str
     rng = np.random.default_rng(seed)
     colours = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
     L.seed_everything(seed, verbose=False)
-    module = CBSAModule([f"colour {k}" for k in range(6)], clip="RN50-quickgelu", pretrained=None, prompt_length=4)
+    module = CBSAModule([f"colour {k}" for k in range(6)], clip="RN50-quickgelu", pretrained="random", prompt_length=4)
     settings, change = ROWS[name]
     if settings:
         raise SystemExit(f"--mechanics trains on labels alone with the default settings: {name!r} has {settings}.")

@@ -59,7 +59,7 @@ def build(data: str, tower: str, dropout: float = 0.1) -> CBSAModule:
     return CBSAModule(
         names,
         clip=f"{tower}-quickgelu",
-        pretrained=None,
+        pretrained="random",
         num_contexts=contexts,
         warmup_epochs=0,
         decoder_dropout=dropout,

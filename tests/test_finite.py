@@ -117,7 +117,7 @@ def check_a_step_left_out(tmp_path, clip_folder, squares, accumulate, **settings
 
 
 def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
-    network = partial(ImageNetNetwork, backbone="test_resnet", pretrained=None)
+    network = partial(ImageNetNetwork, backbone="test_resnet", pretrained="random")
     torch.manual_seed(0)
     module = SSMLLModule(CLASSES, network, warmup_epochs=1, max_skipped_steps=1)
     plain, seen = module.network.forward, []

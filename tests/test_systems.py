@@ -39,7 +39,7 @@ model: {init_args: {warmup_epochs: 1}}
 report: {enabled: false}
 """
 KEPT = "data: {feature_cache: {folder: cache, strong_views: 1}}"
-SMALL_RESNET = "model: {init_args: {network: {init_args: {backbone: resnet18.tv_in1k, pretrained: null}}}}"
+SMALL_RESNET = "model: {init_args: {network: {init_args: {backbone: resnet18.tv_in1k, pretrained: random}}}}"
 
 
 @pytest.fixture(autouse=True)

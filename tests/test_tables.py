@@ -462,7 +462,7 @@ def test_rounds_in_turn_and_the_least_of_each(
     monkeypatch.setattr(cost.subprocess, "run", run)
     assert costs(recipes, rounds=2, steps=3) == {"Ours": Cost(4, 2), "DualCoOp": Cost(7, 1)}
     assert ["num_contexts" in arguments for arguments in seen] == [True, False, True, False]
-    assert [arguments["pretrained"] for arguments in seen] == [None] * 4
+    assert [arguments["pretrained"] for arguments in seen] == ["random"] * 4
     assert json.dumps(recipes) == before
 
 

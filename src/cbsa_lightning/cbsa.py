@@ -25,7 +25,7 @@ class CBSAModule(SSMLLModule):
         class_names: The C class names.
         prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         semantic_alignment: SAA of Table 3; off, the global image feature is compared with every class.
         target_prompts: TP of Table 3; off, classes are the fixed words "a photo of a ...".
         num_contexts: K; 0 switches context identification (CI of Table 3) off. The paper: 6 on COCO, 2 on VOC and

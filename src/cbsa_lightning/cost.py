@@ -24,6 +24,7 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from cbsa_lightning.clip.loading import RANDOM
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.lightning_cli import CBSACLI, make_cli
@@ -68,7 +69,7 @@ def _with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
     changed = copy.deepcopy(dict(recipe))
     for place in classes_of(changed):
         if takes(place, "pretrained"):
-            place["init_args"]["pretrained"] = None
+            place["init_args"]["pretrained"] = RANDOM
     return changed
 
 

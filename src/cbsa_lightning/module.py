@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -215,11 +215,14 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     # Training --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuses a precision with which training would silently fail.
+        """Tells which weights CLIP has, and refuses a precision with which training would silently fail.
 
         Raises:
             ConfigError: For weights in half precision.
         """
+        weights = getattr(getattr(self.network, "clip", None), "weights", None)
+        if weights is not None:
+            rank_zero_info(f"Weights of CLIP: {weights}.")
         if stage == "fit" and self.trainer.precision in ("16-true", "bf16-true"):
             mixed = str(self.trainer.precision).replace("true", "mixed")
             raise ConfigError(

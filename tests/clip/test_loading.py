@@ -88,16 +88,28 @@ def test_a_json_config_and_a_file(folder, tmp_path):
     assert open_clip.list_models() == names, "open_clip's registry was touched"
 
 
+@pytest.mark.parametrize("model", ["folder", "RN50-quickgelu", "embedded"])
+def test_no_weights_named_is_refused(folder, model):
+    with pytest.raises(ConfigError, match=r"pretrained of CLIP .* is null.*'random' for random weights"):
+        FrozenCLIP.load(str(folder) if model == "folder" else model, None)
+
+
+def test_the_origin_of_the_weights_is_told(folder):
+    assert FrozenCLIP.load(str(folder)).weights == str(folder)
+    assert FrozenCLIP.load(str(folder), str(folder / WEIGHTS)).weights == str(folder / WEIGHTS)
+    assert FrozenCLIP.load(str(folder), "random").weights == "random"
+
+
 def test_random_weights_only_on_purpose(folder, tmp_path):
     torch.manual_seed(0)
-    first = FrozenCLIP.load(str(folder), None)
+    first = FrozenCLIP.load(str(folder), "random")
     assert first.fingerprint != FrozenCLIP.load(str(folder)).fingerprint
     torch.manual_seed(0)
-    assert FrozenCLIP.load(str(folder), None).fingerprint == first.fingerprint
+    assert FrozenCLIP.load(str(folder), "random").fingerprint == first.fingerprint
     shutil.copy(folder / "open_clip_config.json", tmp_path)
     with pytest.raises(WeightsError, match="pretrained=<file>"):
         FrozenCLIP.load(str(tmp_path))  # a folder without a weights file
-    assert FrozenCLIP.load(str(tmp_path), None).embed_dim == 24
+    assert FrozenCLIP.load(str(tmp_path), "random").embed_dim == 24
 
 
 def test_offline_says_which_ways_there_are(monkeypatch):
@@ -119,8 +131,8 @@ def test_offline_says_which_ways_there_are(monkeypatch):
         ("RN50", "opnai", WeightsError, "yfcc15m"),
         ("RN50", "/no/such/file.pt", WeightsError, "neither a file nor a tag"),
         ("RN50", "openai", ConfigError, "with '-quickgelu'"),
-        ("roberta-ViT-B-32", None, ConfigError, "Hugging Face"),
-        ("coca_ViT-B-32", None, ConfigError, "multimodal"),
+        ("roberta-ViT-B-32", "random", ConfigError, "Hugging Face"),
+        ("coca_ViT-B-32", "random", ConfigError, "multimodal"),
     ],
 )
 def test_names_that_cannot_be_loaded(model, pretrained, error, found):
@@ -137,10 +149,10 @@ def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
         FrozenCLIP.load(str(tmp_path))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="not a readable JSON"):
-        FrozenCLIP.load(str(tmp_path / "broken.json"), None)
+        FrozenCLIP.load(str(tmp_path / "broken.json"), "random")
     (tmp_path / "foreign.json").write_text('{"vision_cfg": {}}')
     with pytest.raises(ConfigError, match="lacks embed_dim, text_cfg"):
-        FrozenCLIP.load(str(tmp_path / "foreign.json"), None)
+        FrozenCLIP.load(str(tmp_path / "foreign.json"), "random")
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(WeightsError, match=r"pointer\.safetensors"):
         FrozenCLIP.load(str(folder), str(tmp_path / "pointer.safetensors"))

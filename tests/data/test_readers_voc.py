@@ -248,3 +248,55 @@ def test_official_size_of_the_lists(realbench, tmp_path):
     names = [path.removeprefix("JPEGImages/") for path in table.paths.tolist()]
     key = (lambda n: n) if names[0] in labels else (lambda n: n.removesuffix(".jpg"))
     assert [labels[key(n)] for n in names] == table.labels.tolist()
+
+
+def own_folder(root: Path, files: dict[str, str | None], sets: dict[str, list[str]]) -> VOC:
+    """VOC's layout with XML files of one's own; None writes no file."""
+    folder = root / "VOCdevkit" / "VOC2012"
+    for place in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / place).mkdir(parents=True)
+    for image, objects in files.items():
+        (folder / "JPEGImages" / f"{image}.png").touch()
+        if objects is not None:
+            text = f"<annotation><filename>elsewhere.bmp</filename>{objects}</annotation>"
+            (folder / "Annotations" / f"{image}.xml").write_text(text)
+    for name, images in sets.items():
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{image}\n" for image in images))
+    return VOC(str(root))
+
+
+def thing(name: str, difficult: str = "") -> str:
+    return f"<object><name>{name}</name>{difficult}<bndbox><xmin>1</xmin></bndbox></object>"
+
+
+def test_own_classes_from_xml_files(tmp_path):
+    hard = "<difficult>1</difficult>"
+    files = {
+        "a": thing("kite") + thing("crab"), "b 1": thing("kite", hard), "c": "", "d": None, "e": thing("kite", hard) +
+        thing("kite", "<difficult>0</difficult>"),
+    }  # fmt: skip
+    source = own_folder(tmp_path, files, {"train": ["a", "b 1", "JPEGImages/c.png", "d"], "val": ["e"]})
+    source.prepare()
+    assert source.class_names == source.prompt_names == ("crab", "kite")
+    train, test = source.train(), source.test()
+    assert train.labels.tolist() == [[1, 1], [0, 0], [0, 0], [-1, -1]]
+    assert test is not None
+    assert test.labels.tolist() == [[0, 1]]
+    assert train.missing_files() == test.missing_files() == []
+    assert VOC(str(tmp_path), difficult="ignore").train().labels[1].tolist() == [0, -1]
+
+
+def test_own_classes_without_a_test_list(tmp_path):
+    assert own_folder(tmp_path, {"a": thing("kite")}, {"train": ["a"]}).test() is None
+
+
+@pytest.mark.parametrize(("objects", "message"), [
+    ("<object></object>", r"a\.xml: object 0 has no name"),
+    ("<object>", r"a\.xml: is no XML"),
+    ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
+    ("", r"Annotations: no XML file names an object"),
+])  # fmt: skip
+def test_own_xml_files_that_cannot_be_used(tmp_path, objects, message):
+    source = own_folder(tmp_path, {"a": objects}, {"train": ["a"]})
+    with pytest.raises(DataError, match=message):
+        _ = source.class_names

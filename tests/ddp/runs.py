@@ -243,8 +243,8 @@ SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
     "DualCoOp++": partial(DualCoOpPlusPlus, prompt_length=2),
     "SCPNet": partial(SCPNet, prompt_length=2, hidden=16),
     "TaI": partial(TaI, prompt_length=2),
-    "ImageNet": partial(ImageNetNetwork, backbone="test_resnet", pretrained=None),
-    "ImageNet without batch norm": partial(ImageNetNetwork, backbone="test_efficientnet_ln", pretrained=None),
+    "ImageNet": partial(ImageNetNetwork, backbone="test_resnet", pretrained="random"),
+    "ImageNet without batch norm": partial(ImageNetNetwork, backbone="test_efficientnet_ln", pretrained="random"),
 }
 
 

@@ -33,7 +33,7 @@ HEADS = {"linear": LinearHead, "ml-decoder": partial(MLDecoderHead, width=16, he
 
 def network(**settings):
     torch.manual_seed(0)
-    return ImageNetNetwork(CLASSES, **{"backbone": TINY, "pretrained": None, **settings})
+    return ImageNetNetwork(CLASSES, **{"backbone": TINY, "pretrained": "random", **settings})
 
 
 def images(number=4):
@@ -194,14 +194,14 @@ def test_offline_it_says_what_to_fetch_and_which_ways_there_are(tmp_path, monkey
         ImageNetNetwork(CLASSES)
     text = str(caught.value)
     assert "ImageNet weights of resnet50.tv_in1k, huggingface.co/timm/resnet50.tv_in1k, could not be loaded" in text
-    assert all(way in text for way in ("HF_HOME", "pretrained=<file>", "pretrained=None"))
+    assert all(way in text for way in ("HF_HOME", "pretrained=<file>", "pretrained='random'"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(tmp_path, suffix):
     """With a classifier, as on the hub, and without counters, as in torchvision's older files."""
     torch.manual_seed(7)
-    source = ImageNetNetwork(CLASSES, TINY, None).trunk
+    source = ImageNetNetwork(CLASSES, TINY, "random").trunk
     state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
     state |= {"fc.weight": torch.zeros(1000, 96), "fc.bias": torch.zeros(1000)}
     file = tmp_path / f"weights{suffix}"
@@ -264,7 +264,7 @@ def test_bce_row_is_torchs_binary_cross_entropy():
 def run(request, tmp_path_factory, squares_folder):
     """A run of 1 + 1 epochs, its checkpoint, and the maker of its network."""
     folder = tmp_path_factory.mktemp("run")
-    make = partial(ImageNetNetwork, backbone=TINY, pretrained=None, head=HEADS[request.param])
+    make = partial(ImageNetNetwork, backbone=TINY, pretrained="random", head=HEADS[request.param])
     torch.manual_seed(0)
     module = SSMLLModule(CLASSES, make, warmup_epochs=1, ema_decay=0.8)
     saver = ModelCheckpoint(folder, save_last=True)
@@ -295,7 +295,7 @@ def test_a_checkpoint_predicts_as_the_run_did(run):
 
 
 def test_labels_from_frozen_features_are_refused(tmp_path, squares_folder):
-    module = SSMLLModule(CLASSES, partial(ImageNetNetwork, backbone=TINY, pretrained=None), labeler=StackedProbes())
+    module = SSMLLModule(CLASSES, partial(ImageNetNetwork, backbone=TINY, pretrained="random"), labeler=StackedProbes())
     with pytest.raises(ConfigError, match=r"no frozen features .*ClassDistributionAware"):
         tiny_trainer(tmp_path).fit(module, datamodule=tiny_data(Squares(squares_folder)))
 
@@ -305,7 +305,7 @@ def fit(folder, method, *more):
     if not (folder / "voc").exists():
         make_voc(folder / "voc")
     tiny = folder / "tiny.yaml"
-    tiny.write_text(f"model: {{init_args: {{network: {{init_args: {{backbone: {TINY}, pretrained: null}}}}}}}}\n")
+    tiny.write_text(f"model: {{init_args: {{network: {{init_args: {{backbone: {TINY}, pretrained: random}}}}}}}}\n")
     overlays = [CONFIGS / f"{name}.yaml" for name in (f"methods/{method}", "data/voc", f"methods/voc/{method}")]
     return main(
         [

@@ -30,6 +30,7 @@ class FrozenCLIP(nn.Module):
 
     Attributes:
         name: "model/pretrained" as asked for.
+        weights: where the weights were read from, for people.
         fingerprint: SHA-256 (hex) over names, types, shapes and bytes of all weights, mean and std as loaded; training
             the pool later does not change it.
         logit_scale: CLIP's learned scale of cosines, exponentiated.
@@ -49,6 +50,7 @@ class FrozenCLIP(nn.Module):
         clip = loaded.clip
         visual = cast(nn.Module, clip.visual)
         self.name = loaded.name
+        self.weights = loaded.weights
         self.tokenizer = loaded.tokenizer
         self.tower, self.pool = split_tower(visual)
         self.text = TextTower(clip)
@@ -79,7 +81,7 @@ class FrozenCLIP(nn.Module):
             model: a name of open_clip, ``hf-hub:owner/name``, a folder (also ``local-dir:/path``) with
                 open_clip_config.json and a weights file, a JSON file with an open_clip model config, or
                 "embedded" for the small model inside this package.
-            pretrained: a tag of open_clip, a weights file, or None for random weights. A folder or hub model
+            pretrained: a tag of open_clip, a weights file, or "random" for random weights. A folder or hub model
                 brings its own weights: leave the default, or give a file to use instead.
             image_mean: three channel means for images in [0, 1], instead of the model's own. The model's own
                 are those of its tag or open_clip_config.json (for a JSON or weights file: of one beside it with the
@@ -89,9 +91,9 @@ class FrozenCLIP(nn.Module):
 
         Raises:
             WeightsError: the weights are not there, or do not fit; says which ways there are.
-            ConfigError: no such model, a tower without local features, a text tower that prompts cannot be
-                learned through, or weights trained with QuickGELU for a model without it (refused for tags,
-                OpenAI's archives and files beside an open_clip_config.json; any other file for a plain-GELU
+            ConfigError: ``pretrained`` is None, no such model, a tower without local features, a text tower that
+                prompts cannot be learned through, or weights trained with QuickGELU for a model without it (refused
+                for tags, OpenAI's archives and files beside an open_clip_config.json; any other file for a plain-GELU
                 name that has a "-quickgelu" twin gets a warning, as nothing in it tells).
         """
         return cls(load_open_clip(model, pretrained, image_mean, image_std))

@@ -26,13 +26,14 @@ CONFIG_NAME = "open_clip_config.json"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 EMBEDDED = "embedded"  # the small model that ships inside this package
 OWN = "openai"  # the default of `pretrained`; for folders and hub models it stands for their own weights
+RANDOM = "random"  # as `pretrained`: no weights
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs"}
 
 WAYS = (
     "Ways to get weights: (1) where there is network access, a tag is downloaded once into the Hugging Face cache, "
     "and that cache (HF_HOME) can be copied to a machine without; (2) download the weights file elsewhere and give "
     "pretrained=<file>; (3) give model=<folder> holding open_clip_config.json and the weights file; "
-    "(4) pretrained=None for random weights, of use in tests only."
+    "(4) pretrained='random' for random weights, of use in tests only."
 )
 
 
@@ -43,6 +44,7 @@ class Loaded:
     clip: nn.Module
     tokenizer: Callable[..., Tensor]
     name: str
+    weights: str
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -71,6 +73,12 @@ def load_open_clip(
     image_std: Sequence[float] | None = None,
 ) -> Loaded:
     """Builds an open_clip model in float32 on the CPU; arguments and errors as of ``FrozenCLIP.load``."""
+    if pretrained is None:
+        raise ConfigError(
+            f"pretrained of CLIP {model!r} is null, which names no weights. Leave it out for the weights that a folder "
+            f"brings, give a tag or a file, or '{RANDOM}' for random weights."
+        )
+    asked, pretrained = pretrained, None if pretrained == RANDOM else pretrained
     architecture = _architecture(model)
     file = Path(pretrained).expanduser() if pretrained is not None else None
     file = file if file is not None and file.is_file() else None
@@ -109,10 +117,20 @@ def load_open_clip(
     return Loaded(
         clip=clip,
         tokenizer=tokenizer,
-        name=f"{model}/{pretrained}",
+        name=f"{model}/{asked}",
+        weights=_origin(architecture, asked, file),
         image_mean=_three("image_mean", image_mean or preprocess["mean"]),
         image_std=_three("image_std", image_std or preprocess["std"]),
     )
+
+
+def _origin(architecture: _Architecture, pretrained: str, file: Path | None) -> str:
+    """Where the weights come from, for people."""
+    if pretrained == RANDOM:
+        return "random"
+    if file is not None:
+        return str(file)
+    return str(architecture.identifier).removeprefix(LOCAL) if architecture.brings_weights else f"tag {pretrained!r}"
 
 
 def _architecture(model: str) -> _Architecture:
@@ -184,7 +202,7 @@ def _check_tag(architecture: _Architecture, pretrained: str) -> None:
     if not architecture.builtin:
         raise WeightsError(
             f"pretrained={pretrained!r} is not a file, and tags belong to open_clip's own model names: give a "
-            f"weights file, or None for random weights. {WAYS}"
+            f"weights file, or '{RANDOM}' for random weights. {WAYS}"
         )
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:

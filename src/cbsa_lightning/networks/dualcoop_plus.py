@@ -42,7 +42,7 @@ class DualCoOpPlusPlus(PromptedCLIP):
     Args:
         prompt_names: The C class names, as they are to be read.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes.
         normalised_winners: Multiply positive similarities by the weight over its highest value at the region, as the

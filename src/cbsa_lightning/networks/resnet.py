@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cbsa_lightning.clip.frozen import as_float
+from cbsa_lightning.clip.loading import RANDOM
 from cbsa_lightning.errors import ConfigError, WeightsError, listed
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 from cbsa_lightning.networks.base import Description, Network, NetworkOutput
@@ -27,8 +28,8 @@ TIMM = "timm"  # the default of `pretrained`: the weights of the backbone's tag
 WAYS = (
     "Ways to get weights: (1) where there is network access, timm downloads them once into the Hugging Face cache, and "
     "that cache (HF_HOME) can be copied to a machine without; (2) download the file elsewhere and give "
-    "pretrained=<file>, a .safetensors of timm or a .pth of torchvision; (3) pretrained=None (null in a YAML "
-    "file, which no flag can say for it) for random weights, of use in tests only."
+    "pretrained=<file>, a .safetensors of timm or a .pth of torchvision; (3) pretrained='random' for "
+    "random weights, of use in tests only."
 )
 
 
@@ -149,7 +150,7 @@ class ImageNetNetwork(Network):
         backbone: Name of a timm model whose last map is ``(B, D, h, w)``, with the tag of its weights. The default is
             torchvision's first ImageNet ResNet-50, which CAP starts from.
         pretrained: "timm" for the weights of the tag, fetched by timm; a .safetensors or .pth file of weights, whose
-            classifier is ignored; None for random weights.
+            classifier is ignored; "random" for random weights.
         head: Makes the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
         image_mean: Three channel means, for images in [0, 1]; None: 0. CAP does not normalise.
         image_std: Three channel deviations above 0, likewise; None: 1.
@@ -237,6 +238,11 @@ def _channels(name: str, values: Sequence[float] | None, default: float) -> Tens
 
 def _load_trunk(backbone: str, pretrained: str | None) -> nn.Module:
     """The timm model without its classifier and pooling, with the weights that were asked for."""
+    if pretrained is None:
+        raise ConfigError(
+            f"pretrained of backbone {backbone!r} is null, which names no weights. Give '{TIMM}' or a file, or "
+            f"'{RANDOM}' for random weights."
+        )
     names = [*timm.list_models(), *timm.list_pretrained()]
     if backbone not in names:
         near = get_close_matches(backbone, names, n=5)
@@ -249,7 +255,7 @@ def _load_trunk(backbone: str, pretrained: str | None) -> nn.Module:
         if pretrained == TIMM:
             _fail(f"the ImageNet weights of {backbone}, {_home(backbone)}, could not be loaded: {error}", error)
         raise ConfigError(f"timm cannot build {backbone!r} without its classifier: {error}") from error
-    if pretrained not in (None, TIMM):
+    if pretrained not in (RANDOM, TIMM):
         _load_file(trunk, Path(pretrained).expanduser())
     return trunk
 

@@ -31,7 +31,7 @@ class SCPNet(PromptedCLIP):
     Args:
         prompt_names: The C class names, as they are to be read.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes.
         neighbours: Entries that a row of the graph keeps, itself among them: 62 on COCO, 50 on NUS-WIDE in the

@@ -37,7 +37,7 @@ class TaI(PromptedCLIP):
     Args:
         prompt_names: The C class names, as they are to be read.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file; None is random weights. Folders bring their own.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes.
         region_scale: Factor of the cosines in the softmax over places; TaI's for images (50 for captions; 4 on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.readers.voc_xml import classes_of, has_own_classes, read_voc_xml
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
@@ -30,6 +32,9 @@ DIFFICULT = {"negative": 0, "positive": 1, "ignore": -1}
 @dataclass(frozen=True)
 class VOC(Source):
     """PASCAL VOC 2012 (train 5,717 images, test = val, 5,823) or 2007 (trainval 5,011, test 4,952).
+
+    A folder with XML files and lists of images, but without VOC's lists of each class, is read as one's own data in
+    VOC's layout: its classes are those that the XML files name; see :func:`~.voc_xml.read_voc_xml`.
 
     An image is listed if at least one class has flag 1; file names are sorted: the order on which the
     paper's splits rest.
@@ -61,17 +66,26 @@ class VOC(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The 20 official names, alphabetical."""
-        return VOC_CLASSES
+        """The 20 official names, alphabetical; or the names in one's own XML files."""
+        return _own_classes(self._folder, self._own_sets) if self._own else VOC_CLASSES
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
         """The official names, or those of the class file."""
-        return prompts_from(self.class_file, VOC_CLASSES)
+        return prompts_from(self.class_file, self.class_names)
 
     @property
     def _image_sets(self) -> tuple[str, str]:
         return ("train", "val") if self.year == "2012" else ("trainval", "test")
+
+    @property
+    def _own(self) -> bool:
+        return has_own_classes(self._folder, self._image_sets[0])
+
+    @property
+    def _own_sets(self) -> tuple[str, ...]:
+        lists = self._folder / "ImageSets" / "Main"
+        return tuple(name for name in self._image_sets if (lists / f"{name}.txt").is_file())
 
     @property
     def _folder(self) -> Path:
@@ -83,6 +97,8 @@ class VOC(Source):
         Raises:
             DataError: Files are missing, or the download fails.
         """
+        if self._own:
+            return
         if self.download and self._missing():
             self._fetch()
         if missing := self._missing():
@@ -96,8 +112,10 @@ class VOC(Source):
         """Images and labels of train (2007: trainval)."""
         return self._read(self._image_sets[0])
 
-    def test(self) -> AnnotationTable:
-        """Images and labels of val (2007: test)."""
+    def test(self) -> AnnotationTable | None:
+        """Images and labels of val (2007: test); None if one's own data has no such list."""
+        if self._own and self._image_sets[1] not in self._own_sets:
+            return None
         return self._read(self._image_sets[1])
 
     def _missing(self) -> list[str]:
@@ -119,7 +137,13 @@ class VOC(Source):
             ) from error
 
     def _read(self, image_set: str) -> AnnotationTable:
-        return read_voc(self._folder, image_set, DIFFICULT[self.difficult], self.prompt_names)
+        difficult = DIFFICULT[self.difficult]
+        if self._own:
+            return read_voc_xml(self._folder, image_set, self.class_names, difficult, self.prompt_names)
+        return read_voc(self._folder, image_set, difficult, self.prompt_names)
+
+
+_own_classes = lru_cache(maxsize=8)(classes_of)  # names are asked for often, and each reads all XML files
 
 
 def read_voc(

@@ -1,0 +1,121 @@
+"""Folders in VOC's layout with classes of their own: XML files of labelling tools, and lists of image names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
+from cbsa_lightning.data.readers.source import read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.reading import brief, read_text
+from cbsa_lightning.errors import DataError
+
+
+def has_own_classes(folder: Path, image_set: str) -> bool:
+    """Whether ``folder`` lists images and has XML files, but none of VOC's own lists of a class."""
+    lists = folder / "ImageSets" / "Main"
+    named = (lists / f"{image_set}.txt").is_file() and (folder / "Annotations").is_dir()
+    return named and not any(lists.glob(f"*_{image_set}.txt"))
+
+
+def classes_of(folder: Path, image_sets: Sequence[str]) -> tuple[str, ...]:
+    """Names of all objects in the XML files of some image sets, sorted.
+
+    Raises:
+        DataError: A file cannot be read, or no object is named.
+    """
+    names = {
+        name
+        for image_set in image_sets
+        for image in _images(folder, image_set)
+        for name in _objects(folder, image) or ()
+    }
+    if not names:
+        raise DataError(f"{folder / 'Annotations'}: no XML file names an object; label some images first.")
+    return tuple(sorted(names))
+
+
+def read_voc_xml(
+    folder: Path, image_set: str, class_names: Sequence[str], difficult: int = 0, prompt_names: Sequence[str] = ()
+) -> AnnotationTable:
+    """Reads the XML files of an image set.
+
+    An image without an XML file is unlabelled; one whose file names no object has no class. ``difficult``, ``pose`` and
+    ``truncated`` may be missing, as in the files of labelImg and CVAT.
+
+    Args:
+        folder: Holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
+        image_set: Name of the list, without ``.txt``.
+        class_names: The C class names.
+        difficult: Label of a class of which an image has only objects called difficult: 0, 1 or -1.
+        prompt_names: C prompt names; empty for the default.
+
+    Raises:
+        DataError: A file is missing, no XML or not of this form, or an image is listed twice.
+    """
+    images = _images(folder, image_set)
+    row_of = {name: k for k, name in enumerate(class_names)}
+    labels = np.full((len(images), len(class_names)), UNKNOWN, dtype=np.int8)
+    for i, image in enumerate(images):
+        objects = _objects(folder, image)
+        if objects is None:
+            continue
+        labels[i] = 0
+        for name, clear in objects.items():
+            labels[i, row_of[name]] = 1 if clear else difficult
+    try:
+        there = {Path(name).stem: name for name in sorted(os.listdir(folder / "JPEGImages"), reverse=True)}
+    except OSError as error:
+        raise DataError(
+            f"{folder / 'JPEGImages'}: cannot be listed ({error.strerror}); put the images there"
+        ) from error
+
+    def where(i: int) -> str:
+        return f"{_list(folder, image_set)}, image {brief(images[i])}"
+
+    names = [f"JPEGImages/{there.get(image, f'{image}.jpg')}" for image in images]
+    paths = tidy_paths(folder, folder, names, where)
+    refuse_repeated(paths, where)
+    return AnnotationTable(folder, paths, labels, tuple(class_names), tuple(prompt_names))
+
+
+def _list(folder: Path, image_set: str) -> Path:
+    return folder / "ImageSets" / "Main" / f"{image_set}.txt"
+
+
+def _images(folder: Path, image_set: str) -> list[str]:
+    """Names of an image set without suffix; some tools write one, or the folder."""
+    lines = read_lines(_list(folder, image_set), "write one image name a line")
+    images = [Path(line.strip()) for line in lines if line.strip()]
+    if not images:
+        raise DataError(f"{_list(folder, image_set)}: names no image; write one image name a line")
+    return [image.stem if image.suffix.lower() in (".jpg", ".jpeg", ".png") else image.name for image in images]
+
+
+def _objects(folder: Path, image: str) -> dict[str, bool] | None:
+    """Classes of the objects of an image, and whether one of each is not difficult; None without a file."""
+    file = folder / "Annotations" / f"{image}.xml"
+    try:
+        text = read_text(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); save it as UTF-8") from error
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise DataError(f"{file}: declares a document type, which labelling tools never do; take the declaration out")
+    try:
+        root = ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{file}: is no XML ({error}); export it again") from error
+    objects: dict[str, bool] = {}
+    for k, entry in enumerate(root.iter("object")):
+        name = (entry.findtext("name") or "").strip()
+        if not name:
+            raise DataError(f"{file}: object {k} has no name; label it, or take it out")
+        clear = (entry.findtext("difficult") or "0").strip().lower() not in ("1", "true")
+        objects[name] = objects.get(name, False) or clear
+    return objects
