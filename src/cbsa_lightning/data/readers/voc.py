@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +67,7 @@ class VOC(Source):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The 20 official names, alphabetical; or the names in one's own XML files."""
-        return _own_classes(self._folder, self._own_sets) if self._own else VOC_CLASSES
+        return self._own_classes if self._own else VOC_CLASSES
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
@@ -81,6 +81,11 @@ class VOC(Source):
     @property
     def _own(self) -> bool:
         return has_own_classes(self._folder, self._image_sets[0])
+
+    @cached_property
+    def _own_classes(self) -> tuple[str, ...]:
+        """Read once: names are asked for often, and each time would read all XML files."""
+        return classes_of(self._folder, self._own_sets)
 
     @property
     def _own_sets(self) -> tuple[str, ...]:
@@ -141,9 +146,6 @@ class VOC(Source):
         if self._own:
             return read_voc_xml(self._folder, image_set, self.class_names, difficult, self.prompt_names)
         return read_voc(self._folder, image_set, difficult, self.prompt_names)
-
-
-_own_classes = lru_cache(maxsize=8)(classes_of)  # names are asked for often, and each reads all XML files
 
 
 def read_voc(
