@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -147,3 +149,17 @@ def test_refusals_are_sentences(arguments: list[str], flags: list[str], message:
         cli.main([*arguments, *flags])
     assert "\n" not in str(refusal.value)
     assert refusal.value.__cause__ is None
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", ""])
+def test_help_needs_neither_torch_nor_lightning(words: str, tmp_path: Path) -> None:
+    run = f"import sys; from cbsa_lightning.cli import main; main({words.split()!r}); print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", run], check=True, capture_output=True, text=True).stdout
+    assert ("cbsa 0." in said) if words == "--version" else ("table" in said and "--resume" in said)
+    assert not {"torch", "lightning", "jsonargparse"} & set(said.split())
+
+
+def test_the_classifier_needs_neither_open_clip_nor_albumentations_to_import() -> None:
+    run = "import sys; from cbsa_lightning import Classifier; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", run], check=True, capture_output=True, text=True).stdout
+    assert not {"open_clip", "albumentations", "lightning", "torchvision", "sklearn"} & set(said.split())

@@ -482,7 +482,9 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, checkpoint, monkeyp
 
 def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "make_cli", lambda words, folder: seen.append((folder, os.environ.get("WANDB_RUN_ID"))))
+    monkeypatch.setattr(
+        lightning_cli, "make_cli", lambda words, folder: seen.append((folder, os.environ.get("WANDB_RUN_ID")))
+    )
     make_run(tmp_path / "run", checkpoint)
     cli.main(["fit", f"--resume={tmp_path / 'run'}"])
     (tmp_path / "run" / "wandb_id.txt").write_text("abc\n")

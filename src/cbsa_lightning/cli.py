@@ -6,15 +6,22 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-from cbsa_lightning.config_files import find_configs
 from cbsa_lightning.errors import CBSAError
-from cbsa_lightning.lightning_cli import make_cli
-from cbsa_lightning.resuming import resumed
-from cbsa_lightning.tables import table
+
+HELP = """usage: cbsa COMMAND [options]
+
+  fit        train, and leave predictions and pictures; --resume [RUN] goes on with a run
+  validate   measure a checkpoint on the images that are held out for validation
+  test       measure a checkpoint on the test images
+  predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt
+  table      run the systems of one of the paper's tables: cbsa table 1
+
+  cbsa COMMAND --help    all options of a command
+  cbsa --version         the version of the library
+"""
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -24,12 +31,22 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Arguments instead of those of the process, for calls from Python and tests.
 
     Returns:
-        The LightningCLI of a run, or the file of a table.
+        The LightningCLI of a run, the file of a table, or None for help and version.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
+        print(f"cbsa {version('cbsa-lightning')}" if words == ["--version"] else HELP)
+        return None
+    from cbsa_lightning.config_files import find_configs
+    from cbsa_lightning.lightning_cli import make_cli
+    from cbsa_lightning.resuming import resumed
+    from cbsa_lightning.tables import table
+
     # LightningCLI knows the methods of a Trainer alone, so what is ours is taken out before it looks.
     if words[:1] == ["table"]:
         return table(words[1:])
+    if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
+        print("--resume [RUN]: go on with this run, or with the newest below runs/ (docs/faults.md).\n")
     with resumed(find_configs(words)) as run:
         before = os.environ.get("WANDB_RUN_ID")
         if run.wandb_id is not None:
@@ -48,7 +65,9 @@ def entry_point() -> None:
         main()
     except CBSAError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except SIGTERMException:
+    except SystemExit as end:
+        if type(end).__name__ != "SIGTERMException":  # Lightning's, which is not imported for this
+            raise
         print(
             "Asked to end (SIGTERM): stopped between two steps. To go on: `cbsa fit --resume`, or `cbsa table` again.",
             file=sys.stderr,
