@@ -61,6 +61,7 @@ def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    wandb.finish()  # of another test
     yield ["fit", f"--config={tmp_path / 'tiny.yaml'}"]
     wandb.finish()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import cbsa_lightning
@@ -102,6 +103,9 @@ def _run(cell: Cell, folder: Path) -> Settings:
         except SystemExit as error:  # jsonargparse says why and leaves
             raise ConfigError(f"{recipe} cannot be run: see the message above.") from error
     found = _found(cli, time.monotonic() - begun)
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # the cell is done; a later training would end it only when it begins
     del cli
     gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
     if torch.cuda.is_available():
