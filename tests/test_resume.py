@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cbsa_lightning import cli, runs
+from cbsa_lightning import cli, lightning_cli, runs
 from cbsa_lightning.checkpoint_files import SOURCE, TORN, newest_checkpoint, read_checkpoint
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from cbsa_lightning.loggers import MetricsFile, RunLogger, going_on
