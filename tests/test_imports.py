@@ -11,7 +11,7 @@ import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
 FLOORS = (
-    {"errors", "embedded", "files", "finite", "compiled", "optimizers"},
+    {"errors", "arguments", "embedded", "files", "finite", "compiled", "optimizers"},
     {
         "data",
         "losses",

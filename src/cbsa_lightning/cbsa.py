@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim import AdamW
 
+from cbsa_lightning.arguments import check_names, check_number
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import EvidenceLabeler, Labeler
@@ -89,6 +90,17 @@ class CBSAModule(SSMLLModule):
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
     ) -> None:
+        class_names = check_names("class_names", class_names)
+        check_number("num_contexts", num_contexts, 0, whole=True)
+        for name, value in (
+            ("prompt_length", prompt_length),
+            ("decoder_layers", decoder_layers),
+            ("decoder_heads", decoder_heads),
+            ("decoder_feedforward", decoder_feedforward),
+        ):
+            check_number(name, value, 1, whole=True)
+        check_number("decoder_dropout", decoder_dropout, 0, 1)
+        check_number("pool_lr_scale", pool_lr_scale, 0)
         if num_contexts > len(class_names):
             raise ConfigError(
                 f"{num_contexts} contexts cannot be made of {len(class_names)} classes; choose num_contexts <= "

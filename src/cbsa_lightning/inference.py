@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cbsa_lightning.arguments import check_names, check_number
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.errors import CBSAError, CheckpointError, DataError, WeightsError, listed
+from cbsa_lightning.errors import CBSAError, CheckpointError, ConfigError, DataError, WeightsError, listed
 from cbsa_lightning.finite import refuse_scores
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import build_cbsa_network
@@ -66,7 +67,10 @@ class Classifier:
     ) -> None:
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(check_names("class_names", class_names))
+        check_number("image_size", image_size, 1, whole=True)
+        if tuple(thresholds.shape) != (len(self.class_names),):
+            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
         self._view = PlainView(image_size)

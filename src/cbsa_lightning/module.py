@@ -18,6 +18,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
+from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.resume import ExactResume
@@ -100,9 +101,23 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
+        class_names = check_names("class_names", class_names)
+        if prompt_names is not None:
+            prompt_names = check_names("prompt_names", prompt_names, len(class_names))
+        check_kind("labeler", labeler, (Labeler, EvidenceLabeler), "an object such as TopK(k=2)")
+        check_kind("contexts", contexts, ContextTask, "a ContextTask()")
+        for name, value in (("network", network), ("loss", loss), ("optimizer", optimizer), ("scheduler", scheduler)):
+            if value is not None and not callable(value):
+                raise ConfigError(
+                    f"{name} cannot be a {type(value).__name__} ({value!r:.60}); give a function or class."
+                )
+        check_number("warmup_epochs", warmup_epochs, 0, whole=True)
+        check_number("unsup_weight", unsup_weight, 0)
+        check_number("ema_decay", ema_decay, 0, 1)
+        check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
-        self.class_names = list(class_names)
+        self.class_names = class_names
         self.prompt_names = list(prompt_names if prompt_names is not None else default_prompts(class_names))
         self.network = network(self.prompt_names)
         self.labeler = labeler if labeler is not None else ClassDistributionAware()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from cbsa_lightning.arguments import check_kind, check_number
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.datasets import (
@@ -115,6 +116,22 @@ class SSMLLDataModule(L.LightningDataModule):
         feature_cache: FeatureCache | None = None,
     ) -> None:
         super().__init__()
+        check_kind("source", source, Source, "a source of cbsa_lightning.data.readers, such as Table(train=FILE)")
+        for name, share in (("labelled_fraction", labelled_fraction), ("held_out_fraction", held_out_fraction)):
+            if share is not None:
+                check_number(name, share, 0, 1)
+        check_number("cutout", cutout, 0, 1)
+        for name, size in (
+            ("image_size", image_size),
+            ("seed", seed),
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("num_workers", num_workers),
+            ("labelled_per_batch", labelled_per_batch),
+            ("warmup_batch_size", warmup_batch_size),
+        ):
+            if size is not None:
+                check_number(name, size, whole=True)
         for name, value, least, most in (
             ("image_size", image_size, 1, 1 << 13),
             ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits
