@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -69,18 +70,52 @@ def test_home_and_variables_in_paths(monkeypatch):
         expand_paths("$NOWHERE/x")
 
 
-def test_the_wheel_holds_the_configurations(tmp_path):
-    pytest.importorskip("hatchling")
-    build = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Folder of an installed wheel, and a way to run Python with it elsewhere."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        inside = {n.removeprefix("cbsa_lightning/configs/") for n in archive.namelist() if "/configs/" in n}
-        archive.extractall(tmp_path / "site")
-    assert inside == {p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
-    run = "from cbsa_lightning.config_files import find_config; print(find_config('methods/cbsa.yaml'))"
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
-    found = subprocess.run(
-        [sys.executable, "-c", run], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    assert found == str(tmp_path / "site/cbsa_lightning/configs/methods/cbsa.yaml")
+        archive.extractall(folder / "site")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+
+    def python(*words):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return folder / "site" / "cbsa_lightning", python
+
+
+def test_the_wheel_holds_the_configurations(installed):
+    package, python = installed
+    inside = {path.relative_to(package / "configs") for path in (package / "configs").rglob("*.yaml")}
+    assert inside == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
+    found = python("-c", "from cbsa_lightning.config_files import find_config; print(find_config('methods/cbsa.yaml'))")
+    assert found.strip() == str(package / "configs/methods/cbsa.yaml")
+
+
+@pytest.mark.slow
+def test_an_installed_package_trains_and_predicts_outside_of_the_checkout(installed):
+    package, python = installed
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--compare=false", "--report.enabled=false"]
+    python(
+        "-m", "cbsa_lightning", "fit", "--config", "configs/quickstart.yaml", *short, "--trainer.limit_val_batches=1"
+    )
+    assert "--shares" in python("-m", "cbsa_lightning", "table", "1", "--help")
+    run = package.parents[1] / "runs/quickstart"
+    (checkpoint,) = run.rglob("last.ckpt")
+    config = checkpoint.parents[1] / "config.yaml"
+    image = next((package.parents[1] / "data").rglob("*.png"))
+    predict = [
+        f"--config={config}",
+        f"--ckpt_path={checkpoint}",
+        f"--data.predict={image}",
+        "--predictions.output=p.csv",
+    ]
+    python("-m", "cbsa_lightning", "predict", *predict)
+    assert len((package.parents[1] / "p.csv").read_text().splitlines()) == 2

@@ -39,7 +39,7 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     file = Path(expanded(os.fspath(name)))
     shipped = shipped_configs()
     inside = shipped.joinpath(*file.parts[1:] if file.parts[:1] == ("configs",) else file.parts)
-    if os.path.lexists(file):
+    if os.path.lexists(file) and not file.is_dir():
         return file
     if inside.is_file():
         return inside
