@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
 import warnings
@@ -271,6 +272,12 @@ class CBSACLI(LightningCLI):
             compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
 
 
+def _useful(record: logging.LogRecord) -> bool:
+    """Whether a user can act on a message: not on advertisements, nor on a folder with one file of weights."""
+    text = record.getMessage()
+    return "litlogger" not in text and not text.startswith("Multiple checkpoints found")
+
+
 def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None) -> CBSACLI:
     """Fits, validates, tests or predicts, as the first of ``args`` says.
 
@@ -289,6 +296,10 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 under torch 2.15
         warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the frozen CLIP, on purpose
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant: we run cells of our own
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint is used where it lies
+        warnings.filterwarnings("ignore", message="You are using a custom batch sampler")  # ours return all indices
+        for name in ("root", "lightning.pytorch.utilities.rank_zero"):
+            logging.getLogger(name).addFilter(_useful)
         warnings.filterwarnings("ignore", message="The number of training batches")  # epochs are what we log
         return CBSACLI(
             SSMLLModule,
