@@ -121,9 +121,9 @@ class MultilabelReport(Metric):
 def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """How good pseudo-labels are, against labels that training never saw (Fig. 6 of the paper).
 
-    Entries whose truth is unknown are left out everywhere. An ignored entry (-1) is no prediction: it costs
-    recall if it is a positive in truth. An undefined ratio (a class never predicted, or without positives)
-    counts 0.
+    Entries whose truth is unknown are left out, except from ``coverage``, which needs no truth. An ignored entry
+    (-1) is no prediction: it costs recall if it is a positive in truth. An undefined ratio (a class never
+    predicted, or without positives) counts 0.
 
     Args:
         pseudo: ``(n, C)`` in {1, 0, -1 ignored}.
@@ -131,7 +131,7 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``precision`` and ``recall``: means over classes (CP, CR); ``CF1``: their harmonic mean; ``OF1``: the
-        harmonic mean of pooled precision and recall; ``coverage``: share of entries that are not ignored;
+        harmonic mean of pooled precision and recall; ``coverage``: share of all entries that are not ignored;
         ``class_precision``, ``class_recall``, ``positive_rate`` ``(C,)``: per class, the last one the share
         of images that are pseudo-positive. Float32 on the CPU.
 
@@ -148,7 +148,7 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
         "recall": counts.class_recall.mean(),
         "CF1": counts.cf1,
         "OF1": counts.of1,
-        "coverage": _ratio(((pseudo >= 0) & (truth >= 0)).sum(), known.sum()),
+        "coverage": _ratio((pseudo >= 0).sum(), torch.tensor(pseudo.numel())),
         "class_precision": counts.class_precision,
         "class_recall": counts.class_recall,
         "positive_rate": _ratio(counts.predicted, known),

@@ -503,7 +503,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         refuse_scores(scores, name_of, what)
 
     def decision_thresholds(self) -> Tensor:
-        """Score from which a label is given, ``(C,)``; see :meth:`UpdateThresholds.on_train_epoch_start`.
+        """Score from which a label is given, ``(C,)``; see :class:`UpdateThresholds`.
 
         0.5 where no thresholds were ever taken, as after training on labelled images alone.
         """

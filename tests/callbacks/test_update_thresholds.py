@@ -6,15 +6,41 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from cbsa_lightning.callbacks.thresholds import UpdateThresholds
+from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import ClassDistributionAware
 from cbsa_lightning.metrics import pseudo_label_quality
 from reference.contexts import targets as slow_context_targets
 from reference.labelers import label, thresholds
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
 SURE = 0.616  # the first epoch's confidences lie below, the second's above
+
+
+def scores_by_hand(module, data, epoch):
+    """Class and context scores of an epoch's weak views by the averaged weights, one image at a time."""
+    module.eval()
+    scores, contexts = [], []
+    with torch.no_grad(), module.ema.applied_to(module.network):
+        for batch in data.weak_dataloader(epoch):
+            for image in batch.images:
+                output = module.network(module.network.features(image[None]))
+                scores.append(output.logits[0].sigmoid())
+                contexts.append(output.context_logits[0].softmax(0))
+    module.train()
+    return torch.stack(scores).numpy(), torch.stack(contexts)
+
+
+def cut_by_hand(module, data, epoch):
+    """The score of each class above which its labelled share of the unlabelled images lies."""
+    truth = data.train_table.labels[data.split.labelled]
+    scores, _ = scores_by_hand(module, data, epoch)
+    return thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "1")[0]
 
 
 class ByHand(L.Callback):
@@ -28,16 +54,7 @@ class ByHand(L.Callback):
             return
         data, rows = trainer.datamodule, trainer.datamodule.split.unlabelled
         truth = data.train_table.labels[data.split.labelled]
-        module.eval()
-        scores, contexts = [], []
-        with torch.no_grad(), module.ema.applied_to(module.network):
-            for one in data.weak_dataloader(trainer.current_epoch):
-                for image in one.images:
-                    output = module.network(module.network.features(image[None]))
-                    scores.append(output.logits[0].sigmoid())
-                    contexts.append(output.context_logits[0].softmax(0))
-        module.train()
-        scores = torch.stack(scores).numpy()
+        scores, contexts = scores_by_hand(module, data, trainer.current_epoch)
         expected = thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "0.998")
         self.epochs.append(
             {
@@ -49,7 +66,7 @@ class ByHand(L.Callback):
                 "expected_labels": label(scores, *expected),
                 "labelled_rows": module.pseudo_labels[data.split.labelled].numpy(),
                 "contexts": module.context_targets[rows].clone(),
-                "context_scores": torch.stack(contexts),
+                "context_scores": contexts,
                 "partition": module.context_partition.numpy().copy(),
                 "hidden": data.hidden_targets(),
             }
@@ -88,7 +105,62 @@ def test_thresholds_and_pseudo_labels(run):
 def test_predictions_are_cut_at_the_labelled_share(run):
     for epoch in run[1]:
         np.testing.assert_allclose(epoch["cut"], epoch["expected_cut"], atol=1e-5)
-    assert run[0].decision_thresholds().tolist() == run[1][-1]["cut"].tolist()
+
+
+STOPPED = {
+    "epochs": {},
+    "steps within an epoch": {"max_steps": 4},
+    "time": {"max_time": {"seconds": 0}, "min_steps": 4, "max_epochs": 99},
+    "validation every second epoch": {"check_val_every_n_epoch": 2},
+    "early stopping": {"max_epochs": 99},
+}
+
+
+@pytest.mark.parametrize("reason", STOPPED)
+def test_thresholds_are_those_of_the_final_weights(tmp_path, clip_folder, squares_folder, reason):
+    last = ModelCheckpoint(tmp_path, save_last=True)
+    stop = [EarlyStopping("train/loss", divergence_threshold=0.0)] if reason == "early stopping" else []
+    settings = {"max_epochs": 2, **STOPPED[reason], "callbacks": [*stop, last], "enable_checkpointing": True}
+    epochs = settings.pop("max_epochs")
+    module, trainer = tiny_fit(
+        tmp_path, clip_folder, Squares(squares_folder), max_epochs=epochs, trainer=settings, warmup_epochs=0
+    )
+    assert trainer.global_step < 20
+    saved = read_checkpoint(last.last_model_path, ("state_dict",))["state_dict"]["cut"]
+    assert saved.tolist() == module.cut.tolist()
+    # The weak views are those of the epoch that would come next.
+    epoch = 2 if reason in ("epochs", "validation every second epoch") else trainer.current_epoch
+    np.testing.assert_allclose(module.cut, cut_by_hand(module, trainer.datamodule, epoch), atol=1e-5)
+
+
+def test_scores_of_an_epoch_are_computed_once(tmp_path, clip_folder, squares_folder, monkeypatch):
+    passes = []
+    score = UpdateThresholds._score
+    monkeypatch.setattr(UpdateThresholds, "_score", lambda *args: passes.append(args[-1]) or score(*args))
+    tiny_fit(tmp_path, clip_folder, Squares(squares_folder), max_epochs=4)
+    assert passes == [1, 2, 3, 4]  # the last one for the final weights
+
+
+class Unlabelled(Squares):
+    """The truth of the last 12 training images is unknown."""
+
+    def train(self):
+        table = super().train()
+        labels = table.labels.copy()
+        labels[10:] = -1
+        return AnnotationTable(table.root, table.paths, labels, table.class_names)
+
+
+def test_coverage_is_told_where_the_truth_is_unknown(tmp_path, clip_folder, squares_folder):
+    _, trainer = tiny_fit(
+        tmp_path,
+        clip_folder,
+        Unlabelled(squares_folder),
+        data={"labelled_fraction": None},
+        labeler=ClassDistributionAware(eta_neg=0.5),
+    )
+    assert 0.3 < trainer.callback_metrics["pseudo/coverage"] < 1
+    assert "pseudo/precision" not in trainer.callback_metrics
 
 
 def test_contexts_of_unlabelled_images(run):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -23,9 +23,13 @@ class UpdateThresholds(L.Callback):
     Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, its table of pseudo-labels, and, where
     there is a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the
     quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before the first epoch, and those labels stay.
+
+    The scores of the next epoch are computed when an epoch ends, before its checkpoint is written, so that ``cut``
+    belongs to the weights that are saved with it. The next epoch takes them over; a resumed run computes them again.
     """
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
+    _ahead: _Scores | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Class rates come from the labelled images alone; labels that are made once are made here."""
@@ -44,11 +48,8 @@ class UpdateThresholds(L.Callback):
             return
         data = data_of(trainer)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
-        scores, contexts = self._score(trainer, pl_module, data, rows)
-        images = data.train_table.paths[data.split.unlabelled]
-        for found in (scores, contexts):  # before anything is changed by them
-            if found is not None:
-                refuse_scores(found, images.__getitem__, "Scores of the weak views")
+        scores, contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
+        self._ahead = None
         if isinstance(pl_module.labeler, EvidenceLabeler):
             labels = rounded(pl_module.pseudo_labels[rows])
         else:
@@ -56,12 +57,38 @@ class UpdateThresholds(L.Callback):
             pl_module.tau_pos.copy_(tau_pos)
             pl_module.tau_neg.copy_(tau_neg)
             self._fill(pl_module, data, labels)
-        # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
-        pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
         truth = data.hidden_targets()
         if contexts is not None:
             self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Decision thresholds of the epoch's weights, before checkpoints that are written after a validation."""
+        if trainer.state.fn == "fit" and trainer.is_last_batch:
+            self._look_ahead(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Decision thresholds of the epoch's weights, before checkpoints that are written when an epoch ends."""
+        self._look_ahead(trainer, pl_module)
+
+    def _look_ahead(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.stage == "semi-supervised":
+            self._scores_of(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Scores of the unlabelled images for an epoch by the present weights; computed once, and ``cut`` with them."""
+        ahead = self._ahead
+        if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
+            data = data_of(trainer)
+            scores, contexts = self._score(trainer, pl_module, data, epoch)
+            images = data.train_table.paths[data.split.unlabelled]
+            for found in (scores, contexts):  # before anything is changed by them
+                if found is not None:
+                    refuse_scores(found, images.__getitem__, "Scores of the weak views")
+            # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
+            pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
+            ahead = self._ahead = _Scores(epoch, trainer.global_step, scores, contexts)
+        return ahead.scores, ahead.contexts
 
     @staticmethod
     def _fill(pl_module: Any, data: Any, labels: Tensor) -> None:
@@ -99,9 +126,10 @@ class UpdateThresholds(L.Callback):
         return Evidence(tables[:split], tables[split:], labelled, data.labelled_targets())
 
     @torch.no_grad()
-    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled ``rows``."""
-        loader = data.weak_dataloader(trainer.current_epoch)
+    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled images."""
+        loader = data.weak_dataloader(epoch)
+        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
@@ -145,6 +173,15 @@ class UpdateThresholds(L.Callback):
         if bool((truth >= 0).any()):
             names += ["precision", "recall", "CF1"]
         pl_module.log_dict({f"pseudo/{name}": float(quality[name]) for name in names})
+
+
+class _Scores(NamedTuple):
+    """Scores of the unlabelled images for an epoch, by the weights after a number of optimiser steps."""
+
+    epoch: int
+    step: int
+    scores: Tensor
+    contexts: Tensor | None
 
 
 def data_of(trainer: L.Trainer) -> Any:
