@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -9,8 +12,12 @@ from lightning.pytorch.loggers import CSVLogger
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.comparison import zero_shot_report
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.gain import GainCheck
+from cbsa_lightning.labelers import LabelledOnly
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
 
@@ -90,3 +97,109 @@ def test_a_compiled_network_trains_like_a_plain_one_and_shares_its_checkpoints(t
     loaded.load_state_dict(state)
     module.load_state_dict(plain.state_dict())
     assert differences(loaded.state_dict(), plain.state_dict()) == []
+
+
+class Exclusive(Squares):
+    """The squares as two classes that never occur together: warm and cold colours."""
+
+    class_names = prompt_names = ("warm", "cold")
+
+    def _two(self, table):
+        warm = (table.labels[:, [0, 3]] == 1).any(1)
+        labels = np.stack([warm, ~warm], axis=1).astype(np.int8)
+        return AnnotationTable(table.root, table.paths, labels, self.class_names)
+
+    def train(self):
+        return self._two(super().train())
+
+    def test(self):
+        return self._two(super().test())
+
+
+def test_contexts_that_cannot_be_made_are_left_out_with_a_warning(tmp_path, clip_folder, squares_folder):
+    settings = {"num_contexts": 2, "warmup_epochs": 1, "prompt_length": 2, "decoder_layers": 1, "ema_decay": 0.8}
+
+    def fit(epochs, **limits):
+        torch.manual_seed(0)
+        module = CBSAModule(Exclusive.class_names, clip=str(clip_folder), **settings)
+        trainer = tiny_trainer(tmp_path, epochs, **limits)
+        return module, trainer, tiny_data(Exclusive(squares_folder))
+
+    module, trainer, data = fit(3)
+    with pytest.warns(UserWarning, match=r"without contexts, since its 8 labelled images.*only 0 of 2 classes"):
+        trainer.fit(module, datamodule=data)
+    assert (module.context_partition == -1).all()
+    assert trainer.callback_metrics["train/loss_aux"] == 0
+    assert "context/accuracy" not in trainer.callback_metrics
+    last = tmp_path / "last.ckpt"
+    shorter, stopped, data = fit(3, max_steps=5)
+    stopped.fit(shorter, datamodule=data)
+    stopped.save_checkpoint(last)
+    resumed, again, data = fit(3)
+    again.fit(resumed, datamodule=data, ckpt_path=last)
+    assert differences(module.state_dict(), resumed.state_dict()) == []
+
+
+def test_a_gain_check_on_half_of_the_labels_needs_no_contexts(tmp_path, clip_folder, squares_folder):
+    module = CBSAModule(Exclusive.class_names, clip=str(clip_folder), num_contexts=2, prompt_length=2, warmup_epochs=1)
+    settings = {"max_epochs": 2, "accelerator": "cpu", "use_distributed_sampler": False}
+    with pytest.warns(UserWarning, match="without contexts"):
+        gain = GainCheck(folds=2)(module, tiny_data(Exclusive(squares_folder), labelled_fraction=0.6), settings)
+    assert np.isfinite(gain.overall).all()
+
+
+def messages(caught):
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": 9, "trainer": {"max_steps": 2}}])
+def test_unlabelled_images_that_are_never_used_are_told_at_the_start(tmp_path, clip_folder, squares, limit):
+    with pytest.warns(UserWarning, match="warm-up") as caught:
+        tiny_fit(tmp_path, clip_folder, squares, **limit, warmup_epochs=3)
+    told = [text for text in messages(caught) if "unlabelled images" in text]
+    assert len(told) == 1
+    assert "(model.warmup_epochs is 3), so the 14 unlabelled images are never used" in told[0]
+
+
+def test_a_run_that_stops_within_its_warm_up_says_so_at_its_end(tmp_path, clip_folder, squares):
+    stopped = {"max_time": {"seconds": 0}, "min_steps": 1}
+    with pytest.warns(UserWarning, match="within the warm-up .*so the 14 unlabelled images were not used"):
+        tiny_fit(tmp_path, clip_folder, squares, max_epochs=9, warmup_epochs=3, trainer=stopped)
+
+
+def test_nothing_is_told_where_the_unlabelled_images_are_used_or_not_meant(tmp_path, clip_folder, squares):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tiny_fit(tmp_path, clip_folder, squares)
+        tiny_fit(tmp_path, clip_folder, squares, warmup_epochs=2, labeler=LabelledOnly())
+    assert not [text for text in messages(caught) if "unlabelled images" in text]
+
+
+def test_few_images_to_measure_on_are_told(tmp_path, clip_folder, squares):
+    with pytest.warns(UserWarning, match="measured on 7 images, with positives of 5 of 5 classes"):
+        tiny_fit(tmp_path, clip_folder, squares)
+
+
+class NoBetter(CBSAModule):
+    """Its validation finds what it is told to find."""
+
+    found = 0.0
+
+    def _log_report(self, prefix, report):
+        super()._log_report(prefix, {**report, "mAP": torch.tensor(self.found)})
+
+
+def test_a_final_map_that_zero_shot_reaches_is_told(tmp_path, clip_folder, squares, caplog):
+    caplog.set_level("INFO")
+    data = tiny_data(squares)
+    data.setup("fit")
+    zero_shot = float(zero_shot_report(FrozenCLIP.load(str(clip_folder)), data)["mAP"])
+    for found, expected in ((zero_shot - 1e-4, 1), (zero_shot + 1e-4, 0)):
+        module = NoBetter(Squares.class_names, clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2)
+        module.found = found
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny_trainer(tmp_path, 1).fit(module, datamodule=data)
+        told = [text for text in messages(caught) if "Training has not helped" in text]
+        assert len(told) == expected, found
+        assert f"on 7 images; zero-shot CLIP has {100 * zero_shot:.1f} %." in [*told, caplog.text][0]

@@ -79,7 +79,7 @@ def compare(
         "enable_checkpointing": False,
         "logger": CSVLogger(folder, name="labelled_only", version=""),
     }
-    untrained.labeler = LabelledOnly()
+    untrained.labeler, untrained.tells_limits = LabelledOnly(), False
     twin = L.Trainer(**{**settings, **own})
     twin.fit(untrained, datamodule=data)
     results["labelled only"] = float(twin.callback_metrics["val/mAP"])

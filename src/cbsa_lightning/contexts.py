@@ -105,8 +105,8 @@ def partition(S: Tensor, num_contexts: int, assign: Assign = "cluster_qr", seed:
     linked = np.flatnonzero(degree > 0)
     if len(linked) < num_contexts:
         raise ConfigError(
-            f"partition: only {len(linked)} of {num_classes} classes ever occur together with another one, "
-            f"too few for {num_contexts} contexts: lower num_contexts or label more images"
+            f"only {len(linked)} of {num_classes} classes ever occur together with another one, "
+            f"too few for {num_contexts} contexts; lower num_contexts or label more images"
         )
     groups = np.full(num_classes, -1)
     groups[linked] = _normalised_cut(affinity[np.ix_(linked, linked)], num_contexts, assign, seed)

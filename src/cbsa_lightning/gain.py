@@ -162,6 +162,7 @@ class GainCheck:
                 part = _with_held_out(data, np.flatnonzero(fold_of == fold))
                 for arm, scores in enumerate(arms):
                     module = copy.deepcopy(untrained)
+                    module.tells_limits = False
                     if arm == 0:
                         module.labeler = LabelledOnly()
                     logits, targets = _held_out_scores(module, part, settings)

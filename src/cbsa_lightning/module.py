@@ -21,6 +21,7 @@ from torch.optim import AdamW
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
+from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.resume import ExactResume
 from cbsa_lightning.callbacks.stages import Stages
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
@@ -83,6 +84,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     cut: Tensor
     positive_rate: Tensor
     context_partition: Tensor
+    tells_limits = True  # off in fits that are made to measure something only
 
     def __init__(
         self,
@@ -192,7 +194,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """
         begin_wandb_runs(self.trainer.loggers)
         callbacks: list[L.Callback] = [ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
-        return [*callbacks, UpdateContexts()] if self.num_contexts else callbacks
+        callbacks += [UpdateContexts()] if self.num_contexts else []
+        return [*callbacks, ResultLimits()] if self.tells_limits else callbacks
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""

@@ -41,6 +41,20 @@ def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
     return _steps_of(trainer, batches, range(warmup_epochs, trainer.max_epochs))
 
 
+def ends_in_warmup(trainer: Any, warmup_epochs: int) -> bool:
+    """Returns whether the limits of a Trainer end training no later than its warm-up.
+
+    Args:
+        trainer: A Trainer whose training starts.
+        warmup_epochs: Epochs of the first stage.
+    """
+    if 0 <= trainer.max_epochs <= warmup_epochs:
+        return True
+    if trainer.max_steps < 0 or trainer.current_epoch >= warmup_epochs:
+        return False
+    return trainer.max_steps <= _steps_of(trainer, trainer.num_training_batches, range(warmup_epochs))
+
+
 def _steps_of(trainer: Any, batches: float, epochs: range) -> int:
     if math.isinf(batches):
         raise ConfigError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbsa_lightning.callbacks.thresholds import data_of
@@ -25,6 +26,9 @@ class UpdateContexts(L.Callback):
 
     Before the first epoch the labelled images decide; in the second stage pseudo-labelled images count too, with
     their weight. A new partition takes over the ids of the last by overlap, since the context head has learnt them.
+
+    Where too few classes of the labelled images occur together, the run trains without contexts: no partition is made,
+    and no image has a context.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -39,12 +43,20 @@ class UpdateContexts(L.Callback):
         data = data_of(trainer)
         labels = data.labelled_targets()
         if bool((pl_module.context_partition < 0).any()):
-            self._partition(pl_module, labels, None)
+            try:
+                self._partition(pl_module, labels, None)
+            except ConfigError as error:  # too few classes occur together
+                rank_zero_warn(
+                    f"This run trains without contexts, since its {len(labels)} labelled images do not suffice: "
+                    f"{error}. model.num_contexts 0 trains without them on purpose."
+                )
         self._label(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Partition of the epoch, from labels and pseudo-labels; runs after :class:`UpdateThresholds`."""
         if pl_module.stage != "semi-supervised" or not pl_module.contexts.pseudo_weight:
+            return
+        if bool((pl_module.context_partition < 0).any()):
             return
         data = data_of(trainer)
         labels = data.labelled_targets()
@@ -71,7 +83,9 @@ class UpdateContexts(L.Callback):
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
         """Targets of the labelled images under the present partition; all zero for an image without any label."""
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
-        if pl_module.contexts.soft_targets:
+        if bool((part < 0).any()):  # zeros have no loss, but a gradient of zero, which several processes wait for
+            targets = torch.zeros(len(labels), k)
+        elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
         else:
             context = context_targets(labels, part, k)

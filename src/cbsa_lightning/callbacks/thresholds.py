@@ -58,7 +58,7 @@ class UpdateThresholds(L.Callback):
             pl_module.tau_neg.copy_(tau_neg)
             self._fill(pl_module, data, labels)
         truth = data.hidden_targets()
-        if contexts is not None:
+        if contexts is not None and bool((pl_module.context_partition >= 0).all()):
             self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
 
