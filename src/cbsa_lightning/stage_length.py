@@ -52,7 +52,7 @@ def ends_in_warmup(trainer: Any, warmup_epochs: int) -> bool:
         return True
     if trainer.max_steps < 0 or trainer.current_epoch >= warmup_epochs:
         return False
-    return trainer.max_steps <= _steps_of(trainer, trainer.num_training_batches, range(warmup_epochs))
+    return int(trainer.max_steps) <= _steps_of(trainer, trainer.num_training_batches, range(warmup_epochs))
 
 
 def _steps_of(trainer: Any, batches: float, epochs: range) -> int:

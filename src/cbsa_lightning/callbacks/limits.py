@@ -101,6 +101,8 @@ def _validated(trainer: Any) -> Any:
 @torch.no_grad()
 def _zero_shot_mAP(trainer: Any, pl_module: Any) -> float | None:
     """Of the validation images, by the towers as they are now; None for a network without zero-shot scores."""
+    if pl_module.network.frozen_weights is None:
+        return None
     describe = pl_module.network.describer()
     report = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)
     for batch in trainer.datamodule.val_dataloader():

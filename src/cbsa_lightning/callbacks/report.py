@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 class RunReport(L.Callback):
     """Writes ``predictions.csv`` and ``pictures/*.png`` into the run's folder when training ends.
 
+    Where images are skipped, ``left_out.txt`` lists them from the start.
+
     The averaged weights score the validation images once more, a batch at a time; only the images that the pictures
     show are kept. Pictures: predictions, attention (if the network has it), contexts (if there are any), average
     precision by class, training curves. With a ``WandbLogger`` they go there too, with tables of the classes and of
@@ -69,16 +71,21 @@ class RunReport(L.Callback):
         self.history = state_dict["history"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses class names that the table of predictions could not hold, before the training instead of after.
+        """Refuses class names that the table of predictions could not hold, and lists images that are skipped.
 
         Raises:
             ConfigError: See :func:`~cbsa_lightning.predictions.check_output`; or another run's report is there.
         """
         folder = self._folder(trainer)
-        if folder is not None:
-            check_output(PREDICTIONS, pl_module.class_names)
-            if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
-                refuse_taken(folder, (PREDICTIONS, PICTURES))
+        if folder is None:
+            return
+        check_output(PREDICTIONS, pl_module.class_names)
+        if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
+            refuse_taken(folder, (PREDICTIONS, PICTURES))
+        left_out = getattr(trainer.datamodule, "left_out", None)
+        if left_out and trainer.is_global_zero:
+            with replacing(folder / "left_out.txt") as draft:
+                draft.write_text("\n".join([*left_out, ""]), encoding="utf-8")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the validation metrics of the epoch; only now are those that the module logs last there."""

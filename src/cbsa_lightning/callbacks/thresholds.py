@@ -30,6 +30,15 @@ class UpdateThresholds(L.Callback):
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
     _ahead: _Scores | None = None
+    _cut_at: int | None = None  # optimiser steps of the weights that ``cut`` belongs to
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which weights the decision thresholds belong to."""
+        return {"cut_at": self._cut_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it from :meth:`state_dict`."""
+        self._cut_at = state_dict["cut_at"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Class rates come from the labelled images alone; labels that are made once are made here."""
@@ -71,8 +80,13 @@ class UpdateThresholds(L.Callback):
         """Decision thresholds of the epoch's weights, before checkpoints that are written when an epoch ends."""
         self._look_ahead(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Also of a resumed run that was stopped early, and so ends no epoch."""
+        if self._cut_at != trainer.global_step:
+            self._look_ahead(trainer, pl_module)
+
     def _look_ahead(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.stage == "semi-supervised":
+        if pl_module.stage == "semi-supervised" and bool(pl_module.ema.started):
             self._scores_of(trainer, pl_module, trainer.current_epoch + 1)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
@@ -87,6 +101,7 @@ class UpdateThresholds(L.Callback):
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
             # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
             pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
+            self._cut_at = trainer.global_step
             ahead = self._ahead = _Scores(epoch, trainer.global_step, scores, contexts)
         return ahead.scores, ahead.contexts
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from cbsa_lightning.arguments import check_kind, check_number
@@ -38,6 +39,7 @@ from cbsa_lightning.data.feature_cache import (
     plain,
 )
 from cbsa_lightning.data.image_cache import ImageCache, Images
+from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import left_out, read_images
@@ -82,8 +84,12 @@ class SSMLLDataModule(L.LightningDataModule):
         feature_cache: Where features of the frozen tower are kept, computed once before training: the threshold pass
             and validation then cost no image, and, if strong views are kept too, training neither. None computes
             them from the images each time.
+        on_error: What happens where images cannot be read: "stop" refuses them before the first step, "skip" trains
+            and measures without them; :attr:`left_out` lists them. Header and end of each file are checked, so damage
+            within a file still stops a run where it is met.
 
     Attributes:
+        left_out: Files of the images that were skipped.
         gives_unread: Whether an image to predict that cannot be read comes as a black one, named in its batch, for who
             lists it; else it is an error.
 
@@ -114,6 +120,7 @@ class SSMLLDataModule(L.LightningDataModule):
         image_cache: ImageCache | None = None,
         fast_decode: bool = False,
         feature_cache: FeatureCache | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         check_kind("source", source, Source, "a source of cbsa_lightning.data.readers, such as Table(train=FILE)")
@@ -132,6 +139,8 @@ class SSMLLDataModule(L.LightningDataModule):
         ):
             if size is not None:
                 check_number(name, size, whole=True)
+        if on_error not in ("stop", "skip"):
+            raise ConfigError(f"data.on_error must be 'stop' or 'skip', got {on_error!r}.")
         for name, value, least, most in (
             ("image_size", image_size, 1, 1 << 13),
             ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits
@@ -160,6 +169,9 @@ class SSMLLDataModule(L.LightningDataModule):
         self.feature_cache = feature_cache
         self.gives_unread = False
         self._predicted: tuple[str, AnnotationTable] | None = None
+        self.on_error = on_error
+        self.left_out: list[str] = []
+        self._unreadable: dict[str, np.ndarray] | None = None
         self._features: Features | None = None
         self._ready = False
 
@@ -200,15 +212,24 @@ class SSMLLDataModule(L.LightningDataModule):
         self.source.prepare()
         predicting = self.trainer is not None and self.trainer.predicting
         if self.image_cache is not None and not predicting:
-            for table in (self.source.train(), self.source.test()):
+            tables = {"train": self.source.train(), "test": self.source.test()}
+            for table in tables.values():
                 if table is not None:
                     table.require_files()
-                    self._images(table)
+            skipped = self._skipped(tables)
+            for part, table in tables.items():
+                if table is not None:
+                    self._images(table, skipped.get(part))
 
     def setup(self, stage: str) -> None:
         """Reads the tables and splits them; everything that can be refused is refused here."""
-        if stage == "predict" or self._ready:
-            return
+        if stage != "predict" and not self._ready:
+            self._set_up()
+        # A cache has decoded all images already.
+        if stage == "fit" and self.trainer is not None and self.on_error == "stop" and self.image_cache is None:
+            self._refuse_unreadable()
+
+    def _set_up(self) -> None:
         self.train_table, self.test_table = self.source.train(), self.source.test()
         self.split = self._make_split()
         if self.batch_size < 2:
@@ -222,7 +243,9 @@ class SSMLLDataModule(L.LightningDataModule):
         if self.test_table is not None:
             self.test_table.require_files()
         self._check_leaks()
-        self._train_images = self._images(self.train_table)
+        skipped = self._skipped({"train": self.train_table, "test": self.test_table})
+        self._leave_out(skipped)
+        self._train_images = self._images(self.train_table, skipped.get("train"))
         self._test_images = None if self.test_table is None else self._images(self.test_table)
         self._ready = True
 
@@ -230,9 +253,43 @@ class SSMLLDataModule(L.LightningDataModule):
     def _at_least(self) -> int | None:
         return self.image_size if self.fast_decode else None
 
-    def _images(self, table: AnnotationTable) -> Images:
+    def _images(self, table: AnnotationTable, left_out: np.ndarray | None = None) -> Images:
         files = ImageFiles(table, self._at_least)
-        return files if self.image_cache is None else self.image_cache.images(files, self.image_size, self.num_workers)
+        if self.image_cache is None:
+            return files
+        return self.image_cache.images(files, self.image_size, self.num_workers, left_out)
+
+    def _skipped(self, tables: dict[str, AnnotationTable | None]) -> dict[str, np.ndarray]:
+        """Rows of each table whose images are skipped since they cannot be read; found once."""
+        if self._unreadable is None:
+            found = tables.items() if self.on_error == "skip" else ()
+            self._unreadable = {part: unreadable(t, np.arange(len(t))) for part, t in found if t is not None}
+        return self._unreadable
+
+    def _leave_out(self, skipped: dict[str, np.ndarray]) -> None:
+        """Takes the skipped images out of the split and of the test table, and says which they are."""
+        tables = {"train": self.train_table, "test": self.test_table}
+        self.left_out = [str(t.file(i)) for part, t in tables.items() if t for i in skipped.get(part, ())]
+        if not self.left_out:
+            return
+        rank_zero_warn(f"{len(self.left_out)} images cannot be read and are skipped: {listed(self.left_out)}.")
+        self.split = self.split.without(skipped["train"])
+        if self.test_table is not None:
+            self.test_table = self.test_table.select(np.delete(np.arange(len(self.test_table)), skipped["test"]))
+
+    def _refuse_unreadable(self) -> None:
+        """Refuses images of the coming fit that cannot be read."""
+        split = self.split
+        unlabelled = split.unlabelled[:0] if self._learns_from_labels_alone else split.unlabelled
+        wanted = [(self.train_table, np.concatenate([split.labelled, unlabelled, split.held_out]))]
+        if self.test_table is not None and not len(split.held_out):
+            wanted.append((self.test_table, np.arange(len(self.test_table))))
+        refuse_unreadable(wanted)
+
+    @property
+    def _learns_from_labels_alone(self) -> bool:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        return module is not None and module.second_stage == "labelled-only"
 
     def _make_split(self) -> Split:
         if self.split_file is not None:
@@ -320,8 +377,7 @@ class SSMLLDataModule(L.LightningDataModule):
     def _kept_views(self) -> dict[str, KeptViews]:
         """What is kept: weak views of unlabelled images, strong ones of training images, plain ones for validation."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        learns_from_labels_alone = module is not None and module.second_stage == "labelled-only"
-        unlabelled = np.empty(0, np.int64) if learns_from_labels_alone else self.split.unlabelled
+        unlabelled = np.empty(0, np.int64) if self._learns_from_labels_alone else self.split.unlabelled
         needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
         needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
         needed[unlabelled, MIRRORED] = True

@@ -46,7 +46,9 @@ class ImageCache:
     folder: str = "cache"
     limit_gb: float = 50.0
 
-    def images(self, files: ImageFiles, size: int, num_workers: int = 0) -> CachedImages:
+    def images(
+        self, files: ImageFiles, size: int, num_workers: int = 0, left_out: np.ndarray | None = None
+    ) -> CachedImages:
         """The images of a table; those that are missing are decoded and kept first.
 
         Several processes may do this at once.
@@ -55,6 +57,7 @@ class ImageCache:
             files: The images.
             size: S, the side that they are squashed to, in pixels.
             num_workers: Processes that decode.
+            left_out: Rows that are not needed, since their files cannot be read.
 
         Raises:
             ConfigError: The cache would exceed its limit or the disk, or does not hold such images.
@@ -65,7 +68,7 @@ class ImageCache:
         store = RowStore(folder, (size, size, 3), np.uint8, settings, "decoded images")
         paths = [files.table.file(row) for row in range(len(files.table))]
         keys = content_keys(paths, Path(self.folder) / "contents.json")
-        _fill(store, files, size, keys, self.limit_gb, num_workers)
+        _fill(store, files, size, keys, self.limit_gb, num_workers, left_out)
         return CachedImages(store, store.find(keys))
 
 
@@ -102,8 +105,19 @@ class _Squashed(Dataset[np.ndarray]):
         return squash(self.files[self.rows[i]], self.size)
 
 
-def _fill(store: RowStore, files: ImageFiles, size: int, keys: list[bytes], limit_gb: float, num_workers: int) -> None:
-    missing = {keys[row]: row for row in np.flatnonzero(store.find(keys) < 0).tolist()}  # each content once
+def _fill(
+    store: RowStore,
+    files: ImageFiles,
+    size: int,
+    keys: list[bytes],
+    limit_gb: float,
+    num_workers: int,
+    left_out: np.ndarray | None,
+) -> None:
+    absent = store.find(keys) < 0
+    if left_out is not None:
+        absent[left_out] = False
+    missing = {keys[row]: row for row in np.flatnonzero(absent).tolist()}  # each content once
     if not missing:
         return
     store.require_room(

@@ -137,6 +137,32 @@ def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     raise DataError(f"{found} is no image; give (H, W), (H, W, 3) or (H, W, 4).")
 
 
+def looks_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether the header of an image can be read and its end is there; decodes nothing.
+
+    False says nothing: the file may be of a format whose end has no mark, and :func:`decode` tells.
+    """
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            tail = file.read()
+            file.seek(0)
+            with Image.open(file, formats=_FORMATS) as image:
+                _check_size(Path(path), image)
+                kind = image.format or ""
+            if kind == "WEBP":
+                file.seek(4)
+                return int.from_bytes(file.read(4), "little") + 8 <= size
+            return kind in _ENDS and _ENDS[kind] in tail
+    except Exception:  # as in decode, of any kind
+        return False
+
+
+_TAIL = 32  # bytes; some cameras pad their files
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
+
+
 class ImageFiles:
     """The images of a table by row, decoded each time that one is asked for.
 

@@ -57,6 +57,11 @@ class Split:
                 "a row is labelled, unlabelled or held out, once"
             )
 
+    def without(self, rows: ArrayLike) -> Split:
+        """The same split with some rows in none of its parts."""
+        parts = {part: getattr(self, part) for part in PARTS}
+        return dataclasses.replace(self, **{part: kept[~np.isin(kept, rows)] for part, kept in parts.items()})
+
     @property
     def digest(self) -> str:
         """Sha256 over the three parts in their order: two runs with equal digests train on the same rows."""
