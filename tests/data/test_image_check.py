@@ -82,8 +82,8 @@ def test_images_are_skipped_on_request_and_listed(tmp_path, clip_folder, cached)
     rows = (split.labelled[0], split.unlabelled[0])
     source = broken(tmp_path / "images", *(f"train/{row}.png" for row in rows), "test/0.png")
     settings = {"on_error": "skip", "image_cache": ImageCache(str(tmp_path / "cache")) if cached else None}
+    report = {"logger": CSVLogger(tmp_path, name="run", version=0), "callbacks": [RunReport(num_images=2)]}
     with pytest.warns(UserWarning, match="3 images cannot be read and are skipped: "):
-        report = {"logger": CSVLogger(tmp_path, name="run", version=0), "callbacks": [RunReport(num_images=2)]}
         _, trainer = tiny_fit(tmp_path, clip_folder, source, data=settings, trainer=report)
     data = trainer.datamodule
     assert data.left_out == [str(tmp_path / "images" / f"train/{row}.png") for row in sorted(rows)] + [
