@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cbsa_lightning.contexts import context_targets
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
 from cbsa_lightning.finite import refuse_scores
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler, class_thresholds, positive_rates, rounded
 from cbsa_lightning.metrics import pseudo_label_quality
@@ -199,16 +199,6 @@ class _Scores(NamedTuple):
     contexts: Tensor | None
 
 
-def data_of(trainer: L.Trainer) -> Any:
-    """The data module that the epoch-wise passes need.
-
-    Raises:
-        ConfigError: If training was started with loaders alone.
-    """
-    data = getattr(trainer, "datamodule", None)
-    if data is None or not all(hasattr(data, name) for name in ("weak_dataloader", "plain_dataloader")):
-        raise ConfigError(
-            "Semi-supervised training needs all unlabelled images at each epoch's start: call "
-            "trainer.fit(module, datamodule=SSMLLDataModule(...)), or a data module of your own with the same methods."
-        )
-    return data
+def data_of(trainer: L.Trainer) -> SemiSupervisedData:
+    """The data module that the epoch-wise passes need; see :func:`semi_supervised`."""
+    return semi_supervised(getattr(trainer, "datamodule", None))
