@@ -22,6 +22,7 @@ from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
+from cbsa_lightning.callbacks.monitors import CheckMonitors
 from cbsa_lightning.callbacks.resume import ExactResume
 from cbsa_lightning.callbacks.stages import Stages
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
@@ -193,7 +194,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         Lightning asks for them right before it starts the loggers.
         """
         begin_wandb_runs(self.trainer.loggers)
-        callbacks: list[L.Callback] = [ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
+        callbacks: list[L.Callback] = [CheckMonitors(), ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
         callbacks += [UpdateContexts()] if self.num_contexts else []
         return [*callbacks, ResultLimits()] if self.tells_limits else callbacks
 

@@ -1,0 +1,50 @@
+"""What callbacks monitor must exist: a wrong name is refused before the first step, not after an epoch."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import lightning as L
+
+from cbsa_lightning.errors import ConfigError, listed
+
+_OURS = ("cbsa_lightning", "lightning")
+
+
+class CheckMonitors(L.Callback):
+    """Refuses metrics that nobody logs.
+
+    Skipped where the module or a callback is of another package, since it may log metrics of its own.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks at ``monitor`` of all callbacks.
+
+        Raises:
+            ConfigError: Naming the metric, and similar ones.
+        """
+        if any(type(part).__module__.split(".")[0] not in _OURS for part in (pl_module, *trainer.callbacks)):
+            return
+        known = logged_names(pl_module)
+        for callback in trainer.callbacks:
+            name = getattr(callback, "monitor", None)
+            if name is not None and name not in known:
+                similar = difflib.get_close_matches(name.replace("_", "/", 1), known, cutoff=0.4) or ["val/mAP"]
+                raise ConfigError(
+                    f"{type(callback).__name__} monitors {name!r}, which no training logs. Take one such as "
+                    f"{listed(similar)}."
+                )
+
+
+def logged_names(pl_module: Any) -> list[str]:
+    """Names of all metrics that a training of ``pl_module`` may log."""
+    names = [f"val/{name}" for name in ("mAP", "mAP_raw", "mAP_with_zeros", "CF1", "OF1")]
+    names += [f"val/AP/{name}" for name in pl_module.class_names]
+    names += [f"train/{name}" for name in ("loss", "loss_sup", "loss_unsup")]
+    names += [f"pseudo/{name}" for name in ("coverage", "precision", "recall", "CF1")]
+    if pl_module.specificity is not None:
+        names += ["val/feature_cosine", "val/specific_gain"]
+    if pl_module.num_contexts:
+        names += ["train/loss_aux", "context/coverage", "context/accuracy", "context/changed_classes"]
+    return [*names, "time/ms_per_image"]
