@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import cbsa_lightning
 from cbsa_lightning.callbacks.report import RunReport
@@ -96,12 +95,7 @@ def _run(cell: Cell, folder: Path) -> Settings:
     begun = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # the cell's own
-        try:
-            cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
-        except SIGTERMException:  # which is a SystemExit too
-            raise
-        except SystemExit as error:  # jsonargparse says why and leaves
-            raise ConfigError(f"{recipe} cannot be run: see the message above.") from error
+        cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
     found = _found(cli, time.monotonic() - begun)
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -39,6 +39,8 @@ class PlainParser(LightningArgumentParser):
         if unknown := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
             option = unknown.group(1).partition("=")[0]
             return f"{option} is no option.{_similar(option, list(self._option_string_actions))}"
+        if unknown := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", message):  # of a file
+            return f"--{unknown.group(1)} is no option."
         keys = [key.removeprefix("--") for key in re.findall(r'Parser key "([^"]+)"', message)]
         setting = f"--{'.'.join(keys)}" if keys else "The command line"
         given = re.findall(r"(?:Given value|Got value): (.*)", message)
