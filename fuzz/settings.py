@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from cbsa_lightning.config_files import check_configs
+from cbsa_lightning.config_files import check_configs, naming_files
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.data.image_cache import ImageCache
@@ -164,7 +164,8 @@ class Configs(Target):
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 words = ["--config", str(folder / "c.yaml")]
                 check_configs(words)  # as make_cli does first
-                self.parser.parse_args(words)
+                with naming_files(words):
+                    self.parser.parse_args(words)
         except SystemExit as error:
             message = said.getvalue().rpartition("error:")[2]  # what stands before is how to use the command
             case.places = ("c.yaml", *_KEYS)

@@ -110,9 +110,9 @@ def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder,
     assert len(saves.files) > 10
     for file, logged in saves.files:
         again, more, rest = run(tmp_path, clip_folder, squares, ckpt_path=file, **settings)
-        over = not read_checkpoint(file)["optimizer_states"][0]["state"]  # no step follows, so nothing needs it
-        assert over == (file == saves.files[-1][0])
-        assert again.keys() == {key for key in state if not (over and key.startswith("optimizer."))}, file.name
+        last = file == saves.files[-1][0]  # no step follows, so nothing needs the optimiser's state
+        assert not (last and read_checkpoint(file)["optimizer_states"][0]["state"])
+        assert again.keys() == {key for key in state if not (last and key.startswith("optimizer."))}, file.name
         assert differences(state, again) == [], file.name
         assert rest == batches[len(batches) - len(rest) :], file.name
         # What was logged before the checkpoint and what is logged after it are all rows: none is lost in between.

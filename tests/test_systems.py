@@ -105,8 +105,8 @@ def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
     table = folder / "five.csv"
     table.write_text("image\n" + "\n".join(map(str, images)) + "\n")
     arguments = [f"--config={recipe}", f"--ckpt_path={checkpoint}", "--trainer.logger=false"]
-    main(["predict", *arguments, f"--data.predict={table}", f"--predictions.output={folder / 'found.csv'}"])
-    rows = list(csv.DictReader((folder / "found.csv").open()))
+    main(["predict", *arguments, f"--data.predict={table}", f"--predictions.output={folder / cell.folder}.csv"])
+    rows = list(csv.DictReader((folder / f"{cell.folder}.csv").open()))
     classifier = Classifier.load(checkpoint, network=network_of(cell))
     scores = np.array([[float(row[name]) for name in classifier.class_names] for row in rows])
 

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ def check_configs(words: Sequence[str]) -> None:
             ) from error
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{file}: must map settings to values, as in 'trainer: {{max_epochs: 2}}'.")
+
+
+@contextmanager
+def naming_files(words: Sequence[str]) -> Iterator[None]:
+    """Adds to a refused setting the configuration files that mention it, unless a flag does.
+
+    Raises:
+        ConfigError: The refusal, with the files.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        named = re.search(r"'([^']+)'|--(?:\w+\.)*(\w+)", str(error))
+        name = (named.group(1) or named.group(2)).split(".")[-1] if named else ""
+        files = list(_named(words))
+        flags = [word for word in words[1:] if word.startswith("--") and not word.startswith("--config")]
+        if not files or any(name in flag for flag in flags):
+            raise
+        mentioning = [file for file in files if name in read_text(file)] or files
+        raise ConfigError(f"{listed(map(str, mentioning))}: {error}") from None
 
 
 def _named(words: Sequence[str]) -> Iterator[Path]:

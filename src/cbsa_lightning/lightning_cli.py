@@ -28,7 +28,7 @@ from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.cli_parser import PlainParser, plain_cause
 from cbsa_lightning.comparison import compare
-from cbsa_lightning.config_files import check_configs, expand_paths
+from cbsa_lightning.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
@@ -194,7 +194,8 @@ class CBSACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Keeps the command line, which alone says what a user has set."""
         self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
-        super().parse_arguments(parser, args)
+        with naming_files(self._words):
+            super().parse_arguments(parser, args)
         self.config = expand_paths(self.config)
 
     def _parse_ckpt_path(self) -> None:

@@ -121,10 +121,10 @@ def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
     plain_count = Count()
     plain_module, plain = tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [plain_count]})
     assert plain_count.before == 0
-    assert plain_count.passes == 2 * 7 + 14
+    assert plain_count.passes == 2 * 7 + 2 * 14  # weak views: for the labels of an epoch, and for the final thresholds
     module, trainer, count = cached_fit(tmp_path, clip_folder, squares)
     assert count.passes == 0
-    assert count.steps == plain_count.steps > 0
+    assert count.steps == plain_count.steps - 7 > 0  # without a cache, zero-shot CLIP sees the test images once more
     assert count.before == 14 * 2 + 7 + 1  # two flips of the unlabelled, the test images, and one to learn the shape
     # Both had the same weights when thresholds were taken. (Later ones differ: a pseudo-label may tie within rounding.)
     assert module.tau_pos.isfinite().any()

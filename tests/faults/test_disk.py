@@ -46,12 +46,16 @@ def a_checkpoint(folder, version):
 
 def some_metrics(folder, version):
     file = MetricsFile(folder)
-    file.metrics = [{"step": step, "loss": version} for step in range(5000)]
+    for step in range(5000):
+        file.log_metrics({"loss": version}, step)
     file.save()
 
 
 def some_hparams(folder, version):
-    MetricsFile(folder).log_hparams({f"name{i}": version for i in range(1000)})
+    file = MetricsFile(folder)
+    file.log_hparams({f"name{i}": version for i in range(1000)})
+    file.log_metrics({"loss": version}, 0)
+    file.save()
 
 
 def some_predictions(folder, version, name):

@@ -18,7 +18,7 @@ from cbsa_lightning.errors import DataError
 def has_own_classes(folder: Path, image_set: str) -> bool:
     """Whether ``folder`` lists images and has XML files, but none of VOC's own lists of a class."""
     lists = folder / "ImageSets" / "Main"
-    named = (lists / f"{image_set}.txt").is_file() and (folder / "Annotations").is_dir()
+    named = os.path.isfile(lists / f"{image_set}.txt") and os.path.isdir(folder / "Annotations")  # of any length
     return named and not any(lists.glob(f"*_{image_set}.txt"))
 
 
