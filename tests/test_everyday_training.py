@@ -182,7 +182,7 @@ def test_few_images_to_measure_on_are_told(tmp_path, clip_folder, squares):
 
 
 class NoBetter(CBSAModule):
-    """Its validation finds what it is told to find."""
+    """Its validation reports a fixed mAP."""
 
     found = 0.0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cbsa_lightning.config_files import config_values, is_file_name
 from cbsa_lightning.errors import CheckpointError, ConfigError
 
 MODEL = "model_config"
@@ -68,19 +69,18 @@ def mentioned(words: Sequence[str]) -> set[str]:
         Dotted names without ``model.`` and ``init_args.``, such as ``optimizer.lr``.
     """
     names: set[str] = set()
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
+    for word in words:
+        option = word.partition("=")[0]
         if option.startswith("--model."):
             names.add(_short(option.removeprefix("--model.").rstrip("+")))
         elif option == "--model":
             names.add("class_path")
-        elif option in ("--config", "-c"):
-            value = value if equals else "".join(words[i + 1 : i + 2])
-            read = yaml.safe_load(value if "\n" in value or ": " in value else Path(value).read_text(encoding="utf-8"))
-            sections = [read, *(read.values() if isinstance(read, dict) else ())]  # also below a subcommand
-            for section in sections:
-                found = section.get("model") if isinstance(section, dict) else None
-                names.update(name for name, _ in _leaves(found or {}))
+    for value in config_values(words):
+        read = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file_name(value) else value)
+        sections = [read, *(read.values() if isinstance(read, dict) else ())]  # also below a subcommand
+        for section in sections:
+            found = section.get("model") if isinstance(section, dict) else None
+            names.update(name for name, _ in _leaves(found or {}))
     return names
 
 

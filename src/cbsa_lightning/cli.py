@@ -13,7 +13,7 @@ from cbsa_lightning.errors import CBSAError
 
 HELP = """usage: cbsa COMMAND [options]
 
-  fit        train, and leave predictions and pictures; --resume [RUN] goes on with a run
+  fit        train a model, write predictions and pictures; --resume [RUN] continues a run
   validate   measure a checkpoint on the images that are held out for validation
   test       measure a checkpoint on the test images
   predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt

@@ -57,9 +57,9 @@ def find_configs(words: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=")
         if option not in ("--config", "-c"):
             continue
-        if equals and _is_file_name(value):
+        if equals and is_file_name(value):
             found[i] = f"{option}={find_config(value)}"
-        elif not equals and i + 1 < len(words) and _is_file_name(words[i + 1]):
+        elif not equals and i + 1 < len(words) and is_file_name(words[i + 1]):
             found[i + 1] = str(find_config(words[i + 1]))
     return found
 
@@ -134,14 +134,18 @@ def naming_files(words: Sequence[str]) -> Iterator[None]:
         raise ConfigError(f"{listed(map(str, mentioning))}: {error}") from None
 
 
-def _named(words: Sequence[str]) -> Iterator[Path]:
+def config_values(words: Sequence[str]) -> Iterator[str]:
+    """Yields what ``--config`` is given in a command line: names of files, or YAML itself."""
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option in ("--config", "-c"):
-            value = value if equals else "".join(words[i + 1 : i + 2])
-            if _is_file_name(value):
-                yield Path(value)
+            yield value if equals else "".join(words[i + 1 : i + 2])
 
 
-def _is_file_name(value: str) -> bool:
+def _named(words: Sequence[str]) -> Iterator[Path]:
+    return map(Path, filter(is_file_name, config_values(words)))
+
+
+def is_file_name(value: str) -> bool:
+    """Whether a value of ``--config`` names a file."""
     return bool(value) and "\n" not in value and ": " not in value  # jsonargparse takes YAML itself as well

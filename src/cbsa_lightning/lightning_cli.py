@@ -51,8 +51,8 @@ _NO_CHECKPOINT = (
 class RunRecord(SaveConfigCallback):
     """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split.
 
-    A new run gets its folder here, and keeps it locked while it is trained. What a resumed run was made of is written
-    anew only once its first epoch begins, so a checkpoint or setting that is refused leaves the folder as it was.
+    A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
+    first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
     """
 
     def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:

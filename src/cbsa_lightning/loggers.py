@@ -38,7 +38,7 @@ class MetricsFile:
         self.metrics = self._read()
         self._opened_again = bool(self.metrics)
         self._earlier = len(self.metrics)  # rows that were read from the file
-        self._logged = False
+        self._logged = self._new_hparams = False
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.file.is_file():
@@ -72,14 +72,16 @@ class MetricsFile:
     def log_hparams(self, params: dict[str, Any]) -> None:
         """Keeps them for ``hparams.yaml``."""
         self.hparams.update(params)
+        self._new_hparams = True
 
     def save(self) -> None:
         """Writes both files once something was logged: a resumed run that is refused leaves them as they are."""
         if not self._logged:
             return
-        if self.hparams:
+        if self._new_hparams and self.hparams:
             with replacing(self.folder / "hparams.yaml") as draft:
                 save_hparams_to_yaml(str(draft), self.hparams)
+            self._new_hparams = False
         with replacing(self.file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, sorted(set().union(*self.metrics)))
             writer.writeheader()
@@ -89,7 +91,7 @@ class MetricsFile:
 class RunLogger(CSVLogger):
     """Lightning's CSVLogger; but in a folder that has a ``metrics.csv`` already it goes on, instead of deleting it.
 
-    The folder of a new run is made as soon as its version is asked for, so that no other process gets the same.
+    The folder of a new run is created when its version is first requested, so that no other process takes it.
     """
 
     @property

@@ -66,7 +66,7 @@ def resumed(words: Sequence[str]) -> Iterator[Resumed]:
 
 
 def _place_to_go_on(run: Path) -> Path | None:
-    """The run's newest checkpoint; None where nothing is lost if the run begins anew.
+    """Returns the run's newest checkpoint, or None if the run can restart without losing anything.
 
     Raises:
         ConfigError: If the run has weights or figures, but no checkpoint that training can go on from.

@@ -170,7 +170,9 @@ class ExactResume(L.Callback):
                 _check_length(stage, steps, trainer, pl_module)
                 if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
                     _take_new_settings(trainer, pl_module)
-                    rank_zero_info("The optimiser has other settings than before; it goes on with the new ones.")
+                    rank_zero_info(
+                        "The optimiser settings differ from those in the checkpoint. Training uses the new ones."
+                    )
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
             parameters = {plain_name(name): p for name, p in pl_module.named_parameters()}

@@ -32,9 +32,8 @@ class Stages(L.Callback):
             pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
         tuned = pl_module.lr is not None or pl_module.scheduled_steps != pl_module.stage_steps()
         if tuned and trainer.ckpt_path is None:
-            trainer.strategy.setup_optimizers(
-                trainer
-            )  # a learning-rate or batch-size finder ran after the first set-up
+            # A learning-rate or batch-size finder ran after the first set-up.
+            trainer.strategy.setup_optimizers(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
