@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from cbsa_lightning.errors import ConfigError, listed
 
@@ -47,11 +50,11 @@ def check_number(
         ConfigError: Naming the argument, its bounds and its value.
     """
     number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-    if number and whole:
-        number = float(value).is_integer()
+    if whole:
+        number = number and isinstance(value, Integral)
     inside = number and (least is None or value >= least) and (most is None or value <= most)
     if not inside:
-        kind = "a whole number" if whole else "a number"
+        kind = "an integer" if whole else "a number"
         bounds = [f"{word} {bound}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
         raise ConfigError(f"{name} must be {kind}{' of ' if bounds else ''}{' and '.join(bounds)}, got {value!r:.100}.")
 
@@ -65,3 +68,34 @@ def check_kind(name: str, value: Any, kinds: type | Sequence[type], remedy: str)
     kinds = (kinds,) if isinstance(kinds, type) else tuple(kinds)
     if value is not None and not isinstance(value, kinds):
         raise ConfigError(f"{name} cannot be a {type(value).__name__} ({value!r:.60}); give {remedy}.")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuses what is neither True nor False: the text "false" would count as True.
+
+    Raises:
+        ConfigError: Naming the argument and its value.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ConfigError(f"{name} must be True or False, got {value!r:.100}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuses what is none of the choices.
+
+    Raises:
+        ConfigError: Naming the argument, its choices and its value.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r:.100}.")
+
+
+def check_paths(**paths: Any) -> None:
+    """Refuses what is no path; None passes.
+
+    Raises:
+        ConfigError: Naming the argument and its value.
+    """
+    for name, value in paths.items():
+        check_kind(name, value, (str, os.PathLike), "a path")

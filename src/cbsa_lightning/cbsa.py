@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim import AdamW
 
-from cbsa_lightning.arguments import check_names, check_number
+from cbsa_lightning.arguments import check_flags, check_names, check_number
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import EvidenceLabeler, Labeler
@@ -100,6 +100,15 @@ class CBSAModule(SSMLLModule):
         ):
             check_number(name, value, 1, whole=True)
         check_number("decoder_dropout", decoder_dropout, 0, 1)
+        check_number("scale", scale, 0)
+        check_flags(
+            semantic_alignment=semantic_alignment,
+            target_prompts=target_prompts,
+            shared_prompts=shared_prompts,
+            decoder_self_attention=decoder_self_attention,
+            learn_scale=learn_scale,
+            train_pool=train_pool,
+        )
         check_number("pool_lr_scale", pool_lr_scale, 0)
         if num_contexts > len(class_names):
             raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
+
+from cbsa_lightning.arguments import check_choice, check_flags, check_number
 
 Assignment = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
 
@@ -18,6 +20,9 @@ class ContextTask:
         power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's (D2-7).
         pseudo_weight: How much a pseudo-labelled image counts in the co-occurrence that is taken anew each epoch,
             beside 1 for a labelled image; 0 keeps the partition of the labelled images.
+
+    Raises:
+        ConfigError: For an option of another type or outside its range.
     """
 
     def __init__(
@@ -29,6 +34,11 @@ class ContextTask:
         power: float = 1.0,
         pseudo_weight: float = 1.0,
     ) -> None:
+        for name, value in (("weight", weight), ("power", power), ("pseudo_weight", pseudo_weight)):
+            check_number(f"contexts.{name}", value, 0)
+        check_number("contexts.confidence", confidence, 0, 1)
+        check_flags(soft_targets=soft_targets)
+        check_choice("contexts.assign", assign, get_args(Assignment))
         self.weight = weight
         self.confidence = confidence
         self.soft_targets = soft_targets

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from cbsa_lightning.arguments import check_names, check_number
+from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
@@ -65,10 +65,12 @@ class Classifier:
         image_size: int,
         device: str | torch.device = "cpu",
     ) -> None:
+        check_kind("network", network, nn.Module, "the network; Classifier.load(PATH) reads a checkpoint")
+        check_kind("thresholds", thresholds, Tensor, "a tensor with one threshold for each class name")
+        check_number("image_size", image_size, 1, whole=True)
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
         self.class_names = tuple(check_names("class_names", class_names))
-        check_number("image_size", image_size, 1, whole=True)
         if tuple(thresholds.shape) != (len(self.class_names),):
             raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
         self.thresholds = thresholds.detach().float().cpu()

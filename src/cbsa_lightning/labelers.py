@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.thresholds import check_etas, check_scores, row_strips
 from cbsa_lightning.thresholds import class_thresholds as class_thresholds  # part of this file's interface
@@ -177,8 +178,7 @@ class TopK(Labeler):
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"top-k labeler: k must be at least 1, got {self.k}")
+        check_number("TopK: k", self.k, 1, whole=True)
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; the rates are not used."""
@@ -257,5 +257,7 @@ def _top(scores: Tensor, k: int) -> PseudoLabels:
 
 
 def _check_cuts(pos: float, neg: float) -> None:
-    if not 0 <= neg <= pos <= 1:
-        raise ConfigError(f"thresholds must satisfy 0 <= negative <= positive <= 1, got {neg} and {pos}")
+    for name, value in (("positive", pos), ("negative", neg)):
+        check_number(f"the {name} threshold", value, 0, 1)
+    if neg > pos:
+        raise ConfigError(f"the negative threshold {neg} exceeds the positive threshold {pos}; make it lower.")

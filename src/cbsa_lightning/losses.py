@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
 
 
@@ -176,9 +177,10 @@ def _choose(positive: Tensor, negative: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check_asymmetric(gamma_pos: float, gamma_neg: float, clip: float) -> None:
-    if not (gamma_pos >= 0 and gamma_neg >= 0):
-        raise ConfigError(f"asymmetric loss: gammas must be >= 0, got gamma_pos={gamma_pos}, gamma_neg={gamma_neg}")
-    if not 0 <= clip < 1:
+    check_number("asymmetric loss: gamma_pos", gamma_pos, 0)
+    check_number("asymmetric loss: gamma_neg", gamma_neg, 0)
+    check_number("asymmetric loss: clip", clip, 0, 1)
+    if clip == 1:
         raise ConfigError(f"asymmetric loss: clip is a probability margin in [0, 1), got {clip}")
 
 

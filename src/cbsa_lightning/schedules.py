@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
@@ -60,6 +61,7 @@ class OneCycle:
     """
 
     def __init__(self, pct_start: float = 0.2) -> None:
+        check_number("OneCycle: pct_start", pct_start, 0, 1)
         self.pct_start = pct_start
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:

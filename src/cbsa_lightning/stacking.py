@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
+from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler
 
@@ -58,7 +59,8 @@ class StackedProbes(EvidenceLabeler):
     trust: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.trust > 0:
+        check_number("StackedProbes: trust", self.trust, 0)
+        if self.trust == 0:
             raise ConfigError(f"stacked probes: trust must be above 0, got {self.trust}")
 
     def __call__(self, evidence: Evidence) -> Tensor:

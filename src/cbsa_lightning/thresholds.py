@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 # Scores in the copy of a block of columns, in which columns are contiguous: 512 MiB in float32. A class with more
@@ -231,8 +232,8 @@ def check_etas(eta_pos: float, eta_neg: float) -> None:
     Raises:
         ConfigError: for an eta outside [0, 1].
     """
-    if not (0 <= eta_pos <= 1 and 0 <= eta_neg <= 1):
-        raise ConfigError(f"class thresholds: eta_pos and eta_neg are shares in [0, 1], got {eta_pos} and {eta_neg}")
+    check_number("eta_pos", eta_pos, 0, 1)
+    check_number("eta_neg", eta_neg, 0, 1)
 
 
 def _counts(n: int, num_classes: int, positive_rate: Tensor, eta_pos: float, eta_neg: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from cbsa_lightning.arguments import check_choice, check_paths
 from cbsa_lightning.data.readers.unlabelled import by_suffix
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.predictions import check_output, in_table_order, write_left_out, write_predictions
@@ -35,8 +36,8 @@ class WritePredictions(BasePredictionWriter):
 
     def __init__(self, output: str | None = None, on_error: Literal["stop", "skip"] = "stop") -> None:
         super().__init__(write_interval="batch_and_epoch")
-        if on_error not in ("stop", "skip"):
-            raise ConfigError(f"predictions.on_error must be 'stop' or 'skip', got {on_error!r}.")
+        check_paths(**{"predictions.output": output})
+        check_choice("predictions.on_error", on_error, ("stop", "skip"))
         self.output = output
         self.on_error = on_error
         self.unread: dict[int, str] = {}

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.contexts import cooccurrence
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
-from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.pictures import (
@@ -56,8 +56,8 @@ class RunReport(L.Callback):
     """
 
     def __init__(self, num_images: int = 16, enabled: bool = True) -> None:
-        if num_images < 1:
-            raise ConfigError(f"num_images is {num_images}; give 1 or more, or enabled=False for no report.")
+        check_number("report.num_images", num_images, 1, whole=True)
+        check_flags(**{"report.enabled": enabled})
         self.num_images = num_images
         self.enabled = enabled
         self.history: dict[str, dict[int, float]] = {}

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from cbsa_lightning.arguments import check_kind, check_number
+from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.datasets import (
@@ -139,8 +139,13 @@ class SSMLLDataModule(L.LightningDataModule):
         ):
             if size is not None:
                 check_number(name, size, whole=True)
-        if on_error not in ("stop", "skip"):
-            raise ConfigError(f"data.on_error must be 'stop' or 'skip', got {on_error!r}.")
+        check_choice("data.on_error", on_error, ("stop", "skip"))
+        check_paths(split_file=split_file, predict=predict)
+        check_flags(fast_decode=fast_decode)
+        check_kind("image_cache", image_cache, ImageCache, "ImageCache(FOLDER) of cbsa_lightning.data.image_cache")
+        check_kind(
+            "feature_cache", feature_cache, FeatureCache, "FeatureCache(FOLDER) of cbsa_lightning.data.feature_cache"
+        )
         for name, value, least, most in (
             ("image_size", image_size, 1, 1 << 13),
             ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from cbsa_lightning.arguments import check_number, check_paths
 from cbsa_lightning.data.image_cache import Images
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.store import KEY_BYTES, RowStore
 from cbsa_lightning.data.views import PlainView, StrongView
-from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.errors import DataError
 
 PLAIN, MIRRORED, STRONG = 0, 1, 2
 """Columns of a table of views: the plain view, its mirror image, then the strong ones."""
@@ -47,7 +48,7 @@ class FeatureCache:
         limit_gb: GB (10^9 bytes) that the features of one tower may take.
 
     Raises:
-        ConfigError: A negative number of views.
+        ConfigError: An argument of another type, or a negative one.
     """
 
     folder: str = "cache"
@@ -55,8 +56,9 @@ class FeatureCache:
     limit_gb: float = 50.0
 
     def __post_init__(self) -> None:
-        if self.strong_views < 0:
-            raise ConfigError(f"strong_views is {self.strong_views}; give 0 (none are kept) or more.")
+        check_paths(**{"feature_cache.folder": self.folder})
+        check_number("feature_cache.strong_views", self.strong_views, 0, whole=True)
+        check_number("feature_cache.limit_gb", self.limit_gb, 0)
 
     def open(self, tower: Tower, image_size: int, at_least: int | None) -> RowStore:
         """The store of a tower's features of images of one size."""

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from cbsa_lightning.arguments import check_number, check_paths
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import squash
@@ -41,10 +42,17 @@ class ImageCache:
     Args:
         folder: Where the images are kept; a disk of this machine, and one folder for all data sets.
         limit_gb: GB (10^9 bytes) that images of one size may take.
+
+    Raises:
+        ConfigError: An argument of another type, or a negative limit.
     """
 
     folder: str = "cache"
     limit_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        check_paths(**{"image_cache.folder": self.folder})
+        check_number("image_cache.limit_gb", self.limit_gb, 0)
 
     def images(
         self, files: ImageFiles, size: int, num_workers: int = 0, left_out: np.ndarray | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.networks.base import Description, Network, mean_over_places
 from cbsa_lightning.networks.prompts import ClassPrompts
 
@@ -37,6 +38,8 @@ class PromptedCLIP(Network):
         clip.speed_up()
 
     def _prompts(self, length: int, shared: bool, template: str | None = None, trainable: bool = True) -> ClassPrompts:
+        check_number("prompt_length", length, 1, whole=True)
+        check_flags(shared_prompts=shared)
         return ClassPrompts(self.clip, self.prompt_names, length, shared, template, trainable)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cbsa_lightning.arguments import check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import check_class_names, duplicates, prompts_from
 from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
@@ -46,6 +47,9 @@ class COCO(Source):
         train_images: Another image folder for training.
         val_images: Another image folder for the test.
         class_file: Class file with prompt names (``read_class_file``); default: the category names.
+
+    Raises:
+        ConfigError: An argument that is no text or path.
     """
 
     root: str
@@ -56,6 +60,9 @@ class COCO(Source):
     train_images: str | None = None
     val_images: str | None = None
     class_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_paths(**{f"COCO: {name}": value for name, value in vars(self).items()})
 
     @property
     def class_names(self) -> tuple[str, ...]:

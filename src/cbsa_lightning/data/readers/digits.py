@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
+from cbsa_lightning.arguments import check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray
 from cbsa_lightning.data.canvases import Canvas, draw_canvas, exemplars
 from cbsa_lightning.data.readers.source import Source
-from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.errors import DataError
 from cbsa_lightning.files import writing
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -91,8 +92,8 @@ class Digits(Source):
     def __post_init__(self) -> None:
         floors = {"num_train": 1, "num_test": 1, "image_size": 64, "seed": 0}
         for name, floor in floors.items():
-            if getattr(self, name) < floor:
-                raise ConfigError(f"Digits: {name} is {getattr(self, name)}; it must be at least {floor}")
+            check_number(f"Digits: {name}", getattr(self, name), floor, whole=True)
+        check_paths(**{"Digits: root": self.root})
 
     @property
     def folder(self) -> Path:

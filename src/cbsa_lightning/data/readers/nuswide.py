@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cbsa_lightning.arguments import check_choice, check_flags, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
 from cbsa_lightning.data.reading import brief, open_regular
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.errors import DataError, listed
 
 _NAMES = """
     airport animal beach bear birds boats book bridge buildings cars castle cat cityscape clouds computer
@@ -54,7 +55,7 @@ class NUSWIDE(Source):
         class_file: Class file with prompt names (``read_class_file``); default: the concept names.
 
     Raises:
-        ConfigError: An unknown layout.
+        ConfigError: An unknown layout, or an argument of another type.
     """
 
     root: str
@@ -69,8 +70,10 @@ class NUSWIDE(Source):
     class_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in ("official", "list"):
-            raise ConfigError(f"NUS-WIDE layout {self.layout!r} is not known; use 'official' or 'list'")
+        check_choice("NUSWIDE: layout", self.layout, ("official", "list"))
+        check_flags(**{"NUSWIDE: drop_unlabeled": self.drop_unlabeled})
+        others = {name: value for name, value in vars(self).items() if name not in ("layout", "drop_unlabeled")}
+        check_paths(**{f"NUSWIDE: {name}": value for name, value in others.items()})
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cbsa_lightning.arguments import check_flags, check_kind, check_paths
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
 from cbsa_lightning.data.class_names import (
     ClassFile,
@@ -64,7 +65,7 @@ class Table(Source):
         allow_outside: Whether paths may leave ``root``.
 
     Raises:
-        ConfigError: ``separator`` is empty.
+        ConfigError: ``separator`` is empty, or an argument is of another type.
     """
 
     def __init__(
@@ -77,7 +78,14 @@ class Table(Source):
         separator: str = ";",
         allow_outside: bool = False,
     ) -> None:
-        if not separator.strip():
+        check_kind(
+            "Table: train", train, (str, os.PathLike), "the path of a table; write a DataFrame with to_csv first"
+        )
+        if train is None:
+            raise ConfigError("Table: train is None; give the path of a table.")
+        check_paths(**{"Table: test": test, "Table: root": root, "Table: class_file": class_file})
+        check_flags(**{"Table: allow_outside": allow_outside})
+        if not isinstance(separator, str) or not separator.strip():
             raise ConfigError(f"table separator {separator!r} is empty; names need a visible mark between them")
         self._train, self._test, self._root, self._class_file = train, test, root, class_file
         self._separator, self._allow_outside = separator, allow_outside

@@ -10,12 +10,13 @@ from typing import Literal
 
 import numpy as np
 
+from cbsa_lightning.arguments import check_choice, check_flags, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
 from cbsa_lightning.data.readers.voc_xml import classes_of, has_own_classes, read_voc_xml
 from cbsa_lightning.data.reading import brief
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.errors import DataError, listed
 
 _NAMES = """
     aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person
@@ -48,7 +49,7 @@ class VOC(Source):
         class_file: Class file with prompt names (``read_class_file``); default: the official names.
 
     Raises:
-        ConfigError: An unknown year or difficult.
+        ConfigError: An unknown year or difficult, or an argument of another type.
     """
 
     root: str
@@ -59,10 +60,10 @@ class VOC(Source):
     class_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.year not in ARCHIVES:
-            raise ConfigError(f"VOC year {self.year!r} is not known; use one of {listed(ARCHIVES)}")
-        if self.difficult not in DIFFICULT:
-            raise ConfigError(f"VOC difficult {self.difficult!r} is not known; use one of {listed(DIFFICULT)}")
+        check_paths(**{"VOC: root": self.root, "VOC: class_file": self.class_file})
+        check_choice("VOC: year", self.year, tuple(ARCHIVES))
+        check_choice("VOC: difficult", self.difficult, tuple(DIFFICULT))
+        check_flags(**{"VOC: download": self.download})
 
     @property
     def class_names(self) -> tuple[str, ...]:
