@@ -7,12 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.callbacks import limits
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
+from cbsa_lightning.cli import main
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.comparison import zero_shot_report
 from cbsa_lightning.data.annotations import AnnotationTable
@@ -65,6 +67,61 @@ def test_weights_in_half_precision_are_refused_at_the_start(tmp_path, clip_folde
 def test_other_precisions_are_reported(tmp_path, clip_folder, squares, precision):
     tiny_fit(tmp_path, clip_folder, squares, trainer={"precision": precision, **reported(tmp_path)})
     assert (tmp_path / "run/version_0/predictions.csv").exists()
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_host_program_may_set_double_precision_as_default(tmp_path, clip_folder, squares, default_dtype):
+    default_dtype(torch.float64)
+    module, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer=reported(tmp_path))
+    assert trainer.current_epoch == trainer.max_epochs
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert (tmp_path / "run/version_0/predictions.csv").exists()
+
+
+def test_a_default_of_half_precision_is_refused_at_the_start(tmp_path, clip_folder, squares, default_dtype):
+    default_dtype(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"Trained weights are torch\.bfloat16, which is too coarse"):
+        tiny_fit(tmp_path, clip_folder, squares)
+
+
+def test_a_default_device_without_values_is_refused(clip_folder):
+    with torch.device("meta"), pytest.raises(ConfigError, match="default device is 'meta'"):
+        tiny_module(clip_folder)
+
+
+CALLBACKS = {  # of lightning, with what each must be given
+    "Timer": {"duration": "00:01:00:00"},
+    "LearningRateMonitor": {},
+    "EarlyStopping": {"monitor": "val/mAP"},
+    "GradientAccumulationScheduler": {"scheduling": {0: 2}},
+    "StochasticWeightAveraging": {"swa_lrs": 0.01},
+    "OnExceptionCheckpoint": {"dirpath": "stopped"},
+    "ModelCheckpoint": {"train_time_interval": "0:10:00"},
+    "ModelSummary": {},
+    "DeviceStatsMonitor": {},
+    "LambdaCallback": {},
+    "RichProgressBar": {},
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_in_a_saved_configuration_is_read_again(tmp_path, capsys, name):
+    saved = tmp_path / "config.yaml"
+    callback = {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": CALLBACKS[name]}
+    saved.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    printed = []
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", "--config", "quickstart.yaml", "--config", str(saved), "--print_config"])
+        printed.append(capsys.readouterr().out)
+        saved.write_text(printed[-1])
+    assert printed[0] == printed[1]
+    assert any(c["class_path"].endswith(name) for c in yaml.safe_load(printed[0])["trainer"]["callbacks"])
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

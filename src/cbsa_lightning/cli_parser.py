@@ -7,14 +7,19 @@ import inspect
 import pydoc
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cbsa_lightning.errors import CBSAError, ConfigError, listed
+
+# Without it a callback whose default is an enum, such as lightning's Timer, cannot be saved in config.yaml.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 _STRUCTURE = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given value", "Problem with given class_path")
 

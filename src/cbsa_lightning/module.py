@@ -138,7 +138,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         ]
 
         num_classes = len(self.class_names)
-        unset = torch.full((num_classes,), float("nan"))
+        unset = torch.full((num_classes,), torch.nan, dtype=torch.float32)
         self.register_buffer("tau_pos", unset.clone())
         self.register_buffer("tau_neg", unset.clone())
         self.register_buffer("cut", unset.clone())
@@ -247,6 +247,12 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             raise ConfigError(
                 f"trainer.precision {self.trainer.precision!r} keeps the averaged weights in half precision, which is "
                 f"too coarse for their small steps. Use {mixed!r}."
+            )
+        half = {p.dtype for p in self.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        if stage == "fit" and half:
+            raise ConfigError(
+                f"Trained weights are {half.pop()}, which is too coarse for the small steps of their average. Build "
+                "the module with torch's default dtype float32, and train with trainer.precision '16-mixed'."
             )
 
     def on_fit_start(self) -> None:

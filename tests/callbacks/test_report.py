@@ -163,5 +163,5 @@ def test_nothing_is_written(towers, digits, tmp_path, caplog, report, settings, 
 
 
 def test_no_images_is_refused():
-    with pytest.raises(ConfigError, match="num_images is 0"):
+    with pytest.raises(ConfigError, match="num_images must be an integer of at least 1, got 0"):
         RunReport(num_images=0)

@@ -234,7 +234,7 @@ def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, s
 
 
 def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
-    with pytest.raises(ConfigError, match="strong_views is -1"):
+    with pytest.raises(ConfigError, match="strong_views must be an integer of at least 0, got -1"):
         FeatureCache(strong_views=-1)
     small = FeatureCache(str(tmp_path / "small"), strong_views=1000, limit_gb=0.01)
     with pytest.raises(ConfigError, match=r"features need .* GB.*0.01 GB are allowed.*Keep fewer strong views"):

@@ -178,7 +178,7 @@ def test_very_long_names_do_not_fill_the_message(tmp_path):
 def test_unknown_options():
     with pytest.raises(ConfigError, match="'2011'"):
         VOC("x", year="2011")
-    with pytest.raises(ConfigError, match="negative, positive, ignore"):
+    with pytest.raises(ConfigError, match="difficult must be 'negative' or 'positive' or 'ignore', got 'maybe'"):
         VOC("x", difficult="maybe")
 
 

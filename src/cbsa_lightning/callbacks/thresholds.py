@@ -129,7 +129,7 @@ class UpdateThresholds(L.Callback):
                 found = describe(pl_module.features_of(batch))
             parts = [*found.descriptors, *found.scores]
             split = len(found.descriptors)
-            tables = tables or [torch.zeros(len(order), part.shape[1], device=pl_module.device) for part in parts]
+            tables = tables or [_rows(pl_module, len(order), part.shape[1]) for part in parts]
             for table, part in zip(tables, parts, strict=True):
                 table[place[batch.index]] = part.float()
         # Each process filled its own rows, the others are zero there.
@@ -148,8 +148,8 @@ class UpdateThresholds(L.Callback):
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
-        scores = torch.zeros(n, len(pl_module.class_names), device=pl_module.device)
-        contexts = torch.zeros(n, k, device=pl_module.device) if k else None
+        scores = _rows(pl_module, n, len(pl_module.class_names))
+        contexts = _rows(pl_module, n, k) if k else None
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with pl_module.evaluating():
             for batch in tqdm(loader, desc="Pseudo-labels", leave=False, disable=not show):
@@ -188,6 +188,11 @@ class UpdateThresholds(L.Callback):
         if bool((truth >= 0).any()):
             names += ["precision", "recall", "CF1"]
         pl_module.log_dict({f"pseudo/{name}": float(quality[name]) for name in names})
+
+
+def _rows(pl_module: Any, n: int, width: int) -> Tensor:
+    """Zeros ``(n, width)`` to fill, in float32 whatever the precision of training or torch's default is."""
+    return torch.zeros(n, width, dtype=torch.float32, device=pl_module.device)
 
 
 class _Scores(NamedTuple):

@@ -72,11 +72,15 @@ def load_open_clip(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Loaded:
-    """Builds an open_clip model in float32 on the CPU; arguments and errors as of ``FrozenCLIP.load``."""
+    """Builds an open_clip model; arguments and errors as of ``FrozenCLIP.load``."""
     if pretrained is None:
         raise ConfigError(
             f"pretrained of CLIP {model!r} is null, which names no weights. Leave it out for the weights that a folder "
             f"brings, give a tag or a file, or '{RANDOM}' for random weights."
+        )
+    if torch.get_default_device().type == "meta":
+        raise ConfigError(
+            "torch's default device is 'meta', whose tensors hold no values. Build the network with the default 'cpu'."
         )
     asked, pretrained = pretrained, None if pretrained == RANDOM else pretrained
     architecture = _architecture(model)
