@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def with_optimizer(kind="torch.optim.AdamW", **values):
         (["--model.unsup_weight=1"], {"unsup_weight"}),
         (["--model.init_args.optimizer.init_args.lr", "0.1"], {"optimizer.lr"}),
         (["--model", "CBSAModule", "--model.optimizer=SGD"], {"class_path", "optimizer"}),
+        (["--model", "MODEL"], {"class_path", "clip", "optimizer.class_path", "optimizer.lr"}),
+        (["--model={class_path: CBSAModule, init_args: {clip: x}}"], {"class_path", "clip"}),
         (["--config", "FILE"], {"class_path", "clip", "optimizer.class_path", "optimizer.lr"}),
         (["-c=FILE"], {"class_path", "clip", "optimizer.class_path", "optimizer.lr"}),
         (["--trainer.max_epochs=1", "--data.batch_size=2"], set()),
@@ -57,7 +60,8 @@ def test_settings_that_a_command_line_mentions(tmp_path, words, names, below):
     }
     section = {"model": model, "trainer": {"max_epochs": 2}}
     (tmp_path / "FILE").write_text(yaml.safe_dump({below: section} if below else section))
-    assert mentioned([word.replace("FILE", str(tmp_path / "FILE")) for word in words]) == names
+    (tmp_path / "MODEL").write_text(yaml.safe_dump(model))
+    assert mentioned([re.sub("FILE|MODEL", rf"{tmp_path}/\g<0>", word) for word in words]) == names
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,19 @@ def test_results_are_never_those_of_untrained_weights(moved_run, monkeypatch):
         ["predict", *words, "--untrained=true", f"--data.predict={moved_run}/images", "--predictions.output=p.csv"]
     )
     assert (moved_run / "p.csv").exists()
+
+
+def test_the_exit_status_says_that_images_were_skipped(moved_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(moved_run / "images", "images")
+    broken = min(path for path in Path("images").iterdir())
+    broken.write_bytes(broken.read_bytes()[:60])
+    words = ["predict", "--config", str(moved_run / "run.yaml"), f"--model.clip={moved_run}/after", "--untrained=true"]
+    words += ["--data.predict=images", "--predictions.on_error=skip", "--predictions.output=p.csv"]
+    with pytest.raises(SystemExit, match="3"):
+        cli.main(words)
+    assert broken.name in Path("p_left_out.csv").read_text()
+    assert broken.name not in Path("p.csv").read_text()
 
 
 @pytest.mark.parametrize("corrected", [False, True])

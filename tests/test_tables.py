@@ -26,7 +26,7 @@ from cbsa_lightning.errors import CBSAError, ConfigError
 from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
 from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell
 from cbsa_lightning.results import Finished, Means
-from cbsa_lightning.table_page import write_table
+from cbsa_lightning.table_page import refuse_other_files, write_table
 from cbsa_lightning.table_pictures import draw_pseudo_labels, draw_table
 from tiny_tables import CONFIGS, short, tiny_voc, write_overlay
 
@@ -140,6 +140,24 @@ def test_nothing_finished_yet(tmp_path: Path) -> None:
     assert "Could not be run" not in text
     assert (tmp_path / "out" / "table_2.csv").read_text().count("\n") == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["table_4.md", "table_4.csv", "table_4.png", "table_4_pseudo_labels.csv"])
+def test_files_of_the_user_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"{name} would be replaced, but no earlier"):
+        main(["table", "4", "--out", str(tmp_path), "--configs", str(CONFIGS)])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_earlier_table_is_replaced(tmp_path: Path) -> None:
+    done = [finished("CBSA", [0.5])]
+    first = written(tmp_path, 4, [run.cell for run in done], done)
+    file = tmp_path / "out" / "table_4.md"
+    refuse_other_files(file, TABLES[4])
+    assert written(tmp_path, 4, [run.cell for run in done], done) == first
+    with pytest.raises(ConfigError, match=r"table_4\.md"):
+        refuse_other_files(file, TABLES[1])
 
 
 def test_error_bars_of_the_paper(tmp_path: Path) -> None:

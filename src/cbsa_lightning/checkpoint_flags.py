@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cbsa_lightning.config_files import config_values, is_file_name
+from cbsa_lightning.config_files import config_values, is_file_name, option_values
 from cbsa_lightning.errors import CheckpointError, ConfigError
 
 MODEL = "model_config"
@@ -73,8 +73,9 @@ def mentioned(words: Sequence[str]) -> set[str]:
         option = word.partition("=")[0]
         if option.startswith("--model."):
             names.add(_short(option.removeprefix("--model.").rstrip("+")))
-        elif option == "--model":
-            names.add("class_path")
+    for value in option_values(words, "--model"):
+        read = yaml.safe_load(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+        names.update(name for name, _ in _leaves(read if isinstance(read, dict) else {"class_path": read}))
     for value in config_values(words):
         read = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file_name(value) else value)
         sections = [read, *(read.values() if isinstance(read, dict) else ())]  # also below a subcommand

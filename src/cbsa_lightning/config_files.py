@@ -136,9 +136,14 @@ def naming_files(words: Sequence[str]) -> Iterator[None]:
 
 def config_values(words: Sequence[str]) -> Iterator[str]:
     """Yields what ``--config`` is given in a command line: names of files, or YAML itself."""
+    return option_values(words, "--config", "-c")
+
+
+def option_values(words: Sequence[str], *options: str) -> Iterator[str]:
+    """Yields the values that one of ``options`` is given in a command line."""
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
-        if option in ("--config", "-c"):
+        if option in options:
             yield value if equals else "".join(words[i + 1 : i + 2])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from scipy.stats import kendalltau
 
 from cbsa_lightning.cost import Cost
+from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.files import replacing
 from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
 from cbsa_lightning.recipes import Cell
@@ -41,7 +42,7 @@ def write_table(
     columns = list(dict.fromkeys((cell.data, cell.share) for cell in cells))
     means = Means(finished, lambda f: f.mAP(min_positives))
     parts = [
-        f"# Table {table.number}: {table.title}",
+        _title(table),
         _introduction(cells, finished, min_positives),
         _grid(rows, columns, lambda row, column: _beside_paper(table, means, row, column)),
         _costs(cost),
@@ -59,13 +60,45 @@ def write_table(
     ]
     with replacing(file) as draft:
         draft.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    write_cells(file.with_suffix(".csv"), table, finished, min_positives)
-    write_pseudo_labels(file.with_name(f"{file.stem}_pseudo_labels.csv"), finished)
+    _, cells_file, picture, pseudo_labels_file, pseudo_labels_picture = _files(file)
+    write_cells(cells_file, table, finished, min_positives)
+    write_pseudo_labels(pseudo_labels_file, finished)
     if finished:
-        with replacing(file.with_suffix(".png")) as draft:
+        with replacing(picture) as draft:
             draw_table(table, means, rows, columns).savefig(draft, dpi=120)
-        with replacing(file.with_name(f"{file.stem}_pseudo_labels.png")) as draft:
+        with replacing(pseudo_labels_picture) as draft:
             draw_pseudo_labels(finished, rows).savefig(draft, dpi=120)
+
+
+def refuse_other_files(file: Path, table: Table) -> None:
+    """Refuses to replace files that :func:`write_table` did not write.
+
+    Args:
+        file: The Markdown file to be written.
+        table: The table.
+
+    Raises:
+        ConfigError: Such a file is there.
+    """
+    try:
+        ours = file.read_text(encoding="utf-8").startswith(_title(table))
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours and (others := [str(path) for path in _files(file) if path.exists()]):
+        raise ConfigError(
+            f"{listed(others)} would be replaced, but no earlier `cbsa table {table.number}` wrote it. Move it away, "
+            "or give another folder with --out."
+        )
+
+
+def _files(file: Path) -> tuple[Path, ...]:
+    """The Markdown file and those beside it: cells, pseudo-labels and their pictures."""
+    pseudo_labels = file.with_name(f"{file.stem}_pseudo_labels")
+    return file, *(part.with_suffix(suffix) for part in (file, pseudo_labels) for suffix in (".csv", ".png"))
+
+
+def _title(table: Table) -> str:
+    return f"# Table {table.number}: {table.title}"
 
 
 def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:

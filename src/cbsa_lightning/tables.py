@@ -17,7 +17,7 @@ from cbsa_lightning.files import replacing
 from cbsa_lightning.paper import TABLES, Row, Table, table_of
 from cbsa_lightning.recipes import Cell, DataSet, make_cell
 from cbsa_lightning.results import Finished
-from cbsa_lightning.table_page import write_table
+from cbsa_lightning.table_page import refuse_other_files, write_table
 
 
 def table(args: Sequence[str] | None = None) -> Path:
@@ -42,6 +42,8 @@ def table(args: Sequence[str] | None = None) -> Path:
         raise ConfigError(
             f"--min_positives is {options.min_positives}; a class without any has no AP, so give 1 or more."
         )
+    file: Path = options.out / f"table_{plan.number}.md"
+    refuse_other_files(file, plan)
     sets, rows = _data_sets(plan, options), _rows(plan, options)
     cells = [
         make_cell(row, data, share, seed, options.configs, options.config, _clip(options))
@@ -58,7 +60,6 @@ def table(args: Sequence[str] | None = None) -> Path:
         except CBSAError as error:
             problems["Cost of a step"] = f"{type(error).__name__}: {error}"
     finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
-    file: Path = options.out / f"table_{plan.number}.md"
     write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets), cost)
     print(f"{len(finished)} of {len(cells)} cells are in {file}")
     if problems:
