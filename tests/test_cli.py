@@ -76,6 +76,25 @@ def test_the_command_tells_an_error_in_a_sentence(arguments: list[str], monkeypa
     assert str(stop.value).startswith("ConfigError: 7 contexts cannot be made of 3 classes")
 
 
+@pytest.mark.parametrize("callback", ["LearningRateMonitor", "DeviceStatsMonitor"])
+def test_what_lightning_refuses_ends_in_a_sentence(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, callback: str
+) -> None:
+    words = [*arguments, f"--trainer.callbacks+={callback}", "--trainer.logger=false"]
+    monkeypatch.setattr("sys.argv", ["cbsa", *words])
+    with pytest.raises(SystemExit, match=f"MisconfigurationException: Cannot use `{callback}` callback"):
+        cli.entry_point()
+
+
+def test_too_little_memory_says_what_to_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
+
+    monkeypatch.setattr(cli, "main", fails)
+    with pytest.raises(SystemExit, match=r"Tried to allocate 20\.00 GiB\. Reduce data\.batch_size"):
+        cli.entry_point()
+
+
 def test_unknown_option_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match="no setting 'num_context'"):
         cli.main([*arguments, "--model.init_args.num_context=2"])

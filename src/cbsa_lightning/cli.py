@@ -59,12 +59,24 @@ def main(args: Sequence[str] | None = None) -> Any:
                 os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
 
 
+_REMEDIES = {
+    "MisconfigurationException": "",  # Lightning's messages say what to change
+    "OutOfMemoryError": " Reduce data.batch_size and data.eval_batch_size, or set trainer.precision to 16-mixed.",
+}
+
+
 def entry_point() -> None:
-    """The `cbsa` command: our own errors are told in a sentence, without a trace."""
+    """The `cbsa` command: errors that a user can act on end in a sentence, without a trace."""
     try:
         main()
     except CBSAError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        # By name, since torch and Lightning take seconds to import and most commands need neither.
+        kind = type(error).__name__
+        if kind not in _REMEDIES:
+            raise
+        sys.exit(f"{kind}: {str(error).partition(chr(10))[0]}{_REMEDIES[kind]}")
     except SystemExit as end:
         if type(end).__name__ != "SIGTERMException":  # Lightning's, which is not imported for this
             raise
