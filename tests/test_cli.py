@@ -86,6 +86,24 @@ def test_what_lightning_refuses_ends_in_a_sentence(
         cli.entry_point()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.source: " + "x" * 9999, "data.source"),
+        ("model: {" + "x" * 999 + ": 1}", "model"),
+        ("model.optimizer: " + "a b " * 9999, "model.optimizer"),
+        ("model: {class_path: torch.Tensor, init_args: {lr: 1}}", "Option 'lr'|no setting|--model"),
+        ('trainer: "a\\0b"', "line 1 has a NUL character"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_odd_settings_are_refused_shortly(arguments: list[str], tmp_path: Path, setting: str, message: str) -> None:
+    (tmp_path / "odd.yaml").write_text(setting)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        cli.main([*arguments, "--config=odd.yaml"])
+    assert len(str(refusal.value)) < 1200
+
+
 def test_too_little_memory_says_what_to_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")

@@ -38,7 +38,8 @@ class PlainParser(LightningArgumentParser):
         """
         if not self.exit_on_error:  # a parser of jsonargparse's own, for a part of the configuration
             super().error(message, ex)
-        raise ConfigError(self._sentence(message)) from None
+        sentence = self._sentence(re.sub(r"\S{200,}", lambda word: f"{word.group():.80}...", message))
+        raise ConfigError(sentence if len(sentence) <= 1000 else f"{sentence:.1000}...") from None
 
     def _sentence(self, message: str) -> str:
         if unknown := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
@@ -74,7 +75,10 @@ def _settings_named_in(message: str) -> list[str]:
     """Arguments of the class that the message is about."""
     owner = re.findall(r"given class_path '([^']+)'", message)
     found: Any = pydoc.locate(owner[-1]) if owner else None
-    return list(inspect.signature(found).parameters) if found is not None else []
+    try:
+        return list(inspect.signature(found).parameters)
+    except (TypeError, ValueError):  # not found, or a class in C, which has no signature
+        return []
 
 
 def plain_cause(error: BaseException) -> CBSAError | None:

@@ -100,7 +100,9 @@ def check_configs(words: Sequence[str]) -> None:
     """
     for file in _named(words):
         try:
-            node = yaml.compose(read_text(file), Loader=_LOADER)
+            text = read_text(file)
+            node = yaml.compose(text, Loader=_LOADER)
+            events = list(yaml.parse(text, Loader=_LOADER))
         except FileNotFoundError:
             raise ConfigError(f"{file}: there is no such configuration file; correct the path.") from None
         except DataError as error:
@@ -112,6 +114,8 @@ def check_configs(words: Sequence[str]) -> None:
             ) from error
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{file}: must map settings to values, as in 'trainer: {{max_epochs: 2}}'.")
+        if nul := [e.start_mark.line + 1 for e in events if "\0" in (getattr(e, "value", None) or "")]:
+            raise ConfigError(f"{file}: line {nul[0]} has a NUL character, which no setting takes; remove it.")
 
 
 @contextmanager
