@@ -31,7 +31,6 @@ from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.files import replacing
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.loggers import going_on
@@ -124,8 +123,7 @@ class RunRecord(SaveConfigCallback):
                 runs.note(self._folder / runs.WANDB_ID, f"{logger.version}\n")
         split = getattr(trainer.datamodule, "split", None)
         if split is not None:
-            with replacing(self._folder / runs.SPLIT) as draft:
-                split.save(draft, trainer.datamodule.train_table)
+            split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
 
 
 def _seed(everything: bool | int) -> int:

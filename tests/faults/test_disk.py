@@ -340,19 +340,23 @@ def test_predictions_of_the_command(tmp_path, words, whole, suffix):
         words += [f"--data.predict={tmp_path / 'data'}", f"--predictions.output={output}"]
         words += [f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
         assert in_a_process(partial(typed, words), log) == 0, log.read_text()
-        expected = output.read_bytes()
-        output.write_bytes(b"of another day")
+        expected = contents(disk)
+        assert expected.keys() == {output.name, "out_left_out.csv"}
+        for name in expected:
+            (disk / name).unlink()
         fill(disk)
         assert in_a_process(partial(typed, words), log) == 9, log.read_text()
         told(log, output.name)
-        assert output.read_bytes() == b"of another day"
+        assert contents(disk) == {}
         make_room(disk)
         with read_only(disk):
             assert in_a_process(partial(typed, words), log) == 9, log.read_text()
             assert "no folder to write in" in log.read_text()
-        assert contents(disk) == {output.name: b"of another day"}
         assert in_a_process(partial(typed, words), log) == 0, log.read_text()
-        assert contents(disk) == {output.name: expected}
+        assert contents(disk) == expected
+        assert in_a_process(partial(typed, words), log) == 9, log.read_text()
+        assert "exists already" in log.read_text()
+        assert contents(disk) == expected
 
 
 @pytest.mark.slow
