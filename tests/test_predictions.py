@@ -141,7 +141,9 @@ def test_predict_writes_the_folder_in_order(tmp_path, capsys):
     folder.mkdir()
     for name in ("b", "a", "d", "c", "e"):
         Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder))
+    data = SSMLLDataModule(
+        Digits(str(tmp_path), 1, 1), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder)
+    )
     module = CBSAModule(
         data.class_names, clip=str(tiny_clip(tmp_path / "clip")), num_contexts=2, prompt_length=2, decoder_feedforward=8
     )
@@ -187,7 +189,9 @@ def damaged(folder: Path, *names: str) -> Path:
 
 def predict(tmp_path: Path, clip: Path, folder: Path, on_error: str = "stop") -> WritePredictions:
     """Predicts a folder into ``out.csv``, two images a batch; gives the callback."""
-    data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder))
+    data = SSMLLDataModule(
+        Digits(str(tmp_path), 1, 1), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder)
+    )
     torch.manual_seed(0)
     module = CBSAModule(data.class_names, clip=str(clip), num_contexts=2, prompt_length=2, decoder_feedforward=8)
     callback = WritePredictions(str(tmp_path / "out.csv"), on_error)
