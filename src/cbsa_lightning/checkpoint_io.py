@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities import rank_zero_warn
 
 from cbsa_lightning.checkpoint_files import TORN, local, read_checkpoint
-from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.errors import CheckpointError, causes
 from cbsa_lightning.files import replacing
 
 
@@ -51,9 +51,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, stream)
             self._share(file, checkpoint)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
+            cause = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
             if cause is None:
                 raise
             raise CheckpointError(

@@ -6,7 +6,6 @@ import difflib
 import inspect
 import pydoc
 import re
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from cbsa_lightning.errors import CBSAError, ConfigError, listed
+from cbsa_lightning.errors import CBSAError, ConfigError, causes, listed
 
 # Without it a callback whose default is an enum, such as lightning's Timer, cannot be saved in config.yaml.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -88,20 +87,14 @@ def plain_cause(error: BaseException) -> CBSAError | None:
         Our own error, or that of a library that a setting caused, as a :class:`ConfigError`; None for anything else,
         which may be a bug and keeps its trace.
     """
-    causes = list(_chain(error))
-    for cause in causes:
+    chain = list(causes(error))
+    for cause in chain:
         if isinstance(cause, CBSAError):
             return cause
-    for cause in causes:
+    for cause in chain:
         if isinstance(cause, (MisconfigurationException, ImportError)) or _raised_by_lightning(cause):
             return ConfigError(" ".join(str(cause).split()))
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _raised_by_lightning(error: BaseException) -> bool:

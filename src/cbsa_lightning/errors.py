@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class CBSAError(Exception):
@@ -43,6 +43,13 @@ class OutputError(CBSAError, OSError):
             f"{self.filename}: cannot be written ({self.strerror}). What was there before is untouched. Make room, or "
             "choose a folder that can be written to, then start again; `cbsa fit --resume` goes on with a run."
         )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, the one that it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def listed(items: Iterable[object], limit: int = 20) -> str:

@@ -46,7 +46,7 @@ class SemiSupervisedData(Protocol):
         """What is known of the unlabelled rows, ``(n_unlabelled, C)``; for figures only, -1 where nothing is."""
 
 
-_NAMES = ("train_table", "split", "weak_dataloader", "plain_dataloader", "labelled_targets", "hidden_targets")
+_NAMES = [*SemiSupervisedData.__annotations__, *(name for name in vars(SemiSupervisedData) if name[0] != "_")]
 
 
 def semi_supervised(data: Any) -> SemiSupervisedData:
