@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning import LightningDataModule
 
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
 from cbsa_lightning.errors import ConfigError
@@ -18,7 +19,7 @@ def test_the_librarys_own_module_offers_all(tmp_path):
 
 
 def test_what_is_missing_is_named():
-    class Mine:
+    class Mine(LightningDataModule):
         train_table = split = None
 
         def weak_dataloader(self, epoch):
