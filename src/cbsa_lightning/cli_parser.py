@@ -37,8 +37,7 @@ class PlainParser(LightningArgumentParser):
         """
         if not self.exit_on_error:  # a parser of jsonargparse's own, for a part of the configuration
             super().error(message, ex)
-        sentence = self._sentence(re.sub(r"\S{200,}", lambda word: f"{word.group():.80}...", message))
-        raise ConfigError(sentence if len(sentence) <= 1000 else f"{sentence:.1000}...") from None
+        raise ConfigError(self._sentence(message)) from None
 
     def _sentence(self, message: str) -> str:
         if unknown := re.match(r"[Uu]nrecognized arguments: (\S+)", message):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+_LONGEST = 5000
+
 
 class CBSAError(Exception):
-    """Base of all errors that this library raises on purpose."""
+    """Base of all errors that this library raises on purpose; a long text from a file is cut out of the message."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        # The beginning has the place, the end the remedy.
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 3 // 5]} ... {text[-_LONGEST // 5 :]}"
 
 
 class DataError(CBSAError, ValueError):
