@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
+from cbsa_lightning.callbacks import limits
 from cbsa_lightning.errors import ConfigError
-from tiny_data import Squares, differences, tiny_fit
+from cbsa_lightning.labelers import LabelledOnly
+from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,70 @@ def test_the_batch_size_finder_decides_the_batch_size(tmp_path, clip_folder, squ
 def test_rates_of_a_schedule_end_with_its_length(tmp_path, clip_folder, squares):
     _, _, rates = fit(tmp_path, clip_folder, squares, max_epochs=4)
     assert torch.tensor(rates.steps[-1]) == min(rates.steps)
+
+
+# Small sets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labeler", [None, LabelledOnly()])
+def test_an_epoch_has_the_least_number_of_steps_in_both_stages(tmp_path, clip_folder, squares, labeler):
+    rates = Rates()
+    settings = {"num_contexts": 0, "labeler": labeler, "trainer": {"callbacks": [rates]}}
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, data={"min_steps_per_epoch": 7}, **settings)
+    assert trainer.global_step == 21
+    assert rates.lengths == [7] * 7 + [14] * 14
+    assert rates.steps[-1] == min(rates.steps)
+
+
+def test_a_longer_epoch_shows_every_image_equally_often_in_other_views(squares):
+    data = tiny_data(squares, min_steps_per_epoch=8)
+    data.setup("fit")
+    batches = list(data.train_dataloader().batch_sampler)
+    assert len(batches) == 8
+    unlabelled = [draw for batch in batches for draw in batch[data.labelled_per_batch :]]
+    assert len(unlabelled) == 8 * (8 - data.labelled_per_batch)
+    seen = Counter(draw.index for draw in unlabelled)
+    assert seen.keys() == set(data.split.unlabelled.tolist())
+    assert max(seen.values()) - min(seen.values()) == 1
+    assert len({(draw.index, draw.visit) for draw in unlabelled}) == len(unlabelled)
+
+
+def test_fewer_steps_than_a_pass_change_nothing(squares):
+    plain, least = tiny_data(squares), tiny_data(squares, min_steps_per_epoch=2)
+    for data in (plain, least):
+        data.setup("fit")
+    assert list(plain.train_dataloader().batch_sampler) == list(least.train_dataloader().batch_sampler)
+
+
+def test_a_run_of_longer_epochs_is_resumed_within_one(tmp_path, clip_folder, squares):
+    settings = {"max_epochs": 3, "data": {"min_steps_per_epoch": 7}, "ema_decay": None}
+    whole, _ = tiny_fit(tmp_path, clip_folder, squares, **settings)
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, **settings, trainer={"max_steps": 16})
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, trainer = tiny_fit(tmp_path, clip_folder, squares, **settings, ckpt_path=str(tmp_path / "stopped.ckpt"))
+    assert trainer.global_step == 21
+    assert not differences(whole.state_dict(), resumed.state_dict())
+
+
+def test_the_average_looks_back_over_a_seventh_of_the_second_stage(tmp_path, clip_folder, squares):
+    settings = {"max_epochs": 3, "data": {"min_steps_per_epoch": 7}}
+    module, _ = tiny_fit(tmp_path, clip_folder, squares, **settings, ema_decay=None)
+    assert module.ema.decay == 1 - 7 / 14
+    given, _ = tiny_fit(tmp_path, clip_folder, squares, **settings, ema_decay=0.5)
+    assert not differences(module.state_dict(), given.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("steps", "stages"),
+    [(2, ["The warm-up has 4", "The second stage has 4"]), (5, ["The second stage has 5"]), (10, [])],
+)
+def test_a_stage_of_few_steps_is_told(tmp_path, clip_folder, squares, monkeypatch, steps, stages):
+    monkeypatch.setattr(limits, "FEW_STEPS", 10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, warmup_epochs=2, data={"min_steps_per_epoch": steps})
+    told = [text for text in (str(warning.message) for warning in caught) if "optimiser steps" in text]
+    assert [text.partition(" optimiser")[0] for text in told] == stages
+    if len(stages) == 2:
+        assert "data.min_steps_per_epoch to 5 or more, or raise model.warmup_epochs" in told[0]
+        assert "data.min_steps_per_epoch to 10 or more, or raise trainer.max_epochs" in told[1]

@@ -49,7 +49,8 @@ class CBSAModule(SSMLLModule):
         loss: Element-wise loss; None: ASL(0, 4, 0.05).
         warmup_epochs: Epochs on labelled images only.
         unsup_weight: Factor of the loss on pseudo-labels.
-        ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers.
+        ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers; None: it looks back over
+            a seventh of the second stage's steps, about as 0.9997 does in the paper's VOC runs.
         optimizer: Makes the optimiser from parameter groups.
         scheduler: Makes the schedule of a stage; None: one cycle.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
@@ -85,7 +86,7 @@ class CBSAModule(SSMLLModule):
         loss: ElementwiseLoss | None = None,
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
-        ema_decay: float = 0.9997,
+        ema_decay: float | None = 0.9997,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,

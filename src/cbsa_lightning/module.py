@@ -72,7 +72,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; the next one stops the
             run. 0 stops it at the first.
         ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
-            when the warm-up ends; before that both are one.
+            when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
+            steps, about as 0.9997 does in the paper's VOC runs.
         optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
         scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
@@ -97,7 +98,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         contexts: ContextTask | None = None,
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
-        ema_decay: float = 0.9997,
+        ema_decay: float | None = 0.9997,
         # A lambda in the signature, since jsonargparse reads its settings: --model.optimizer.lr 0.01 changes one.
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
@@ -116,7 +117,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
                 )
         check_number("warmup_epochs", warmup_epochs, 0, whole=True)
         check_number("unsup_weight", unsup_weight, 0)
-        check_number("ema_decay", ema_decay, 0, 1)
+        if ema_decay is not None:
+            check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
@@ -130,7 +132,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.unsup_weight = unsup_weight
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
-        self.ema = ParameterEMA(self.network, ema_decay)
+        self.ema_decay = ema_decay
+        self.ema = ParameterEMA(self.network, 0.0 if ema_decay is None else ema_decay)
         # Every process makes the same averages, so DDP need not send them at each step; running statistics that are
         # not synchronised are each process's own.
         self._ddp_params_and_buffers_to_ignore = [
@@ -220,6 +223,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def stage_steps(self) -> int:
         """Optimiser steps of the present stage; see :func:`~cbsa_lightning.stage_length.stage_steps`."""
         return stage_steps(self.trainer, self.warmup_epochs, self.stage_began_at)
+
+    def set_average_decay(self) -> None:
+        """Sets the decay of the average from the present stage's length, unless it was given."""
+        if self.ema_decay is None:
+            self.ema.decay = max(0.0, 1 - 7 / max(self.stage_steps(), 1))
 
     def _clips_under_mixed_precision(self) -> bool:
         return bool(self.trainer.gradient_clip_val) and str(self.trainer.precision).endswith("-mixed")

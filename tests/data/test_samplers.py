@@ -19,7 +19,7 @@ UNLABELLED = np.arange(100, 153)
 
 
 def paired(seed=0, rank=0, world_size=1, labelled=LABELLED, unlabelled=UNLABELLED):
-    return PairedBatches(labelled, unlabelled, 4, 12, seed, rank, world_size)
+    return PairedBatches(labelled, unlabelled, 4, 12, seed, None, rank, world_size)
 
 
 def rows(batches):
@@ -151,7 +151,7 @@ def test_changing_the_epoch_leaves_an_iteration_under_way_alone():
 def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
     def make(kind, rank, size):
         if kind == "paired":
-            sampler = PairedBatches(range(n), range(100, 100 + m), lb, ub, 0, rank, size)
+            sampler = PairedBatches(range(n), range(100, 100 + m), lb, ub, 0, None, rank, size)
         else:
             sampler = LabelledBatches(range(n), lb, 0, kind, rank, size)
         sampler.set_epoch(epoch)
@@ -178,7 +178,7 @@ def samplers(kind, rank=0, world_size=1, epoch=0):
     """Batches of 19 labelled and 53 unlabelled images, large enough for eight processes."""
     labelled, unlabelled = np.arange(19), np.arange(100, 153)
     made = {
-        "paired": lambda: PairedBatches(labelled, unlabelled, 9, 4, 2, rank, world_size),
+        "paired": lambda: PairedBatches(labelled, unlabelled, 9, 4, 2, None, rank, world_size),
         "one pass": lambda: LabelledBatches(labelled, 11, 2, None, rank, world_size),
         "as many as asked for": lambda: LabelledBatches(labelled, 9, 2, 12, rank, world_size),
         "in order": lambda: InOrderBatches(unlabelled, 7, rank, world_size, epoch),

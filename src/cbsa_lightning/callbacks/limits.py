@@ -14,11 +14,15 @@ from cbsa_lightning.stage_length import ends_in_warmup
 FEW_IMAGES = 50
 """Validation images below which a run warns that its mAP says little."""
 
+FEW_STEPS = 100
+"""Optimiser steps of a stage below which a run warns; the shortest warm-up of the paper's configurations has 144."""
+
 
 class ResultLimits(L.Callback):
     """Warns at the start or the end of a fit about what makes its result worth less than it seems.
 
     - Training ends within the warm-up, so that unlabelled images are never used.
+    - A stage has fewer than :data:`FEW_STEPS` optimiser steps.
     - Fewer than :data:`FEW_IMAGES` images are validated on.
     - The final mAP is not above that of zero-shot CLIP on the same images. The frozen towers score them once before
       training, since a trained attention pool is not CLIP's own any more; a resumed run has the figure from its
@@ -61,6 +65,20 @@ class ResultLimits(L.Callback):
             )
         if trainer.ckpt_path is None:
             self._zero_shot = _zero_shot_mAP(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says at the start of a stage that it has few steps."""
+        first, end = trainer.current_epoch, trainer.max_epochs
+        if trainer.fast_dev_run or first not in (0, pl_module.warmup_epochs) or pl_module.scheduled_steps >= FEW_STEPS:
+            return
+        stage, longer = "The second stage", "trainer.max_epochs"
+        if pl_module.stage == "warm-up":
+            stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
+        enough = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: as long as max_steps says
+        rank_zero_warn(
+            f"{stage} has {pl_module.scheduled_steps} optimiser steps, which is few to learn from. Set "
+            f"data.min_steps_per_epoch to {enough} or more, or raise {longer}."
+        )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Says what only the end shows."""

@@ -34,6 +34,7 @@ class Stages(L.Callback):
         if tuned and trainer.ckpt_path is None:
             # A learning-rate or batch-size finder ran after the first set-up.
             trainer.strategy.setup_optimizers(trainer)
+        pl_module.set_average_decay()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Runs before thresholds are updated, since those are the average's."""
@@ -43,6 +44,7 @@ class Stages(L.Callback):
         pl_module.stage_began_at = trainer.global_step
         if pl_module.warmup_epochs:
             trainer.strategy.setup_optimizers(trainer)
+        pl_module.set_average_decay()
         pl_module.ema.start(pl_module.network)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

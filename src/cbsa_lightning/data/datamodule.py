@@ -71,6 +71,8 @@ class SSMLLDataModule(L.LightningDataModule):
         labelled_per_batch: Labelled images among them; None: ``max(1, round(1.25 p B))``, CAP's share.
         warmup_batch_size: Labelled images a step while only those are used; None: CAP's, 16 for p = .05 to 64 for
             p = .20, at most B.
+        min_steps_per_epoch: Training steps that an epoch has at least: it goes through a smaller set several times, so
+            that few images get enough optimisation. 1, the paper's: an epoch is one pass.
         eval_batch_size: Images a step without gradient.
         num_workers: Loader processes. They change speed only, never a view.
         cutout: Side of the square cut from strong views, as a share of the image's.
@@ -113,6 +115,7 @@ class SSMLLDataModule(L.LightningDataModule):
         batch_size: int = 64,
         labelled_per_batch: int | None = None,
         warmup_batch_size: int | None = None,
+        min_steps_per_epoch: int = 1,
         eval_batch_size: int = 128,
         num_workers: int = 2,
         cutout: float = 0.5,
@@ -132,6 +135,7 @@ class SSMLLDataModule(L.LightningDataModule):
             ("image_size", image_size),
             ("seed", seed),
             ("batch_size", batch_size),
+            ("min_steps_per_epoch", min_steps_per_epoch),
             ("eval_batch_size", eval_batch_size),
             ("num_workers", num_workers),
             ("labelled_per_batch", labelled_per_batch),
@@ -152,6 +156,7 @@ class SSMLLDataModule(L.LightningDataModule):
             ("batch_size", batch_size, None, 1 << 20),
             ("labelled_per_batch", labelled_per_batch, None, 1 << 20),
             ("warmup_batch_size", warmup_batch_size, 1, 1 << 20),
+            ("min_steps_per_epoch", min_steps_per_epoch, 1, 1 << 20),
             ("eval_batch_size", eval_batch_size, 1, 1 << 20),
             ("num_workers", num_workers, 0, 1 << 10),
         ):
@@ -165,6 +170,7 @@ class SSMLLDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self._labelled_per_batch = labelled_per_batch
         self._warmup_batch_size = warmup_batch_size
+        self.min_steps_per_epoch = min_steps_per_epoch
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.cutout = cutout
@@ -450,7 +456,9 @@ class SSMLLDataModule(L.LightningDataModule):
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
         if stage == "warm-up":
-            batches: Any = LabelledBatches(self.split.labelled, self.warmup_batch_size, self.seed, **self._ranks())
+            batches: Any = LabelledBatches(
+                self.split.labelled, self.warmup_batch_size, self.seed, self._warmup_steps(), **self._ranks()
+            )
         elif stage == "labelled-only":
             batches = LabelledBatches(
                 self.split.labelled,
@@ -474,13 +482,22 @@ class SSMLLDataModule(L.LightningDataModule):
                 "set labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
             )
         lb = self.labelled_per_batch
-        return PairedBatches(
-            self.split.labelled, self.split.unlabelled, lb, self.batch_size - lb, self.seed, **self._ranks()
-        )
+        ub = self.batch_size - lb
+        steps = self._more_than_a_pass(len(self.split.unlabelled), ub)
+        return PairedBatches(self.split.labelled, self.split.unlabelled, lb, ub, self.seed, steps, **self._ranks())
+
+    def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
+        """Steps of an epoch, or None where one pass over the images has enough."""
+        return self.min_steps_per_epoch if self.min_steps_per_epoch > -(-images // batch_size) else None
+
+    def _warmup_steps(self) -> int | None:
+        return self._more_than_a_pass(len(self.split.labelled), self.warmup_batch_size)
 
     def _semi_supervised_steps(self) -> int:
         """Steps of a semi-supervised epoch; a run on labels alone takes as many, so that both are comparable."""
-        return len(self._paired()) if len(self.split.unlabelled) else -(-len(self.split.labelled) // self.batch_size)
+        if len(self.split.unlabelled):
+            return len(self._paired())
+        return max(self.min_steps_per_epoch, -(-len(self.split.labelled) // self.batch_size))
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Weak views of this process's share of the unlabelled images, in order."""

@@ -131,9 +131,9 @@ class LabelledBatches(_Batches):
 
 
 class PairedBatches(_Batches):
-    """One shuffled pass over the unlabelled images, each batch led by labelled images that cycle.
+    """Shuffled passes over the unlabelled images, one by default, each batch led by labelled images that cycle.
 
-    The last batch may have fewer unlabelled images; its labelled part is full. The labelled images are
+    The last batch of a single pass may have fewer unlabelled images; its labelled part is full. The labelled images are
     permuted anew for each of their passes, so no order comes twice in an epoch.
 
     Args:
@@ -142,6 +142,7 @@ class PairedBatches(_Batches):
         labelled_per_batch: Labelled images in a global batch, over all ranks together; may exceed n.
         unlabelled_per_batch: Unlabelled images in a global batch, over all ranks together.
         seed: Seed of both orders.
+        num_batches: Batches an epoch; see :class:`LabelledBatches`.
         rank: Rank of this process.
         world_size: Number of processes.
 
@@ -157,6 +158,7 @@ class PairedBatches(_Batches):
         labelled_per_batch: int,
         unlabelled_per_batch: int,
         seed: int,
+        num_batches: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -165,18 +167,23 @@ class PairedBatches(_Batches):
         self.unlabelled = _rows(unlabelled, "unlabelled")
         self.labelled_per_batch = _at_least_one(labelled_per_batch, "labelled_per_batch")
         self.unlabelled_per_batch = _at_least_one(unlabelled_per_batch, "unlabelled_per_batch")
-        last = _size_of_last(len(self.unlabelled), unlabelled_per_batch)
+        self.num_batches = None if num_batches is None else _at_least_one(num_batches, "num_batches")
+        one_pass = num_batches is None
+        last = _size_of_last(len(self.unlabelled), unlabelled_per_batch) if one_pass else unlabelled_per_batch
         served = min(max(labelled_per_batch, last), world_size)
         _every_rank_has_one(served, labelled_per_batch + last, world_size)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on all ranks."""
-        return -(-len(self.unlabelled) // self.unlabelled_per_batch)
+        return self.num_batches or -(-len(self.unlabelled) // self.unlabelled_per_batch)
 
     def _batches(self) -> Iterator[list[Draw]]:
         """Labelled draws first, then unlabelled ones."""
         labelled = self._passes(self.labelled, _LABELLED, self.epoch)
-        unlabelled = self._pass(self.unlabelled, _UNLABELLED, self.epoch, visit=0)
+        if self.num_batches is None:
+            unlabelled = self._pass(self.unlabelled, _UNLABELLED, self.epoch, visit=0)
+        else:
+            unlabelled = self._passes(self.unlabelled, _UNLABELLED, self.epoch)
         for _ in range(len(self)):
             yield [
                 *self._share(_take(labelled, self.labelled_per_batch)),
