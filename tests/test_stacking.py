@@ -46,7 +46,7 @@ def test_left_out_scores_are_those_of_probes_without_the_image():
     others = np.delete(scores, rows, axis=0)
     ours = probe(x, rows, known)
     expected = [np.clip((s - others.mean(0)) / others.std(0), -6, 6) for s in (scores, errors[best][1])]
-    np.testing.assert_allclose(ours.everywhere, expected[0], atol=1e-6)
+    np.testing.assert_allclose(ours(x), expected[0], atol=1e-6)
     np.testing.assert_allclose(ours.left_out, expected[1], atol=1e-6)
 
 
@@ -54,9 +54,10 @@ def test_ready_scores_are_only_scaled():
     scores = np.random.default_rng(0).normal(3, 7, size=(50, 3))
     scores[:, 2] = 5.0
     opinion = ready(scores, np.arange(4))
-    np.testing.assert_allclose(opinion.everywhere[:, :2].std(0), 1)
-    assert (opinion.everywhere[:, 2] == 0).all()
-    np.testing.assert_array_equal(opinion.left_out, opinion.everywhere[:4])
+    scaled = opinion(scores)
+    np.testing.assert_allclose(scaled[:, :2].std(0), 1)
+    assert (scaled[:, 2] == 0).all()
+    np.testing.assert_array_equal(opinion.left_out, scaled[:4])
 
 
 def test_the_whole_stack_by_hand():
@@ -65,6 +66,7 @@ def test_the_whole_stack_by_hand():
     trust = 3.0
     ours = StackedProbes(trust)(evidence(x, labels, rows))
     opinion = probe(x, rows, labels[rows])
+    everywhere = opinion(x)
     n = labels[rows].sum(0)
     prior = np.log((n + 0.5) / (len(rows) - n + 0.5))
 
@@ -76,7 +78,7 @@ def test_the_whole_stack_by_hand():
         [inputs(opinion.left_out[i, k], k) for i, k in pairs], [labels[rows[i], k] for i, k in pairs]
     )
     rest = np.delete(np.arange(len(x)), rows)
-    expected = [[fit.predict_proba([inputs(opinion.everywhere[i, k], k)])[0, 1] for k in range(4)] for i in rest]
+    expected = [[fit.predict_proba([inputs(everywhere[i, k], k)])[0, 1] for k in range(4)] for i in rest]
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
 
 
@@ -135,6 +137,17 @@ def test_a_class_of_which_nothing_is_known_is_ignored():
     p = StackedProbes()(evidence(x, labels, rows))
     assert (p[:, 2] == -1).all()
     assert (p[:, [0, 1, 3]] > 0).all()
+
+
+def test_new_images_are_scored_like_those_it_was_fitted_beside():
+    x, labels, rows = problem()
+    known = evidence(x, labels, rows)
+    stack = StackedProbes().fit(known)
+    rest = np.delete(np.arange(len(x)), rows)
+    parts = [part.numpy() for part in (*known.descriptors, *known.scores)]
+    one_by_one = np.concatenate([stack.logits([part[i : i + 1] for part in parts]) for i in rest])
+    np.testing.assert_allclose(1 / (1 + np.exp(-one_by_one)), StackedProbes()(known).numpy(), atol=1e-6)
+    assert stack.left_out().shape == (len(rows), labels.shape[1])
 
 
 def test_without_unlabelled_images_there_is_nothing_to_say():

@@ -7,12 +7,14 @@ from the labelled images themselves. The unlabelled images lend their statistics
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import Tensor
 
@@ -27,15 +29,50 @@ LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
 
 
 class Opinion(NamedTuple):
-    """One classifier's scores, each class on the scale of its own mean and deviation over the images.
+    """A linear classifier's scores, each class on the scale of its own mean and deviation over the images.
 
     Attributes:
-        everywhere: ``(N, C)``, of all images.
-        left_out: ``(m, C)``, of the labelled ones, each by a classifier that was not fitted to it.
+        weight: ``(D, C)``.
+        offset: ``(C,)``.
+        left_out: ``(m, C)``, scores of the labelled images, each by a classifier that was not fitted to it.
     """
 
-    everywhere: Array
+    weight: Array
+    offset: Array
     left_out: Array
+
+    def __call__(self, inputs: Array) -> Array:
+        """Scores ``(n, C)`` of any images, from their descriptors or ready scores ``(n, D)``."""
+        scores: Array = np.clip(inputs @ self.weight + self.offset, -LIMIT, LIMIT)
+        return scores
+
+
+class Stack(NamedTuple):
+    """The fitted combination of opinions.
+
+    Attributes:
+        opinions: One for each descriptor, then one for each set of ready scores.
+        slopes: ``(k, C)``, weight of each opinion in the logit of each class.
+        offset: ``(C,)``, the logit of an image about which the opinions say nothing.
+    """
+
+    opinions: list[Opinion]
+    slopes: Array
+    offset: Array
+
+    def logits(self, inputs: Sequence[Array]) -> Array:
+        """Logits ``(n, C)`` of any images, from what each opinion takes."""
+        logits: Array = self.offset + sum(
+            slope * say(x) for slope, say, x in zip(self.slopes, self.opinions, inputs, strict=True)
+        )
+        return logits
+
+    def left_out(self) -> Array:
+        """Logits ``(m, C)`` of the labelled images, each by opinions that were not fitted to it."""
+        logits: Array = self.offset + sum(
+            slope * say.left_out for slope, say in zip(self.slopes, self.opinions, strict=True)
+        )
+        return logits
 
 
 @dataclass(frozen=True)
@@ -65,6 +102,18 @@ class StackedProbes(EvidenceLabeler):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """See :class:`EvidenceLabeler`."""
+        stack = self.fit(evidence)
+        inputs = [np.delete(_array(part), evidence.labelled.cpu().numpy(), axis=0) for part in _parts(evidence)]
+        probabilities = expit(stack.logits(inputs))
+        probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
+        return torch.from_numpy(probabilities).float()
+
+    def fit(self, evidence: Evidence) -> Stack:
+        """Fits the probes and what each of them counts.
+
+        Raises:
+            DataError: For too few labelled images.
+        """
         labels = evidence.labels.cpu().numpy()
         known, positive = labels >= 0, labels == 1
         if len(labels) < 2 or not positive.any() or not (known & ~positive).any():
@@ -74,8 +123,6 @@ class StackedProbes(EvidenceLabeler):
                 "labeler (cbsa_lightning.labelers)."
             )
         rows = evidence.labelled.cpu().numpy()
-        if len(rows) == len([*evidence.descriptors, *evidence.scores][0]):
-            return torch.empty(0, labels.shape[1])  # no image is unlabelled
         opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
         opinions += [ready(_array(s), rows) for s in evidence.scores]
         n = positive.sum(0)
@@ -88,12 +135,7 @@ class StackedProbes(EvidenceLabeler):
         design = np.stack([column[known] for column in columns], axis=1)
         fit = LogisticRegression(max_iter=1000).fit(design, positive[known])
         plain, scaled = np.split(fit.coef_[0, :-1], 2)
-        logit = np.broadcast_to(fit.coef_[0, -1] * prior + fit.intercept_[0], opinions[0].everywhere.shape).copy()
-        for a, b, z in zip(plain, scaled, opinions, strict=True):
-            logit += (a + b * say) * z.everywhere
-        probabilities = 1 / (1 + np.exp(-np.delete(logit, rows, axis=0)))
-        probabilities[:, ~known.any(0)] = -1
-        return torch.from_numpy(probabilities).float()
+        return Stack(opinions, plain[:, None] + scaled[:, None] * say, fit.coef_[0, -1] * prior + fit.intercept_[0])
 
 
 def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
@@ -104,7 +146,8 @@ def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.in
         labelled: ``(m,)``, which of the rows are labelled.
         labels: ``(m, C)`` in {1, 0, -1}; an unknown entry counts as the class's mean.
     """
-    x = _standardised(descriptors, descriptors)
+    mean, scale = _moments(descriptors)
+    x = (descriptors - mean.astype(descriptors.dtype)) * scale.astype(descriptors.dtype)
     known, positive = labels >= 0, labels == 1
     rate = positive.sum(0) / np.maximum(known.sum(0), 1)
     deviation = np.sqrt(rate * (1 - rate))
@@ -115,30 +158,31 @@ def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.in
     fit = ridge.fit(x[labelled].astype(np.float64), y)
     chosen = ALPHAS.index(float(fit.alpha_))
     left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
-    scores = x @ fit.coef_.reshape(y.shape[1], -1).T.astype(x.dtype)
-    # The fit to its own images is better than to others: those set the scale.
-    others = np.delete(scores, labelled, axis=0)
-    return Opinion(_limited(scores, others), _limited(left_out, others))
+    coefficients = fit.coef_.reshape(y.shape[1], -1).T
+    # The fit to its own images is better than to others: those set the scale, if there are any.
+    others = np.delete(x, labelled, axis=0)
+    mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
+    weight = scale[:, None] * coefficients * score_scale
+    offset = -(mean @ weight + mean_score * score_scale)
+    return Opinion(weight.astype(x.dtype), offset, np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT))
 
 
 def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
     """Scores ``(N, C)`` that no label went into."""
-    z = _limited(scores, scores)
-    return Opinion(z, z[labelled])
+    mean, scale = _moments(scores)
+    opinion = Opinion(np.diag(scale).astype(scores.dtype), -mean * scale, np.empty((0, len(mean))))
+    return opinion._replace(left_out=opinion(scores[labelled]))
 
 
-def _standardised(values: Array, reference: Array) -> Array:
-    """In deviations of the reference's columns from their means; 0 where those do not vary."""
-    mean, deviation = reference.mean(0, dtype=np.float64), reference.std(0, dtype=np.float64)
+def _moments(values: Array) -> tuple[Array, Array]:
+    """Mean of each column, and 1 / its deviation; 0 where it does not vary."""
+    mean, deviation = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     varies = deviation > 1e-8
-    scale = varies / np.where(varies, deviation, 1.0)
-    standardised: Array = (values - mean.astype(values.dtype)) * scale.astype(values.dtype)
-    return standardised
+    return mean, varies / np.where(varies, deviation, 1.0)
 
 
-def _limited(scores: Array, reference: Array) -> Array:
-    limited: Array = np.clip(_standardised(scores, reference), -LIMIT, LIMIT)
-    return limited
+def _parts(evidence: Evidence) -> list[Tensor]:
+    return [*evidence.descriptors, *evidence.scores]
 
 
 def _array(values: Tensor) -> Array:
