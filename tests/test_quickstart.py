@@ -36,7 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_three_numbers_side_by_side(run: Path) -> None:
     rows = list(csv.reader((run / "comparison.csv").open()))
-    assert [row[0] for row in rows] == ["run", "zero-shot", "labelled only", "semi-supervised"]
+    assert [row[0] for row in rows] == [
+        "run",
+        "zero-shot",
+        "linear probe",
+        "stacked probes",
+        "labelled only",
+        "semi-supervised",
+    ]
     assert all(0 < float(row[1]) < 1 for row in rows[1:])
 
 

@@ -1,8 +1,9 @@
-"""What the unlabelled images brought: zero-shot, labelled-only and semi-supervised side by side."""
+"""What a run brought, beside what its user could have had instead: zero-shot CLIP, probes, training on labels alone."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
 
+from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
@@ -50,9 +52,13 @@ def zero_shot_report(
 
 
 def compare(
-    trainer: L.Trainer, data: SSMLLDataModule, untrained: SSMLLModule, settings: dict[str, Any]
+    trainer: L.Trainer,
+    data: SSMLLDataModule,
+    untrained: SSMLLModule,
+    settings: dict[str, Any],
+    baselines: Mapping[str, float],
 ) -> dict[str, float]:
-    """Trains the labelled-only twin of a finished run and sets the three mAP side by side.
+    """Trains the labelled-only twin of a finished run and sets its mAP beside those of the baselines and of the run.
 
     The twin starts from the same weights, with the same stages, schedule and number of steps; only its second stage
     goes on with labelled images. Each number is the last epoch's average of weights, on the validation images.
@@ -62,10 +68,12 @@ def compare(
         data: The finished run's.
         untrained: The run's module as it was before training.
         settings: Arguments of the finished run's Trainer.
+        baselines: mAP (0 to 1) of further classifiers; see
+            :class:`~cbsa_lightning.callbacks.baselines.MeasureBaselines`.
 
     Returns:
-        mAP (0 to 1) of "zero-shot" (where the network holds a CLIP), "labelled only" and "semi-supervised"; also
-        written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
+        mAP (0 to 1) of "zero-shot" (where the network holds a CLIP), the baselines, "labelled only" and
+        "semi-supervised"; also written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
     """
     folder = folder_of(trainer)
     if folder is None:
@@ -74,6 +82,7 @@ def compare(
     clip = getattr(untrained.network, "clip", None)
     if clip is not None:
         results["zero-shot"] = float(zero_shot_report(clip, data)["mAP"])
+    results.update(baselines)
     own = {
         "callbacks": [],
         "enable_checkpointing": False,
@@ -103,6 +112,8 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     table.add_column("mAP", justify="right")
     sources = {
         "zero-shot": "class names only",
+        LINEAR_PROBE: f"{labelled} labelled images, frozen features",
+        STACKED_PROBES: f"{labelled} labelled images, class names, frozen features",
         "labelled only": f"{labelled} labelled images",
         "semi-supervised": f"{labelled} labelled + {unlabelled} unlabelled images",
     }
@@ -113,3 +124,7 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     gain = 100 * (results["semi-supervised"] - results["labelled only"])
     word = "helped" if gain > 0 else "did not help"
     console.print(f"The unlabelled images {word}: {gain:+.1f} points. Everything of this run is in {folder}.")
+    best = max(results, key=lambda name: results[name])
+    if best != "semi-supervised":
+        lost = 100 * (results[best] - results["semi-supervised"])
+        console.print(f"The best row is {best!r}, {lost:.1f} points above this run's model.")

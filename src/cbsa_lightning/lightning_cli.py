@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import cbsa_lightning
 from cbsa_lightning import runs
+from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
@@ -171,8 +172,8 @@ class CBSACLI(LightningCLI):
             "--compare",
             type=bool,
             default=False,
-            help="After the fit, train the same network on the labelled images alone for as many steps, score CLIP "
-            "without any training, and print the three side by side.",
+            help="After the fit, train the same network on the labelled images alone for as many steps, and print its "
+            "mAP beside those of zero-shot CLIP, of probes on frozen features, and of this run.",
         )
 
         parser.add_argument(
@@ -238,6 +239,9 @@ class CBSACLI(LightningCLI):
         if (comparing := self._get(self.config, "compare")) and trainer.barebones:
             raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
         self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
+        self._baselines = MeasureBaselines()
+        if self._untrained is not None:
+            trainer.callbacks.append(self._baselines)
 
     def _check_gain(self) -> None:
         """Estimates the gain of a new run; a resumed one goes on as it was begun."""
@@ -268,7 +272,8 @@ class CBSACLI(LightningCLI):
         if self._untrained is not None and self._left_out:
             rank_zero_info("No comparison: this run is the labelled-only one.")
         elif self._untrained is not None:
-            compare(self.trainer, self.datamodule, self._untrained, dict(self._get(self.config_init, "trainer")))
+            settings = dict(self._get(self.config_init, "trainer"))
+            compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
 
 
 def _useful(record: logging.LogRecord) -> bool:

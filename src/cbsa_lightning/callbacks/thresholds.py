@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cbsa_lightning.contexts import context_targets
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
+from cbsa_lightning.descriptions import evidence_of
 from cbsa_lightning.finite import refuse_scores
-from cbsa_lightning.labelers import Evidence, EvidenceLabeler, class_thresholds, positive_rates, rounded
+from cbsa_lightning.labelers import EvidenceLabeler, class_thresholds, positive_rates, rounded
 from cbsa_lightning.metrics import pseudo_label_quality
 
 
@@ -48,7 +48,7 @@ class UpdateThresholds(L.Callback):
         # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
-            labels = pl_module.labeler(self._evidence(trainer, pl_module, data))
+            labels = pl_module.labeler(evidence_of(trainer, pl_module))
             self._fill(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -113,32 +113,6 @@ class UpdateThresholds(L.Callback):
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         table[rows] = labels.to(table)
         pl_module.pseudo_labels = table
-
-    @torch.no_grad()
-    def _evidence(self, trainer: L.Trainer, pl_module: Any, data: Any) -> Evidence:
-        """Descriptions of the labelled images, then of the unlabelled ones, by the frozen towers."""
-        order = np.concatenate([data.split.labelled, data.split.unlabelled])
-        place = torch.zeros(len(data.train_table), dtype=torch.int64, device=pl_module.device)
-        place[torch.as_tensor(order, device=pl_module.device)] = torch.arange(len(order), device=pl_module.device)
-        describe = pl_module.network.describer()
-        tables: list[Tensor] = []
-        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for batch in tqdm(data.plain_dataloader(order), desc="Descriptions", leave=False, disable=not show):
-            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            with trainer.precision_plugin.forward_context():
-                found = describe(pl_module.features_of(batch))
-            parts = [*found.descriptors, *found.scores]
-            split = len(found.descriptors)
-            tables = tables or [_rows(pl_module, len(order), part.shape[1]) for part in parts]
-            for table, part in zip(tables, parts, strict=True):
-                table[place[batch.index]] = part.float()
-        # Each process filled its own rows, the others are zero there.
-        tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
-        images = data.train_table.paths[order]
-        for table in tables:
-            refuse_scores(table, images.__getitem__, "Descriptions by the frozen towers")
-        labelled = torch.arange(len(data.split.labelled))
-        return Evidence(tables[:split], tables[split:], labelled, data.labelled_targets())
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,6 @@ from cbsa_lightning.data.splits import Split, hold_out, split_known, split_label
 from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
-from cbsa_lightning.labelers import EvidenceLabeler
 
 CAP_BATCH = 64
 """Images a step in CAP; its batch composition and warm-up batch are stated relative to it (facts B1, D2-19, D2-20)."""
@@ -387,14 +386,11 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _kept_views(self) -> dict[str, KeptViews]:
         """What is kept: weak views of unlabelled images, strong ones of training images, plain ones for validation."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
         unlabelled = np.empty(0, np.int64) if self._learns_from_labels_alone else self.split.unlabelled
         needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
         needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
         needed[unlabelled, MIRRORED] = True
-        needed[np.concatenate([unlabelled, self.split.held_out]), PLAIN] = True
-        if module is not None and isinstance(module.labeler, EvidenceLabeler):
-            needed[self.split.labelled, PLAIN] = True
+        needed[np.concatenate([self.split.labelled, unlabelled, self.split.held_out]), PLAIN] = True
         kept = {"train": self._kept(self._train_images, self.train_table, needed)}
         if self.test_table is not None and self._test_images is not None:
             needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)

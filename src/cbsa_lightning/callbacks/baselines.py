@@ -1,0 +1,67 @@
+"""What classifiers on frozen features reach, measured before training on the images that training is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from cbsa_lightning.descriptions import describe_images, evidence_of
+from cbsa_lightning.errors import DataError
+from cbsa_lightning.linear_probe import linear_probe
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.stacking import StackedProbes
+
+LINEAR_PROBE, STACKED_PROBES = "linear probe", "stacked probes"
+
+
+class MeasureBaselines(L.Callback):
+    """Fits a linear probe and stacked probes to the labelled images, and measures both on the validation images.
+
+    The linear probe sees the mean of the frozen features; the stack sees all descriptions and the unlabelled images.
+    A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
+
+    Attributes:
+        results: mAP (0 to 1) by name; empty where no image is validated on, and without the stack where the labelled
+            images are too few for it.
+    """
+
+    def __init__(self) -> None:
+        self.results: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures."""
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them from :meth:`state_dict`."""
+        self.results = state_dict["results"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Fits and measures, unless the run is resumed."""
+        if trainer.fast_dev_run or trainer.ckpt_path is not None or not trainer.limit_val_batches:
+            return
+        data = trainer.datamodule
+        evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")
+        table = data.eval_table()
+        rows = np.arange(len(table))
+        validation = describe_images(trainer, pl_module, data.val_dataloader(), rows, table.paths)
+        labels = evidence.labels.cpu().numpy()
+        grid, new = (part.cpu().numpy() for part in (evidence.descriptors[0], validation.descriptors[0]))
+        truth = torch.from_numpy(table.labels)
+        self.results[LINEAR_PROBE] = _mAP(linear_probe(grid[: len(labels)], labels, new), truth)
+        try:
+            stack = StackedProbes().fit(evidence)
+        except DataError:  # too few labelled images
+            return
+        inputs = [part.cpu().numpy() for part in (*validation.descriptors, *validation.scores)]
+        self.results[STACKED_PROBES] = _mAP(stack.logits(inputs), truth)
+
+
+def _mAP(logits: np.ndarray, truth: torch.Tensor) -> float:
+    report = MultilabelReport(truth.shape[1])
+    report.sync_on_compute = False  # every process has all images
+    report.update(torch.from_numpy(logits), truth)
+    return float(report.compute()["mAP"])
