@@ -47,7 +47,7 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
     if not power > 0:
         raise ConfigError(f"co-occurrence: power must be positive, got {power}")
     if weights is None:
-        weights = torch.ones(len(labels), dtype=torch.float32)
+        weights = torch.ones(len(labels)).float()
     weights = weights.detach().cpu().double()
     if weights.shape != (len(labels),) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise DataError(f"co-occurrence: {len(labels)} images need as many finite weights >= 0")

@@ -61,7 +61,7 @@ def describe_images(
         parts = [*found.descriptors, *found.scores]
         split = len(found.descriptors)
         # In float32, whatever the precision of training or torch's default is.
-        tables = tables or [part.new_zeros(len(rows), part.shape[1], dtype=torch.float32) for part in parts]
+        tables = tables or [part.float().new_zeros(len(rows), part.shape[1]) for part in parts]
         for table, part in zip(tables, parts, strict=True):
             table[place[batch.index]] = part.float()
     # Each process filled its own rows, the others are zero there.

@@ -160,7 +160,7 @@ class LabelledOnly(Labeler):
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; every entry is ignored."""
         labels = torch.full(scores.shape, -1, dtype=torch.int8, device=scores.device)
-        none = torch.full((scores.shape[1],), torch.nan, dtype=torch.float32, device=scores.device)
+        none = torch.full((scores.shape[1],), torch.nan, device=scores.device).float()
         return PseudoLabels(labels, none, none.clone())
 
 
@@ -237,7 +237,7 @@ class Fixed(Labeler):
 
 
 def _constant(scores: Tensor, pos: float, neg: float) -> PseudoLabels:
-    tau_pos = torch.full((scores.shape[-1],), pos, dtype=torch.float32, device=scores.device)
+    tau_pos = torch.full((scores.shape[-1],), pos, device=scores.device).float()
     tau_neg = torch.full_like(tau_pos, neg)
     return PseudoLabels(pseudo_labels(scores, tau_pos, tau_neg), tau_pos, tau_neg)
 
@@ -252,7 +252,7 @@ def _top(scores: Tensor, k: int) -> PseudoLabels:
         # A stable sort, because topk promises no order among equal scores.
         best = strip.sort(dim=1, descending=True, stable=True).indices[:, :k]
         labels[rows].scatter_(1, best, 1)
-    none = torch.full((num_classes,), torch.nan, dtype=torch.float32, device=scores.device)
+    none = torch.full((num_classes,), torch.nan, device=scores.device).float()
     return PseudoLabels(labels, none, none.clone())
 
 

@@ -101,7 +101,7 @@ class MultilabelReport(Metric):
         if not len(logits):
             raise DataError("report: nothing was added, so there is nothing to evaluate")
         positives = (targets == 1).sum(dim=0)
-        ap = torch.zeros(self.num_classes, dtype=torch.float32)
+        ap = torch.zeros(self.num_classes).float()
         for k in positives.nonzero()[:, 0].tolist():
             known = targets[:, k] >= 0
             ap[k] = _average_precision(logits[known, k], targets[known, k])

@@ -141,7 +141,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         ]
 
         num_classes = len(self.class_names)
-        unset = torch.full((num_classes,), torch.nan, dtype=torch.float32)
+        unset = torch.full((num_classes,), torch.nan).float()
         self.register_buffer("tau_pos", unset.clone())
         self.register_buffer("tau_neg", unset.clone())
         self.register_buffer("cut", unset.clone())

@@ -62,7 +62,7 @@ def class_thresholds(
     n, num_classes = scores.shape
     r_pos, r_neg = _counts(n, num_classes, positive_rate, eta_pos, eta_neg)
     select = _partitioned if scores.device.type == "cpu" else _sorted
-    tau_pos = torch.empty(num_classes, dtype=torch.float32, device=scores.device)
+    tau_pos = torch.empty(num_classes, device=scores.device).float()
     tau_neg = torch.empty_like(tau_pos)
     for block in _column_blocks(n, num_classes, BLOCK):
         tau_pos[block], tau_neg[block] = select(_columns(scores, block), r_pos[block], r_neg[block])
@@ -280,7 +280,7 @@ def _columns(scores: Tensor, block: slice) -> Tensor:
     """
     columns = scores.detach()[:, block]
     n, width = columns.shape
-    copy = torch.empty(width, n, dtype=torch.float32, device=scores.device)
+    copy = torch.empty(width, n, device=scores.device).float()
     step = max(1, STRIP // width)
     for start in range(0, n, step):
         copy[:, start : start + step] = columns[start : start + step].T
@@ -292,7 +292,7 @@ def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor,
 
     By NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on falling scores.
     """
-    tau_pos = torch.full((len(columns),), torch.inf, dtype=torch.float32)
+    tau_pos = torch.full((len(columns),), torch.inf).float()
     tau_neg = torch.full_like(tau_pos, -torch.inf)
     for k, (column, top, bottom) in enumerate(zip(columns.numpy(), r_pos.tolist(), r_neg.tolist(), strict=True)):
         if bottom:

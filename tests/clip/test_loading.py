@@ -157,7 +157,7 @@ def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
     with pytest.raises(WeightsError, match=r"pointer\.safetensors"):
         FrozenCLIP.load(str(folder), str(tmp_path / "pointer.safetensors"))
     vit = tiny_clip(tmp_path / "vit", "vit")
-    with pytest.raises(WeightsError, match="positional_embedding"):
+    with pytest.raises(WeightsError, match=r"Missing key.*\s*.*visual\.bn1"):
         FrozenCLIP.load(str(folder), str(vit / WEIGHTS))
     with pytest.raises(ConfigError, match="image_std must be three numbers above 0"):
         FrozenCLIP.load(str(folder), image_std=(0.0, 1.0, 1.0))

@@ -125,7 +125,9 @@ def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
     module, trainer, count = cached_fit(tmp_path, clip_folder, squares)
     assert count.passes == 0
     assert count.steps == plain_count.steps - 7 > 0  # without a cache, zero-shot CLIP sees the test images once more
-    assert count.before == 14 * 2 + 7 + 1  # two flips of the unlabelled, the test images, and one to learn the shape
+    assert (
+        count.before == 14 * 2 + 8 + 7 + 1
+    )  # two flips of the unlabelled, the labelled and test images, and one to learn the shape
     # Both had the same weights when thresholds were taken. (Later ones differ: a pseudo-label may tie within rounding.)
     assert module.tau_pos.isfinite().any()
     torch.testing.assert_close(module.tau_pos, plain_module.tau_pos, atol=5e-4, rtol=0)
@@ -143,7 +145,7 @@ def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squ
     settings = {"data": {"held_out_fraction": 0.25, "num_workers": 2}}
     module, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=3, **settings)
     assert count.steps == count.passes == 0
-    assert count.before == 14 * 2 + 2 + 7 + 3 * (6 + 14) + 1
+    assert count.before == 14 * 2 + 8 + 7 + 3 * (6 + 14) + 1
     assert len(trainer.datamodule.split.held_out) == 2
     other, _, _ = cached_fit(tmp_path, clip_folder, squares, strong=3, data={"held_out_fraction": 0.25})
     assert differences(module.state_dict(), other.state_dict()) == [], "workers changed something"
@@ -151,7 +153,7 @@ def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squ
 
 def test_labels_alone_need_no_view_of_the_unlabelled(tmp_path, clip_folder, squares):
     _, _, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabelledOnly(), num_contexts=0)
-    assert count.before == 2 * 8 + 7 + 1
+    assert count.before == 3 * 8 + 7 + 1
     assert count.steps == 0
 
 
@@ -161,7 +163,7 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
     source = Squares(own)
     fit = {"max_epochs": 1, "warmup_epochs": 0}
     cache = FeatureCache(str(tmp_path / "cache"))
-    assert cached_fit(tmp_path, clip_folder, source, cache=cache, **fit)[2].before == 36
+    assert cached_fit(tmp_path, clip_folder, source, cache=cache, **fit)[2].before == 44
     # The same files under other names: known by their content.
     moved = tmp_path / "moved"
     shutil.copytree(own, moved)
@@ -182,11 +184,11 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
     before.save(file)
     # Other weights, size or precision: everything anew.
     other = tiny_clip(tmp_path / "other", "resnet", seed=1)
-    assert cached_fit(tmp_path, other, source, cache=cache, **fit)[2].before == 36
+    assert cached_fit(tmp_path, other, source, cache=cache, **fit)[2].before == 44
     sized = cached_fit(tmp_path, clip_folder, source, cache=cache, data={"image_size": 96}, **fit)
-    assert sized[2].before == 36
+    assert sized[2].before == 44
     half = cached_fit(tmp_path, clip_folder, source, cache=cache, trainer={"precision": "bf16-mixed"}, **fit)
-    assert half[2].before == 36
+    assert half[2].before == 44
     assert len(list((tmp_path / "cache").glob("features-*"))) == 4
 
 
@@ -228,7 +230,7 @@ def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, s
         if len(counts) == 1:  # the other has not come to its share
             with pytest.raises(DataError, match="features are missing"):
                 data.use_features(tower, store, kept)
-    assert sum(counts) == 14 * 2 + 22 + 7 + 2
+    assert sum(counts) == 14 * 2 + 8 + 22 + 7 + 2
     assert min(counts) > 20
     assert cached_fit(tmp_path, clip_folder, squares, cache=cache, max_epochs=1)[2].before == 1
 

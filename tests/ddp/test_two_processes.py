@@ -222,7 +222,9 @@ def test_kept_features_are_computed_in_shares(read, both):
     processes_agree(*two)
     before, after = again["index"]
     assert before == after, "one process computed something anew"
-    assert len(before) == 36 * (13 * 2 + 21 + 7)  # bytes a key; weak views, strong views, test images
+    assert len(before) == 36 * (
+        13 * 2 + 8 + 21 + 7
+    )  # bytes a key; weak views, plain labelled, strong views, test images
 
 
 def test_labels_made_once(both):

@@ -70,7 +70,7 @@ class UpdateContexts(L.Callback):
         task, k = pl_module.contexts, pl_module.num_contexts
         weights = None
         if pseudo is not None:
-            weights = torch.ones(len(labels) + len(pseudo), dtype=torch.float32)
+            weights = torch.ones(len(labels) + len(pseudo)).float()
             weights[len(labels) :] = task.pseudo_weight
             labels = torch.cat([labels, pseudo])
         new = partition(cooccurrence(labels, weights=weights, power=task.power), k, assign=task.assign)
@@ -85,15 +85,13 @@ class UpdateContexts(L.Callback):
         """Targets of the labelled images under the present partition; all zero for an image without any label."""
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
         if bool((part < 0).any()):  # zeros have no loss, but a gradient of zero, which several processes wait for
-            targets = torch.zeros(len(labels), k, dtype=torch.float32)
+            targets = torch.zeros(len(labels), k).float()
         elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
         else:
             context = context_targets(labels, part, k)
             targets = torch.nn.functional.one_hot(context.clamp(min=0), k) * (context >= 0)[:, None]
         if pl_module.context_targets is None:
-            pl_module.context_targets = torch.zeros(
-                len(data.train_table), k, dtype=torch.float32, device=pl_module.device
-            )
+            pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device).float()
         rows = torch.as_tensor(data.split.labelled, device=pl_module.device)
         pl_module.context_targets[rows] = targets.to(pl_module.context_targets)

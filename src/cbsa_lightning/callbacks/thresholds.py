@@ -147,7 +147,7 @@ class UpdateThresholds(L.Callback):
         confidence, context = probabilities.max(1)
         sure = confidence > pl_module.contexts.confidence
         targets = torch.nn.functional.one_hot(context, probabilities.shape[1]).to(probabilities)
-        pl_module.context_targets[rows] = targets * sure[:, None]
+        pl_module.context_targets[rows] = (targets * sure[:, None]).to(pl_module.context_targets)
         pl_module.log("context/coverage", sure.float().mean())
         true_context = context_targets(truth, pl_module.context_partition.cpu(), probabilities.shape[1])
         known = true_context >= 0
@@ -166,7 +166,7 @@ class UpdateThresholds(L.Callback):
 
 def _rows(pl_module: Any, n: int, width: int) -> Tensor:
     """Zeros ``(n, width)`` to fill, in float32 whatever the precision of training or torch's default is."""
-    return torch.zeros(n, width, dtype=torch.float32, device=pl_module.device)
+    return torch.zeros(n, width, device=pl_module.device).float()
 
 
 class _Scores(NamedTuple):
