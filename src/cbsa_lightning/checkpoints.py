@@ -14,15 +14,18 @@ from cbsa_lightning.checkpoint_files import SOURCE, VERSION
 from cbsa_lightning.compiled import plain_name
 from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
 from cbsa_lightning.finite import REMEDY, not_finite
+from cbsa_lightning.fusion import Fusion
 
 FINGERPRINT = "frozen_fingerprint"
 TABLES = ("pseudo_labels", "context_targets")
+FUSION = "fusion"
 
 
 class LeanCheckpoint(nn.Module):
     """Mix-in of a LightningModule that holds ``self.network``; the network may have a frozen ``clip``."""
 
     network: nn.Module
+    fusion: Fusion | None = None
     class_names: list[str]
     _source = "The checkpoint"  # for messages: which file it was read from, and by which version it was written
 
@@ -102,6 +105,8 @@ class LeanCheckpoint(nn.Module):
         size = getattr(data, "image_size", None)
         if size is not None:  # else predictions would be made at the tower's native size
             checkpoint["image_size"] = size
+        if self.fusion is not None:
+            checkpoint[FUSION] = {name: tensor.cpu() for name, tensor in self.fusion.tensors().items()}
         for name in TABLES:
             table = getattr(self, name)
             if table is not None:
@@ -135,6 +140,7 @@ class LeanCheckpoint(nn.Module):
                 f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
                 f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
             )
+        self.fusion = Fusion.from_tensors(checkpoint[FUSION]) if FUSION in checkpoint else None
         for name in TABLES:
             setattr(self, name, checkpoint.get(name))
 

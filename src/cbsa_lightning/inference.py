@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.checkpoints import LeanCheckpoint
+from cbsa_lightning.checkpoints import FUSION, LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import CBSAError, CheckpointError, ConfigError, DataError, WeightsError, listed
 from cbsa_lightning.finite import refuse_scores
+from cbsa_lightning.fusion import Fusion
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import build_cbsa_network
+from cbsa_lightning.networks.prompted import PromptedCLIP
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
 """Any iterable of files, Pillow images, uint8 arrays (grey ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
@@ -55,6 +57,7 @@ class Classifier:
         thresholds: ``(C,)``, score from which a class is given.
         image_size: Side of the square that images are resized to, in pixels; that of the training.
         device: Where to compute.
+        fusion: What the network's scores are fused with, and a module that describes images for it.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Classifier:
         thresholds: Tensor,
         image_size: int,
         device: str | torch.device = "cpu",
+        fusion: tuple[Fusion, nn.Module] | None = None,
     ) -> None:
         check_kind("network", network, nn.Module, "the network; Classifier.load(PATH) reads a checkpoint")
         check_kind("thresholds", thresholds, Tensor, "a tensor with one threshold for each class name")
@@ -75,6 +79,7 @@ class Classifier:
             raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
+        self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
         self._view = PlainView(image_size)
         with torch.no_grad():
             self._text = self.network.encode_text()
@@ -131,12 +136,15 @@ class Classifier:
             ) from error
         trained = _Trained(built, class_names)
         towers = getattr(built, "clip", None)
+        # Before the trained attention pool replaces CLIP's own.
+        describe = built.describer(keep=True) if FUSION in checkpoint and isinstance(built, PromptedCLIP) else None
         trained.on_load_checkpoint(checkpoint)
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
         size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
         if size is None:
             raise CheckpointError(f"{path} does not say at which size it was trained: give image_size.")
-        return cls(trained.averaged(), class_names, trained.thresholds(), size, device)
+        fusion = None if trained.fusion is None or describe is None else (trained.fusion, describe)
+        return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
         """Labels and scores of images, in their order.
@@ -186,6 +194,10 @@ class Classifier:
             with torch.no_grad():
                 features = self.network.features(torch.stack(views).to(self.device))
                 output = self.network(features, self._text, **options)
+                if self._fusion is not None:
+                    fusion, describe = self._fusion
+                    stack = fusion.stack_logits(describe(features))
+                    output = output._replace(logits=fusion.fused(output.logits, stack))
                 refuse_scores(output.logits, names.__getitem__, "Scores")
                 yield output
             start += len(batch)

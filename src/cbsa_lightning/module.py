@@ -18,7 +18,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
-from cbsa_lightning.arguments import check_kind, check_names, check_number
+from cbsa_lightning.arguments import check_flags, check_kind, check_names, check_number
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
@@ -34,14 +34,17 @@ from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import ConfigError, NotFiniteError
 from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
-from cbsa_lightning.labelers import ClassDistributionAware, EvidenceLabeler, Labeler, LabelledOnly
+from cbsa_lightning.fusion import Fusion
+from cbsa_lightning.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.loggers import begin_wandb_runs
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
 from cbsa_lightning.optimizers import unfuse
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.specificity import Specificity
+from cbsa_lightning.stacking import StackedProbes, unlabelled_inputs
 from cbsa_lightning.stage_length import stage_steps
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
@@ -74,6 +77,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
             steps, about as 0.9997 does in the paper's VOC runs.
+        fuse_stack: Whether final scores are those of network and stacked probes together, which are calibrated
+            probabilities; see :mod:`~cbsa_lightning.fusion`. Needs the labeler ``StackedProbes``. The network's own mAP
+            is then ``val/mAP_network``.
         optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
         scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
@@ -103,6 +109,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
+        fuse_stack: bool = False,
     ) -> None:
         super().__init__()
         class_names = check_names("class_names", class_names)
@@ -120,6 +127,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
+        check_flags(fuse_stack=fuse_stack)
+        if fuse_stack and not isinstance(labeler, StackedProbes):
+            raise ConfigError("fuse_stack takes the stack of the labeler: set labeler to StackedProbes().")
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
@@ -130,6 +140,12 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.contexts = contexts if contexts is not None else ContextTask()
         self.warmup_epochs = warmup_epochs
         self.unsup_weight = unsup_weight
+        self.fusion = None  # fitted when training starts
+        if fuse_stack and not isinstance(self.network, PromptedCLIP):
+            raise ConfigError(f"fuse_stack needs a network with frozen CLIP towers, not {type(self.network).__name__}.")
+        # In a tuple, since it is no part of the state: the towers as they were loaded give it again.
+        own = cast(PromptedCLIP, self.network)
+        self._describer: tuple[Describer, ...] = (own.describer(keep=True),) if fuse_stack else ()
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema_decay = ema_decay
@@ -151,7 +167,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.pseudo_labels: Tensor | None = None
         self.context_targets: Tensor | None = None
 
-        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "test")})
+        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "fused", "test")})
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
         self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimiser
@@ -429,9 +445,41 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             with self.ema.applied_to(self.network):
                 return cast(NetworkOutput, self.network(features, self._text.get("ema"), **options))
 
+    def fit_fusion(self, evidence: Evidence) -> None:
+        """Fits the stack that final scores are fused with, if asked for."""
+        if self._describer and len(evidence.labelled) < len(evidence.descriptors[0]):
+            stack = cast(StackedProbes, self.labeler).fit(evidence)
+            self.fusion = Fusion.of(stack, unlabelled_inputs(evidence))
+
+    def final_scores(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Final scores of the unlabelled images, which also set the scale on which their logits are fused.
+
+        Args:
+            logits: ``(n, C)``, the network's.
+            rows: ``(n,)``, their rows in the train table.
+
+        Returns:
+            ``(n, C)`` scores, fused with the stack's if asked for.
+        """
+        if self.fusion is None or not len(logits):
+            return logits.sigmoid()
+        self.fusion = self.fusion.to(logits.device).adapted(logits)
+        # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
+        soft = cast(Tensor, self.pseudo_labels)[rows].float()
+        stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
+        return self.fusion.fused(logits, stack).sigmoid()
+
+    def final_logits(self, features: Tensor) -> Tensor:
+        """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
+        logits = self.score(features).logits
+        if self.fusion is None or not self.fusion.ready:
+            return logits
+        describe, fusion = self._describer[0].to(features.device), self.fusion.to(features.device)
+        return fusion.fused(logits, fusion.stack_logits(describe(features)))
+
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``, by the averaged weights."""
-        return self.score(self.network.features(images)).logits.float().sigmoid()
+        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
+        return self.final_logits(self.network.features(images)).float().sigmoid()
 
     def on_validation_epoch_start(self) -> None:
         """Prompts do not change within a pass."""
@@ -445,6 +493,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             logits = output.logits
             self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
             self._report(weights).update(logits, batch.targets)
+            if weights == "ema" and self.fusion is not None:
+                self._report("fused").update(self.final_logits(features), batch.targets)
             if weights == "ema" and self.specificity is not None:
                 z = cast(Tensor, output.label_features)
                 self.specificity.update(z, self._mean_feature_logits(z), batch.targets)
@@ -456,7 +506,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
         report = self._report("ema").compute()
-        self._log_report("val", report)
+        if self.fusion is None:
+            self._log_report("val", report)
+        else:
+            self._log_report("val", self._report("fused").compute())
+            self.log("val/mAP_network", report["mAP"])
         self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
         if self.specificity is not None:
             figures = self.specificity.compute(report["mAP"])
@@ -464,7 +518,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             self.log_dict({f"val/{name}": value for name, value in figures.items()})
             if self.current_epoch >= self.warmup_epochs:
                 self.specificity.warn_if_collapsed(figures)
-        self._end_pass("ema", "raw")
+        self._end_pass("ema", "raw", "fused")
 
     def on_test_epoch_start(self) -> None:
         """Prompts do not change within a pass."""
@@ -472,7 +526,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
         """As validation, with the averaged weights only."""
-        logits = self.score(self.features_of(batch)).logits
+        logits = self.final_logits(self.features_of(batch))
         self._refuse(logits, batch, "Test scores")
         self._report("test").update(logits, batch.targets)
 

@@ -20,30 +20,32 @@ from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.fusion import LIMIT
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler
 
 Array = NDArray[np.floating]
 
 ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
-LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
 
 
 class Opinion(NamedTuple):
     """A linear classifier's scores, each class on the scale of its own mean and deviation over the images.
 
     Attributes:
+        mean: ``(D,)``, of the inputs; taken away first, since it can be large beside their deviations.
         weight: ``(D, C)``.
         offset: ``(C,)``.
         left_out: ``(m, C)``, scores of the labelled images, each by a classifier that was not fitted to it.
     """
 
+    mean: Array
     weight: Array
     offset: Array
     left_out: Array
 
     def __call__(self, inputs: Array) -> Array:
         """Scores ``(n, C)`` of any images, from their descriptors or ready scores ``(n, D)``."""
-        scores: Array = np.clip(inputs @ self.weight + self.offset, -LIMIT, LIMIT)
+        scores: Array = np.clip((inputs - self.mean) @ self.weight + self.offset, -LIMIT, LIMIT)
         return scores
 
 
@@ -103,8 +105,7 @@ class StackedProbes(EvidenceLabeler):
     def __call__(self, evidence: Evidence) -> Tensor:
         """See :class:`EvidenceLabeler`."""
         stack = self.fit(evidence)
-        inputs = [np.delete(_array(part), evidence.labelled.cpu().numpy(), axis=0) for part in _parts(evidence)]
-        probabilities = expit(stack.logits(inputs))
+        probabilities = expit(stack.logits(unlabelled_inputs(evidence)))
         probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
         return torch.from_numpy(probabilities).float()
 
@@ -163,14 +164,15 @@ def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.in
     others = np.delete(x, labelled, axis=0)
     mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
     weight = scale[:, None] * coefficients * score_scale
-    offset = -(mean @ weight + mean_score * score_scale)
-    return Opinion(weight.astype(x.dtype), offset, np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT))
+    left_out = np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT)
+    return Opinion(mean.astype(x.dtype), weight.astype(x.dtype), -mean_score * score_scale, left_out)
 
 
 def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
     """Scores ``(N, C)`` that no label went into."""
     mean, scale = _moments(scores)
-    opinion = Opinion(np.diag(scale).astype(scores.dtype), -mean * scale, np.empty((0, len(mean))))
+    nothing = np.zeros(len(mean))
+    opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
     return opinion._replace(left_out=opinion(scores[labelled]))
 
 
@@ -181,8 +183,10 @@ def _moments(values: Array) -> tuple[Array, Array]:
     return mean, varies / np.where(varies, deviation, 1.0)
 
 
-def _parts(evidence: Evidence) -> list[Tensor]:
-    return [*evidence.descriptors, *evidence.scores]
+def unlabelled_inputs(evidence: Evidence) -> list[Array]:
+    """What the opinions of a :class:`Stack` take, for the images that are not labelled."""
+    rows = evidence.labelled.cpu().numpy()
+    return [np.delete(_array(part), rows, axis=0) for part in (*evidence.descriptors, *evidence.scores)]
 
 
 def _array(values: Tensor) -> Array:

@@ -24,8 +24,8 @@ class MeasureBaselines(L.Callback):
     A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
 
     Attributes:
-        results: mAP (0 to 1) by name; empty where no image is validated on, and without the stack where the labelled
-            images are too few for it.
+        results: mAP (0 to 1) by name; empty where no image is validated on or the network has no frozen tower, and
+            without the stack where the labelled images are too few for it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,8 @@ class MeasureBaselines(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Fits and measures, unless the run is resumed."""
-        if trainer.fast_dev_run or trainer.ckpt_path is not None or not trainer.limit_val_batches:
+        frozen = pl_module.network.frozen_weights is not None
+        if trainer.fast_dev_run or trainer.ckpt_path is not None or not trainer.limit_val_batches or not frozen:
             return
         data = trainer.datamodule
         evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")

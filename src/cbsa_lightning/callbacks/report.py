@@ -158,7 +158,7 @@ class RunReport(L.Callback):
                 batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
                 with trainer.precision_plugin.forward_context():
                     features = pl_module.features_of(batch)
-                    logits = pl_module.score(features).logits.float()
+                    logits = pl_module.final_logits(features).float()
                 metric.update(logits, batch.targets)
                 scores = logits.sigmoid()
                 parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))

@@ -48,8 +48,9 @@ class UpdateThresholds(L.Callback):
         # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
-            labels = pl_module.labeler(evidence_of(trainer, pl_module))
-            self._fill(pl_module, data, labels)
+            evidence = evidence_of(trainer, pl_module)
+            self._fill(pl_module, data, pl_module.labeler(evidence))
+            pl_module.fit_fusion(evidence)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The pass of the epoch."""
@@ -70,6 +71,11 @@ class UpdateThresholds(L.Callback):
         if contexts is not None and bool((pl_module.context_partition >= 0).all()):
             self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The scale of the weights that are validated, if they are fused with the stack."""
+        if pl_module.fusion is not None and trainer.state.fn == "fit" and trainer.is_last_batch:
+            self._look_ahead(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Decision thresholds of the epoch's weights, before checkpoints that are written after a validation."""
@@ -94,13 +100,15 @@ class UpdateThresholds(L.Callback):
         ahead = self._ahead
         if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
             data = data_of(trainer)
-            scores, contexts = self._score(trainer, pl_module, data, epoch)
+            logits, contexts = self._score(trainer, pl_module, data, epoch)
+            scores = logits.sigmoid()
+            rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
             images = data.train_table.paths[data.split.unlabelled]
             for found in (scores, contexts):  # before anything is changed by them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
             # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
-            pl_module.cut.copy_(class_thresholds(scores, self._rates, 1.0, 0.0)[0])
+            pl_module.cut.copy_(class_thresholds(pl_module.final_scores(logits, rows), self._rates, 1.0, 0.0)[0])
             self._cut_at = trainer.global_step
             ahead = self._ahead = _Scores(epoch, trainer.global_step, scores, contexts)
         return ahead.scores, ahead.contexts
@@ -116,13 +124,13 @@ class UpdateThresholds(L.Callback):
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Probabilities ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled images."""
+        """Logits ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled images."""
         loader = data.weak_dataloader(epoch)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
-        scores = _rows(pl_module, n, len(pl_module.class_names))
+        logits = _rows(pl_module, n, len(pl_module.class_names))
         contexts = _rows(pl_module, n, k) if k else None
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with pl_module.evaluating():
@@ -131,13 +139,13 @@ class UpdateThresholds(L.Callback):
                 with trainer.precision_plugin.forward_context():  # not around the loader, which may stack halves
                     output = pl_module.score(pl_module.features_of(batch))
                 here = place[batch.index]
-                scores[here] = output.logits.float().sigmoid()
+                logits[here] = output.logits.float()
                 if contexts is not None:
                     contexts[here] = output.context_logits.float().softmax(1)
         # Each process filled its own rows, the others are zero there.
-        scores = trainer.strategy.reduce(scores, reduce_op="sum")
+        logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
-        return scores, contexts
+        return logits, contexts
 
     @staticmethod
     def _label_contexts(pl_module: Any, probabilities: Tensor, total: int, rows: Tensor, truth: Tensor) -> None:

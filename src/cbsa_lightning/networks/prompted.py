@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,21 +57,16 @@ class PromptedCLIP(Network):
         """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
         return self.clip.features(images)
 
-    def describer(self) -> Callable[[Tensor], Description]:
+    def describer(self, keep: bool = False) -> Describer:
         """Mean of the frozen features, CLIP's global feature, and zero-shot scores: the cosine with "a photo of a ...".
 
         All of the towers as they are now: before training the pool is CLIP's own.
+
+        Args:
+            keep: Whether the description stays as it is when the pool is trained.
         """
-        text = nn.functional.normalize(self.zero_shot_text().float(), dim=-1)
-        dtype = next(self.clip.pool.parameters()).dtype
-
-        def describe(features: Tensor) -> Description:
-            # In full precision: zero-shot scores of two images differ by little more than half precision holds.
-            with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-                g = nn.functional.normalize(self.clip.pool(features.to(dtype)).g.float(), dim=-1)
-                return Description([mean_over_places(features), g], [g @ text.T])
-
-        return describe
+        pool = copy.deepcopy(self.clip.pool).requires_grad_(False) if keep else self.clip.pool
+        return Describer(pool, nn.functional.normalize(self.zero_shot_text().float(), dim=-1))
 
     def zero_shot_text(self) -> Tensor:
         """Text features ``(C, d)`` of "a photo of a ...", without gradients; not normalised."""
@@ -79,6 +75,26 @@ class PromptedCLIP(Network):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The attention pool, if trained, in a group of its own with its factor of the learning rate."""
         return parameter_groups(self, self.clip.pool, self.pool_lr_scale)
+
+
+class Describer(nn.Module):
+    """Descriptions of images by an attention pool and by text features ``(C, d)``."""
+
+    text: Tensor
+
+    def __init__(self, pool: nn.Module, text: Tensor) -> None:
+        super().__init__()
+        self.pool = pool
+        self.register_buffer("text", text)
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Description:
+        """Describes frozen features."""
+        # In full precision: zero-shot scores of two images differ by little more than half precision holds.
+        with torch.autocast(features.device.type, enabled=False):
+            dtype = next(self.pool.parameters()).dtype
+            g = nn.functional.normalize(self.pool(features.to(dtype)).g.float(), dim=-1)
+            return Description([mean_over_places(features), g], [g @ self.text.T])
 
 
 def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[dict[str, Any]]:

@@ -1,0 +1,131 @@
+"""Late fusion of the trained network with stacked probes: final scores that are probabilities.
+
+The network's logits rank images well but are far from probabilities, since ASL pushes them up. The stack's are
+calibrated, since they are fitted to scores of labelled images that were left out. Both are brought to the stack's mean
+and deviation of each class, measured on the unlabelled images, and averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from cbsa_lightning.networks.base import Description
+
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do without it
+    from cbsa_lightning.stacking import Array, Stack
+
+LIMIT = 6.0
+"""Standard deviations beyond which an opinion of the stack gets no stronger."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A stack, and the scales on which its logits and a network's are averaged.
+
+    Attributes:
+        means: Of the inputs of the k opinions, each ``(D,)``.
+        weights: Of the k opinions, each ``(D, C)``.
+        offsets: ``(k, C)``.
+        slopes: ``(k, C)``, weight of each opinion in the stack's logits.
+        offset: ``(C,)``, of the stack's logits.
+        stack_mean: ``(C,)``, of the stack's logits over the unlabelled images.
+        stack_deviation: ``(C,)``.
+        mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
+        deviation: ``(C,)``.
+    """
+
+    means: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    offsets: Tensor
+    slopes: Tensor
+    offset: Tensor
+    stack_mean: Tensor
+    stack_deviation: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, inputs: list[Array]) -> Self:
+        """Takes over a fitted stack.
+
+        Args:
+            stack: The stack.
+            inputs: What its opinions take, for the unlabelled images, each ``(n, D)``.
+        """
+
+        def tensor(array: Array) -> Tensor:
+            return torch.from_numpy(array).float()
+
+        logits = stack.logits(inputs)
+        unset = torch.full((logits.shape[1],), torch.nan).float()
+        return cls(
+            tuple(tensor(opinion.mean) for opinion in stack.opinions),
+            tuple(tensor(opinion.weight) for opinion in stack.opinions),
+            torch.stack([tensor(opinion.offset) for opinion in stack.opinions]),
+            tensor(stack.slopes),
+            tensor(stack.offset),
+            tensor(logits.mean(0)),
+            tensor(logits.std(0)),
+            unset,
+            unset,
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scale of the network's logits is known."""
+        return not bool(self.mean.isnan().any())
+
+    def adapted(self, logits: Tensor) -> Self:
+        """The same with the scale of the present network.
+
+        Args:
+            logits: ``(n, C)``, the network's, of the unlabelled images.
+        """
+        return replace(self, mean=logits.float().mean(0), deviation=logits.float().std(0, correction=0))
+
+    def stack_logits(self, description: Description) -> Tensor:
+        """Logits ``(B, C)`` of the stack."""
+        parts = [*description.descriptors, *description.scores]
+        opinions = zip(parts, self.means, self.weights, self.offsets, self.slopes, strict=True)
+        said = [
+            slope * ((x - mean) @ weight + offset).clamp(-LIMIT, LIMIT) for x, mean, weight, offset, slope in opinions
+        ]
+        return torch.stack(said).sum(0) + self.offset
+
+    def fused(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
+        """Averages logits ``(B, C)`` of the network and of the stack on the stack's scale."""
+        varies = self.deviation > 1e-6
+        own = torch.where(varies, (logits.float() - self.mean) / self.deviation.clamp(min=1e-6), 0.0)
+        return (stack_logits + self.stack_mean + self.stack_deviation * own) / 2
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for a checkpoint."""
+        return {
+            name: tensor
+            for name, value in vars(self).items()
+            for name, tensor in ([(name, value)] if isinstance(value, Tensor) else _numbered(name, value))
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The opposite of :meth:`tensors`."""
+
+        def several(part: str) -> tuple[Tensor, ...]:
+            count = sum(name.startswith(f"{part}.") for name in tensors)
+            return tuple(tensors[f"{part}.{i}"] for i in range(count))
+
+        single = {name: tensor for name, tensor in tensors.items() if "." not in name}
+        return cls(several("means"), several("weights"), **single)
+
+
+def _numbered(name: str, tensors: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}.{i}", tensor) for i, tensor in enumerate(tensors)]
