@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
+from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, precision_score, recall_score
 from torchmetrics.classification import MultilabelAveragePrecision
 
 from cbsa_lightning.errors import ConfigError, DataError
@@ -54,6 +54,26 @@ def test_f1_equals_scikit_learn():
     recall = recall_score(targets, predicted, average="macro")
     assert found["CF1"].item() == pytest.approx(harmonic(precision, recall), abs=1e-6)
     assert found["OF1"].item() == pytest.approx(f1_score(targets, predicted, average="micro"), abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [(0, 1), (-1, 0, 0, 1)])
+def test_calibration_by_hand(values):
+    logits, targets = batch(values=values)
+    found = report_of(logits, targets, parts=3)
+    known = targets >= 0
+    scores, truth = 1 / (1 + np.exp(-logits[known].astype(float))), targets[known]
+    assert found["Brier"].item() == pytest.approx(brier_score_loss(truth, scores), abs=1e-6)
+    error = 0.0
+    for k in range(15):
+        inside = (scores > k / 15) & (scores <= (k + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(scores[inside].mean() - truth[inside].mean())
+    assert found["ECE"].item() == pytest.approx(error, abs=1e-6)
+
+
+def test_calibration_without_a_known_entry_is_no_error():
+    found = report_of(np.zeros((3, 2), np.float32), np.full((3, 2), -1, np.int8))
+    assert not found["ECE"] > 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.functional.classification import binary_average_precision, binary_calibration_error
 from torchmetrics.utilities import dim_zero_cat
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -34,6 +34,8 @@ class MultilabelReport(Metric):
       CAP and of torchmetrics' macro average);
     - ``CF1``, ``OF1``: at probability 0.5 (logit >= 0); the harmonic means of the class-averaged and of the
       pooled precision and recall, over all C classes, an undefined ratio counting 0;
+    - ``ECE``: expected calibration error of the probabilities, in 15 equal bins over all known entries; ``Brier``: their
+      mean squared error;
     - ``num_classes_used``: how many classes ``mAP`` averages.
 
     Args:
@@ -113,9 +115,19 @@ class MultilabelReport(Metric):
             "mAP_with_zeros": ap.mean(),
             "CF1": counts.cf1,
             "OF1": counts.of1,
+            **_calibration(logits, targets),
             "num_classes_used": used.sum(),
         }
         return {name: value.to(self.device) for name, value in report.items()}
+
+
+def _calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    known = targets >= 0
+    scores, truth = logits[known].sigmoid(), targets[known].long()
+    return {
+        "ECE": binary_calibration_error(scores, truth, n_bins=15),
+        "Brier": (scores - truth).square().mean(),
+    }
 
 
 def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -540,7 +540,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
-        self.log_dict({f"{prefix}/{key}": report[key] for key in ("mAP_with_zeros", "CF1", "OF1")})
+        self.log_dict({f"{prefix}/{key}": report[key] for key in ("mAP_with_zeros", "CF1", "OF1", "ECE", "Brier")})
         per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # of one class: a number
         self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
 
