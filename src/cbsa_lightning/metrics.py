@@ -34,8 +34,8 @@ class MultilabelReport(Metric):
       CAP and of torchmetrics' macro average);
     - ``CF1``, ``OF1``: at probability 0.5 (logit >= 0); the harmonic means of the class-averaged and of the
       pooled precision and recall, over all C classes, an undefined ratio counting 0;
-    - ``ECE``: expected calibration error of the probabilities, in 15 equal bins over all known entries; ``Brier``: their
-      mean squared error;
+    - ``ECE``: expected calibration error of the probabilities, in 15 equal bins over all known entries;
+    - ``Brier``: mean squared error of the probabilities;
     - ``num_classes_used``: how many classes ``mAP`` averages.
 
     Args:

@@ -140,6 +140,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.contexts = contexts if contexts is not None else ContextTask()
         self.warmup_epochs = warmup_epochs
         self.unsup_weight = unsup_weight
+        self.fuse_stack = fuse_stack
         self.fusion = None  # fitted when training starts
         if fuse_stack and not isinstance(self.network, PromptedCLIP):
             raise ConfigError(f"fuse_stack needs a network with frozen CLIP towers, not {type(self.network).__name__}.")
