@@ -122,8 +122,7 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     console = Console()
     console.print(table)
     gain = 100 * (results["semi-supervised"] - results["labelled only"])
-    word = "helped" if gain > 0 else "did not help"
-    console.print(f"The unlabelled images {word}: {gain:+.1f} points. Everything of this run is in {folder}.")
+    console.print(f"Against training on the labels alone: {gain:+.1f} points. Everything of this run is in {folder}.")
     best = max(results, key=lambda name: results[name])
     if best != "semi-supervised":
         lost = 100 * (results[best] - results["semi-supervised"])
