@@ -248,6 +248,23 @@ def test_cpu_overlay_keeps_features(
     assert (Path(cli.trainer.log_dir) / "pictures" / "predictions.png").is_file()
 
 
+@pytest.mark.parametrize(("images", "unlabelled", "classes"), [(20, 8, 2), (40, 30, 300)])
+def test_photos_of_ones_own(
+    tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, images: int, unlabelled: int, classes: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"thing {i}" for i in range(classes)]
+    make_table(tmp_path, n_train=images, unlabelled=unlabelled, class_names=names)
+    flags = [flag for flag in run_flags(tmp_path) if "limit_train" not in flag]
+    words = [*files("photos"), "--data.source.init_args.train=train.csv", *network_flags(clip_folder), *flags]
+    cli = main(["fit", *words, "--trainer.check_val_every_n_epoch=1", "--data.min_steps_per_epoch=3"])
+    assert cli.trainer.global_step == 6
+    assert cli.model.fusion.ready
+    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    assert 0 <= found["val/ECE"] <= 1
+    assert {"val/mAP", "val/mAP_network"} <= found.keys()
+
+
 def test_every_overlay_is_run() -> None:
     """A new overlay must be named in a file that runs it."""
     tests = Path(__file__).parent
