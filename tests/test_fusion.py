@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning import Classifier
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.errors import CheckpointError, ConfigError
 from cbsa_lightning.fusion import Fusion
 from cbsa_lightning.labelers import Evidence
 from cbsa_lightning.stacking import StackedProbes
@@ -125,6 +125,19 @@ def test_a_class_on_which_the_network_does_not_vary_is_left_to_the_stack(run):
     fused = fusion.fused(torch.rand(2, 5), stack)
     torch.testing.assert_close(fused[:, 0], (stack[:, 0] + fusion.stack_mean[0]) / 2)
     assert fused.isfinite().all()
+
+
+@pytest.mark.parametrize("change", [
+    lambda stored: "text", lambda stored: {}, lambda stored: {**stored, "slopes": stored["slopes"][:, :3]},
+    lambda stored: {**stored, "more": stored["slopes"]}, lambda stored: {**stored, "offset": 3},
+    lambda stored: {name: tensor for name, tensor in stored.items() if name != "means.0"},
+])  # fmt: skip
+def test_a_damaged_fusion_is_refused(run, tmp_path, change):
+    checkpoint = torch.load(run[2], weights_only=True)
+    checkpoint["fusion"] = change(checkpoint["fusion"])
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    with pytest.raises(CheckpointError, match=r"damaged\.ckpt.*fusion"):
+        Classifier.load(tmp_path / "damaged.ckpt")
 
 
 @pytest.mark.parametrize("settings", [{}, {"labeler": None}])

@@ -140,9 +140,20 @@ class LeanCheckpoint(nn.Module):
                 f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
                 f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
             )
-        self.fusion = Fusion.from_tensors(checkpoint[FUSION]) if FUSION in checkpoint else None
+        self.fusion = None if FUSION not in checkpoint else self._read_fusion(checkpoint[FUSION])
         for name in TABLES:
             setattr(self, name, checkpoint.get(name))
+
+    def _read_fusion(self, stored: Any) -> Fusion:
+        try:
+            fusion = Fusion.from_tensors(stored)
+            fits = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in stored.values())
+            classes = {tensor.shape[-1] for name, tensor in stored.items() if not name.startswith("means.")}
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Take another.") from error
+        if not fits or classes != {len(self.class_names)} or len(fusion.means) != len(fusion.weights):
+            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Take another checkpoint.")
+        return fusion
 
 
 def _broken(state: Mapping[str, Any]) -> list[str]:
