@@ -18,6 +18,7 @@ FLOORS = (
         "thresholds",
         "labelers",
         "stacking",
+        "linear_probe",
         "contexts",
         "metrics",
         "specificity",
@@ -28,6 +29,8 @@ FLOORS = (
     {"networks"},
     {
         "ema",
+        "fusion",
+        "descriptions",
         "schedules",
         "stage_length",
         "context_task",

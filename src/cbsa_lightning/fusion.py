@@ -19,9 +19,6 @@ from cbsa_lightning.networks.base import Description
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do without it
     from cbsa_lightning.stacking import Array, Stack
 
-LIMIT = 6.0
-"""Standard deviations beyond which an opinion of the stack gets no stronger."""
-
 
 @dataclass(frozen=True)
 class Fusion:
@@ -33,6 +30,7 @@ class Fusion:
         offsets: ``(k, C)``.
         slopes: ``(k, C)``, weight of each opinion in the stack's logits.
         offset: ``(C,)``, of the stack's logits.
+        limit: ``()``, standard deviations beyond which an opinion gets no stronger.
         stack_mean: ``(C,)``, of the stack's logits over the unlabelled images.
         stack_deviation: ``(C,)``.
         mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
@@ -44,6 +42,7 @@ class Fusion:
     offsets: Tensor
     slopes: Tensor
     offset: Tensor
+    limit: Tensor
     stack_mean: Tensor
     stack_deviation: Tensor
     mean: Tensor
@@ -69,6 +68,7 @@ class Fusion:
             torch.stack([tensor(opinion.offset) for opinion in stack.opinions]),
             tensor(stack.slopes),
             tensor(stack.offset),
+            torch.tensor(stack.limit).float(),
             tensor(logits.mean(0)),
             tensor(logits.std(0)),
             unset,
@@ -93,7 +93,8 @@ class Fusion:
         parts = [*description.descriptors, *description.scores]
         opinions = zip(parts, self.means, self.weights, self.offsets, self.slopes, strict=True)
         said = [
-            slope * ((x - mean) @ weight + offset).clamp(-LIMIT, LIMIT) for x, mean, weight, offset, slope in opinions
+            slope * ((x - mean) @ weight + offset).clamp(-self.limit, self.limit)
+            for x, mean, weight, offset, slope in opinions
         ]
         return torch.stack(said).sum(0) + self.offset
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.fusion import LIMIT
 from cbsa_lightning.labelers import Evidence, EvidenceLabeler
 
 Array = NDArray[np.floating]
 
 ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
+LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
 
 
 class Opinion(NamedTuple):
@@ -56,11 +56,13 @@ class Stack(NamedTuple):
         opinions: One for each descriptor, then one for each set of ready scores.
         slopes: ``(k, C)``, weight of each opinion in the logit of each class.
         offset: ``(C,)``, the logit of an image about which the opinions say nothing.
+        limit: Standard deviations beyond which an opinion gets no stronger.
     """
 
     opinions: list[Opinion]
     slopes: Array
     offset: Array
+    limit: float = LIMIT
 
     def logits(self, inputs: Sequence[Array]) -> Array:
         """Logits ``(n, C)`` of any images, from what each opinion takes."""
