@@ -105,7 +105,9 @@ class Fusion:
         return (stack_logits + self.stack_mean + self.stack_deviation * own) / 2
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """The same on a device."""
+        if self.mean.device == torch.device(device):
+            return self
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:

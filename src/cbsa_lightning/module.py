@@ -44,7 +44,7 @@ from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
 from cbsa_lightning.optimizers import unfuse
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.specificity import Specificity
-from cbsa_lightning.stacking import StackedProbes, unlabelled_inputs
+from cbsa_lightning.stacking import StackedProbes, soft_labels, unlabelled_inputs
 from cbsa_lightning.stage_length import stage_steps
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
@@ -446,23 +446,25 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             with self.ema.applied_to(self.network):
                 return cast(NetworkOutput, self.network(features, self._text.get("ema"), **options))
 
-    def fit_fusion(self, evidence: Evidence) -> None:
-        """Fits the stack that final scores are fused with, if asked for."""
-        if self._describer and len(evidence.labelled) < len(evidence.descriptors[0]):
-            stack = cast(StackedProbes, self.labeler).fit(evidence)
-            self.fusion = Fusion.of(stack, unlabelled_inputs(evidence))
+    def label_once(self, evidence: Evidence) -> Tensor:
+        """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
+        if not self._describer or len(evidence.labelled) == len(evidence.descriptors[0]):
+            return cast(EvidenceLabeler, self.labeler)(evidence)
+        stack = cast(StackedProbes, self.labeler).fit(evidence)
+        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence))
+        return soft_labels(stack, evidence)
 
     def final_scores(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Final scores of the unlabelled images, which also set the scale on which their logits are fused.
+        """Fused scores of the unlabelled images, which also set the scale on which logits are fused.
 
         Args:
             logits: ``(n, C)``, the network's.
             rows: ``(n,)``, their rows in the train table.
 
         Returns:
-            ``(n, C)`` scores, fused with the stack's if asked for.
+            ``(n, C)`` scores; the network's own without a fusion.
         """
-        if self.fusion is None or not len(logits):
+        if self.fusion is None:
             return logits.sigmoid()
         self.fusion = self.fusion.to(logits.device).adapted(logits)
         # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
@@ -472,11 +474,14 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def final_logits(self, features: Tensor) -> Tensor:
         """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
-        logits = self.score(features).logits
+        return self._fused(features, self.score(features).logits)
+
+    def _fused(self, features: Tensor, logits: Tensor) -> Tensor:
         if self.fusion is None or not self.fusion.ready:
             return logits
-        describe, fusion = self._describer[0].to(features.device), self.fusion.to(features.device)
-        return fusion.fused(logits, fusion.stack_logits(describe(features)))
+        self.fusion = self.fusion.to(features.device)  # from a checkpoint it comes on the CPU
+        describe = self._describer[0].to(features.device)
+        return self.fusion.fused(logits, self.fusion.stack_logits(describe(features)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
@@ -495,7 +500,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
             self._report(weights).update(logits, batch.targets)
             if weights == "ema" and self.fusion is not None:
-                self._report("fused").update(self.final_logits(features), batch.targets)
+                self._report("fused").update(self._fused(features, logits), batch.targets)
             if weights == "ema" and self.specificity is not None:
                 z = cast(Tensor, output.label_features)
                 self.specificity.update(z, self._mean_feature_logits(z), batch.targets)

@@ -106,10 +106,7 @@ class StackedProbes(EvidenceLabeler):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """See :class:`EvidenceLabeler`."""
-        stack = self.fit(evidence)
-        probabilities = expit(stack.logits(unlabelled_inputs(evidence)))
-        probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
-        return torch.from_numpy(probabilities).float()
+        return soft_labels(self.fit(evidence), evidence)
 
     def fit(self, evidence: Evidence) -> Stack:
         """Fits the probes and what each of them counts.
@@ -183,6 +180,13 @@ def _moments(values: Array) -> tuple[Array, Array]:
     mean, deviation = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     varies = deviation > 1e-8
     return mean, varies / np.where(varies, deviation, 1.0)
+
+
+def soft_labels(stack: Stack, evidence: Evidence) -> Tensor:
+    """What a fitted stack says of the unlabelled images; see :class:`EvidenceLabeler`."""
+    probabilities = expit(stack.logits(unlabelled_inputs(evidence)))
+    probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
+    return torch.from_numpy(probabilities).float()
 
 
 def unlabelled_inputs(evidence: Evidence) -> list[Array]:

@@ -48,9 +48,7 @@ class UpdateThresholds(L.Callback):
         # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
-            evidence = evidence_of(trainer, pl_module)
-            self._fill(pl_module, data, pl_module.labeler(evidence))
-            pl_module.fit_fusion(evidence)
+            self._fill(pl_module, data, pl_module.label_once(evidence_of(trainer, pl_module)))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The pass of the epoch."""
@@ -73,12 +71,7 @@ class UpdateThresholds(L.Callback):
         self._log_quality(pl_module, labels.cpu(), truth)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The scale of the weights that are validated, if they are fused with the stack."""
-        if pl_module.fusion is not None and trainer.state.fn == "fit" and trainer.is_last_batch:
-            self._look_ahead(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Decision thresholds of the epoch's weights, before checkpoints that are written after a validation."""
+        """Thresholds and scales of the weights to validate, also before checkpoints written after a validation."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._look_ahead(trainer, pl_module)
 
