@@ -21,11 +21,11 @@ import torch
 from measuring import where
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
-from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.comparison import zero_shot_report
 from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.voc import VOC
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 
 METHODS = ("labelled-only", "CBSA without contexts", "CBSA")
 
@@ -117,9 +117,13 @@ def main() -> None:
 
     data = make_data(0.05, 1, "none", args)
     data.setup("validate")
-    clip = FrozenCLIP.load(str(args.clip))
-    clip.speed_up()
-    report = zero_shot_report(clip, data)
+    network = ZeroShotCLIP(data.prompt_names, str(args.clip))
+    measure = MultilabelReport(len(data.class_names))
+    with torch.no_grad():
+        text = network.encode_text()
+        for batch in data.val_images():
+            measure.update(network(network.features(batch.images), text).logits, batch.targets)
+    report = measure.compute()
     zero = counted_map(dict(zip(data.class_names, report["AP"].tolist(), strict=True)), data.test_table)
     print(f"zero-shot {zero:.1f}", flush=True)
 

@@ -14,7 +14,7 @@ from cbsa_lightning.labelers import Evidence
 from cbsa_lightning.stacking import StackedProbes
 from tiny_data import Squares, differences, tiny_fit, tiny_module, tiny_trainer
 
-FUSED = {"labeler": StackedProbes(), "fuse_stack": True}
+FUSED = {"labeler": StackedProbes(), "stack_share": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_damaged_fusion_is_refused(run, tmp_path, change):
 @pytest.mark.parametrize("settings", [{}, {"labeler": None}])
 def test_without_a_stack_it_is_refused(clip_folder, settings):
     with pytest.raises(ConfigError, match="set labeler to StackedProbes"):
-        tiny_module(clip_folder, fuse_stack=True, **settings)
+        tiny_module(clip_folder, stack_share=0.5, **settings)
 
 
 def test_the_first_stage_is_measured_by_the_network_alone(tmp_path, clip_folder, squares):

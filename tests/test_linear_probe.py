@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 
-from cbsa_lightning.linear_probe import PENALTIES, linear_probe
+from cbsa_lightning.labelers import Evidence
+from cbsa_lightning.linear_probe import PENALTIES, LinearProbe
+
+
+def linear_probe(x, labels, new):
+    """Logits of new images by a probe of labelled ones."""
+    known, others = torch.from_numpy(x), torch.zeros(len(x), 3)
+    stack = LinearProbe().fit(Evidence([known], [others], torch.arange(len(x)), torch.from_numpy(labels)))
+    return stack.logits([new, np.ones((len(new), 3))])
 
 
 def problem(m=40, n=25, dims=6):
@@ -75,3 +84,19 @@ def test_constant_features_give_the_same_score_everywhere():
     logits = linear_probe(np.ones((40, 4)), labels, np.ones((5, 4)))
     assert np.isfinite(logits).all()
     assert (logits == logits[:1]).all()
+
+
+def test_its_left_out_logits_are_by_probes_of_the_other_folds():
+    x, labels, _ = problem()
+    known = Evidence([torch.from_numpy(x)], [], torch.arange(len(x)), torch.from_numpy(labels))
+    left_out = LinearProbe().fit(known).left_out()
+    z = (x - x.mean(0)) / x.std(0)
+    errors = []
+    for c in PENALTIES:
+        expected = np.empty(labels.shape)
+        for fitted, others in KFold(5).split(z):
+            for k in range(3):
+                fit = LogisticRegression(C=c, max_iter=1000).fit(z[fitted], labels[fitted, k])
+                expected[others, k] = fit.decision_function(z[others])
+        errors.append(np.abs(expected - left_out).max())
+    assert min(errors) < 1e-6

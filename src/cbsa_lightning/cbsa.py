@@ -54,7 +54,7 @@ class CBSAModule(SSMLLModule):
         optimizer: Makes the optimiser from parameter groups.
         scheduler: Makes the schedule of a stage; None: one cycle.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
-        fuse_stack: Whether final scores are those of network and stacked probes together; needs ``StackedProbes()``.
+        stack_share: Share of the labeler's stack in the final scores; above 0 it needs ``StackedProbes()``.
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.
@@ -91,7 +91,7 @@ class CBSAModule(SSMLLModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
-        fuse_stack: bool = False,
+        stack_share: float = 0.0,
     ) -> None:
         class_names = check_names("class_names", class_names)
         check_number("num_contexts", num_contexts, 0, whole=True)
@@ -154,7 +154,7 @@ class CBSAModule(SSMLLModule):
             optimizer=optimizer,
             scheduler=scheduler,
             max_skipped_steps=max_skipped_steps,
-            fuse_stack=fuse_stack,
+            stack_share=stack_share,
         )
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters(ignore=["contexts", "labeler", "loss", "optimizer", "scheduler"])

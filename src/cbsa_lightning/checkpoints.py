@@ -148,7 +148,9 @@ class LeanCheckpoint(nn.Module):
         try:
             fusion = Fusion.from_tensors(stored)
             fits = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in stored.values())
-            classes = {tensor.shape[-1] for name, tensor in stored.items() if name[:5] not in ("means", "limit")}
+            classes = {
+                tensor.shape[-1] for name, tensor in stored.items() if name[:5] not in ("means", "limit", "share")
+            }
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Take another.") from error
         if not fits or classes != {len(self.class_names)} or len(fusion.means) != len(fusion.weights):

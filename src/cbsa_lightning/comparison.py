@@ -8,47 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from tqdm.auto import tqdm
 
-from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES
-from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES, ZERO_SHOT
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.module import SSMLLModule
 from cbsa_lightning.runs import folder_of
-
-
-@torch.no_grad()
-def zero_shot_report(
-    clip: FrozenCLIP,
-    data: SSMLLDataModule,
-    template: str = "a photo of a {}.",
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Metrics of CLIP without any training: scaled cosine of image and class name, on the validation images.
-
-    Args:
-        clip: The towers as they were loaded; a trained attention pool would be no zero-shot.
-        data: Set up for fit or validation.
-        template: Text around a class name.
-        device: Where to compute; None: where ``clip`` is.
-    """
-    device = device if device is not None else clip.mean.device
-    clip = clip.to(device)
-    text = nn.functional.normalize(clip.encode_texts([template.format(n) for n in data.prompt_names]), dim=-1)
-    report = MultilabelReport(len(text)).to(device)
-    for batch in tqdm(data.val_images(), desc="Zero-shot", leave=False):  # kept features may be of another tower
-        image = nn.functional.normalize(clip.image_tokens(batch.images.to(device)).g, dim=-1)
-        report.update(clip.logit_scale * image @ text.T, batch.targets.to(device))
-    return report.compute()
 
 
 def compare(
@@ -72,17 +42,13 @@ def compare(
             :class:`~cbsa_lightning.callbacks.baselines.MeasureBaselines`.
 
     Returns:
-        mAP (0 to 1) of "zero-shot" (where the network holds a CLIP), the baselines, "labelled only" and
-        "semi-supervised"; also written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
+        mAP (0 to 1) of the baselines, "labelled only" and "semi-supervised"; also written to ``comparison.csv`` in the
+        run's folder and logged as ``compare/...``.
     """
     folder = folder_of(trainer)
     if folder is None:
         raise ConfigError("There is nothing to compare in a fast_dev_run.")
-    results: dict[str, float] = {}
-    clip = getattr(untrained.network, "clip", None)
-    if clip is not None:
-        results["zero-shot"] = float(zero_shot_report(clip, data)["mAP"])
-    results.update(baselines)
+    results = dict(baselines)
     own = {
         "callbacks": [],
         "enable_checkpointing": False,
@@ -111,7 +77,7 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     table.add_column("learns from")
     table.add_column("mAP", justify="right")
     sources = {
-        "zero-shot": "class names only",
+        ZERO_SHOT: "class names only",
         LINEAR_PROBE: f"{labelled} labelled images, frozen features",
         STACKED_PROBES: f"{labelled} labelled images, class names, frozen features",
         "labelled only": f"{labelled} labelled images",

@@ -20,7 +20,7 @@ class ParameterEMA(nn.Module):
     to a device with their owner.
 
     Args:
-        module: Whose weights are averaged; which ones are trainable must not change afterwards.
+        module: Whose weights are averaged, if any are trainable; which ones are must not change afterwards.
         decay: Share of the old average that each :meth:`update` keeps.
 
     Attributes:
@@ -60,14 +60,16 @@ class ParameterEMA(nn.Module):
     def start(self, module: nn.Module) -> None:
         """Begins anew from the present weights of ``module``."""
         averages, current = self._pairs(module)
-        torch._foreach_copy_(averages, [p.detach() for p in current])
+        if averages:
+            torch._foreach_copy_(averages, [p.detach() for p in current])
         self.started.fill_(True)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """One step: ``average <- decay * average + (1 - decay) * weight``."""
         averages, current = self._pairs(module)
-        torch._foreach_lerp_(averages, [p.detach() for p in current], 1.0 - self.decay)
+        if averages:
+            torch._foreach_lerp_(averages, [p.detach() for p in current], 1.0 - self.decay)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:

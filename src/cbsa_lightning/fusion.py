@@ -35,6 +35,7 @@ class Fusion:
         stack_deviation: ``(C,)``.
         mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
         deviation: ``(C,)``.
+        share: ``()``, of the stack's logits in the average.
     """
 
     means: tuple[Tensor, ...]
@@ -47,14 +48,16 @@ class Fusion:
     stack_deviation: Tensor
     mean: Tensor
     deviation: Tensor
+    share: Tensor
 
     @classmethod
-    def of(cls, stack: Stack, inputs: list[Array]) -> Self:
+    def of(cls, stack: Stack, inputs: list[Array], share: float) -> Self:
         """Takes over a fitted stack.
 
         Args:
             stack: The stack.
             inputs: What its opinions take, for the unlabelled images, each ``(n, D)``.
+            share: Of the stack's logits in the average, in (0, 1].
         """
 
         def tensor(array: Array) -> Tensor:
@@ -73,6 +76,7 @@ class Fusion:
             tensor(logits.std(0)),
             unset,
             unset,
+            torch.tensor(share).float(),
         )
 
     @property
@@ -102,7 +106,7 @@ class Fusion:
         """Averages logits ``(B, C)`` of the network and of the stack on the stack's scale."""
         varies = self.deviation > 1e-6
         own = torch.where(varies, (logits.float() - self.mean) / self.deviation.clamp(min=1e-6), 0.0)
-        return (stack_logits + self.stack_mean + self.stack_deviation * own) / 2
+        return torch.lerp(self.stack_mean + self.stack_deviation * own, stack_logits, self.share)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""

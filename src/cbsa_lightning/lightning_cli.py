@@ -256,7 +256,7 @@ class CBSACLI(LightningCLI):
             # The saved configuration is to say what was trained, also for who resumes the run.
             config = self.config[str(self.subcommand)]
             config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
-            config.model.init_args.fuse_stack = False
+            config.model.init_args.stack_share = 0.0
             config.gain = None
 
     def after_predict(self) -> None:

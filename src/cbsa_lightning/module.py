@@ -18,7 +18,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
-from cbsa_lightning.arguments import check_flags, check_kind, check_names, check_number
+from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
@@ -44,7 +44,7 @@ from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
 from cbsa_lightning.optimizers import unfuse
 from cbsa_lightning.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.specificity import Specificity
-from cbsa_lightning.stacking import StackedProbes, soft_labels, unlabelled_inputs
+from cbsa_lightning.stacking import StackLabeler, soft_labels, unlabelled_inputs
 from cbsa_lightning.stage_length import stage_steps
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
@@ -70,16 +70,17 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             paper's CAT. ``LabelledOnly()`` trains on the labels alone.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
         contexts: Options of context identification; used when the network has a context head.
-        warmup_epochs: Epochs of the first stage.
+        warmup_epochs: Epochs of the first stage; a network without trainable parameters has none.
         unsup_weight: Factor of the loss on pseudo-labels.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; the next one stops the
             run. 0 stops it at the first.
         ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
             steps, about as 0.9997 does in the paper's VOC runs.
-        fuse_stack: Whether final scores are those of network and stacked probes together, which are calibrated
-            probabilities; see :mod:`~cbsa_lightning.fusion`. Needs the labeler ``StackedProbes``. The network's own mAP
-            is then ``val/mAP_network``.
+        stack_share: Share of the labeler's stack in the final scores, in [0, 1]. They average its logits and the
+            network's, and are calibrated probabilities; see :mod:`~cbsa_lightning.fusion`. 0: the network alone, 1: the
+            stack alone. Above 0 it needs a :class:`~cbsa_lightning.stacking.StackLabeler` such as ``StackedProbes``,
+            and the network's own mAP is ``val/mAP_network``.
         optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
         scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
@@ -109,7 +110,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
-        fuse_stack: bool = False,
+        stack_share: float = 0.0,
     ) -> None:
         super().__init__()
         class_names = check_names("class_names", class_names)
@@ -127,9 +128,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
-        check_flags(fuse_stack=fuse_stack)
-        if fuse_stack and not isinstance(labeler, StackedProbes):
-            raise ConfigError("fuse_stack takes the stack of the labeler: set labeler to StackedProbes().")
+        check_number("stack_share", stack_share, 0, 1)
+        if stack_share and not isinstance(labeler, StackLabeler):
+            raise ConfigError("stack_share is that of the labeler's stack: set labeler to StackedProbes().")
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
@@ -138,15 +139,19 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.labeler = labeler if labeler is not None else ClassDistributionAware()
         self.loss = loss if loss is not None else AsymmetricLoss()
         self.contexts = contexts if contexts is not None else ContextTask()
-        self.warmup_epochs = warmup_epochs
+        self.trains = any(p.requires_grad for p in self.network.parameters())
+        self.warmup_epochs = warmup_epochs if self.trains else 0
         self.unsup_weight = unsup_weight
-        self.fuse_stack = fuse_stack
+        self.stack_share = stack_share
         self.fusion = None  # fitted when training starts
-        if fuse_stack and not isinstance(self.network, PromptedCLIP):
-            raise ConfigError(f"fuse_stack needs a network with frozen CLIP towers, not {type(self.network).__name__}.")
+        self.evidence: Evidence | None = None  # from the start of a fit to its first epoch
+        if stack_share and not isinstance(self.network, PromptedCLIP):
+            raise ConfigError(
+                f"stack_share needs a network with frozen CLIP towers, not {type(self.network).__name__}."
+            )
         # In a tuple, since it is no part of the state: the towers as they were loaded give it again.
         own = cast(PromptedCLIP, self.network)
-        self._describer: tuple[Describer, ...] = (own.describer(keep=True),) if fuse_stack else ()
+        self._describer: tuple[Describer, ...] = (own.describer(keep=True),) if stack_share else ()
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema_decay = ema_decay
@@ -220,6 +225,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""
+        if not self.trains:
+            self.scheduled_steps = self.stage_steps()
+            return None
         groups = self.network.parameter_groups()
         scales = [group.pop("lr_scale") for group in groups]
         optimizer = self.make_optimizer(groups)
@@ -267,6 +275,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         weights = getattr(getattr(self.network, "clip", None), "weights", None)
         if weights is not None:
             rank_zero_info(f"Weights of CLIP: {weights}.")
+        if stage == "fit" and not self.trains and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"{type(self.network).__name__} has nothing to train; fit it in one process (--trainer.devices 1)."
+            )
         if stage == "fit" and self.trainer.precision in ("16-true", "bf16-true"):
             mixed = str(self.trainer.precision).replace("true", "mixed")
             raise ConfigError(
@@ -300,12 +312,15 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Starts the clock of the epoch's steps."""
         self._clock, self._images = time.perf_counter(), 0
 
-    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor | None:
         """One step on strong views (Eq. 12).
 
         Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
         weights that the paper's sums have (D2-18).
         """
+        if not self.trains:
+            self.trainer.should_stop = True
+            return None
         size = self._mean_batch_size(batch)
         features = self.features_of(batch)
         self._statistics = [value.clone() for value in self.ema.statistics(self.network)]
@@ -450,8 +465,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
         if not self._describer or len(evidence.labelled) == len(evidence.descriptors[0]):
             return cast(EvidenceLabeler, self.labeler)(evidence)
-        stack = cast(StackedProbes, self.labeler).fit(evidence)
-        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence))
+        stack = cast(StackLabeler, self.labeler).fit(evidence)
+        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence), self.stack_share)
         return soft_labels(stack, evidence)
 
     def final_scores(self, logits: Tensor, rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from the labelled images themselves. The unlabelled images lend their statistics
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class Opinion(NamedTuple):
 
     def __call__(self, inputs: Array) -> Array:
         """Scores ``(n, C)`` of any images, from their descriptors or ready scores ``(n, D)``."""
-        scores: Array = np.clip((inputs - self.mean) @ self.weight + self.offset, -LIMIT, LIMIT)
+        scores: Array = (inputs - self.mean) @ self.weight + self.offset
         return scores
 
 
@@ -66,21 +67,36 @@ class Stack(NamedTuple):
 
     def logits(self, inputs: Sequence[Array]) -> Array:
         """Logits ``(n, C)`` of any images, from what each opinion takes."""
-        logits: Array = self.offset + sum(
-            slope * say(x) for slope, say, x in zip(self.slopes, self.opinions, inputs, strict=True)
-        )
-        return logits
+        return self._combined([opinion(x) for opinion, x in zip(self.opinions, inputs, strict=True)])
 
     def left_out(self) -> Array:
         """Logits ``(m, C)`` of the labelled images, each by opinions that were not fitted to it."""
-        logits: Array = self.offset + sum(
-            slope * say.left_out for slope, say in zip(self.slopes, self.opinions, strict=True)
-        )
+        return self._combined([opinion.left_out for opinion in self.opinions])
+
+    def _combined(self, scores: list[Array]) -> Array:
+        limited = [np.clip(part, -self.limit, self.limit) for part in scores]
+        logits: Array = self.offset + sum(slope * part for slope, part in zip(self.slopes, limited, strict=True))
         return logits
 
 
+class StackLabeler(EvidenceLabeler):
+    """Soft pseudo-labels by a :class:`Stack`, whose logits final scores can be fused with (``stack_share``)."""
+
+    @abstractmethod
+    def fit(self, evidence: Evidence) -> Stack:
+        """Fits the stack.
+
+        Raises:
+            DataError: For too few labelled images.
+        """
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """See :class:`EvidenceLabeler`."""
+        return soft_labels(self.fit(evidence), evidence)
+
+
 @dataclass(frozen=True)
-class StackedProbes(EvidenceLabeler):
+class StackedProbes(StackLabeler):
     """Soft pseudo-labels, made once: the probability of a label that linear probes and CLIP's text agree on.
 
     A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
@@ -103,10 +119,6 @@ class StackedProbes(EvidenceLabeler):
         check_number("StackedProbes: trust", self.trust, 0)
         if self.trust == 0:
             raise ConfigError(f"stacked probes: trust must be above 0, got {self.trust}")
-
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """See :class:`EvidenceLabeler`."""
-        return soft_labels(self.fit(evidence), evidence)
 
     def fit(self, evidence: Evidence) -> Stack:
         """Fits the probes and what each of them counts.
@@ -172,7 +184,7 @@ def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
     mean, scale = _moments(scores)
     nothing = np.zeros(len(mean))
     opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
-    return opinion._replace(left_out=opinion(scores[labelled]))
+    return opinion._replace(left_out=np.clip(opinion(scores[labelled]), -LIMIT, LIMIT))
 
 
 def _moments(values: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.labelers import Evidence, LabelledOnly
-from cbsa_lightning.linear_probe import linear_probe
+from cbsa_lightning.linear_probe import LinearProbe
 from cbsa_lightning.stacking import StackedProbes
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module
 
@@ -36,12 +36,13 @@ def expected(clip, squares):
     known = described(module, data.plain_dataloader(rows))
     new = described(module, data.val_dataloader())
     labels = data.labelled_targets()
-    probe = linear_probe(known[0][: len(labels)].numpy(), labels.numpy(), new[0].numpy())
-    stack = StackedProbes().fit(Evidence(known[:2], known[2:], torch.arange(len(labels)), labels))
+    evidence = Evidence(known[:2], known[2:], torch.arange(len(labels)), labels)
+    inputs = [part.numpy() for part in new]
     truth = data.eval_table().labels
     return {
-        "linear probe": average_precision_score(truth, probe, average="macro"),
-        "stacked probes": average_precision_score(truth, stack.logits([part.numpy() for part in new]), average="macro"),
+        "zero-shot": average_precision_score(truth, inputs[-1], average="macro"),
+        "linear probe": average_precision_score(truth, LinearProbe().fit(evidence).logits(inputs), average="macro"),
+        "stacked probes": average_precision_score(truth, StackedProbes().fit(evidence).logits(inputs), average="macro"),
     }
 
 
@@ -74,4 +75,4 @@ def test_a_run_on_labels_alone_describes_no_unlabelled_image(tmp_path, clip_fold
     data = {"feature_cache": FeatureCache(str(tmp_path / "cache"))}
     settings = {"labeler": LabelledOnly(), "trainer": {"callbacks": [baselines]}, "data": data}
     tiny_fit(tmp_path, clip_folder, squares, **settings)
-    assert baselines.results.keys() == {"linear probe", "stacked probes"}
+    assert baselines.results.keys() == {"zero-shot", "linear probe", "stacked probes"}

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 
 from cbsa_lightning.descriptions import describe_images, evidence_of
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.linear_probe import linear_probe
+from cbsa_lightning.linear_probe import LinearProbe
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.stacking import StackedProbes
 
-LINEAR_PROBE, STACKED_PROBES = "linear probe", "stacked probes"
+ZERO_SHOT, LINEAR_PROBE, STACKED_PROBES = "zero-shot", "linear probe", "stacked probes"
 
 
 class MeasureBaselines(L.Callback):
-    """Fits a linear probe and stacked probes to the labelled images, and measures both on the validation images.
+    """Measures zero-shot CLIP, a linear probe and stacked probes of the labelled images on the validation images.
 
-    The linear probe sees the mean of the frozen features; the stack sees all descriptions and the unlabelled images.
+    The linear probe takes the mean of the frozen features; the stack takes all descriptions and the unlabelled images.
     A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
 
     Attributes:
-        results: mAP (0 to 1) by name; empty where no image is validated on or the network has no frozen tower, and
-            without the stack where the labelled images are too few for it.
+        results: mAP (0 to 1) by name; empty where no image is validated on or the network has no frozen tower, without
+            zero-shot where it has no text tower, and without the stack where the labelled images are too few for it.
     """
 
     def __init__(self) -> None:
@@ -45,24 +47,23 @@ class MeasureBaselines(L.Callback):
         if trainer.fast_dev_run or trainer.ckpt_path is not None or not trainer.limit_val_batches or not frozen:
             return
         data = trainer.datamodule
-        evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")
+        evidence = pl_module.evidence
+        if evidence is None:
+            evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")
         table = data.eval_table()
         rows = np.arange(len(table))
         validation = describe_images(trainer, pl_module, data.val_dataloader(), rows, table.paths)
-        labels = evidence.labels.cpu().numpy()
-        grid, new = (part.cpu().numpy() for part in (evidence.descriptors[0], validation.descriptors[0]))
         truth = torch.from_numpy(table.labels)
-        self.results[LINEAR_PROBE] = _mAP(linear_probe(grid[: len(labels)], labels, new), truth)
-        try:
-            stack = StackedProbes().fit(evidence)
-        except DataError:  # too few labelled images
-            return
+        if validation.scores:
+            self.results[ZERO_SHOT] = _mAP(validation.scores[0].cpu(), truth)
         inputs = [part.cpu().numpy() for part in (*validation.descriptors, *validation.scores)]
-        self.results[STACKED_PROBES] = _mAP(stack.logits(inputs), truth)
+        for name, labeler in ((LINEAR_PROBE, LinearProbe()), (STACKED_PROBES, StackedProbes())):
+            with suppress(DataError):  # too few labelled images
+                self.results[name] = _mAP(torch.from_numpy(labeler.fit(evidence).logits(inputs)), truth)
 
 
-def _mAP(logits: np.ndarray, truth: torch.Tensor) -> float:
+def _mAP(logits: Tensor, truth: Tensor) -> float:
     report = MultilabelReport(truth.shape[1])
     report.sync_on_compute = False  # every process has all images
-    report.update(torch.from_numpy(logits), truth)
+    report.update(logits, truth)
     return float(report.compute()["mAP"])

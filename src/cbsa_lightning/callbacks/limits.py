@@ -69,15 +69,16 @@ class ResultLimits(L.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Says at the start of a stage that it has few steps."""
         first, end = trainer.current_epoch, trainer.max_epochs
-        if trainer.fast_dev_run or first not in (0, pl_module.warmup_epochs) or pl_module.scheduled_steps >= FEW_STEPS:
+        enough = pl_module.scheduled_steps >= FEW_STEPS or not pl_module.trains
+        if trainer.fast_dev_run or enough or first not in (0, pl_module.warmup_epochs):
             return
         stage, longer = "The second stage", "trainer.max_epochs"
         if pl_module.stage == "warm-up":
             stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
-        enough = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: as long as max_steps says
+        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: as long as max_steps says
         rank_zero_warn(
             f"{stage} has {pl_module.scheduled_steps} optimiser steps, which is few to learn from. Set "
-            f"data.min_steps_per_epoch to {enough} or more, or raise {longer}."
+            f"data.min_steps_per_epoch to {least} or more, or raise {longer}."
         )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -95,7 +96,7 @@ class ResultLimits(L.Callback):
         if table is None or found is None or self._zero_shot is None:
             return
         figures = f"{100 * float(found):.1f} % on {len(table)} images; zero-shot CLIP has {100 * self._zero_shot:.1f} %"
-        if float(found) > self._zero_shot:
+        if float(found) > self._zero_shot or not pl_module.trains:
             rank_zero_info(f"val/mAP is {figures}.")
         else:
             rank_zero_warn(

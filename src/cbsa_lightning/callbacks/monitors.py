@@ -40,7 +40,7 @@ class CheckMonitors(L.Callback):
 def logged_names(pl_module: Any) -> list[str]:
     """Names of all metrics that a training of ``pl_module`` may log."""
     names = [f"val/{name}" for name in ("mAP", "mAP_raw", "mAP_with_zeros", "CF1", "OF1", "ECE", "Brier")]
-    names += ["val/mAP_network"] if pl_module.fuse_stack else []
+    names += ["val/mAP_network"] if pl_module.stack_share else []
     names += [f"val/AP/{name}" for name in pl_module.class_names]
     names += [f"train/{name}" for name in ("loss", "loss_sup", "loss_unsup")]
     names += [f"pseudo/{name}" for name in ("coverage", "precision", "recall", "CF1")]

@@ -48,10 +48,12 @@ class UpdateThresholds(L.Callback):
         # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
-            self._fill(pl_module, data, pl_module.label_once(evidence_of(trainer, pl_module)))
+            pl_module.evidence = evidence_of(trainer, pl_module)
+            self._fill(pl_module, data, pl_module.label_once(pl_module.evidence))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The pass of the epoch."""
+        pl_module.evidence = None
         if pl_module.stage != "semi-supervised":
             return
         data = data_of(trainer)

@@ -1,0 +1,170 @@
+"""The final model beside what its user would pick instead: mAP and calibration, over shares and seeds.
+
+    uv run python benchmarks/final_model.py --out DIR --data digits photos --shares 0.05 0.1 0.2 --photos DIR --clip DIR
+
+All networks have the same weights at the start, stages and number of steps; an epoch has at least 10 of them. The
+probes, the preset's network and the final model come from one run. Finished runs are read from ``final.jsonl`` and not
+repeated; the logits of each preset run are kept in ``logits-*.npz``. Ends with the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from cells import (
+    COUNTED,
+    LABELLED_PER_BATCH,
+    SETTINGS,
+    Cell,
+    Results,
+    arguments,
+    cells,
+    make_data,
+    make_module,
+    mean_and_error,
+    trainer_settings,
+)
+from measuring import markdown, where
+from torch import Tensor
+
+from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning.labelers import ClassDistributionAware, Evidence, LabelledOnly
+from cbsa_lightning.linear_probe import LinearProbe
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.stacking import StackedProbes
+
+STEPS = 10  # of an epoch, at least
+SETTINGS["photos"] = SETTINGS["photos"]._replace(warmup=24, epochs=12)
+# name: (labeler, labelled images a step or None for CAP's share)
+RUNS: dict[str, tuple[Any, int | None]] = {
+    "labelled only": (LabelledOnly(), None),
+    "paper's recipe": (ClassDistributionAware(), None),
+    "preset": (StackedProbes(), LABELLED_PER_BATCH),
+}
+COLUMNS = [
+    "zero-shot",
+    "linear probe",
+    "stacked probes",
+    "labelled only",
+    "paper's recipe",
+    "preset's network",
+    "final",
+]
+
+
+def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
+    """Trains one network and measures it; with the preset also the probes and the final model."""
+    labeler, labelled = RUNS[name]
+    data = make_data(cell, args, labelled)
+    data.min_steps_per_epoch = STEPS
+    preset = name == "preset"
+    module = make_module(cell, args, data, labeler=labeler, ema_decay=None, stack_share=0.5 if preset else 0.0)
+    probes = Probes(module, data) if preset else None
+    trainer = L.Trainer(**trainer_settings(cell))
+    trainer.fit(module, datamodule=data)
+    table = data.eval_table()
+    network, final, _ = scores_of(module, data.val_dataloader())
+    figures = {"steps": trainer.global_step, "mAP": measured(network, table.labels)["mAP"]}
+    if probes is None:
+        return figures
+    rows = data.split.unlabelled
+    logits = {"network": network, "final": final, **probes.test, **probes.labelled}
+    hidden = scores_of(module, data.plain_dataloader(rows))
+    logits.update({f"unlabelled_{k}": v for k, v in zip(("network", "final", "index"), hidden, strict=True)})
+    file = args.out / f"logits-{cell.data}-{cell.share}-{cell.seed}.npz"
+    truth = {"truth": table.labels, "labels": data.labelled_targets(), "hidden": data.train_table.labels}
+    np.savez_compressed(file, **{k: np.asarray(v) for k, v in {**logits, **truth}.items()})
+    of = {"preset's network": network, "final": final, **probes.test}
+    return {**figures, **{key: measured(value, table.labels) for key, value in of.items()}}
+
+
+class Probes:
+    """Logits of zero-shot CLIP, the linear probe and the stack, before training."""
+
+    def __init__(self, module: CBSAModule, data: SSMLLDataModule) -> None:
+        data.prepare_data()
+        data.setup("fit")
+        describe = module.network.describer()
+        known = data.split.labelled
+        order = np.concatenate([known, data.split.unlabelled])
+        (descriptors, scores), (new, new_scores) = (
+            _described(describe, module, loader) for loader in (data.plain_dataloader(order), data.val_dataloader())
+        )
+        labels = data.labelled_targets()
+        evidence = Evidence(descriptors, scores, torch.arange(len(known)), labels)
+        stack, linear = StackedProbes().fit(evidence), LinearProbe().fit(evidence)
+        inputs = [part.numpy() for part in (*new, *new_scores)]
+        self.test = {
+            "zero-shot": new_scores[0],
+            "linear probe": torch.from_numpy(linear.logits(inputs)),
+            "stacked probes": torch.from_numpy(stack.logits(inputs)),
+        }
+        self.labelled = {"left_out": torch.from_numpy(stack.left_out())}
+
+
+def _described(describe: Any, module: CBSAModule, loader: Any) -> tuple[list[Tensor], list[Tensor]]:
+    found = [describe(module.features_of(batch)) for batch in loader]
+    parts = zip(*((*d.descriptors, *d.scores) for d in found), strict=True)
+    tables = [torch.cat(part) for part in parts]
+    count = len(found[0].descriptors)
+    return tables[:count], tables[count:]
+
+
+@torch.no_grad()
+def scores_of(module: CBSAModule, loader: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the averaged network and of the final model, and the rows of the images."""
+    module.eval()
+    module.cache_text()
+    parts = []
+    for batch in loader:
+        features = module.features_of(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            network = module.score(features).logits
+        parts.append((network.float(), module._fused(features, network).float(), batch.index))
+    network, final, index = (torch.cat(part) for part in zip(*parts, strict=True))
+    return network, final, index
+
+
+def measured(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """mAP in % over the classes with enough positives, and calibration."""
+    report = MultilabelReport(labels.shape[1], COUNTED)
+    report.update(logits, torch.from_numpy(labels))
+    found = report.compute()
+    return {"mAP": 100 * float(found["mAP"]), "ECE": float(found["ECE"]), "Brier": float(found["Brier"])}
+
+
+def tables(found: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
+    """mAP of each column, then ECE of the probes and the final model."""
+    lines, calibration = [], []
+    for data, share in wanted:
+        mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
+        presets = [r for r in mine if r["run"] == "preset"]
+        columns = {name: [r["mAP"] for r in mine if r["run"] == name] for name in list(RUNS)[:2]}
+        columns.update({k: [r[k]["mAP"] for r in presets] for k in COLUMNS if k not in columns})
+        gaps = [r["final"]["mAP"] - r["stacked probes"]["mAP"] for r in presets]
+        lines.append([data, share, *(mean_and_error(columns[k]) for k in COLUMNS), mean_and_error(gaps)])
+        for key in ("ECE", "Brier"):
+            shown = ("linear probe", "stacked probes", "preset's network", "final")
+            values = [f"{np.mean([r[k][key] for r in presets]):.3f}" if presets else "-" for k in shown]
+            calibration.append([data, share, key, *values])
+    first = markdown(["data", "p", *COLUMNS, "final minus stack"], lines)
+    second = markdown(["data", "p", "", "linear probe", "stacked probes", "preset's network", "final"], calibration)
+    return f"{first}\n\n{second}"
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    print(where(), flush=True)
+    results = Results("final.jsonl", args)
+    for cell in cells(args):
+        for name in args.only or RUNS:
+            if not results.has(name, cell):
+                results.add(name, cell, run(name, cell, args))
+    print("\n" + tables(results.read(), list(dict.fromkeys((c.data, c.share) for c in cells(args)))))
+
+
+if __name__ == "__main__":
+    main()

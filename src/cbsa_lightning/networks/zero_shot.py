@@ -1,0 +1,39 @@
+"""CLIP without any training: the cosine of image and class name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.networks.base import NetworkOutput
+from cbsa_lightning.networks.prompted import PromptedCLIP, cosines
+
+
+class ZeroShotCLIP(PromptedCLIP):
+    """Zero-shot CLIP as a network without trainable parameters; also what a probe on frozen features stands on.
+
+    Args:
+        prompt_names: The C class names, as they are to be read.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
+
+    Raises:
+        ConfigError: If settings do not fit the towers.
+        WeightsError: If the CLIP weights are not available.
+    """
+
+    def __init__(
+        self, prompt_names: Sequence[str], clip: str = "RN50-quickgelu", pretrained: str | None = "openai"
+    ) -> None:
+        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
+
+    def encode_text(self) -> Tensor:
+        """Text features ``(C, d)`` of "a photo of a ..."."""
+        return self.zero_shot_text()
+
+    def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
+        """Scaled cosines; see :class:`Network`. There are no attention maps."""
+        text = text if text is not None else self.encode_text()
+        return NetworkOutput(self.clip.logit_scale * cosines(self.clip.pool(features).g, text))

@@ -1,0 +1,82 @@
+"""Zero-shot CLIP, the linear probe and stacked probes as systems: fit, checkpoint, predictions."""
+
+from __future__ import annotations
+
+import functools
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from cbsa_lightning import Classifier, SSMLLModule
+from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.linear_probe import LinearProbe
+from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
+from cbsa_lightning.stacking import StackedProbes
+from tiny_data import Squares, tiny_data, tiny_fit, tiny_trainer
+
+SYSTEMS = {
+    "zero-shot": {"labeler": LabelledOnly()},
+    "linear probe": {"labeler": LinearProbe(), "stack_share": 1.0},
+    "stacked probes": {"labeler": StackedProbes(), "stack_share": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def squares(squares_folder):
+    return Squares(squares_folder)
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory, clip_folder, squares):
+    """What ``--compare`` shows for a run of CBSA on the same data."""
+    measure = MeasureBaselines()
+    tiny_fit(tmp_path_factory.mktemp("cbsa"), clip_folder, squares, trainer={"callbacks": [measure]})
+    return measure.results
+
+
+def fitted(folder, clip, squares, **settings):
+    L.seed_everything(0, verbose=False)
+    network = functools.partial(ZeroShotCLIP, clip=str(clip))
+    module = SSMLLModule(Squares.class_names, network, warmup_epochs=3, **settings)
+    trainer = tiny_trainer(folder, max_epochs=5)
+    trainer.fit(module, datamodule=tiny_data(squares))
+    return module, trainer
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_fit_reaches_what_compare_shows(tmp_path, clip_folder, squares, baselines, name):
+    module, trainer = fitted(tmp_path, clip_folder, squares, **SYSTEMS[name])
+    assert trainer.callback_metrics["val/mAP"] == pytest.approx(baselines[name], abs=1e-6)
+    assert trainer.current_epoch == 1  # one step, whatever the limits say
+    file = tmp_path / "system.ckpt"
+    trainer.save_checkpoint(file)
+    classifier = Classifier.load(file, network=functools.partial(ZeroShotCLIP, clip=str(clip_folder)))
+    images = torch.cat([batch.images for batch in trainer.datamodule.val_dataloader()])
+    torch.testing.assert_close(classifier.scores(images), module(images))
+    torch.testing.assert_close(classifier.thresholds, module.decision_thresholds())
+
+
+def test_a_stack_alone_is_not_moved_by_the_network(tmp_path, clip_folder, squares):
+    module, trainer = fitted(tmp_path, clip_folder, squares, **SYSTEMS["stacked probes"])
+    features = module.network.features(next(iter(trainer.datamodule.val_dataloader())).images)
+    stack = module.fusion.stack_logits(module.network.describer()(features))
+    torch.testing.assert_close(module.final_logits(features), stack)
+
+
+def test_nothing_is_trained(tmp_path, clip_folder, squares):
+    before = ZeroShotCLIP(Squares.class_names, clip=str(clip_folder)).state_dict()
+    module, _ = fitted(tmp_path, clip_folder, squares, **SYSTEMS["zero-shot"])
+    for name, value in module.network.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), before[name].numpy())
+
+
+def test_several_processes_are_refused(clip_folder):
+    network = functools.partial(ZeroShotCLIP, clip=str(clip_folder))
+    module = SSMLLModule(Squares.class_names, network, labeler=LabelledOnly())
+    module.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    with pytest.raises(ConfigError, match="ZeroShotCLIP has nothing to train; fit it in one process"):
+        module.setup("fit")
