@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,6 +13,7 @@ import yaml
 from cbsa_lightning.cli import main
 from cbsa_lightning.gain import Gain
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.linear_probe import LinearProbe
 from cbsa_lightning.stacking import StackedProbes
 from layouts import make_coco, make_nuswide_list, make_table, make_voc
 
@@ -142,6 +145,42 @@ def test_each_compared_system(
         assert int((cli.model.network.graph[0] > 0).sum()) <= {"coco": 62, "nuswide": 50}[data]
     if method == "top_k":
         assert cli.model.labeler.k == 3
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "stacked_probes"])
+def test_each_system_without_training(
+    method: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [flag.replace("init_args", "init_args.network.init_args") for flag in network_flags(clip_folder)[:1]]
+    root = f"--data.source.init_args.root={roots['voc']}"
+    overlays = files(f"methods/{method}", "data/voc", "shares/p20")
+    cli = main(["fit", *overlays, *tiny, root, *run_flags(tmp_path)])
+    assert cli.trainer.global_step == 1
+    folder = Path(cli.trainer.log_dir)
+    assert {"predictions.csv", "thresholds.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    labeler = {"zero_shot": LabelledOnly, "linear_probe": LinearProbe, "stacked_probes": StackedProbes}[method]
+    assert isinstance(cli.model.labeler, labeler)
+    assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
+
+
+def test_thresholds_by_an_objective(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
+    order = files("methods/cbsa", "data/table", "methods/cbsa_safe")
+    chosen = ["--model.objective=cbsa_lightning.decisions.Recall", "--model.objective.init_args.target=0.8"]
+    cli = fit(order, tmp_path, clip_folder, source, *chosen)
+    with (Path(cli.trainer.log_dir) / "thresholds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == cli.model.class_names
+    thresholds = [float(row["threshold"]) for row in rows]
+    np.testing.assert_allclose(thresholds, cli.model.decision_thresholds().numpy(), rtol=1e-6)
+    for row in rows:
+        assert float(row["expected_recall_low"]) <= float(row["expected_recall"]) <= float(row["expected_recall_high"])
+        assert float(row["expected_recall"]) >= 0.8
+        assert 0 <= float(row["validation_precision"]) <= 1
 
 
 def test_the_safe_preset_on_own_images(

@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning import Classifier
+from cbsa_lightning.calibration import fit_calibration
 from cbsa_lightning.errors import CheckpointError, ConfigError
 from cbsa_lightning.fusion import Fusion
 from cbsa_lightning.labelers import Evidence
@@ -52,7 +53,9 @@ def by_hand(module, clip, data, loader):
     own = torch.cat([module.score(module.network.features(b.images)).logits for b in new]).double().numpy()
     z = (own - weak.mean(0)) / weak.std(0)
     theirs = stack.logits([part.numpy() for part in described(new)])
-    return (beside.mean(0) + beside.std(0) * z + theirs) / 2
+    averaged = (beside.mean(0) + beside.std(0) * z + theirs) / 2
+    mode = fit_calibration(stack.left_out(), labels.numpy()).mode
+    return mode[:, 0] + np.exp(mode[:, 1]) * averaged
 
 
 def test_validation_measures_the_mean_of_both_on_the_scale_of_the_stack(run, clip_folder, squares):
@@ -122,9 +125,9 @@ def test_tensors_of_a_checkpoint_give_it_back(run):
 def test_a_class_on_which_the_network_does_not_vary_is_left_to_the_stack(run):
     fusion = run[0].fusion.adapted(torch.tensor([[1.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1]]))
     stack = torch.full((2, 5), 3.0)
-    fused = fusion.fused(torch.rand(2, 5), stack)
-    torch.testing.assert_close(fused[:, 0], (stack[:, 0] + fusion.stack_mean[0]) / 2)
-    assert fused.isfinite().all()
+    averaged = fusion.averaged(torch.rand(2, 5), stack)
+    torch.testing.assert_close(averaged[:, 0], (stack[:, 0] + fusion.stack_mean[0]) / 2)
+    assert averaged.isfinite().all()
 
 
 @pytest.mark.parametrize("change", [

@@ -9,6 +9,7 @@ from torch.optim import AdamW
 
 from cbsa_lightning.arguments import check_flags, check_names, check_number
 from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.decisions import Objective
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import EvidenceLabeler, Labeler
 from cbsa_lightning.losses import ElementwiseLoss
@@ -55,6 +56,7 @@ class CBSAModule(SSMLLModule):
         scheduler: Makes the schedule of a stage; None: one cycle.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
         stack_share: Share of the labeler's stack in the final scores; above 0 it needs ``StackedProbes()``.
+        objective: Chooses the decision thresholds; None: ``Share()``.
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.
@@ -92,6 +94,7 @@ class CBSAModule(SSMLLModule):
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
         stack_share: float = 0.0,
+        objective: Objective | None = None,
     ) -> None:
         class_names = check_names("class_names", class_names)
         check_number("num_contexts", num_contexts, 0, whole=True)
@@ -155,6 +158,7 @@ class CBSAModule(SSMLLModule):
             scheduler=scheduler,
             max_skipped_steps=max_skipped_steps,
             stack_share=stack_share,
+            objective=objective,
         )
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
-        self.save_hyperparameters(ignore=["contexts", "labeler", "loss", "optimizer", "scheduler"])
+        self.save_hyperparameters(ignore=["contexts", "labeler", "loss", "objective", "optimizer", "scheduler"])

@@ -2,7 +2,8 @@
 
 The network's logits rank images well but are far from probabilities, since ASL pushes them up. The stack's are
 calibrated, since they are fitted to scores of labelled images that were left out. Both are brought to the stack's mean
-and deviation of each class, measured on the unlabelled images, and averaged.
+and deviation of each class, measured on the unlabelled images, and averaged. The average is then calibrated class by
+class.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cbsa_lightning.calibration import fit_calibration
 from cbsa_lightning.networks.base import Description
 
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do without it
@@ -36,6 +40,7 @@ class Fusion:
         mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
         deviation: ``(C,)``.
         share: ``()``, of the stack's logits in the average.
+        calibration: ``(6, C)``, see :meth:`~cbsa_lightning.calibration.Calibration.packed`.
     """
 
     means: tuple[Tensor, ...]
@@ -49,14 +54,16 @@ class Fusion:
     mean: Tensor
     deviation: Tensor
     share: Tensor
+    calibration: Tensor
 
     @classmethod
-    def of(cls, stack: Stack, inputs: list[Array], share: float) -> Self:
+    def of(cls, stack: Stack, inputs: list[Array], labels: NDArray[np.int8], share: float) -> Self:
         """Takes over a fitted stack.
 
         Args:
             stack: The stack.
             inputs: What its opinions take, for the unlabelled images, each ``(n, D)``.
+            labels: ``(m, C)`` in {1, 0, -1}, of the images that the stack was fitted to.
             share: Of the stack's logits in the average, in (0, 1].
         """
 
@@ -77,6 +84,7 @@ class Fusion:
             unset,
             unset,
             torch.tensor(share).float(),
+            tensor(fit_calibration(stack.left_out(), labels).packed()),
         )
 
     @property
@@ -103,7 +111,11 @@ class Fusion:
         return torch.stack(said).sum(0) + self.offset
 
     def fused(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
-        """Averages logits ``(B, C)`` of the network and of the stack on the stack's scale."""
+        """Calibrated average of logits ``(B, C)`` of the network and of the stack."""
+        return self.calibration[0] + self.calibration[1].exp() * self.averaged(logits, stack_logits)
+
+    def averaged(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
+        """The average on the stack's scale, ``(B, C)``, before the calibration."""
         varies = self.deviation > 1e-6
         own = torch.where(varies, (logits.float() - self.mean) / self.deviation.clamp(min=1e-6), 0.0)
         return torch.lerp(self.stack_mean + self.stack_deviation * own, stack_logits, self.share)

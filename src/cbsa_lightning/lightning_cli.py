@@ -257,6 +257,7 @@ class CBSACLI(LightningCLI):
             config = self.config[str(self.subcommand)]
             config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
             config.model.init_args.stack_share = 0.0
+            config.model.init_args.objective = None
             config.gain = None
 
     def after_predict(self) -> None:

@@ -10,6 +10,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
+REPORTED = ("mAP_with_zeros", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
+"""Figures of a :class:`MultilabelReport` that are logged beside mAP and the average precision of each class."""
+
 
 def mean_pairwise_cosine(features: Tensor) -> Tensor:
     """Mean cosine ``(B,)`` over all pairs of an image's C label features ``(B, C, d)``; NaN if C is 1."""
@@ -32,8 +35,12 @@ class MultilabelReport(Metric):
     - ``mAP``: mean over the other classes; NaN when there is none;
     - ``mAP_with_zeros``: mean over all C classes, a class without positives counting 0 (the convention of
       CAP and of torchmetrics' macro average);
-    - ``CF1``, ``OF1``: at probability 0.5 (logit >= 0); the harmonic means of the class-averaged and of the
-      pooled precision and recall, over all C classes, an undefined ratio counting 0;
+    - ``precision``, ``recall`` ``(C,)``: of the labels given from ``thresholds`` on, an undefined ratio counting 0;
+    - ``support`` ``(C,)``: positives;
+    - ``CF1``, ``OF1``: the harmonic means of the class-averaged and of the pooled precision and recall, over all C
+      classes;
+    - ``CF1_at_half``, ``OF1_at_half``: the same at probability 0.5 (logit >= 0) for all classes, the convention of the
+      paper;
     - ``ECE``: expected calibration error of the probabilities, in 15 equal bins over all known entries;
     - ``Brier``: mean squared error of the probabilities;
     - ``num_classes_used``: how many classes ``mAP`` averages.
@@ -41,6 +48,9 @@ class MultilabelReport(Metric):
     Args:
         num_classes: C, also 1.
         min_positives: how many positives a class needs for ``mAP``, >= 1.
+
+    Attributes:
+        thresholds: ``(C,)``, probability from which a class is given, to be set before ``compute``; None: 0.5.
 
     Raises:
         ConfigError: for numbers below 1.
@@ -58,6 +68,7 @@ class MultilabelReport(Metric):
         super().__init__()
         self.num_classes = num_classes
         self.min_positives = min_positives
+        self.thresholds: Tensor | None = None
         # One flat float32 state: a process that saw no image is then gathered like any other, which
         # torchmetrics cannot do for matrices or integers.
         self.add_state("entries", default=[], dist_reduce_fx="cat")
@@ -108,13 +119,21 @@ class MultilabelReport(Metric):
             known = targets[:, k] >= 0
             ap[k] = _average_precision(logits[known, k], targets[known, k])
         used = positives >= self.min_positives
-        counts = _Counts((logits >= 0).to(torch.int8), targets)
+        half = _Counts((logits >= 0).to(torch.int8), targets)
+        # Compared as probabilities, since predictions are.
+        given = logits >= 0 if self.thresholds is None else logits.sigmoid() >= self.thresholds.cpu()
+        counts = _Counts(given.to(torch.int8), targets)
         report = {
             "AP": torch.where(used, ap, torch.nan),
             "mAP": ap[used].mean(),
             "mAP_with_zeros": ap.mean(),
+            "precision": counts.class_precision,
+            "recall": counts.class_recall,
+            "support": counts.actual,
             "CF1": counts.cf1,
             "OF1": counts.of1,
+            "CF1_at_half": half.cf1,
+            "OF1_at_half": half.of1,
             **_calibration(logits, targets),
             "num_classes_used": used.sum(),
         }

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
 from cbsa_lightning.arguments import check_kind, check_names, check_number
+from cbsa_lightning.calibration import Calibration
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
@@ -31,6 +32,7 @@ from cbsa_lightning.checkpoints import LeanCheckpoint
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.class_names import default_prompts
+from cbsa_lightning.decisions import Objective, Share, decide
 from cbsa_lightning.ema import ParameterEMA
 from cbsa_lightning.errors import ConfigError, NotFiniteError
 from cbsa_lightning.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
@@ -38,7 +40,7 @@ from cbsa_lightning.fusion import Fusion
 from cbsa_lightning.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, Labeler, LabelledOnly
 from cbsa_lightning.loggers import begin_wandb_runs
 from cbsa_lightning.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.metrics import REPORTED, MultilabelReport
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
 from cbsa_lightning.optimizers import unfuse
@@ -46,6 +48,7 @@ from cbsa_lightning.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.specificity import Specificity
 from cbsa_lightning.stacking import StackLabeler, soft_labels, unlabelled_inputs
 from cbsa_lightning.stage_length import stage_steps
+from cbsa_lightning.thresholds import class_thresholds
 
 Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
 NetworkCallable = Callable[[Sequence[str]], Network]
@@ -81,6 +84,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             network's, and are calibrated probabilities; see :mod:`~cbsa_lightning.fusion`. 0: the network alone, 1: the
             stack alone. Above 0 it needs a :class:`~cbsa_lightning.stacking.StackLabeler` such as ``StackedProbes``,
             and the network's own mAP is ``val/mAP_network``.
+        objective: Chooses the score from which a class is given, see :mod:`~cbsa_lightning.decisions`; None: the share
+            of images that has the class among the labelled ones. Others than ``Share()`` need a ``stack_share``.
         optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
         scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
@@ -111,6 +116,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
         stack_share: float = 0.0,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__()
         class_names = check_names("class_names", class_names)
@@ -129,6 +135,12 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
         check_number("stack_share", stack_share, 0, 1)
+        check_kind("objective", objective, Objective, "an object such as Precision(0.9)")
+        if not stack_share and not isinstance(objective, Share | None):
+            raise ConfigError(
+                f"objective {type(objective).__name__} needs probabilities: set stack_share to 0.5, and labeler to "
+                "StackedProbes(). Share() does without."
+            )
         if stack_share and not isinstance(labeler, StackLabeler):
             raise ConfigError("stack_share is that of the labeler's stack: set labeler to StackedProbes().")
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
@@ -143,6 +155,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.warmup_epochs = warmup_epochs if self.trains else 0
         self.unsup_weight = unsup_weight
         self.stack_share = stack_share
+        self.objective = objective if objective is not None else Share()
         self.fusion = None  # fitted when training starts
         self.evidence: Evidence | None = None  # from the start of a fit to its first epoch
         if stack_share and not isinstance(self.network, PromptedCLIP):
@@ -172,6 +185,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         # Tables over the rows of the train table, filled once an epoch by the callbacks.
         self.pseudo_labels: Tensor | None = None
         self.context_targets: Tensor | None = None
+        # What to expect of the decision thresholds; see cbsa_lightning.decisions.Decisions.
+        self.expected: Tensor | None = None
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "fused", "test")})
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
@@ -466,26 +481,30 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if not self._describer or len(evidence.labelled) == len(evidence.descriptors[0]):
             return cast(EvidenceLabeler, self.labeler)(evidence)
         stack = cast(StackLabeler, self.labeler).fit(evidence)
-        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence), self.stack_share)
+        labels = evidence.labels.cpu().numpy()
+        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence), labels, self.stack_share)
         return soft_labels(stack, evidence)
 
-    def final_scores(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Fused scores of the unlabelled images, which also set the scale on which logits are fused.
+    def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
+        """Sets the decision thresholds, and the scale on which logits are fused.
 
         Args:
-            logits: ``(n, C)``, the network's.
+            logits: ``(n, C)``, the network's, of the unlabelled images.
             rows: ``(n,)``, their rows in the train table.
-
-        Returns:
-            ``(n, C)`` scores; the network's own without a fusion.
+            rates: ``(C,)``, share of positives among the labelled images.
         """
         if self.fusion is None:
-            return logits.sigmoid()
+            self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
+            return
         self.fusion = self.fusion.to(logits.device).adapted(logits)
         # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
         soft = cast(Tensor, self.pseudo_labels)[rows].float()
         stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
-        return self.fusion.fused(logits, stack).sigmoid()
+        averaged = self.fusion.averaged(logits, stack).cpu().numpy()
+        calibration = Calibration.unpacked(self.fusion.calibration.cpu().numpy())
+        found = decide(averaged, calibration, rates.cpu().numpy(), self.objective)
+        self.cut.copy_(torch.from_numpy(found.thresholds))
+        self.expected = torch.from_numpy(found.expected).float()
 
     def final_logits(self, features: Tensor) -> Tensor:
         """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
@@ -526,11 +545,13 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
-        report = self._report("ema").compute()
+        if self.trainer.state.fn == "fit" and self.stage != "semi-supervised" and self.tells_limits:
+            self._decide_by_validated(self._report("ema").gathered()[0])
+        report = self._computed("ema")
         if self.fusion is None:
             self._log_report("val", report)
         else:
-            self._log_report("val", self._report("fused").compute())
+            self._log_report("val", self._computed("fused"))
             self.log("val/mAP_network", report["mAP"])
         self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
         if self.specificity is not None:
@@ -553,15 +574,26 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs as validation does, under ``test/``."""
-        self._log_report("test", self._report("test").compute())
+        self._log_report("test", self._computed("test"))
         self._end_pass("test")
 
     def _report(self, name: str) -> MultilabelReport:
         return cast(MultilabelReport, self.metrics[name])
 
+    def _computed(self, name: str) -> dict[str, Any]:
+        """A report at the decision thresholds."""
+        self._report(name).thresholds = self.decision_thresholds()
+        return self._report(name).compute()
+
+    def _decide_by_validated(self, logits: Tensor) -> None:
+        """Where no unlabelled image is scored, the validated ones, without their labels, give each class its share."""
+        rates = self.positive_rate.cpu()
+        if len(logits) and not bool(rates.isnan().any()):
+            self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
+
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
-        self.log_dict({f"{prefix}/{key}": report[key] for key in ("mAP_with_zeros", "CF1", "OF1", "ECE", "Brier")})
+        self.log_dict({f"{prefix}/{key}": report[key] for key in REPORTED})
         per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # of one class: a number
         self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
 
@@ -596,9 +628,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         refuse_scores(scores, name_of, what)
 
     def decision_thresholds(self) -> Tensor:
-        """Score from which a label is given, ``(C,)``; see :class:`UpdateThresholds`.
+        """Score from which a label is given, ``(C,)``; see :meth:`set_decisions`.
 
-        0.5 where no thresholds were ever taken, as after training on labelled images alone.
+        0.5 where no thresholds were ever set, as after training without validation on labelled images alone.
         """
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,41 @@ def write_predictions(
         columns[name] = pa.array(np.ascontiguousarray(scores[:, k], dtype=np.float32))
     with replacing(path) as draft:
         _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
+
+
+def write_thresholds(
+    path: Path,
+    class_names: Sequence[str],
+    prompt_names: Sequence[str],
+    thresholds: NDArray[np.floating],
+    positives: NDArray[np.integer],
+    expected: NDArray[np.floating] | None,
+    measured: Mapping[str, NDArray[np.floating]],
+) -> None:
+    """Writes a CSV with a row for each class: its threshold, and the precision and recall of the labels it gives.
+
+    Args:
+        path: Where to.
+        class_names: The C class names.
+        prompt_names: How prompts spell them.
+        thresholds: ``(C,)``, score from which the class is given; inf where no score reaches the objective.
+        positives: ``(C,)``, labelled images that have the class.
+        expected: ``(C, 6)``, see :class:`~cbsa_lightning.decisions.Decisions`; None without probabilities, which leaves
+            these columns empty.
+        measured: ``precision``, ``recall`` and ``support``, each ``(C,)``, on the validation images; empty without any.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    columns: dict[str, Any] = {"class": class_names, "prompt": prompt_names, "threshold": thresholds}
+    columns["labelled_positives"] = positives
+    bounds = [f"expected_{name}{end}" for name in ("precision", "recall") for end in ("", "_low", "_high")]
+    values = np.full((len(class_names), len(bounds)), np.nan) if expected is None else expected
+    columns.update(zip(bounds, values.T, strict=True))
+    columns.update({f"validation_{name.replace('support', 'positives')}": values for name, values in measured.items()})
+    table = {name: pa.array(list(values), from_pandas=True) for name, values in columns.items()}  # NaN: an empty cell
+    with replacing(path) as draft:
+        pyarrow.csv.write_csv(pa.table(table), str(draft))
 
 
 def write_left_out(path: Path, files: Sequence[tuple[str, str]]) -> None:

@@ -118,7 +118,7 @@ def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_posi
         out.writerow(head)
         for f in finished:
             cell = f.cell
-            last = [f.metric(name) for name in ("val/CF1", "val/OF1", "pseudo/CF1")]
+            last = [f.metric(name) for name in ("val/CF1_at_half", "val/OF1_at_half", "pseudo/CF1")]
             ms = f.metric("time/ms_per_image")
             figures = [f.mAP(min_positives), f.with_zeros(min_positives), f.best_on_test(min_positives)]
             out.writerow(

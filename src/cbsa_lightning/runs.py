@@ -25,10 +25,11 @@ SPLIT = "split.json"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.csv"
 PICTURES = "pictures"
+THRESHOLDS = "thresholds.csv"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only a folder of a fit has it
-RESULTS = (CONFIG, SPLIT, METRICS, PREDICTIONS, PICTURES, CHECKPOINTS, WANDB_ID, RUN_ID)
+RESULTS = (CONFIG, SPLIT, METRICS, PREDICTIONS, THRESHOLDS, PICTURES, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
 _ENDING = 10.0  # seconds; loader workers of a process that was killed hold its lock for up to five

@@ -25,7 +25,7 @@ from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError
 from tiny_clip import tiny_clip
 
-PICTURES = {"predictions", "attention", "classes", "contexts", "training"}
+PICTURES = {"predictions", "attention", "classes", "contexts", "reliability", "training"}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_without_attention_and_contexts(towers, digits, tmp_path):
 
 def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(), tmp_path, epochs=1, limit_val_batches=0)
-    assert {file.stem for file in (tmp_path / "run" / "pictures").iterdir()} == {"contexts", "training"}
+    assert {file.stem for file in (tmp_path / "run" / "pictures").iterdir()} == {"contexts", "reliability", "training"}
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 

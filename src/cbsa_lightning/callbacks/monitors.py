@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.metrics import REPORTED
 
 _OURS = ("cbsa_lightning", "lightning")
 
@@ -39,7 +40,7 @@ class CheckMonitors(L.Callback):
 
 def logged_names(pl_module: Any) -> list[str]:
     """Names of all metrics that a training of ``pl_module`` may log."""
-    names = [f"val/{name}" for name in ("mAP", "mAP_raw", "mAP_with_zeros", "CF1", "OF1", "ECE", "Brier")]
+    names = [f"val/{name}" for name in ("mAP", "mAP_raw", *REPORTED)]
     names += ["val/mAP_network"] if pl_module.stack_share else []
     names += [f"val/AP/{name}" for name in pl_module.class_names]
     names += [f"train/{name}" for name in ("loss", "loss_sup", "loss_unsup")]

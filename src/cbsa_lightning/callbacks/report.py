@@ -31,21 +31,25 @@ from cbsa_lightning.pictures import (
     prediction_gallery,
     training_curves,
 )
-from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
-from cbsa_lightning.runs import PICTURES, PREDICTIONS, folder_of, refuse_taken
+from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
+from cbsa_lightning.reliability import reliability_diagram
+from cbsa_lightning.runs import PICTURES, PREDICTIONS, THRESHOLDS, folder_of, refuse_taken
 
 log = logging.getLogger(__name__)
 
+PER_CLASS = ("AP", "precision", "recall", "support")
+
 
 class RunReport(L.Callback):
-    """Writes ``predictions.csv`` and ``pictures/*.png`` into the run's folder when training ends.
+    """Writes ``predictions.csv``, ``thresholds.csv`` and ``pictures/*.png`` into the run's folder when training ends.
 
     Where images are skipped, ``left_out.txt`` lists them from the start.
 
     The averaged weights score the validation images once more, a batch at a time; only the images that the pictures
     show are kept. Pictures: predictions, attention (if the network has it), contexts (if there are any), average
-    precision by class, training curves. With a ``WandbLogger`` they go there too, with tables of the classes and of
-    the images shown. With ``limit_val_batches=0`` only contexts and curves are drawn; ``fast_dev_run`` leaves nothing.
+    precision by class, a reliability diagram, training curves. With a ``WandbLogger`` they go there too, with tables of
+    the classes and of the images shown. With ``limit_val_batches=0`` only contexts and curves are drawn;
+    ``fast_dev_run`` leaves nothing.
 
     Args:
         num_images: How many images the pictures show; taken evenly from the validation images.
@@ -81,7 +85,7 @@ class RunReport(L.Callback):
             return
         check_output(PREDICTIONS, pl_module.class_names)
         if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
-            refuse_taken(folder, (PREDICTIONS, PICTURES))
+            refuse_taken(folder, (PREDICTIONS, THRESHOLDS, PICTURES))
         left_out = getattr(trainer.datamodule, "left_out", None)
         if left_out and trainer.is_global_zero:
             with replacing(folder / "left_out.txt") as draft:
@@ -116,6 +120,7 @@ class RunReport(L.Callback):
         names = pl_module.class_names
         if found is not None:
             write_predictions(folder / PREDICTIONS, found.table, names, found.scores, found.labels)
+        _write_thresholds(folder / THRESHOLDS, trainer, pl_module, found)
         files = {}
         for name, figure in self._pictures(trainer, pl_module, found):
             files[name] = folder / PICTURES / f"{name}.png"
@@ -150,6 +155,7 @@ class RunReport(L.Callback):
         wanted = torch.as_tensor(chosen, device=pl_module.device)
         thresholds = pl_module.decision_thresholds()
         metric = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)
+        metric.thresholds = thresholds
         parts: list[Any] = []
         shown: list[tuple[int, Tensor | None]] = []
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
@@ -168,7 +174,8 @@ class RunReport(L.Callback):
                         attention = pl_module.score(features[here], attention=True).attention
                     maps = [None] * int(here.sum()) if attention is None else list(attention.float().cpu())
                     shown += list(zip(batch.index[here].tolist(), maps, strict=True))
-        AP = metric.compute()["AP"].reshape(-1).cpu().numpy()  # of one class: a number
+        # torchmetrics squeezes results: those of one class are numbers.
+        figures = {k: v.reshape(-1).cpu().numpy() for k, v in metric.compute().items() if k in PER_CLASS}
         everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))
         map_of = dict(gather(shown))
         kept = [attention for row in chosen.tolist() if (attention := map_of[row]) is not None]
@@ -177,7 +184,7 @@ class RunReport(L.Callback):
             table,
             *everything,
             thresholds.cpu().numpy(),
-            AP,
+            figures,
             chosen,
             torch.stack([view(decode(table.file(row))) for row in chosen.tolist()]),
             torch.stack(kept) if kept else None,
@@ -196,7 +203,8 @@ class RunReport(L.Callback):
                         found.images[few], found.maps[few], truths[few], scores[few], found.thresholds, names
                     ),
                 )
-            yield "classes", per_class_bars(found.AP, names)
+            yield "classes", per_class_bars(found.figures["AP"], names)
+            yield "reliability", reliability_diagram(found.scores, found.table.labels)
         partition = pl_module.context_partition.cpu()
         if pl_module.num_contexts and bool((partition >= 0).all()):
             yield "contexts", context_map(cooccurrence(trainer.datamodule.labelled_targets()), partition, names)
@@ -212,7 +220,7 @@ class _Evaluation(NamedTuple):
         scores: ``(n, C)``.
         labels: ``(n, C)`` bool.
         thresholds: ``(C,)``.
-        AP: ``(C,)``.
+        figures: Those of :data:`PER_CLASS`, each ``(C,)``.
         rows: ``(m,)``, rows of the images that pictures show.
         images: ``(m, 3, S, S)`` uint8.
         maps: ``(m, C, h, w)`` or None.
@@ -222,10 +230,21 @@ class _Evaluation(NamedTuple):
     scores: NDArray[np.float32]
     labels: NDArray[np.bool_]
     thresholds: NDArray[np.float32]
-    AP: NDArray[np.float32]
+    figures: dict[str, NDArray[np.float32]]
     rows: NDArray[np.int64]
     images: Tensor
     maps: Tensor | None
+
+
+def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluation | None) -> None:
+    labels = trainer.datamodule.labelled_targets() if hasattr(trainer.datamodule, "labelled_targets") else None
+    if labels is None:  # a data module of one's own
+        return
+    thresholds = pl_module.decision_thresholds().cpu().numpy()
+    expected = None if pl_module.expected is None else pl_module.expected.cpu().numpy()
+    measured = {} if found is None else {name: found.figures[name] for name in ("precision", "recall", "support")}
+    positives = (labels == 1).sum(0).numpy()
+    write_thresholds(file, pl_module.class_names, pl_module.prompt_names, thresholds, positives, expected, measured)
 
 
 def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:
@@ -236,7 +255,10 @@ def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path],
         logger.log_image(f"pictures/{name}", [str(file)])
     if found is None:
         return
-    per_class = [[name, None if np.isnan(value) else float(value)] for name, value in zip(names, found.AP, strict=True)]
+    per_class = [
+        [name, None if np.isnan(value) else float(value)]
+        for name, value in zip(names, found.figures["AP"], strict=True)
+    ]
     logger.log_table("report/AP", columns=["class", "AP"], data=per_class)
     rows = []
     for row, image in zip(found.rows.tolist(), found.images, strict=True):

@@ -13,7 +13,7 @@ from cbsa_lightning.contexts import context_targets
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
 from cbsa_lightning.descriptions import evidence_of
 from cbsa_lightning.finite import refuse_scores
-from cbsa_lightning.labelers import EvidenceLabeler, class_thresholds, positive_rates, rounded
+from cbsa_lightning.labelers import EvidenceLabeler, positive_rates, rounded
 from cbsa_lightning.metrics import pseudo_label_quality
 
 
@@ -102,8 +102,7 @@ class UpdateThresholds(L.Callback):
             for found in (scores, contexts):  # before anything is changed by them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
-            # What a prediction is cut at gives each class its labelled share, whatever part of it the labeler trusts.
-            pl_module.cut.copy_(class_thresholds(pl_module.final_scores(logits, rows), self._rates, 1.0, 0.0)[0])
+            pl_module.set_decisions(logits, rows, self._rates)
             self._cut_at = trainer.global_step
             ahead = self._ahead = _Scores(epoch, trainer.global_step, scores, contexts)
         return ahead.scores, ahead.contexts

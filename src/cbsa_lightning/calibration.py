@@ -1,0 +1,70 @@
+"""Class-wise calibration of logits, fitted to scores of labelled images that were left out.
+
+The stack is calibrated over all classes together. Each class then gets an offset and a slope of its own (Platt scaling
+with a prior at "no change"), so that a class with few labelled positives keeps the common calibration. What the labels
+leave open is kept as the covariance of both, for the intervals of estimated precision and recall.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+OFFSET_DEVIATION, SLOPE_DEVIATION = 1.0, 0.5
+"""Standard deviations of the prior of a class's offset and of the logarithm of its slope; chosen on the digits."""
+STEPS = 50
+
+
+class Calibration(NamedTuple):
+    """Posterior of each class's calibration, a normal distribution around its mode.
+
+    Attributes:
+        mode: ``(C, 2)``, offset and logarithm of the slope.
+        covariance: ``(C, 2, 2)``, of both.
+    """
+
+    mode: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+    def packed(self) -> NDArray[np.float64]:
+        """Both as ``(6, C)``, for a checkpoint."""
+        return np.concatenate([self.mode.T, self.covariance.reshape(len(self.mode), 4).T])
+
+    @classmethod
+    def unpacked(cls, values: NDArray[np.floating]) -> Self:
+        """The opposite of :meth:`packed`."""
+        exact = values.astype(np.float64)
+        return cls(exact[:2].T, exact[2:].T.reshape(-1, 2, 2))
+
+
+def fit_calibration(logits: NDArray[np.floating], labels: NDArray[np.int8]) -> Calibration:
+    """Fits each class by Newton's method to its maximum of the posterior.
+
+    Args:
+        logits: ``(m, C)``, of the labelled images, each by a classifier that was not fitted to it.
+        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry is left out of its class.
+
+    Returns:
+        The posterior; the prior itself for a class of which no entry is known.
+    """
+    found = [_fit(z[y >= 0].astype(np.float64), y[y >= 0] == 1) for z, y in zip(logits.T, labels.T, strict=True)]
+    mode, covariance = zip(*found, strict=True)
+    return Calibration(np.stack(mode), np.stack(covariance))
+
+
+def _fit(z: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    prior = np.array([OFFSET_DEVIATION, SLOPE_DEVIATION]) ** -2.0
+    mode = np.zeros(2)
+    for _ in range(STEPS):
+        derivatives = np.stack([np.ones_like(z), np.exp(mode[1]) * z])  # of the logit, by offset and log-slope
+        p = expit(mode[0] + np.exp(mode[1]) * z)
+        # Gauss-Newton: the exact second derivative by the log-slope can make the step point uphill.
+        hessian = (derivatives * (p * (1 - p))) @ derivatives.T + np.diag(prior)
+        step = np.linalg.solve(hessian, derivatives @ (y - p) - prior * mode)
+        mode = mode + np.clip(step, -1, 1)
+        if np.abs(step).max() < 1e-8:
+            break
+    return mode, np.linalg.inv(hessian)
