@@ -54,7 +54,9 @@ def by_hand(module, clip, data, loader):
     z = (own - weak.mean(0)) / weak.std(0)
     theirs = stack.logits([part.numpy() for part in described(new)])
     averaged = (beside.mean(0) + beside.std(0) * z + theirs) / 2
-    mode = fit_calibration(stack.left_out(), labels.numpy()).mode
+    bound = np.log(labels.numel() + 2)
+    left_out, averaged = (x / np.sqrt(1 + (x / bound) ** 2) for x in (stack.left_out(), averaged))
+    mode = fit_calibration(left_out, labels.numpy()).mode
     return mode[:, 0] + np.exp(mode[:, 1]) * averaged
 
 

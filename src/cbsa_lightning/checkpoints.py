@@ -149,7 +149,9 @@ class LeanCheckpoint(nn.Module):
             fusion = Fusion.from_tensors(stored)
             fits = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in stored.values())
             classes = {
-                tensor.shape[-1] for name, tensor in stored.items() if name[:5] not in ("means", "limit", "share")
+                tensor.shape[-1]
+                for name, tensor in stored.items()
+                if name[:5] not in ("means", "limit", "share", "bound")
             }
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Take another.") from error

@@ -2,15 +2,15 @@
 
 The network's logits rank images well but are far from probabilities, since ASL pushes them up. The stack's are
 calibrated, since they are fitted to scores of labelled images that were left out. Both are brought to the stack's mean
-and deviation of each class, measured on the unlabelled images, and averaged. The average is then calibrated class by
-class.
+and deviation of each class, measured on the unlabelled images, and averaged. The average is bounded to what so many
+labels can support, and then calibrated class by class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Fusion:
         mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
         deviation: ``(C,)``.
         share: ``()``, of the stack's logits in the average.
+        bound: ``()``, what averages stay below: the logit of the rule of succession after as many labels as there are.
+            Few labels are often separated without error, and a regression on them then knows no doubt.
         calibration: ``(6, C)``, see :meth:`~cbsa_lightning.calibration.Calibration.packed`.
     """
 
@@ -54,6 +56,7 @@ class Fusion:
     mean: Tensor
     deviation: Tensor
     share: Tensor
+    bound: Tensor
     calibration: Tensor
 
     @classmethod
@@ -71,6 +74,7 @@ class Fusion:
             return torch.from_numpy(array).float()
 
         logits = stack.logits(inputs)
+        bound = float(np.log((labels >= 0).sum() + 2))
         unset = torch.full((logits.shape[1],), torch.nan).float()
         return cls(
             tuple(tensor(opinion.mean) for opinion in stack.opinions),
@@ -84,7 +88,8 @@ class Fusion:
             unset,
             unset,
             torch.tensor(share).float(),
-            tensor(fit_calibration(stack.left_out(), labels).packed()),
+            torch.tensor(bound).float(),
+            tensor(fit_calibration(bounded(stack.left_out(), bound), labels).packed()),
         )
 
     @property
@@ -115,10 +120,12 @@ class Fusion:
         return self.calibration[0] + self.calibration[1].exp() * self.averaged(logits, stack_logits)
 
     def averaged(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
-        """The average on the stack's scale, ``(B, C)``, before the calibration."""
+        """The bounded average on the stack's scale, ``(B, C)``, before the calibration."""
         varies = self.deviation > 1e-6
         own = torch.where(varies, (logits.float() - self.mean) / self.deviation.clamp(min=1e-6), 0.0)
-        return torch.lerp(self.stack_mean + self.stack_deviation * own, stack_logits, self.share)
+        average = torch.lerp(self.stack_mean + self.stack_deviation * own, stack_logits, self.share)
+        result: Tensor = bounded(average, self.bound)
+        return result
 
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
@@ -144,6 +151,11 @@ class Fusion:
 
         single = {name: tensor for name, tensor in tensors.items() if "." not in name}
         return cls(several("means"), several("weights"), **single)
+
+
+def bounded(logits: Any, bound: float | Tensor) -> Any:
+    """Logits in their order, brought between -bound and bound; small ones hardly change."""
+    return logits / (1 + (logits / bound) ** 2) ** 0.5
 
 
 def _numbered(name: str, tensors: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:

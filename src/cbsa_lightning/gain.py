@@ -39,7 +39,8 @@ class Gain:
     Attributes:
         class_names: the C classes.
         positives: ``(C,)``, labelled positives of each.
-        by_class: ``(C, 3)``: estimate, lower and upper end of the range over draws of the images; NaN for a class with too few positives.
+        by_class: ``(C, 3)``: estimate, lower and upper end of the range over draws of the images; NaN for a class with
+            too few positives.
         overall: ``(3,)``, the same for the mean over the other classes.
         images: labelled images it rests on.
         trained_on: labelled images that the networks learnt from each time; the others were held out.
