@@ -216,3 +216,24 @@ def test_pseudo_label_quality_by_hand():
     assert found["coverage"].item() == pytest.approx(6 / 8)  # of all entries, the one of unknown truth too
     with pytest.raises(DataError, match="alike"):
         pseudo_label_quality(pseudo, truth[:2])
+
+
+def test_labels_are_counted_at_the_thresholds_in_use():
+    rng = np.random.default_rng(5)
+    scores, truth = rng.random((200, 4)), rng.integers(0, 2, (200, 4))
+    thresholds = np.array([0.1, 0.5, 0.9, np.inf])
+    report = MultilabelReport(4)
+    report.update(torch.logit(torch.from_numpy(scores)), torch.from_numpy(truth))
+    plain = report.compute()
+    report.thresholds = torch.from_numpy(thresholds).float()
+    found = report.compute()
+    given = scores >= thresholds
+    precision = precision_score(truth, given, average=None, zero_division=0)
+    recall = recall_score(truth, given, average=None, zero_division=0)
+    np.testing.assert_allclose(found["precision"], precision, rtol=1e-6)
+    np.testing.assert_allclose(found["recall"], recall, rtol=1e-6)
+    np.testing.assert_array_equal(found["support"], truth.sum(0))
+    assert float(found["CF1"]) == pytest.approx(2 / (1 / precision.mean() + 1 / recall.mean()))
+    assert float(found["OF1"]) == pytest.approx(f1_score(truth, given, average="micro"))
+    for name in ("CF1", "OF1"):
+        assert found[f"{name}_at_half"] == plain[f"{name}_at_half"] == plain[name]

@@ -23,7 +23,7 @@ from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.unlabelled import read_images
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError, DataError, OutputError
-from cbsa_lightning.predictions import check_output, in_table_order, write_predictions
+from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
 from tiny_clip import tiny_clip
 
 NAMES = ("cat", "dog, brown", 'a "quoted" one')
@@ -299,3 +299,26 @@ def test_two_processes_with_uneven_shards(tmp_path):
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     assert (tmp_path / "done0").exists()
     assert (tmp_path / "done1").exists()
+
+
+def test_thresholds_are_a_row_a_class_and_unknown_values_stay_empty(tmp_path):
+    expected = np.array([[0.9, 0.8, 1.0, 0.5, 0.4, 0.6], [np.nan] * 3 + [0.0] * 3])
+    measured = {"precision": np.array([0.75, 0]), "recall": np.array([1.0, 0]), "support": np.array([3, 0])}
+    file = tmp_path / "thresholds.csv"
+    write_thresholds(file, ["a,b", "c"], ["a, b", "c"], np.array([0.25, np.inf]), np.array([5, 0]), expected, measured)
+    with file.open(newline="") as lines:
+        first, second = csv.DictReader(lines)
+    assert (first["class"], first["prompt"], first["labelled_positives"]) == ("a,b", "a, b", "5")
+    assert (float(first["threshold"]), float(second["threshold"])) == (0.25, np.inf)
+    assert [float(first[f"expected_recall{end}"]) for end in ("", "_low", "_high")] == [0.5, 0.4, 0.6]
+    assert second["expected_precision"] == ""
+    assert (first["validation_precision"], first["validation_positives"]) == ("0.75", "3")
+
+
+def test_thresholds_without_probabilities_and_validation_leave_these_columns_out(tmp_path):
+    file = tmp_path / "thresholds.csv"
+    write_thresholds(file, ["a"], ["a"], np.array([0.5]), np.array([2]), None, {})
+    with file.open(newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    assert row["expected_precision"] == ""
+    assert not any(name.startswith("validation") for name in row)

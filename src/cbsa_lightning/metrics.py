@@ -50,7 +50,7 @@ class MultilabelReport(Metric):
         min_positives: how many positives a class needs for ``mAP``, >= 1.
 
     Attributes:
-        thresholds: ``(C,)``, probability from which a class is given, to be set before ``compute``; None: 0.5.
+        thresholds: ``(C,)``, probability from which a class is given; None: 0.5.
 
     Raises:
         ConfigError: for numbers below 1.
@@ -68,10 +68,20 @@ class MultilabelReport(Metric):
         super().__init__()
         self.num_classes = num_classes
         self.min_positives = min_positives
-        self.thresholds: Tensor | None = None
+        self._thresholds: Tensor | None = None
         # One flat float32 state: a process that saw no image is then gathered like any other, which
         # torchmetrics cannot do for matrices or integers.
         self.add_state("entries", default=[], dist_reduce_fx="cat")
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """See the class."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Tensor | None) -> None:
+        self._thresholds = values
+        self._computed = None  # torchmetrics would return the report at the former ones
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch.
