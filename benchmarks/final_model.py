@@ -74,7 +74,8 @@ def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
     logits = {"network": network, "final": final, **probes.test, **probes.labelled}
     hidden = scores_of(module, data.plain_dataloader(rows))
     logits.update({f"unlabelled_{k}": v for k, v in zip(("network", "final", "index"), hidden, strict=True)})
-    file = args.out / f"logits-{cell.data}-{cell.share}-{cell.seed}.npz"
+    length = f"{SETTINGS[cell.data].warmup}-{SETTINGS[cell.data].epochs}"
+    file = args.out / f"logits-{cell.data}-{cell.share}-{cell.seed}-{length}.npz"
     truth = {"truth": table.labels, "labels": data.labelled_targets(), "hidden": data.train_table.labels}
     np.savez_compressed(file, **{k: np.asarray(v) for k, v in {**logits, **truth}.items()})
     of = {"preset's network": network, "final": final, **probes.test}
