@@ -1,8 +1,8 @@
 """Class-wise calibration of logits, fitted to scores of labelled images that were left out.
 
 The stack is calibrated over all classes together. Each class then gets an offset and a slope of its own (Platt scaling
-with a prior at "no change"), so that a class with few labelled positives keeps the common calibration. What the labels
-leave open is kept as the covariance of both, for the intervals of estimated precision and recall.
+with a prior at "no change"), so that a class with few labelled positives keeps the common calibration. The covariance
+of both is kept for the intervals of estimated precision and recall.
 """
 
 from __future__ import annotations

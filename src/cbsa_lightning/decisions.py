@@ -1,8 +1,8 @@
-"""From calibrated probabilities to labels: a threshold for each class, by an objective, with what to expect of it.
+"""From calibrated probabilities to labels: a threshold for each class, chosen by an objective.
 
-Precision and recall at a threshold are expected values over the unlabelled images, whose probabilities say how many of
-them are positive. Their 90 % intervals hold what the labelled images leave open about the calibration, and the chance
-that remains when the probabilities are right.
+Precision and recall at a threshold are expected values over the unlabelled images, computed from their probabilities.
+Their 90 % intervals cover the uncertainty of the calibration, and the sampling noise that remains when the
+probabilities are right.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUANTILES = (0.05, 0.95)
 
 
 class Curve(NamedTuple):
-    """What a class's labels are expected to be like when the images with the highest scores get it.
+    """Expected quality of a class's labels when the images with the highest scores get them.
 
     Attributes:
         counts: ``(r,)``, how many images get the label, increasing.
@@ -112,7 +112,7 @@ class Recall(_Target):
 
 
 class Decisions(NamedTuple):
-    """Thresholds and what to expect of them.
+    """Thresholds, and the expected quality of the labels that they give.
 
     Attributes:
         thresholds: ``(C,)``, probability from which a class is given; inf where it is given to no image.

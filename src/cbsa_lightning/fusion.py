@@ -41,7 +41,7 @@ class Fusion:
         deviation: ``(C,)``.
         share: ``()``, of the stack's logits in the average.
         bound: ``()``, what averages stay below: the logit of the rule of succession after as many labels as there are.
-            Few labels are often separated without error, and a regression on them then knows no doubt.
+            A regression often separates few labels without error, and is then overconfident.
         calibration: ``(6, C)``, see :meth:`~cbsa_lightning.calibration.Calibration.packed`.
     """
 
