@@ -366,7 +366,7 @@ def test_its_csv_files_and_pictures_too(bench: Bench, stopped: str) -> None:
         figures, found = expected(bench, row["system"]), bench.results()[row["system"], seed]
         for column, name in (("mAP", "last"), ("best_on_test", "best"), ("mAP_with_zeros", "zeros")):
             assert float(row[column]) == pytest.approx(figures[name][seed - 1], abs=1e-3)
-        for column, name in (("CF1", "val/CF1"), ("pseudo_CF1", "pseudo/CF1")):
+        for column, name in (("CF1_at_half", "val/CF1_at_half"), ("pseudo_CF1", "pseudo/CF1")):
             assert float(row[column]) == pytest.approx(100 * found["history"][name]["1"], abs=1e-3)
         assert row["paper_mAP"] == ("86.85" if row["system"] == "Ours" else "")
         assert (bench.out / row["folder"] / "result.json").is_file()

@@ -110,7 +110,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_positives: int) -> None:
     """A line a run, mAP and F1 in %."""
     head = [
-        *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1", "OF1"),
+        *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1_at_half", "OF1_at_half"),
         *("pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
     ]
     with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:

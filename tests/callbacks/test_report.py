@@ -140,12 +140,12 @@ def test_wandb_has_pictures_and_tables(run):
 def test_without_attention_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(3), tmp_path, epochs=1, num_contexts=0, semantic_alignment=False)
     names = {file.stem for file in (tmp_path / "run" / "pictures").iterdir()}
-    assert names == {"predictions", "classes", "training"}
+    assert names == {"predictions", "classes", "reliability", "training"}
 
 
 def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(), tmp_path, epochs=1, limit_val_batches=0)
-    assert {file.stem for file in (tmp_path / "run" / "pictures").iterdir()} == {"contexts", "reliability", "training"}
+    assert {file.stem for file in (tmp_path / "run" / "pictures").iterdir()} == {"contexts", "training"}
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
