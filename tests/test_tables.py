@@ -215,7 +215,7 @@ def test_csv_of_cells_and_of_pseudo_labels(tmp_path: Path) -> None:
         first, second = csv.DictReader(stream)
     assert first == {
         **{"system": "Ours", "data": "voc", "p": "0.05", "seed": "2", "mAP": "75.000", "mAP_with_zeros": "40.000"},
-        **{"best_on_test": "85.000", "CF1": "", "OF1": "", "pseudo_CF1": "20.000"},
+        **{"best_on_test": "85.000", "CF1_at_half": "", "OF1_at_half": "", "pseudo_CF1": "20.000"},
         **{"ms_per_image": "2.5", "paper_mAP": "82.1", "device": "a machine", "folder": runs[0].cell.folder},
     }
     assert (second["system"], second["mAP"], second["paper_mAP"], second["pseudo_CF1"]) == ("mine", "45.000", "", "")
