@@ -44,15 +44,8 @@ RUNS: dict[str, tuple[Any, int | None]] = {
     "paper's recipe": (ClassDistributionAware(), None),
     "preset": (StackedProbes(), LABELLED_PER_BATCH),
 }
-COLUMNS = [
-    "zero-shot",
-    "linear probe",
-    "stacked probes",
-    "labelled only",
-    "paper's recipe",
-    "preset's network",
-    "final",
-]
+NETWORKS = [name for name in RUNS if name != "preset"]
+COLUMNS = ["zero-shot", "linear probe", "stacked probes", *NETWORKS, "preset's network", "final"]
 
 
 def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
@@ -124,7 +117,7 @@ def scores_of(module: CBSAModule, loader: Any) -> tuple[Tensor, Tensor, Tensor]:
         features = module.features_of(batch)
         with torch.autocast("cpu", torch.bfloat16):
             network = module.score(features).logits
-        parts.append((network.float(), module._fused(features, network).float(), batch.index))
+        parts.append((network.float(), module.fused_logits(features, network).float(), batch.index))
     network, final, index = (torch.cat(part) for part in zip(*parts, strict=True))
     return network, final, index
 
@@ -143,7 +136,7 @@ def tables(found: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
     for data, share in wanted:
         mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
         presets = [r for r in mine if r["run"] == "preset"]
-        columns = {name: [r["mAP"] for r in mine if r["run"] == name] for name in list(RUNS)[:2]}
+        columns = {name: [r["mAP"] for r in mine if r["run"] == name] for name in NETWORKS}
         columns.update({k: [r[k]["mAP"] for r in presets] for k in COLUMNS if k not in columns})
         gaps = [r["final"]["mAP"] - r["stacked probes"]["mAP"] for r in presets]
         lines.append([data, share, *(mean_and_error(columns[k]) for k in COLUMNS), mean_and_error(gaps)])

@@ -303,7 +303,7 @@ def test_two_processes_with_uneven_shards(tmp_path):
 
 def test_thresholds_are_a_row_a_class_and_unknown_values_stay_empty(tmp_path):
     expected = np.array([[0.9, 0.8, 1.0, 0.5, 0.4, 0.6], [np.nan] * 3 + [0.0] * 3])
-    measured = {"precision": np.array([0.75, 0]), "recall": np.array([1.0, 0]), "support": np.array([3, 0])}
+    measured = {"precision": np.array([0.75, 0]), "recall": np.array([1.0, 0]), "positives": np.array([3, 0])}
     file = tmp_path / "thresholds.csv"
     write_thresholds(file, ["a,b", "c"], ["a, b", "c"], np.array([0.25, np.inf]), np.array([5, 0]), expected, measured)
     with file.open(newline="") as lines:

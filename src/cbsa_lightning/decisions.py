@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.calibration import Calibration
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.thresholds import positive_counts
 
 Array = NDArray[np.floating]
 DRAWS = 200
@@ -45,12 +47,12 @@ class Objective(ABC):
     """Chooses how many images get the label of a class."""
 
     @abstractmethod
-    def choose(self, curve: Curve, share: float) -> int:
+    def choose(self, curve: Curve, share: int) -> int:
         """Returns the number of images.
 
         Args:
             curve: See :class:`Curve`.
-            share: Number of images times the class's share of positives among the labelled images.
+            share: Number of images that gives the class its share among the labelled images.
         """
 
 
@@ -58,16 +60,16 @@ class Objective(ABC):
 class Share(Objective):
     """Each class is given to the share of images that has it among the labelled ones. Needs no probabilities."""
 
-    def choose(self, curve: Curve, share: float) -> int:
+    def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
-        return int(share)
+        return share
 
 
 @dataclass(frozen=True)
 class F1(Objective):
     """The highest expected F1."""
 
-    def choose(self, curve: Curve, share: float) -> int:
+    def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
         return int(curve.counts[curve.f1.argmax()])
 
@@ -91,7 +93,7 @@ class Precision(_Target):
         target: In (0, 1).
     """
 
-    def choose(self, curve: Curve, share: float) -> int:
+    def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
         enough = np.flatnonzero(curve.precision >= self.target)
         return int(curve.counts[enough[-1]]) if len(enough) else 0
@@ -105,7 +107,7 @@ class Recall(_Target):
         target: In (0, 1).
     """
 
-    def choose(self, curve: Curve, share: float) -> int:
+    def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
         enough = curve.recall >= self.target
         return int(curve.counts[enough.argmax()]) if enough.any() else int(curve.counts[-1])
@@ -134,8 +136,9 @@ def decide(logits: Array, calibration: Calibration, rates: Array, objective: Obj
         objective: Chooses.
     """
     rng = np.random.default_rng(0)
+    shares = positive_counts(len(logits), torch.from_numpy(rates)).tolist()
     found = [
-        _decide_class(logits[:, k], calibration.mode[k], calibration.covariance[k], float(rates[k]), objective, rng)
+        _decide_class(logits[:, k], calibration.mode[k], calibration.covariance[k], shares[k], objective, rng)
         for k in range(logits.shape[1])
     ]
     thresholds, expected = zip(*found, strict=True)
@@ -143,7 +146,7 @@ def decide(logits: Array, calibration: Calibration, rates: Array, objective: Obj
 
 
 def _decide_class(
-    logits: Array, mode: Array, covariance: Array, rate: float, objective: Objective, rng: np.random.Generator
+    logits: Array, mode: Array, covariance: Array, share: int, objective: Objective, rng: np.random.Generator
 ) -> tuple[float, list[float]]:
     ordered = np.sort(logits.astype(np.float64))[::-1]
     n = len(ordered)
@@ -157,7 +160,7 @@ def _decide_class(
     precision = (positives / counts).mean(0)
     recall = (positives / total).mean(0)
     f1 = (2 * positives / (counts + total)).mean(0)
-    count = min(objective.choose(Curve(counts, precision, recall, f1), n * rate + 1e-6), n)
+    count = objective.choose(Curve(counts, precision, recall, f1), share)
     if count < 1:
         return np.inf, [np.nan, np.nan, np.nan, 0.0, 0.0, 0.0]
     # Between two images, so that rounding moves none of them to the other side.

@@ -136,7 +136,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
         check_number("stack_share", stack_share, 0, 1)
         check_kind("objective", objective, Objective, "an object such as Precision(0.9)")
-        if not stack_share and not isinstance(objective, Share | None):
+        if not stack_share and objective is not None and not isinstance(objective, Share):
             raise ConfigError(
                 f"objective {type(objective).__name__} needs probabilities: set stack_share to 0.5, and labeler to "
                 "StackedProbes(). Share() does without."
@@ -494,7 +494,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             rates: ``(C,)``, share of positives among the labelled images.
         """
         if self.fusion is None:
-            self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
+            self._give_shares(logits, rates)
             return
         self.fusion = self.fusion.to(logits.device).adapted(logits)
         # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
@@ -508,9 +508,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def final_logits(self, features: Tensor) -> Tensor:
         """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
-        return self._fused(features, self.score(features).logits)
+        return self.fused_logits(features, self.score(features).logits)
 
-    def _fused(self, features: Tensor, logits: Tensor) -> Tensor:
+    def fused_logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Final logits ``(B, C)`` from frozen features and the network's logits of them."""
         if self.fusion is None or not self.fusion.ready:
             return logits
         self.fusion = self.fusion.to(features.device)  # from a checkpoint it comes on the CPU
@@ -534,7 +535,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
             self._report(weights).update(logits, batch.targets)
             if weights == "ema" and self.fusion is not None:
-                self._report("fused").update(self._fused(features, logits), batch.targets)
+                self._report("fused").update(self.fused_logits(features, logits), batch.targets)
             if weights == "ema" and self.specificity is not None:
                 z = cast(Tensor, output.label_features)
                 self.specificity.update(z, self._mean_feature_logits(z), batch.targets)
@@ -586,10 +587,13 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self._report(name).compute()
 
     def _decide_by_validated(self, logits: Tensor) -> None:
-        """Where no unlabelled image is scored, the validated ones, without their labels, give each class its share."""
-        rates = self.positive_rate.cpu()
-        if len(logits) and not bool(rates.isnan().any()):
-            self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
+        """Where no unlabelled image is scored, the scores of the validated ones set the thresholds, without labels."""
+        if len(logits) and not bool(self.positive_rate.isnan().any()):
+            self._give_shares(logits, self.positive_rate)
+
+    def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
+        """Sets the thresholds that give each class its labelled share of the images behind ``logits (n, C)``."""
+        self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
 
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)

@@ -114,7 +114,8 @@ def write_thresholds(
         positives: ``(C,)``, labelled images that have the class.
         expected: ``(C, 6)``, see :class:`~cbsa_lightning.decisions.Decisions`; None without probabilities, which leaves
             these columns empty.
-        measured: ``precision``, ``recall`` and ``support``, each ``(C,)``, on the validation images; empty without any.
+        measured: ``precision``, ``recall`` and ``positives``, each ``(C,)``, on the validation images; empty without
+            any.
 
     Raises:
         OutputError: The file cannot be written.
@@ -124,7 +125,7 @@ def write_thresholds(
     bounds = [f"expected_{name}{end}" for name in ("precision", "recall") for end in ("", "_low", "_high")]
     values = np.full((len(class_names), len(bounds)), np.nan) if expected is None else expected
     columns.update(zip(bounds, values.T, strict=True))
-    columns.update({f"validation_{name.replace('support', 'positives')}": values for name, values in measured.items()})
+    columns.update({f"validation_{name}": values for name, values in measured.items()})
     table = {name: pa.array(list(values), from_pandas=True) for name, values in columns.items()}  # NaN: an empty cell
     with replacing(path) as draft:
         pyarrow.csv.write_csv(pa.table(table), str(draft))

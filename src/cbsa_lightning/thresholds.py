@@ -69,6 +69,21 @@ def class_thresholds(
     return tau_pos, tau_neg
 
 
+def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tensor:
+    """``r_pos`` of :func:`class_thresholds`, int64 on the CPU: how many of n images get each class.
+
+    Args:
+        n: Number of images.
+        positive_rate: ``(C,)`` in [0, 1].
+        eta_pos: share of the expected positives that are labelled, in [0, 1].
+
+    Raises:
+        DataError: for rates outside [0, 1].
+    """
+    rate = _checked_rate(positive_rate, len(positive_rate))
+    return _whole(eta_pos * rate * n, _slack(positive_rate)).clamp(max=n)
+
+
 class ScoreHistogram:
     """Class-wise thresholds of scores that are never held: counts of every half-precision value, class by class.
 
@@ -241,9 +256,12 @@ def _counts(n: int, num_classes: int, positive_rate: Tensor, eta_pos: float, eta
     if n == 0:
         raise DataError("class thresholds: there are no scores (n = 0), so there is no quantile to take")
     rate = _checked_rate(positive_rate, num_classes)
-    slack = 4 * torch.finfo(positive_rate.dtype if positive_rate.is_floating_point() else torch.float64).eps
-    r_pos = _whole(eta_pos * rate * n, slack).clamp(max=n)
-    return r_pos, torch.minimum(_whole(eta_neg * (1 - rate) * n, slack), n - r_pos)
+    r_pos = positive_counts(n, positive_rate, eta_pos)
+    return r_pos, torch.minimum(_whole(eta_neg * (1 - rate) * n, _slack(positive_rate)), n - r_pos)
+
+
+def _slack(positive_rate: Tensor) -> float:
+    return 4 * torch.finfo(positive_rate.dtype if positive_rate.is_floating_point() else torch.float64).eps
 
 
 def _whole(expected: Tensor, slack: float) -> Tensor:

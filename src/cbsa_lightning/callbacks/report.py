@@ -242,7 +242,15 @@ def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluati
         return
     thresholds = pl_module.decision_thresholds().cpu().numpy()
     expected = None if pl_module.expected is None else pl_module.expected.cpu().numpy()
-    measured = {} if found is None else {name: found.figures[name] for name in ("precision", "recall", "support")}
+    measured = (
+        {}
+        if found is None
+        else {
+            "precision": found.figures["precision"],
+            "recall": found.figures["recall"],
+            "positives": found.figures["support"],
+        }
+    )
     positives = (labels == 1).sum(0).numpy()
     write_thresholds(file, pl_module.class_names, pl_module.prompt_names, thresholds, positives, expected, measured)
 
