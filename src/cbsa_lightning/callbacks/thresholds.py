@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +27,8 @@ class UpdateThresholds(L.Callback):
 
     The scores of the next epoch are computed when an epoch ends, before its checkpoint is written, so that ``cut``
     belongs to the weights that are saved with it. The next epoch takes them over; a resumed run computes them again.
+    Where labels are made once and there is no context head, scores set ``cut`` only. They are then computed before the
+    first epoch of the stage, before validations and checkpoints, and after training.
     """
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
@@ -58,16 +61,19 @@ class UpdateThresholds(L.Callback):
             return
         data = data_of(trainer)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
-        scores, contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
+        truth = data.hidden_targets()
+        scores: Tensor | None = None
+        contexts: Tensor | None = None
+        if _trains_on_scores(pl_module) or self._cut_at is None:
+            scores, contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
         self._ahead = None
-        if isinstance(pl_module.labeler, EvidenceLabeler):
+        if scores is None or isinstance(pl_module.labeler, EvidenceLabeler):
             labels = rounded(pl_module.pseudo_labels[rows])
         else:
             labels, tau_pos, tau_neg = pl_module.labeler(scores, self._rates)
             pl_module.tau_pos.copy_(tau_pos)
             pl_module.tau_neg.copy_(tau_neg)
             self._fill(pl_module, data, labels)
-        truth = data.hidden_targets()
         if contexts is not None and bool((pl_module.context_partition >= 0).all()):
             self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
@@ -75,20 +81,21 @@ class UpdateThresholds(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Thresholds and scales of the weights to validate, also before checkpoints written after a validation."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
-            self._look_ahead(trainer, pl_module)
+            self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Decision thresholds of the epoch's weights, before checkpoints that are written when an epoch ends."""
-        self._look_ahead(trainer, pl_module)
+        if _trains_on_scores(pl_module) or _saves_when_epochs_end(trainer):
+            self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Also of a resumed run that was stopped early, and so ends no epoch."""
+        """Decision thresholds of the last weights, also of a run that was stopped within an epoch."""
         if self._cut_at != trainer.global_step:
-            self._look_ahead(trainer, pl_module)
+            self._look_ahead(trainer, pl_module, trainer.fit_loop.epoch_progress.current.ready)  # epochs that began
 
-    def _look_ahead(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def _look_ahead(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
         if pl_module.stage == "semi-supervised" and bool(pl_module.ema.started):
-            self._scores_of(trainer, pl_module, trainer.current_epoch + 1)
+            self._scores_of(trainer, pl_module, epoch)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Scores of the unlabelled images for an epoch by the present weights; computed once, and ``cut`` with them."""
@@ -164,6 +171,19 @@ class UpdateThresholds(L.Callback):
         if bool((truth >= 0).any()):
             names += ["precision", "recall", "CF1"]
         pl_module.log_dict({f"pseudo/{name}": float(quality[name]) for name in names})
+
+
+def _trains_on_scores(pl_module: Any) -> bool:
+    """Whether what an epoch trains on depends on the scores of the weights that it starts with."""
+    return not isinstance(pl_module.labeler, EvidenceLabeler) or pl_module.num_contexts > 0
+
+
+def _saves_when_epochs_end(trainer: L.Trainer) -> bool:
+    """Whether checkpoints may be written after an epoch without a validation."""
+    return any(
+        not isinstance(callback, ModelCheckpoint) or callback._should_save_on_train_epoch_end(trainer)
+        for callback in trainer.checkpoint_callbacks
+    )
 
 
 def _rows(pl_module: Any, n: int, width: int) -> Tensor:

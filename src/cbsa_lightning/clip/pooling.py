@@ -11,7 +11,7 @@ and output projections alone, so that it says what stands at its own place and n
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,30 @@ def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int
     return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
 
 
+class _Positioned:
+    """Tokens of images plus learned positions, which all images share, on their way into a linear layer.
+
+    Where the images' own part needs no gradient, as with a frozen tower, the gradient of the positions is summed over
+    the images before it is multiplied with the layer's weights, not after. Of the three large products of each layer in
+    a training step one is thus left out. Outputs are the same to the last bit.
+
+    Args:
+        tokens: (..., c) tokens of the images.
+        positions: Broadcastable to ``tokens``; None: there are none.
+    """
+
+    def __init__(self, tokens: Tensor, positions: Tensor | None) -> None:
+        self.sum = tokens if positions is None else tokens + positions
+        self.learned = None if positions is None or tokens.requires_grad else positions
+
+    def through(self, layer: nn.Linear) -> Tensor:
+        """``layer(tokens + positions)``."""
+        if self.learned is None or not self.learned.requires_grad:
+            return cast(Tensor, layer(self.sum))
+        carrier = F.linear(self.learned, layer.weight.detach())
+        return cast(Tensor, layer(self.sum.detach()) + (carrier - carrier.detach()))  # the difference is zero
+
+
 class ResNetPool(nn.Module):
     """Dense attention pool of CLIP's ModifiedResNet: map (B, c, h, w) to :class:`ImageTokens`.
 
@@ -78,28 +102,30 @@ class ResNetPool(nn.Module):
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Pools the tower's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
         x = self._tokens(features, positions)
-        return self._projected(self._mixed(x, self.v_proj(x)), _grid(features))
+        return self._projected(self._mixed(x, x.through(self.v_proj)), _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
         """Value path: no attention mixes the tokens; ``g`` is the mean token's."""
-        return self._projected(self.v_proj(self._tokens(features, positions)), _grid(features))
+        return self._projected(self._tokens(features, positions).through(self.v_proj), _grid(features))
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
         """:meth:`forward` and :meth:`values` in one pass."""
         x, grid = self._tokens(features, True), _grid(features)
-        v = self.v_proj(x)
+        v = x.through(self.v_proj)
         return self._projected(self._mixed(x, v), grid), self._projected(v, grid)
 
-    def _tokens(self, features: Tensor, positions: bool) -> Tensor:
+    def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
         """The mean and all places (1 + hw, B, c), tokens first as in open_clip."""
         learned, grid = self.positional_embedding, _grid(features)
         x = features.to(learned.dtype).flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(dim=0, keepdim=True), x])
-        return x + resize_positions(learned, self.native_grid, grid, antialias=False)[:, None] if positions else x
+        if not positions:
+            return _Positioned(x, None)
+        return _Positioned(x, resize_positions(learned, self.native_grid, grid, antialias=False)[:, None])
 
-    def _mixed(self, x: Tensor, v: Tensor) -> Tensor:
+    def _mixed(self, x: _Positioned, v: Tensor) -> Tensor:
         """Self-attention of the tokens ``x`` over the values ``v``, both (1 + hw, B, c)."""
-        q, k, v = (self._heads(part) for part in (self.q_proj(x), self.k_proj(x), v))
+        q, k, v = (self._heads(part) for part in (x.through(self.q_proj), x.through(self.k_proj), v))
         return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -133,7 +159,7 @@ class TimmPool(nn.Module):
         """Value path: no attention mixes the tokens; ``g`` is the mean token's. Rotary positions never reach it."""
         pool = self.attention
         x = self._tokens(features, positions)
-        values = pool.v(x) if pool.qkv is None else pool.qkv(x).chunk(3, dim=-1)[2]
+        values = x.through(pool.v) if pool.qkv is None else x.through(pool.qkv).chunk(3, dim=-1)[2]
         return self._projected(values, _grid(features))
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
@@ -146,21 +172,23 @@ class TimmPool(nn.Module):
         pool = self.attention
         x = self._tokens(features, positions)
         fused = pool.qkv is not None
-        parts = pool.qkv(x).chunk(3, dim=-1) if fused else [layer(x) for layer in (pool.q, pool.k, pool.v)]
+        parts = (
+            x.through(pool.qkv).chunk(3, dim=-1) if fused else [x.through(layer) for layer in (pool.q, pool.k, pool.v)]
+        )
         q, k, v = (part.view(*part.shape[:2], pool.num_heads, -1).transpose(1, 2) for part in parts)
         if positions and isinstance(pool, RotAttentionPool2d):
             grid = _grid(features)
             q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
 
-    def _tokens(self, features: Tensor, positions: bool) -> Tensor:
+    def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
         """The mean and all places, (B, 1 + hw, c)."""
         pool = self.attention
         x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
-        if positions and isinstance(pool, AttentionPool2d):
-            x = x + resize_positions(pool.pos_embed, pool.feat_size, _grid(features), antialias=True)
-        return x
+        if not positions or not isinstance(pool, AttentionPool2d):
+            return _Positioned(x, None)
+        return _Positioned(x, resize_positions(pool.pos_embed, pool.feat_size, _grid(features), antialias=True))
 
     def _projected(self, x: Tensor, grid: tuple[int, int]) -> ImageTokens:
         tokens = self.attention.proj(x)
