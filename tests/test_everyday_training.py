@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from cbsa_lightning import CBSAModule
-from cbsa_lightning.callbacks import limits
+from cbsa_lightning.callbacks import baselines
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.cli import main
@@ -20,6 +20,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.gain import GainCheck
 from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.stacking import StackedProbes
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 from zero_shot import zero_shot_mAP
 
@@ -252,9 +253,9 @@ def test_a_final_map_that_zero_shot_reaches_is_told(tmp_path, clip_folder, squar
     data = tiny_data(squares)
     data.setup("fit")
     zero_shot = zero_shot_mAP(FrozenCLIP.load(str(clip_folder)), data)
-    measured, compute = [], limits._zero_shot_mAP
+    measured, compute = [], baselines._mAP
     # Ranks of seven images by random towers change with the last bit, so the figure itself is fixed.
-    monkeypatch.setattr(limits, "_zero_shot_mAP", lambda *args: measured.append(compute(*args)) or zero_shot)
+    monkeypatch.setattr(baselines, "_mAP", lambda *args: measured.append(compute(*args)) or zero_shot)
     for found, expected in ((zero_shot - 1e-4, 1), (zero_shot + 1e-4, 0)):
         module = NoBetter(Squares.class_names, clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2)
         module.found = found
@@ -265,3 +266,25 @@ def test_a_final_map_that_zero_shot_reaches_is_told(tmp_path, clip_folder, squar
         assert len(told) == expected, found
         assert f"on 7 images; zero-shot CLIP has {100 * zero_shot:.1f} %." in [*told, caplog.text][0]
     assert measured == pytest.approx([zero_shot] * 2, abs=0.05)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplog, better):
+    caplog.set_level("INFO")
+    module = NoBetter(
+        Squares.class_names, clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2,
+        labeler=StackedProbes(),
+    )  # fmt: skip
+    module.found = 1.0 if better else 0.1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = tiny_trainer(tmp_path, 2)
+        trainer.fit(module, datamodule=tiny_data(squares))
+    (measured,) = (c for c in trainer.callbacks if isinstance(c, baselines.MeasureBaselines))
+    zero, linear, stack = (
+        f"{100 * measured.results[n]:.1f} %" for n in ("zero-shot", "linear probe", "stacked probes")
+    )
+    figures = f"on 7 images; zero-shot CLIP has {zero}, a linear probe {linear}, stacked probes {stack}."
+    told = [text for text in messages(caught) if "probe on frozen features" in text or "has not helped" in text]
+    assert len(told) == (not better)
+    assert figures in [*told, caplog.text][0]

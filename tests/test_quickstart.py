@@ -42,6 +42,7 @@ def test_three_numbers_side_by_side(run: Path) -> None:
         "linear probe",
         "stacked probes",
         "labelled only",
+        "network alone",
         "semi-supervised",
     ]
     assert all(0 < float(row[1]) < 1 for row in rows[1:])

@@ -42,8 +42,8 @@ def compare(
             :class:`~cbsa_lightning.callbacks.baselines.MeasureBaselines`.
 
     Returns:
-        mAP (0 to 1) of the baselines, "labelled only" and "semi-supervised"; also written to ``comparison.csv`` in the
-        run's folder and logged as ``compare/...``.
+        mAP (0 to 1) of the baselines, "labelled only", where scores are fused with a stack "network alone", and
+        "semi-supervised"; also written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
     """
     folder = folder_of(trainer)
     if folder is None:
@@ -58,6 +58,8 @@ def compare(
     twin = L.Trainer(**{**settings, **own})
     twin.fit(untrained, datamodule=data)
     results["labelled only"] = float(twin.callback_metrics["val/mAP"])
+    if "val/mAP_network" in trainer.callback_metrics:
+        results["network alone"] = float(trainer.callback_metrics["val/mAP_network"])
     results["semi-supervised"] = float(trainer.callback_metrics["val/mAP"])
 
     if trainer.is_global_zero:
@@ -81,6 +83,7 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
         LINEAR_PROBE: f"{labelled} labelled images, frozen features",
         STACKED_PROBES: f"{labelled} labelled images, class names, frozen features",
         "labelled only": f"{labelled} labelled images",
+        "network alone": f"{labelled} labelled + {unlabelled} unlabelled images",
         "semi-supervised": f"{labelled} labelled + {unlabelled} unlabelled images",
     }
     for name, value in results.items():

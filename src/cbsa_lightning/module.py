@@ -20,6 +20,7 @@ from torch.optim import AdamW
 
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.calibration import Calibration
+from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
@@ -236,7 +237,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         begin_wandb_runs(self.trainer.loggers)
         callbacks: list[L.Callback] = [CheckMonitors(), ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
         callbacks += [UpdateContexts()] if self.num_contexts else []
-        return [*callbacks, ResultLimits()] if self.tells_limits else callbacks
+        if not self.tells_limits:
+            return callbacks
+        own = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, MeasureBaselines)]
+        baselines = own[0] if own else MeasureBaselines(always_probes=False)
+        return [*callbacks, baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""

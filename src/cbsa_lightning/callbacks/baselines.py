@@ -25,12 +25,18 @@ class MeasureBaselines(L.Callback):
     The linear probe takes the mean of the frozen features; the stack takes all descriptions and the unlabelled images.
     A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
 
+    Args:
+        always_probes: Whether to measure the probes also where the labeler needs no descriptions of the training
+            images, which then takes a pass over these.
+
     Attributes:
-        results: mAP (0 to 1) by name; empty where no image is validated on or the network has no frozen tower, without
-            zero-shot where it has no text tower, and without the stack where the labelled images are too few for it.
+        results: mAP (0 to 1) by name; empty where the validation images are not all measured or the network has no
+            frozen tower, without zero-shot where it has no text tower, and without a probe where the labelled images
+            are too few for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, always_probes: bool = True) -> None:
+        self.always_probes = always_probes
         self.results: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,23 +49,30 @@ class MeasureBaselines(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Fits and measures, unless the run is resumed."""
+        table = validated_table(trainer)
         frozen = pl_module.network.frozen_weights is not None
-        if trainer.fast_dev_run or trainer.ckpt_path is not None or not trainer.limit_val_batches or not frozen:
+        if trainer.fast_dev_run or trainer.ckpt_path is not None or table is None or not frozen:
             return
-        data = trainer.datamodule
-        evidence = pl_module.evidence
-        if evidence is None:
-            evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")
-        table = data.eval_table()
-        rows = np.arange(len(table))
-        validation = describe_images(trainer, pl_module, data.val_dataloader(), rows, table.paths)
+        loader = trainer.datamodule.val_dataloader()
+        validation = describe_images(trainer, pl_module, loader, np.arange(len(table)), table.paths)
         truth = torch.from_numpy(table.labels)
         if validation.scores:
             self.results[ZERO_SHOT] = _mAP(validation.scores[0].cpu(), truth)
+        evidence = pl_module.evidence
+        if evidence is None and self.always_probes:
+            evidence = evidence_of(trainer, pl_module, pl_module.second_stage == "semi-supervised")
+        if evidence is None:
+            return
         inputs = [part.cpu().numpy() for part in (*validation.descriptors, *validation.scores)]
         for name, labeler in ((LINEAR_PROBE, LinearProbe()), (STACKED_PROBES, StackedProbes())):
             with suppress(DataError):  # too few labelled images
                 self.results[name] = _mAP(torch.from_numpy(labeler.fit(evidence).logits(inputs)), truth)
+
+
+def validated_table(trainer: Any) -> Any:
+    """The table of the images that validation measures; None where it measures none, or only a part of them."""
+    every = trainer.limit_val_batches == 1.0 and isinstance(trainer.limit_val_batches, float)
+    return trainer.datamodule.eval_table() if every and hasattr(trainer.datamodule, "eval_table") else None
 
 
 def _mAP(logits: Tensor, truth: Tensor) -> float:

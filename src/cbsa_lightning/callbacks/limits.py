@@ -1,14 +1,19 @@
-"""What limits the result of a run, said once: unused images, few images to measure on, no gain over CLIP itself."""
+"""What limits the result of a run, said once: unused images, few images to measure on, no gain over the baselines."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.callbacks.baselines import (
+    LINEAR_PROBE,
+    STACKED_PROBES,
+    ZERO_SHOT,
+    MeasureBaselines,
+    validated_table,
+)
 from cbsa_lightning.stage_length import ends_in_warmup
 
 FEW_IMAGES = 50
@@ -24,22 +29,15 @@ class ResultLimits(L.Callback):
     - Training ends within the warm-up, so that unlabelled images are never used.
     - A stage has fewer than :data:`FEW_STEPS` optimiser steps.
     - Fewer than :data:`FEW_IMAGES` images are validated on.
-    - The final mAP is not above that of zero-shot CLIP on the same images. The frozen towers score them once before
-      training, since a trained attention pool is not CLIP's own any more; a resumed run has the figure from its
-      checkpoint. Not measured where ``limit_val_batches`` leaves images out.
+    - The final mAP is not above that of every baseline.
+
+    Args:
+        baselines: Measures zero-shot CLIP, and probes where that is cheap.
     """
 
-    def __init__(self) -> None:
-        self._zero_shot: float | None = None
+    def __init__(self, baselines: MeasureBaselines) -> None:
+        self._baselines = baselines
         self._told_unused = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mAP of zero-shot CLIP."""
-        return {"zero_shot": self._zero_shot}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it from :meth:`state_dict`."""
-        self._zero_shot = state_dict["zero_shot"]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Says what is known before the first step."""
@@ -53,18 +51,14 @@ class ResultLimits(L.Callback):
                 f"the {unused} unlabelled images are never used. Lower warmup_epochs or train longer; with the labeler "
                 "LabelledOnly the labels alone are meant."
             )
-        table = _validated(trainer)
-        if table is None:
-            return
-        if len(table) < FEW_IMAGES:
+        table = validated_table(trainer)
+        if table is not None and len(table) < FEW_IMAGES:
             measured = int((table.labels == 1).any(0).sum())
             rank_zero_warn(
                 f"val/mAP is measured on {len(table)} images, with positives of {measured} of {table.num_classes} "
                 "classes, so differences of several points are chance. Label more images, or give a test table "
                 "(data.source.init_args.test)."
             )
-        if trainer.ckpt_path is None:
-            self._zero_shot = _zero_shot_mAP(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Says at the start of a stage that it has few steps."""
@@ -92,43 +86,31 @@ class ResultLimits(L.Callback):
                 f"{pl_module.warmup_epochs}), so the {unused} unlabelled images were not used. Lower warmup_epochs or "
                 "train longer."
             )
-        table, found = _validated(trainer), trainer.callback_metrics.get("val/mAP")
-        if table is None or found is None or self._zero_shot is None:
-            return
-        figures = f"{100 * float(found):.1f} % on {len(table)} images; zero-shot CLIP has {100 * self._zero_shot:.1f} %"
-        if float(found) > self._zero_shot or not pl_module.trains:
-            rank_zero_info(f"val/mAP is {figures}.")
-        else:
-            rank_zero_warn(
-                f"Training has not helped: val/mAP is {figures}. Try --config methods/cbsa_safe.yaml, more labelled "
-                "images or a longer warm-up (docs/unlabelled.md)."
-            )
+        table, found = validated_table(trainer), trainer.callback_metrics.get("val/mAP")
+        if table is not None and found is not None and self._baselines.results:
+            _tell_result(float(found), len(table), self._baselines.results, pl_module.trains)
+
+
+def _tell_result(found: float, images: int, baselines: dict[str, float], trains: bool) -> None:
+    names = {ZERO_SHOT: "zero-shot CLIP", LINEAR_PROBE: "a linear probe", STACKED_PROBES: "stacked probes"}
+    (first, *others), best = baselines, max(baselines, key=lambda name: baselines[name])
+    figures = f"val/mAP is {100 * found:.1f} % on {images} images; {names[first]} has {100 * baselines[first]:.1f} %"
+    figures += "".join(f", {names[name]} {100 * baselines[name]:.1f} %" for name in others)
+    if not trains or found > baselines[best]:
+        rank_zero_info(f"{figures}.")
+    elif best == ZERO_SHOT:
+        rank_zero_warn(
+            f"Training has not helped: {figures}. Try --config methods/cbsa_safe.yaml, more labelled images or a "
+            "longer warm-up (docs/unlabelled.md)."
+        )
+    else:
+        rank_zero_warn(
+            f"A probe on frozen features does as well: {figures}. --config methods/{best.replace(' ', '_')}.yaml fits "
+            "it in seconds."
+        )
 
 
 def _unlabelled(trainer: Any, pl_module: Any) -> int:
     """Unlabelled images that training is to use."""
     split = getattr(trainer.datamodule, "split", None)
     return 0 if split is None or pl_module.second_stage != "semi-supervised" else len(split.unlabelled)
-
-
-def _validated(trainer: Any) -> Any:
-    """The table of the images that validation measures; None where it measures none, or only a part of them."""
-    every = trainer.limit_val_batches == 1.0 and isinstance(trainer.limit_val_batches, float)
-    return trainer.datamodule.eval_table() if every and hasattr(trainer.datamodule, "eval_table") else None
-
-
-@torch.no_grad()
-def _zero_shot_mAP(trainer: Any, pl_module: Any) -> float | None:
-    """Of the validation images, by the towers as they are now; None for a network without zero-shot scores."""
-    if pl_module.network.frozen_weights is None:
-        return None
-    describe = pl_module.network.describer()
-    report = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)
-    for batch in trainer.datamodule.val_dataloader():
-        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        with trainer.precision_plugin.forward_context():
-            scores = describe(pl_module.features_of(batch)).scores
-        if not scores:
-            return None
-        report.update(scores[0], batch.targets)
-    return float(report.compute()["mAP"])
