@@ -72,7 +72,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None) -> SSMLLDataModule:
+def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None, **changes: Any) -> SSMLLDataModule:
     """The data of a cell; ``labelled`` images a step instead of CAP's share, beside as many unlabelled ones."""
     size = SETTINGS[cell.data].batch
     caps = min(max(1, int(1.25 * cell.share * size + 0.5)), size - 1)
@@ -87,8 +87,8 @@ def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None)
     }
     if cell.data == "digits":
         source = Digits(root=str(args.out / "digits"), seed=args.drawing)
-        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **common)
-    return SSMLLDataModule(VOC(args.photos), **common)
+        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **common, **changes)
+    return SSMLLDataModule(VOC(args.photos), **common, **changes)
 
 
 def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **changes: Any) -> CBSAModule:

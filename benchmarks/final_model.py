@@ -2,8 +2,8 @@
 
     uv run python benchmarks/final_model.py --out DIR --data digits photos --shares 0.05 0.1 0.2 --photos DIR --clip DIR
 
-All networks have the same weights at the start, stages and number of steps; an epoch has at least 10 of them. The
-probes, the preset's network and the final model come from one run. Finished runs are read from ``final.jsonl`` and not
+All networks have the same weights at the start, stages and number of steps; on photographs these are those of
+``configs/photos.yaml``. The probes, the preset's network and the final model come from one run. Finished runs are read from ``final.jsonl`` and not
 repeated; the logits of each preset run are kept in ``logits-*.npz``. Ends with the tables.
 """
 
@@ -36,8 +36,11 @@ from cbsa_lightning.linear_probe import LinearProbe
 from cbsa_lightning.metrics import MultilabelReport
 from cbsa_lightning.stacking import StackedProbes
 
-STEPS = 10  # of an epoch, at least
-SETTINGS["photos"] = SETTINGS["photos"]._replace(warmup=24, epochs=12)
+SETTINGS["photos"] = SETTINGS["photos"]._replace(warmup=12, epochs=6, strong_views=4)
+DATA: dict[str, dict[str, Any]] = {
+    "digits": {"min_steps_per_epoch": 10},
+    "photos": {"min_steps_per_epoch": 20, "warmup_batch_size": 32},
+}
 # name: (labeler, labelled images a step or None for CAP's share)
 RUNS: dict[str, tuple[Any, int | None]] = {
     "labelled only": (LabelledOnly(), None),
@@ -51,8 +54,7 @@ COLUMNS = ["zero-shot", "linear probe", "stacked probes", *NETWORKS, "preset's n
 def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
     """Trains one network and measures it; with the preset also the probes and the final model."""
     labeler, labelled = RUNS[name]
-    data = make_data(cell, args, labelled)
-    data.min_steps_per_epoch = STEPS
+    data = make_data(cell, args, labelled, **DATA[cell.data])
     preset = name == "preset"
     module = make_module(cell, args, data, labeler=labeler, ema_decay=None, stack_share=0.5 if preset else 0.0)
     probes = Probes(module, data) if preset else None
