@@ -3,8 +3,8 @@
     uv run python benchmarks/final_model.py --out DIR --data digits photos --shares 0.05 0.1 0.2 --photos DIR --clip DIR
 
 All networks have the same weights at the start, stages and number of steps; on photographs these are those of
-``configs/photos.yaml``. The probes, the preset's network and the final model come from one run. Finished runs are read from ``final.jsonl`` and not
-repeated; the logits of each preset run are kept in ``logits-*.npz``. Ends with the tables.
+``configs/photos.yaml``. The probes, the preset's network and the final model come from one run. Finished runs are read
+from ``final.jsonl`` and not repeated; the logits of each preset run are kept in ``logits-*.npz``. Ends with the tables.
 """
 
 from __future__ import annotations
