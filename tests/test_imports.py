@@ -45,6 +45,7 @@ FLOORS = (
         "resuming",
         "runs",
         "checkpoints",
+        "labels",
         "predictions",
         "pictures",
         "reliability",

@@ -82,6 +82,11 @@ def test_what_a_person_wants_to_look_at(run: Path) -> None:
     assert {"image", "labels", "zero", "nine"} <= set(table.column_names)
     assert (run / "config.yaml").is_file()
     assert (run / "split.json").is_file()
+    labels = pyarrow.csv.read_csv(run / "labels.csv")
+    assert len(labels) == 42
+    assert labels.column_names[:5] == ["image", "labels", "review", "place", "zero"]
+    assert len(pyarrow.csv.read_csv(run / "next_to_label.csv")) == 42
+    assert {"image", "class", "given", "wrong"} == set(pyarrow.csv.read_csv(run / "suspicious_labels.csv").column_names)
 
 
 def test_checkpoint_loads_as_data_and_predicts_alike(run: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def _here(folder: Path, has_logger: bool) -> Settings:
         **{"monitor": None, "save_top_k": 1, "save_last": False},
         "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
     }
-    return {"trainer": trainer, "checkpoint": checkpoint}
+    return {"trainer": trainer, "checkpoint": checkpoint, "labels": {"enabled": False}}
 
 
 def _found(cli: Any, seconds: float) -> Settings:

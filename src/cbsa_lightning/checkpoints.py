@@ -17,7 +17,7 @@ from cbsa_lightning.finite import REMEDY, not_finite
 from cbsa_lightning.fusion import Fusion
 
 FINGERPRINT = "frozen_fingerprint"
-TABLES = ("pseudo_labels", "context_targets", "expected")
+TABLES = ("pseudo_labels", "context_targets", "expected", "left_out")
 FUSION = "fusion"
 
 

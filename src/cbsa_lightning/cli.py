@@ -1,4 +1,4 @@
-"""The `cbsa` command: fit, validate, test and predict one run, and table for the paper's tables."""
+"""The `cbsa` command: fit, validate, test, predict and label for one run, and table for the paper's tables."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ HELP = """usage: cbsa COMMAND [options]
   validate   measure a checkpoint on the images that are held out for validation
   test       measure a checkpoint on the test images
   predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt
+  label      write labels of a run for a labelling tool: cbsa label RUN --to label-studio --output tasks.json
   table      run the systems of one of the paper's tables: cbsa table 1
 
   cbsa COMMAND --help    all options of a command
@@ -31,12 +32,16 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Arguments instead of those of the process, for calls from Python and tests.
 
     Returns:
-        The LightningCLI of a run, the file of a table, or None for help and version.
+        The LightningCLI of a run, the file of a table or of labels, or None for help and version.
     """
     words = list(sys.argv[1:] if args is None else args)
     if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
         print(f"cbsa {version('cbsa-lightning')}" if words == ["--version"] else HELP)
         return None
+    if words[:1] == ["label"]:  # as long as it labels no new images
+        from cbsa_lightning.labels.command import label
+
+        return label(words[1:])
     from cbsa_lightning.config_files import find_configs
     from cbsa_lightning.lightning_cli import make_cli
     from cbsa_lightning.resuming import resumed

@@ -117,7 +117,14 @@ class Fusion:
 
     def fused(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
         """Calibrated average of logits ``(B, C)`` of the network and of the stack."""
-        return self.calibration[0] + self.calibration[1].exp() * self.averaged(logits, stack_logits)
+        return self._calibrated(self.averaged(logits, stack_logits))
+
+    def calibrated(self, stack_logits: Tensor) -> Tensor:
+        """Calibrated logits ``(B, C)`` of the stack alone."""
+        return self._calibrated(bounded(stack_logits, self.bound))
+
+    def _calibrated(self, logits: Tensor) -> Tensor:
+        return self.calibration[0] + self.calibration[1].exp() * logits
 
     def averaged(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
         """The bounded average on the stack's scale, ``(B, C)``, before the calibration."""

@@ -80,6 +80,7 @@ class Classifier:
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
         self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
+        self.calibrated = fusion is not None  # whether scores are probabilities
         self._view = PlainView(image_size)
         with torch.no_grad():
             self._text = self.network.encode_text()

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 import cbsa_lightning
 from cbsa_lightning import runs
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
@@ -167,6 +168,7 @@ class CBSACLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(WriteLabels, "labels")
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",

@@ -188,6 +188,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.context_targets: Tensor | None = None
         # What to expect of the decision thresholds; see cbsa_lightning.decisions.Decisions.
         self.expected: Tensor | None = None
+        # Probabilities (m, C) of the labelled images, each by probes that were not fitted to it.
+        self.left_out: Tensor | None = None
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "fused", "test")})
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
@@ -488,6 +490,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         stack = cast(StackLabeler, self.labeler).fit(evidence)
         labels = evidence.labels.cpu().numpy()
         self.fusion = Fusion.of(stack, unlabelled_inputs(evidence), labels, self.stack_share)
+        self.left_out = self.fusion.calibrated(torch.from_numpy(stack.left_out()).float()).sigmoid()
         return soft_labels(stack, evidence)
 
     def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:

@@ -26,10 +26,14 @@ METRICS = "metrics.csv"
 PREDICTIONS = "predictions.csv"
 PICTURES = "pictures"
 THRESHOLDS = "thresholds.csv"
+LABELS = "labels.csv"
+NEXT_TO_LABEL = "next_to_label.csv"
+SUSPICIOUS_LABELS = "suspicious_labels.csv"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only a folder of a fit has it
-RESULTS = (CONFIG, SPLIT, METRICS, PREDICTIONS, THRESHOLDS, PICTURES, CHECKPOINTS, WANDB_ID, RUN_ID)
+WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS)  # when training ends
+RESULTS = (CONFIG, SPLIT, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
 _ENDING = 10.0  # seconds; loader workers of a process that was killed hold its lock for up to five

@@ -33,7 +33,7 @@ from cbsa_lightning.pictures import (
 )
 from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
 from cbsa_lightning.reliability import reliability_diagram
-from cbsa_lightning.runs import PICTURES, PREDICTIONS, THRESHOLDS, folder_of, refuse_taken
+from cbsa_lightning.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RunReport(L.Callback):
             return
         check_output(PREDICTIONS, pl_module.class_names)
         if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
-            refuse_taken(folder, (PREDICTIONS, THRESHOLDS, PICTURES))
+            refuse_taken(folder, WRITTEN)
         left_out = getattr(trainer.datamodule, "left_out", None)
         if left_out and trainer.is_global_zero:
             with replacing(folder / "left_out.txt") as draft:

@@ -1,0 +1,109 @@
+"""Labels for the unlabelled images when training ends, and lists of what a person should look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from cbsa_lightning.arguments import check_flags, check_number
+from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.finite import refuse_scores
+from cbsa_lightning.labels.image_labels import SURE, ImageLabels, check_class_columns, write_labels
+from cbsa_lightning.labels.review import next_to_label, suspicious_labels, write_list
+from cbsa_lightning.predictions import in_table_order
+from cbsa_lightning.runs import LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, folder_of
+
+
+class WriteLabels(L.Callback):
+    """Writes labels of the unlabelled images into the run's folder when training ends.
+
+    - ``labels.csv``: a row for each unlabelled image; see :func:`~cbsa_lightning.labels.image_labels.write_labels`.
+    - ``next_to_label.csv``: the images whose labels would teach most.
+    - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
+      since other models have no such probabilities.
+
+    Where scores are not calibrated probabilities, without a ``stack_share``, no label is marked for review. Nothing is
+    written for a data module of one's own or in a ``fast_dev_run``.
+
+    Args:
+        enabled: False writes nothing, and saves the pass over the unlabelled images.
+        budget: Length of the list of images to label next.
+        sure: A decision that is right with a smaller probability is marked for review.
+        favour_rare: Whether classes with few labelled positives count more in the list of images to label next.
+
+    Raises:
+        ConfigError: For a budget below 1, or a ``sure`` outside of [0, 1].
+    """
+
+    def __init__(self, enabled: bool = True, budget: int = 200, sure: float = SURE, favour_rare: bool = False) -> None:
+        check_flags(**{"labels.enabled": enabled, "labels.favour_rare": favour_rare})
+        check_number("labels.budget", budget, 1, whole=True)
+        check_number("labels.sure", sure, 0, 1)
+        self.enabled, self.budget, self.sure, self.favour_rare = enabled, budget, sure, favour_rare
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses class names that the table could not hold, before the work.
+
+        Raises:
+            ConfigError: See :func:`~cbsa_lightning.labels.image_labels.check_class_columns`.
+        """
+        if self._has_unlabelled(trainer):
+            check_class_columns(pl_module.class_names)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Scores the unlabelled images with all processes; the first one writes."""
+        folder = folder_of(trainer) if self._has_unlabelled(trainer) else None
+        if folder is None:
+            return
+        scores = self._scores(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._write(folder, trainer.datamodule, pl_module, scores)
+
+    def _has_unlabelled(self, trainer: Any) -> bool:
+        data = trainer.datamodule
+        return self.enabled and hasattr(data, "plain_dataloader") and len(data.split.unlabelled) > 0
+
+    def _scores(self, trainer: Any, pl_module: Any) -> NDArray[np.float32]:
+        """Scores ``(n, C)`` of the plain views of the n unlabelled images."""
+        data = trainer.datamodule
+        rows = data.split.unlabelled
+        images = data.train_table.paths
+        thresholds = pl_module.decision_thresholds()
+        parts: list[Any] = []
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with torch.no_grad(), pl_module.evaluating():
+            for batch in tqdm(data.plain_dataloader(rows), desc="Labels", leave=False, disable=not show):
+                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+                with trainer.precision_plugin.forward_context():
+                    logits = pl_module.final_logits(pl_module.features_of(batch))
+                scores = logits.float().sigmoid()
+                refuse_scores(scores, images[batch.index.cpu().numpy()].__getitem__, "Labels")
+                parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
+        others = np.setdiff1d(np.arange(len(images)), rows)
+        found, _ = in_table_order(len(images), len(pl_module.class_names), gather(parts), others.tolist())
+        of_unlabelled: NDArray[np.float32] = found[rows]
+        return of_unlabelled
+
+    def _write(self, folder: Path, data: Any, pl_module: Any, scores: NDArray[np.float32]) -> None:
+        names = tuple(pl_module.class_names)
+        images, known = data.train_table.paths, data.labelled_targets().numpy()
+        sure = self.sure if pl_module.fusion is not None else None
+        thresholds = pl_module.decision_thresholds().cpu().numpy()
+        labels = ImageLabels.decided(images[data.split.unlabelled], names, scores, thresholds, sure)
+        write_labels(folder / LABELS, labels)
+        positives = (known == 1).sum(0) if self.favour_rare else None
+        write_list(folder / NEXT_TO_LABEL, next_to_label(labels, self.budget, positives))
+        told = f"Labels of {len(scores)} unlabelled images: {folder / LABELS}"
+        if pl_module.left_out is not None:
+            left_out = pl_module.left_out.cpu().numpy()
+            doubtful = suspicious_labels(images[data.split.labelled], names, known, left_out)
+            write_list(folder / SUSPICIOUS_LABELS, doubtful)
+            told += f"; {int(labels.review.any(1).sum())} to review, {doubtful.num_rows} given labels look wrong"
+        rank_zero_info(f"{told}.")

@@ -1,0 +1,103 @@
+"""`cbsa label`: labels of a run, or of new images, as a file that a labelling tool imports."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.labels.image_labels import ImageLabels, read_labels, write_labels
+from cbsa_lightning.labels.tools import (
+    cvat_xml,
+    fiftyone_labels,
+    label_studio_config,
+    label_studio_tasks,
+    write_json,
+    write_xml,
+)
+from cbsa_lightning.labels.versions import checkpoint_of, version_of
+from cbsa_lightning.runs import LABELS
+
+SUFFIXES = {
+    "label-studio": (".json",),
+    "cvat": (".xml",),
+    "fiftyone": (".json",),
+    "csv": (".csv",),
+    "parquet": (".parquet",),
+    "jsonl": (".jsonl",),
+}
+
+
+def label(words: Sequence[str]) -> Path:
+    """Runs `cbsa label`.
+
+    Args:
+        words: The words of the command line after ``label``.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigError: For an output that exists, or a suffix that does not fit the tool.
+        DataError: For a run without labels, or images that cannot be read.
+    """
+    args = _parser().parse_args(words)
+    output = Path(args.output)
+    if output.suffix.lower() not in SUFFIXES[args.to]:
+        raise ConfigError(f"{output}: a file for {args.to} ends in {SUFFIXES[args.to][0]}; change --output.")
+    if output.exists():
+        raise ConfigError(f"{output} exists already. Give another --output, or move that file away.")
+    labels = _labels(args)
+    _write(args, labels, output)
+    print(f"Labels of {len(labels.images)} images, {int(labels.review.any(1).sum())} of them to review: {output}")
+    return output
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cbsa label",
+        description="Writes the labels of a run's unlabelled images, or of new images, for a labelling tool.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/cbsa/version_0")
+    parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="tool or format")
+    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--images", help="label these instead: a folder of images, by the run's checkpoint")
+    parser.add_argument(
+        "--url",
+        default="/data/local-files/?d=",
+        help="Label Studio: what stands before the path of an image (default: %(default)s, its local storage)",
+    )
+    parser.add_argument(
+        "--control", default="labels", help="Label Studio: name of the Choices control (default: %(default)s)"
+    )
+    return parser
+
+
+def _labels(args: argparse.Namespace) -> ImageLabels:
+    if args.images is not None:
+        from cbsa_lightning.labels.new_images import label_images  # takes torch along
+
+        return label_images(checkpoint_of(args.run), Path(args.images))
+    file = args.run / LABELS
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} does not exist: {args.run} is no finished run with unlabelled images, or was made with "
+            "--labels.enabled false. Give --images FOLDER to label images by its checkpoint."
+        )
+    return read_labels(file)
+
+
+def _write(args: argparse.Namespace, labels: ImageLabels, output: Path) -> None:
+    if args.to == "label-studio":
+        tasks = label_studio_tasks(labels, version_of(args.run), args.url, args.control)
+        write_json(output, tasks)
+        interface = output.with_suffix(".xml")
+        interface.write_text(label_studio_config(labels, args.control) + "\n", encoding="utf-8")
+        print(f"Labelling interface of the project, with all classes: {interface}")
+        return
+    writers: dict[str, Callable[[], None]] = {
+        "cvat": lambda: write_xml(output, cvat_xml(labels)),
+        "fiftyone": lambda: write_json(output, fiftyone_labels(labels)),
+    }
+    writers.get(args.to, lambda: write_labels(output, labels))()
