@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn.parallel import DistributedDataParallel
 
 from cbsa_lightning import SSMLLModule
+from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.feature_cache import FeatureCache
@@ -230,7 +231,8 @@ def cache(place: Place, world: int) -> FeatureCache:
 
 
 def labels_made_once(place: Place) -> None:
-    fit(place, "once", labeler=StackedProbes(), epochs=1, warmup_epochs=0)
+    settings = {"labeler": StackedProbes(), "stack_share": 0.5, "epochs": 1, "warmup_epochs": 0}
+    fit(place, "once", callbacks=[WriteLabels()], **settings)
 
 
 # Beside the paper's method with contexts, which is the whole run: settings of CBSAModule, or a network of its own.

@@ -12,6 +12,7 @@ import pytest
 import runs
 import torch
 
+from cbsa_lightning.labels.image_labels import read_labels
 from tiny_data import CLASSES, Squares
 
 TOLERANCE = 1e-9  # absolute and relative; weights move by 0.1 and more
@@ -234,6 +235,15 @@ def test_labels_made_once(both):
     for run in two:
         same_run(run, one)
     processes_agree(*two)
+
+
+def test_labels_of_unlabelled_images(root, both):
+    both("once")
+    one, two = (read_labels(next((root / str(world)).rglob("labels.csv"))) for world in (1, 2))
+    assert len(one.images) == 13
+    assert one.images.tolist() == two.images.tolist()
+    np.testing.assert_allclose(two.probabilities, one.probabilities, atol=2e-6)
+    assert np.array_equal(two.given, one.given)
 
 
 PARTS = {
