@@ -11,6 +11,7 @@ import torch
 
 from cbsa_lightning import Classifier, SSMLLModule
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.data.feature_cache import FeatureCache
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.linear_probe import LinearProbe
@@ -82,3 +83,13 @@ def test_several_processes_are_refused(clip_folder):
     module.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ConfigError, match="ZeroShotCLIP has nothing to train; fit it in one process"):
         module.setup("fit")
+
+
+def test_no_strong_view_is_kept_where_nothing_is_trained(tmp_path, clip_folder, squares):
+    network = functools.partial(ZeroShotCLIP, clip=str(clip_folder))
+    module = SSMLLModule(Squares.class_names, network, labeler=StackedProbes(), stack_share=1.0)
+    data = tiny_data(squares, feature_cache=FeatureCache(str(tmp_path / "cache"), strong_views=3))
+    tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
+    (index,) = tmp_path.rglob("index.bin")
+    views = 2 * len(data.split.unlabelled) + len(data.split.labelled) + len(data.eval_table())
+    assert index.stat().st_size == 36 * views  # bytes a key

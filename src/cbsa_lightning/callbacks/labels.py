@@ -105,5 +105,6 @@ class WriteLabels(L.Callback):
             left_out = pl_module.left_out.cpu().numpy()
             doubtful = suspicious_labels(images[data.split.labelled], names, known, left_out)
             write_list(folder / SUSPICIOUS_LABELS, doubtful)
-            told += f"; {int(labels.review.any(1).sum())} to review, {doubtful.num_rows} given labels look wrong"
+            told += f" ({int(labels.review.any(1).sum())} have labels to review)"
+            told += f"; {doubtful.num_rows} given labels to check: {folder / SUSPICIOUS_LABELS}"
         rank_zero_info(f"{told}.")

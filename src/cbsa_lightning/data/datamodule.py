@@ -384,10 +384,17 @@ class SSMLLDataModule(L.LightningDataModule):
             raise ConfigError("There is no feature_cache to keep features in.")
         return self.feature_cache
 
+    @property
+    def _strong_views(self) -> int:
+        """Strong views kept of each training image; none where nothing is trained."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        trains = getattr(module, "trains", True)
+        return self.feature_cache.strong_views if self.feature_cache is not None and trains else 0
+
     def _kept_views(self) -> dict[str, KeptViews]:
         """What is kept: weak views of unlabelled images, strong ones of training images, plain ones for validation."""
         unlabelled = np.empty(0, np.int64) if self._learns_from_labels_alone else self.split.unlabelled
-        needed = np.zeros((len(self.train_table), STRONG + self._cache().strong_views), dtype=bool)
+        needed = np.zeros((len(self.train_table), STRONG + self._strong_views), dtype=bool)
         needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
         needed[unlabelled, MIRRORED] = True
         needed[np.concatenate([self.split.labelled, unlabelled, self.split.held_out]), PLAIN] = True
@@ -407,8 +414,7 @@ class SSMLLDataModule(L.LightningDataModule):
         """What a data set reads: kept features where there are any of this view, else the images."""
         column: Any = view.flips if isinstance(view, WeakView) else plain
         if isinstance(view, StrongView):
-            kept = self.feature_cache.strong_views if self.feature_cache is not None else 0
-            column = StrongInTurn(kept) if kept else None
+            column = StrongInTurn(self._strong_views) if self._strong_views else None
         if self._features is None or part is None or column is None:
             return ImageViews(images, view)
         return CachedViews(self._features.store, self._features.rows[part], column)
