@@ -2,9 +2,10 @@
 
 from cbsa_lightning.data.readers.coco import COCO
 from cbsa_lightning.data.readers.digits import Digits
+from cbsa_lightning.data.readers.label_studio import LabelStudio
 from cbsa_lightning.data.readers.nuswide import NUSWIDE
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.data.readers.table import Table
 from cbsa_lightning.data.readers.voc import VOC
 
-__all__ = ["COCO", "NUSWIDE", "VOC", "Digits", "Source", "Table"]
+__all__ = ["COCO", "NUSWIDE", "VOC", "Digits", "LabelStudio", "Source", "Table"]
