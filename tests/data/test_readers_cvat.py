@@ -127,6 +127,7 @@ def test_exports_that_cannot_be_used(tmp_path, images, options, words):
     ('<!DOCTYPE a [<!ENTITY b "ccc"><!ENTITY d "&b;&b;">]><annotations>&d;</annotations>', "declares a document type"),
     ("{}", "is no XML"),
     (b"\xff\xfe<\x00", "save it as UTF-8"),
+    ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "has NUL characters"),
 ])  # fmt: skip
 def test_files_that_are_no_exports(tmp_path, text, message):
     (tmp_path / "a.xml").write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -55,12 +55,26 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """Root element of an XML file. No entity is expanded: a file that declares a document type is refused.
+    """Root element of an XML file, as :func:`parse_xml` reads it.
 
     Raises:
-        DataError: The file is missing, is no XML, or declares a document type.
+        DataError: The file is missing, or is no such XML.
     """
-    text = _text(file)
+    return parse_xml(_text(file), file)
+
+
+def parse_xml(text: str, file: Path) -> ElementTree.Element:
+    """Root element of an XML text. No entity is expanded: a text that declares a document type is refused.
+
+    Args:
+        text: The text.
+        file: Its file, for messages.
+
+    Raises:
+        DataError: The text is no XML, or declares a document type.
+    """
+    if "\0" in text:  # the parser would take it for UTF-16, in which the next check sees no declaration
+        raise DataError(f"{file}: has NUL characters, as UTF-16 read as UTF-8 has; save it as UTF-8")
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{file}: declares a document type, which labelling tools never do; take the declaration out")
     try:
