@@ -71,7 +71,7 @@ def test_present_absent_and_unknown(tmp_path):
 
 @pytest.mark.parametrize(("labels", "names", "images", "words"), [
     ("ImageID,LabelName\n1,a\n", None, None, ["t.csv: no column 'Confidence'"]),
-    ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: number from 0 to 1, found '2'"]),
+    ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: Confidence must be", "found '2'"]),
     ("ImageID,LabelName,Confidence\n1,a,nan\n", None, None, ["found 'nan'"]),
     ("ImageID,LabelName,Confidence\n1,a,\n", None, None, ["found ''"]),
     ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' lies outside"]),

@@ -14,7 +14,7 @@ from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.structured import counted, read_xml
 from cbsa_lightning.data.reading import brief
-from cbsa_lightning.errors import DataError
+from cbsa_lightning.errors import DataError, listed
 
 _OF = ("task", "project", "job")
 _TAG_TYPES = ("tag", "any", "")
@@ -60,10 +60,15 @@ class CVAT(Export):
             )
         if top.find("track") is not None:
             raise DataError(f"{file}: has tracks of a video; export as CVAT for images 1.1, and tag images")
+        if more := sorted({child.tag for child in top} - {"version", "meta", "image"}):
+            raise DataError(f"{file}: has {listed(map(brief, more))} beside its images; export as CVAT for images 1.1")
         names = _labels(file, top)
         images = top.findall("image")
         if not images:
             raise DataError(f"{file}: has no image; export a task that has some")
+        for found, kind in ((images, "image"), (top.findall("image/tag"), "tag")):
+            if len(found) < sum(1 for _ in top.iter(kind)):
+                raise DataError(f"{file}: an element {kind!r} stands where none belongs; export the file again")
         counts: Counter[str] = Counter()
         records = [self._record(image, f"{file}, image {k + 1}", set(names), counts) for k, image in enumerate(images)]
         said = [
