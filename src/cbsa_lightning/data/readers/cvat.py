@@ -70,7 +70,8 @@ class CVAT(Export):
             if len(found) < sum(1 for _ in top.iter(kind)):
                 raise DataError(f"{file}: an element {kind!r} stands where none belongs; export the file again")
         counts: Counter[str] = Counter()
-        records = [self._record(image, f"{file}, image {k + 1}", set(names), counts) for k, image in enumerate(images)]
+        known = set(names)
+        records = [self._record(image, f"{file}, image {k + 1}", known, counts) for k, image in enumerate(images)]
         said = [
             ("image", f"without a tag: {'unlabelled' if self._untagged == 'unlabelled' else 'shows nothing'}"),
             ("tag", "set by a model (source auto): read as the others"),
