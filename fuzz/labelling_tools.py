@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers import CVAT, CloudLines, FiftyOne, LabelStudio, OpenImages
@@ -217,6 +217,47 @@ class LabelConfigs(Target):
             if name not in unicodedata.normalize("NFC", unescaped(text)):
                 raise Silence(f"class {name!r} is not in the configuration")
         stay_inside(source.train())
+
+
+LOCATIONS = (
+    "/data/local-files/?d={}", "http://localhost:8080/data/local-files/?d={}", "https://host/p/{}", "s3://b/p/{}", "{}",
+    "/data/upload/1/0a1b2c3d-{}", "http://localhost/data/upload/{}", "p/{}",
+)  # fmt: skip
+
+
+class ImageLocations(Target):
+    """``LabelStudio.train`` on odd paths and URLs of images, with and without a prefix."""
+
+    name, share = "image locations", 4
+    images = ("a.jpg", "b/c.jpg", "b/a.jpg", "d/e f.png", "0a1b2c3d-g.jpg", "p/h.jpg")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = dict.fromkeys(self.images, b"")
+
+    def draw(self, rng: Rng) -> Case:
+        """Values that mean images, or odd texts, in all forms of a path or URL."""
+        values = []
+        for _ in range(int(rng.integers(1, 4))):
+            name = pick(rng, (*self.images, *self.images, "c.jpg", "e%20f.png", "h.jpg", odd_text(rng)))
+            values.append(pick(rng, LOCATIONS).replace("{}", name))
+        if rng.random() < 0.2:
+            values.append(values[0])
+        tree = [{"data": {"image": value}, "annotations": [_answer(_result("cat"))]} for value in values]
+        prefix = pick(rng, (None, None, "p", "s3://b/p", "https://host/p/", odd_text(rng)))
+        return Case({"t.json": json.dumps(tree).encode()}, {"prefix": prefix}, ("t.json", "prefix"))
+
+    def run(self, case: Case, folder: Path) -> None:
+        """Each image must be one that lies there and has the name, or what follows the prefix."""
+        table = LabelStudio(str(folder / "t.json"), prefix=case.options["prefix"]).train()
+        stay_inside(table)
+        values = [task["data"]["image"] for task in json.loads(case.files["t.json"])]
+        for path in table.paths.tolist():
+            name = path.rpartition("/")[2].removeprefix("0a1b2c3d-")
+            if case.options["prefix"] is None and path not in self.images:
+                raise Silence(f"{path!r} is no image that lies there")
+            if not any(name in value or name in unquote(value).replace("\\", "/") for value in values):
+                raise Silence(f"{path!r} is none of {values}")
 
 
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>

@@ -10,6 +10,7 @@ from fuzz.labelling_tools import (
     CloudJsonLines,
     CvatXml,
     FiftyOneJson,
+    ImageLocations,
     LabelConfigs,
     LabelStudioJson,
     LabelStudioRows,
@@ -24,6 +25,6 @@ from fuzz.tables import CsvTables, ParquetTables
 _ALL: tuple[type[Target], ...] = (
     ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, ClassFiles, ClassNames, SplitFiles,
     PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs, CvatXml,
-    FiftyOneJson, OpenImagesCsv, CloudJsonLines,
+    ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines,
 )  # fmt: skip
 TARGETS = {target.name: target for target in _ALL}

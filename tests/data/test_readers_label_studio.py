@@ -162,6 +162,7 @@ def test_other_controls_are_counted(tmp_path):
 @pytest.mark.parametrize(("value", "prefix", "path"), [
     ("/data/local-files/?d=photos/mit%20Leerzeichen/%C3%A4%205%25.jpg", "photos", "mit Leerzeichen/ä 5%.jpg"),
     ("http://localhost:8080/data/local-files/?d=photos/a.jpg", "photos", "a.jpg"),
+    ("/data/local-files/?d=photos%5Cbeach%5C001.jpg", "photos", "beach/001.jpg"),
     ("s3://bucket/p/a%20b.jpg", "s3://bucket/p", "a%20b.jpg"),
     ("https://host/p/a%20b.jpg?token=x", "https://host/p/", "a b.jpg"),
     ("beach/001.jpg", None, "beach/001.jpg"),
@@ -201,6 +202,13 @@ def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words)
         read(tmp_path, [task(value, answer(choices("dog"))) for value in values], prefix=prefix)
     for word in ["t.json", *words]:
         assert word in str(error.value)
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(
+        DataError, match=r"t\.json, record 1: 'b\.jpg' is looked for by its file name, but .*no image in it"
+    ):
+        read(tmp_path, [task("b.jpg")])
 
 
 BOX = {"from_name": "box", "to_name": "image", "type": "rectanglelabels", "value": {"x": 1, "rectanglelabels": ["dog"]}}

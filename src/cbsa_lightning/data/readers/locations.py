@@ -51,6 +51,8 @@ def find_images(
             path, alone = images.find(value)
             if alone and meant.setdefault(path, value) != value:
                 raise ValueError(f"means the same file as {brief(meant[path])}")
+        except DataError as error:  # of the folder, not of this value
+            raise DataError(f"{where(i)}: {brief(value)} is looked for by its file name, but {error}") from error
         except ValueError as error:
             wrong.append(f"{where(i)}: {brief(value)} ({error})")
             continue
@@ -122,7 +124,7 @@ def _location(value: str) -> str:
         found = parse_qs(parts.query, errors="strict").get("d", [])
         if len(found) != 1:
             raise ValueError("has no single d= with a path")
-        return found[0]
+        return found[0].replace("\\", "/")  # of a server on Windows
     path = unquote(parts.path, errors="strict")
     at = path.find("/data/upload/")
     if at >= 0 and path.startswith("/"):  # on the server, perhaps below a folder of it
