@@ -181,7 +181,8 @@ class LabelStudioRows(Target):
         if name == "t.json":
             rows = plain_json(text)
         else:
-            lines = [row for row in csv_rows(text, "\t" if "\t" in text.split("\n")[0] else ",") if row]
+            header_line = text.split("\n")[0]
+            lines = [row for row in csv_rows(text, "," if "," in header_line else "\t") if row]
             header = [clean(cell) for cell in lines[0]]
             rows = [dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines[1:]]
         meant = []

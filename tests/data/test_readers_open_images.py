@@ -78,6 +78,7 @@ def test_present_absent_and_unknown(tmp_path):
     ("ImageID,LabelName,Confidence\n,a,1\n", None, None, ["the image path is empty"]),
     ("ImageID,LabelName,Confidence\n1,,1\n", None, None, ["empty name"]),
     (ROWS, "x,y\n", None, ["no row is of a class of"]),
+    (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is no CSV"]),
     (ROWS, "/m/a,A,B\n", None, ["names.csv, row 1", "is not a label name and a class name"]),
     (ROWS, "/m/a,A\n/m/a,B\n", None, ["names.csv, row 2: label '/m/a' stands twice"]),
     (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: the same class twice"]),

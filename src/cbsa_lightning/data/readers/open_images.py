@@ -183,11 +183,11 @@ def _descriptions(file: Path) -> dict[str, str]:
         DataError: The file is missing, a row has not two cells, or a label stands twice.
     """
     found: dict[str, str] = {}
-    try:
-        rows = list(csv.reader(read_lines(file, "get the class descriptions of Open Images"), strict=True))
-    except csv.Error as error:
-        raise DataError(f"{file}: is no CSV ({error}); get it again") from error
-    for number, row in enumerate(rows, start=1):
+    for number, line in enumerate(read_lines(file, "get the class descriptions of Open Images"), start=1):
+        try:
+            row = next(csv.reader([line], strict=True), [])  # line by line: no name has a line break
+        except csv.Error as error:
+            raise DataError(f"{file}, row {number}: is no CSV ({error}); get the file again") from error
         if not row or (number == 1 and row == _HEADER):
             continue
         if len(row) != 2:
