@@ -190,9 +190,10 @@ class LabelStudioRows(Target):
             value = row.get("labels", {"choices": []})
             if name == "t.csv":
                 value = json.loads(value) if value.startswith('{"choices"') else value or {"choices": []}
-            answer = [value] if isinstance(value, str) else value["choices"]
-            answered = row["annotation_id"] not in (None, "")
-            meant.append((row.get("path") or place(row["image"]), [answer] if answered else []))
+            answers = []
+            if row["annotation_id"] not in (None, ""):
+                answers = [[value] if isinstance(value, str) else value["choices"]]
+            meant.append((row.get("path") or place(row["image"]), answers))
         check(table, meant)
 
 

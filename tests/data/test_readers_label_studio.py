@@ -317,6 +317,13 @@ def test_csv_that_cannot_be_used(tmp_path, text, message):
         LabelStudio(write(tmp_path, text, "t.csv"), control="labels").train()
 
 
+def test_json_min_of_an_open_task_with_an_empty_control(tmp_path):
+    write_image(tmp_path / "a.jpg", 0)
+    write_image(tmp_path / "b.jpg", 0)
+    rows = [ROW, {"image": "b.jpg", "annotation_id": None, "labels": {"choices": []}}]
+    assert matrix(read(tmp_path, rows)) == {"a.jpg": [1], "b.jpg": [-1]}
+
+
 def test_csv_of_pandas_with_gaps(tmp_path):
     write_image(tmp_path / "a.jpg", 0)
     write_image(tmp_path / "b.jpg", 0)

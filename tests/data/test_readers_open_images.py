@@ -77,6 +77,7 @@ def test_present_absent_and_unknown(tmp_path):
     ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' lies outside"]),
     ("ImageID,LabelName,Confidence\n,a,1\n", None, None, ["the image path is empty"]),
     ("ImageID,LabelName,Confidence\n1,,1\n", None, None, ["empty name"]),
+    ("ImageID,LabelName,Confidence\n1,a,1\nb/../1,a,1\n", None, None, ["t.csv, image '1'", "same path twice"]),
     (ROWS, "x,y\n", None, ["no row is of a class of"]),
     (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is no CSV"]),
     (ROWS, "/m/a,A,B\n", None, ["names.csv, row 1", "is not a label name and a class name"]),

@@ -82,7 +82,7 @@ def _read(
     for i, row in enumerate(rows):
         image, path = image_of(row, key, where(i))
         answered = field(row, "annotation_id", (int, type(None)), where(i)) is not None
-        if not answered and row.get(control):
+        if not answered and row.get(control) not in (None, "", {}, {"choices": []}):
             raise DataError(
                 f"{where(i)}: has {control!r} but no annotation_id; export as JSON, where drafts are marked"
             )

@@ -22,7 +22,7 @@ from cbsa_lightning.data.class_names import (
     read_class_file,
 )
 from cbsa_lightning.data.readers.columns import Columns, read_columns
-from cbsa_lightning.data.readers.source import Source, read_lines, tidy_paths
+from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
 from cbsa_lightning.data.readers.structured import counted
 from cbsa_lightning.data.reading import brief, memory_of_machine
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -165,7 +165,12 @@ class OpenImages(Source):
         if len(first) < len(ids):
             raise DataError(f"{listed_in.path}: an image is listed twice; keep one row an image")
         names = [f"{name}{self._suffix}" if name else "" for name in first]
-        paths = tidy_paths(root, root, names, lambda i: f"{listed_in.path}, image {brief(ids[i].as_py())}")
+
+        def where(i: int) -> str:
+            return f"{listed_in.path}, image {brief(ids[i].as_py())}"
+
+        paths = tidy_paths(root, root, names, where)
+        refuse_repeated(paths, where)
         table = AnnotationTable(root, paths, matrix, classes.class_names, classes.prompt_names)
         said = [
             (int((~known).sum()), "row", f"of labels that {classes.path} does not name: left out"),
