@@ -6,16 +6,8 @@ from fuzz.annotations import CocoFile, NusWideFiles, VocFlags
 from fuzz.checkpoints import Checkpoints
 from fuzz.harness import Target
 from fuzz.images import ImageBytes
-from fuzz.labelling_tools import (
-    CloudJsonLines,
-    CvatXml,
-    FiftyOneJson,
-    ImageLocations,
-    LabelConfigs,
-    LabelStudioJson,
-    LabelStudioRows,
-    OpenImagesCsv,
-)
+from fuzz.label_studio import ImageLocations, LabelConfigs, LabelStudioJson, LabelStudioRows
+from fuzz.labelling_tools import CloudJsonLines, CvatXml, FiftyOneJson, OpenImagesCsv
 from fuzz.names import ClassFiles, ClassNames
 from fuzz.predict import PredictInputs
 from fuzz.settings import Configs, DataSettings
