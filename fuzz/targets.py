@@ -6,6 +6,8 @@ from fuzz.annotations import CocoFile, NusWideFiles, VocFlags
 from fuzz.checkpoints import Checkpoints
 from fuzz.harness import Target
 from fuzz.images import ImageBytes
+from fuzz.label_studio import ImageLocations, LabelConfigs, LabelStudioJson, LabelStudioRows
+from fuzz.labelling_tools import CloudJsonLines, CvatXml, FiftyOneJson, OpenImagesCsv
 from fuzz.names import ClassFiles, ClassNames
 from fuzz.predict import PredictInputs
 from fuzz.settings import Configs, DataSettings
@@ -14,6 +16,7 @@ from fuzz.tables import CsvTables, ParquetTables
 
 _ALL: tuple[type[Target], ...] = (
     ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, ClassFiles, ClassNames, SplitFiles,
-    PredictInputs, DataSettings, Configs, Checkpoints,
+    PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs, CvatXml,
+    ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines,
 )  # fmt: skip
 TARGETS = {target.name: target for target in _ALL}

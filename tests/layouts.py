@@ -191,6 +191,52 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[
     return path
 
 
+def make_label_studio(root: str | Path, n: int = 24, unlabelled: int = 12, seed: int = 0) -> np.ndarray:
+    """``export.json`` and ``label_config.xml`` of Label Studio with ``n`` images under ``root/photos``.
+
+    Returns:
+        The (n, 3) labels of cat, dog and zebra: 0 for the first image, which shows none of them; -1 for the
+        ``unlabelled`` last tasks, every second of which is skipped.
+    """
+    root, names = Path(root), ("cat", "dog", "zebra")
+    labels = draw_labels(n, len(names), seed)
+    labels[0], labels[n - unlabelled :] = 0, -1
+    tasks = []
+    for i, row in enumerate(labels):
+        write_image(root / "photos" / f"a b/{i}.jpg", i)
+        chosen = [name for name, value in zip(names, row, strict=True) if value == 1]
+        result = {"from_name": "labels", "to_name": "image", "type": "choices", "value": {"choices": chosen}}
+        answer = {"result": [result] if chosen else [], "was_cancelled": bool(row[0] < 0)}
+        data = {"image": f"/data/local-files/?d=photos/a%20b/{i}.jpg"}
+        tasks.append({"id": i, "data": data, "annotations": [] if row[0] < 0 and i % 2 else [answer]})
+    (root / "export.json").write_text(json.dumps(tasks))
+    choices = "".join(f'<Choice value="{name}"/>' for name in names)
+    (root / "label_config.xml").write_text(
+        f'<View><Image name="image" value="$image"/><Choices name="labels" toName="image">{choices}</Choices></View>'
+    )
+    return labels
+
+
+def make_cvat(root: str | Path, n: int = 24, unlabelled: int = 12, seed: int = 0) -> np.ndarray:
+    """``annotations.xml`` of a CVAT task with ``n`` images under ``root/images``; the last ones have no tag.
+
+    Returns:
+        The (n, 3) labels of cat, dog and zebra; -1 for the ``unlabelled`` last images.
+    """
+    root, names = Path(root), ("cat", "dog", "zebra")
+    labels = draw_labels(n, len(names), seed)
+    labels[n - unlabelled :] = -1
+    images = ""
+    for i, row in enumerate(labels):
+        write_image(root / "images" / f"{i}.jpg", i)
+        tags = (f'<tag label="{name}"/>' for name, value in zip(names, row, strict=True) if value == 1)
+        images += f'<image id="{i}" name="{i}.jpg">{"".join(tags)}</image>'
+    listed = "".join(f"<label><name>{name}</name><type>tag</type></label>" for name in names)
+    meta = f"<meta><task><labels>{listed}</labels></task></meta>"
+    (root / "annotations.xml").write_text(f"<annotations><version>1.1</version>{meta}{images}</annotations>")
+    return labels
+
+
 def make_table(
     root: str | Path,
     n_train: int = 12,

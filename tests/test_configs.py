@@ -15,7 +15,7 @@ from cbsa_lightning.gain import Gain
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.linear_probe import LinearProbe
 from cbsa_lightning.stacking import StackedProbes
-from layouts import make_coco, make_nuswide_list, make_table, make_voc
+from layouts import make_coco, make_cvat, make_label_studio, make_nuswide_list, make_table, make_voc
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LAYOUTS = {"voc": make_voc, "coco": make_coco, "nuswide": make_nuswide_list}
@@ -85,6 +85,21 @@ def test_each_data_set_at_its_share(
     assert (folder / "config.yaml").is_file()
     assert (folder / "split.json").is_file()
     assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("name", ["label_studio", "cvat"])
+def test_exports_of_labelling_tools(
+    name: str, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each overlay as it is, with its files in ``data``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    labels = {"label_studio": make_label_studio, "cvat": make_cvat}[name](tmp_path / "data")
+    cli = fit(files("methods/cbsa", f"data/{name}"), tmp_path, clip_folder, "--report.enabled=false")
+    assert cli.datamodule.class_names == ["cat", "dog", "zebra"]
+    assert (cli.datamodule.train_table.labels == labels).all()
+    assert len(cli.datamodule.split.unlabelled) == int((labels == -1).all(axis=1).sum())
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
 
 
 @pytest.mark.parametrize("share", ["p05", "p10", "p15", "p20"])

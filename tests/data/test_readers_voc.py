@@ -294,6 +294,7 @@ def test_own_classes_without_a_test_list(tmp_path):
     ("<object></object>", r"a\.xml: object 0 has no name"),
     ("<object>", r"a\.xml: is no XML"),
     ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
+    ("\0", r"a\.xml: has NUL characters"),
     ("", r"Annotations: no XML file names an object"),
 ])  # fmt: skip
 def test_own_xml_files_that_cannot_be_used(tmp_path, objects, message):

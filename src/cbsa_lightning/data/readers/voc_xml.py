@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
 from cbsa_lightning.data.readers.source import read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.readers.structured import parse_xml
 from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError
 
@@ -105,12 +105,7 @@ def _objects(folder: Path, image: str) -> dict[str, bool] | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); save it as UTF-8") from error
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise DataError(f"{file}: declares a document type, which labelling tools never do; take the declaration out")
-    try:
-        root = ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file}: is no XML ({error}); export it again") from error
+    root = parse_xml(text, file)
     objects: dict[str, bool] = {}
     for k, entry in enumerate(root.iter("object")):
         name = (entry.findtext("name") or "").strip()

@@ -1,0 +1,125 @@
+"""Exports of CVAT: tags of images, as "CVAT for images 1.1"."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from xml.etree.ElementTree import Element
+
+from cbsa_lightning.arguments import check_choice
+from cbsa_lightning.data.class_names import did_you_mean
+from cbsa_lightning.data.readers.answers import Record
+from cbsa_lightning.data.readers.exports import Content, Export
+from cbsa_lightning.data.readers.structured import counted, read_xml
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError, listed
+
+_OF = ("task", "project", "job")
+_TAG_TYPES = ("tag", "any", "")
+
+
+class CVAT(Export):
+    """An export of a CVAT task, project or job in which annotators tag images.
+
+    The tags of an image are its classes; all other classes are absent. The file does not say whether someone has looked
+    at an image without a tag: it is unlabelled, unless ``untagged`` says otherwise. Images of a subset "test" are the
+    test images. Classes are the labels of the task that can be tags.
+
+    Args:
+        train: XML file to train on.
+        test: XML file to test on.
+        root: Folder of the images; default: the folder of each file.
+        class_file: Class file with prompt names (``read_class_file``).
+        untagged: What an image without a tag is: "unlabelled", or one that shows "nothing".
+        nothing: Tags that mean "seen, and shows no class"; they are no classes.
+
+    Raises:
+        ConfigError: An argument of another type.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        test: str | None = None,
+        root: str | None = None,
+        class_file: str | None = None,
+        untagged: Literal["unlabelled", "nothing"] = "unlabelled",
+        nothing: Sequence[str] = (),
+    ) -> None:
+        super().__init__(train, test, root, class_file, nothing)
+        check_choice("CVAT: untagged", untagged, ("unlabelled", "nothing"))
+        self._untagged = untagged
+
+    def _load(self, file: Path, root: Path) -> Content:
+        top = read_xml(file)
+        if top.tag != "annotations":
+            raise DataError(
+                f"{file}: its element is {brief(top.tag)}, not 'annotations'; export as CVAT for images 1.1"
+            )
+        if top.find("track") is not None:
+            raise DataError(f"{file}: has tracks of a video; export as CVAT for images 1.1, and tag images")
+        if more := sorted({child.tag for child in top} - {"version", "meta", "image"}):
+            raise DataError(f"{file}: has {listed(map(brief, more))} beside its images; export as CVAT for images 1.1")
+        names = _labels(file, top)
+        images = top.findall("image")
+        if not images:
+            raise DataError(f"{file}: has no image; export a task that has some")
+        for found, kind in ((images, "image"), (top.findall("image/tag"), "tag")):
+            if len(found) < sum(1 for _ in top.iter(kind)):
+                raise DataError(f"{file}: an element {kind!r} stands where none belongs; export the file again")
+        counts: Counter[str] = Counter()
+        known = set(names)
+        records = [self._record(image, f"{file}, image {k + 1}", known, counts) for k, image in enumerate(images)]
+        said = [
+            ("image", f"without a tag: {'unlabelled' if self._untagged == 'unlabelled' else 'shows nothing'}"),
+            ("tag", "set by a model (source auto): read as the others"),
+            ("attribute", "of tags: not read"),
+            ("validation image", "by its subset: read with the images for training"),
+        ]
+        notes = [f"{counted(counts[noun], noun)} {rest}" for noun, rest in said if counts[noun]]
+        return Content(records, names, (), notes)
+
+    def _record(self, image: Element, where: str, names: set[str], counts: Counter[str]) -> Record:
+        name = image.get("name")
+        if not name:
+            raise DataError(f"{where}: has no name; export the file again")
+        where = f"{where} ({brief(name)})"
+        for child in image:
+            if child.tag != "tag":
+                raise DataError(
+                    f"{where}: has a {brief(child.tag)}; only tags are labels of a whole image: export the task in a "
+                    "COCO format and read that, or tag the images"
+                )
+            if child.get("label") not in names:
+                raise DataError(
+                    f"{where}: tag {brief(child.get('label'))} is no label of the task that can be a tag"
+                    f"{did_you_mean(child.get('label', ''), names)}; use the export of one task or project"
+                )
+        tags = [tag.get("label", "") for tag in image]
+        counts["image"] += not tags
+        counts["tag"] += sum(tag.get("source") in ("auto", "semi-auto") for tag in image)
+        counts["attribute"] += sum(len(tag) for tag in image)
+        subset = image.get("subset", "").strip().lower()
+        counts["validation image"] += subset.startswith("val")
+        answers = [tags] if tags or self._untagged == "nothing" else []
+        return Record(name, where, answers, subset == "test")
+
+
+def _labels(file: Path, top: Element) -> list[str]:
+    """Labels of the task, project or job that can be tags.
+
+    Raises:
+        DataError: There are none.
+    """
+    labels = [label for kind in _OF for label in top.findall(f"meta/{kind}/labels/label")]
+    if not labels:
+        raise DataError(f"{file}: its meta has no labels of a {' or '.join(_OF)}; export as CVAT for images 1.1")
+    names = [label.findtext("name", "") for label in labels if label.findtext("type", "").strip() in _TAG_TYPES]
+    if not names:
+        kinds = sorted({label.findtext("type", "").strip() for label in labels})
+        raise DataError(
+            f"{file}: its labels are of type {', '.join(map(brief, kinds))}, none is a tag; use a task of tags"
+        )
+    return names

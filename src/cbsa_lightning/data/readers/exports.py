@@ -1,0 +1,221 @@
+"""Exports of labelling tools: what annotators said of each image, and the table that follows from it."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from cbsa_lightning.arguments import check_kind, check_paths
+from cbsa_lightning.data.annotations import AnnotationTable, as_strings
+from cbsa_lightning.data.class_names import (
+    ClassFile,
+    check_class_names,
+    check_prompt_names,
+    clean_name,
+    default_prompts,
+    read_class_file,
+)
+from cbsa_lightning.data.readers.answers import NOTHING, Disagreement, Record, codes_of, decide
+from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
+from cbsa_lightning.data.readers.structured import counted
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an export holds.
+
+    Attributes:
+        records: Its images.
+        class_names: The classes that it declares; None if it names only labels in use.
+        prompt_names: Their prompt names; empty for the default.
+        notes: What it holds beside labels, with counts.
+    """
+
+    records: list[Record]
+    class_names: Sequence[str] | None = None
+    prompt_names: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+class Export(Source):
+    """A data set that a labelling tool exported; a subclass reads the files of one tool.
+
+    The classes are those that the training file declares; else those of the class file, whose synonyms then count as
+    well; else the labels in use, sorted.
+
+    Args:
+        train: File to train on; its images without an answer are the unlabelled images.
+        test: File to test on.
+        root: Folder that image paths are relative to; default: the folder of each file.
+        class_file: Class file with prompt names (``read_class_file``).
+        nothing: Labels that mean "seen, and shows no class", such as "none"; they are no classes.
+        disagreement: What a class is on which the answers for an image differ: "unknown", or what the "majority" says
+            (unknown at a tie). None: two records of one image are refused.
+
+    Raises:
+        ConfigError: An argument of another type.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        test: str | None = None,
+        root: str | None = None,
+        class_file: str | None = None,
+        nothing: Sequence[str] = (),
+        disagreement: Disagreement | None = None,
+    ) -> None:
+        kind = type(self).__name__
+        if train is None:
+            raise ConfigError(f"{kind}: train is None; give the path of an export.")
+        check_paths(**{f"{kind}: train": train, f"{kind}: test": test})
+        check_paths(**{f"{kind}: root": root, f"{kind}: class_file": class_file})
+        check_kind(f"{kind}: nothing", nothing, (list, tuple), "a list of labels")
+        if wrong := [label for label in nothing or () if not isinstance(label, str)]:
+            raise ConfigError(f"{kind}: nothing must be a list of texts, found {listed(map(brief, wrong))}.")
+        self._train, self._test, self._root, self._class_file = train, test, root, class_file
+        self._nothing, self._disagreement = frozenset(map(clean_name, nothing or ())), disagreement
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(train={self._train!r}, test={self._test!r}, class_file={self._class_file!r})"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the training file declares, those of the class file, or the labels in use."""
+        return self._classes.class_names
+
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The prompt names of the class file or of the export, or the class names with "_" as a space."""
+        return self._classes.prompt_names
+
+    @property
+    def notes(self) -> list[str]:
+        """What the files hold that is no label, and how labels were decided: one sentence each, with counts."""
+        found = []
+        for part, content in self._contents.items():
+            table, notes = self._tables[part]
+            if table is not None:
+                found += [f"{self._file(part)}: {note}" for note in (*content.notes, *notes)]
+        if self._class_file is None and self._contents["train"].class_names is None:
+            found.append(
+                f"{self._train}: the classes are the labels in use; a class without any image is not among them"
+            )
+        return found
+
+    def prepare(self) -> None:
+        """Checks that all files are there.
+
+        Raises:
+            DataError: One is not.
+        """
+        named = [("train", self._train), ("test", self._test), ("class_file", self._class_file), *self._other_files()]
+        if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
+            raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
+
+    def train(self) -> AnnotationTable:
+        """Images and labels of the training file, without those that it says are for the test."""
+        table, _ = self._tables["train"]
+        if table is None:
+            raise DataError(f"{self._train}: has no image for training; export some")
+        return table
+
+    def test(self) -> AnnotationTable | None:
+        """Images and labels of the test file, or those of the training file that it says are for the test."""
+        return self._tables["test"][0]
+
+    @abstractmethod
+    def _load(self, file: Path, root: Path) -> Content:
+        """Reads a file.
+
+        Raises:
+            DataError: It is missing or malformed, or holds labels of another kind.
+        """
+
+    def _other_files(self) -> list[tuple[str, str | None]]:
+        """Further files that a subclass reads, each with the name of its argument."""
+        return []
+
+    @cached_property
+    def _contents(self) -> dict[str, Content]:
+        content = self._read(self._train)
+        for_test = [record for record in content.records if record.test]
+        if not for_test:
+            test = Content([]) if self._test is None else self._read(self._test)
+            return {"train": content, "test": test}
+        if self._test is not None:
+            raise DataError(
+                f"{self._train}: says of {counted(len(for_test), 'image')} that they are for the test "
+                f"({for_test[0].where}), and there is a test file {self._test} as well; keep one of the two"
+            )
+        rest = [record for record in content.records if not record.test]
+        names, prompts = content.class_names, content.prompt_names
+        return {"train": Content(rest, names, prompts, content.notes), "test": Content(for_test, names, prompts)}
+
+    def _read(self, path: str) -> Content:
+        return self._load(Path(path), self._root_of(path))
+
+    def _root_of(self, path: str) -> Path:
+        """Folder of the images of a file."""
+        return Path(path).parent if self._root is None else Path(self._root)
+
+    def _file(self, part: str) -> str:
+        return self._train if part == "train" or self._test is None else self._test
+
+    @cached_property
+    def _classes(self) -> ClassFile:
+        file = None if self._class_file is None else read_class_file(self._class_file)
+        content = self._contents["train"]
+        if content.class_names is None and file is not None:
+            if both := sorted(self._nothing & file.index().keys()):
+                raise DataError(f"{file.path}: {listed(map(brief, both))} is a class and means nothing; choose one")
+            return file
+        if content.class_names is None:
+            answers = [answer for record in content.records for answer in record.answers]
+            found = sorted({clean_name(name) for answer in answers for name in answer} - self._nothing)
+            if not found:
+                raise DataError(f"{self._train}: no answer names a label; label some images, or give class_file")
+            prompts, place = default_prompts(found), f"{self._train}, labels in use"
+        else:
+            keep = [k for k, name in enumerate(content.class_names) if clean_name(name) not in self._nothing]
+            found = [content.class_names[k] for k in keep]
+            prompts = tuple((content.prompt_names or default_prompts(content.class_names))[k] for k in keep)
+            place = f"{self._train}, its classes"
+        names = check_class_names(found, place)
+        if file is not None:
+            return ClassFile(file.path, names, file.prompts_for(names), {})
+        return ClassFile(Path(self._train), names, check_prompt_names(names, prompts, place), {})
+
+    @cached_property
+    def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
+        """Table and notes of each part."""
+        return {part: self._make_table(content, self._file(part)) for part, content in self._contents.items()}
+
+    def _make_table(self, content: Content, file: str) -> tuple[AnnotationTable | None, list[str]]:
+        if not content.records:
+            return None, []
+        root = self._root_of(file)
+        names, prompts = self._classes.class_names, self._classes.prompt_names
+        if content.class_names is not None:
+            declared = {clean_name(name) for name in content.class_names} - self._nothing
+            if differing := sorted(declared ^ set(names)):
+                raise DataError(
+                    f"{file}: its classes are not those of {self._train}; they differ in "
+                    f"{listed(map(brief, differing))}; use exports of one project"
+                )
+        records = content.records
+        paths = tidy_paths(root, root, [record.image for record in records], lambda i: records[i].where)
+        if self._disagreement is None:
+            refuse_repeated(paths, lambda i: records[i].where)
+        position = self._classes.index() | dict.fromkeys(self._nothing, NOTHING)
+        coded = [[codes_of(answer, record, position) for answer in record.answers] for record in records]
+        row = {path: i for i, path in enumerate(dict.fromkeys(paths.tolist()))}
+        rows = [row[path] for path in paths.tolist()]
+        labels, notes = decide(rows, coded, len(row), len(names), self._disagreement)
+        return AnnotationTable(root, as_strings(row), labels, names, prompts), notes

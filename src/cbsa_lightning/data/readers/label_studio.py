@@ -1,0 +1,102 @@
+"""Exports of Label Studio: choices about images, as JSON, JSON_MIN, CSV or TSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from cbsa_lightning.arguments import check_choice, check_kind, check_paths
+from cbsa_lightning.data.readers.answers import Record
+from cbsa_lightning.data.readers.exports import Content, Export
+from cbsa_lightning.data.readers.label_studio_config import Choices, read_label_config
+from cbsa_lightning.data.readers.label_studio_rows import read_csv, read_json_min
+from cbsa_lightning.data.readers.label_studio_tasks import Task, read_tasks
+from cbsa_lightning.data.readers.locations import find_images
+from cbsa_lightning.data.readers.structured import counted, read_json, typed
+from cbsa_lightning.errors import DataError
+
+
+class LabelStudio(Export):
+    """An export of a Label Studio project in which annotators choose labels for images.
+
+    A submitted answer names the classes that an image shows; all others are absent, also where it names none. A task
+    that is skipped, or that has only a draft or no answer, is unlabelled. Predictions are not read.
+
+    An image is the ``path`` of a task's data; else it is found by its path or URL (``find_images``). Several tasks of
+    one image count together.
+
+    Args:
+        train: Export to train on: JSON (best: it alone tells of skipped tasks), JSON_MIN, CSV or TSV.
+        test: Export to test on.
+        root: Folder of the images; default: the folder of each export.
+        class_file: Class file with prompt names, and with the class list where there is no ``label_config``.
+        label_config: XML of the project's labelling interface. An export names only choices in use; this names all.
+        control: Name of the control of choices, where there are several.
+        prefix: Path or URL of ``root`` in the project, such as "photos" for "/data/local-files/?d=photos/a.jpg".
+        nothing: Choices that mean "shows no class"; they are no classes.
+        disagreement: What a class is on which the answers for an image differ: "unknown", or what the "majority" says
+            (unknown at a tie).
+
+    Raises:
+        ConfigError: An argument of another type.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        test: str | None = None,
+        root: str | None = None,
+        class_file: str | None = None,
+        label_config: str | None = None,
+        control: str | None = None,
+        prefix: str | None = None,
+        nothing: Sequence[str] = (),
+        disagreement: Literal["unknown", "majority"] = "unknown",
+    ) -> None:
+        super().__init__(train, test, root, class_file, nothing, disagreement)
+        check_choice("LabelStudio: disagreement", disagreement, ("unknown", "majority"))
+        check_paths(**{"LabelStudio: label_config": label_config})
+        check_kind("LabelStudio: control", control, str, "the name of a control")
+        check_kind("LabelStudio: prefix", prefix, str, "a path or URL")
+        self._label_config, self._control, self._prefix = label_config, control, prefix
+
+    def _other_files(self) -> list[tuple[str, str | None]]:
+        return [("label_config", self._label_config)]
+
+    @cached_property
+    def _choices(self) -> Choices | None:
+        return None if self._label_config is None else read_label_config(Path(self._label_config), self._control)
+
+    def _load(self, file: Path, root: Path) -> Content:
+        name, key, choices = self._control, "image", self._choices
+        if choices is not None:
+            name, key = choices.name, choices.key
+        if file.suffix.lower() in (".csv", ".tsv"):
+            tasks, notes = read_csv(file, name, key)
+        else:
+            content = typed(read_json(file), (list,), f"{file}: an export")
+            records = [typed(task, (dict,), f"{file}, record {i + 1}") for i, task in enumerate(content)]
+            if not records:
+                raise DataError(f"{file}: has no task; export some")
+            if "annotation_id" in records[0]:
+                tasks, notes = read_json_min(file, records, name, key)
+            else:
+                tasks, notes = read_tasks(file, records, name, key, choices)
+        records = self._located(tasks, root, notes)
+        if choices is None:
+            return Content(records, notes=notes)
+        return Content(records, choices.classes, choices.prompts, notes)
+
+    def _located(self, tasks: list[Task], root: Path, notes: list[str]) -> list[Record]:
+        """Records with the paths of their images."""
+        rest = [task for task in tasks if not task.path]
+        paths, by_name = find_images([task.image for task in rest], root, self._prefix, lambda k: rest[k].where)
+        if by_name:
+            notes.append(f"{counted(len(by_name), 'record')} matched with an image by its file name alone")
+        found = iter(paths)
+        records = [Record(task.path or next(found), task.where, task.answers) for task in tasks]
+        if further := len(records) - len({record.image for record in records}):
+            notes.append(f"{counted(further, 'further record')} of images that have one")
+        return records
