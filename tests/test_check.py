@@ -123,6 +123,14 @@ def test_missing_images_are_named_and_refused(photos: Path, capsys: pytest.Captu
     assert names(found) == [["3.png"], ["30.png"]]
 
 
+def test_a_missing_image_whose_name_has_another_case(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "3.png").rename(photos / "3.PNG")
+    if (photos / "3.png").exists():
+        pytest.skip("this file system ignores case")
+    found = finding(run(capsys, "photos.csv", status=1), "missing", "errors")
+    assert found["items"] == [{"names": ["3.png"], "note": "there is 3.PNG"}]
+
+
 def test_unreadable_images_are_named_with_the_reason(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = (photos / "1.png").read_bytes()
     (photos / "1.png").write_bytes(content[: len(content) // 2])

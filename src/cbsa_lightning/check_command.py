@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from cbsa_lightning.check_report import text_of, write_json
 from cbsa_lightning.checking import Report, check, refused
-from cbsa_lightning.config_files import expand_paths, find_config
+from cbsa_lightning.config_files import expand_paths, find_config, shipped_configs
 from cbsa_lightning.data.plan import RunSettings
 from cbsa_lightning.data.readers import COCO, Source
 from cbsa_lightning.data.reading import open_regular
@@ -83,7 +83,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
         raise ConfigError(
             f"{listed(annotations)}: give one file of training images; --test FILE names the test images."
         )
-    recipe = merged(read(find_config(name)) for name in configs or ["photos.yaml"])
+    recipe = merged(map(read, map(find_config, configs) if configs else [shipped_configs() / "photos.yaml"]))
     data = recipe.get("data") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{listed(configs)}: data must map settings to values, as in 'data: {{batch_size: 64}}'.")
@@ -171,7 +171,7 @@ def _built(recipe: Settings) -> tuple[Any, RunSettings]:
 
 
 def _run_settings(recipe: Settings) -> Settings:
-    data, model = recipe["data"], _arguments(recipe.get("model"))
+    data, model = recipe["data"], _section(recipe.get("model"), "init_args")
     taken = {field.name: data[field.name] for field in fields(RunSettings) if field.name in data}
     labeler, seed = model.get("labeler"), recipe.get("seed_everything", 1)
     labeler = labeler.get("class_path") if isinstance(labeler, dict) else labeler
@@ -180,10 +180,10 @@ def _run_settings(recipe: Settings) -> Settings:
         "seed": 1 if isinstance(seed, bool) else seed,
         "labelled_only": str(labeler).split(".")[-1] == "LabelledOnly",
         "warmup_epochs": model.get("warmup_epochs"),
-        "max_epochs": (recipe.get("trainer") or {}).get("max_epochs"),
+        "max_epochs": _section(recipe, "trainer").get("max_epochs"),
     }
 
 
-def _arguments(place: Any) -> Settings:
-    found = place.get("init_args") if isinstance(place, dict) else None
+def _section(place: Any, name: str) -> Settings:
+    found = place.get(name) if isinstance(place, dict) else None
     return found if isinstance(found, dict) else {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +170,7 @@ def _class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Findi
 def _file_findings(tables: Sequence[AnnotationTable], surveys: Sequence[Survey]) -> Iterator[Finding]:
     """Findings on single files, those of all tables together."""
     kinds: dict[str, tuple[str, Callable[[AnnotationTable, Survey, int], str]]] = {
-        "missing": ("Images that are not there; put the files there, or correct the root.", lambda *_: ""),
+        "missing": ("Images that are not there; put the files there, or correct the root.", partial(_other_case, {})),
         "unreadable": ("Images that cannot be read; fetch them again, or take them out.", _reason),
         "misnamed": ("Images of another format than their suffix says.", lambda t, s, i: f"is {s.kind_of(i)}"),
         "tiny": (f"Images with a side below {SMALLEST} pixels; they show little.", lambda *_: ""),
@@ -188,6 +190,18 @@ def _files(
     for table, part, rows in zip(tables, surveys, found, strict=True):
         for row in map(int, rows):
             yield Item((str(table.file(row)),), note(table, part, row))
+
+
+def _other_case(folders: dict[Path, dict[str, str]], table: AnnotationTable, _: Survey, row: int) -> str:
+    """Whether the file is there under a name of other case, such as IMG.JPG; ``folders`` keeps what was listed."""
+    file = table.file(row)
+    if file.parent not in folders:
+        try:
+            folders[file.parent] = {name.casefold(): name for name in os.listdir(file.parent)}
+        except (OSError, ValueError):  # ValueError: a name that no folder can have
+            folders[file.parent] = {}
+    name = folders[file.parent].get(file.name.casefold())
+    return f"there is {name}" if name else ""
 
 
 def _reason(table: AnnotationTable, part: Survey, row: int) -> str:
