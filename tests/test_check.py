@@ -11,14 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from cbsa_lightning import SSMLLDataModule, cli
 from cbsa_lightning.checking import check, count_labels
+from cbsa_lightning.clip.pooling import ImageTokens
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.plan import RunSettings, make_plan
 from cbsa_lightning.data.spelling import similar_names
 from cbsa_lightning.data.survey import equal_rows
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.near_duplicates import near_duplicates
 from layouts import make_coco, write_image, write_rows
 from tiny_data import Squares, tiny_data
 
@@ -341,6 +345,55 @@ def test_nothing_but_json_is_written_to_standard_output(
     (tmp_path / "digits.yaml").write_text(f"data: {{source: {source}, labelled_fraction: 0.5}}")
     monkeypatch.chdir(tmp_path)
     assert run(capsys, "digits.yaml")["run"]["labelled"] == 15
+
+
+class Pixels:
+    """In the place of a CLIP: features are the 4 x 5 cells of an image."""
+
+    image_size, embed_dim = 20, 60
+
+    def image_tokens(self, images: torch.Tensor) -> ImageTokens:
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.float(), (4, 5)).flatten(1)
+        return ImageTokens(cells, cells[:, None], (1, 1))
+
+
+def test_near_duplicates_are_each_image_and_the_most_similar_one_before_it(tmp_path: Path) -> None:
+    for i in range(1100):  # more than are compared at a time
+        write_image(tmp_path / f"{i}.png", seed=i)
+    for copy, original, size in ((30, 24, (80, 64)), (1090, 24, (400, 320)), (1050, 7, (45, 30))):
+        with Image.open(tmp_path / f"{original}.png") as image:
+            image.resize(size).save(tmp_path / f"{copy}.png")
+    (tmp_path / "9.png").write_bytes(b"")
+    found = near_duplicates([tmp_path / f"{i}.png" for i in range(1100)], Pixels())
+    assert {(i, j) for i, j, _ in found.pairs} in ({(24, 30), (24, 1090), (7, 1050)}, {(24, 30), (30, 1090), (7, 1050)})
+    assert [cosine for *_, cosine in found.pairs] == sorted((cosine for *_, cosine in found.pairs), reverse=True)
+    assert list(found.unread) == [9]
+
+
+def test_near_duplicates_of_a_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Image.open(photos / "24.png") as image:
+        image.point(lambda value: 0.97 * value).save(photos / "0.png")
+    (photos / "31.png").write_bytes((photos / "32.png").read_bytes())  # equal ones are not told again
+    found = finding(run(capsys, "photos.csv", "--near-duplicates", "embedded"), "near_duplicate", "warnings")
+    assert ["0.png", "24.png"] in names(found)
+    assert not any("32.png" in pair for pair in names(found))
+    assert all(item["note"].startswith("similarity ") for item in found["items"])
+
+
+def test_damage_within_a_file_is_found_where_images_are_decoded(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((photos / "8.png").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    (photos / "8.png").write_bytes(content)
+    run(capsys, "photos.csv")
+    report = run(capsys, "photos.csv", "--near-duplicates", "embedded", status=1)
+    assert names(finding(report, "unreadable", "errors")) == [["8.png"]]
+
+
+def test_weights_without_a_model_are_refused(photos: Path) -> None:
+    with pytest.raises(ConfigError, match="give both"):
+        cli.main(["check", "photos.csv", "--pretrained", "openai"])
 
 
 def test_every_image_is_opened_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ FLOORS = (
         "config_files",
         "cli_parser",
         "loggers",
+        "findings",
+        "near_duplicates",
         "resuming",
         "runs",
         "checkpoints",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -22,6 +23,9 @@ from cbsa_lightning.data.readers import COCO, Source
 from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import CBSAError, ConfigError, DataError, causes, listed
 from cbsa_lightning.recipes import Settings, merged, read
+
+if TYPE_CHECKING:
+    from cbsa_lightning.near_duplicates import Similar  # imports torch
 
 _READERS = "cbsa_lightning.data.readers"
 
@@ -42,7 +46,7 @@ def check_command(args: Sequence[str] | None = None) -> Report:
     options = _parser().parse_args(args)
     recipe = _recipe(options)
     with redirect_stdout(sys.stderr):  # of bars and messages: standard output is for the report alone
-        report = _checked(recipe)
+        report = _checked(recipe, _comparison(options))
     if options.json:
         write_json(report, sys.stdout)
     else:
@@ -71,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-file", metavar="FILE", help="class file with prompt names")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the labelled images, for validation")
     parser.add_argument("--batch-size", type=int, metavar="B", help="images a step")
+    parser.add_argument(
+        "--near-duplicates",
+        metavar="CLIP",
+        help="compare images by this model: a name of open_clip, a folder, embedded",
+    )
+    parser.add_argument("--pretrained", metavar="TAG", help="its weights: a tag of open_clip or a file")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all paths")
     return parser
 
@@ -140,14 +150,29 @@ def _first_character(file: str) -> bytes:
         raise DataError(f"{file}: cannot be read ({error.strerror}); correct the path") from error
 
 
-def _checked(recipe: Settings) -> Report:
+def _comparison(options: argparse.Namespace) -> Callable[[Sequence[Path]], Similar] | None:
+    """What compares images, if that is asked for."""
+    if options.near_duplicates is None:
+        if options.pretrained is not None:
+            raise ConfigError("--pretrained says which weights the model of --near-duplicates has: give both.")
+        return None
+    from cbsa_lightning.clip import FrozenCLIP
+    from cbsa_lightning.near_duplicates import near_duplicates
+
+    weights = {} if options.pretrained is None else {"pretrained": options.pretrained}
+    clip = FrozenCLIP.load(options.near_duplicates, **weights)
+    clip.speed_up()
+    return partial(near_duplicates, clip=clip)
+
+
+def _checked(recipe: Settings, near_duplicates: Callable[[Sequence[Path]], Similar] | None) -> Report:
     source, settings = _built(recipe)
     try:
         source.prepare()
         train, test = source.train(), source.test()
     except CBSAError as error:
         return refused(error)
-    return check(train, test, settings)
+    return check(train, test, settings, near_duplicates)
 
 
 def _built(recipe: Settings) -> tuple[Any, RunSettings]:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any, TextIO
 
-from cbsa_lightning.checking import Counts, Finding, Item, Report
+from cbsa_lightning.checking import Counts, Report
 from cbsa_lightning.data.plan import Plan, Stage
 from cbsa_lightning.data.splits import PARTS
 from cbsa_lightning.errors import listed
+from cbsa_lightning.findings import Finding, Item
 
 SHOWN = 20
 """Items of a finding, and classes, that the text names; JSON has all."""
