@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_lightning import SSMLLDataModule, cli
+from cbsa_lightning import SSMLLDataModule, check_command, cli
 from cbsa_lightning.checking import check, count_labels
 from cbsa_lightning.clip.pooling import ImageTokens
 from cbsa_lightning.data.annotations import AnnotationTable
@@ -64,7 +64,7 @@ def names(found: dict) -> list[list[str]]:
 
 def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "photos.csv")
-    assert list(report) == ["ok", "classes", "train", "test", "run", "errors", "warnings"]
+    assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "errors", "warnings"]
     assert report["train"] == {"images": 40, "labelled": 20, "empty": 5, "partly": 0, "unlabelled": 20}
     assert report["classes"] == [
         {"name": "sofa", "positives": 5, "negatives": 15, "test_positives": None},
@@ -286,6 +286,42 @@ def test_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert report["train"]["images"] == report["train"]["labelled"] > 0
     assert "There is no unlabelled image" in finding(report, "refused", "errors")["message"]
     assert len(report["errors"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "source"),
+    [("tasks.json", "\ufeff [{}]", "label_studio.LabelStudio"), ("job.xml", "<annotations/>", "cvat.CVAT")],
+)
+def test_exports_of_labelling_tools_are_told_by_their_content(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, source: str
+) -> None:
+    (photos / file).write_text(content, encoding="utf-8")
+    monkeypatch.setattr(check_command, "find_spec", lambda name: name)
+    found = check_command._source_of(file, {"root": "photos"})
+    assert found["class_path"] == f"cbsa_lightning.data.readers.{source}"
+    assert found["init_args"] == {"train": file, "root": "photos"}
+    monkeypatch.setattr(check_command, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="are not read by this version"):
+        cli.main(["check", file])
+
+
+class Noted(Squares):
+    """A source that says something of its files."""
+
+    def describe(self) -> list[str]:
+        return ["names are separated by ';'", "names are separated by ';'"]
+
+
+def test_what_a_reader_says_of_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        f"data: {{source: {{class_path: {__name__}.Noted, init_args: {{folder: .}}}}, labelled_fraction: 0.5}}"
+    )
+    assert run(capsys, "mine.yaml")["notes"] == ["names are separated by ';'"]
+    cli.main(["check", "mine.yaml"])
+    assert capsys.readouterr().out.startswith("names are separated by ';'\ntrain: 22 images")
 
 
 def test_two_files_to_train_on_are_refused(photos: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "files",
         nargs="+",
         metavar="FILE",
-        help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json); or configurations of "
-        "`cbsa fit` (.yaml), merged from left to right. Settings that no configuration gives are those of photos.yaml",
+        help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json), a CVAT export (.xml); or "
+        "configurations of `cbsa fit` (.yaml), merged from left to right. Without one, settings are those of photos.yaml",
     )
     parser.add_argument("--test", metavar="FILE", help="annotations of the test images")
     parser.add_argument("--root", metavar="DIR", help="folder that image paths are relative to")
@@ -117,12 +117,13 @@ def _recipe(options: argparse.Namespace) -> Settings:
 
 def _source_of(file: str, given: dict[str, str]) -> Settings:
     """The source that reads a file of annotations, as a configuration names it."""
-    if Path(file).suffix.lower() != ".json":
+    suffix = Path(file).suffix.lower()
+    if suffix == ".xml":
+        return _tool(file, "cvat", "CVAT", given)
+    if suffix != ".json":
         return {"class_path": f"{_READERS}.table.Table", "init_args": {"train": file, **given}}
     if _first_character(file) == b"[":
-        if find_spec(f"{_READERS}.label_studio") is None:
-            raise ConfigError(f"{file}: this version does not read Label Studio exports; convert it to a table.")
-        return {"class_path": f"{_READERS}.label_studio.LabelStudio", "init_args": {"train": file, **given}}
+        return _tool(file, "label_studio", "LabelStudio", given)
     arguments = {
         "root": given.get("root", str(Path(file).parent)),
         "train_annotations": str(Path(file).absolute()),
@@ -140,6 +141,13 @@ class TrainingCOCO(COCO):
 
     def test(self) -> None:  # type: ignore[override]  # what each source may give
         """None."""
+
+
+def _tool(file: str, module: str, name: str, given: dict[str, str]) -> Settings:
+    """The source of an export of a labelling tool."""
+    if find_spec(f"{_READERS}.{module}") is None:
+        raise ConfigError(f"{file}: exports of {name} are not read by this version; convert it to a table.")
+    return {"class_path": f"{_READERS}.{module}.{name}", "init_args": {"train": file, **given}}
 
 
 def _first_character(file: str) -> bytes:
@@ -170,9 +178,15 @@ def _checked(recipe: Settings, near_duplicates: Callable[[Sequence[Path]], Simil
     try:
         source.prepare()
         train, test = source.train(), source.test()
+        notes = _notes(source)
     except CBSAError as error:
         return refused(error)
-    return check(train, test, settings, near_duplicates)
+    return replace(check(train, test, settings, near_duplicates), notes=notes)
+
+
+def _notes(source: Any) -> list[str]:
+    """What a reader says of the files that it has read, such as the separator that it has detected; not all do."""
+    return list(dict.fromkeys(source.describe())) if hasattr(source, "describe") else []
 
 
 def _built(recipe: Settings) -> tuple[Any, RunSettings]:

@@ -20,6 +20,7 @@ SHOWN = 20
 
 def text_of(report: Report) -> Iterator[str]:
     """Lines of the report."""
+    yield from report.notes
     for name, counts in (("train", report.train), ("test", report.test)):
         if counts is not None:
             yield _images(name, counts)
@@ -43,9 +44,9 @@ def text_of(report: Report) -> Iterator[str]:
 def write_json(report: Report, stream: TextIO) -> None:
     """Writes the report as one JSON object.
 
-    Its keys are ``ok``, ``classes`` (fewest positives first), ``train``, ``test`` and ``run`` (null where unknown),
-    ``errors`` and ``warnings``; a finding has ``kind``, ``message``, ``count`` and ``items``, an item ``names`` and
-    ``note``.
+    Its keys are ``ok``, ``notes`` of the reader, ``classes`` (fewest positives first), ``train``, ``test`` and ``run``
+    (null where unknown), ``errors`` and ``warnings``. A finding has ``kind``, ``message``, ``count`` and ``items``, an
+    item ``names`` and ``note``.
     """
     test = report.test.positives if report.test is not None else [None] * len(report.class_names)
     train = report.train
@@ -57,6 +58,7 @@ def write_json(report: Report, stream: TextIO) -> None:
     }
     head = {
         "ok": not report.errors,
+        "notes": report.notes,
         "classes": [by_name[name] for name, _ in report.fewest_first()],
         "train": _counts(report.train),
         "test": _counts(report.test),

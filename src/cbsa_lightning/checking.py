@@ -61,6 +61,7 @@ class Report:
         plan: What a run would do, or None where it would stop.
         errors: What ``cbsa fit`` would refuse, and test images that are training images too.
         warnings: What it would accept.
+        notes: What the reader says of its files.
     """
 
     class_names: tuple[str, ...] = ()
@@ -69,6 +70,7 @@ class Report:
     plan: Plan | None = None
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def fewest_first(self) -> list[tuple[str, int]]:
         """Classes with their positives in the training table, the rarest first."""
