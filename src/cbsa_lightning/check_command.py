@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="FILE",
         help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json), a CVAT export (.xml); or "
-        "configurations of `cbsa fit` (.yaml), merged from left to right. Without one, settings are those of photos.yaml",
+        "configurations of `cbsa fit` (.yaml), merged from left to right. Without, settings are those of photos.yaml",
     )
     parser.add_argument("--test", metavar="FILE", help="annotations of the test images")
     parser.add_argument("--root", metavar="DIR", help="folder that image paths are relative to")
