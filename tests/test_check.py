@@ -23,7 +23,7 @@ from cbsa_lightning.data.spelling import similar_names
 from cbsa_lightning.data.survey import equal_rows
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.near_duplicates import near_duplicates
-from layouts import make_coco, write_image, write_rows
+from layouts import write_image, write_rows
 from tiny_data import Squares, tiny_data
 
 
@@ -210,7 +210,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["0.png", "cat"], ["0.png", "dog"]], "the same image twice"),
+        ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "same prompt text"),
         ([["0.png", "cat"], ["1.png", ""]], "holding out 0.2 of 1 labelled rows"),
@@ -269,7 +269,7 @@ def test_configurations_of_a_fit(photos: Path, capsys: pytest.CaptureFixture[str
         ),
         (
             "data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {train: x, separator: ''}}}",
-            "separator '' is empty",
+            "separator",
         ),
     ],
 )
@@ -279,13 +279,28 @@ def test_a_configuration_that_cannot_be_used(photos: Path, setting: str, message
         cli.main(["check", "bad.yaml"])
 
 
-def test_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_coco(tmp_path)
-    file, images = tmp_path / "annotations/instances_train2014.json", tmp_path / "train2014"
-    report = run(capsys, str(file), "--root", str(images), status=1)
-    assert report["train"]["images"] == report["train"]["labelled"] > 0
+def coco(file: str, images: list[str]) -> str:
+    """Writes a COCO file whose images show a cat and a dog in turn."""
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(images)],
+        "annotations": [{"image_id": i, "category_id": i % 2} for i in range(len(images))],
+        "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+    }
+    Path(file).write_text(json.dumps(content))
+    return file
+
+
+def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = coco("train.json", [f"{i}.png" for i in range(20)])
+    report = run(capsys, train, status=1)
+    assert (report["train"]["images"], report["test"]) == (20, None)
     assert "There is no unlabelled image" in finding(report, "refused", "errors")["message"]
-    assert len(report["errors"]) == 1
+    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.labelers.LabelledOnly}}")
+    test = coco("test.json", ["30.png", "31.png"])
+    report = run(capsys, "alone.yaml", train, "--test", test)
+    assert (report["test"]["images"], report["run"]["validated_on"]) == (2, "test images")
+    (photos / "elsewhere").mkdir()
+    assert run(capsys, coco("elsewhere/a.json", ["1.png"]), "--root", ".", status=1)["train"]["images"] == 1
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def check_command(args: Sequence[str] | None = None) -> Report:
     if options.json:
         write_json(report, sys.stdout)
     else:
-        print("\n".join(text_of(report)))
+        print(text_of(report))
     if report.errors:
         sys.exit(1)
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, TextIO
@@ -18,8 +18,14 @@ SHOWN = 20
 """Items of a finding, and classes, that the text names; JSON has all."""
 
 
-def text_of(report: Report) -> Iterator[str]:
-    """Lines of the report."""
+def text_of(report: Report) -> str:
+    """The report for people, in paragraphs: what there is, what a run does, warnings, errors, and the outcome."""
+    warnings, errors = _findings("Warnings", report.warnings), _findings("Errors", report.errors)
+    parts = (list(lines) for lines in (_contents(report), _run(report), warnings, errors, [_outcome(report)]))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _contents(report: Report) -> Iterator[str]:
     yield from report.notes
     for name, counts in (("train", report.train), ("test", report.test)):
         if counts is not None:
@@ -27,18 +33,6 @@ def text_of(report: Report) -> Iterator[str]:
     if report.class_names:
         classes = listed((f"{name} {count:,}" for name, count in report.fewest_first()), SHOWN)
         yield f"{len(report.class_names):,} classes with their positives, fewest first: {classes}."
-    if report.plan is not None:
-        yield from _run(report.plan, len(report.class_names))
-    for title, findings in (("Warnings", report.warnings), ("Errors", report.errors)):
-        if findings:
-            yield f"\n{title}"
-            for finding in findings:
-                yield from _finding(finding)
-    yield ""
-    if report.errors:
-        yield "This data set must be corrected before `cbsa fit` (exit status 1)."
-    else:
-        yield "Nothing stops `cbsa fit`." if report.warnings else "No fault was found."
 
 
 def write_json(report: Report, stream: TextIO) -> None:
@@ -83,12 +77,14 @@ def _images(name: str, counts: Counts) -> str:
     return f"{text}, {counts.unlabelled:,} unlabelled."
 
 
-def _run(plan: Plan, classes: int) -> Iterator[str]:
+def _run(report: Report) -> Iterator[str]:
+    if (plan := report.plan) is None:
+        return
     split = plan.split
     yield (
         f"A run trains on {len(split.labelled):,} labelled and {len(split.unlabelled):,} unlabelled images, and "
         f"validates on {plan.validated:,} {plan.validated_on}, with positives of {plan.validated_classes:,} of "
-        f"{classes:,} classes."
+        f"{len(report.class_names):,} classes."
     )
     yield f"  first stage: {_stage(plan.warmup)}"
     yield f"  second stage: {_stage(plan.second)}"
@@ -100,6 +96,19 @@ def _stage(stage: Stage) -> str:
     )
     images = f"{stage.labelled:,} labelled" + (f" and {stage.unlabelled:,} unlabelled" if stage.unlabelled else "")
     return f"{epochs}{stage.steps_per_epoch:,} steps an epoch, {images} images a step"
+
+
+def _findings(title: str, findings: Sequence[Finding]) -> Iterator[str]:
+    if findings:
+        yield title
+    for finding in findings:
+        yield from _finding(finding)
+
+
+def _outcome(report: Report) -> str:
+    if report.errors:
+        return "This data set must be corrected before `cbsa fit` (exit status 1)."
+    return "Nothing stops `cbsa fit`." if report.warnings else "No fault was found."
 
 
 def _finding(finding: Finding) -> Iterator[str]:
