@@ -1,4 +1,4 @@
-"""The `cbsa` command: fit, validate, test, predict and label for one run, and table for the paper's tables."""
+"""The `cbsa` command: check a data set; fit, validate, test, predict and label for one run; the paper's tables."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cbsa_lightning.errors import CBSAError
 
 HELP = """usage: cbsa COMMAND [options]
 
+  check      tell what a data set holds and what is wrong with it, before training: cbsa check photos.csv
   fit        train a model, write predictions and pictures; --resume [RUN] continues a run
   validate   measure a checkpoint on the images that are held out for validation
   test       measure a checkpoint on the test images
@@ -32,12 +33,16 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Arguments instead of those of the process, for calls from Python and tests.
 
     Returns:
-        The LightningCLI of a run, the file of a table or of labels, or None for help and version.
+        The LightningCLI of a run, the report of a check, the file of a table or of labels, or None for help and version.
     """
     words = list(sys.argv[1:] if args is None else args)
     if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
         print(f"cbsa {version('cbsa-lightning')}" if words == ["--version"] else HELP)
         return None
+    if words[0] == "check":  # needs neither torch nor Lightning
+        from cbsa_lightning.check_command import check_command
+
+        return check_command(words[1:])
     if words[:1] == ["label"]:  # as long as it labels no new images
         from cbsa_lightning.labels.command import label
 

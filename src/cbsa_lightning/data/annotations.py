@@ -148,8 +148,8 @@ class AnnotationTable:
             sha.update(block.tobytes())
         return sha.hexdigest()
 
-    def missing_files(self) -> list[str]:
-        """Images that are not files, each as "path (row i)", rows counted from 0.
+    def missing_rows(self) -> NDArray[np.int64]:
+        """Rows whose images are not files, in order.
 
         Every folder is listed once instead of asking for each file: quick on network disks too.
         """
@@ -159,10 +159,14 @@ class AnnotationTable:
         ends = np.cumsum(np.bincount(folder_of))
         members = np.split(np.argsort(folder_of, kind="stable"), ends[:-1])
         # Not strict: of no folders at all, numpy still makes one empty part.
-        missing = [
+        missing = (
             row for folder, rows in zip(folders, members, strict=False) for row in self._missing_in(folder, rows)
-        ]
-        return [f"{self.paths[row]} (row {row})" for row in sorted(missing)]
+        )
+        return np.sort(np.fromiter(missing, np.int64))
+
+    def missing_files(self) -> list[str]:
+        """The images of :meth:`missing_rows`, each as "path (row i)", rows counted from 0."""
+        return [f"{self.paths[row]} (row {row})" for row in self.missing_rows().tolist()]
 
     def _missing_in(self, folder: str, rows: NDArray[np.int64]) -> Iterator[int]:
         """Those of ``rows``, all in ``folder`` ("" or with its last slash), that are no files."""

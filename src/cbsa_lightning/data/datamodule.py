@@ -14,6 +14,12 @@ from torch.utils.data import DataLoader
 
 from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.batch_sizes import (
+    check_batch,
+    default_labelled_per_batch,
+    default_warmup_batch_size,
+    steps_per_epoch,
+)
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.datasets import (
     ImageViews,
@@ -44,13 +50,10 @@ from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
-from cbsa_lightning.data.splits import Split, hold_out, split_known, split_labelled
+from cbsa_lightning.data.splits import Split, make_split
 from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
-
-CAP_BATCH = 64
-"""Images a step in CAP; its batch composition and warm-up batch are stated relative to it (facts B1, D2-19, D2-20)."""
 
 
 class SSMLLDataModule(L.LightningDataModule):
@@ -198,24 +201,21 @@ class SSMLLDataModule(L.LightningDataModule):
     @property
     def labelled_share(self) -> float:
         """p, the share of training images that are labelled: the one asked for, else that of the table."""
-        if self.split.fraction is not None:  # int(p n) / n falls short of p: enough to turn a rounding
-            return self.split.fraction
-        known = len(self.split.labelled)
-        return known / max(known + len(self.split.unlabelled), 1)
+        return self.split.labelled_share
 
     @property
     def labelled_per_batch(self) -> int:
         """Labelled images in a batch of the semi-supervised stage."""
         if self._labelled_per_batch is not None:
             return self._labelled_per_batch
-        return min(max(1, int(1.25 * self.labelled_share * self.batch_size + 0.5)), self.batch_size - 1)
+        return default_labelled_per_batch(self.labelled_share, self.batch_size)
 
     @property
     def warmup_batch_size(self) -> int:
         """Images in a batch of labelled images only."""
         if self._warmup_batch_size is not None:
             return self._warmup_batch_size
-        return max(1, min(self.batch_size, round(5 * self.labelled_share * CAP_BATCH)))
+        return default_warmup_batch_size(self.labelled_share, self.batch_size)
 
     def prepare_data(self) -> None:
         """Downloads or generates what the source can make by itself and fills the image cache, in one process."""
@@ -241,14 +241,15 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _set_up(self) -> None:
         self.train_table, self.test_table = self.source.train(), self.source.test()
-        self.split = self._make_split()
-        if self.batch_size < 2:
-            raise ConfigError(f"batch_size must be at least 2 (one labelled, one unlabelled), got {self.batch_size}.")
-        if not 0 < self.labelled_per_batch < self.batch_size:
-            raise ConfigError(
-                f"labelled_per_batch must lie between 1 and batch_size - 1 = {self.batch_size - 1}, "
-                f"got {self.labelled_per_batch}."
-            )
+        self.split = make_split(
+            self.train_table,
+            file=self.split_file,
+            labelled_fraction=self.labelled_fraction,
+            held_out_fraction=self.held_out_fraction,
+            has_test=self.test_table is not None,
+            seed=self.seed,
+        )
+        check_batch(self.batch_size, self.labelled_per_batch)
         self.train_table.require_files()
         if self.test_table is not None:
             self.test_table.require_files()
@@ -300,28 +301,6 @@ class SSMLLDataModule(L.LightningDataModule):
     def _learns_from_labels_alone(self) -> bool:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         return module is not None and module.second_stage == "labelled-only"
-
-    def _make_split(self) -> Split:
-        if self.split_file is not None:
-            return Split.load(Path(self.split_file), self.train_table)
-        if self.labelled_fraction is None:
-            split = split_known(self.train_table)
-        else:
-            self._refuse_unknown()
-            split = split_labelled(len(self.train_table), self.labelled_fraction, self.seed, self.train_table.digest())
-        share = self.held_out_fraction
-        if share is None:
-            share = 0.0 if self.test_table is not None else 0.2
-        return hold_out(split, share, self.seed) if share else split
-
-    def _refuse_unknown(self) -> None:
-        unknown = int((self.train_table.labels < 0).all(1).sum())
-        if unknown:
-            raise DataError(
-                f"labelled_fraction {self.labelled_fraction} draws labelled images from a table in which all have "
-                f"labels, but {unknown} of {len(self.train_table)} training images have none. Leave it out: the images "
-                "with labels are then the labelled ones."
-            )
 
     def _check_leaks(self) -> None:
         if self.test_table is None:
@@ -490,7 +469,7 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
         """Steps of an epoch, or None where one pass over the images has enough."""
-        return self.min_steps_per_epoch if self.min_steps_per_epoch > -(-images // batch_size) else None
+        return self.min_steps_per_epoch if self.min_steps_per_epoch > steps_per_epoch(images, batch_size) else None
 
     def _warmup_steps(self) -> int | None:
         return self._more_than_a_pass(len(self.split.labelled), self.warmup_batch_size)
@@ -499,7 +478,7 @@ class SSMLLDataModule(L.LightningDataModule):
         """Steps of a semi-supervised epoch; a run on labels alone takes as many, so that both are comparable."""
         if len(self.split.unlabelled):
             return len(self._paired())
-        return max(self.min_steps_per_epoch, -(-len(self.split.labelled) // self.batch_size))
+        return steps_per_epoch(len(self.split.labelled), self.batch_size, self.min_steps_per_epoch)
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Weak views of this process's share of the unlabelled images, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -137,24 +138,57 @@ def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     raise DataError(f"{found} is no image; give (H, W), (H, W, 3) or (H, W, 4).")
 
 
+class Header(NamedTuple):
+    """What the first and the last bytes of an image file say.
+
+    Attributes:
+        kind: Pillow's name of the format: "JPEG", "PNG", ...
+        width: Pixels, before the EXIF orientation is applied.
+        height: Pixels.
+        whole: Whether the end of the file is there. False says nothing: the format may have no mark at its end, and
+            :func:`decode` tells.
+    """
+
+    kind: str
+    width: int
+    height: int
+    whole: bool
+
+
+def read_header(file: BinaryIO, name: Path) -> Header:
+    """Reads header and end of an image; decodes nothing.
+
+    Args:
+        file: The open file; where it stands does not matter.
+        name: What to call it in messages.
+
+    Raises:
+        DataError: The image has no pixels, or too many.
+        Exception: Of nearly any kind, as Pillow's plugins raise them: the header cannot be read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL))
+    tail = file.read()
+    file.seek(0)
+    with Image.open(file, formats=_FORMATS) as image:
+        _check_size(name, image)
+        kind, (width, height) = image.format or "", image.size
+    if kind == "WEBP":
+        file.seek(4)
+        whole = int.from_bytes(file.read(4), "little") + 8 <= size
+    else:
+        whole = kind in _ENDS and _ENDS[kind] in tail
+    return Header(kind, width, height, whole)
+
+
 def looks_whole(path: str | os.PathLike[str]) -> bool:
     """Whether the header of an image can be read and its end is there; decodes nothing.
 
-    False says nothing: the file may be of a format whose end has no mark, and :func:`decode` tells.
+    False says nothing; see :class:`Header`.
     """
     try:
         with open_regular(path) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL))
-            tail = file.read()
-            file.seek(0)
-            with Image.open(file, formats=_FORMATS) as image:
-                _check_size(Path(path), image)
-                kind = image.format or ""
-            if kind == "WEBP":
-                file.seek(4)
-                return int.from_bytes(file.read(4), "little") + 8 <= size
-            return kind in _ENDS and _ENDS[kind] in tail
+            return read_header(file, Path(path)).whole
     except Exception:  # as in decode, of any kind
         return False
 

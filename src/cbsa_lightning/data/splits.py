@@ -63,6 +63,13 @@ class Split:
         return dataclasses.replace(self, **{part: kept[~np.isin(kept, rows)] for part, kept in parts.items()})
 
     @property
+    def labelled_share(self) -> float:
+        """p, the share of the training images that are labelled: the one asked for, else that of the table."""
+        if self.fraction is not None:  # int(p n) / n falls short of p: enough to turn a rounding
+            return self.fraction
+        return len(self.labelled) / max(len(self.labelled) + len(self.unlabelled), 1)
+
+    @property
     def digest(self) -> str:
         """Sha256 over the three parts in their order: two runs with equal digests train on the same rows."""
         sha = hashlib.sha256()
@@ -145,6 +152,48 @@ class Split:
                 f"{path}: has the rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
             )
         return split
+
+
+def make_split(
+    table: AnnotationTable,
+    *,
+    file: str | None = None,
+    labelled_fraction: float | None = None,
+    held_out_fraction: float | None = None,
+    has_test: bool = False,
+    seed: int = 1,
+) -> Split:
+    """The split of a run, from its settings.
+
+    Args:
+        table: The training images.
+        file: A saved split, used instead of drawing one.
+        labelled_fraction: Share of the images that keeps its labels; None takes the table as it is.
+        held_out_fraction: Share of the labelled images to hold out. None: 0 where there is a test table, else 0.2.
+        has_test: Whether there is a test table.
+        seed: Seed of what is drawn.
+
+    Raises:
+        DataError: The file is of another table, a share is asked of a table with unlabelled images, or no image is
+            labelled.
+        ConfigError: A share leaves no image of a kind.
+    """
+    if file is not None:
+        return Split.load(Path(file), table)
+    if labelled_fraction is None:
+        split = split_known(table)
+    else:
+        if unknown := int((table.labels < 0).all(1).sum()):
+            raise DataError(
+                f"labelled_fraction {labelled_fraction} draws labelled images from a table in which all have labels, "
+                f"but {unknown} of {len(table)} training images have none. Leave it out: the images with labels are "
+                "then the labelled ones."
+            )
+        split = split_labelled(len(table), labelled_fraction, seed, table.digest())
+    share = held_out_fraction
+    if share is None:
+        share = 0.0 if has_test else 0.2
+    return hold_out(split, share, seed) if share else split
 
 
 def split_labelled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:

@@ -1,0 +1,152 @@
+"""What a run does with a data set: which images it trains on and validates on, and how many steps an epoch has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from cbsa_lightning.arguments import check_choice, check_number
+from cbsa_lightning.data.annotations import POSITIVE, AnnotationTable
+from cbsa_lightning.data.batch_sizes import (
+    check_batch,
+    default_labelled_per_batch,
+    default_warmup_batch_size,
+    steps_per_epoch,
+)
+from cbsa_lightning.data.splits import Split, make_split
+from cbsa_lightning.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that decide what it does with a data set; names and defaults are those of the data module.
+
+    Attributes:
+        labelled_only: Whether the run has no use for unlabelled images.
+        warmup_epochs: Epochs of the first stage, if known.
+        max_epochs: Epochs of both stages, if known.
+
+    Raises:
+        ConfigError: A number is out of its bounds.
+    """
+
+    labelled_fraction: float | None = None
+    split_file: str | None = None
+    held_out_fraction: float | None = None
+    seed: int = 1
+    batch_size: int = 64
+    labelled_per_batch: int | None = None
+    warmup_batch_size: int | None = None
+    min_steps_per_epoch: int = 1
+    on_error: Literal["stop", "skip"] = "stop"
+    labelled_only: bool = False
+    warmup_epochs: int | None = None
+    max_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labelled_fraction", "held_out_fraction"):
+            if (share := getattr(self, name)) is not None:
+                check_number(name, share, 0, 1)
+        for name in ("batch_size", "warmup_batch_size", "min_steps_per_epoch"):
+            if (number := getattr(self, name)) is not None:
+                check_number(name, number, 1, whole=True)
+        check_number("seed", self.seed, 0, (1 << 32) - 1, whole=True)
+        check_choice("on_error", self.on_error, ("stop", "skip"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages of training.
+
+    Attributes:
+        steps_per_epoch: Training steps.
+        labelled: Labelled images a step.
+        unlabelled: Unlabelled images a step.
+        epochs: Epochs, if known.
+    """
+
+    steps_per_epoch: int
+    labelled: int
+    unlabelled: int
+    epochs: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    Attributes:
+        split: Rows of the training table.
+        validated_on: "held-out images" or "test images".
+        validated: How many these are.
+        validated_classes: Classes with a positive among them: those that the mAP is the mean of.
+        warmup: The stage on labelled images.
+        second: The stage after it.
+    """
+
+    split: Split
+    validated_on: Literal["held-out images", "test images"]
+    validated: int
+    validated_classes: int
+    warmup: Stage
+    second: Stage
+
+
+def make_plan(train: AnnotationTable, test: AnnotationTable | None, settings: RunSettings) -> Plan:
+    """Says what a run does with a data set.
+
+    Args:
+        train: The training images.
+        test: The test images, if there are any.
+        settings: Of the run.
+
+    Raises:
+        DataError: No image is labelled or none is unlabelled, or a split file does not fit.
+        ConfigError: Settings that leave no image of a kind, or no room in a batch.
+    """
+    split = make_split(
+        train,
+        file=settings.split_file,
+        labelled_fraction=settings.labelled_fraction,
+        held_out_fraction=settings.held_out_fraction,
+        has_test=test is not None,
+        seed=settings.seed,
+    )
+    size, share = settings.batch_size, split.labelled_share
+    labelled = settings.labelled_per_batch
+    labelled = default_labelled_per_batch(share, size) if labelled is None else labelled
+    check_batch(size, labelled)
+    warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
+    if not len(split.unlabelled) and not settings.labelled_only:
+        raise DataError(
+            "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, set "
+            "labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
+        )
+    if not len(split.held_out) and test is None:
+        raise ConfigError("There is neither a test table nor a held-out share to validate on.")
+    validated = train.labels[split.held_out] if len(split.held_out) or test is None else test.labels
+    least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
+    if settings.labelled_only:
+        images = len(split.unlabelled) or len(split.labelled)
+        per_batch = size - labelled if len(split.unlabelled) else size
+        second = Stage(steps_per_epoch(images, per_batch, least), warmup, 0, other)
+    else:
+        second = Stage(steps_per_epoch(len(split.unlabelled), size - labelled, least), labelled, size - labelled, other)
+    return Plan(
+        split,
+        "held-out images" if len(split.held_out) else "test images",
+        len(validated),
+        int(np.count_nonzero((validated == POSITIVE).any(axis=0))),
+        Stage(steps_per_epoch(len(split.labelled), warmup, least), warmup, 0, first),
+        second,
+    )
+
+
+def _epochs(settings: RunSettings) -> tuple[int | None, int | None]:
+    """Epochs of both stages, as far as they are known."""
+    warmup, most = settings.warmup_epochs, settings.max_epochs
+    if warmup is None or most is None or most < 0:
+        return warmup, None
+    return min(warmup, most), max(most - warmup, 0)

@@ -1,0 +1,88 @@
+"""Images that show nearly the same, such as copies in another size, found by features of a frozen CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.plain_view import PlainView
+from cbsa_lightning.errors import DataError
+
+SIMILARITY = 0.85
+"""Cosine of centred features from which two images count as near duplicates."""
+
+_BATCH = 32
+_BLOCK = 1024  # images that are compared with all others at a time
+
+
+class Similar(NamedTuple):
+    """What :func:`near_duplicates` found.
+
+    Attributes:
+        pairs: (earlier position, position, similarity), the most similar first.
+        unread: Position -> why the image cannot be read.
+    """
+
+    pairs: list[tuple[int, int, float]]
+    unread: dict[int, str]
+
+
+def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
+    """Compares all images with each other.
+
+    Features are centred by their mean over the images, so that one threshold serves towers and data sets whose features
+    have a large part in common.
+
+    Args:
+        files: The n image files.
+        clip: The towers; features take 4 n d bytes.
+
+    Returns:
+        Each image with the most similar one before it, where their similarity reaches :data:`SIMILARITY`.
+    """
+    features, unread = _features(files, clip)
+    read = np.array([i for i in range(len(files)) if i not in unread], dtype=np.int64)
+    centred = features[torch.from_numpy(read)]
+    centred = normalize(centred - centred.mean(dim=0), dim=1)
+    pairs: list[tuple[int, int, float]] = []
+    for start in range(0, len(read), _BLOCK):
+        end = min(start + _BLOCK, len(read))
+        cosines = centred[start:end] @ centred[:end].T
+        cosines.masked_fill_(torch.ones_like(cosines, dtype=torch.bool).triu(start), -1)  # itself and later ones
+        best, earlier = cosines.max(dim=1)
+        for k in torch.nonzero(best >= SIMILARITY)[:, 0].tolist():
+            pairs.append((int(read[earlier[k]]), int(read[start + k]), float(best[k])))
+    return Similar(sorted(pairs, key=lambda pair: -pair[2]), unread)
+
+
+@torch.no_grad()
+def _features(files: Sequence[Path], clip: FrozenCLIP) -> tuple[Tensor, dict[int, str]]:
+    """(n, d) global features; those of images that cannot be read are 0."""
+    view, unread = PlainView(clip.image_size), dict[int, str]()
+    features = torch.zeros(len(files), clip.embed_dim)
+
+    def read(i: int) -> Tensor | None:
+        try:
+            return view(decode(files[i], at_least=clip.image_size))
+        except DataError as error:
+            unread[i] = str(error)
+            return None
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="Features", leave=False, delay=1) as bar:
+        for start in range(0, len(files), _BATCH):
+            rows = range(start, min(start + _BATCH, len(files)))
+            found = {i: image for i, image in zip(rows, pool.map(read, rows), strict=True) if image is not None}
+            if found:
+                features[list(found)] = clip.image_tokens(torch.stack(list(found.values()))).g.float()
+            bar.update(len(rows))
+    return features, unread

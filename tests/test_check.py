@@ -1,0 +1,457 @@
+"""`cbsa check`: what it finds, how it says so, and with which status it ends."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_lightning import SSMLLDataModule, check_command, cli
+from cbsa_lightning.checking import check, count_labels
+from cbsa_lightning.clip.pooling import ImageTokens
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.plan import RunSettings, make_plan
+from cbsa_lightning.data.spelling import similar_names
+from cbsa_lightning.data.survey import equal_rows
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.near_duplicates import near_duplicates
+from layouts import write_image, write_rows
+from tiny_data import Squares, tiny_data
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sound data set: 40 images, half of them labelled, in `photos.csv`."""
+    monkeypatch.chdir(tmp_path)
+    rows = [[f"{i}.png", ("cat;dog", "cat", "sofa;dog", "none")[i % 4] if i < 20 else ""] for i in range(40)]
+    for i in range(40):
+        write_image(tmp_path / f"{i}.png", seed=i)
+    write_rows(tmp_path / "photos.csv", ["image", "labels"], rows)
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dict:
+    """The JSON report of a command that ends with ``status``."""
+    if status:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["check", "--json", *words])
+        assert stop.value.code == status
+    else:
+        cli.main(["check", "--json", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] == (not status) == (not found["errors"])
+    return found
+
+
+def finding(report: dict, kind: str, among: str) -> dict:
+    """The one finding of a kind."""
+    (found,) = [entry for entry in report[among] if entry["kind"] == kind]
+    assert found["count"] == len(found["items"])
+    return found
+
+
+def names(found: dict) -> list[list[str]]:
+    return [item["names"] for item in found["items"]]
+
+
+def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(capsys, "photos.csv")
+    assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "errors", "warnings"]
+    assert report["train"] == {"images": 40, "labelled": 20, "empty": 5, "partly": 0, "unlabelled": 20}
+    assert report["classes"] == [
+        {"name": "sofa", "positives": 5, "negatives": 15, "test_positives": None},
+        {"name": "cat", "positives": 10, "negatives": 10, "test_positives": None},
+        {"name": "dog", "positives": 10, "negatives": 10, "test_positives": None},
+    ]
+    assert report["test"] is None
+    assert not report["errors"] + report["warnings"]
+
+
+def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["check", "photos.csv"])
+    out = capsys.readouterr().out
+    assert "train: 40 images, 20 labelled (5 show no class), 20 unlabelled." in out
+    assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
+    assert "A run trains on 16 labelled and 20 unlabelled images, and validates on 4 held-out images" in out
+    assert out.endswith("No fault was found.\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "test"),
+    [
+        ({"labelled_fraction": 0.4, "batch_size": 8}, 7),
+        ({"labelled_fraction": 0.4, "batch_size": 8, "held_out_fraction": 0.3, "min_steps_per_epoch": 9}, 7),
+        ({"labelled_fraction": 0.5, "batch_size": 6, "labelled_per_batch": 4, "warmup_batch_size": 3}, 0),
+    ],
+)
+def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, test: int) -> None:
+    source = Squares(tmp_path, test=test)
+    data = tiny_data(source, **settings)
+    data.setup("fit")
+    plan = make_plan(source.train(), source.test(), RunSettings(seed=data.seed, **settings))
+    assert plan.split.digest == data.split.digest
+    assert plan.validated == len(data.eval_table())
+    assert plan.second.steps_per_epoch == len(data.train_dataloader())
+    assert (plan.second.labelled, plan.warmup.labelled) == (data.labelled_per_batch, data.warmup_batch_size)
+    assert plan.warmup.steps_per_epoch == (
+        data._warmup_steps() or -(-len(data.split.labelled) // data.warmup_batch_size)
+    )
+
+
+def test_settings_have_the_defaults_of_the_data_module() -> None:
+    of_module = inspect.signature(SSMLLDataModule).parameters
+    for field in fields(RunSettings):
+        if field.name not in ("labelled_only", "warmup_epochs", "max_epochs"):
+            assert field.default == of_module[field.name].default, field.name
+
+
+def test_counts_of_each_kind_of_row() -> None:
+    counts = count_labels(np.array([[1, 0], [0, 0], [-1, -1], [1, -1], [-1, 0]], np.int8))
+    assert (counts.images, counts.labelled, counts.empty, counts.partly, counts.unlabelled) == (5, 4, 1, 2, 1)
+    assert counts.positives == (2, 0)
+    assert counts.negatives == (1, 3)
+
+
+def test_missing_images_are_named_and_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "3.png").unlink()
+    (photos / "30.png").unlink()
+    found = finding(run(capsys, "photos.csv", status=1), "missing", "errors")
+    assert names(found) == [["3.png"], ["30.png"]]
+
+
+def test_a_missing_image_whose_name_has_another_case(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "3.png").rename(photos / "3.PNG")
+    if (photos / "3.png").exists():
+        pytest.skip("this file system ignores case")
+    found = finding(run(capsys, "photos.csv", status=1), "missing", "errors")
+    assert found["items"] == [{"names": ["3.png"], "note": "there is 3.PNG"}]
+
+
+def test_unreadable_images_are_named_with_the_reason(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (photos / "1.png").read_bytes()
+    (photos / "1.png").write_bytes(content[: len(content) // 2])
+    (photos / "2.png").write_bytes(b"")
+    (photos / "4.png").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    found = finding(run(capsys, "photos.csv", status=1), "unreadable", "errors")
+    assert names(found) == [["1.png"], ["2.png"], ["4.png"]]
+    notes = [item["note"] for item in found["items"]]
+    assert "cannot be read as an image" in notes[0]
+    assert notes[1].startswith("the file is empty")
+    assert notes[2].startswith("HEIC files are not read")
+
+
+def test_unreadable_images_that_a_run_skips_are_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "1.png").write_bytes(b"")
+    (photos / "skip.yaml").write_text("data: {on_error: skip}")
+    assert names(finding(run(capsys, "skip.yaml", "photos.csv"), "unreadable", "warnings")) == [["1.png"]]
+
+
+def test_tiny_and_misnamed_images_are_warnings(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(photos / "5.png", seed=5, size=(31, 400))
+    write_image(photos / "x.jpg", seed=6)
+    (photos / "x.jpg").replace(photos / "6.png")
+    report = run(capsys, "photos.csv")
+    assert names(finding(report, "tiny", "warnings")) == [["5.png"]]
+    assert finding(report, "misnamed", "warnings")["items"] == [{"names": ["6.png"], "note": "is JPEG"}]
+
+
+def test_equal_images_are_found_by_content(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for copy, original in (("25", "24"), ("39", "24"), ("31", "30")):
+        (photos / f"{copy}.png").write_bytes((photos / f"{original}.png").read_bytes())
+    found = finding(run(capsys, "photos.csv"), "duplicate", "warnings")
+    assert names(found) == [["24.png", "25.png", "39.png"], ["30.png", "31.png"]]
+
+
+def test_equal_images_with_contradicting_labels_say_so(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(photos / "two.csv", ["image", "cat", "dog"], [[f"{i}.png", i % 2, ""] for i in range(20)])
+    (photos / "two.csv").write_text((photos / "two.csv").read_text() + "20.png,,\n")
+    (photos / "1.png").write_bytes((photos / "0.png").read_bytes())
+    report = run(capsys, "two.csv")
+    assert report["train"] == {"images": 21, "labelled": 20, "empty": 0, "partly": 20, "unlabelled": 1}
+    (found,) = [entry for entry in report["warnings"] if "duplicate" in entry["kind"]]
+    assert found["items"] == [{"names": ["0.png", "1.png"], "note": "labels differ"}]
+
+
+def test_a_held_out_image_that_is_trained_on_under_another_name(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = AnnotationTable(photos, [f"{i}.png" for i in range(40)], np.full((40, 1), 1, np.int8), ("cat",))
+    table.labels[20:] = -1
+    plan = make_plan(table, None, RunSettings())
+    held_out, trained = int(plan.split.held_out[0]), int(plan.split.labelled[0])
+    table.file(trained).write_bytes(table.file(held_out).read_bytes())
+    (found,) = check(table).warnings
+    assert found.kind == "held_out_duplicate"
+    assert [set(item.names) for item in found.items()] == [{str(table.file(i)) for i in (held_out, trained)}]
+
+
+def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "test").mkdir()
+    (photos / "test/copy.png").write_bytes((photos / "7.png").read_bytes())
+    write_image(photos / "test/new.png", seed=99)
+    write_rows(photos / "test.csv", ["image", "labels"], [["test/copy.png", "cat"], ["test/new.png", "dog"]])
+    report = run(capsys, "photos.csv", "--test", "test.csv", status=1)
+    assert names(finding(report, "leak", "errors")) == [["7.png", "test/copy.png"]]
+    assert report["test"]["images"] == 2
+    assert report["run"]["validated_on"] == "test images"
+    write_rows(photos / "same.csv", ["image", "labels"], [["7.png", "cat"], ["test/new.png", "dog"]])
+    report = run(capsys, "photos.csv", "--test", "same.csv", status=1)
+    assert names(finding(report, "leak", "errors")) == [["7.png", "7.png"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
+        ([["0.png", ""], ["1.png", ""]], "no classes"),
+        ([["0.png", "Dog"], ["1.png", "dog"]], "same prompt text"),
+        ([["0.png", "cat"], ["1.png", ""]], "holding out 0.2 of 1 labelled rows"),
+        ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabelled image"),
+        ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
+    ],
+)
+def test_what_a_fit_refuses_is_an_error(
+    photos: Path, capsys: pytest.CaptureFixture[str], rows: list[list[str]], message: str
+) -> None:
+    write_rows(photos / "bad.csv", ["image", "labels"], rows)
+    report = run(capsys, "bad.csv", status=1)
+    assert message in finding(report, "refused", "errors")["message"]
+    assert report["run"] is None
+
+
+def test_a_table_without_a_labelled_image(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(photos / "bad.csv", ["image", "cat"], [["0.png", ""], ["1.png", ""]])
+    report = run(capsys, "bad.csv", status=1)
+    assert "all 2 rows" in finding(report, "refused", "errors")["message"]
+    assert report["train"]["unlabelled"] == 2  # all else is said nevertheless
+
+
+def test_options_of_the_command_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "classes.yaml").write_text("cat:\ndog:\nsofa: couch\nzebra:\n")
+    write_rows(photos / "tables" / "a.csv", ["image", "labels"], [[f"{i}.png", "cat" * (i < 20)] for i in range(40)])
+    words = ["--root", ".", "--class-file", "classes.yaml", "--held-out", "0.5", "--batch-size", "36"]
+    report = run(capsys, "tables/a.csv", *words)
+    assert (report["run"]["labelled"], report["run"]["held_out"]) == (10, 10)
+    assert report["run"]["second_stage"]["unlabelled"] == 20
+    assert names(finding(report, "class_without_positive", "warnings")) == [["dog"], ["sofa"], ["zebra"]]
+
+
+def test_configurations_of_a_fit(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "mine.yaml").write_text(
+        "data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {train: photos.csv}}, batch_size: 8}"
+    )
+    report = run(capsys, "methods/cbsa.yaml", "mine.yaml")
+    stages = report["run"]["first_stage"], report["run"]["second_stage"]
+    assert [stage["epochs"] for stage in stages] == [8, 32]
+    assert stages[1] == {"steps_per_epoch": 5, "labelled": 4, "unlabelled": 4, "epochs": 32}
+    report = run(capsys, "methods/cbsa.yaml", "methods/labelled_only.yaml", "mine.yaml")
+    assert report["run"]["second_stage"] == {"steps_per_epoch": 5, "labelled": 8, "unlabelled": 0, "epochs": 32}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model: {}", "no data.source"),
+        ("data: 3", "data must map"),
+        ("data: {source: nowhere.Table}", "nowhere"),
+        ("data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {trian: x}}}", "trian"),
+        (
+            "data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {train: x}}, batch_size: many}",
+            "many",
+        ),
+        (
+            "data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {train: x, separator: ''}}}",
+            "separator",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used(photos: Path, setting: str, message: str) -> None:
+    (photos / "bad.yaml").write_text(setting)
+    with pytest.raises(ConfigError, match=message):
+        cli.main(["check", "bad.yaml"])
+
+
+def coco(file: str, images: list[str]) -> str:
+    """Writes a COCO file whose images show a cat and a dog in turn."""
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(images)],
+        "annotations": [{"image_id": i, "category_id": i % 2} for i in range(len(images))],
+        "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+    }
+    Path(file).write_text(json.dumps(content))
+    return file
+
+
+def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = coco("train.json", [f"{i}.png" for i in range(20)])
+    report = run(capsys, train, status=1)
+    assert (report["train"]["images"], report["test"]) == (20, None)
+    assert "There is no unlabelled image" in finding(report, "refused", "errors")["message"]
+    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.labelers.LabelledOnly}}")
+    test = coco("test.json", ["30.png", "31.png"])
+    report = run(capsys, "alone.yaml", train, "--test", test)
+    assert (report["test"]["images"], report["run"]["validated_on"]) == (2, "test images")
+    (photos / "elsewhere").mkdir()
+    assert run(capsys, coco("elsewhere/a.json", ["1.png"]), "--root", ".", status=1)["train"]["images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "source"),
+    [("tasks.json", "\ufeff [{}]", "label_studio.LabelStudio"), ("job.xml", "<annotations/>", "cvat.CVAT")],
+)
+def test_exports_of_labelling_tools_are_told_by_their_content(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, source: str
+) -> None:
+    (photos / file).write_text(content, encoding="utf-8")
+    monkeypatch.setattr(check_command, "find_spec", lambda name: name)
+    found = check_command._source_of(file, {"root": "photos"})
+    assert found["class_path"] == f"cbsa_lightning.data.readers.{source}"
+    assert found["init_args"] == {"train": file, "root": "photos"}
+    monkeypatch.setattr(check_command, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="are not read by this version"):
+        cli.main(["check", file])
+
+
+class Noted(Squares):
+    """A source that says something of its files."""
+
+    def describe(self) -> list[str]:
+        return ["names are separated by ';'", "names are separated by ';'"]
+
+
+def test_what_a_reader_says_of_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        f"data: {{source: {{class_path: {__name__}.Noted, init_args: {{folder: .}}}}, labelled_fraction: 0.5}}"
+    )
+    assert run(capsys, "mine.yaml")["notes"] == ["names are separated by ';'"]
+    cli.main(["check", "mine.yaml"])
+    assert capsys.readouterr().out.startswith("names are separated by ';'\ntrain: 22 images")
+
+
+def test_two_files_to_train_on_are_refused(photos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.csv, b\.csv: give one file"):
+        cli.main(["check", "a.csv", "b.csv"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "similar"),
+    [
+        (("traffic light", "Traffic-Light"), True),
+        (("dog", "dogs"), True),
+        (("aeroplane", "areoplane"), True),
+        (("bottle", "battle"), True),
+        (("cat", "car"), False),
+        (("class 1", "class 2"), False),
+        (("class 1", "class 10"), False),
+        (("at", "a"), False),
+        (("sofa", "zebra"), False),
+        (("+", "-"), False),
+    ],
+)
+def test_similar_names(pair: tuple[str, str], similar: bool) -> None:
+    assert similar_names(["other", *pair]) == ([pair] if similar else [])
+
+
+def test_similar_names_of_many_classes_are_found_in_time() -> None:
+    words = ["".join(word) for word in np.random.default_rng(0).choice(list("abcdefghij"), (20_000, 12))]
+    assert similar_names([*words, f"{words[7]}s"]) == [(words[7], f"{words[7]}s")]
+
+
+def test_equal_rows_against_a_dictionary() -> None:
+    rng = np.random.default_rng(0)
+    digest = rng.integers(0, 7, (60, 2)).astype(np.uint64)
+    rows = np.sort(rng.permutation(60)[:50])
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault(tuple(digest[row].tolist()), []).append(row)
+    expected = [group for group in groups.values() if len(group) > 1]
+    assert [group.tolist() for group in equal_rows(digest, rows)] == expected
+    assert equal_rows(digest, rows[:1]) == equal_rows(digest, rows[:0]) == []
+
+
+def test_a_check_imports_neither_torch_nor_lightning(photos: Path) -> None:
+    code = (
+        "import sys; from cbsa_lightning import cli; cli.main(['check', 'photos.csv']); "
+        "print(sorted({'lightning', 'pytorch_lightning', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_nothing_but_json_is_written_to_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "{class_path: cbsa_lightning.data.readers.Digits, init_args: {root: ., num_train: 30, num_test: 10}}"
+    (tmp_path / "digits.yaml").write_text(f"data: {{source: {source}, labelled_fraction: 0.5}}")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "digits.yaml")["run"]["labelled"] == 15
+
+
+class Pixels:
+    """In the place of a CLIP: features are the 4 x 5 cells of an image."""
+
+    image_size, embed_dim = 20, 60
+
+    def image_tokens(self, images: torch.Tensor) -> ImageTokens:
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.float(), (4, 5)).flatten(1)
+        return ImageTokens(cells, cells[:, None], (1, 1))
+
+
+def test_near_duplicates_are_each_image_and_the_most_similar_one_before_it(tmp_path: Path) -> None:
+    for i in range(1100):  # more than are compared at a time
+        write_image(tmp_path / f"{i}.png", seed=i)
+    for copy, original, size in ((30, 24, (80, 64)), (1090, 24, (400, 320)), (1050, 7, (45, 30))):
+        with Image.open(tmp_path / f"{original}.png") as image:
+            image.resize(size).save(tmp_path / f"{copy}.png")
+    (tmp_path / "9.png").write_bytes(b"")
+    found = near_duplicates([tmp_path / f"{i}.png" for i in range(1100)], Pixels())
+    assert {(i, j) for i, j, _ in found.pairs} in ({(24, 30), (24, 1090), (7, 1050)}, {(24, 30), (30, 1090), (7, 1050)})
+    assert [cosine for *_, cosine in found.pairs] == sorted((cosine for *_, cosine in found.pairs), reverse=True)
+    assert list(found.unread) == [9]
+
+
+def test_near_duplicates_of_a_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Image.open(photos / "24.png") as image:
+        image.point(lambda value: 0.97 * value).save(photos / "0.png")
+    (photos / "31.png").write_bytes((photos / "32.png").read_bytes())  # equal ones are not told again
+    found = finding(run(capsys, "photos.csv", "--near-duplicates", "embedded"), "near_duplicate", "warnings")
+    assert ["0.png", "24.png"] in names(found)
+    assert not any("32.png" in pair for pair in names(found))
+    assert all(item["note"].startswith("similarity ") for item in found["items"])
+
+
+def test_damage_within_a_file_is_found_where_images_are_decoded(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray((photos / "8.png").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    (photos / "8.png").write_bytes(content)
+    run(capsys, "photos.csv")
+    report = run(capsys, "photos.csv", "--near-duplicates", "embedded", status=1)
+    assert names(finding(report, "unreadable", "errors")) == [["8.png"]]
+
+
+def test_weights_without_a_model_are_refused(photos: Path) -> None:
+    with pytest.raises(ConfigError, match="give both"):
+        cli.main(["check", "photos.csv", "--pretrained", "openai"])
+
+
+def test_every_image_is_opened_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cbsa_lightning.data import survey
+
+    opened: list[Path] = []
+    plain = survey.open_regular
+    monkeypatch.setattr(survey, "open_regular", lambda path: opened.append(path) or plain(path))
+    cli.main(["check", "photos.csv"])
+    assert sorted(path.name for path in opened) == sorted(f"{i}.png" for i in range(40))
