@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Arguments instead of those of the process, for calls from Python and tests.
 
     Returns:
-        The LightningCLI of a run, the report of a check, the file of a table or of labels, or None for help and version.
+        The LightningCLI of a run, the report of a check, the file of a table or of labels; None for help and version.
     """
     words = list(sys.argv[1:] if args is None else args)
     if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
