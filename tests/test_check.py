@@ -20,6 +20,7 @@ from cbsa_lightning.clip.pooling import ImageTokens
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.plan import RunSettings, make_plan
 from cbsa_lightning.data.spelling import similar_names
+from cbsa_lightning.data.splits import Split
 from cbsa_lightning.data.survey import equal_rows
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.near_duplicates import near_duplicates
@@ -104,6 +105,17 @@ def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, t
     assert plan.warmup.steps_per_epoch == (
         data._warmup_steps() or -(-len(data.split.labelled) // data.warmup_batch_size)
     )
+
+
+def test_a_split_file_decides(tmp_path: Path) -> None:
+    table = Squares(tmp_path).train()
+    for name, split in (("some", Split(range(5), range(5, 20), [20, 21])), ("none", Split([], range(20), [20, 21]))):
+        split.save(tmp_path / name, table)
+    plan = make_plan(table, None, RunSettings(split_file=str(tmp_path / "some")))
+    assert plan.split.labelled.tolist() == list(range(5))
+    assert (plan.validated_on, plan.validated) == ("held-out images", 2)
+    (found,) = check(table, None, RunSettings(split_file=str(tmp_path / "none"))).errors
+    assert "no labelled image" in found.message
 
 
 def test_settings_have_the_defaults_of_the_data_module() -> None:

@@ -104,7 +104,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
     elif given:
         source = data.get("source")
         source = source if isinstance(source, dict) else {"class_path": source}
-        data["source"] = {**source, "init_args": {**(source.get("init_args") or {}), **given}}
+        data["source"] = {**source, "init_args": {**_section(source, "init_args"), **given}}
     if not data.get("source"):
         raise ConfigError(
             f"{listed(configs)}: no data.source, so no data set; add a configuration or a table with one."

@@ -119,6 +119,8 @@ def make_plan(train: AnnotationTable, test: AnnotationTable | None, settings: Ru
     labelled = default_labelled_per_batch(share, size) if labelled is None else labelled
     check_batch(size, labelled)
     warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
+    if not len(split.labelled):
+        raise DataError("There is no labelled image to train on. Use another split_file, or draw a split without one.")
     if not len(split.unlabelled) and not settings.labelled_only:
         raise DataError(
             "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, set "
