@@ -137,6 +137,9 @@ def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
         (["[" + " " * 100_000], ["row 2", "no list of JSON or Python"]),
         (["cat;", "dog"], ["row 2", "empty name", "';'", "'none'"]),
         (['["cat", ""]'], ["row 2", "empty name"]),
+        (['["[]"]', '["cat"]'], ["row 2", "'[]'"]),
+        (["'cat', 'dog'", "cat"], ["row 2", "in quotes"]),
+        (["'cat';'dog'", "x;'cat'"], ["row 2", "in quotes"]),
     ],
 )
 def test_cells_that_can_be_read_in_two_ways_or_in_none(tmp_path, cells, words):

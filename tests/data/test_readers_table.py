@@ -59,7 +59,7 @@ NAMES = CELL.map(lambda s: unicodedata.normalize("NFC", s).strip()).filter(
         any(mark.isalnum() for mark in s)
         and s.casefold() not in WORDS
         and ";" not in s
-        and not s.startswith(("[", "{"))
+        and not s.startswith(tuple("[{'\""))
     )
 )
 

@@ -40,6 +40,7 @@ def test_a_single_image_with_two_labels_is_a_mistake(tmp_path):
     [
         ("image,labels\na,cat;dog\na,cat\nb,dog\n", ["'a' (rows 2 and 3)", "class 'dog'"]),
         ("image,labels\na,cat\na,dog\nb,cow\nb,cow\n", ["'a' (rows 2 and 3)"]),  # annotators agree on b
+        ("image,labels\na,cat\na,dog\na,dog\nb,cow\n", ["'a' (rows 2 and 3 and 4)"]),
         ("image,labels\na,cat\na,none\nb,dog\n", ["'a' (rows 2 and 3)", "class 'cat'"]),
         ("image,labels,annotator\na,cat,1\na,dog,2\nb,dog,1\n", ["'a' (rows 2 and 3)"]),
         ("image,labels,Confidence\na,cat,1\na,dog,0\nb,dog,1\n", ["'a' (rows 2 and 3)"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.class_names import clean_name
 from cbsa_lightning.data.readers.columns import Columns
 from cbsa_lightning.data.readers.separators import Form, detect
-from cbsa_lightning.data.readers.words import NO_LABEL, Meaning, Words
+from cbsa_lightning.data.readers.words import NO_LABEL, Meaning, Words, begins_a_list
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError
 
@@ -24,18 +25,18 @@ class LabelCells:
         columns: The table.
         column: The column's name.
         words: Which words are no names.
-        form: How names stand in a cell; None to find it out.
+        form: How a cell lists its names; None to detect it.
         known: Names and synonyms of the classes, if they are known.
 
     Attributes:
-        form: How names stand in a cell.
+        form: How a cell lists its names.
         known: (n,) bool, False for a row that is not labelled.
         row: (k,) row of each name that is written.
         code: (k,) its position in ``names``.
         names: The different names.
 
     Raises:
-        DataError: Cells have no clear form, an empty name, or a name that is no class by its looks; a word that means
+        DataError: Cells have no clear form, an empty name, or a name that does not look like a class; a word that means
             "not labelled" or "shows nothing" stands beside a name.
     """
 
@@ -74,10 +75,11 @@ class LabelCells:
         def where(text: str) -> str:
             return self._columns.where(int(np.argmax(cell_of_row == texts.index(text))))
 
-        meanings = [self._words.meaning(text) for text in texts]
+        empty_list = re.compile(r"\[\s*\]")
+        meanings = [Meaning.NOTHING if empty_list.fullmatch(text) else self._words.meaning(text) for text in texts]
         with_names = []
         for text, meaning in zip(texts, meanings, strict=True):
-            if meaning is Meaning.UNCLEAR and text[0] not in "[{":
+            if meaning is Meaning.UNCLEAR and not begins_a_list(text):
                 self._refuse_unclear(text, where(text))
             if meaning in (Meaning.NAME, Meaning.UNCLEAR):
                 with_names.append(text)
@@ -130,13 +132,14 @@ class LabelCells:
         self.names = [name for name, named in zip(self.names, is_name, strict=True) if named]
 
     def _refuse_unclear(self, name: str, where: str) -> None:
-        if name[0] in "[{":
+        if name[0] in "[{'\"":
             raise DataError(
-                f"{where}: {brief(name)} in column {brief(self._column)} is a part of a list; leave the option "
-                "separator out, so that lists are recognised, or, if it is a class, name it in a class file"
+                f"{where}: {brief(name)} in column {brief(self._column)} is a part of a list, or in quotes; leave the "
+                "option separator out, so that lists are recognised, and quotes too, or name it in a class file if it "
+                "is a class"
             )
         raise DataError(
-            f"{where}: {brief(name)} in column {brief(self._column)} is no class by its looks. If it means that an "
+            f"{where}: {brief(name)} in column {brief(self._column)} does not look like a class. If it means that an "
             f"image shows no class, write {NO_LABEL!r} or give nothing: [{name:.50}]; if it means that nothing is "
             "known, leave the cell empty; if it is a class, name it in a class file"
         )

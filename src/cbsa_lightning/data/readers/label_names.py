@@ -28,7 +28,7 @@ class NamedLabels:
         column: The column of labels; a column ``review`` beside it has names of which nothing is known, whatever the
             labels say.
         words: Which words are no names.
-        form: How names stand in a cell; None to find it out.
+        form: How a cell lists its names; None to detect it.
         known: Names and synonyms of the classes, if they are known.
 
     Attributes:

@@ -73,8 +73,9 @@ def merge_rows(
     if contradicts.any() and how == "stop":
         several = np.unique(firsts)
         named = (labels == 1).sum(axis=1)[np.isin(first, several)]
-        clear = one_label_a_row and not identical and (named == 1).all() and len(several) >= _SHARE * len(kept)
-        if not clear:
+        twice = (np.add.reduceat(labels[order] == 1, starts, dtype=np.int32) > 1).any()
+        clear = one_label_a_row and (named == 1).all() and not twice
+        if not clear or len(several) < _SHARE * len(kept):
             _refuse(columns, paths, class_names, first, kept, contradicts)
         note += "; each of the others adds a label"
     elif contradicts.any():

@@ -1,4 +1,4 @@
-"""How names stand in the cells of a labels column: found from all of its cells together."""
+"""How the cells of a labels column list names: detected from all of its cells together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from cbsa_lightning.data.class_names import clean_name
+from cbsa_lightning.data.readers.words import begins_a_list
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError
 
@@ -24,10 +25,10 @@ Where = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Form:
-    """How names stand in a cell.
+    """How a cell lists its names.
 
     Attributes:
-        separator: What stands between names; white space for any blanks, "" for one name a cell.
+        separator: What separates names; white space for any blanks, "" for one name a cell.
         lists: Whether cells are lists of JSON or Python.
     """
 
@@ -57,11 +58,11 @@ class Form:
 
 
 def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = None) -> Form:
-    """Finds the form of a column.
+    """Detects the form of a column.
 
-    Where classes are known, the first form under which each name is one of them. Else lists if cells begin with "[";
-    else the only one of ";", "|" and "," that occurs; names may have commas (or blanks) where another mark separates
-    them. Blanks alone separate names where a few words make up many different cells.
+    Where classes are known: the first form under which each name is one of them. Else lists if cells begin with "[";
+    else ";" or "|", whichever occurs; else ",". Names may have commas and blanks where another mark separates them.
+    Without any mark, blanks separate names where a few words make up many different cells.
 
     Args:
         cells: The different cells that hold names, none empty.
@@ -75,7 +76,7 @@ def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = N
         for form in (Form(), *map(Form, (*MARKS, " "))):
             if all(name in known for cell in cells for name in form.split(cell)):
                 return form
-    if found := [cell for cell in cells if cell[0] in "[{"]:
+    if found := [cell for cell in cells if begins_a_list(cell)]:
         return _lists(cells, found, where)
     marks = [mark for mark in MARKS if any(mark in cell for cell in cells)]
     if not marks:
@@ -83,8 +84,8 @@ def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = N
     if {";", "|"} <= set(marks):
         cell = next(cell for cell in cells if "|" in cell)
         raise DataError(
-            f"{where(cell)}: ';' and '|' occur in labels, such as {brief(cell)}; say which of them stands between "
-            "names as separator"
+            f"{where(cell)}: ';' and '|' occur in labels, such as {brief(cell)}; give the one that separates names "
+            "as separator"
         )
     if len(marks) > 1:
         _refuse_mixture(cells, marks[0], where)
@@ -102,7 +103,7 @@ def _lists(cells: Sequence[str], found: list[str], where: Where) -> Form:
                 "between them"
             ) from None
     if len(found) < len(cells):
-        other = next(cell for cell in cells if cell[0] not in "[{")
+        other = next(cell for cell in cells if not begins_a_list(cell))
         raise DataError(
             f"{where(other)}: labels are a list in some rows ({brief(found[0])}), but not here: {brief(other)}; write "
             "all of them in one form"

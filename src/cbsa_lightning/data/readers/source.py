@@ -47,7 +47,7 @@ class Source(ABC):
         """The images to test on, if there are any."""
 
     def describe(self) -> list[str]:
-        """Sentences on what was found out about the files that nobody has said; they may be read for it."""
+        """Sentences on what was detected in the annotation files, for the user; the files may be read for it."""
         return []
 
 

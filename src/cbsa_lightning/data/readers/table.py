@@ -23,8 +23,8 @@ class Table(Source):
     A table is a CSV, Parquet or JSON lines file (``read_columns``) with a column of paths. Labels stand in one of two
     forms:
 
-    - by name: a column such as ``labels`` or ``tags`` with names of classes. How they stand in a cell (``a;b``,
-      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is found out from all cells (``detect``). An empty cell means
+    - by name: a column such as ``labels`` or ``tags`` with names of classes. How a cell lists them (``a;b``,
+      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An empty cell means
       that nothing is known of the image: it is unlabelled, as with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and
       ``[]`` mean that it shows no class. A column ``review`` names classes of which nothing is known, whatever the
       labels say. Other columns are not read.
@@ -41,7 +41,7 @@ class Table(Source):
         test: Table to test on.
         root: Folder that paths are relative to; default: the folder of each table.
         class_file: Class file with classes, prompt names and synonyms (``read_class_file``).
-        separator: What stands between the names in a labels cell; " " for any blanks. Default: found out.
+        separator: What separates the names in a labels cell; " " for any blanks. Default: detected.
         image_column: The column with the paths. Default: ``image``, ``path``, ``file``, ``filename`` or another name
             of ``IMAGE_COLUMNS``, in any case.
         labels_column: The column with names of classes. Default: ``labels``, ``label``, ``tags`` or another name of
@@ -113,7 +113,7 @@ class Table(Source):
         return None if self._test is None else self._read(self._test)
 
     def describe(self) -> list[str]:
-        """What was found out about each table: columns, how names stand in cells, rows that were merged."""
+        """What was detected in each table: columns, how cells list names, rows that were merged."""
         for path in (self._train, self._test):
             if path is not None and path not in self._notes:
                 self._read(path)

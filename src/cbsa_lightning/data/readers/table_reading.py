@@ -1,4 +1,4 @@
-"""Reads one table of images and labels; how it is to be read is found out where nobody says it."""
+"""Reads one table of images and labels; what its options leave open is detected."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TableForm:
-    """What is said about the form of a table; all else is found out.
+    """Options of a table; what they leave open is detected.
 
     Attributes:
-        separator: What stands between the names in a cell.
+        separator: What separates the names in a cell.
         image_column: The column with the paths.
         labels_column: The column with names of classes.
         nothing: Words that mean, as ``none`` does, that an image shows no class.
@@ -104,11 +104,11 @@ def read_table(
     Args:
         path: CSV, Parquet or JSON lines file.
         classes: The classes to read; default: those that the table names itself.
-        form: What is said about its form.
+        form: Its options.
         root: Folder that paths are relative to; default: the folder of the table.
         allow_outside: Whether paths may leave ``root``.
         other_columns: Whether columns that are no class may stand beside class columns.
-        notes: Gets sentences on what was found out about the table.
+        notes: Gets sentences on what was detected.
 
     Raises:
         DataError: There is no image column or no label, rows of one image contradict each other, a path is empty or
@@ -122,7 +122,7 @@ def read_table(
     root = columns.path.parent if root is None else Path(root)
     paths = tidy_paths(root, root, columns.text(image).fill_null(""), columns.where, allow_outside)
     known = classes.index()
-    in_file = known if given and other_columns else ()
+    in_file = known if given and other_columns else ()  # columns that are classes, "label" or "split" too
     words = _words(form, known)
     column = labels_column(columns, image, form.labels_column, in_file)
     one_label_a_row = False
@@ -131,7 +131,7 @@ def read_table(
         labels = labels_by_column(columns, image, classes, words, other_columns)
         how = "labels by column, one column a class"
     else:
-        refuse_parts(columns, {image, column})
+        refuse_parts(columns, {image, column, *known})
         if NO_LABEL in known:
             raise DataError(
                 f"{classes.path}: a class cannot be called {NO_LABEL!r}, which means no class in column "
