@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cbsa_lightning.data.readers import Table
+from cbsa_lightning.data.readers import VOC, Table
 from cbsa_lightning.data.readers.unlabelled import read_images
 from cbsa_lightning.errors import ConfigError, DataError
 
@@ -268,6 +268,10 @@ def test_one_sentence_a_table_says_how_it_was_read(tmp_path):
         f"{train}: 2 images in column 'Image'; labels by name in column 'Tags', names separated by '|'",
         f"{test}: 1 images in column 'image'; labels by column, one column a class",
     ]
+
+
+def test_sources_without_detection_say_nothing():
+    assert VOC("voc").describe() == []
 
 
 def test_numbers_stay_names(tmp_path):

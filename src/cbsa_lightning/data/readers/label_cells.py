@@ -65,7 +65,8 @@ class LabelCells:
         lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
         self.row: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)
         values = pc.list_flatten(lists).fill_null("").dictionary_encode()
-        self._encode(values.dictionary.to_pylist(), values.indices.to_numpy(zero_copy_only=False))
+        names = [clean_name(name) for name in values.dictionary.to_pylist()]
+        self._encode(names, values.indices.to_numpy(zero_copy_only=False))
 
     def _read_cells(self, cells: Any, form: Form | None, known: Collection[str] | None) -> None:
         """Splits each different cell once."""
@@ -90,6 +91,7 @@ class LabelCells:
         flat = [name for some in names for name in some]
 
         self.known = np.array([meaning is not Meaning.UNLABELLED for meaning in meanings])[cell_of_row]
+        # Each row takes the names of its cell: as many as the cell has, from where they start in `flat`.
         of_row = lengths[cell_of_row]
         self.row = np.repeat(np.arange(len(of_row)), of_row)
         within = np.arange(len(self.row)) - np.repeat(np.cumsum(of_row) - of_row, of_row)
@@ -99,7 +101,7 @@ class LabelCells:
     def _encode(self, names: list[str], code: NDArray[Any]) -> None:
         """Sets ``names`` and ``code`` from names that may repeat, and codes into them."""
         position: dict[str, int] = {}
-        new = np.array([position.setdefault(clean_name(name), len(position)) for name in names], dtype=np.int64)
+        new = np.array([position.setdefault(name, len(position)) for name in names], dtype=np.int64)
         self.names = list(position)
         self.code: NDArray[np.int64] = new[code] if len(code) else np.zeros(0, np.int64)
 
