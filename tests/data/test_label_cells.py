@@ -7,8 +7,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cbsa_lightning.data.readers import Table
+from cbsa_lightning.data.readers.coco import COCO_CLASSES
+from cbsa_lightning.data.readers.nuswide import NUSWIDE_CLASSES
+from cbsa_lightning.data.readers.voc import VOC_CLASSES
 from cbsa_lightning.errors import ConfigError, DataError
 
 TRUTH = [{"red", "blue"}, {"green"}, set(), {"red", "green", "blue"}, {"blue", "green"}, {"red"}]
@@ -69,6 +74,32 @@ def test_forms_of_cells(tmp_path, cell, said, class_file):
     source = Table(write(tmp_path, cells), **options)
     assert source.class_names == NAMES
     assert any(said in sentence for sentence in source.describe())
+
+
+@pytest.mark.parametrize("separator", [";", ",", "|", "json"])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_whatever_is_read_is_what_was_written(tmp_path, separator, data):
+    """Names may have blanks, and commas where a comma separates nothing; what is unclear is refused."""
+    mark = "," if separator in (";", "|") else " "
+    name = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(f"{mark} ".strip(" ").join)
+    names = data.draw(st.lists(name, min_size=1, max_size=5, unique=True))
+    truth = data.draw(st.lists(st.sets(st.sampled_from(names)), min_size=1, max_size=8))
+    if separator == "json":
+        cells = [json.dumps(sorted(row)) for row in truth]
+    else:
+        cells = [separator.join(sorted(row)) or "none" for row in truth]
+    try:
+        found = read(tmp_path, cells)
+    except DataError:
+        return  # no class at all, or commas and blanks that may separate names
+    if separator == "json" or any(len(row) > 1 for row in truth):
+        assert found == truth
+
+
+@pytest.mark.parametrize("names", [COCO_CLASSES, VOC_CLASSES, NUSWIDE_CLASSES], ids=["COCO", "VOC", "NUS-WIDE"])
+def test_names_of_the_benchmarks_stay_whole(tmp_path, names):
+    assert read(tmp_path, names) == [{name} for name in names]
 
 
 @pytest.mark.parametrize("separator", [";", ",", "|", " ", " / ", "\t", "and"])
