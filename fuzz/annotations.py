@@ -40,11 +40,13 @@ class CocoFile(Target):
     def draw(self, rng: Rng) -> Case:
         """A tree that is damaged as such, as text, or as bytes."""
         tree = coco_tree()
-        return Case({"i.json": as_json(rng, damage_tree(rng, tree) if rng.random() < 0.8 else tree)})
+        file = {"i.json": as_json(rng, damage_tree(rng, tree) if rng.random() < 0.8 else tree)}
+        return Case(file, {"unannotated": pick(rng, (None, "drop", "unlabelled", "empty"))})
 
     def run(self, case: Case, folder: Path) -> None:
         """Rows and labels must be the images and pairs that a plain reading of the file finds."""
-        source = COCO(str(folder), train_annotations="i.json", train_images="images")
+        unannotated = case.options["unannotated"]
+        source = COCO(str(folder), train_annotations="i.json", train_images="images", unannotated=unannotated)
         table = source.train()
         if source.class_names != table.class_names:
             raise Silence(f"class_names gives {source.class_names}, the table has {table.class_names}")
@@ -60,7 +62,11 @@ class CocoFile(Target):
             raise Silence("a key stands there twice, and one value was dropped")
         # As text, since True == 1 == 1.0 in Python.
         pairs = {(json.dumps(a["image_id"]), json.dumps(a["category_id"])) for a in content["annotations"]}
-        images = {image for image, _ in pairs}
+        annotated = {image for image, _ in pairs}
+        images = annotated if unannotated == "drop" else {json.dumps(image["id"]) for image in content["images"]}
+        unknown = (table.labels == -1).all(axis=1).sum()
+        if unknown != (len(images - annotated) if unannotated in (None, "unlabelled") else 0):
+            raise Silence(f"{unknown} unlabelled rows of {len(table)}")
         if (len(table), int((table.labels == 1).sum())) != (len(images), len(pairs)):
             raise Silence(f"{len(table)} rows, {int(table.labels.sum())} labels; {len(images)}, {len(pairs)} expected")
         names = {json.dumps(category["id"]): category["name"] for category in content["categories"]}
@@ -69,10 +75,10 @@ class CocoFile(Target):
             raise Silence("an image whose file_name is no text")
         if any(not isinstance(category["name"], str) for category in content["categories"]):
             raise Silence("a category whose name is no text")
-        expected: dict[str, set[str]] = {}
+        path_of = {image: posixpath.normpath("images/" + stated[image].replace("\\", "/")) for image in images}
+        expected: dict[str, set[str]] = {path: set() for path in path_of.values()}
         for image, category in pairs:
-            path = posixpath.normpath("images/" + stated[image].replace("\\", "/"))
-            expected.setdefault(path, set()).add(unicodedata.normalize("NFC", names[category]).strip())
+            expected[path_of[image]].add(unicodedata.normalize("NFC", names[category]).strip())
         found = {
             str(path): {table.class_names[k] for k in np.flatnonzero(row == 1)}
             for path, row in zip(table.paths, table.labels, strict=True)

@@ -1,11 +1,13 @@
-"""People's own tables, CSV and Parquet."""
+"""People's own tables: CSV, Parquet and JSON lines."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import io
+import json
 import posixpath
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.readers.roles import IMAGE_COLUMNS, LABELS_COLUMNS
 from cbsa_lightning.data.readers.table import Table
+from cbsa_lightning.data.readers.words import UNLABELLED
 from fuzz.harness import Case, Silence, Target
-from fuzz.mutations import Rng, damage_bytes, damage_text, encoded, odd_text, pick
+from fuzz.mutations import Rng, damage_bytes, damage_text, damage_tree, encoded, odd_text, pick
 
 NAMES = [["image", "labels"], ["a.jpg", "cat;dog"], ["b.jpg", ""], ["sub/c.jpg", "none"], ["d.jpg", "dog"]]
+COMMAS = [["image", "Tags"], ["a.jpg", "cat, dog"], ["b.jpg", "NA"], ["c.jpg", "dog"], ["c.jpg", "dog"]]
+LISTS = [["file_name", "labels"], ["a.jpg", '["cat", "dog"]'], ["b.jpg", ""], ["c.jpg", "[]"], ["d.jpg", '["dog"]']]
+ROWS = [["image", "label"], ["a.jpg", "cat"], ["a.jpg", "dog"], ["b.jpg", "none"], ["c.jpg", "dog"], ["d.jpg", ""]]
 COLUMNS = [["image", "cat", "dog"], ["a.jpg", "1", "0"], ["b.jpg", "", "-1"], ["c.jpg", "1.0", "True"]]
 CLASS_FILE = b"cat: house cat\ndog: {synonyms: [hound]}\n"
 
@@ -45,42 +52,68 @@ def stay_inside(table: AnnotationTable) -> None:
     table.digest()
 
 
+def _clean(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _first(header: list[str], names: tuple[str, ...]) -> str | None:
+    """The column that bears the first of ``names``, whatever its spelling."""
+    keys = {re.sub(r"[\s_-]+", "", name).casefold(): name for name in reversed(header)}
+    return next((name if name in header else keys[name] for name in names if name in keys), None)
+
+
+def _names(cell: str, separator: str | None, known: set[str]) -> set[str]:
+    """Names in a cell; without a separator, under the first reading that gives nothing but known names."""
+    if separator is not None:
+        return {_clean(name) for name in cell.split(separator)}
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(names := json.loads(cell), list) and all(isinstance(name, str) for name in names):
+            return {_clean(name) for name in names}
+    readings = [{_clean(cell)}, *({_clean(name) for name in cell.split(mark)} for mark in (";", "|", ",", None))]
+    return next((names for names in readings if names <= known), readings[0])
+
+
+def _expected(cells: dict[str, str], table: AnnotationTable, separator: str | None, other: dict[str, str]) -> list[int]:
+    """Labels of one row by a plain reading of its cells; ``other`` are synonyms."""
+    column = _first(list(cells), LABELS_COLUMNS)
+    if column is not None:
+        cell = _clean(cells[column])
+        if cell.casefold() in UNLABELLED or cell == "None":
+            return [-1] * table.num_classes
+        if cell in ("none", "[]"):
+            return [0] * table.num_classes
+        named = {other.get(name, name) for name in _names(cell, separator, {*table.class_names, *other})}
+        if separator is None and not named <= set(table.class_names):
+            raise Silence(f"{cell!r} is read, but has other names than {table.class_names}")
+        return [int(name in named) for name in table.class_names]
+    by_name = {other.get(name, name): re.sub(r"\.0*$", "", cell.strip().lower()) for name, cell in cells.items()}
+    meaning = {"1": 1, "true": 1, "0": 0, "false": 0} | dict.fromkeys(("-1", "none", *UNLABELLED), -1)
+    return [meaning[by_name[name]] for name in table.class_names]
+
+
 def _check_labels(
-    table: AnnotationTable, header: list[str], rows: list[list[str]], separator: str, other: dict[str, str]
+    table: AnnotationTable, header: list[str], rows: list[list[str]], separator: str | None, other: dict[str, str]
 ) -> None:
-    """Compares a table with a plain reading of its cells; ``other`` are synonyms."""
+    """Compares a table with a plain reading of its cells; rows of one image count together.
 
-    def clean(text: str) -> str:
-        return unicodedata.normalize("NFC", text).strip()
-
-    header = [clean(name) for name in header]
-    image = next(name for name in ("image", "path", "file", "filename") if name in header)
-    for i, row in enumerate(rows):
+    Raises:
+        Silence: A path or a label differs, or rows that contradict each other were merged.
+    """
+    header = [_clean(name) for name in header]
+    image = _first(header, IMAGE_COLUMNS)
+    expected: dict[str, list[list[int]]] = {}
+    for row in rows:
         cells = dict(zip(header, row, strict=True))
-        path = posixpath.normpath(cells[image].strip().replace("\\", "/"))
-        if clean(str(table.paths[i])) != clean(path):
-            raise Silence(f"row {i}: path {str(table.paths[i])!r}, expected {path!r}")
-        if "labels" in header:
-            named = {other.get(clean(name), clean(name)) for name in cells["labels"].split(separator)}
-            known = bool(cells["labels"].strip())
-            expected = [int(name in named) if known else -1 for name in table.class_names]
-        else:
-            by_name = {other.get(name, name): cell.strip() for name, cell in cells.items()}
-            meaning = {
-                "1": 1,
-                "1.0": 1,
-                "true": 1,
-                "0": 0,
-                "0.0": 0,
-                "false": 0,
-                "-1": -1,
-                "-1.0": -1,
-                "": -1,
-                "nan": -1,
-            }
-            expected = [meaning[by_name[name].lower()] for name in table.class_names]
-        if table.labels[i].tolist() != expected:
-            raise Silence(f"row {i}: labels {table.labels[i].tolist()}, expected {expected}")
+        path = posixpath.normpath(cells[image or ""].strip().replace("\\", "/"))
+        expected.setdefault(_clean(path), []).append(_expected(cells, table, separator, other))
+    if (found := [_clean(path) for path in table.paths.tolist()]) != list(expected):
+        raise Silence(f"paths {found}, expected {list(expected)}")
+    for labels, (path, given) in zip(table.labels.tolist(), expected.items(), strict=True):
+        if labels != [max(column) for column in zip(*given, strict=True)]:
+            raise Silence(f"{path!r}: labels {labels}, expected {given}")
+        contradict = any({0, 1} <= set(column) for column in zip(*given, strict=True))
+        if contradict and any(row.count(1) != 1 for row in given):
+            raise Silence(f"{path!r}: merged {given}, which contradict each other")
 
 
 def _odd_cells(rng: Rng, rows: list[list[Any]], value: Any) -> list[list[Any]]:
@@ -113,7 +146,7 @@ class CsvTables(Target):
 
     def draw(self, rng: Rng) -> Case:
         """Cells, rows, quotes, delimiters or bytes damaged."""
-        rows = pick(rng, (NAMES, COLUMNS))
+        rows = pick(rng, (NAMES, COMMAS, LISTS, ROWS, COLUMNS))
         if rng.random() < 0.8:
             rows = _odd_cells(rng, rows, odd_text)
         buffer = io.StringIO()
@@ -137,7 +170,10 @@ class CsvTables(Target):
         elif chance < 0.32:
             at = int(rng.integers(len(text) + 1))
             text = text[:at] + "y" * int(rng.integers(100_000, 3_000_000)) + text[at:]
-        options = {"class_file": bool(rng.random() < 0.3), "separator": pick(rng, (";", ";", ",", "|", "e"))}
+        options = {
+            "class_file": bool(rng.random() < 0.3),
+            "separator": pick(rng, (None, None, None, ";", ",", "|", "e")),
+        }
         return Case({"t.csv": encoded(rng, text)}, options, ("t.csv",))
 
     def run(self, case: Case, folder: Path) -> None:
@@ -149,8 +185,6 @@ class CsvTables(Target):
         header = text.replace("\r", "\n").split("\n", 1)[0]
         mark = next((m for m in (",", "\t", ";") if len(next(csv.reader([header], delimiter=m))) > 1), ",")
         rows = [row for row in csv_rows(text, mark) if row]
-        if len(rows) - 1 != len(table):
-            raise Silence(f"{len(table)} rows, where csv finds {len(rows) - 1}")
         if any(len(row) != len(rows[0]) for row in rows):
             raise Silence("a row of another length than the header")
         synonyms = {"hound": "dog"} if class_file else {}
@@ -168,7 +202,7 @@ class ParquetTables(Target):
 
     def draw(self, rng: Rng) -> Case:
         """A file that Arrow writes from odd columns; half of them are damaged as bytes."""
-        rows = pick(rng, (NAMES, COLUMNS))
+        rows = pick(rng, (NAMES, COMMAS, LISTS, ROWS, COLUMNS))
         names = list(rows[0])
         columns: list[Any] = [pa.array(list(column)) for column in zip(*rows[1:], strict=True)]
         for _ in range(int(rng.integers(0, 3))):
@@ -226,8 +260,46 @@ class ParquetTables(Target):
         table = Table(str(folder / "t.parquet"), class_file=class_file).train()
         stay_inside(table)
         content = pq.ParquetFile(folder / "t.parquet").read()
-        if len(table) != content.num_rows:
+        if len(table) > content.num_rows:
             raise Silence(f"{len(table)} rows, but the file has {content.num_rows}")
         if all(column.type in (pa.string(), pa.large_string()) for column in content.columns):
             rows = [[cell or "" for cell in row] for row in zip(*(c.to_pylist() for c in content.columns), strict=True)]
-            _check_labels(table, content.column_names, rows, ";", {"hound": "dog"} if class_file else {})
+            _check_labels(table, content.column_names, rows, None, {"hound": "dog"} if class_file else {})
+
+
+class JsonLines(Target):
+    """``Table.train`` on damaged files with one JSON object a line."""
+
+    name, share = "JSON lines", 4
+
+    def draw(self, rng: Rng) -> Case:
+        """Objects damaged as trees, lines as text."""
+        header, *rows = pick(rng, (NAMES, COMMAS, LISTS, ROWS, COLUMNS))
+        lines: Any = [dict(zip(header, row, strict=True)) for row in rows]
+        for line in lines:
+            if rng.random() < 0.5 and ";" in line.get("labels", ""):
+                line["labels"] = line["labels"].split(";")
+        if rng.random() < 0.7:
+            lines = damage_tree(rng, lines, 2)
+        lines = lines if isinstance(lines, list) else [lines]
+        text = "\n".join(json.dumps(line, ensure_ascii=bool(rng.random() < 0.5)) for line in lines)
+        if rng.random() < 0.2:
+            text = damage_text(rng, text)
+        return Case({"t.jsonl": encoded(rng, text)}, {}, ("t.jsonl",))
+
+    def run(self, case: Case, folder: Path) -> None:
+        """Rows and labels must be those of a plain reading of the lines."""
+        table = Table(str(folder / "t.jsonl")).train()
+        stay_inside(table)
+        lines = case.files["t.jsonl"].decode("utf-8-sig").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
+        header = list(dict.fromkeys(key for record in records for key in record))
+        cells = [[_cell(record.get(key)) for key in header] for record in records]
+        if len({_clean(key) for key in header}) == len(header):
+            _check_labels(table, header, cells, None, {})
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

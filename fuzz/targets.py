@@ -12,11 +12,11 @@ from fuzz.names import ClassFiles, ClassNames
 from fuzz.predict import PredictInputs
 from fuzz.settings import Configs, DataSettings
 from fuzz.splits import SplitFiles
-from fuzz.tables import CsvTables, ParquetTables
+from fuzz.tables import CsvTables, JsonLines, ParquetTables
 
 _ALL: tuple[type[Target], ...] = (
-    ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, ClassFiles, ClassNames, SplitFiles,
-    PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs, CvatXml,
-    ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines,
+    ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, JsonLines, ClassFiles, ClassNames,
+    SplitFiles, PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs,
+    CvatXml, ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines,
 )  # fmt: skip
 TARGETS = {target.name: target for target in _ALL}

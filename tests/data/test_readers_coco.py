@@ -9,7 +9,7 @@ import pytest
 
 from cbsa_lightning.data.readers import COCO, Source
 from cbsa_lightning.data.readers.coco import COCO_CLASSES
-from cbsa_lightning.errors import DataError
+from cbsa_lightning.errors import ConfigError, DataError
 from layouts import COCO_IDS, make_coco
 
 
@@ -228,6 +228,7 @@ def test_real_images(realbench):
         val_annotations="annotations/instances_val.json",
         train_images="images",
         val_images="images",
+        unannotated="drop",
     )
     source.prepare()
     t, s = source.train(), source.test()
@@ -241,3 +242,62 @@ def test_real_images(realbench):
     file = {image["file_name"]: image["id"] for image in content["images"]}
     number = {c["name"]: c["id"] for c in content["categories"]}
     assert pairs == {(file[f], number[name]) for f, names in names_of(s).items() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("unannotated", "paths", "labels"),
+    [
+        ("drop", ["a.jpg", "b.jpg"], [[0, 1], [1, 0]]),
+        ("unlabelled", ["a.jpg", "c.jpg", "b.jpg"], [[0, 1], [-1, -1], [1, 0]]),
+        ("empty", ["a.jpg", "c.jpg", "b.jpg"], [[0, 1], [0, 0], [1, 0]]),
+    ],
+)
+def test_images_without_an_annotation(tmp_path, unannotated, paths, labels):
+    content = tiny()
+    content["images"].append({"id": 11, "file_name": "c.jpg"})
+    path = write(tmp_path, content)
+    write(tmp_path, content, "val")
+    table = COCO(str(tmp_path), unannotated=unannotated).train()
+    assert table.paths.tolist() == [f"train2014/{name}" for name in paths]
+    assert table.labels.tolist() == labels
+    assert f"{path}: 1 of 3 images have no annotation" in COCO(str(tmp_path), unannotated=unannotated).describe()[0]
+    assert len(COCO(str(tmp_path)).train()) == 2, "COCO's own files follow CAP's lists"
+    own = COCO(str(tmp_path), train_annotations="annotations/instances_train2014.json")
+    assert own.train().labels.tolist() == [[0, 1], [-1, -1], [1, 0]]
+    assert len(own.test()) == 2
+
+
+def test_another_choice_of_unannotated(tmp_path):
+    with pytest.raises(ConfigError, match="COCO: unannotated"):
+        COCO(str(tmp_path), unannotated="keep")
+
+
+@pytest.mark.parametrize(
+    ("change_of_file", "words"),
+    [
+        (lambda c: c["annotations"][0].update(image_id="10"), ["annotations[0]", "'10'", "a text", "a whole number"]),
+        (lambda c: c["images"][1].update(id="9"), ["annotations[1]", "image 9", "a text", "a whole number"]),
+        (lambda c: c["annotations"][0].update(image_id="1" * 10_000), ["annotations[0]", "correct or remove it"]),
+        (
+            lambda c: c.update(annotations=[{"id": 1, "image_id": 10, "caption": "a dog"}]),
+            ["annotations[0]", "captions file", "instances file"],
+        ),
+        (lambda c: c["categories"].append({"id": 8, "name": "Dog"}), ["categories", "same prompt text", "'Dog'"]),
+    ],
+)
+def test_refusals_say_what_the_file_is(tmp_path, change_of_file, words):
+    content = tiny()
+    change_of_file(content)
+    path = write(tmp_path, content)
+    with pytest.raises(DataError) as error:
+        COCO(str(tmp_path)).train()
+    for word in (str(path), *words):
+        assert word in str(error.value)
+
+
+def test_a_class_file_tells_alike_categories_apart(tmp_path):
+    content = tiny()
+    content["categories"].append({"id": 8, "name": "Dog"})
+    write(tmp_path, content)
+    (tmp_path / "c.yaml").write_text("Dog: a male dog\n")
+    assert COCO(str(tmp_path), class_file=str(tmp_path / "c.yaml")).train().prompt_names == ("cat", "dog", "a male dog")

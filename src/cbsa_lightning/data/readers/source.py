@@ -46,6 +46,10 @@ class Source(ABC):
     def test(self) -> AnnotationTable | None:
         """The images to test on, if there are any."""
 
+    def describe(self) -> list[str]:
+        """Sentences on what was detected in the annotation files, for the user; the files may be read for it."""
+        return []
+
 
 def read_lines(file: Path, remedy: str) -> list[str]:
     """Lines of a text file without their ends.

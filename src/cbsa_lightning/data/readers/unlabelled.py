@@ -12,6 +12,7 @@ import numpy as np
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, StringArray, as_strings, first_not_unicode
 from cbsa_lightning.data.images import foreign_kind
 from cbsa_lightning.data.readers.columns import Columns, read_columns, refuse_repeated_rows
+from cbsa_lightning.data.readers.roles import image_column
 from cbsa_lightning.data.readers.source import read_lines, tidy_paths
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
@@ -145,7 +146,7 @@ def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:
             raise DataError(f"{path}: names no image; write one path a line")
     else:
         columns = read_columns(path)
-        names = columns.image_paths()
+        names = columns.text(image_column(columns)).fill_null("")
     tidy = tidy_paths(root, root, names, columns.where, allow_outside)
     refuse_repeated_rows(columns, tidy)
     return tidy

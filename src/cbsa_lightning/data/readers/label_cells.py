@@ -1,0 +1,147 @@
+"""A column with names of classes, flat: which rows have which names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.class_names import clean_name
+from cbsa_lightning.data.readers.columns import Columns
+from cbsa_lightning.data.readers.separators import Form, detect
+from cbsa_lightning.data.readers.words import NO_LABEL, Meaning, Words, begins_a_list
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError
+
+
+class LabelCells:
+    """The names of one column.
+
+    Args:
+        columns: The table.
+        column: The column's name.
+        words: Which words are no names.
+        form: How a cell lists its names; None to detect it.
+        known: Names and synonyms of the classes, if they are known.
+
+    Attributes:
+        form: How a cell lists its names.
+        known: (n,) bool, False for a row that is not labelled.
+        row: (k,) row of each name that is written.
+        code: (k,) its position in ``names``.
+        names: The different names.
+
+    Raises:
+        DataError: Cells have no clear form, an empty name, or a name that does not look like a class; a word that means
+            "not labelled" or "shows nothing" stands beside a name.
+    """
+
+    def __init__(
+        self,
+        columns: Columns,
+        column: str,
+        words: Words,
+        form: Form | None = None,
+        known: Collection[str] | None = None,
+    ) -> None:
+        self._columns, self._column, self._words = columns, column, words
+        if columns.has_lists(column):
+            self.form = Form(lists=True)
+            self._read_lists(columns.lists(column))
+        else:
+            self._read_cells(columns.text(column).fill_null("").dictionary_encode(), form, known)
+        self._take_words_out()
+
+    def first_row_of(self, name: str) -> int:
+        """The first row that has ``name``."""
+        return int(self.row[np.argmax(self.code == self.names.index(name))])
+
+    def _read_lists(self, lists: Any) -> None:
+        self.known: NDArray[np.bool_] = lists.is_valid().to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
+        self.row: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)
+        values = pc.list_flatten(lists).fill_null("").dictionary_encode()
+        names = [clean_name(name) for name in values.dictionary.to_pylist()]
+        self._encode(names, values.indices.to_numpy(zero_copy_only=False))
+
+    def _read_cells(self, cells: Any, form: Form | None, known: Collection[str] | None) -> None:
+        """Splits each different cell once."""
+        texts: list[str] = cells.dictionary.to_pylist()
+        cell_of_row = cells.indices.to_numpy(zero_copy_only=False)
+
+        def where(text: str) -> str:
+            return self._columns.where(int(np.argmax(cell_of_row == texts.index(text))))
+
+        empty_list = re.compile(r"\[\s*\]")
+        meanings = [Meaning.NOTHING if empty_list.fullmatch(text) else self._words.meaning(text) for text in texts]
+        with_names = []
+        for text, meaning in zip(texts, meanings, strict=True):
+            if meaning is Meaning.UNCLEAR and not begins_a_list(text):
+                self._refuse_unclear(text, where(text))
+            if meaning in (Meaning.NAME, Meaning.UNCLEAR):
+                with_names.append(text)
+        self.form = detect(with_names, where, known) if form is None else form
+        split = {text: self.form.split(text) for text in with_names}
+        names = [split.get(text, []) for text in texts]
+        lengths = np.array([len(some) for some in names], dtype=np.int64)
+        flat = [name for some in names for name in some]
+
+        self.known = np.array([meaning is not Meaning.UNLABELLED for meaning in meanings])[cell_of_row]
+        # Each row takes the names of its cell: as many as the cell has, from where they start in `flat`.
+        of_row = lengths[cell_of_row]
+        self.row = np.repeat(np.arange(len(of_row)), of_row)
+        within = np.arange(len(self.row)) - np.repeat(np.cumsum(of_row) - of_row, of_row)
+        starts = (np.cumsum(lengths) - lengths)[cell_of_row]
+        self._encode(flat, np.repeat(starts, of_row) + within)
+
+    def _encode(self, names: list[str], code: NDArray[Any]) -> None:
+        """Sets ``names`` and ``code`` from names that may repeat, and codes into them."""
+        position: dict[str, int] = {}
+        new = np.array([position.setdefault(name, len(position)) for name in names], dtype=np.int64)
+        self.names = list(position)
+        self.code: NDArray[np.int64] = new[code] if len(code) else np.zeros(0, np.int64)
+
+    def _take_words_out(self) -> None:
+        """Leaves names of classes alone; a word that stands alone in a list of names has its meaning."""
+        if "" in self.names:
+            mark = repr(self.form.separator) if self.form.separator else "entry"
+            raise DataError(
+                f"{self._columns.where(self.first_row_of(''))}: an empty name in column {self._column!r}; take the "
+                f"spare {mark} out, and write {NO_LABEL!r} if the image shows no class"
+            )
+        meanings = [self._words.meaning(name) for name in self.names]
+        count = np.bincount(self.row, minlength=len(self.known))
+        for name, meaning in zip(self.names, meanings, strict=True):
+            if meaning is Meaning.UNCLEAR:
+                self._refuse_unclear(name, self._columns.where(self.first_row_of(name)))
+            if meaning is Meaning.NAME:
+                continue
+            rows = self.row[self.code == self.names.index(name)]
+            if (both := count[rows] > 1).any():
+                raise DataError(
+                    f"{self._columns.where(int(rows[both][0]))}: {name!r} beside another name; {name!r} means "
+                    f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labelled'}; take "
+                    "one of them out, or, if it is a class, name it in a class file"
+                )
+            self.known[rows] = meaning is Meaning.NOTHING
+        is_name = np.array([meaning is Meaning.NAME for meaning in meanings], dtype=bool)
+        kept = is_name[self.code]
+        self.row, self.code = self.row[kept], (np.cumsum(is_name) - 1)[self.code[kept]]
+        self.names = [name for name, named in zip(self.names, is_name, strict=True) if named]
+
+    def _refuse_unclear(self, name: str, where: str) -> None:
+        if name[0] in "[{'\"":
+            raise DataError(
+                f"{where}: {brief(name)} in column {brief(self._column)} is a part of a list, or in quotes; leave the "
+                "option separator out, so that lists are recognised, and quotes too, or name it in a class file if it "
+                "is a class"
+            )
+        raise DataError(
+            f"{where}: {brief(name)} in column {brief(self._column)} does not look like a class. If it means that an "
+            f"image shows no class, write {NO_LABEL!r} or give nothing: [{name:.50}]; if it means that nothing is "
+            "known, leave the cell empty; if it is a class, name it in a class file"
+        )

@@ -1,0 +1,114 @@
+"""Labels by column: one column a class, with 1, 0 and -1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.class_names import ClassFile
+from cbsa_lightning.data.readers.columns import Columns, column_named
+from cbsa_lightning.data.readers.roles import ANNOTATOR_COLUMNS, LABELS_COLUMNS, PARTS_COLUMNS, named_like
+from cbsa_lightning.data.readers.words import UNLABELLED, Meaning, Words
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError, listed
+
+_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1} | dict.fromkeys(sorted(UNLABELLED), -1)
+
+
+def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
+    """All columns but those with another meaning: paths, parts of the data set, annotators, "shows nothing".
+
+    Raises:
+        DataError: There are none; a column has the name of a word that means no class.
+    """
+    others = named_like(columns, (*PARTS_COLUMNS, *ANNOTATOR_COLUMNS))
+    found = []
+    for name in columns.names:
+        if name == image or (name in others and name not in words.classes):
+            continue
+        meaning = words.meaning(name)
+        if meaning is Meaning.NAME:
+            found.append(name)
+        elif meaning is not Meaning.NOTHING:
+            raise DataError(
+                f"{columns.path}: column {brief(name)} is no class by its name. If a 1 in it means that an image shows "
+                f"no class, give nothing: [{name:.50}]; if it is a class, name it in a class file; else take it out"
+            )
+    if not found:
+        raise DataError(
+            f"{columns.path}: no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column a class; give a "
+            "column of names with another name as labels_column"
+        )
+    return found
+
+
+def labels_by_column(
+    columns: Columns, image: str, classes: ClassFile, words: Words, other_columns: bool
+) -> NDArray[np.int8]:
+    """Reads one column a class.
+
+    Args:
+        columns: The table.
+        image: Its column with the paths.
+        classes: The C classes; columns may have their synonyms.
+        words: Which columns mean that an image shows no class: a 1 there makes all classes absent.
+        other_columns: Whether columns that are no class may stand beside class columns.
+
+    Returns:
+        (n, C): 1 present, 0 absent, -1 unknown.
+
+    Raises:
+        DataError: A class has no column or two, a column is no class, or a cell is no label.
+    """
+    meanings: dict[str, list[str]] = {name: [name] for name in classes.class_names}
+    for other, name in classes.synonyms.items():
+        meanings[name].append(other)
+    chosen = [column_named(columns, names) for names in meanings.values()]
+    if not other_columns:
+        extra = [name for name in class_columns(columns, image, words) if name not in chosen]
+        if extra:
+            raise DataError(
+                f"{columns.path}: columns that are no class of {classes.path}: {listed(map(brief, extra))}; take "
+                "them out, or name the classes in a class file"
+            )
+    labels = np.empty((columns.table.num_rows, len(chosen)), dtype=np.int8)
+    for k, name in enumerate(chosen):
+        labels[:, k] = _column_labels(columns, name)
+    _apply_nothing(columns, [name for name in columns.names if name in words.nothing], labels, classes.class_names)
+    return labels
+
+
+def _apply_nothing(columns: Columns, names: list[str], labels: NDArray[np.int8], class_names: Sequence[str]) -> None:
+    """Makes all classes absent where a column that means "shows nothing" has a 1."""
+    for name in names:
+        nothing = _column_labels(columns, name) == 1
+        wrong = np.flatnonzero(nothing & (labels == 1).any(axis=1))
+        if len(wrong):
+            row = int(wrong[0])
+            shown = class_names[int((labels[row] == 1).argmax())]
+            raise DataError(
+                f"{columns.where(row)}: 1 in column {brief(name)}, which means that the image shows no class, and 1 "
+                f"for class {brief(shown)}; correct one of them"
+            )
+        labels[nothing] = 0
+
+
+def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
+    cells = columns.text(name).fill_null("")
+    # As Excel and pandas write labels: TRUE, True, 1.0, 1.00, None.
+    plain = pc.utf8_lower(pc.replace_substring_regex(cells, "^None$", ""))
+    plain = pc.replace_substring_regex(plain, r"^(-?\d)\.0*$", r"\1")
+    codes = pc.index_in(plain, value_set=pa.array(list(_VALUES), pa.large_string()))
+    if codes.null_count:
+        wrong = np.flatnonzero(codes.is_null().to_numpy(zero_copy_only=False))
+        found = listed(f"{brief(cells[int(i)].as_py())} (row {i + columns.first_row})" for i in wrong)
+        raise DataError(
+            f"{columns.path}, class {brief(name)}: cells must be 1 (present), 0 (absent), -1 or empty (unknown); "
+            f"found {found}; correct them, or leave columns that are no class out with a class file"
+        )
+    values = np.array(list(_VALUES.values()), dtype=np.int8)
+    return np.asarray(values[codes.to_numpy(zero_copy_only=False)], dtype=np.int8)

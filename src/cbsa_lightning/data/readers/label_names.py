@@ -1,0 +1,113 @@
+"""Labels by name: a column with names of classes, and perhaps one with classes to review."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import UNKNOWN
+from cbsa_lightning.data.class_names import ClassFile, did_you_mean
+from cbsa_lightning.data.readers.columns import Columns
+from cbsa_lightning.data.readers.label_cells import LabelCells
+from cbsa_lightning.data.readers.roles import REVIEW_COLUMN, named_like
+from cbsa_lightning.data.readers.separators import Form
+from cbsa_lightning.data.readers.words import Words
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError, listed
+
+
+class NamedLabels:
+    """The columns of a table that have names of classes.
+
+    Args:
+        columns: The table.
+        column: The column of labels; a column ``review`` beside it has names of which nothing is known, whatever the
+            labels say.
+        words: Which words are no names.
+        form: How a cell lists its names; None to detect it.
+        known: Names and synonyms of the classes, if they are known.
+
+    Attributes:
+        labels: Names of the labels.
+        reviewed: Names of the classes to review, or None.
+
+    Raises:
+        DataError: See ``LabelCells``; a table that Label Studio wrote, whose empty cells can mean two things; a name to
+            review that is neither a label of another image nor a column.
+    """
+
+    def __init__(
+        self, columns: Columns, column: str, words: Words, form: Form | None, known: Collection[str] | None
+    ) -> None:
+        self._columns, self._column = columns, column
+        self.labels = LabelCells(columns, column, words, form, known)
+        _refuse_empty_annotations(columns, self.labels)
+        review = next((name for name in named_like(columns, (REVIEW_COLUMN,)) if name != column), None)
+        self.reviewed: LabelCells | None = None
+        if review is not None:
+            form = form or (self.labels.form if self.labels.form.separator else None)
+            known = known or {*self.labels.names, *columns.names}
+            self.reviewed = LabelCells(columns, review, words, form, known)
+            self._refuse_other_reviews(self.reviewed, known)
+
+    def class_names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted({*self.labels.names, *(self.reviewed.names if self.reviewed else ())})
+
+    def matrix(self, classes: ClassFile) -> NDArray[np.int8]:
+        """Labels of ``classes``, (n, C): 1 present, 0 absent, -1 unknown.
+
+        Raises:
+            DataError: A name is no class.
+        """
+        labels = np.zeros((len(self.labels.known), len(classes.class_names)), dtype=np.int8)
+        labels[~self.labels.known] = UNKNOWN
+        labels[self._places(self.labels, classes)] = 1
+        if self.reviewed is not None:
+            labels[self._places(self.reviewed, classes)] = UNKNOWN
+        return labels
+
+    def most_names_in_a_row(self) -> int:
+        """The largest number of names that a row has."""
+        return int(np.bincount(self.labels.row, minlength=1).max())
+
+    def _refuse_other_reviews(self, reviewed: LabelCells, known: Collection[str]) -> None:
+        """A class that no image is known to show may be named for review alone; free text may not."""
+        if wrong := [name for name in reviewed.names if name not in known]:
+            where = self._columns.where(reviewed.first_row_of(wrong[0]))
+            raise DataError(
+                f"{where}: column {REVIEW_COLUMN!r} names {listed(map(brief, wrong))}, which no image has as a label; "
+                "correct them, name the classes in a class file, or give the column another name if it is no list of "
+                "classes to review"
+            )
+
+    def _places(self, cells: LabelCells, classes: ClassFile) -> Any:
+        """Rows and classes of all names, to index a matrix with."""
+        position = classes.index()
+        unknown = [
+            f"row {cells.first_row_of(name) + self._columns.first_row}: {brief(name)}{did_you_mean(name, position)}"
+            for name in cells.names
+            if name not in position
+        ]
+        if unknown:
+            raise DataError(
+                f"{self._columns.path}: names that are no class of {classes.path}: {listed(unknown)}; correct them, or "
+                "add them to the class file as classes or synonyms"
+            )
+        return cells.row, np.array([position[name] for name in cells.names], dtype=np.int64)[cells.code]
+
+
+def _refuse_empty_annotations(columns: Columns, labels: LabelCells) -> None:
+    """In tables of Label Studio, an empty cell is "shows nothing" where the row has an annotation."""
+    for name in named_like(columns, ("annotationid",)):
+        annotated = pc.not_equal(columns.text(name).fill_null(""), "").to_numpy(zero_copy_only=False)
+        if (unclear := annotated & ~labels.known).any():
+            raise DataError(
+                f"{columns.where(int(unclear.argmax()))}: no labels, but an {name}: a labelling tool writes this for "
+                f"an image that shows no class; write 'none' there, or take the column {brief(name)} out if it is not "
+                "labelled"
+            )

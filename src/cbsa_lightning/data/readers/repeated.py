@@ -1,0 +1,107 @@
+"""Several rows for one image: rows that agree, a row for each label, and rows that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import UNKNOWN, StringArray, repeated_rows
+from cbsa_lightning.data.readers.columns import Columns
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError, listed
+
+Repeated = Literal["stop", "unknown", "union"]
+_SHARE = 0.1  # of images that have several labels; fewer are rather rows by mistake
+CHOICES: tuple[Repeated, ...] = ("stop", "unknown", "union")
+
+
+class Merged(NamedTuple):
+    """What is left of a table.
+
+    Attributes:
+        kept: (m,) the first row of each image.
+        labels: (m, C) int8, their labels.
+        note: A sentence on what was merged; empty for a table with one row an image.
+    """
+
+    kept: NDArray[np.int64]
+    labels: NDArray[np.int8]
+    note: str
+
+
+def merge_rows(
+    columns: Columns,
+    paths: StringArray,
+    labels: NDArray[np.int8],
+    class_names: Sequence[str],
+    how: Repeated,
+    one_label_a_row: bool,
+) -> Merged:
+    """Makes one row of all rows of an image; what one row knows and another does not is known.
+
+    Args:
+        columns: The table, for messages.
+        paths: (n,) image of each row.
+        labels: (n, C) int8.
+        class_names: The C classes.
+        how: What becomes of a class that one row says is present and another says is absent. "stop": an error, unless
+            the table has clearly a row for each label: a tenth of the images or more have several rows, and these name
+            one class each, none of them twice; "unknown": -1; "union": present.
+        one_label_a_row: Whether no row of the table has more than one label, and no column an annotator.
+
+    Raises:
+        DataError: Rows contradict each other, and ``how`` is "stop".
+    """
+    pairs = repeated_rows(paths)
+    first = np.arange(len(paths))  # of each row, the first row of its image
+    if not pairs:
+        return Merged(first, labels, "")
+    firsts, laters = np.array(pairs).T
+    first[laters] = firsts
+    order = np.argsort(first, kind="stable")
+    kept, starts = np.unique(first[order], return_index=True)
+    present = np.logical_or.reduceat(labels[order] == 1, starts)
+    absent = np.logical_or.reduceat(labels[order] == 0, starts)
+    contradicts = present & absent
+    identical = int((labels == labels[first]).all(axis=1).sum()) - len(kept)
+    merged = np.where(present, 1, np.where(absent, 0, UNKNOWN)).astype(np.int8)
+
+    note = f"{len(first):,} rows for {len(kept):,} images, {identical:,} of them with the labels of an earlier row"
+    if contradicts.any() and how == "stop":
+        several = np.unique(firsts)
+        named = (labels == 1).sum(axis=1)[np.isin(first, several)]
+        twice = (np.add.reduceat(labels[order] == 1, starts, dtype=np.int32) > 1).any()
+        clear = one_label_a_row and (named == 1).all() and not twice
+        if not clear or len(several) < _SHARE * len(kept):
+            _refuse(columns, paths, class_names, first, kept, contradicts)
+        note += "; each of the others adds a label"
+    elif contradicts.any():
+        note += f"; rows of {int(contradicts.any(axis=1).sum()):,} images contradict each other ({how})"
+    if how == "unknown":
+        merged[contradicts] = UNKNOWN
+    return Merged(kept, merged, note)
+
+
+def _refuse(
+    columns: Columns,
+    paths: StringArray,
+    class_names: Sequence[str],
+    first: NDArray[np.int64],
+    kept: NDArray[np.int64],
+    contradicts: NDArray[np.bool_],
+) -> None:
+    images = np.flatnonzero(contradicts.any(axis=1))
+    found = []
+    for i in images[:20].tolist():
+        rows = " and ".join(str(row + columns.first_row) for row in np.flatnonzero(first == kept[i])[:5].tolist())
+        name = class_names[int(contradicts[i].argmax())]
+        found.append(f"{brief(str(paths[kept[i]]))} (rows {rows}), class {brief(name)}")
+    more = f" ... and {len(images) - 20} more" if len(images) > 20 else ""
+    raise DataError(
+        f"{columns.path}: the same image with labels that contradict each other: {listed(found)}{more}; correct them, "
+        "or give repeated: unknown (several annotators: what they disagree on is unknown) or repeated: union (a row "
+        "for each label)"
+    )

@@ -1,0 +1,186 @@
+"""How the cells of a labels column list names: detected from all of its cells together."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from cbsa_lightning.data.class_names import clean_name
+from cbsa_lightning.data.readers.words import begins_a_list
+from cbsa_lightning.data.reading import brief
+from cbsa_lightning.errors import DataError
+
+MARKS = (";", "|", ",")
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_PYTHON_LIST = re.compile(rf"[\[{{]\s*(?:{_TEXT}\s*(?:,\s*{_TEXT}\s*)*(?:,\s*)?)?[\]}}]")
+# Blanks separate names only where words form so many different cells; see `_blanks`.
+_CELLS_A_WORD, _LENGTHS = 2, 3
+
+Where = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a cell lists its names.
+
+    Attributes:
+        separator: What separates names; white space for any blanks, "" for one name a cell.
+        lists: Whether cells are lists of JSON or Python.
+    """
+
+    separator: str = ""
+    lists: bool = False
+
+    def __str__(self) -> str:
+        if self.lists:
+            return "lists of names"
+        if not self.separator:
+            return "one name a cell"
+        return f"names separated by {self.separator!r}" if self.separator.strip() else "names separated by blanks"
+
+    def split(self, cell: str) -> list[str]:
+        """The names in a cell.
+
+        Raises:
+            ValueError: The cell is no list of texts, where cells are lists; the message says what it is.
+        """
+        if self.lists:
+            names = _listed(cell)
+        elif not self.separator:
+            names = [cell]
+        else:
+            names = cell.split(self.separator) if self.separator.strip() else cell.split()
+        return [clean_name(name) for name in names]
+
+
+def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = None) -> Form:
+    """Detects the form of a column.
+
+    Where classes are known: the first form under which each name is one of them. Else lists if cells begin with "[";
+    else ";" or "|", whichever occurs; else ",". Names may have commas and blanks where another mark separates them.
+    Without any mark, blanks separate names where a few words make up many different cells.
+
+    Args:
+        cells: The different cells that hold names, none empty.
+        where: Cell -> file and row, for a message.
+        known: Names and synonyms of the classes, if they are known.
+
+    Raises:
+        DataError: Cells can be read in two ways, or in none.
+    """
+    if known is not None:
+        for form in (Form(), *map(Form, (*MARKS, " "))):
+            if all(name in known for cell in cells for name in form.split(cell)):
+                return form
+    if found := [cell for cell in cells if begins_a_list(cell)]:
+        return _lists(cells, found, where)
+    marks = [mark for mark in MARKS if any(mark in cell for cell in cells)]
+    if not marks:
+        return _blanks(cells, where)
+    if {";", "|"} <= set(marks):
+        cell = next(cell for cell in cells if "|" in cell)
+        raise DataError(
+            f"{where(cell)}: ';' and '|' occur in labels, such as {brief(cell)}; give the one that separates names "
+            "as separator"
+        )
+    if len(marks) > 1:
+        _refuse_mixture(cells, marks[0], where)
+    return Form(marks[0])
+
+
+def _lists(cells: Sequence[str], found: list[str], where: Where) -> Form:
+    form = Form(lists=True)
+    for cell in found:
+        try:
+            form.split(cell)
+        except ValueError as error:
+            raise DataError(
+                f"{where(cell)}: labels {brief(cell)} {error}; write a list of names in quotes, or names with ';' "
+                "between them"
+            ) from None
+    if len(found) < len(cells):
+        other = next(cell for cell in cells if not begins_a_list(cell))
+        raise DataError(
+            f"{where(other)}: labels are a list in some rows ({brief(found[0])}), but not here: {brief(other)}; write "
+            "all of them in one form"
+        )
+    return form
+
+
+def _listed(cell: str) -> list[str]:
+    try:
+        names = json.loads(cell)
+    except (ValueError, RecursionError):
+        # Not by Python's parser alone, to which ['cat' 'dog'], as numpy writes it, is one text.
+        if not _PYTHON_LIST.fullmatch(cell):
+            raise ValueError("are no list of JSON or Python") from None
+        try:
+            names = list(ast.literal_eval(cell)) if cell[1:-1].strip() else []
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise ValueError("are no list of JSON or Python") from None
+    if isinstance(names, dict):
+        raise ValueError("are a JSON object, as in tables of Label Studio, which leave answers out (export JSON there)")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("are a list of something else than texts")
+    return names
+
+
+def _refuse_mixture(cells: Sequence[str], mark: str, where: Where) -> None:
+    """Refuses commas that may separate names as well as ``mark`` does.
+
+    A name may have a comma if it stands beside another name at least once, and if its pieces are no names elsewhere.
+    """
+    cell_of: dict[str, str] = {}
+    beside: set[str] = set()
+    users: defaultdict[str, set[str]] = defaultdict(set)
+    for cell in cells:
+        names = Form(mark).split(cell)
+        for name in names:
+            cell_of.setdefault(name, cell)
+            for piece in Form(",").split(name):
+                users[piece].add(name)
+        if len(names) > 1:
+            beside.update(names)
+    for name, cell in cell_of.items():
+        pieces = Form(",").split(name)
+        if len(pieces) > 1 and (name not in beside or all(len(users[piece]) > 1 for piece in pieces)):
+            raise DataError(
+                f"{where(cell)}: {mark!r} separates names in other rows, but {brief(name)} may be {len(pieces)} names "
+                f"with ',' between them; use {mark!r} in all rows, or, if it is one name, give separator: {mark!r}"
+            )
+
+
+def _blanks(cells: Sequence[str], where: Where) -> Form:
+    """One name a cell, which may have blanks, or several names with blanks between them.
+
+    Several only if this is clear: all words of cells with more than one occur in other cells too, none twice in a cell,
+    cells have at least three different numbers of words, and there are twice as many cells as words. Names such as
+    "dining table" and "traffic light" have words that occur once.
+    """
+    words = {" ".join(cell.split()): cell.split() for cell in cells}
+    cell_of = {" ".join(cell.split()): cell for cell in cells}
+    users: defaultdict[str, int] = defaultdict(int)
+    for found in words.values():
+        for word in set(found):
+            users[word] += 1
+    several = {cell: found for cell, found in words.items() if len(found) > 1}
+    unclear = [cell for cell, found in several.items() if all(users[word] > 1 for word in found)]
+    if not unclear:
+        return Form()
+    if (
+        len(unclear) == len(several)
+        and all(len(set(found)) == len(found) for found in several.values())
+        and len({len(found) for found in words.values()}) >= _LENGTHS
+        and len(words) >= _CELLS_A_WORD * len(users)
+    ):
+        return Form(" ")
+    cell = cell_of[unclear[0]]
+    raise DataError(
+        f"{where(cell)}: labels {brief(cell)} may be one name or several with blanks between them, since each of its "
+        "words occurs in other rows too; give separator: ' ' if they are several, separator: ';' if it is one, or name "
+        "the classes in a class file"
+    )

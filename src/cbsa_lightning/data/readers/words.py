@@ -1,0 +1,65 @@
+"""Words in a labels cell that are no class: "not labelled", and "seen, shows nothing"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+
+from cbsa_lightning.data.class_names import clean_name
+
+NO_LABEL = "none"
+UNLABELLED = frozenset({"", "nan", "na", "n/a", "null", "-", "unlabelled", "unlabeled", "<na>", "#n/a"})
+_LIKE_NOTHING = re.compile(
+    r"none|nothing|(no|without)( any)? (findings?|labels?|class(es)?|tags?|objects?|annotations?|categor(y|ies))"
+    r"|none of (the above|these)"
+)
+_QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
+_SIGNS = re.compile(r"[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e\s]+")
+
+
+def begins_a_list(text: str) -> bool:
+    """Whether ``text`` begins as a list of JSON or Python, or an object of JSON, does."""
+    return text[:1] in ("[", "{")
+
+
+class Meaning(Enum):
+    """What a word in a labels cell says of the image."""
+
+    UNLABELLED = "not labelled"
+    NOTHING = "shows no class"
+    UNCLEAR = "does not look like a class"
+    NAME = "a class"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Tells names of classes from words with another meaning.
+
+    ``none`` and the words in ``nothing`` mean that an image shows no class. Empty, ``nan``, ``NA``, ``N/A``, ``NULL``,
+    ``-``, ``unlabelled`` in any case, and ``None`` as Python writes it, mean that it is not labelled. What only looks
+    like such a word, such as "No Finding" or "?", is unclear, and so are parts of lists and names in quotes.
+
+    Attributes:
+        nothing: Words of the user that mean that an image shows no class.
+        classes: Names of a class file, which are classes whatever they look like.
+    """
+
+    nothing: frozenset[str] = frozenset()
+    classes: Collection[str] = ()
+
+    def meaning(self, word: str) -> Meaning:
+        """What ``word``, a cell or one of its names, says."""
+        word = clean_name(word)
+        folded = word.casefold()
+        if word == NO_LABEL or word in self.nothing:
+            return Meaning.NOTHING
+        if word and word in self.classes:
+            return Meaning.NAME
+        if word == "None" or folded in UNLABELLED:
+            return Meaning.UNLABELLED
+        plain = re.sub(r"[\s_-]+", " ", folded)
+        if _LIKE_NOTHING.fullmatch(plain) or begins_a_list(word) or _SIGNS.fullmatch(word) or _QUOTED.fullmatch(word):
+            return Meaning.UNCLEAR
+        return Meaning.NAME
