@@ -288,3 +288,13 @@ def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplo
     told = [text for text in messages(caught) if "probe on frozen features" in text or "has not helped" in text]
     assert len(told) == (not better)
     assert figures in [*told, caplog.text][0]
+
+
+def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
+    caplog.set_level("INFO")
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer={"limit_val_batches": 0, "max_steps": 1})
+    positives = (trainer.datamodule.labelled_targets() == 1).sum(0).tolist()
+    counts = sorted(zip(positives, range(5), strict=True))
+    classes = ", ".join(f"{Squares.class_names[k]} {n}" for n, k in counts)
+    assert "Training images: 8 labelled, 14 unlabelled, 0 held out. " in caplog.text
+    assert f"5 classes with their labelled positives, fewest first: {classes}." in caplog.text

@@ -22,6 +22,7 @@ from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.calibration import Calibration
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.contexts import UpdateContexts
+from cbsa_lightning.callbacks.data_summary import DataSummary
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.monitors import CheckMonitors
@@ -243,7 +244,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             return callbacks
         own = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, MeasureBaselines)]
         baselines = own[0] if own else MeasureBaselines(always_probes=False)
-        return [*callbacks, baselines, ResultLimits(baselines)]
+        return [*callbacks, DataSummary(), baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""

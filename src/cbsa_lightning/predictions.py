@@ -18,6 +18,7 @@ from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.files import replacing
 
 SEPARATOR = ";"
+NOTHING = "none"  # in the column of labels: the image is given no class
 COLUMNS = ("image", "labels")
 
 _WRITERS: dict[str, Callable[[Any, str], None]] = {
@@ -40,11 +41,12 @@ def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> No
     folder = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: predictions cannot be written below {folder}, which is no folder to write in.")
-    ambiguous = [repr(name) for name in class_names if name in COLUMNS or SEPARATOR in name]
+    ambiguous = [repr(name) for name in class_names if name in (*COLUMNS, NOTHING) or SEPARATOR in name]
     if ambiguous:
         raise ConfigError(
-            f"A table of predictions has the columns {' and '.join(COLUMNS)} and joins labels with '{SEPARATOR}', so "
-            f"it cannot tell these classes apart: {listed(ambiguous)}. Rename them in the annotations."
+            f"A table of predictions has the columns {' and '.join(COLUMNS)}, joins labels with '{SEPARATOR}' and "
+            f"writes '{NOTHING}' for no label, so it cannot tell these classes apart: {listed(ambiguous)}. Rename them "
+            "in the annotations."
         )
 
 
@@ -57,8 +59,8 @@ def write_predictions(
 ) -> None:
     """Writes predictions as CSV or Parquet, in the order of the table.
 
-    The columns are ``image`` (the path as in the table), ``labels`` (names joined with ";"), and a float32 score
-    for every class, under its name. The file appears whole or not at all; one that is there is replaced.
+    The columns are ``image`` (the path as in the table), ``labels`` (names joined with ";", or "none"), and a float32
+    score for every class, under its name. The file appears whole or not at all; one that is there is replaced.
 
     Args:
         path: Where to; the suffix, .csv or .parquet, decides the format. Folders are made.
@@ -87,7 +89,7 @@ def write_predictions(
     names = np.array(class_names, dtype=object)
     columns: dict[str, Any] = {
         "image": pa.array(table.paths.tolist(), pa.string()),
-        "labels": pa.array([SEPARATOR.join(names[row]) for row in labels], pa.string()),
+        "labels": pa.array([SEPARATOR.join(names[row]) or NOTHING for row in labels], pa.string()),
     }
     for k, name in enumerate(class_names):
         columns[name] = pa.array(np.ascontiguousarray(scores[:, k], dtype=np.float32))

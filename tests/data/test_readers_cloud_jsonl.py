@@ -58,7 +58,7 @@ def test_ground_truth(tmp_path):
     assert matrix(source.train()) == {
         "x/a.jpg": [0, 1, 1], "b.jpg": [0, 0, 0], "c.jpg": [-1, -1, -1], "d.jpg": [-1, -1, -1], "e.jpg": [1, 0, 0],
     }  # fmt: skip
-    assert [note.partition("manifest: ")[2] for note in source.notes] == [
+    assert [note.partition("manifest: ")[2] for note in source.describe()] == [
         "2 images without labels: unlabelled",
         "1 image whose labelling failed, among the unlabelled ones",
         "1 image labelled by a model (human-annotated: no): read as the others",
@@ -86,7 +86,7 @@ def test_vertex(tmp_path):
     assert source.class_names == ("car", "dog")
     assert matrix(source.train()) == {"a.jpg": [1, 1], "b.jpg": [-1, -1], "c.jpg": [0, 0], "e.jpg": [1, 0]}
     assert matrix(source.test()) == {"d.jpg": [0, 1]}
-    assert source.notes[1].endswith("1 validation image by ml_use: read with the images for training")
+    assert source.describe()[1].endswith("1 validation image by ml_use: read with the images for training")
 
 
 A = sagemaker("a.jpg", [1], {"1": "dog"})
@@ -124,7 +124,7 @@ def test_one_of_several_attributes(tmp_path):
         manifest(tmp_path, A | {"more": 1, "more-metadata": {}}), prefix="s3://b/photos", attribute="tags"
     )
     assert matrix(source.train()) == {"a.jpg": [1]}
-    assert source.notes[0].endswith("1 label attribute not read: 'more'")
+    assert source.describe()[0].endswith("1 label attribute not read: 'more'")
 
 
 def test_arguments_that_cannot_be_used():

@@ -44,11 +44,11 @@ def test_files_of_the_tools(name, untagged):
 
 def test_notes_count_everything_else():
     file = str(FILES / "by_hand.xml")
-    assert CVAT(file).notes == [
+    assert CVAT(file).describe() == [
         f"{file}: 1 image without a tag: unlabelled",
         f"{file}: 1 tag set by a model (source auto): read as the others",
     ]
-    assert CVAT(file, untagged="nothing").notes[0] == f"{file}: 1 image without a tag: shows nothing"
+    assert CVAT(file, untagged="nothing").describe()[0] == f"{file}: 1 image without a tag: shows nothing"
 
 
 LABELS = "<label><name>cat</name><type>tag</type></label><label><name>none</name><type>any</type></label>"
@@ -70,7 +70,7 @@ def test_exports_of_a_task_a_project_and_a_job(tmp_path, kind):
     images = f'<image name="a.jpg">{CAT}</image><image name="b/c.jpg"/>'
     source = CVAT(export(tmp_path, images, kind=kind))
     assert matrix(source.train()) == {"a.jpg": [1, 0], "b/c.jpg": [-1, -1]}
-    assert source.notes[-1].endswith("1 attribute of tags: not read")
+    assert source.describe()[-1].endswith("1 attribute of tags: not read")
 
 
 def test_a_tag_that_means_nothing_and_subsets(tmp_path):
@@ -82,7 +82,7 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
     assert source.class_names == ("cat",)
     assert matrix(source.train()) == {"a.jpg": [1], "c.jpg": [-1]}
     assert matrix(source.test()) == {"b.jpg": [0]}
-    assert source.notes[-1].endswith("1 validation image by its subset: read with the images for training")
+    assert source.describe()[-1].endswith("1 validation image by its subset: read with the images for training")
     with pytest.raises(DataError, match=r"a\.xml: says of 1 image that they are for the test.*b\.xml as well"):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 

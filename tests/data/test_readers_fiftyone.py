@@ -38,7 +38,7 @@ def test_file_of_the_exporter(tmp_path):
         "city/003.jpg": [-1, -1, -1, -1],
     }
     assert source.train().missing_files() == []
-    assert [note.partition("labels.json: ")[2] for note in source.notes] == [
+    assert [note.partition("labels.json: ")[2] for note in source.describe()] == [
         "2 images without a label (null): unlabelled",
         "2 labels with a confidence or attributes: not read",
         f"1 image below {tmp_path / 'data'} without a key: left out",

@@ -63,13 +63,13 @@ def test_classes_in_use_without_a_configuration(name):
     source = LabelStudio(str(FILES / name), prefix="photos")
     assert source.class_names == ("car", "dog", "person")
     assert matrix(source.train()) == {path: row[:3] for path, row in OF_ALL.items() if path in HELD[name]}
-    assert "the classes are the labels in use" in source.notes[-1]
+    assert "the classes are the labels in use" in source.describe()[-1]
 
 
 def test_notes_count_everything_else(config):
     source = LabelStudio(str(FILES / "json_all_tasks.json"), label_config=config, prefix="photos")
     file = str(FILES / "json_all_tasks.json")
-    assert source.notes == [
+    assert source.describe() == [
         f"{file}: 1 task skipped by an annotator: unlabelled",
         f"{file}: 1 task with only a draft: unlabelled",
         f"{file}: 4 tasks without an answer: unlabelled",
@@ -110,7 +110,9 @@ def test_majority(tmp_path):
     assert matrix(read(tmp_path, tasks)) == {"a.jpg": [-1, -1], "b.jpg": [-1, -1]}
     source = LabelStudio(write(tmp_path, tasks), disagreement="majority")
     assert matrix(source.train()) == {"a.jpg": [0, 1], "b.jpg": [-1, -1]}
-    assert any("4 labels of 2 images on which answers differ: 2 unknown, 2 by the majority" in s for s in source.notes)
+    assert any(
+        "4 labels of 2 images on which answers differ: 2 unknown, 2 by the majority" in s for s in source.describe()
+    )
 
 
 def test_train_and_test(tmp_path, config):
@@ -156,7 +158,7 @@ def test_other_controls_are_counted(tmp_path):
     tasks = [task("a.jpg", answer(choices("dog"), comment), answer(comment))]
     source = LabelStudio(write(tmp_path, tasks), control="labels")
     assert matrix(source.train()) == {"a.jpg": [-1]}
-    assert source.notes[0].endswith("2 results of 'textarea' (control 'why'): not read")
+    assert source.describe()[0].endswith("2 results of 'textarea' (control 'why'): not read")
 
 
 @pytest.mark.parametrize(("value", "prefix", "path"), [
@@ -330,7 +332,7 @@ def test_csv_of_pandas_with_gaps(tmp_path):
     file = write(tmp_path, "annotation_id,image,doubt,labels\n3.0,a.jpg,.5,dog\n,b.jpg,,\n", "t.csv")
     source = LabelStudio(file, control="labels")
     assert matrix(source.train()) == {"a.jpg": [1], "b.jpg": [-1]}
-    assert source.notes[1].endswith("1 column not read: 'doubt'")
+    assert source.describe()[1].endswith("1 column not read: 'doubt'")
 
 
 @pytest.mark.parametrize(("options", "message"), [

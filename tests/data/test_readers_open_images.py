@@ -30,7 +30,7 @@ def test_files_of_a_tool():
         "city/003.jpg": [1, -1, -1, -1],
     }
     assert source.test() is None
-    assert source.notes == [
+    assert source.describe() == [
         f"{LABELS}: 1 row with the confidence of a model: unknown",
         f"{LABELS}: 1 image without a verified label: unlabelled",
     ]
@@ -62,7 +62,7 @@ def test_present_absent_and_unknown(tmp_path):
     assert matrix(source.train()) == {"1.png": [0, 1], "2.png": [-1, -1], "3.png": [0, -1]}
     assert matrix(source.test()) == {"x.png": [1, -1]}
     assert str(source.train().root) == "photos"
-    assert [note.partition("t.csv: ")[2] for note in source.notes] == [
+    assert [note.partition("t.csv: ")[2] for note in source.describe()] == [
         f"1 row of labels that {names} does not name: left out",
         "1 label on which rows differ: unknown",
         "1 image without a verified label: unlabelled",

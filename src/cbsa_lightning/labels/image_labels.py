@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.files import replacing
+from cbsa_lightning.predictions import NOTHING, SEPARATOR
 
-SEPARATOR = ";"
-NOTHING = "none"  # in the column of labels: the image shows no class
 COLUMNS = ("image", "labels", "review", "place")
 SURE = 0.8
 

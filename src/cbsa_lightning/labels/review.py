@@ -11,7 +11,8 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from cbsa_lightning.files import replacing
-from cbsa_lightning.labels.image_labels import SEPARATOR, ImageLabels, doubt_of
+from cbsa_lightning.labels.image_labels import ImageLabels, doubt_of
+from cbsa_lightning.predictions import SEPARATOR
 
 SHOWN = 5  # classes that a row of a list names at most
 

@@ -95,8 +95,7 @@ class Export(Source):
         """The prompt names of the class file or of the export, or the class names with "_" as a space."""
         return self._classes.prompt_names
 
-    @property
-    def notes(self) -> list[str]:
+    def describe(self) -> list[str]:
         """What the files hold that is no label, and how labels were decided: one sentence each, with counts."""
         found = []
         for part, content in self._contents.items():

@@ -86,8 +86,7 @@ class OpenImages(Source):
         """The prompt names of the class file, or the class names with "_" as a space."""
         return self._classes[0].prompt_names
 
-    @property
-    def notes(self) -> list[str]:
+    def describe(self) -> list[str]:
         """What the files hold beside verified labels: one sentence each, with counts."""
         return [note for part in ("train", "test") for note in self._tables[part][1]]
 

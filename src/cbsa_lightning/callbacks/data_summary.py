@@ -1,0 +1,44 @@
+"""What a fit has read, in two sentences before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from cbsa_lightning.errors import listed
+
+SHOWN = 20  # classes
+
+
+class DataSummary(L.Callback):
+    """Reports notes of the reader, the number of images of each kind, and the classes with the fewest positives.
+
+    Nothing is reported for a data module of one's own.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reports it on the first process."""
+        data = trainer.datamodule
+        if not all(hasattr(data, name) for name in ("split", "source", "labelled_targets")):
+            return
+        for note in data.source.describe():
+            rank_zero_info(note)
+        split, labels = data.split, data.labelled_targets().numpy()
+        counts = [
+            f"{len(rows):,} {kind}"
+            for kind, rows in (
+                ("labelled", split.labelled),
+                ("unlabelled", split.unlabelled),
+                ("held out", split.held_out),
+            )
+        ]
+        positives = (labels == 1).sum(0)
+        fewest = np.argsort(positives, kind="stable")
+        classes = listed([f"{pl_module.class_names[k]} {positives[k]:,}" for k in fewest], SHOWN)
+        rank_zero_info(
+            f"Training images: {', '.join(counts)}. {len(positives):,} classes with their labelled positives, fewest "
+            f"first: {classes}."
+        )
