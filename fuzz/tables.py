@@ -78,11 +78,13 @@ def _expected(cells: dict[str, str], table: AnnotationTable, separator: str | No
     column = _first(list(cells), LABELS_COLUMNS)
     if column is not None:
         cell = _clean(cells[column])
-        if cell.casefold() in UNLABELLED or cell == "None":
-            return [-1] * table.num_classes
-        if cell in ("none", "[]"):
-            return [0] * table.num_classes
-        named = {other.get(name, name) for name in _names(cell, separator, {*table.class_names, *other})}
+        names = _names(cell, separator, {*table.class_names, *other})
+        for word in (cell, *names) if len(names) == 1 else (cell,):  # a list may have a word as its only name
+            if word.casefold() in UNLABELLED or word == "None":
+                return [-1] * table.num_classes
+            if word in ("none", "[]"):
+                return [0] * table.num_classes
+        named = {other.get(name, name) for name in names}
         if separator is None and not named <= set(table.class_names):
             raise Silence(f"{cell!r} is read, but has other names than {table.class_names}")
         return [int(name in named) for name in table.class_names]
