@@ -179,6 +179,20 @@ def test_each_system_without_training(
     assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
 
 
+def test_the_stack_alone_on_photos(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/photos.md: methods/stacked_probes.yaml after photos.yaml is measured and labels images as well."""
+    monkeypatch.chdir(tmp_path)
+    overlays = files("photos", "methods/stacked_probes")
+    source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
+    tiny = [f"--model.init_args.network.init_args.clip={clip_folder}", "--data.image_size=64", "--data.num_workers=0"]
+    cli = main(["fit", *overlays, source, *tiny, f"--trainer.default_root_dir={tmp_path}"])
+    assert cli.trainer.global_step == 1
+    assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
+    assert (Path(cli.trainer.log_dir) / "labels.csv").is_file()
+
+
 def test_thresholds_by_an_objective(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def test_csv_reads_back(tmp_path):
         header, *rows = csv.reader(lines)
     assert header == ["image", "labels", *NAMES]
     assert [row[0] for row in rows] == PATHS
-    assert [row[1] for row in rows] == ['cat;a "quoted" one', "", ";".join(NAMES), "dog, brown"]
+    assert [row[1] for row in rows] == ['cat;a "quoted" one', "none", ";".join(NAMES), "dog, brown"]
     assert np.array_equal(np.array([row[2:] for row in rows], dtype=np.float32), SCORES)
     assert list(file.parent.iterdir()) == [file]
 
