@@ -47,6 +47,10 @@ def main(args: Sequence[str] | None = None) -> Any:
         from cbsa_lightning.labels.command import label
 
         return label(words[1:])
+    if words[:1] == ["predict"] and _names_checkpoint_alone(words):
+        from cbsa_lightning.labels.new_images import predict
+
+        return predict(words[1:])
     from cbsa_lightning.config_files import find_configs
     from cbsa_lightning.lightning_cli import make_cli
     from cbsa_lightning.resuming import resumed
@@ -67,6 +71,12 @@ def main(args: Sequence[str] | None = None) -> Any:
             if run.wandb_id is not None:
                 os.environ.pop("WANDB_RUN_ID", None)
                 os.environ.update({} if before is None else {"WANDB_RUN_ID": before})
+
+
+def _names_checkpoint_alone(words: Sequence[str]) -> bool:
+    """Whether a prediction is to be made by a checkpoint without any configuration."""
+    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    return bool(options) and set(options) <= {"--ckpt_path", "--data.predict", "--predictions.output"}
 
 
 _REMEDIES = {

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.cli_parser import PlainParser, plain_cause
 from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs, expand_paths, naming_files
+from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
@@ -218,6 +220,8 @@ class CBSACLI(LightningCLI):
             message = _NO_CHECKPOINT[subcommand == "fit"]
             raise ConfigError(message.format(subcommand, "none" if path is None else f"--ckpt_path {path}"))
         checkpoint = read_checkpoint(path)
+        if subcommand == "predict":
+            self._take_classes(checkpoint)
         model = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))["model"]
         settled = settle(model, mentioned(self._words), checkpoint, str(path), training=subcommand == "fit")
         if settled is not None:
@@ -231,6 +235,18 @@ class CBSACLI(LightningCLI):
             if (cause := plain_cause(error)) is None:
                 raise
             raise cause from None
+
+    def _take_classes(self, checkpoint: Mapping[str, Any]) -> None:
+        """Has predictions take the classes of the checkpoint, so that the data of the training need not be there."""
+        names = checkpoint.get("class_names")
+        if names is None:
+            return
+        prompts = checkpoint.get("hyper_parameters", {}).get("prompt_names") or default_prompts(names)
+        source = {
+            "class_path": "cbsa_lightning.data.readers.classes.Classes",
+            "init_args": {"class_names": list(names), "prompt_names": list(prompts)},
+        }
+        self.config = self.parser.parse_object({"predict": {"data": {"source": source}}}, self.config)
 
     def before_fit(self) -> None:
         """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""

@@ -133,3 +133,18 @@ def test_the_command_refuses_what_it_cannot_do(run, tmp_path):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv")])
     with pytest.raises(ConfigError, match=r"last.ckpt does not exist"):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv"), "--images", str(tmp_path)])
+
+
+def test_predict_needs_no_configuration(run, tmp_path, squares_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run[0] / "checkpoints" / "last.ckpt"
+    words = ["predict", f"--ckpt_path={checkpoint}", "--data.predict", str(squares_folder / "test")]
+    assert main(words).name == "predictions.csv"
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open(encoding="utf-8")))
+    classifier = Classifier.load(checkpoint)
+    found = classifier([squares_folder / "test" / row["image"] for row in rows])
+    assert [row["labels"] for row in rows] == [";".join(image.labels) or "none" for image in found]
+    for row, image in zip(rows, found, strict=True):
+        assert {name: float(row[name]) for name in CLASSES} == pytest.approx(image.scores, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"predictions.csv exists already"):
+        main(words)
