@@ -49,6 +49,8 @@ FLOORS = (
         "predictions",
         "pictures",
         "reliability",
+        "precision_recall",
+        "report_page",
         "inference",
         "callbacks",
     },
