@@ -179,8 +179,8 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
     assert "a linear probe has 50 %." in text
     assert "30 images are few" in text
     assert "Fewer than 10 labelled images show" in text
-    assert "Next, label the 40 images of next_to_label.csv" in text
-    assert re.search(r"check the \d+ given labels of suspicious_labels.csv", text)
+    assert "Next, label the 40 images in next_to_label.csv" in text
+    assert re.search(r"check the \d+ given labels in suspicious_labels.csv", text)
 
 
 def test_predictions_of_other_images_are_refused(tmp_path):

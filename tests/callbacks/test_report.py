@@ -119,7 +119,7 @@ def test_history_is_what_was_logged(run):
 def test_wandb_has_pictures_and_tables(run):
     module, data, _, _, folder = run
     media = next(folder.glob("wandb/offline-run-*/files/media"))
-    assert {file.name.split("_")[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
+    assert {file.name.rsplit("_", 2)[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
     content = json.loads(next((media / "table" / "report").glob("AP_*.json")).read_text())
     assert content["columns"] == ["class", "AP"]
     labels = data.eval_table().labels

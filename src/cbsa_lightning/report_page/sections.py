@@ -125,7 +125,9 @@ def class_examples(
 def next_images(listing: Listing, root: Path) -> list[Shown]:
     """Images to label next."""
     return [
-        _shown(root / row["image"], row["image"], f"model: {_joined(row['labels'])}", f"unsure: {row['classes']}")
+        _shown(
+            root / row["image"], row["image"], f"model: {_joined(row['labels'])}", f"unsure: {_joined(row['classes'])}"
+        )
         for row in listing.rows
     ]
 
@@ -136,8 +138,8 @@ def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
         _shown(
             root / row["image"],
             row["image"],
-            f"{'labelled' if row['given'] == 'yes' else 'labelled as not'} {row['class']}",
-            f"probably wrong ({100 * float(row['wrong']):.0f} %)",
+            f"{'labelled' if row['given'] == 'yes' else 'labelled without'} {row['class']}",
+            f"looks wrong ({100 * float(row['wrong']):.0f} %)",
         )
         for row in listing.rows
     ]
@@ -170,7 +172,7 @@ def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.floa
 
 def _judged(i: int, k: int, validation: Validation) -> Shown:
     table = validation.table
-    truth = {1: "labelled", 0: "labelled as not"}.get(int(table.labels[i, k]), "not labelled for")
+    truth = {1: "labelled", 0: "labelled without"}.get(int(table.labels[i, k]), "not labelled for")
     score = f"score {100 * validation.scores[i, k]:.0f} %, {truth} {table.class_names[k]}"
     return _shown(table.file(i), str(table.paths[i]), score, f"labels: {_labels(i, table)}")
 

@@ -71,13 +71,13 @@ def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str
     steps = []
     if next_to_label is not None and next_to_label.total:
         steps.append(
-            f"label the {_counted(next_to_label.total, 'image')} of {NEXT_TO_LABEL}, which teach the model most"
+            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, which teach the model most"
         )
     if suspicious is not None and suspicious.total:
         steps.append(
-            f"check the {_counted(suspicious.total, 'given label')} of {SUSPICIOUS_LABELS}, which may be wrong"
+            f"check the {_counted(suspicious.total, 'given label')} in {SUSPICIOUS_LABELS} that look wrong, worst first"
         )
-    return f"Next, {' and '.join(steps)}; then run the same command with the new labels." if steps else ""
+    return f"Next, {', and '.join(steps)}; then run the same command with the new labels." if steps else ""
 
 
 def _percent(value: float | np.floating) -> str:
