@@ -190,6 +190,18 @@ def test_predictions_of_other_images_are_refused(tmp_path):
         build_page(Run(**{**vars(run), "validation": other}))
 
 
+def test_labels_of_other_classes_are_refused(tmp_path):
+    run, *_ = made(tmp_path)
+    labels = run.folder / "labels.csv"
+    header, cells = labels.read_text(encoding="utf-8").split("\n", 1)
+    labels.write_text(f"{header}\n{cells.replace('cat', 'horse')}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"labels.csv: names 'horse', which is no class"):
+        build_page(run)
+    labels.write_text(f"{header.replace('cat', 'horse')}\n{cells}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"labels.csv: is not as this run writes it"):
+        build_page(run)
+
+
 def test_many_classes_and_images_make_a_page_of_a_few_megabytes(tmp_path):
     run, *_ = made(tmp_path, images=1000, names=[f"class {k}" for k in range(1000)], unlabelled=3000, present=1000)
     start = time.perf_counter()

@@ -61,7 +61,7 @@ def build_page(run: Run) -> str:
     """The page as HTML. It shows a bounded number of images, however many images and classes there are.
 
     Raises:
-        DataError: ``predictions.csv`` is of other images than ``run.validation``.
+        DataError: ``predictions.csv`` is of other images than ``run.validation``, or ``labels.csv`` of other classes.
     """
     thumbnail.cache_clear()  # the files of an earlier run may have changed
     folder, names = run.folder, run.class_names

@@ -80,14 +80,21 @@ def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np
 
 
 def read_unlabelled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabelled:
-    """Labels of the unlabelled images, with the scores of the classes ``shown``; others are not kept in memory."""
+    """Labels of the unlabelled images, with the scores of the classes ``shown``; others are not kept in memory.
+
+    Raises:
+        DataError: The file names a class that the run does not have.
+    """
     names = [class_names[k] for k in shown]
     table = _read(folder / LABELS, {"image": pa.string(), "labels": pa.string(), **dict.fromkeys(names, pa.float32())})
     counts = np.zeros(len(class_names), np.int64)
     position = {name: k for k, name in enumerate(class_names)}
     for entry in pc.value_counts(pc.list_flatten(pc.split_pattern(table["labels"], SEPARATOR))).to_pylist():
-        if entry["values"] != NOTHING:
-            counts[position[entry["values"]]] = entry["counts"]
+        name = entry["values"]
+        if name != NOTHING and name not in position:
+            raise DataError(f"{folder / LABELS}: names {name!r}, which is no class of this run; correct the file.")
+        if name != NOTHING:
+            counts[position[name]] = entry["counts"]
     scores = {k: table[class_names[k]].to_numpy() for k in shown}
     return Unlabelled(table["image"], table["labels"], counts, scores)
 
@@ -103,8 +110,11 @@ def read_listing(path: Path, first: int) -> Listing | None:
 def _read(path: Path, types: dict[str, Any] | None) -> pa.Table:
     """Some columns of a CSV file; None: all columns, as text."""
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    if types is None:
-        with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
-            types = dict.fromkeys(reader.schema.names, pa.string())
-    convert = pyarrow.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=False)
-    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    try:
+        if types is None:
+            with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
+                types = dict.fromkeys(reader.schema.names, pa.string())
+        convert = pyarrow.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=False)
+        return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: is not as this run writes it ({error}); delete it and fit again.") from error
