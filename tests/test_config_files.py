@@ -99,6 +99,12 @@ def test_the_wheel_holds_the_configurations(installed):
     assert found.strip() == str(package / "configs/methods/cbsa.yaml")
 
 
+def test_the_wheel_holds_the_template_of_the_report(installed):
+    package, _ = installed
+    template = Path("report_page/page.html")
+    assert (package / template).read_bytes() == (ROOT / "src/cbsa_lightning" / template).read_bytes()
+
+
 @pytest.mark.slow
 def test_an_installed_package_trains_and_predicts_outside_of_the_checkout(installed):
     package, python = installed

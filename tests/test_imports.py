@@ -54,6 +54,8 @@ FLOORS = (
         "predictions",
         "pictures",
         "reliability",
+        "precision_recall",
+        "report_page",
         "inference",
         "callbacks",
     },

@@ -119,7 +119,8 @@ def _here(folder: Path, has_logger: bool) -> Settings:
         **{"monitor": None, "save_top_k": 1, "save_last": False},
         "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
     }
-    return {"trainer": trainer, "checkpoint": checkpoint, "labels": {"enabled": False}}
+    without = {name: {"enabled": False} for name in ("labels", "report_page")}
+    return {"trainer": trainer, "checkpoint": checkpoint, **without}
 
 
 def _found(cli: Any, seconds: float) -> Settings:

@@ -27,6 +27,7 @@ from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.callbacks.report_page import WriteReportPage
 from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.cli_parser import PlainParser, plain_cause
@@ -171,6 +172,7 @@ class CBSACLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
+        parser.add_lightning_class_args(WriteReportPage, "report_page")  # after those whose files it shows
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",

@@ -26,7 +26,7 @@ Settings = dict[str, Any]
 
 WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    *("trainer.logger", "report", "labels", "predictions"),
+    *("trainer.logger", "report", "labels", "report_page", "predictions"),
     *("data.num_workers", "data.image_cache", "data.feature_cache.folder", "data.feature_cache.limit_gb"),
 )
 """Settings that change no number of a run, so that another machine finds the same cell."""

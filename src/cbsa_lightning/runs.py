@@ -29,10 +29,12 @@ THRESHOLDS = "thresholds.csv"
 LABELS = "labels.csv"
 NEXT_TO_LABEL = "next_to_label.csv"
 SUSPICIOUS_LABELS = "suspicious_labels.csv"
+REPORT_PAGE = "report.html"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only a folder of a fit has it
-WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS)  # when training ends
+# When training ends.
+WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, REPORT_PAGE)
 RESULTS = (CONFIG, SPLIT, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"

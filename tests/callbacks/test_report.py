@@ -25,7 +25,7 @@ from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError
 from tiny_clip import tiny_clip
 
-PICTURES = {"predictions", "attention", "classes", "contexts", "reliability", "training"}
+PICTURES = {"predictions", "attention", "classes", "contexts", "precision_recall", "reliability", "training"}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_history_is_what_was_logged(run):
 def test_wandb_has_pictures_and_tables(run):
     module, data, _, _, folder = run
     media = next(folder.glob("wandb/offline-run-*/files/media"))
-    assert {file.name.split("_")[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
+    assert {file.name.rsplit("_", 2)[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
     content = json.loads(next((media / "table" / "report").glob("AP_*.json")).read_text())
     assert content["columns"] == ["class", "AP"]
     labels = data.eval_table().labels
@@ -140,7 +140,7 @@ def test_wandb_has_pictures_and_tables(run):
 def test_without_attention_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(3), tmp_path, epochs=1, num_contexts=0, semantic_alignment=False)
     names = {file.stem for file in (tmp_path / "run" / "pictures").iterdir()}
-    assert names == {"predictions", "classes", "reliability", "training"}
+    assert names == {"predictions", "classes", "precision_recall", "reliability", "training"}
 
 
 def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):

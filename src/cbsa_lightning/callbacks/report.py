@@ -31,6 +31,7 @@ from cbsa_lightning.pictures import (
     prediction_gallery,
     training_curves,
 )
+from cbsa_lightning.precision_recall import precision_recall_curves
 from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
 from cbsa_lightning.reliability import reliability_diagram
 from cbsa_lightning.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
@@ -47,9 +48,9 @@ class RunReport(L.Callback):
 
     The averaged weights score the validation images once more, a batch at a time; only the images that the pictures
     show are kept. Pictures: predictions, attention (if the network has it), contexts (if there are any), average
-    precision by class, a reliability diagram, training curves. With a ``WandbLogger`` they go there too, with tables of
-    the classes and of the images shown. With ``limit_val_batches=0`` only contexts and curves are drawn;
-    ``fast_dev_run`` leaves nothing.
+    precision by class, precision-recall curves, a reliability diagram, training curves. With a ``WandbLogger`` they go
+    there too, with tables of the classes and of the images shown. With ``limit_val_batches=0`` only contexts and
+    training curves are drawn; ``fast_dev_run`` leaves nothing.
 
     Args:
         num_images: How many images the pictures show; taken evenly from the validation images.
@@ -204,6 +205,7 @@ class RunReport(L.Callback):
                     ),
                 )
             yield "classes", per_class_bars(found.figures["AP"], names)
+            yield "precision_recall", precision_recall_curves(found.scores, found.table.labels, names)
             yield "reliability", reliability_diagram(found.scores, found.table.labels)
         partition = pl_module.context_partition.cpu()
         if pl_module.num_contexts and bool((partition >= 0).all()):

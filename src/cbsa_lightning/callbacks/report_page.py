@@ -1,0 +1,76 @@
+"""`report.html` when training ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+
+from cbsa_lightning.arguments import check_flags
+from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES, ZERO_SHOT, MeasureBaselines
+from cbsa_lightning.callbacks.limits import FEW_IMAGES
+from cbsa_lightning.files import replacing
+from cbsa_lightning.report_page.page import Run, build_page
+from cbsa_lightning.runs import PREDICTIONS, REPORT_PAGE, THRESHOLDS, folder_of
+
+_IN_WORDS = {
+    ZERO_SHOT: "CLIP without training (zero-shot)",
+    LINEAR_PROBE: "a linear probe on frozen features",
+    STACKED_PROBES: "a stack of probes",
+}
+
+
+class WriteReportPage(L.Callback):
+    """Writes ``report.html`` into the run's folder when training ends: one page about the run, for a person.
+
+    It shows what :class:`~cbsa_lightning.callbacks.report.RunReport` and
+    :class:`~cbsa_lightning.callbacks.labels.WriteLabels` have written, so it must stand behind them in the list of
+    callbacks; without the first nothing is written, without the second the unlabelled images are missing. Nothing is
+    written in a ``fast_dev_run``.
+
+    Args:
+        enabled: False writes nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        check_flags(**{"report_page.enabled": enabled})
+        self.enabled = enabled
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes the page; the first process does."""
+        folder = folder_of(trainer) if self.enabled else None
+        if folder is None or not trainer.is_global_zero:
+            return
+        if not (folder / THRESHOLDS).is_file():
+            rank_zero_info(f"No {REPORT_PAGE}, since there is no {THRESHOLDS}; it needs --report.enabled true.")
+            return
+        page = build_page(_described(folder, trainer, pl_module))
+        with replacing(folder / REPORT_PAGE) as draft:
+            draft.write_text(page, encoding="utf-8")
+        print(f"Report of this run: {folder / REPORT_PAGE}")
+
+
+def _described(folder: Path, trainer: Any, pl_module: Any) -> Run:
+    data = trainer.datamodule
+    scored = bool(trainer.limit_val_batches) and (folder / PREDICTIONS).is_file()
+    table = data.eval_table() if scored else None
+    counts = {"labelled images": len(data.split.labelled), "unlabelled images": len(data.split.unlabelled)}
+    if table is not None:
+        counts["validation images"] = len(table)
+    baselines = {
+        _IN_WORDS[name]: value
+        for callback in trainer.callbacks
+        if isinstance(callback, MeasureBaselines)
+        for name, value in callback.results.items()
+    }
+    names = tuple(pl_module.class_names)
+    return Run(folder, names, data.train_table.root, counts, table, baselines, _contexts(pl_module), FEW_IMAGES)
+
+
+def _contexts(pl_module: Any) -> NDArray[np.int64] | None:
+    partition: NDArray[np.int64] = pl_module.context_partition.cpu().numpy()
+    return partition if pl_module.num_contexts and (partition >= 0).all() else None
