@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.labels.image_labels import NOTHING, SEPARATOR
+from cbsa_lightning.predictions import NOTHING, SEPARATOR
 from cbsa_lightning.runs import LABELS, PREDICTIONS, THRESHOLDS
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.labels.image_labels import SEPARATOR
 from cbsa_lightning.precision_recall import average_precisions
+from cbsa_lightning.predictions import SEPARATOR
 from cbsa_lightning.report_page.run_files import Listing, Unlabelled, Validation
 from cbsa_lightning.report_page.thumbnails import thumbnail
 
