@@ -133,7 +133,7 @@ def next_images(listing: Listing, root: Path) -> list[Shown]:
 
 
 def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
-    """Given labels that look wrong."""
+    """Given labels that may be wrong."""
     return [
         _shown(
             root / row["image"],
