@@ -219,3 +219,20 @@ def test_a_resumed_run_takes_the_optimisers_new_settings(tmp_path, clip_folder, 
     assert rates[1] == pytest.approx([5 * rate for rate in rates[0]])
     with pytest.raises(CheckpointError, match="optimiser AdamW, and this module has SGD"):
         tiny_fit(tmp_path, clip_folder, squares, optimizer=lambda g: torch.optim.SGD(g, lr=0.1), **resume)
+
+
+def test_predictions_take_the_classes_of_the_checkpoint_where_the_training_table_is_gone(
+    moved_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = moved_run / "runs/cbsa/version_0"
+    words = [
+        f"--config={run}/config.yaml",
+        f"--ckpt_path={run}/checkpoints/last.ckpt",
+        f"--model.clip={moved_run}/after",
+    ]
+    images = f"--data.predict={moved_run}/images"
+    cli.main(["predict", *words, images, "--predictions.output=with.csv"])
+    gone = "--data.source.init_args.train=gone.csv"
+    cli.main(["predict", *words, images, gone, "--predictions.output=without.csv"])
+    assert Path("without.csv").read_text() == Path("with.csv").read_text()
