@@ -62,7 +62,7 @@ class ClassNames(Target):
         back = np.array([columns[name] for name in names], dtype=np.float32).T
         if not np.array_equal(back, scores):
             raise Silence("scores read back as others")
-        labels = [tuple(text.split(";")) if text else () for text in columns["labels"]]
+        labels = [tuple(text.split(";")) if text != "none" else () for text in columns["labels"]]
         if labels != [tuple(name for name, s in zip(names, row, strict=True) if s > 0.5) for row in scores]:
             raise Silence(f"labels read back as {labels!r}")
 

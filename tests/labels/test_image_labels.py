@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
+from cbsa_lightning.data.readers.table import read_table
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.labels.image_labels import ImageLabels, doubt_of, read_labels, write_labels
 
@@ -91,3 +92,14 @@ def test_classes_that_a_table_could_not_hold_are_refused(tmp_path, name):
 def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"written as .csv, .parquet, .jsonl"):
         write_labels(tmp_path / "labels.txt", labels())
+
+
+def test_the_reader_of_tables_takes_labels_back_and_leaves_reviewed_ones_unknown(tmp_path):
+    found = labels()
+    write_labels(tmp_path / "labels.csv", found)
+    table = read_table(tmp_path / "labels.csv")
+    assert table.paths.tolist() == found.images.tolist()
+    expected = np.where(found.review, -1, found.given.astype(np.int8))
+    classes = [NAMES.index(name) for name in table.class_names]
+    assert np.array_equal(table.labels, expected[:, classes])
+    assert table.labels[1].tolist() == [0] * len(classes)  # seen, shows nothing: not unlabelled
