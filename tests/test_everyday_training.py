@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.callbacks import baselines
+from cbsa_lightning.callbacks.limits import _tell_result
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.cli import main
@@ -298,3 +299,9 @@ def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
     classes = ", ".join(f"{Squares.class_names[k]} {n}" for n, k in counts)
     assert "Training images: 8 labelled, 14 unlabelled, 0 held out. " in caplog.text
     assert f"5 classes with their labelled positives, fewest first: {classes}." in caplog.text
+
+
+@pytest.mark.parametrize(("found", "told"), [(1.0, 0), (0.9, 1)])
+def test_a_perfect_result_is_no_failure(recwarn, found, told):
+    _tell_result(found, 2, {"zero-shot": 1.0 if found == 1 else 0.9}, trains=True)
+    assert len([text for text in messages(recwarn) if "Training has not helped" in text]) == told

@@ -96,7 +96,7 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
     (first, *others), best = baselines, max(baselines, key=lambda name: baselines[name])
     figures = f"val/mAP is {100 * found:.1f} % on {images} images; {names[first]} has {100 * baselines[first]:.1f} %"
     figures += "".join(f", {names[name]} {100 * baselines[name]:.1f} %" for name in others)
-    if not trains or found > baselines[best]:
+    if not trains or found > baselines[best] or found == 1:
         rank_zero_info(f"{figures}.")
     elif best == ZERO_SHOT:
         rank_zero_warn(
