@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(predictions._WRITERS, ".csv", full)
+    monkeypatch.setitem(predictions.WRITERS, ".csv", full)
     with pytest.raises(OutputError, match=r"out\.csv: cannot be written \(No space left"):
         write_predictions(tmp_path / "out.csv", table(tmp_path), NAMES, SCORES, LABELS)
     assert list(tmp_path.iterdir()) == []

@@ -159,7 +159,7 @@ def _first_character(file: str) -> bytes:
 
 
 def _comparison(options: argparse.Namespace) -> Callable[[Sequence[Path]], Similar] | None:
-    """What compares images, if that is asked for."""
+    """The function that compares images; None without ``--near-duplicates``."""
     if options.near_duplicates is None:
         if options.pretrained is not None:
             raise ConfigError("--pretrained says which weights the model of --near-duplicates has: give both.")
@@ -178,15 +178,10 @@ def _checked(recipe: Settings, near_duplicates: Callable[[Sequence[Path]], Simil
     try:
         source.prepare()
         train, test = source.train(), source.test()
-        notes = _notes(source)
+        notes = list(dict.fromkeys(source.describe()))
     except CBSAError as error:
         return refused(error)
     return replace(check(train, test, settings, near_duplicates), notes=notes)
-
-
-def _notes(source: Any) -> list[str]:
-    """What a reader says of the files that it has read, such as the separator that it has detected; not all do."""
-    return list(dict.fromkeys(source.describe())) if hasattr(source, "describe") else []
 
 
 def _built(recipe: Settings) -> tuple[Any, RunSettings]:

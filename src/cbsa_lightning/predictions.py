@@ -21,7 +21,7 @@ SEPARATOR = ";"
 NOTHING = "none"  # in the column of labels: the image is given no class
 COLUMNS = ("image", "labels")
 
-_WRITERS: dict[str, Callable[[Any, str], None]] = {
+WRITERS: dict[str, Callable[[Any, str], None]] = {
     ".csv": pyarrow.csv.write_csv,
     ".parquet": pyarrow.parquet.write_table,
 }
@@ -34,8 +34,8 @@ def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> No
         ConfigError: Another suffix than .csv or .parquet, a place where no file can be written, or a class name that
             would make the table ambiguous.
     """
-    if Path(path).suffix.lower() not in _WRITERS:
-        raise ConfigError(f"{path}: predictions are written as {' or '.join(_WRITERS)}; choose one of these suffixes.")
+    if Path(path).suffix.lower() not in WRITERS:
+        raise ConfigError(f"{path}: predictions are written as {' or '.join(WRITERS)}; choose one of these suffixes.")
     if os.path.isdir(path):
         raise ConfigError(f"{path}: is a folder; give the name of a file for the predictions.")
     folder = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
@@ -94,7 +94,7 @@ def write_predictions(
     for k, name in enumerate(class_names):
         columns[name] = pa.array(np.ascontiguousarray(scores[:, k], dtype=np.float32))
     with replacing(path) as draft:
-        _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
+        WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
 
 
 def write_thresholds(

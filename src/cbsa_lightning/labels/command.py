@@ -20,12 +20,12 @@ from cbsa_lightning.labels.versions import checkpoint_of, version_of
 from cbsa_lightning.runs import LABELS
 
 SUFFIXES = {
-    "label-studio": (".json",),
-    "cvat": (".xml",),
-    "fiftyone": (".json",),
-    "csv": (".csv",),
-    "parquet": (".parquet",),
-    "jsonl": (".jsonl",),
+    "label-studio": ".json",
+    "cvat": ".xml",
+    "fiftyone": ".json",
+    "csv": ".csv",
+    "parquet": ".parquet",
+    "jsonl": ".jsonl",
 }
 
 
@@ -44,8 +44,8 @@ def label(words: Sequence[str]) -> Path:
     """
     args = _parser().parse_args(words)
     output = Path(args.output)
-    if output.suffix.lower() not in SUFFIXES[args.to]:
-        raise ConfigError(f"{output}: a file for {args.to} ends in {SUFFIXES[args.to][0]}; change --output.")
+    if output.suffix.lower() != SUFFIXES[args.to]:
+        raise ConfigError(f"{output}: a file for {args.to} ends in {SUFFIXES[args.to]}; change --output.")
     if output.exists():
         raise ConfigError(f"{output} exists already. Give another --output, or move that file away.")
     labels = _labels(args)

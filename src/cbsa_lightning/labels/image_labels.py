@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.files import replacing
-from cbsa_lightning.predictions import NOTHING, SEPARATOR
+from cbsa_lightning.predictions import NOTHING, SEPARATOR, WRITERS
 
 COLUMNS = ("image", "labels", "review", "place")
 SURE = 0.8
@@ -31,11 +31,7 @@ def _write_json_lines(table: pa.Table, path: str) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-_WRITERS: dict[str, Callable[[Any, str], None]] = {
-    ".csv": pyarrow.csv.write_csv,
-    ".parquet": pyarrow.parquet.write_table,
-    ".jsonl": _write_json_lines,
-}
+_WRITERS: dict[str, Callable[[Any, str], None]] = {**WRITERS, ".jsonl": _write_json_lines}
 
 
 @dataclass(frozen=True)
