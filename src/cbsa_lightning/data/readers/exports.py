@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from cbsa_lightning.data.class_names import (
     read_class_file,
 )
 from cbsa_lightning.data.readers.answers import NOTHING, Disagreement, Record, codes_of, decide
-from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
+from cbsa_lightning.data.readers.source import Source, refuse_repeated, require_named, tidy_paths
 from cbsa_lightning.data.readers.structured import counted
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -114,9 +113,8 @@ class Export(Source):
         Raises:
             DataError: One is not.
         """
-        named = [("train", self._train), ("test", self._test), ("class_file", self._class_file), *self._other_files()]
-        if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
-            raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
+        named = [("train", self._train), ("test", self._test), ("class_file", self._class_file)]
+        require_named([*named, *self._other_files()])
 
     def train(self) -> AnnotationTable:
         """Images and labels of the training file, without those that it says are for the test."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cbsa_lightning.data.class_names import (
     read_class_file,
 )
 from cbsa_lightning.data.readers.columns import Columns, read_columns
-from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
+from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, require_named, tidy_paths
 from cbsa_lightning.data.readers.structured import counted
 from cbsa_lightning.data.reading import brief, memory_of_machine
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -96,9 +95,7 @@ class OpenImages(Source):
         Raises:
             DataError: One is not.
         """
-        named = [(name, path) for name, path in self._files.items() if path is not None]
-        if missing := [f"{path} ({name})" for name, path in named if not os.path.isfile(path)]:
-            raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
+        require_named(self._files.items())
 
     def train(self) -> AnnotationTable:
         """Images and labels of the training files."""

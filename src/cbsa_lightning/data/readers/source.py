@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ class Source(ABC):
     def describe(self) -> list[str]:
         """Sentences on what was detected in the annotation files, for the user; the files may be read for it."""
         return []
+
+
+def require_named(named: Iterable[tuple[str, str | None]]) -> None:
+    """Checks that files are there, given as (argument, path) pairs; a path of None is none to check.
+
+    Raises:
+        DataError: One is not, naming path and argument.
+    """
+    if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
+        raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
 
 
 def read_lines(file: Path, remedy: str) -> list[str]:

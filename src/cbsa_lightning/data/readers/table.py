@@ -10,9 +10,9 @@ from cbsa_lightning.arguments import check_flags, check_kind, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import ClassFile, read_class_file
 from cbsa_lightning.data.readers.repeated import Repeated
-from cbsa_lightning.data.readers.source import Source
+from cbsa_lightning.data.readers.source import Source, require_named
 from cbsa_lightning.data.readers.table_reading import TableForm, find_classes, read_table
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.errors import ConfigError
 
 __all__ = ["Table", "read_table"]
 
@@ -100,9 +100,7 @@ class Table(Source):
         Raises:
             DataError: One is not.
         """
-        named = (("train", self._train), ("test", self._test), ("class_file", self._class_file))
-        if missing := [f"{path} ({what})" for what, path in named if path and not os.path.isfile(path)]:
-            raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
+        require_named([("train", self._train), ("test", self._test or None), ("class_file", self._class_file or None)])
 
     def train(self) -> AnnotationTable:
         """The training table; see ``read_table`` for what is refused."""
