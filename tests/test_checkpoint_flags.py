@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from cbsa_lightning import cli
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
-from cbsa_lightning.errors import CheckpointError, ConfigError
+from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from layouts import make_table
 from tiny_data import Squares, tiny_fit
 
@@ -236,3 +236,23 @@ def test_predictions_take_the_classes_of_the_checkpoint_where_the_training_table
     gone = "--data.source.init_args.train=gone.csv"
     cli.main(["predict", *words, images, gone, "--predictions.output=without.csv"])
     assert Path("without.csv").read_text() == Path("with.csv").read_text()
+
+
+def test_a_test_takes_the_classes_of_the_checkpoint_where_the_training_table_is_gone(moved_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = moved_run / "runs/cbsa/version_0"
+    make_table(tmp_path, n_train=12, n_test=9)
+    words = [
+        f"--config={run}/config.yaml",
+        f"--ckpt_path={run}/checkpoints/last.ckpt",
+        f"--model.clip={moved_run}/after",
+        f"--data.source.init_args.test={tmp_path}/test.csv",
+    ]
+    before = cli.main(["test", *words]).trainer.callback_metrics
+    gone = "--data.source.init_args.train=gone.csv"
+    with pytest.warns(UserWarning, match=r"No file at .*gone.csv \(train\): the classes are those of the checkpoint"):
+        after = cli.main(["test", *words, gone]).trainer.callback_metrics
+    assert "test/mAP" in before
+    assert after == before
+    with pytest.raises(DataError, match="no test annotations, and the training annotations are missing"):
+        cli.main(["test", *words, gone, "--data.source.init_args.test=null"])

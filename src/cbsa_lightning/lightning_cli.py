@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import cbsa_lightning
 from cbsa_lightning import runs
@@ -35,12 +35,14 @@ from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.loggers import going_on
 from cbsa_lightning.module import SSMLLModule
 from cbsa_lightning.runs import folder_of, refuse_taken, set_folder
+
+_CLASSES = "cbsa_lightning.data.readers.classes"
 
 SKIPPED = 3
 """Exit status of a `cbsa predict` that has left out images that cannot be read."""
@@ -222,8 +224,8 @@ class CBSACLI(LightningCLI):
             message = _NO_CHECKPOINT[subcommand == "fit"]
             raise ConfigError(message.format(subcommand, "none" if path is None else f"--ckpt_path {path}"))
         checkpoint = read_checkpoint(path)
-        if subcommand == "predict":
-            self._take_classes(checkpoint)
+        if subcommand == "predict" or (subcommand == "test" and self._lacks_training(config.data.source)):
+            self._take_classes(checkpoint, subcommand, str(path))
         model = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))["model"]
         settled = settle(model, mentioned(self._words), checkpoint, str(path), training=subcommand == "fit")
         if settled is not None:
@@ -238,17 +240,34 @@ class CBSACLI(LightningCLI):
                 raise
             raise cause from None
 
-    def _take_classes(self, checkpoint: Mapping[str, Any]) -> None:
-        """Has predictions take the classes of the checkpoint, so that the data of the training need not be there."""
+    @staticmethod
+    def _lacks_training(source: Any) -> bool:
+        """Whether the training annotations of a source are missing; their images may be."""
+        named = {name: value for name, value in source.init_args.items() if name in ("train", "train_annotations")}
+        missing = [f"{file} ({name})" for name, file in named.items() if file is not None and not os.path.isfile(file)]
+        if missing:
+            rank_zero_warn(
+                f"No file at {listed(missing)}: the classes are those of the checkpoint, and whether a test image was "
+                "a training image is not checked."
+            )
+        return bool(missing)
+
+    def _take_classes(self, checkpoint: Mapping[str, Any], subcommand: str, path: str) -> None:
+        """Takes the classes of the checkpoint, so that the training annotations are not needed."""
         names = checkpoint.get("class_names")
         if names is None:
             return
         prompts = checkpoint.get("hyper_parameters", {}).get("prompt_names") or default_prompts(names)
-        source = {
-            "class_path": "cbsa_lightning.data.readers.classes.Classes",
-            "init_args": {"class_names": list(names), "prompt_names": list(prompts)},
-        }
-        self.config = self.parser.parse_object({"predict": {"data": {"source": source}}}, self.config)
+        classes = {"class_names": list(names), "prompt_names": list(prompts)}
+        source: dict[str, Any] = {"class_path": f"{_CLASSES}.Classes", "init_args": classes}
+        if subcommand == "test":
+            images = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+            images = images["data"]["source"]
+            source = {
+                "class_path": f"{_CLASSES}.TestImages",
+                "init_args": {"source": images, "checkpoint": path, **classes},
+            }
+        self.config = self.parser.parse_object({subcommand: {"data": {"source": source}}}, self.config)
 
     def before_fit(self) -> None:
         """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""

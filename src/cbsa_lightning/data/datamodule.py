@@ -228,27 +228,30 @@ class SSMLLDataModule(L.LightningDataModule):
                     table.require_files()
             skipped = self._skipped(tables)
             for part, table in tables.items():
-                if table is not None:
+                if table:
                     self._images(table, skipped.get(part))
 
     def setup(self, stage: str) -> None:
         """Reads the tables and splits them; everything that can be refused is refused here."""
         if stage != "predict" and not self._ready:
-            self._set_up()
+            self._set_up(stage)
         # A cache has decoded all images already.
         if stage == "fit" and self.trainer is not None and self.on_error == "stop" and self.image_cache is None:
             self._refuse_unreadable()
 
-    def _set_up(self) -> None:
+    def _set_up(self, stage: str) -> None:
         self.train_table, self.test_table = self.source.train(), self.source.test()
-        self.split = make_split(
-            self.train_table,
-            file=self.split_file,
-            labelled_fraction=self.labelled_fraction,
-            held_out_fraction=self.held_out_fraction,
-            has_test=self.test_table is not None,
-            seed=self.seed,
-        )
+        if len(self.train_table) or stage != "test":
+            self.split = make_split(
+                self.train_table,
+                file=self.split_file,
+                labelled_fraction=self.labelled_fraction,
+                held_out_fraction=self.held_out_fraction,
+                has_test=self.test_table is not None,
+                seed=self.seed,
+            )
+        else:
+            self.split = Split(*np.empty((2, 0), np.int64))
         check_batch(self.batch_size, self.labelled_per_batch)
         self.train_table.require_files()
         if self.test_table is not None:

@@ -1,11 +1,15 @@
-"""Classes without a data set, for predictions by a checkpoint."""
+"""Sources that take their classes from a checkpoint, where the training annotations are not available."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from cbsa_lightning.arguments import check_names
-from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.annotations import AnnotationTable, as_strings
+from cbsa_lightning.data.class_names import ClassFile
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.errors import DataError
 
@@ -49,3 +53,40 @@ class Classes(Source):
     def test(self) -> AnnotationTable | None:
         """There is no test table; see :meth:`train`."""
         return self.train()
+
+
+class TestImages(Classes):
+    """The test images of a source under the classes of a checkpoint; the training table is empty.
+
+    Args:
+        source: The source; its training annotations are not read.
+        checkpoint: File that the classes are of, for messages.
+        class_names: The C class names of the checkpoint.
+        prompt_names: How prompts spell them.
+    """
+
+    __test__ = False  # not a test case of pytest
+
+    def __init__(
+        self, source: Source, checkpoint: str, class_names: Sequence[str], prompt_names: Sequence[str]
+    ) -> None:
+        super().__init__(class_names, prompt_names)
+        self._source, self._checkpoint = source, Path(checkpoint)
+
+    def train(self) -> AnnotationTable:
+        """A table without rows."""
+        labels = np.empty((0, len(self.class_names)), dtype=np.int8)
+        return AnnotationTable(Path(), as_strings([]), labels, self.class_names, self.prompt_names)
+
+    def test(self) -> AnnotationTable:
+        """The test images.
+
+        Raises:
+            DataError: The source has none, or other classes.
+        """
+        table = self._source.test_under(ClassFile(self._checkpoint, self.class_names, self.prompt_names, {}))
+        if table is None:
+            raise DataError(
+                "There are no test annotations, and the training annotations are missing; give one of them."
+            )
+        return table

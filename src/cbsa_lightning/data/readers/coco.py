@@ -11,7 +11,7 @@ import numpy as np
 
 from cbsa_lightning.arguments import check_choice, check_paths
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
-from cbsa_lightning.data.class_names import check_prompt_names, prompts_from
+from cbsa_lightning.data.class_names import ClassFile, check_prompt_names, prompts_from
 from cbsa_lightning.data.readers.coco_file import peek_class_names, read_coco_file
 from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
 from cbsa_lightning.data.reading import brief
@@ -108,11 +108,18 @@ class COCO(Source):
         Raises:
             DataError: Its classes are not those of the training file; see also ``read_coco``.
         """
-        table, expected = self._read("val"), self.class_names
+        return self._test(self.class_names, self._files("train")[0])
+
+    def test_under(self, classes: ClassFile) -> AnnotationTable:
+        """Images and labels of the validation file, whose categories must be the given classes."""
+        return self._test(classes.class_names, classes.path)
+
+    def _test(self, expected: tuple[str, ...], of: Path) -> AnnotationTable:
+        table = self._read("val")
         if table.class_names != expected:
             differing = sorted(set(table.class_names) ^ set(expected)) or ["the order of their ids"]
             raise DataError(
-                f"{self._files('val')[0]}: its categories are not those of {self._files('train')[0]}; "
+                f"{self._files('val')[0]}: its categories are not those of {of}; "
                 f"they differ in {listed(differing)}; use files of one data set"
             )
         return table

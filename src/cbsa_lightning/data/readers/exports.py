@@ -127,6 +127,10 @@ class Export(Source):
         """Images and labels of the test file, or those of the training file that it says are for the test."""
         return self._tables["test"][0]
 
+    def test_under(self, classes: ClassFile) -> AnnotationTable | None:
+        """Images and labels of the test file under given classes; the training file is not read."""
+        return None if self._test is None else self._make_table(self._read(self._test), self._test, classes)[0]
+
     @abstractmethod
     def _load(self, file: Path, root: Path) -> Content:
         """Reads a file.
@@ -192,25 +196,27 @@ class Export(Source):
     @cached_property
     def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
         """Table and notes of each part."""
-        return {part: self._make_table(content, self._file(part)) for part, content in self._contents.items()}
+        return {
+            part: self._make_table(content, self._file(part), self._classes) for part, content in self._contents.items()
+        }
 
-    def _make_table(self, content: Content, file: str) -> tuple[AnnotationTable | None, list[str]]:
+    def _make_table(self, content: Content, file: str, classes: ClassFile) -> tuple[AnnotationTable | None, list[str]]:
         if not content.records:
             return None, []
         root = self._root_of(file)
-        names, prompts = self._classes.class_names, self._classes.prompt_names
+        names, prompts = classes.class_names, classes.prompt_names
         if content.class_names is not None:
             declared = {clean_name(name) for name in content.class_names} - self._nothing
             if differing := sorted(declared ^ set(names)):
                 raise DataError(
-                    f"{file}: its classes are not those of {self._train}; they differ in "
+                    f"{file}: its classes are not those of {classes.path}; they differ in "
                     f"{listed(map(brief, differing))}; use exports of one project"
                 )
         records = content.records
         paths = tidy_paths(root, root, [record.image for record in records], lambda i: records[i].where)
         if self._disagreement is None:
             refuse_repeated(paths, lambda i: records[i].where)
-        position = self._classes.index() | dict.fromkeys(self._nothing, NOTHING)
+        position = classes.index() | dict.fromkeys(self._nothing, NOTHING)
         coded = [[codes_of(answer, record, position) for answer in record.answers] for record in records]
         row = {path: i for i, path in enumerate(dict.fromkeys(paths.tolist()))}
         rows = [row[path] for path in paths.tolist()]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks, first_not_unicode, repeated_rows
+from cbsa_lightning.data.class_names import ClassFile
 from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError, listed
 
@@ -45,6 +46,19 @@ class Source(ABC):
     @abstractmethod
     def test(self) -> AnnotationTable | None:
         """The images to test on, if there are any."""
+
+    def test_under(self, classes: ClassFile) -> AnnotationTable | None:
+        """The test images under the classes of a checkpoint, for who has no training annotations.
+
+        A source whose classes follow from its training annotations overrides this method.
+
+        Args:
+            classes: The classes.
+
+        Raises:
+            DataError: The annotations cannot be used, or have other classes.
+        """
+        return self.test()
 
     def describe(self) -> list[str]:
         """Sentences on what was detected in the annotation files, for the user; the files may be read for it."""

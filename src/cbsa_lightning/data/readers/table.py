@@ -104,17 +104,22 @@ class Table(Source):
 
     def train(self) -> AnnotationTable:
         """The training table; see ``read_table`` for what is refused."""
-        return self._read(self._train)
+        return self._read(self._train, self._classes)
 
     def test(self) -> AnnotationTable | None:
         """The test table, or None."""
-        return None if self._test is None else self._read(self._test)
+        return None if self._test is None else self._read(self._test, self._classes)
+
+    def test_under(self, classes: ClassFile) -> AnnotationTable | None:
+        """The test table under given classes, or under those of the class file; the training table is not read."""
+        own = self._classes if self._class_file is not None else classes
+        return None if self._test is None else self._read(self._test, own)
 
     def describe(self) -> list[str]:
         """What was detected in each table: columns, how cells list names, rows that were merged."""
         for path in (self._train, self._test):
             if path is not None and path not in self._notes:
-                self._read(path)
+                self._read(path, self._classes)
         return [note for notes in self._notes.values() for note in notes]
 
     @cached_property
@@ -123,11 +128,11 @@ class Table(Source):
             return read_class_file(self._class_file)
         return find_classes(self._train, self._form)
 
-    def _read(self, path: str) -> AnnotationTable:
+    def _read(self, path: str, classes: ClassFile) -> AnnotationTable:
         notes: list[str] = []
         table = read_table(
             path,
-            self._classes,
+            classes,
             form=self._form,
             root=self._root,
             allow_outside=self._allow_outside,
