@@ -314,7 +314,11 @@ class CBSACLI(LightningCLI):
             rank_zero_info("No comparison: this run is the labelled-only one.")
         elif self._untrained is not None:
             settings = dict(self._get(self.config_init, "trainer"))
-            compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
+            found = compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
+            others = {"the same network trained on the labels alone": found["labelled only"]}
+            trainer: Any = self.trainer
+            for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
+                page.write(trainer, self.model, others)
 
 
 def _useful(record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,29 @@ class WriteReportPage(L.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the page; the first process does."""
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: Any, pl_module: Any, others: Mapping[str, float] | None = None) -> None:
+        """Writes the page of a finished run.
+
+        Args:
+            trainer: The run's.
+            pl_module: The run's.
+            others: mAP (0 to 1) of other models that the page names beside the run's own and those of the baselines.
+        """
         folder = folder_of(trainer) if self.enabled else None
         if folder is None or not trainer.is_global_zero:
             return
         if not (folder / THRESHOLDS).is_file():
             rank_zero_info(f"No {REPORT_PAGE}, since there is no {THRESHOLDS}; it needs --report.enabled true.")
             return
-        page = build_page(_described(folder, trainer, pl_module))
+        page = build_page(_described(folder, trainer, pl_module, others or {}))
         with replacing(folder / REPORT_PAGE) as draft:
             draft.write_text(page, encoding="utf-8")
         print(f"Report of this run: {folder / REPORT_PAGE}")
 
 
-def _described(folder: Path, trainer: Any, pl_module: Any) -> Run:
+def _described(folder: Path, trainer: Any, pl_module: Any, others: Mapping[str, float]) -> Run:
     data = trainer.datamodule
     scored = bool(trainer.limit_val_batches) and (folder / PREDICTIONS).is_file()
     table = data.eval_table() if scored else None
@@ -67,8 +78,8 @@ def _described(folder: Path, trainer: Any, pl_module: Any) -> Run:
         if isinstance(callback, MeasureBaselines)
         for name, value in callback.results.items()
     }
-    names = tuple(pl_module.class_names)
-    return Run(folder, names, data.train_table.root, counts, table, baselines, _contexts(pl_module), FEW_IMAGES)
+    names, models = tuple(pl_module.class_names), baselines | dict(others)
+    return Run(folder, names, data.train_table.root, counts, table, models, _contexts(pl_module), FEW_IMAGES)
 
 
 def _contexts(pl_module: Any) -> NDArray[np.int64] | None:
