@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fuzz.annotations import CocoFile, NusWideFiles, VocFlags
+from fuzz.check import Checks
 from fuzz.checkpoints import Checkpoints
 from fuzz.harness import Target
 from fuzz.images import ImageBytes
@@ -17,6 +18,6 @@ from fuzz.tables import CsvTables, JsonLines, ParquetTables
 _ALL: tuple[type[Target], ...] = (
     ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, JsonLines, ClassFiles, ClassNames,
     SplitFiles, PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs,
-    CvatXml, ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines,
+    CvatXml, ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines, Checks,
 )  # fmt: skip
 TARGETS = {target.name: target for target in _ALL}

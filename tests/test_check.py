@@ -107,6 +107,24 @@ def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, t
     )
 
 
+@pytest.mark.parametrize("test", [0, 3])
+def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
+    source = Squares(tmp_path, test=test)
+    data = tiny_data(source, on_error="skip")
+    data.setup("fit")
+    evaluated, part = data.eval_table(), 1 if test else 0
+    for row in range(1, len(evaluated)):  # all but one
+        evaluated.file(row).write_bytes(b"damaged")
+    again = tiny_data(source, on_error="skip")
+    again.setup("fit")
+    plan = check(source.train(), source.test(), RunSettings(seed=data.seed, on_error="skip")).plan
+    assert plan.validated == len(again.eval_table()) == 1
+    assert plan.split.digest == again.split.digest
+    evaluated.file(0).write_bytes(b"damaged")
+    (found,) = check(source.train(), source.test(), RunSettings(seed=data.seed, on_error="skip")).errors
+    assert ("neither a test table", "No image is left to validate on")[part] in found.message
+
+
 def test_a_split_file_decides(tmp_path: Path) -> None:
     table = Squares(tmp_path).train()
     for name, split in (("some", Split(range(5), range(5, 20), [20, 21])), ("none", Split([], range(20), [20, 21]))):

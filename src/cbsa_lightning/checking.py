@@ -100,13 +100,15 @@ def check(
         near_duplicates: Compares images, see :mod:`cbsa_lightning.near_duplicates`; None compares none.
     """
     settings = settings or RunSettings()
-    plan, errors = None, []
-    try:
-        plan = make_plan(train, test, settings)
-    except CBSAError as error:
-        errors.append(Finding("refused", str(error)))
     tables = [train] if test is None else [train, test]
     surveys = [survey(table) for table in tables]
+    skips = settings.on_error == "skip"
+    skipped = [np.flatnonzero(part.unreadable) if skips else np.empty(0, np.int64) for part in surveys]
+    plan, errors = None, []
+    try:
+        plan = make_plan(train, test, settings, (skipped[0], skipped[-1]))
+    except CBSAError as error:
+        errors.append(Finding("refused", str(error)))
     warnings = list(class_findings(train, plan))
     for finding in file_findings(tables, surveys):
         stops = finding.kind == "missing" or (finding.kind == "unreadable" and settings.on_error == "stop")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbsa_lightning.arguments import check_choice, check_number
 from cbsa_lightning.data.annotations import POSITIVE, AnnotationTable
@@ -94,13 +95,22 @@ class Plan:
     second: Stage
 
 
-def make_plan(train: AnnotationTable, test: AnnotationTable | None, settings: RunSettings) -> Plan:
+_NONE = np.empty(0, dtype=np.int64)
+
+
+def make_plan(
+    train: AnnotationTable,
+    test: AnnotationTable | None,
+    settings: RunSettings,
+    skipped: tuple[NDArray[np.int64], NDArray[np.int64]] = (_NONE, _NONE),
+) -> Plan:
     """Says what a run does with a data set.
 
     Args:
         train: The training images.
         test: The test images, if there are any.
         settings: Of the run.
+        skipped: Rows of both tables whose images a run with ``on_error="skip"`` leaves out.
 
     Raises:
         DataError: No image is labelled or none is unlabelled, or a split file does not fit.
@@ -113,7 +123,7 @@ def make_plan(train: AnnotationTable, test: AnnotationTable | None, settings: Ru
         held_out_fraction=settings.held_out_fraction,
         has_test=test is not None,
         seed=settings.seed,
-    )
+    ).without(skipped[0])
     size, share = settings.batch_size, split.labelled_share
     labelled = settings.labelled_per_batch
     labelled = default_labelled_per_batch(share, size) if labelled is None else labelled
@@ -126,9 +136,12 @@ def make_plan(train: AnnotationTable, test: AnnotationTable | None, settings: Ru
             "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, set "
             "labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
         )
-    if not len(split.held_out) and test is None:
+    tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
+    if not len(split.held_out) and tested is None:
         raise ConfigError("There is neither a test table nor a held-out share to validate on.")
-    validated = train.labels[split.held_out] if len(split.held_out) or test is None else test.labels
+    validated = train.labels[split.held_out] if len(split.held_out) or tested is None else tested
+    if not len(validated):
+        raise ConfigError("No image is left to validate on: all test images are skipped. Mend some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
     if settings.labelled_only:
         images = len(split.unlabelled) or len(split.labelled)
