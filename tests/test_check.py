@@ -113,15 +113,18 @@ def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
     data = tiny_data(source, on_error="skip")
     data.setup("fit")
     evaluated, part = data.eval_table(), 1 if test else 0
+    settings = RunSettings(seed=data.seed, labelled_fraction=0.4, batch_size=8, on_error="skip")
     for row in range(1, len(evaluated)):  # all but one
         evaluated.file(row).write_bytes(b"damaged")
     again = tiny_data(source, on_error="skip")
     again.setup("fit")
-    plan = check(source.train(), source.test(), RunSettings(seed=data.seed, on_error="skip")).plan
+    report = check(source.train(), source.test(), settings)
+    assert report.errors == []
+    plan = report.plan
     assert plan.validated == len(again.eval_table()) == 1
     assert plan.split.digest == again.split.digest
     evaluated.file(0).write_bytes(b"damaged")
-    (found,) = check(source.train(), source.test(), RunSettings(seed=data.seed, on_error="skip")).errors
+    (found,) = check(source.train(), source.test(), settings).errors
     assert ("neither a test table", "No image is left to validate on")[part] in found.message
 
 
