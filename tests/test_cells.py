@@ -16,8 +16,9 @@ from filelock import FileLock
 from cbsa_lightning import cells, lightning_cli
 from cbsa_lightning.cells import make, result_of
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.overlays import merged, read
 from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
-from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell, merged, read
+from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell
 from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
 
 LABELERS = "cbsa_lightning.labelers"

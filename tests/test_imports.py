@@ -26,6 +26,7 @@ FLOORS = (
         "specificity",
         "clip",
         "paper",
+        "overlays",
         "recipes",
     },
     {"networks"},

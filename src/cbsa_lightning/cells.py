@@ -22,7 +22,8 @@ from cbsa_lightning.checkpoint_files import newest_checkpoint, remove_drafts
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.files import replacing
 from cbsa_lightning.lightning_cli import make_cli
-from cbsa_lightning.recipes import Cell, Settings
+from cbsa_lightning.overlays import Settings
+from cbsa_lightning.recipes import Cell
 from cbsa_lightning.runs import lock
 
 

@@ -22,7 +22,7 @@ from cbsa_lightning.data.plan import RunSettings
 from cbsa_lightning.data.readers import COCO, Source
 from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import CBSAError, ConfigError, DataError, causes, listed
-from cbsa_lightning.recipes import Settings, merged, read
+from cbsa_lightning.overlays import Settings, merged, read
 
 if TYPE_CHECKING:
     from cbsa_lightning.near_duplicates import Similar  # imports torch

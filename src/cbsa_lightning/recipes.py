@@ -13,16 +13,12 @@ import json
 import pydoc
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.overlays import Settings, merged, read
 from cbsa_lightning.paper import Row
-
-Settings = dict[str, Any]
 
 WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
@@ -154,51 +150,3 @@ def takes(place: Settings, argument: str) -> bool:
     if not callable(found):
         raise ConfigError(f"There is no class {place['class_path']}; is its module on PYTHONPATH?")
     return argument in inspect.signature(found).parameters
-
-
-def read(file: Path) -> Settings:
-    """An overlay.
-
-    Raises:
-        ConfigError: It is not there, or no mapping.
-    """
-    if not file.is_file():
-        raise ConfigError(
-            f"There is no overlay {file}. Correct its name, or say where the folder of overlays is with --configs."
-        )
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} must be a mapping such as 'trainer: {{max_epochs: 40}}', not {found!r}.")
-    return found
-
-
-def merged(overlays: Iterable[Settings]) -> Settings:
-    """Overlays one over the other, as the command line merges ``--config`` files.
-
-    But for one thing: another class begins with no arguments here, while the command line hands on those of the class
-    below that it has too.
-    """
-    return reduce(_over, overlays, {})
-
-
-def _over(below: Settings, above: Settings) -> Settings:
-    """``above`` over ``below``; another class begins with no arguments."""
-    result = dict(below)
-    for key, value in above.items():
-        old = result.get(key)
-        if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
-            old = {"class_path": old}  # a class by its path alone
-        if isinstance(old, dict) and "class_path" in old and value == old["class_path"]:
-            continue  # the same class by its path alone keeps its arguments
-        if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
-            result[key] = _over(old, value)
-        else:
-            result[key] = copy.deepcopy(value)
-    return result
-
-
-def _other_class(old: Settings, new: Settings) -> bool:
-    return "class_path" in new and new["class_path"] != old.get("class_path")
