@@ -52,12 +52,12 @@ def fit(folder: Path, files: dict[str, Path], args: argparse.Namespace, seed: in
     run = cbsa(
         [
             *("fit", "--config", "photos.yaml", "--config", "methods/stacked_probes.yaml"),
-            "--data.source=cbsa_lightning.data.readers.label_studio.LabelStudio",
+            "--data.source=LabelStudio",
             *(f"{source}.{name}={file}" for name, file in files.items()),
             f"--model.init_args.network.init_args.clip={args.clip}",
             f"--data.feature_cache.folder={args.features or args.out / 'features'}",
             *(f"--seed_everything={seed}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
-            *("--trainer.logger=cbsa_lightning.loggers.RunLogger", f"--trainer.logger.init_args.save_dir={folder}"),
+            *("--trainer.logger=RunLogger", f"--trainer.logger.init_args.save_dir={folder}"),
             "--trainer.logger.init_args.name=run",
         ]
     )

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from cbsa_lightning.class_paths import class_named
 from cbsa_lightning.cli import main
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.gain import Gain
 from cbsa_lightning.labelers import LabelledOnly
 from cbsa_lightning.linear_probe import LinearProbe
@@ -342,3 +344,16 @@ def test_every_overlay_is_run() -> None:
     names = [p.stem for p in overlays if len(p.parts) < 3]
     # networks/test_resnet.py runs voc/bce, voc/asl, voc/cap and voc/cap_ml_decoder; test_quickstart.py quickstart.yaml
     assert [name for name in [*names, *special] if name not in here] == []
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_configurations_name_classes_without_their_module(file: Path) -> None:
+    assert "cbsa_lightning." not in file.read_text(encoding="utf-8")
+
+
+def test_classes_are_found_by_name_and_by_path() -> None:
+    assert class_named("StackedProbes") is StackedProbes
+    assert class_named("torch.nn.Linear") is torch.nn.Linear
+    for name in ("StackedProbe", "torch.nn.Liner", "os.path"):
+        with pytest.raises(ConfigError, match=f"no class {name}"):
+            class_named(name)

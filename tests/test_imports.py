@@ -27,7 +27,6 @@ FLOORS = (
         "clip",
         "paper",
         "overlays",
-        "recipes",
     },
     {"networks"},
     {
@@ -62,7 +61,9 @@ FLOORS = (
     },
     {"module"},
     {"cbsa", "comparison", "gain"},
+    {"class_paths"},
     {"lightning_cli"},
+    {"recipes"},
     {"cells", "cost"},
     {"results", "table_pictures", "table_page", "tables"},
     {"cli"},

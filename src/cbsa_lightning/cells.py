@@ -113,7 +113,7 @@ def _here(folder: Path, has_logger: bool) -> Settings:
     trainer: Settings = {"devices": 1}
     if not has_logger:
         logger = {"save_dir": str(folder), "name": "log"}  # a folder a start below it
-        trainer["logger"] = {"class_path": "cbsa_lightning.loggers.RunLogger", "init_args": logger}
+        trainer["logger"] = {"class_path": "RunLogger", "init_args": logger}
     # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
     checkpoint = {
         **{"dirpath": str(folder), "filename": "last", "enable_version_counter": False},

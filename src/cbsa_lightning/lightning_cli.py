@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import cbsa_lightning
+import cbsa_lightning.class_paths  # class names without a module are found once it is imported
 from cbsa_lightning import runs
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.labels import WriteLabels
@@ -294,7 +295,7 @@ class CBSACLI(LightningCLI):
             self.model.labeler = LabelledOnly()
             # The saved configuration is to say what was trained, also for who resumes the run.
             config = self.config[str(self.subcommand)]
-            config.model.init_args.labeler = {"class_path": "cbsa_lightning.labelers.LabelledOnly"}
+            config.model.init_args.labeler = {"class_path": "LabelledOnly"}
             config.model.init_args.stack_share = 0.0
             config.model.init_args.objective = None
             config.gain = None
@@ -362,7 +363,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
                 "use_distributed_sampler": False,  # our samplers share the work themselves
                 "num_sanity_val_steps": 0,
                 "logger": {
-                    "class_path": "cbsa_lightning.loggers.RunLogger",
+                    "class_path": "RunLogger",
                     "init_args": {"save_dir": "runs", "name": "cbsa"},
                 },
             },

@@ -50,7 +50,7 @@ def _over(below: Settings, above: Settings) -> Settings:
         old = result.get(key)
         if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
             old = {"class_path": old}  # a class by its path alone
-        if isinstance(old, dict) and "class_path" in old and value == old["class_path"]:
+        if isinstance(old, dict) and "class_path" in old and _same_class(value, old["class_path"]):
             continue  # the same class by its path alone keeps its arguments
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
             result[key] = _over(old, value)
@@ -60,4 +60,11 @@ def _over(below: Settings, above: Settings) -> Settings:
 
 
 def _other_class(old: Settings, new: Settings) -> bool:
-    return "class_path" in new and new["class_path"] != old.get("class_path")
+    return "class_path" in new and not _same_class(old.get("class_path"), new["class_path"])
+
+
+def _same_class(one: Any, other: Any) -> bool:
+    """Whether two class paths mean the same class; either may be its name alone."""
+    if isinstance(one, str) and isinstance(other, str) and not ("." in one and "." in other):
+        return one.rpartition(".")[2] == other.rpartition(".")[2]
+    return bool(one == other)

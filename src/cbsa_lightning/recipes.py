@@ -10,12 +10,12 @@ import copy
 import hashlib
 import inspect
 import json
-import pydoc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cbsa_lightning.class_paths import class_named
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.overlays import Settings, merged, read
 from cbsa_lightning.paper import Row
@@ -143,10 +143,4 @@ def takes(place: Settings, argument: str) -> bool:
     Raises:
         ConfigError: There is no such class.
     """
-    try:
-        found = pydoc.locate(place["class_path"])
-    except pydoc.ErrorDuringImport as error:
-        raise ConfigError(f"{place['class_path']} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"There is no class {place['class_path']}; is its module on PYTHONPATH?")
-    return argument in inspect.signature(found).parameters
+    return argument in inspect.signature(class_named(place["class_path"])).parameters
