@@ -27,9 +27,8 @@ from cbsa_lightning.data.datasets import (
     ResumableLoader,
     View,
     ViewDataset,
-    collate_eval,
+    collate,
     collate_readable,
-    collate_train,
 )
 from cbsa_lightning.data.feature_cache import (
     MIRRORED,
@@ -414,7 +413,7 @@ class SSMLLDataModule(L.LightningDataModule):
             )
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
-    def _loader(self, dataset: ViewDataset, batches: Any, collate: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: ViewDataset, batches: Any, collate: Any = collate) -> DataLoader[Any]:
         return ResumableLoader(
             dataset,
             batch_sampler=batches,
@@ -457,7 +456,7 @@ class SSMLLDataModule(L.LightningDataModule):
             batches.set_epoch(self.trainer.current_epoch)
             loop = self.trainer.fit_loop
             batches.skip(loop.epoch_loop.batch_progress.current.ready if loop.restarted_mid_epoch else 0)
-        return self._loader(dataset, batches, collate_train)
+        return self._loader(dataset, batches)
 
     def _paired(self) -> PairedBatches:
         if not len(self.split.unlabelled):
@@ -489,7 +488,7 @@ class SSMLLDataModule(L.LightningDataModule):
         view = WeakView(self.image_size, self.seed)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
-        return self._loader(dataset, batches, collate_eval)
+        return self._loader(dataset, batches)
 
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
         """Undistorted views of this process's share of some ``rows`` of the train table, in order."""
@@ -501,7 +500,7 @@ class SSMLLDataModule(L.LightningDataModule):
         dataset = ViewDataset(self._views(part, images, PlainView(self.image_size)), table.labels)
         rows = np.arange(len(table)) if rows is None else rows
         batches = InOrderBatches(rows, self.eval_batch_size, **self._ranks())
-        return self._loader(dataset, batches, collate_eval)
+        return self._loader(dataset, batches)
 
     def eval_table(self) -> AnnotationTable:
         """The images that validation measures: those held out if any were, else the test table."""

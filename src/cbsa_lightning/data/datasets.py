@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,17 +83,12 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
         return view, target if labelled else torch.full_like(target, -1), draw.index, labelled
 
 
-def collate_train(items: list[tuple[Any, ...]]) -> TrainBatch:
-    """A batch of items with ``labelled``."""
-    views, targets, index, labelled = zip(*items, strict=True)
+def collate(items: list[tuple[Any, ...]]) -> TrainBatch | EvalBatch:
+    """A batch of items of :class:`ViewDataset`: for training if they have ``labelled``."""
+    views, targets, index, *labelled = zip(*items, strict=True)
     images, features = _stacked(views)
-    return TrainBatch(images, torch.stack(targets), torch.tensor(index), torch.tensor(labelled), features)
-
-
-def collate_eval(items: list[tuple[Any, ...]]) -> EvalBatch:
-    """A batch of items without."""
-    views, targets, index = zip(*items, strict=True)
-    images, features = _stacked(views)
+    if labelled:
+        return TrainBatch(images, torch.stack(targets), torch.tensor(index), torch.tensor(labelled[0]), features)
     return EvalBatch(images, torch.stack(targets), torch.tensor(index), features)
 
 
@@ -102,7 +97,7 @@ def collate_readable(items: list[tuple[Any, ...]], size: int) -> EvalBatch:
     black = torch.zeros(3, size, size, dtype=torch.uint8)
     unread = tuple((index, str(view)) for view, _, index in items if isinstance(view, DataError))
     readable = [(black if isinstance(view, DataError) else view, target, index) for view, target, index in items]
-    return collate_eval(readable)._replace(unread=unread)
+    return cast(EvalBatch, collate(readable))._replace(unread=unread)
 
 
 def _stacked(views: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,97 @@
+"""CBSA on one page: both stages on the embedded digits in plain torch, from the library's parts (docs/method.md)."""
+
+import torch
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.contexts import context_targets, cooccurrence, match_partition, partition
+from cbsa_lightning.data.datasets import ImageViews, ViewDataset, collate
+from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.readers import Digits
+from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
+from cbsa_lightning.data.splits import split_labelled
+from cbsa_lightning.data.views import PlainView, StrongView, WeakView
+from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.labelers import ClassDistributionAware, positive_rates
+from cbsa_lightning.losses import asymmetric_loss, context_loss
+from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.networks.cbsa import CBSANetwork
+from cbsa_lightning.networks.decoder import LabelDecoder
+from cbsa_lightning.schedules import OneCycle
+
+
+def loader(table, view, batches, labelled=None):
+    """Batches of views with labels, which are hidden where ``labelled`` is false."""
+    views = ViewDataset(ImageViews(ImageFiles(table), view), table.labels, labelled)
+    return DataLoader(views, batch_sampler=batches, collate_fn=collate)
+
+
+def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropout=0.1, decay=0.98, seed=1):
+    """Trains on a share of the labels; returns the network, its averaged weights, and mAP on the test images."""
+    source.prepare()
+    table, test = source.train(), source.test()
+    split = split_labelled(len(table), share, seed, table.digest())
+    known = torch.from_numpy(table.labels[split.labelled])
+    has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labelled)).numpy()
+
+    torch.manual_seed(seed)
+    clip = FrozenCLIP.load("embedded")
+    # Prompts t^s and t^t, tokens g and l (Eq. 3), label features z (Eq. 4), scaled cosine (Eq. 5), context head.
+    decoder = LabelDecoder(clip.embed_dim, feedforward=256, dropout=dropout)
+    network = CBSANetwork(clip, table.prompt_names, decoder, contexts, prompt_length=4)
+    average, thresholds = ParameterEMA(network, decay), ClassDistributionAware()
+
+    @torch.no_grad()
+    def scores(table, view, rows, epoch=0):
+        """Class logits (n, C) and context logits (n, K) by the averaged weights."""
+        batches = loader(table, view, InOrderBatches(rows, 128, epoch=epoch))
+        network.eval()
+        with average.applied_to(network):
+            text = network.encode_text()
+            outputs = [network(network.features(batch.images), text) for batch in batches]
+        return torch.cat([out.logits for out in outputs]), torch.cat([out.context_logits for out in outputs])
+
+    pseudo_labels = torch.full_like(torch.from_numpy(table.labels), -1)  # -1: unknown, no loss
+    context_of = torch.full((len(table),), -1)
+    groups = partition(cooccurrence(known), contexts)  # S, and its normalised cut (Eq. 9, 10)
+    context_of[split.labelled] = context_targets(known, groups, contexts)
+
+    def stage(stage_epochs, batches):
+        nonlocal groups
+        groups_of = [{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in network.parameter_groups()]
+        optimizer = AdamW(groups_of, weight_decay=1e-4, fused=True)
+        schedule = OneCycle()(optimizer, len(stage_epochs) * len(batches))
+        for epoch in stage_epochs:
+            if average.started:  # the second stage: labels and contexts of the weak views, once an epoch
+                logits, context_logits = scores(table, WeakView(size, seed), split.unlabelled, epoch)
+                pseudo_labels[split.unlabelled] = thresholds(logits.sigmoid(), positive_rates(known)).labels  # Eq. 6
+                confidence, context = context_logits.softmax(1).max(1)
+                context_of[split.unlabelled] = torch.where(confidence > 0.9, context, -1)  # Eq. 11, unlabelled
+                every = torch.cat([known, pseudo_labels[split.unlabelled]])
+                groups = match_partition(partition(cooccurrence(every), contexts), groups, contexts)
+                context_of[split.labelled] = context_targets(known, groups, contexts)
+            batches.set_epoch(epoch)
+            network.train()
+            for batch in loader(table, StrongView(size, seed, 0.25), batches, has_labels):
+                out = network(network.features(batch.images))
+                targets = torch.where(batch.labelled[:, None], batch.targets, pseudo_labels[batch.index])
+                loss = asymmetric_loss(out.logits, targets).sum()  # labels (Eq. 7) and pseudo-labels (Eq. 8)
+                loss = loss + context_loss(out.context_logits, context_of[batch.index]).sum()  # Eq. 11 and 12
+                optimizer.zero_grad()
+                (loss / len(batch.index)).backward()
+                optimizer.step()
+                schedule.step()
+                if average.started:
+                    average.update(network)
+
+    stage(range(warmup), LabelledBatches(split.labelled, 16, seed))
+    average.start(network)
+    stage(range(warmup, epochs), PairedBatches(split.labelled, split.unlabelled, 16, 32, seed))
+    report = MultilabelReport(len(table.class_names))
+    report.update(scores(test, PlainView(size), range(len(test)))[0], torch.from_numpy(test.labels))
+    return network, average, float(report.compute()["mAP"])
+
+
+if __name__ == "__main__":
+    print(f"mAP {100 * train(Digits('data/digits'))[2]:.1f} %")
