@@ -65,7 +65,7 @@ def names(found: dict) -> list[list[str]]:
 
 def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "photos.csv")
-    assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "errors", "warnings"]
+    assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "time", "errors", "warnings"]
     assert report["train"] == {"images": 40, "labelled": 20, "empty": 5, "partly": 0, "unlabelled": 20}
     assert report["classes"] == [
         {"name": "sofa", "positives": 5, "negatives": 15, "test_positives": None},
@@ -73,6 +73,7 @@ def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> N
         {"name": "dog", "positives": 10, "negatives": 10, "test_positives": None},
     ]
     assert report["test"] is None
+    assert report["time"] is None
     assert not report["errors"] + report["warnings"]
 
 

@@ -23,6 +23,7 @@ from cbsa_lightning.data.readers import COCO, Source
 from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import CBSAError, ConfigError, DataError, causes, listed
 from cbsa_lightning.overlays import Settings, merged, read
+from cbsa_lightning.run_time import run_time
 
 if TYPE_CHECKING:
     from cbsa_lightning.near_duplicates import Similar  # imports torch
@@ -47,6 +48,9 @@ def check_command(args: Sequence[str] | None = None) -> Report:
     recipe = _recipe(options)
     with redirect_stdout(sys.stderr):  # of bars and messages: standard output is for the report alone
         report = _checked(recipe, _comparison(options))
+        if options.time and report.plan is not None and not report.errors:
+            print("Measuring a few images and training steps ...")
+            report = replace(report, time=run_time(recipe, report.plan))
     if options.json:
         write_json(report, sys.stdout)
     else:
@@ -81,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help="compare images by this model: a name of open_clip, a folder, embedded",
     )
     parser.add_argument("--pretrained", metavar="TAG", help="its weights: a tag of open_clip or a file")
+    parser.add_argument(
+        "--time", action="store_true", help="measure a few images and training steps, and say what a run takes here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all paths")
     return parser
 

@@ -39,8 +39,8 @@ def write_json(report: Report, stream: TextIO) -> None:
     """Writes the report as one JSON object.
 
     Its keys are ``ok``, ``notes`` of the reader, ``classes`` (fewest positives first), ``train``, ``test`` and ``run``
-    (null where unknown), ``errors`` and ``warnings``. A finding has ``kind``, ``message``, ``count`` and ``items``, an
-    item ``names`` and ``note``.
+    (null where unknown), ``time`` (null where not measured), ``errors`` and ``warnings``. A finding has ``kind``,
+    ``message``, ``count`` and ``items``, an item ``names`` and ``note``.
     """
     test = report.test.positives if report.test is not None else [None] * len(report.class_names)
     train = report.train
@@ -57,6 +57,7 @@ def write_json(report: Report, stream: TextIO) -> None:
         "train": _counts(report.train),
         "test": _counts(report.test),
         "run": _plan(report.plan),
+        "time": None if report.time is None else {"seconds": report.time.total, **asdict(report.time)},
     }
     stream.write(json.dumps(head).removesuffix("}"))
     for key, findings in (("errors", report.errors), ("warnings", report.warnings)):
@@ -88,6 +89,8 @@ def _run(report: Report) -> Iterator[str]:
     )
     yield f"  first stage: {_stage(plan.warmup)}"
     yield f"  second stage: {_stage(plan.second)}"
+    if report.time is not None:
+        yield report.time.sentence()
 
 
 def _stage(stage: Stage) -> str:

@@ -22,6 +22,7 @@ from cbsa_lightning.findings import (
     file_of,
     similar_images,
 )
+from cbsa_lightning.run_time import RunTime
 
 if TYPE_CHECKING:
     from cbsa_lightning.near_duplicates import Similar  # imports torch
@@ -62,6 +63,7 @@ class Report:
         errors: What ``cbsa fit`` would refuse, and test images that are training images too.
         warnings: What it would accept.
         notes: What the reader says of its files.
+        time: What the run would take, or None where it was not measured.
     """
 
     class_names: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class Report:
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    time: RunTime | None = None
 
     def fewest_first(self) -> list[tuple[str, int]]:
         """Classes with their positives in the training table, the rarest first."""

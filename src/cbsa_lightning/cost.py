@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int 
         for _ in tqdm(range(rounds), desc="Cost of a step, rounds"):
             for name, recipe in recipes.items():
                 file = Path(folder) / "recipe.yaml"
-                file.write_text(yaml.safe_dump(_with_random_weights(recipe)), encoding="utf-8")
+                file.write_text(yaml.safe_dump(with_random_weights(recipe)), encoding="utf-8")
                 command = [sys.executable, "-m", "cbsa_lightning.cost", str(file), str(steps)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
                 if done.returncode:
@@ -65,7 +65,8 @@ def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int 
     return {name: Cost(min(c.ms for c in each), min(c.gb for c in each)) for name, each in found.items()}
 
 
-def _with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe that needs no download; its steps take the same time."""
     changed = copy.deepcopy(dict(recipe))
     for place in classes_of(changed):
         if takes(place, "pretrained"):
@@ -76,38 +77,50 @@ def _with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def measure(recipe: Path, steps: int) -> Cost:
     """Trains on random images; best in a process of its own, whose memory nothing else has touched."""
     cli = make_cli([f"--config={recipe}"], run=False)
-    module, batch, clock = cli.model, _batch(cli), _Clock(steps)
+    size = cli.datamodule.image_size
+    batch = random_batch(cli, torch.randint(0, 256, (cli.datamodule.batch_size, 3, size, size), dtype=torch.uint8))
+    meter = _Meter(steps)
+    train_on(cli, batch, meter)
+    images = len(batch.index)
+    return Cost(1000 * meter.seconds / steps / images, meter.memory / 1e9 / images)
+
+
+def random_batch(cli: CBSACLI, views: torch.Tensor) -> TrainBatch:
+    """A batch of given views, uint8 images or features of them, with random labels on a sixteenth of them."""
+    count, classes = len(views), len(cli.datamodule.class_names)
+    labelled = torch.arange(count) < max(1, count // 16)
+    targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
+    images, features = (views, None) if views.dtype == torch.uint8 else (None, views)
+    return TrainBatch(images, targets, torch.arange(count), labelled, features)
+
+
+def quiet_trainer(cli: CBSACLI, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
+    """A Trainer on one device, with the accelerator and precision of the configuration, that writes nothing."""
     given: dict[str, Any] = cli.config_init["trainer"]
-    module.configure_callbacks = list  # the tables are given, not made from a data set
-    module.warmup_epochs = 0
-    module.ema.start(module.network)
-    trainer = L.Trainer(
+    return L.Trainer(
         max_epochs=1,
         accelerator=given["accelerator"],
         precision=given["precision"],
         devices=1,
-        callbacks=[clock],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def train_on(cli: CBSACLI, batch: TrainBatch, clock: Clock) -> None:
+    """Trains on one batch again and again, as the second stage does, until the clock has its steps."""
+    module = cli.model
+    module.configure_callbacks = list  # the tables are given, not made from a data set
+    module.warmup_epochs = 0
+    module.ema.start(module.network)
+    trainer = quiet_trainer(cli, [clock])
     _give_tables(module, batch, trainer.strategy.root_device)
-    batches: Any = [batch] * (UNCOUNTED + steps)
+    batches: Any = [batch] * (UNCOUNTED + clock.steps)
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
     trainer.fit(module, train_dataloaders=loader)
-    images = len(batch.index)
-    return Cost(1000 * clock.seconds / steps / images, clock.memory / 1e9 / images)
-
-
-def _batch(cli: CBSACLI) -> TrainBatch:
-    """Random images, a sixteenth of them labelled."""
-    data, classes = cli.datamodule, len(cli.datamodule.class_names)
-    count, size = data.batch_size, data.image_size
-    labelled = torch.arange(count) < max(1, count // 16)
-    targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-    return TrainBatch(images, targets, torch.arange(count), labelled)
 
 
 def _give_tables(module: Any, batch: TrainBatch, device: torch.device) -> None:
@@ -118,34 +131,47 @@ def _give_tables(module: Any, batch: TrainBatch, device: torch.device) -> None:
         module.context_targets = torch.nn.functional.one_hot(chosen, module.num_contexts).float()
 
 
-class _Clock(L.Callback):
-    """Seconds of the counted steps, and memory of training: on a GPU torch's peak, else how far the process grew."""
+class Clock(L.Callback):
+    """Seconds of the counted steps together."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.seconds = self.memory = 0.0
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Starts before the first counted step."""
+        if batch_idx == UNCOUNTED:
+            settle(pl_module.device)
+            self._begun = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stops after the last one."""
+        if batch_idx == UNCOUNTED + self.steps - 1:
+            settle(pl_module.device)
+            self.seconds = time.perf_counter() - self._begun
+
+
+class _Meter(Clock):
+    """And the memory of training: on a GPU torch's peak, else how far the process grew."""
+
+    memory = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.device.type != "cuda":
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
             self._before = _resident("VmRSS")
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == UNCOUNTED:
-            self._settle(pl_module)
-            self._begun = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if batch_idx == UNCOUNTED + self.steps - 1:
-            self._settle(pl_module)
-            self.seconds = time.perf_counter() - self._begun
             on_gpu = pl_module.device.type == "cuda"
             self.memory = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM") - self._before
 
-    @staticmethod
-    def _settle(pl_module: Any) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
+
+def settle(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _resident(what: str) -> int:

@@ -31,9 +31,6 @@ from cbsa_lightning.data.datasets import (
     collate_readable,
 )
 from cbsa_lightning.data.feature_cache import (
-    MIRRORED,
-    PLAIN,
-    STRONG,
     CachedViews,
     FeatureCache,
     Features,
@@ -46,6 +43,7 @@ from cbsa_lightning.data.feature_cache import (
 from cbsa_lightning.data.image_cache import ImageCache, Images
 from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.needed_views import PLAIN, needed_views
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
@@ -373,12 +371,8 @@ class SSMLLDataModule(L.LightningDataModule):
         return self.feature_cache.strong_views if self.feature_cache is not None and trains else 0
 
     def _kept_views(self) -> dict[str, KeptViews]:
-        """What is kept: weak views of unlabelled images, strong ones of training images, plain ones for validation."""
-        unlabelled = np.empty(0, np.int64) if self._learns_from_labels_alone else self.split.unlabelled
-        needed = np.zeros((len(self.train_table), STRONG + self._strong_views), dtype=bool)
-        needed[np.concatenate([self.split.labelled, unlabelled]), STRONG:] = True
-        needed[unlabelled, MIRRORED] = True
-        needed[np.concatenate([self.split.labelled, unlabelled, self.split.held_out]), PLAIN] = True
+        """What is kept of each part of the data set; see :func:`needed_views`."""
+        needed = needed_views(self.split, len(self.train_table), self._strong_views, self._learns_from_labels_alone)
         kept = {"train": self._kept(self._train_images, self.train_table, needed)}
         if self.test_table is not None and self._test_images is not None:
             needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)

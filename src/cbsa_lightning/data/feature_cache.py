@@ -20,13 +20,11 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_number, check_paths
 from cbsa_lightning.data.image_cache import Images
+from cbsa_lightning.data.needed_views import MIRRORED, PLAIN, STRONG
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.store import KEY_BYTES, RowStore
 from cbsa_lightning.data.views import PlainView, StrongView
 from cbsa_lightning.errors import DataError
-
-PLAIN, MIRRORED, STRONG = 0, 1, 2
-"""Columns of a table of views: the plain view, its mirror image, then the strong ones."""
 
 _FORMAT = 1  # to be raised when a tower, a view or a key is made otherwise
 _BANK_SEED = 0  # of the strong views that are kept: the same for all runs, whatever their seed, so that they share them
@@ -151,7 +149,7 @@ class KeptViews:
     Args:
         images: The n images.
         contents: Hash of the content of each image's file.
-        needed: ``(n, V)`` bool, which views of each image are wanted; see :data:`PLAIN`.
+        needed: ``(n, V)`` bool, which views of each image are wanted; see :func:`needed_views`.
         size: S, side of the views in pixels.
         cutout: That of the strong views.
     """

@@ -80,6 +80,8 @@ class Plan:
 
     Attributes:
         split: Rows of the training table.
+        images: Rows that this table has.
+        test_images: Rows of the test table; 0 without one.
         validated_on: "held-out images" or "test images".
         validated: How many these are.
         validated_classes: Classes with a positive among them: those that the mAP is the mean of.
@@ -88,6 +90,8 @@ class Plan:
     """
 
     split: Split
+    images: int
+    test_images: int
     validated_on: Literal["held-out images", "test images"]
     validated: int
     validated_classes: int
@@ -151,6 +155,8 @@ def make_plan(
         second = Stage(steps_per_epoch(len(split.unlabelled), size - labelled, least), labelled, size - labelled, other)
     return Plan(
         split,
+        len(train),
+        len(test) if test is not None else 0,
         "held-out images" if len(split.held_out) else "test images",
         len(validated),
         int(np.count_nonzero((validated == POSITIVE).any(axis=0))),
