@@ -236,6 +236,9 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
                 assert float(rows[name][key]) == pytest.approx(
                     average_precision_score(truth[:, k], scores[:, k]), abs=2e-3
                 )
+    page = (folder / "report.html").read_text()
+    assert "Since the earlier run" in page
+    assert "Measured on 25 validation images that neither run has trained on." in page
     before, now = source.train().labels[:20].sum(0), source.train().labels[:50].sum(0)
     for k, name in enumerate(CLASSES):
         assert [int(rows[name][c]) for c in ("labelled_before", "labelled_now", "labels_added", "labels_removed")] == [

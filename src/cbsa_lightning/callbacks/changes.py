@@ -31,10 +31,14 @@ class ReportChanges(L.Callback):
 
     Args:
         earlier: The earlier run.
+
+    Attributes:
+        told: What has changed, in sentences; empty until training has ended.
     """
 
     def __init__(self, earlier: EarlierRun) -> None:
         self.earlier = earlier
+        self.told: list[str] = []
         self._classifier: Classifier | None = None
         self._before: Tensor | None = None  # (C',), AP of the earlier run's classes in the order of the new run's
 
@@ -158,4 +162,5 @@ class ReportChanges(L.Callback):
             int(trained.sum()),
         )
         write_changes(folder / CHANGES, changes)
-        rank_zero_info("\n  ".join([f"Changes since {self.earlier.file}: {folder / CHANGES}", *changes.sentences()]))
+        self.told = changes.sentences()
+        rank_zero_info("\n  ".join([f"Changes since {self.earlier.file}: {folder / CHANGES}", *self.told]))
