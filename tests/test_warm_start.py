@@ -11,14 +11,16 @@ import torch
 import yaml
 from sklearn.metrics import average_precision_score
 
+from cbsa_lightning import CBSAModule
 from cbsa_lightning.callbacks.warm_start import _state
+from cbsa_lightning.changes import Changes, label_changes
 from cbsa_lightning.checkpoint_files import read_checkpoint
 from cbsa_lightning.cli import main
 from cbsa_lightning.data.labelled_images import LabelledImages
 from cbsa_lightning.earlier_run import read_earlier
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from cbsa_lightning.inference import Classifier
-from cbsa_lightning.warm_start import check_fits, take_over
+from cbsa_lightning.warm_start import Earlier, check_fits, take_over
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, Squares
 
@@ -85,8 +87,6 @@ def earlier(tmp_path_factory, clip_folder, source):
 
 
 def fresh(clip, classes=CLASSES, **model):
-    from cbsa_lightning import CBSAModule
-
     torch.manual_seed(7)
     return CBSAModule(list(classes), clip=str(clip), **{**MODEL, **model})
 
@@ -159,8 +159,6 @@ def test_the_context_head_is_taken_over_with_the_same_partition_only(
 
 def earlier_of(module, partition=None):
     """What a checkpoint of a module gives."""
-    from cbsa_lightning.warm_start import Earlier
-
     checkpoint = {"state_dict": dict(module.state_dict()), "read_from": "old.ckpt"}
     with torch.no_grad():
         for name, value in checkpoint["state_dict"].items():
@@ -345,3 +343,64 @@ def test_labelled_images_are_read_as_written(tmp_path):
     assert (found.class_names, found.images, found.files) == (images.class_names, images.images, images.files)
     assert np.array_equal(found.labels, labels)
     assert found.trained() == {"1.png", "/d/1.png"}
+
+
+def test_other_passes_of_the_run_hold_out_the_same_images(tmp_path, clip_folder, source, earlier):
+    table = write_table(tmp_path / "grown.csv", source, 50)
+    cli = fit(tmp_path / "new", settings(clip_folder, table, **FUSED), "--init_from", str(earlier))
+    run = tmp_path / "new" / "version_0"
+    words = ["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}"]
+    again = main([*words, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])
+    assert again.datamodule.split.digest == cli.datamodule.split.digest
+
+
+def test_images_of_a_test_table_that_were_trained_on_are_left_out(tmp_path, clip_folder, source, earlier):
+    trained = LabelledImages.read(earlier / "labelled.parquet").trained()
+    table = source.train()
+    files = [str(table.file(row)) for row in range(50)]
+    train = write_table(tmp_path / "grown.csv", source, 60)
+    lines = train.read_text().splitlines()
+    tested = [line for line in lines[1:] if line.split(",")[0] in files[:30]]
+    (tmp_path / "test.csv").write_text("\n".join([lines[0], *tested, ""]))
+    unlabelled = [f"{table.file(row)}," for row in range(55, 60)]
+    train.write_text("\n".join([lines[0], *(line for line in lines[1:56] if line not in tested), *unlabelled, ""]))
+    config = settings(clip_folder, train, **FUSED)
+    config["data"]["source"]["init_args"]["test"] = str(tmp_path / "test.csv")
+    config["data"]["held_out_fraction"] = None
+    with pytest.warns(UserWarning, match="trained on the labels of 10 validation images"):
+        cli = fit(tmp_path / "new", config, "--init_from", str(earlier))
+    rows = {row["class"]: row for row in csv.DictReader((tmp_path / "new/version_0/changes.csv").open())}
+    fair = [row for row in range(30) if files[row] not in trained]
+    assert len(fair) == 20
+    for k, name in enumerate(CLASSES):
+        assert int(rows[name]["positives"]) == table.labels[fair, k].sum()
+    assert cli.datamodule.eval_table().paths.size == 30
+
+
+def test_added_and_removed_labels_are_counted_by_image():
+    def images(names, paths, labels):
+        held_out = np.zeros(len(paths), bool)
+        return LabelledImages(names, paths, [f"/d/{p}" for p in paths], held_out, np.array(labels, np.int8))
+
+    before = images(["a", "b", "gone"], ["1", "2"], [[1, 0, 1], [1, 1, -1]])
+    now = images(["b", "a", "new"], ["2", "3"], [[0, 1, 1], [1, 1, 0]])
+    found = label_changes(["a", "b", "new", "gone"], before, now)
+    assert found.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 1]]
+
+
+def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
+    before, after = np.array([0.5, 0.5, np.nan, 0.9]), np.array([0.75, 0.4, np.nan, 0.9])
+    changes = Changes(["a", "b", "c", "d"], before, after, np.array([9, 4, 1, 5]), None, 30, 2)
+    assert changes.sentences() == [
+        "Measured on 30 validation images that neither run has trained on (2 are left out, since the earlier run has "
+        "trained on their labels).",
+        "mAP 63.3 before, 68.3 after, over 3 of 4 classes.",
+        "Gained most, in points of AP: a +25.0 (9 positives).",
+        "Lost most, in points of AP: b -10.0 (4 positives).",
+    ]
+
+
+def test_without_positives_nothing_is_measured():
+    nothing = np.full(1, np.nan)
+    told = Changes(["a"], nothing, nothing, np.zeros(1, int), np.zeros((1, 4), int), 30, 0).sentences()
+    assert told[1] == "mAP is not measured: no class of both runs has 3 positives among them."
