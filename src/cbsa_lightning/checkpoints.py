@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from cbsa_lightning.checkpoint_files import SOURCE, VERSION
-from cbsa_lightning.compiled import plain_name
+from cbsa_lightning.compiled import class_of, plain_name
 from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
 from cbsa_lightning.finite import REMEDY, not_finite
 from cbsa_lightning.fusion import Fusion
 
 FINGERPRINT = "frozen_fingerprint"
+NETWORK = "network_class"  # name of the network's class; earlier versions did not write it
 TABLES = ("pseudo_labels", "context_targets", "expected", "left_out")
 FUSION = "fusion"
 
@@ -97,6 +98,7 @@ class LeanCheckpoint(nn.Module):
                 f"{REMEDY}."
             )
         checkpoint[VERSION] = version("cbsa-lightning")
+        checkpoint[NETWORK] = class_of(self.network)
         clip = getattr(self.network, "clip", None)
         if clip is not None:
             checkpoint[FINGERPRINT] = clip.fingerprint

@@ -1,8 +1,15 @@
-"""Parameter names of networks that ``torch.compile`` has wrapped."""
+"""Names of networks that ``torch.compile`` has wrapped, and of their parameters."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def plain_name(name: str) -> str:
     """Removes the prefix that ``torch.compile(module)`` adds, so that compiled and plain networks share names."""
     return name.replace("_orig_mod.", "")
+
+
+def class_of(network: Any) -> str:
+    """Name of a network's class, compiled or not."""
+    return type(getattr(network, "_orig_mod", network)).__name__

@@ -38,17 +38,18 @@ class ParameterEMA(nn.Module):
         averaged = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad} | moving
         self.names = list(averaged)
         for name, value in averaged.items():
-            self.register_buffer(self._key(name), value.detach().clone())
+            self.register_buffer(self.key(name), value.detach().clone())
         self.register_buffer("started", torch.tensor(False))
 
     @staticmethod
-    def _key(name: str) -> str:
+    def key(name: str) -> str:
+        """Name of the buffer that holds the average of what is called ``name`` in the module."""
         return "average_of_" + name.replace(".", "__")  # a buffer's name cannot hold a dot
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         named = [*module.named_parameters(), *module.named_buffers()]
         state: dict[str, Tensor] = {plain_name(name): value for name, value in named}
-        averages = [self.get_buffer(self._key(name)) for name in self.names]
+        averages = [self.get_buffer(self.key(name)) for name in self.names]
         return averages, [state[name] for name in self.names]
 
     def statistics(self, module: nn.Module) -> list[Tensor]:

@@ -144,7 +144,9 @@ class Classifier:
         size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
         if size is None:
             raise CheckpointError(f"{path} does not say at which size it was trained: give image_size.")
-        fusion = None if trained.fusion is None or describe is None else (trained.fusion, describe)
+        # In the warm-up, the scale of the network's logits is not known yet, and the module does not fuse them either.
+        ready = trained.fusion is not None and trained.fusion.ready
+        fusion = (trained.fusion, describe) if ready and trained.fusion and describe else None
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
@@ -193,15 +195,34 @@ class Classifier:
             views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
             names = [_name(image, start + i) for i, image in enumerate(batch)]
             with torch.no_grad():
-                features = self.network.features(torch.stack(views).to(self.device))
-                output = self.network(features, self._text, **options)
-                if self._fusion is not None:
-                    fusion, describe = self._fusion
-                    stack = fusion.stack_logits(describe(features))
-                    output = output._replace(logits=fusion.fused(output.logits, stack))
+                output = self._output_of(self.network.features(torch.stack(views).to(self.device)), **options)
                 refuse_scores(output.logits, names.__getitem__, "Scores")
                 yield output
             start += len(batch)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves everything to a device."""
+        self.device = torch.device(device)
+        self.network = self.network.to(self.device)
+        if self._fusion is not None:
+            self._fusion = (self._fusion[0].to(self.device), self._fusion[1].to(self.device))
+        with torch.no_grad():
+            self._text = self.network.encode_text()
+        return self
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Final logits ``(B, C)`` of features that the frozen part of a network with the same towers gave."""
+        with torch.no_grad():
+            logits: Tensor = self._output_of(features).logits
+        return logits
+
+    def _output_of(self, features: Tensor, **options: Any) -> NetworkOutput:
+        output: NetworkOutput = self.network(features, self._text, **options)
+        if self._fusion is None:
+            return output
+        fusion, describe = self._fusion
+        stack = fusion.stack_logits(describe(features))
+        return output._replace(logits=fusion.fused(output.logits, stack))
 
     def _prepared(self, image: Any, position: int) -> Tensor:
         """The view of one image, ``(3, S, S)`` uint8."""

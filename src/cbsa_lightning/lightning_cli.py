@@ -25,10 +25,12 @@ import cbsa_lightning
 import cbsa_lightning.class_paths  # class names without a module are found once it is imported
 from cbsa_lightning import runs
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.callbacks.changes import ReportChanges
 from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
+from cbsa_lightning.callbacks.warm_start import StartFrom
 from cbsa_lightning.checkpoint_files import RUN, read_checkpoint
 from cbsa_lightning.checkpoint_flags import MODEL, mentioned, settle
 from cbsa_lightning.cli_parser import PlainParser, plain_cause
@@ -36,6 +38,8 @@ from cbsa_lightning.comparison import compare
 from cbsa_lightning.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.earlier_run import read_earlier
 from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.labelers import LabelledOnly
@@ -132,6 +136,7 @@ class RunRecord(SaveConfigCallback):
         split = getattr(trainer.datamodule, "split", None)
         if split is not None:
             split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
+            LabelledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELLED)
 
 
 def _seed(everything: bool | int) -> int:
@@ -192,6 +197,13 @@ class CBSACLI(LightningCLI):
             help="Let validate, test and predict work without a checkpoint, with the network as it is before training.",
         )
         parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint), also where "
+            "classes or labels have changed, and report what has changed since (docs/photos.md).",
+        )
+        parser.add_argument(
             "--gain",
             type=GainCheck | None,
             default=None,
@@ -233,13 +245,21 @@ class CBSACLI(LightningCLI):
             self.config = self.parser.parse_object({subcommand: {"model": settled}}, self.config)
 
     def instantiate_classes(self) -> None:
-        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out."""
+        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out.
+
+        With ``--init_from``, images that the earlier run has trained on are not held out, also in other passes.
+        """
+        place = self._get(self.config, "init_from")
+        self._earlier = None if place is None else read_earlier(place)
         try:
             super().instantiate_classes()
         except Exception as error:
             if (cause := plain_cause(error)) is None:
                 raise
             raise cause from None
+        data: Any = self.datamodule
+        if self._earlier is not None and self._earlier.labelled is not None:
+            data.trained_before = self._earlier.labelled.trained()
 
     @staticmethod
     def _lacks_training(source: Any) -> bool:
@@ -271,17 +291,34 @@ class CBSACLI(LightningCLI):
         self.config = self.parser.parse_object({subcommand: {"data": {"source": source}}}, self.config)
 
     def before_fit(self) -> None:
-        """The gain check, if asked for; and a copy of the untrained model, for a comparison from the same weights."""
+        """The earlier run, gain check and comparison, if asked for; the last needs a copy of the untrained model."""
         self._gain: Gain | None = None
         self._left_out = False
-        self._check_gain()
         trainer: Any = self.trainer
+        self._start_from_earlier(trainer)
+        self._check_gain()
         if (comparing := self._get(self.config, "compare")) and trainer.barebones:
             raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
         self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
         self._baselines = MeasureBaselines()
         if self._untrained is not None:
             trainer.callbacks.append(self._baselines)
+
+    def _start_from_earlier(self, trainer: Any) -> None:
+        """Sets up what ``--init_from`` asks for.
+
+        Raises:
+            ConfigError: Together with ``--compare``.
+        """
+        if self._earlier is None:
+            return
+        if self._get(self.config, "compare"):
+            raise ConfigError(
+                "--compare trains a second network from fresh weights, so it says nothing about a run with "
+                "--init_from; add --compare false, or leave out --init_from."
+            )
+        # Before the callback that shows what they write.
+        trainer.callbacks[:0] = [StartFrom(self._earlier.weights), ReportChanges(self._earlier)]
 
     def _check_gain(self) -> None:
         """Estimates the gain of a new run; a resumed one goes on as it was begun."""

@@ -149,6 +149,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
         self.prompt_names = list(prompt_names if prompt_names is not None else default_prompts(class_names))
+        self.make_network = network
         self.network = network(self.prompt_names)
         self.labeler = labeler if labeler is not None else ClassDistributionAware()
         self.loss = loss if loss is not None else AsymmetricLoss()

@@ -22,6 +22,7 @@ from cbsa_lightning.files import replacing, writing
 
 CONFIG = "config.yaml"
 SPLIT = "split.json"
+LABELLED = "labelled.parquet"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.csv"
 PICTURES = "pictures"
@@ -29,13 +30,14 @@ THRESHOLDS = "thresholds.csv"
 LABELS = "labels.csv"
 NEXT_TO_LABEL = "next_to_label.csv"
 SUSPICIOUS_LABELS = "suspicious_labels.csv"
+CHANGES = "changes.csv"  # with --init_from
 REPORT_PAGE = "report.html"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only a folder of a fit has it
 # When training ends.
-WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, REPORT_PAGE)
-RESULTS = (CONFIG, SPLIT, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
+WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, CHANGES, REPORT_PAGE)
+RESULTS = (CONFIG, SPLIT, LABELLED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
 _ENDING = 10.0  # seconds; loader workers of a process that was killed hold its lock for up to five

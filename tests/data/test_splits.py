@@ -289,3 +289,15 @@ def test_masks_are_nested_seeded_and_of_the_asked_share():
     assert not known_mask(5, 3, 0.0, 0).any()
     with pytest.raises(ConfigError, match="not between 0 and 1"):
         known_mask(5, 3, 10, 0)
+
+
+def test_rows_to_keep_are_not_held_out():
+    split = split_labelled(100, 0.5, seed=3)
+    plain = hold_out(split, 0.2, seed=5)
+    assert hold_out(split, 0.2, seed=5, keep=[]).digest == plain.digest
+    keep = split.labelled[:45]
+    found = hold_out(split, 0.2, seed=5, keep=keep)
+    assert set(found.held_out) == set(split.labelled[45:])  # 10 are asked for, 5 are left
+    assert set(found.labelled) == set(keep)
+    with pytest.raises(ConfigError, match="nothing could be measured fairly"):
+        hold_out(split, 0.2, seed=5, keep=split.labelled)

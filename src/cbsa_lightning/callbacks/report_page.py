@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.arguments import check_flags
 from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES, ZERO_SHOT, MeasureBaselines
+from cbsa_lightning.callbacks.changes import ReportChanges
 from cbsa_lightning.callbacks.limits import FEW_IMAGES
 from cbsa_lightning.files import replacing
 from cbsa_lightning.report_page.page import Run, build_page
@@ -79,7 +80,9 @@ def _described(folder: Path, trainer: Any, pl_module: Any, others: Mapping[str, 
         for name, value in callback.results.items()
     }
     names, models = tuple(pl_module.class_names), baselines | dict(others)
-    return Run(folder, names, data.train_table.root, counts, table, models, _contexts(pl_module), FEW_IMAGES)
+    changes = [text for callback in trainer.callbacks if isinstance(callback, ReportChanges) for text in callback.told]
+    contexts, root = _contexts(pl_module), data.train_table.root
+    return Run(folder, names, root, counts, table, models, contexts, FEW_IMAGES, changes)
 
 
 def _contexts(pl_module: Any) -> NDArray[np.int64] | None:

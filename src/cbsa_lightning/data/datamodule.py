@@ -43,6 +43,7 @@ from cbsa_lightning.data.feature_cache import (
 from cbsa_lightning.data.image_cache import ImageCache, Images
 from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.labelled_images import rows_among
 from cbsa_lightning.data.needed_views import PLAIN, needed_views
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import left_out, read_images
@@ -91,6 +92,8 @@ class SSMLLDataModule(L.LightningDataModule):
 
     Attributes:
         left_out: Files of the images that were skipped.
+        trained_before: Paths of images, as in the table or in full, that are not held out for validation since the
+            weights that training starts from have learnt their labels.
         gives_unread: Whether an image to predict that cannot be read comes as a black one, named in its batch, for who
             lists it; else it is an error.
 
@@ -181,6 +184,7 @@ class SSMLLDataModule(L.LightningDataModule):
         self._predicted: tuple[str, AnnotationTable] | None = None
         self.on_error = on_error
         self.left_out: list[str] = []
+        self.trained_before: frozenset[str] = frozenset()
         self._unreadable: dict[str, np.ndarray] | None = None
         self._features: Features | None = None
         self._ready = False
@@ -246,6 +250,7 @@ class SSMLLDataModule(L.LightningDataModule):
                 held_out_fraction=self.held_out_fraction,
                 has_test=self.test_table is not None,
                 seed=self.seed,
+                keep=np.flatnonzero(rows_among(self.train_table, self.trained_before)),
             )
         else:
             self.split = Split(*np.empty((2, 0), np.int64))

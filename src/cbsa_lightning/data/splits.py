@@ -162,6 +162,7 @@ def make_split(
     held_out_fraction: float | None = None,
     has_test: bool = False,
     seed: int = 1,
+    keep: ArrayLike = (),
 ) -> Split:
     """The split of a run, from its settings.
 
@@ -172,6 +173,7 @@ def make_split(
         held_out_fraction: Share of the labelled images to hold out. None: 0 where there is a test table, else 0.2.
         has_test: Whether there is a test table.
         seed: Seed of what is drawn.
+        keep: Rows that are not to be held out.
 
     Raises:
         DataError: The file is of another table, a share is asked of a table with unlabelled images, or no image is
@@ -193,7 +195,7 @@ def make_split(
     share = held_out_fraction
     if share is None:
         share = 0.0 if has_test else 0.2
-    return hold_out(split, share, seed) if share else split
+    return hold_out(split, share, seed, keep) if share else split
 
 
 def split_labelled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
@@ -237,8 +239,14 @@ def split_known(table: AnnotationTable) -> Split:
     return Split(np.flatnonzero(known), np.flatnonzero(~known), table_digest=table.digest())
 
 
-def hold_out(split: Split, fraction: float, seed: int) -> Split:
+def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> Split:
     """Moves ``int(fraction * m)`` of the m labelled rows into ``held_out``; the others keep their order.
+
+    Args:
+        split: Without held-out rows.
+        fraction: Share of the labelled rows.
+        seed: Seed of ``np.random.RandomState``.
+        keep: Rows that stay labelled; where fewer others are left than asked for, all of those are held out.
 
     Raises:
         ConfigError: Rows are held out already, or the fraction leaves nothing to hold out or to train on.
@@ -252,8 +260,15 @@ def hold_out(split: Split, fraction: float, seed: int) -> Split:
             f"holding out {fraction} of {m} labelled rows moves {count}; "
             "at least one must be held out and one must stay: use another share, or more labelled images"
         )
+    order = np.random.RandomState(seed).permutation(m)
+    order = order[~np.isin(split.labelled[order], np.asarray(keep, dtype=np.int64))]
+    if not len(order):
+        raise ConfigError(
+            f"None of the {m} labelled images can be held out: the run of --init_from has trained on all of them, so "
+            "nothing could be measured fairly. Add newly labelled images or a test table, or leave out --init_from."
+        )
     chosen = np.zeros(m, dtype=bool)
-    chosen[np.random.RandomState(seed).permutation(m)[:count]] = True
+    chosen[order[:count]] = True
     return dataclasses.replace(split, labelled=split.labelled[~chosen], held_out=split.labelled[chosen])
 
 

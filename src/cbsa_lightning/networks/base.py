@@ -45,10 +45,19 @@ class Network(nn.Module):
 
     num_contexts: int = 0
     has_label_features: bool = False
+    context_tensors: tuple[str, ...] = ()  # names of the parameters whose first dimension is the contexts
 
     @property
     def frozen_weights(self) -> str | None:
         """Fingerprint of all weights that :meth:`features` depends on; None where they are trained or there is none."""
+        return None
+
+    def class_tensors(self) -> set[str] | None:
+        """Names of the parameters and buffers whose first dimension is the classes; None where that is not known.
+
+        A new run with other classes takes over their rows by class name; where they are not known, it needs the same
+        classes in the same order.
+        """
         return None
 
     def features(self, images: Tensor) -> Tensor:

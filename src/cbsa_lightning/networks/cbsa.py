@@ -49,6 +49,8 @@ class CBSANetwork(PromptedCLIP):
         pool_lr_scale: Factor of the learning rate for the attention pool.
     """
 
+    context_tensors = ("context_head.weight", "context_head.bias")
+
     def __init__(
         self,
         clip: FrozenCLIP,

@@ -43,6 +43,11 @@ class PromptedCLIP(Network):
         check_flags(shared_prompts=shared)
         return ClassPrompts(self.clip, self.prompt_names, length, shared, template, trainable)
 
+    def class_tensors(self) -> set[str]:
+        """The prompt words, where each class has its own."""
+        prompts = ((name, part) for name, part in self.named_modules() if isinstance(part, ClassPrompts))
+        return {f"{name}.words" for name, part in prompts if not part.shared}
+
     @property
     def frozen_weights(self) -> str:
         """Fingerprint of the CLIP weights as they were loaded, and of how the tower uses them.

@@ -46,6 +46,7 @@ class ClassPrompts(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        self.shared = shared
         if template is None and not trainable:
             raise ConfigError("Fixed prompts need words: give a prompt template, for example 'a photo of a'.")
         if template is not None:

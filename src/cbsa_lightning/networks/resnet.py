@@ -36,6 +36,8 @@ WAYS = (
 class Head(nn.Module):
     """Base of the heads: from the trunk's map to logits. Made by ``head(D, C)``; see :data:`HeadCallable`."""
 
+    class_tensors: tuple[str, ...] | None = None  # see Network.class_tensors
+
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
         """Judges every class.
 
@@ -57,6 +59,8 @@ class LinearHead(Head):
         num_features: D, channels of the map.
         num_classes: C.
     """
+
+    class_tensors = ("linear.weight", "linear.bias")
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -108,6 +112,7 @@ class MLDecoderHead(Head):
         ConfigError: If ``heads`` does not divide ``width``.
     """
 
+    class_tensors = ("queries", "weight", "bias")
     queries: Tensor
 
     def __init__(
@@ -180,6 +185,11 @@ class ImageNetNetwork(Network):
         self.register_buffer("std", _channels("image_std", image_std, 1.0))
         if not bool((self.std > 0).all()):
             raise ConfigError(f"image_std must be three numbers above 0, got {image_std}")
+
+    def class_tensors(self) -> set[str] | None:
+        """Those of the head."""
+        own = self.head.class_tensors
+        return None if own is None else {f"head.{name}" for name in own}
 
     def features(self, images: Tensor) -> Tensor:
         """The images ``(B, 3, H, W)`` themselves, as floats in [0, 1]: no part of the tower is frozen.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -45,6 +45,7 @@ class Run:
         baselines: mAP (0 to 1) by the name of a simpler classifier.
         partition: ``(C,)`` context of each class; None without contexts.
         few_images: Number of validation images below which figures say little.
+        changes: What has changed since the run that training started from, in sentences.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Run:
     baselines: Mapping[str, float] = field(default_factory=dict)
     partition: NDArray[np.int64] | None = None
     few_images: int = 0
+    changes: Sequence[str] = ()
 
 
 def build_page(run: Run) -> str:
@@ -81,6 +83,7 @@ def build_page(run: Run) -> str:
         counts=run.counts,
         quality=quality(rows, validation, run.baselines, run.few_images),
         weak=weak_classes(rows),
+        changes=run.changes,
         next_steps=next_steps(following, suspicious),
         rows=rows,
         curves=_pictures(folder, precision_recall="Precision-recall curves", reliability="Reliability"),

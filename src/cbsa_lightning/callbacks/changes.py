@@ -1,0 +1,166 @@
+"""What has changed since the run that training started from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from cbsa_lightning.callbacks.baselines import validated_table
+from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.changes import Changes, class_AP, in_order_of, label_changes, write_changes
+from cbsa_lightning.data.labelled_images import LabelledImages, rows_among
+from cbsa_lightning.earlier_run import EarlierRun
+from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.inference import SETTINGS, Classifier
+from cbsa_lightning.predictions import in_table_order
+from cbsa_lightning.runs import CHANGES, folder_of
+
+
+class ReportChanges(L.Callback):
+    """Measures the model of an earlier run before training and the new one after it, on the same validation images.
+
+    Images whose labels the earlier run has trained on are left out. Prints what has changed, and writes it to
+    ``changes.csv`` in the run's folder. A resumed run has the earlier figures from its checkpoint. Nothing is measured
+    where the validation images are not all measured, or nothing says which images the earlier run has trained on.
+
+    Args:
+        earlier: The earlier run.
+
+    Attributes:
+        told: What has changed, in sentences; empty until training has ended.
+    """
+
+    def __init__(self, earlier: EarlierRun) -> None:
+        self.earlier = earlier
+        self.told: list[str] = []
+        self._classifier: Classifier | None = None
+        self._before: Tensor | None = None  # (C',), AP of the earlier run's classes in the order of the new run's
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of the earlier run."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them from :meth:`state_dict`."""
+        self._before = state_dict["before"]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Builds the earlier model before the work.
+
+        Raises:
+            CheckpointError: It cannot be built, or was trained on images of another size.
+        """
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        size, here = self.earlier.weights.image_size, trainer.datamodule.image_size
+        if size not in (None, here):
+            raise CheckpointError(
+                f"{self.earlier.file} was trained on images of {size} pixels, this run has {here}. Set data.image_size "
+                f"to {size}, or leave out --init_from."
+            )
+        if reason := self._why_not(trainer):
+            rank_zero_warn(f"The earlier run is not compared with this one: {reason}.")
+            return
+        if trained := int(self._trained(trainer).sum()):
+            rank_zero_warn(
+                f"{self.earlier.file} was trained on the labels of {trained} validation images: they are left out "
+                "of the comparison with it, but not of this run's own figures, which may be too high."
+            )
+        with torch.random.fork_rng(devices=[]):  # a network is drawn before its weights are loaded
+            self._classifier = self._load(pl_module, here)
+
+    def _why_not(self, trainer: Any) -> str:
+        if trainer.fast_dev_run or validated_table(trainer) is None:
+            return "the validation images are not all measured"
+        if self.earlier.labelled is None:
+            return (
+                f"nothing says which images {self.earlier.file} was trained on, so this run's own figures may be too "
+                "high as well. Give --init_from the folder of the run, if it has a labelled.parquet"
+            )
+        data = trainer.datamodule
+        tables = [table for table in (data.train_table, data.test_table) if table is not None]
+        if not any(rows_among(table, self.earlier.labelled.trained()).any() for table in tables):
+            return (
+                "none of the images that it was trained on is in this run's tables. If it is only their paths that "
+                "have changed, this run's own figures may be too high as well"
+            )
+        return ""
+
+    def _load(self, pl_module: Any, size: int) -> Classifier:
+        own = {name: pl_module.hparams[name] for name in ("clip", "pretrained") if name in pl_module.hparams}
+        if set(SETTINGS) <= set(pl_module.hparams):
+            return Classifier.load(self.earlier.file, image_size=size, **own)
+        return Classifier.load(self.earlier.file, image_size=size, network=pl_module.make_network)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measures the earlier model, with all processes."""
+        if self._classifier is None:
+            return
+        classifier = self._classifier.to(pl_module.device)
+        logits = in_order_of(
+            pl_module.class_names, self._logits(trainer, pl_module, classifier.logits_of), classifier.class_names
+        )
+        self._before = torch.from_numpy(self._measured(trainer, logits))
+        self._classifier = None
+
+    def _logits(self, trainer: Any, pl_module: Any, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits ``(n, C)`` of all validation images, on the CPU."""
+        parts: list[Any] = []
+        width = 0
+        with torch.no_grad(), pl_module.evaluating():
+            for batch in trainer.datamodule.val_dataloader():
+                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+                with trainer.precision_plugin.forward_context():
+                    logits = logits_of(pl_module.features_of(batch)).float()
+                width = logits.shape[1]
+                parts.append(packed({"index": batch.index, "scores": logits, "labels": logits > 0}))
+        return torch.from_numpy(in_table_order(len(trainer.datamodule.eval_table()), width, gather(parts))[0])
+
+    def _measured(self, trainer: Any, logits: Tensor) -> Any:
+        """AP ``(C,)`` on the images that the earlier run has not trained on; NaN where logits are NaN."""
+        table = trainer.datamodule.eval_table()
+        rows = ~self._trained(trainer)
+        known = ~logits.isnan().all(0)
+        result = np.full(logits.shape[1], np.nan)
+        targets = torch.from_numpy(table.labels[rows])
+        if bool(known.any()):
+            result[known.numpy()] = class_AP(logits[rows][:, known], targets[:, known])
+        return result
+
+    def _trained(self, trainer: Any) -> Any:
+        """Which validation images ``(n,)`` the earlier run has trained on."""
+        labelled = self.earlier.labelled
+        return rows_among(trainer.datamodule.eval_table(), frozenset() if labelled is None else labelled.trained())
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measures the new model; the first process tells and writes what has changed."""
+        folder = folder_of(trainer)
+        if folder is None or self._before is None or self.earlier.labelled is None:
+            return
+        after = self._measured(trainer, self._logits(trainer, pl_module, pl_module.final_logits))
+        if not trainer.is_global_zero:
+            return
+        data, names = trainer.datamodule, list(pl_module.class_names)
+        gone = [name for name in self.earlier.labelled.class_names if name not in names]
+        unknown = np.full(len(gone), np.nan)
+        trained = self._trained(trainer)
+        positives = (data.eval_table().labels[~trained] == 1).sum(0)
+        now = LabelledImages.of(data.train_table, data.split)
+        changes = Changes(
+            names + gone,
+            np.concatenate([self._before.numpy(), unknown]),
+            np.concatenate([after, unknown]),
+            np.concatenate([positives, np.zeros(len(gone), np.int64)]),
+            label_changes(names + gone, self.earlier.labelled, now),
+            int((~trained).sum()),
+            int(trained.sum()),
+        )
+        write_changes(folder / CHANGES, changes)
+        self.told = changes.sentences()
+        rank_zero_info("\n  ".join([f"Changes since {self.earlier.file}: {folder / CHANGES}", *self.told]))

@@ -1,0 +1,54 @@
+"""Training that starts from the weights of an earlier run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from cbsa_lightning.warm_start import Earlier, check_fits, take_over
+
+
+class StartFrom(L.Callback):
+    """Starts a new run from the averaged weights of a checkpoint; optimiser, epoch and tables are the new run's own.
+
+    A network without trained parts takes nothing over. A resumed run goes on from its own checkpoint.
+
+    Args:
+        earlier: The checkpoint.
+    """
+
+    def __init__(self, earlier: Earlier) -> None:
+        self.earlier = earlier
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks before the work that the weights fit.
+
+        Raises:
+            CheckpointError: See :func:`~cbsa_lightning.warm_start.check_fits`.
+        """
+        if stage == "fit" and trainer.ckpt_path is None:
+            check_fits(self.earlier, pl_module.network, _state(pl_module), pl_module.class_names)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the weights over before the first step.
+
+        Not earlier: labels that are made once, and what is measured before training, need CLIP's own attention pool.
+        Not later: the average starts from the weights.
+        """
+        if trainer.ckpt_path is not None or trainer.global_step or trainer.current_epoch:
+            return
+        if not pl_module.trains:
+            rank_zero_info(f"Nothing is trained here, so there are no weights to take over from {self.earlier.source}.")
+            return
+        own = _state(pl_module)
+        partition = pl_module.context_partition.cpu()
+        rank_zero_info(take_over(self.earlier, pl_module.network, own, pl_module.class_names, partition))
+
+
+def _state(pl_module: Any) -> dict[str, Tensor]:
+    """State of the network without frozen weights; shares memory with it."""
+    state = pl_module.state_dict()
+    return {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}

@@ -1,0 +1,92 @@
+"""The images whose labels a run has used, in its folder: what a later run is compared with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.splits import Split
+from cbsa_lightning.errors import DataError
+from cbsa_lightning.files import replacing
+
+_CLASSES = b"class_names"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Labelled images of a run.
+
+    Attributes:
+        class_names: The C classes.
+        images: n paths as the run's table has them.
+        files: n full paths.
+        held_out: ``(n,)`` bool, whether the image was kept for validation.
+        labels: ``(n, C)`` int8 in {1, 0, -1 unknown}.
+    """
+
+    class_names: list[str]
+    images: list[str]
+    files: list[str]
+    held_out: NDArray[np.bool_]
+    labels: NDArray[np.int8]
+
+    @classmethod
+    def of(cls, table: AnnotationTable, split: Split) -> LabelledImages:
+        """Those of a run with this training table and split."""
+        rows = np.concatenate([split.labelled, split.held_out])
+        held_out = np.arange(len(rows)) >= len(split.labelled)
+        files = [str(table.file(row).absolute()) for row in rows.tolist()]
+        return cls(list(table.class_names), table.paths[rows].tolist(), files, held_out, table.labels[rows])
+
+    def write(self, path: Path) -> None:
+        """Writes a Parquet file.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        flat = pa.array(self.labels.reshape(-1), pa.int8())
+        columns = {
+            "image": pa.array(self.images, pa.string()),
+            "file": pa.array(self.files, pa.string()),
+            "held_out": pa.array(self.held_out),
+            "labels": pa.FixedSizeListArray.from_arrays(flat, len(self.class_names)),
+        }
+        table = pa.table(columns).replace_schema_metadata({_CLASSES: json.dumps(self.class_names)})
+        with replacing(path) as draft:
+            pq.write_table(table, draft)
+
+    @classmethod
+    def read(cls, path: Path) -> LabelledImages:
+        """Reads what :meth:`write` wrote.
+
+        Raises:
+            DataError: The file is missing or damaged.
+        """
+        try:
+            table = pq.read_table(path)
+            names = json.loads(table.schema.metadata[_CLASSES])
+            labels = np.array(table["labels"].to_pylist(), dtype=np.int8).reshape(table.num_rows, len(names))
+            held_out = table["held_out"].to_numpy().astype(bool)
+            return cls(names, table["image"].to_pylist(), table["file"].to_pylist(), held_out, labels)
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: is not as a run writes it ({error}). Restore it from the run.") from error
+
+    def trained(self) -> frozenset[str]:
+        """Paths, as in the table and in full, of the images whose labels were trained on."""
+        kept = np.flatnonzero(~self.held_out).tolist()
+        return frozenset([self.images[i] for i in kept] + [self.files[i] for i in kept])
+
+
+def rows_among(table: AnnotationTable, paths: frozenset[str]) -> NDArray[np.bool_]:
+    """Which images of a table ``(n,)`` have their path, as in the table or in full, among ``paths``."""
+    if not paths:
+        return np.zeros(len(table), dtype=bool)
+    found = (str(p) in paths or str(table.file(i).absolute()) in paths for i, p in enumerate(table.paths.tolist()))
+    return np.fromiter(found, np.bool_, len(table))
