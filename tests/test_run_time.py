@@ -81,6 +81,12 @@ def test_without_a_cache_images_are_read_for_each_step_and_pass() -> None:
     assert found.passes == kept.passes + found.scored * (2.0 + 0.75 / 2)
 
 
+def test_labels_of_images_without_kept_features_cost_the_tower() -> None:
+    found = estimate(replace(PLAN, second=Stage(3, 4, 0, 5)), UNITS)
+    assert found.scored == 2 * 2 + 2 + 2 + 10
+    assert found.passes == (found.scored + 2 * 2) * 0.125 + 10 * (2.0 + 0.75 / 2)
+
+
 def test_a_device_of_its_own_computes_while_images_are_read() -> None:
     beside = replace(UNITS, overlaps=True)
     assert beside.together(10.0, 6.0) == 10.0

@@ -198,7 +198,9 @@ def estimate(plan: Plan, units: Units) -> RunTime:
             computing += steps * units.step[size]
             loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
     scored, heads = scored_images(plan, units)
-    towers = 0 if units.cached else scored
+    # A run on labels alone keeps no features of the unlabelled images, but writes labels for them.
+    unkept = 0 if plan.second.unlabelled else len(plan.split.unlabelled)
+    towers = unkept if units.cached else scored
     return RunTime(
         features=units.together(views * units.tower, reading),
         steps=units.together(computing, loading),

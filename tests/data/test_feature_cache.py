@@ -153,9 +153,15 @@ def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squ
 
 
 def test_labels_alone_need_no_view_of_the_unlabelled(tmp_path, clip_folder, squares):
-    _, _, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabelledOnly(), num_contexts=0)
+    _, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabelledOnly(), num_contexts=0)
     assert count.before == 3 * 8 + 7 + 1
     assert count.steps == 0
+    data = trainer.datamodule
+    (batch,) = data.plain_dataloader(data.split.unlabelled)  # for labels.csv, after training
+    assert batch.features is None
+    assert len(batch.images) == 14
+    (batch,) = data.plain_dataloader(data.split.labelled)
+    assert batch.images is None
 
 
 def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):

@@ -490,8 +490,12 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches)
 
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
-        """Undistorted views of this process's share of some ``rows`` of the train table, in order."""
-        return self._eval_loader("train", self.train_table, self._train_images, rows)
+        """Undistorted views of this process's share of some ``rows`` of the train table, in order.
+
+        Images, where features of some rows are not kept: those of the unlabelled images in a run on labels alone.
+        """
+        kept = self._features is None or bool((self._features.rows["train"][rows, PLAIN] >= 0).all())
+        return self._eval_loader("train" if kept else None, self.train_table, self._train_images, rows)
 
     def _eval_loader(
         self, part: str | None, table: AnnotationTable, images: Images, rows: np.ndarray | None = None
