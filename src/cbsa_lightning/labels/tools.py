@@ -36,7 +36,7 @@ def label_studio_tasks(
         url: What stands before the quoted path of an image.
         control: Name of the Choices control.
     """
-    confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
+    predictions = label_studio_predictions(labels, model_version, control)
     return [
         {
             "data": {
@@ -45,17 +45,33 @@ def label_studio_tasks(
                 "doubt": round(float(doubt), 4),
                 "scores": _shown(labels, row),
             },
-            "predictions": [
-                {
-                    "model_version": model_version,
-                    "score": round(float(score), 6),
-                    "result": _choices(names, control),
-                }
-            ],
+            "predictions": [prediction],
         }
-        for row, (path, doubt, score, names) in enumerate(
-            zip(labels.images.tolist(), labels.doubt, confidence, labels.names(labels.given), strict=True)
+        for row, (path, doubt, prediction) in enumerate(
+            zip(labels.images.tolist(), labels.doubt, predictions, strict=True)
         )
+    ]
+
+
+def label_studio_predictions(
+    labels: ImageLabels, model_version: str, control: str = "labels", image: str = "image"
+) -> list[Json]:
+    """The prediction for each image: its given labels, and as ``score`` the confidence of all decisions in [0, 1].
+
+    Args:
+        labels: Of the images.
+        model_version: Name of the model.
+        control: Name of the Choices control.
+        image: Name of the image that the control is about.
+    """
+    confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
+    return [
+        {
+            "model_version": model_version,
+            "score": round(float(score), 6),
+            "result": _choices(names, control, image),
+        }
+        for score, names in zip(confidence, labels.names(labels.given), strict=True)
     ]
 
 
@@ -134,11 +150,11 @@ def write_xml(path: Path, tree: ElementTree.ElementTree[Any]) -> None:
         tree.write(draft, encoding="utf-8", xml_declaration=True)
 
 
-def _choices(names: list[str], control: str) -> list[Json]:
+def _choices(names: list[str], control: str, image: str) -> list[Json]:
     """The result of a prediction; empty where no class is given."""
     if not names:
         return []
-    return [{"from_name": control, "to_name": "image", "type": "choices", "value": {"choices": names}}]
+    return [{"from_name": control, "to_name": image, "type": "choices", "value": {"choices": names}}]
 
 
 def _shown(labels: ImageLabels, row: int, number: int = 5) -> str:
