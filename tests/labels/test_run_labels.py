@@ -130,6 +130,17 @@ def test_the_command_writes_predictions_for_tasks_of_a_project(run, tmp_path, ca
     assert f"Predictions for {len(tasks) - 1} tasks" in said
 
 
+def test_the_command_gives_cvat_sizes_where_it_is_told_the_folder(run, tmp_path, capsys):
+    words = ["label", str(run[0]), "--to", "cvat", "--output"]
+    assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
+    assert "The images have no width and height" in capsys.readouterr().out
+    table = run[2].train_table
+    count = len(run[2].split.unlabelled)
+    assert main([*words, str(tmp_path / "b.xml"), "--root", str(table.root)]).read_text().count(" width=") == count
+    assert " width=" not in main([*words, str(tmp_path / "c.xml"), "--root", str(tmp_path)]).read_text()
+    assert f"{count} images below {tmp_path} are missing or unreadable" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("to", "option"), [
     ("csv", "--tasks"), ("csv", "--url"), ("csv", "--control"), ("csv", "--root"), ("label-studio", "--prefix"),
     ("label-studio", "--label_config"), ("label-studio", "--root"),

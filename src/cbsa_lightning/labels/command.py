@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.labels.image_labels import ImageLabels, read_labels, write_labels
+from cbsa_lightning.labels.image_sizes import upright_sizes
 from cbsa_lightning.labels.project_tasks import Project, predictions_for_tasks
 from cbsa_lightning.labels.tools import (
     cvat_xml,
@@ -125,7 +126,7 @@ def _write(args: argparse.Namespace, labels: ImageLabels, output: Path) -> None:
         print(f"Labelling interface of the project, with all classes: {interface}")
         return
     writers: dict[str, Callable[[], None]] = {
-        "cvat": lambda: write_xml(output, cvat_xml(labels)),
+        "cvat": lambda: write_xml(output, cvat_xml(labels, _sizes(args, labels))),
         "fiftyone": lambda: write_json(output, fiftyone_labels(labels)),
     }
     writers.get(args.to, lambda: write_labels(output, labels))()
@@ -139,6 +140,20 @@ def _write_predictions(args: argparse.Namespace, labels: ImageLabels, output: Pa
     for note in notes:
         print(f"{args.tasks}: {note}")
     print(f"Predictions for {len(predictions)} tasks, for /api/projects/ID/import/predictions: {output}")
+
+
+def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int] | None] | None:
+    """Sizes of the images, and a line about those that are not known."""
+    root = _root(args)
+    if root is None:
+        print("The images have no width and height: --root says in which folder they are.")
+        return None
+    sizes = upright_sizes([root / path for path in labels.images.tolist()])
+    if unknown := [path for path, size in zip(labels.images.tolist(), sizes, strict=True) if size is None]:
+        print(
+            f"{len(unknown)} images below {root} are missing or unreadable: no width and height: {listed(unknown, 5)}"
+        )
+    return sizes
 
 
 def _root(args: argparse.Namespace) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -87,8 +88,15 @@ def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
     return ElementTree.tostring(view, encoding="unicode")
 
 
-def cvat_xml(labels: ImageLabels) -> ElementTree.ElementTree[Any]:
-    """Annotations in the format "CVAT for images 1.1": one tag for each given label, in the order of review."""
+def cvat_xml(
+    labels: ImageLabels, sizes: Sequence[tuple[int, int] | None] | None = None
+) -> ElementTree.ElementTree[Any]:
+    """Annotations in the format "CVAT for images 1.1": one tag for each given label, in the order of review.
+
+    Args:
+        labels: Of n images.
+        sizes: n pairs (width, height) of the upright images; None where one is not known, or for all.
+    """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
     task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
@@ -102,6 +110,9 @@ def cvat_xml(labels: ImageLabels) -> ElementTree.ElementTree[Any]:
     given = labels.names(labels.given)
     for number, row in enumerate(np.argsort(labels.places).tolist()):
         image = ElementTree.SubElement(root, "image", id=str(number), name=str(labels.images[row]))
+        if sizes is not None and (size := sizes[row]) is not None:
+            image.set("width", str(size[0]))
+            image.set("height", str(size[1]))
         for name in given[row]:
             ElementTree.SubElement(image, "tag", label=name, source="auto")
     ElementTree.indent(root)
