@@ -95,6 +95,7 @@ def test_names_come_from_the_answers(animals, tmp_path):
     ([task(1, "a.jpg", "horse")], None, r"choices that are no class of the run: 'horse' \(.*task 1\)"),
     ([task(1, "a.jpg", "horse")], CONFIG, r"choices that are not in .*c.xml: 'horse'"),
     ([task(1, "a.jpg")], CONFIG.replace('alias="car"', ""), "no choice for these classes of the run: 'car'"),
+    ([task(1, "a.jpg")], CONFIG.replace("multiple", "single"), "gives 1 image more than one"),
     ([task(1, "a.jpg", "dog")], CONFIG.replace('"tags"', '"other"'), "control 'tags' is not in label_config"),
     ([task(1, "a.jpg", "dog", kind="rectanglelabels")], None, "result of 'rectanglelabels'"),
     ([task(1, "z.jpg", "dog")], None, "no task is of an image of the run"),

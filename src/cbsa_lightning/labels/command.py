@@ -158,7 +158,8 @@ def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int
 
 def _root(args: argparse.Namespace) -> Path | None:
     """Folder that the paths of the labels are relative to, where the options say it."""
-    if args.root is not None or args.images is None:
-        return args.root
-    images = Path(args.images)
-    return images if images.is_dir() else images.parent
+    root: Path | None = args.root
+    if root is None and args.images is not None:
+        images = Path(args.images)
+        return images if images.is_dir() else images.parent
+    return root

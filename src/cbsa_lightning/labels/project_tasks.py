@@ -169,6 +169,11 @@ def _choices(
             f"{project.label_config}: has no choice for these classes of the run: {listed(missing)}; the server would "
             "drop predictions that name them: add the choices to the project, or give the files of the run's project"
         )
+    if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
+        raise DataError(
+            f"{project.label_config}: Choices {brief(config.name)} takes one choice for an image, and the run gives "
+            f'{counted(several, "image")} more than one: write choice="multiple" in the labelling interface'
+        )
     if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
         raise DataError(
             f"{project.export}: has choices that are not in {project.label_config}: {listed(strange)}; take both from "
