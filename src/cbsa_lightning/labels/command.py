@@ -55,6 +55,9 @@ def label(words: Sequence[str]) -> Path:
         raise ConfigError(f"{output} exists already. Give another --output, or move that file away.")
     _refuse_unused(args)
     labels = _labels(args)
+    if args.tasks is not None:
+        _write_predictions(args, labels, output)
+        return output
     _write(args, labels, output)
     print(f"Labels of {len(labels.images)} images, {int(labels.review.any(1).sum())} of them to review: {output}")
     return output
@@ -114,9 +117,6 @@ def _labels(args: argparse.Namespace) -> ImageLabels:
 
 
 def _write(args: argparse.Namespace, labels: ImageLabels, output: Path) -> None:
-    if args.tasks is not None:
-        _write_predictions(args, labels, output)
-        return
     if args.to == "label-studio":
         control = args.control or CONTROL
         tasks = label_studio_tasks(labels, version_of(args.run), URL if args.url is None else args.url, control)
