@@ -8,6 +8,7 @@ from fuzz.checkpoints import Checkpoints
 from fuzz.harness import Target
 from fuzz.images import ImageBytes
 from fuzz.label_studio import ImageLocations, LabelConfigs, LabelStudioJson, LabelStudioRows
+from fuzz.label_studio_tasks import LabelStudioTasks
 from fuzz.labelling_tools import CloudJsonLines, CvatXml, FiftyOneJson, OpenImagesCsv
 from fuzz.names import ClassFiles, ClassNames
 from fuzz.predict import PredictInputs
@@ -18,6 +19,6 @@ from fuzz.tables import CsvTables, JsonLines, ParquetTables
 _ALL: tuple[type[Target], ...] = (
     ImageBytes, CocoFile, VocFlags, NusWideFiles, CsvTables, ParquetTables, JsonLines, ClassFiles, ClassNames,
     SplitFiles, PredictInputs, DataSettings, Configs, Checkpoints, LabelStudioJson, LabelStudioRows, LabelConfigs,
-    CvatXml, ImageLocations, FiftyOneJson, OpenImagesCsv, CloudJsonLines, Checks,
+    CvatXml, ImageLocations, LabelStudioTasks, FiftyOneJson, OpenImagesCsv, CloudJsonLines, Checks,
 )  # fmt: skip
 TARGETS = {target.name: target for target in _ALL}

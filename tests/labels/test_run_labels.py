@@ -11,7 +11,7 @@ import torch
 
 from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.cli import main
-from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.inference import Classifier
 from cbsa_lightning.labels.image_labels import read_labels
 from cbsa_lightning.runs import set_folder
@@ -112,6 +112,43 @@ def test_the_command_writes_for_a_tool(run, tmp_path, tool, name):
         assert len(read_labels(output).images) == count
     with pytest.raises(ConfigError, match="exists already"):
         main(["label", str(run[0]), "--to", tool, "--output", str(output)])
+
+
+def test_the_command_writes_predictions_for_tasks_of_a_project(run, tmp_path, capsys):
+    folder = run[0]
+    words = ["label", str(folder), "--to", "label-studio", "--output"]
+    tasks = json.loads(main([*words, str(tmp_path / "t.json")]).read_text())
+    export = [{"id": 10 + i, "data": task["data"], "meta": {}, "annotations": []} for i, task in enumerate(tasks[1:])]
+    (tmp_path / "export.json").write_text(json.dumps(export))
+    words += [str(tmp_path / "p.json"), "--tasks", str(tmp_path / "export.json")]
+    with pytest.raises(DataError, match="--label_config"):
+        main(words)
+    found = json.loads(main([*words, "--label_config", str(tmp_path / "t.xml")]).read_text())
+    assert found == [{"task": 10 + i} | task["predictions"][0] for i, task in enumerate(tasks[1:])]
+    said = capsys.readouterr().out
+    assert "1 image of the run without a task" in said
+    assert f"Predictions for {len(tasks) - 1} tasks" in said
+
+
+def test_the_command_gives_cvat_sizes_where_it_is_told_the_folder(run, tmp_path, capsys):
+    words = ["label", str(run[0]), "--to", "cvat", "--output"]
+    assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
+    assert "The images have no width and height" in capsys.readouterr().out
+    table = run[2].train_table
+    count = len(run[2].split.unlabelled)
+    assert main([*words, str(tmp_path / "b.xml"), "--root", str(table.root)]).read_text().count(" width=") == count
+    assert " width=" not in main([*words, str(tmp_path / "c.xml"), "--root", str(tmp_path)]).read_text()
+    assert f"{count} images below {tmp_path} are missing or unreadable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("to", "option"), [
+    ("csv", "--tasks"), ("csv", "--url"), ("csv", "--control"), ("csv", "--root"), ("label-studio", "--prefix"),
+    ("label-studio", "--label_config"), ("label-studio", "--root"),
+])  # fmt: skip
+def test_options_without_effect_are_refused(run, tmp_path, to, option):
+    output = tmp_path / ("t.csv" if to == "csv" else "t.json")
+    with pytest.raises(ConfigError, match=f"{option} has no effect here"):
+        main(["label", str(run[0]), "--to", to, "--output", str(output), option, "x"])
 
 
 def test_the_command_labels_new_images_by_the_checkpoint_alone(run, tmp_path, squares_folder):

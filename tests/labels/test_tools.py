@@ -8,9 +8,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.labels.image_labels import ImageLabels
+from cbsa_lightning.labels.image_sizes import upright_sizes
 from cbsa_lightning.labels.tools import cvat_xml, fiftyone_labels, label_studio_config, label_studio_tasks
 
 NAMES = ("car", "dog & cat")
@@ -58,6 +60,34 @@ def test_cvat_tags_stand_in_the_order_of_review(labels, tmp_path):
         ("beach/001.jpg", ["car", "dog & cat"]),
         ("city/003.jpg", []),
     ]
+
+
+def test_cvat_has_the_sizes_of_the_upright_images(labels, tmp_path):
+    picture = Image.new("RGB", (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    (tmp_path / "beach").mkdir()
+    picture.save(tmp_path / "beach" / "001.jpg", exif=exif)
+    picture.save(tmp_path / "plain.png")
+    picture.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    names = ("beach/001.jpg", "plain.png", "turned.png", "broken.jpg", "missing.jpg")
+    sizes = upright_sizes([tmp_path / name for name in names])
+    assert sizes == [(20, 30), (30, 20), (20, 30), None, None]
+    root = cvat_xml(labels, [sizes[0], None, sizes[1]]).getroot()
+    found = {image.get("name"): (image.get("width"), image.get("height")) for image in root.iter("image")}
+    assert found == {
+        "beach/001.jpg": ("20", "30"),
+        "mit Leerzeichen/ä 5%.jpg": (None, None),
+        "city/003.jpg": ("30", "20"),
+    }
+
+
+def test_sizes_are_read_without_decoding(tmp_path, monkeypatch):
+    for suffix in ("jpg", "png", "webp", "tif"):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"a.{suffix}")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert upright_sizes(sorted(tmp_path.iterdir())) == [(30, 20)] * 4
 
 
 def test_fiftyone_names_images_without_their_suffix(labels):

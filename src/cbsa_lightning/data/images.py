@@ -147,12 +147,14 @@ class Header(NamedTuple):
         height: Pixels.
         whole: Whether the end of the file is there. False says nothing: the format may have no mark at its end, and
             :func:`decode` tells.
+        turned: Whether the EXIF orientation swaps width and height.
     """
 
     kind: str
     width: int
     height: int
     whole: bool
+    turned: bool
 
 
 def read_header(file: BinaryIO, name: Path) -> Header:
@@ -173,12 +175,13 @@ def read_header(file: BinaryIO, name: Path) -> Header:
     with Image.open(file, formats=_FORMATS) as image:
         _check_size(name, image)
         kind, (width, height) = image.format or "", image.size
+        turned = _is_turned(image)
     if kind == "WEBP":
         file.seek(4)
         whole = int.from_bytes(file.read(4), "little") + 8 <= size
     else:
         whole = kind in _ENDS and _ENDS[kind] in tail
-    return Header(kind, width, height, whole)
+    return Header(kind, width, height, whole, turned)
 
 
 def looks_whole(path: str | os.PathLike[str]) -> bool:
@@ -243,6 +246,14 @@ def _turned_upright(image: Image.Image) -> Image.Image:
     except Exception:
         return image
     return image if method is None else image.transpose(method)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        # The method of the base class: that of PNG decodes the whole image to look for EXIF data behind it.
+        return Image.Image.getexif(image).get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # as in _turned_upright
+        return False
 
 
 def _to_rgb(name: Path, image: Image.Image) -> Image.Image:

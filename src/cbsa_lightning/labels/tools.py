@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -36,7 +37,7 @@ def label_studio_tasks(
         url: What stands before the quoted path of an image.
         control: Name of the Choices control.
     """
-    confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
+    predictions = label_studio_predictions(labels, model_version, control)
     return [
         {
             "data": {
@@ -45,17 +46,33 @@ def label_studio_tasks(
                 "doubt": round(float(doubt), 4),
                 "scores": _shown(labels, row),
             },
-            "predictions": [
-                {
-                    "model_version": model_version,
-                    "score": round(float(score), 6),
-                    "result": _choices(names, control),
-                }
-            ],
+            "predictions": [prediction],
         }
-        for row, (path, doubt, score, names) in enumerate(
-            zip(labels.images.tolist(), labels.doubt, confidence, labels.names(labels.given), strict=True)
+        for row, (path, doubt, prediction) in enumerate(
+            zip(labels.images.tolist(), labels.doubt, predictions, strict=True)
         )
+    ]
+
+
+def label_studio_predictions(
+    labels: ImageLabels, model_version: str, control: str = "labels", image: str = "image"
+) -> list[Json]:
+    """The prediction for each image: its given labels, and as ``score`` the confidence of all decisions in [0, 1].
+
+    Args:
+        labels: Of the images.
+        model_version: Name of the model.
+        control: Name of the Choices control.
+        image: Name of the image that the control is about.
+    """
+    confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
+    return [
+        {
+            "model_version": model_version,
+            "score": round(float(score), 6),
+            "result": _choices(names, control, image),
+        }
+        for score, names in zip(confidence, labels.names(labels.given), strict=True)
     ]
 
 
@@ -71,8 +88,15 @@ def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
     return ElementTree.tostring(view, encoding="unicode")
 
 
-def cvat_xml(labels: ImageLabels) -> ElementTree.ElementTree[Any]:
-    """Annotations in the format "CVAT for images 1.1": one tag for each given label, in the order of review."""
+def cvat_xml(
+    labels: ImageLabels, sizes: Sequence[tuple[int, int] | None] | None = None
+) -> ElementTree.ElementTree[Any]:
+    """Annotations in the format "CVAT for images 1.1": one tag for each given label, in the order of review.
+
+    Args:
+        labels: Of n images.
+        sizes: n pairs (width, height) of the upright images; None where one is not known, or for all.
+    """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
     task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
@@ -86,6 +110,9 @@ def cvat_xml(labels: ImageLabels) -> ElementTree.ElementTree[Any]:
     given = labels.names(labels.given)
     for number, row in enumerate(np.argsort(labels.places).tolist()):
         image = ElementTree.SubElement(root, "image", id=str(number), name=str(labels.images[row]))
+        if sizes is not None and (size := sizes[row]) is not None:
+            image.set("width", str(size[0]))
+            image.set("height", str(size[1]))
         for name in given[row]:
             ElementTree.SubElement(image, "tag", label=name, source="auto")
     ElementTree.indent(root)
@@ -134,11 +161,11 @@ def write_xml(path: Path, tree: ElementTree.ElementTree[Any]) -> None:
         tree.write(draft, encoding="utf-8", xml_declaration=True)
 
 
-def _choices(names: list[str], control: str) -> list[Json]:
+def _choices(names: list[str], control: str, image: str) -> list[Json]:
     """The result of a prediction; empty where no class is given."""
     if not names:
         return []
-    return [{"from_name": control, "to_name": "image", "type": "choices", "value": {"choices": names}}]
+    return [{"from_name": control, "to_name": image, "type": "choices", "value": {"choices": names}}]
 
 
 def _shown(labels: ImageLabels, row: int, number: int = 5) -> str:

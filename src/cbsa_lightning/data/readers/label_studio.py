@@ -12,9 +12,8 @@ from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.label_studio_config import Choices, read_label_config
 from cbsa_lightning.data.readers.label_studio_rows import read_csv, read_json_min
-from cbsa_lightning.data.readers.label_studio_tasks import Task, read_tasks
-from cbsa_lightning.data.readers.locations import find_images
-from cbsa_lightning.data.readers.structured import counted, read_json, typed
+from cbsa_lightning.data.readers.label_studio_tasks import locate, read_tasks
+from cbsa_lightning.data.readers.structured import read_json, typed
 from cbsa_lightning.errors import DataError
 
 
@@ -84,19 +83,9 @@ class LabelStudio(Export):
                 tasks, notes = read_json_min(file, records, name, key)
             else:
                 tasks, notes = read_tasks(file, records, name, key, choices)
-        records = self._located(tasks, root, notes)
+        paths, found = locate(tasks, root, self._prefix)
+        records = [Record(path, task.where, task.answers) for path, task in zip(paths, tasks, strict=True)]
+        notes += found
         if choices is None:
             return Content(records, notes=notes)
         return Content(records, choices.classes, choices.prompts, notes)
-
-    def _located(self, tasks: list[Task], root: Path, notes: list[str]) -> list[Record]:
-        """Records with the paths of their images."""
-        rest = [task for task in tasks if not task.path]
-        paths, by_name = find_images([task.image for task in rest], root, self._prefix, lambda k: rest[k].where)
-        if by_name:
-            notes.append(f"{counted(len(by_name), 'record')} matched with an image by its file name alone")
-        found = iter(paths)
-        records = [Record(task.path or next(found), task.where, task.answers) for task in tasks]
-        if further := len(records) - len({record.image for record in records}):
-            notes.append(f"{counted(further, 'further record')} of images that have one")
-        return records

@@ -23,6 +23,7 @@ class Choices(NamedTuple):
         classes: What results say of each choice: its alias, or its value.
         prompts: What annotators read: the values.
         controls: Names of all controls of the project.
+        multiple: Whether an answer may name several choices.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Choices(NamedTuple):
     classes: tuple[str, ...]
     prompts: tuple[str, ...]
     controls: frozenset[str]
+    multiple: bool
 
 
 def read_label_config(file: Path, control: str | None = None) -> Choices:
@@ -73,7 +75,8 @@ def read_label_config(file: Path, control: str | None = None) -> Choices:
         )
     classes, prompts = _choices(file, found[name])
     controls = frozenset(tag.get("name", "") for tag in root.iter() if tag.get("toName"))
-    return Choices(name, image, key[1:], classes, prompts, controls)
+    multiple = found[name].get("choice") == "multiple"
+    return Choices(name, image, key[1:], classes, prompts, controls, multiple)
 
 
 def _choices(file: Path, control: Element) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cbsa_lightning.data.class_names import did_you_mean
 from cbsa_lightning.data.readers.label_studio_config import Choices
+from cbsa_lightning.data.readers.locations import find_images
 from cbsa_lightning.data.readers.structured import counted, field, typed
 from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
@@ -85,6 +86,29 @@ def image_of(data: dict[str, Any], key: str, where: str) -> tuple[str, str]:
         )
     path = field(data, "path", (str, type(None)), where, None)
     return typed(data[key], (str,), f"{where}: {key}"), path or ""
+
+
+def locate(tasks: list[Task], root: Path, prefix: str | None) -> tuple[list[str], list[str]]:
+    """Paths of the images of ``tasks``, relative to ``root``, and notes on how they were found.
+
+    Args:
+        tasks: What an export holds.
+        root: Folder of the images.
+        prefix: Path or URL of ``root`` in the project (:func:`find_images`).
+
+    Raises:
+        DataError: An image is not found.
+    """
+    rest = [task for task in tasks if not task.path]
+    paths, by_name = find_images([task.image for task in rest], root, prefix, lambda k: rest[k].where)
+    found = iter(paths)
+    located = [task.path or next(found) for task in tasks]
+    notes = []
+    if by_name:
+        notes.append(f"{counted(len(by_name), 'record')} matched with an image by its file name alone")
+    if further := len(located) - len(set(located)):
+        notes.append(f"{counted(further, 'further record')} of images that have one")
+    return located, notes
 
 
 def _refuse_projects(file: Path, tasks: list[dict[str, Any]], places: list[str]) -> None:
