@@ -14,7 +14,8 @@ from cbsa_lightning.errors import CBSAError
 HELP = """usage: cbsa COMMAND [options]
 
   check      tell what a data set holds and what is wrong with it, before training: cbsa check photos.csv
-  fit        train a model, write predictions and pictures; --resume [RUN] continues a run
+  fit        train a model, write predictions and pictures; --resume [RUN] continues a run,
+             --init_from RUN starts a new one from its weights, after labels have changed
   validate   measure a checkpoint on the images that are held out for validation
   test       measure a checkpoint on the test images
   predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt

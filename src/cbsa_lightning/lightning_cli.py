@@ -308,10 +308,13 @@ class CBSACLI(LightningCLI):
         """Sets up what ``--init_from`` asks for.
 
         Raises:
-            ConfigError: Together with ``--compare``.
+            ConfigError: Together with ``--compare``, or with a checkpoint to go on from.
         """
         if self._earlier is None:
             return
+        options = {word.partition("=")[0] for word in self._words}
+        if {"--init_from", "--ckpt_path"} <= options:
+            raise ConfigError("--init_from starts a new run, --ckpt_path goes on with one; give one of them only.")
         if self._get(self.config, "compare"):
             raise ConfigError(
                 "--compare trains a second network from fresh weights, so it says nothing about a run with "

@@ -72,10 +72,13 @@ class LabelledImages:
         try:
             table = pq.read_table(path)
             names = json.loads(table.schema.metadata[_CLASSES])
-            labels = np.array(table["labels"].to_pylist(), dtype=np.int8).reshape(table.num_rows, len(names))
+            flat = [chunk.flatten().to_numpy() for chunk in table["labels"].chunks]
+            labels = np.concatenate([np.empty(0, np.int8), *flat]).reshape(table.num_rows, len(names))
+            if labels.dtype != np.int8:
+                raise ValueError("labels are no small integers")
             held_out = table["held_out"].to_numpy().astype(bool)
             return cls(names, table["image"].to_pylist(), table["file"].to_pylist(), held_out, labels)
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: is not as a run writes it ({error}). Restore it from the run.") from error
 
     def trained(self) -> frozenset[str]:
