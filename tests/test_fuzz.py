@@ -15,7 +15,7 @@ from fuzz.targets import TARGETS
 
 from cbsa_lightning.errors import DataError
 
-INPUTS = {"data settings": 30, "configs": 25, "checkpoints": 40, "VOC ImageSets": 100}  # which take longer
+INPUTS = {"data settings": 30, "configs": 25, "checkpoints": 60, "VOC ImageSets": 100}  # which take longer
 MANY = 200  # of the others
 
 
