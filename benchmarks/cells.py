@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
-from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
 

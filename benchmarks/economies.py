@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
 
 SIZES = {"RN50": 224, "RN101": 448}

@@ -31,10 +31,10 @@ from measuring import markdown, where
 from torch import Tensor
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
-from cbsa_lightning.labelers import ClassDistributionAware, Evidence, LabelledOnly
-from cbsa_lightning.linear_probe import LinearProbe
-from cbsa_lightning.metrics import MultilabelReport
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, LabelledOnly
+from cbsa_lightning.method.linear_probe import LinearProbe
+from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.method.stacking import StackedProbes
 
 SETTINGS["photos"] = SETTINGS["photos"]._replace(warmup=12, epochs=6, strong_views=4)
 DATA: dict[str, dict[str, Any]] = {

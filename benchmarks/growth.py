@@ -36,12 +36,12 @@ from measuring import markdown, where
 from torch import distributed
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.contexts import cooccurrence, partition
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.samplers import PairedBatches
 from cbsa_lightning.data.splits import Split, hold_out, split_labelled
-from cbsa_lightning.labelers import ClassDistributionAware, positive_rates
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.method.contexts import cooccurrence, partition
+from cbsa_lightning.method.labelers import ClassDistributionAware, positive_rates
+from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
 

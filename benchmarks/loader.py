@@ -34,7 +34,7 @@ from PIL import Image
 
 from cbsa_lightning import SSMLLDataModule
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.image_cache import ImageCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.images import ImageFiles, decode
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import read_images

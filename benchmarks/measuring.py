@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cbsa_lightning.results import markdown as markdown  # the benchmarks write tables as `cbsa table` does
+from cbsa_lightning.reproduce.results import markdown as markdown  # the benchmarks write tables as `cbsa table` does
 
 
 def where(device: str = "cpu") -> str:

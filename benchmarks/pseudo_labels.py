@@ -31,7 +31,7 @@ from cells import (
 from measuring import markdown, where
 from torch import Tensor
 
-from cbsa_lightning.labelers import (
+from cbsa_lightning.method.labelers import (
     ClassDistributionAware,
     Evidence,
     EvidenceLabeler,
@@ -41,9 +41,9 @@ from cbsa_lightning.labelers import (
     positive_rates,
     rounded,
 )
-from cbsa_lightning.losses import BinaryCrossEntropy
-from cbsa_lightning.metrics import MultilabelReport, pseudo_label_quality
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.losses import BinaryCrossEntropy
+from cbsa_lightning.method.metrics import MultilabelReport, pseudo_label_quality
+from cbsa_lightning.method.stacking import StackedProbes
 
 
 class Watched(Labeler):

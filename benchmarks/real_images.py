@@ -21,10 +21,10 @@ import torch
 from measuring import where
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
-from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.voc import VOC
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 
 METHODS = ("labelled-only", "CBSA without contexts", "CBSA")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.batches import TrainBatch
-from cbsa_lightning.losses import asymmetric_loss, context_loss
+from cbsa_lightning.method.losses import asymmetric_loss, context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
 

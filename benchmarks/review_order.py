@@ -19,7 +19,7 @@ import numpy as np
 from cells import COUNTED, mean_and_error
 from measuring import markdown, where
 
-from cbsa_lightning.cli import main as cbsa
+from cbsa_lightning.__main__ import main as cbsa
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers.voc import VOC
 from cbsa_lightning.data.splits import split_labelled

@@ -47,10 +47,10 @@ from torch import Tensor, nn
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
 from cbsa_lightning.data.readers.digits import Digits
-from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.method.ema import ParameterEMA
+from cbsa_lightning.method.metrics import mean_pairwise_cosine
+from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.decoder import LabelDecoder
-from cbsa_lightning.stacking import StackedProbes
 
 EPOCHS = {"digits": (120, 12), "photos": (24, 12)}
 

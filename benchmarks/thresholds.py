@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from measuring import markdown, where
 
-from cbsa_lightning.thresholds import ScoreHistogram, class_thresholds
+from cbsa_lightning.method.thresholds import ScoreHistogram, class_thresholds
 
 BATCH, BATCHES = 8192, 16
 REPEATS = 3

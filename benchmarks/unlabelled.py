@@ -4,7 +4,7 @@
         --photos DIR --clip DIR --gain [--picture FILE]
 
 The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
-labelled images alone (:class:`cbsa_lightning.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
+labelled images alone (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
 ``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
 """
 
@@ -31,9 +31,9 @@ from cells import (
 )
 from measuring import markdown, where
 
-from cbsa_lightning.gain import GainCheck
-from cbsa_lightning.labelers import ClassDistributionAware, LabelledOnly
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.labelers import ClassDistributionAware, LabelledOnly
+from cbsa_lightning.method.stacking import StackedProbes
+from cbsa_lightning.training.gain import GainCheck
 
 # name: (labeler, labelled images a step or None for CAP's share)
 ROWS: dict[str, tuple[Any, int | None]] = {

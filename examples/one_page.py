@@ -5,20 +5,20 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.contexts import context_targets, cooccurrence, match_partition, partition
 from cbsa_lightning.data.datasets import ImageViews, ViewDataset, collate
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Digits
 from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
 from cbsa_lightning.data.splits import split_labelled
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
-from cbsa_lightning.ema import ParameterEMA
-from cbsa_lightning.labelers import ClassDistributionAware, positive_rates
-from cbsa_lightning.losses import asymmetric_loss, context_loss
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.method.contexts import context_targets, cooccurrence, match_partition, partition
+from cbsa_lightning.method.ema import ParameterEMA
+from cbsa_lightning.method.labelers import ClassDistributionAware, positive_rates
+from cbsa_lightning.method.losses import asymmetric_loss, context_loss
+from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
-from cbsa_lightning.schedules import OneCycle
+from cbsa_lightning.training.schedules import OneCycle
 
 
 def loader(table, view, batches, labelled=None):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cbsa_lightning.check_report import text_of, write_json
-from cbsa_lightning.checking import check
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.checks.checking import check
+from cbsa_lightning.data.checks.report import text_of, write_json
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.image_check import refuse_unreadable
 from cbsa_lightning.data.plan import RunSettings

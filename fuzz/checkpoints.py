@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbsa_lightning.cbsa import CBSAModule
-from cbsa_lightning.inference import Classifier
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.training.cbsa import CBSAModule
 from fuzz.harness import Case, Silence, Target
 from fuzz.mutations import Rng, damage_bytes, odd_value, pick
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cbsa_lightning.labels.image_labels import ImageLabels
-from cbsa_lightning.labels.project_tasks import Project, predictions_for_tasks
+from cbsa_lightning.inference.labels.image_labels import ImageLabels
+from cbsa_lightning.inference.labels.project_tasks import Project, predictions_for_tasks
 from fuzz.harness import Case, Silence, Target
 from fuzz.label_studio import CONFIG, place, tasks
 from fuzz.mutations import Rng, as_json, damage_tree

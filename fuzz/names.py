@@ -13,7 +13,7 @@ import yaml
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import read_class_file
-from cbsa_lightning.predictions import check_output, write_predictions
+from cbsa_lightning.inference.predictions import check_output, write_predictions
 from fuzz.harness import Case, Silence, Target
 from fuzz.mutations import Rng, as_json, damage_text, damage_tree, encoded, odd_text, pick
 from fuzz.tables import csv_rows

@@ -13,10 +13,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from cbsa_lightning.config_files import check_configs, naming_files
+from cbsa_lightning.cli.config_files import check_configs, naming_files
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.data.feature_cache import FeatureCache
-from cbsa_lightning.data.image_cache import ImageCache
 from cbsa_lightning.data.readers.table import Table
 from fuzz.harness import Case, Refusal, Silence, Target
 from fuzz.mutations import Rng, damage_text, damage_tree, encoded, odd_text, pick
@@ -102,7 +102,7 @@ class Configs(Target):
 
     def prepare(self, folder: Path) -> None:
         """Builds the parser once: that takes longer than a parse."""
-        from cbsa_lightning import lightning_cli
+        from cbsa_lightning.cli import lightning_cli
 
         here = Path.cwd()
         os.chdir(folder)
@@ -124,7 +124,7 @@ class Configs(Target):
                 "class_path": "cbsa_lightning.CBSAModule",
                 "init_args": {
                     "clip": "embedded", "num_contexts": 2, "prompt_length": 4, "decoder_feedforward": 16,
-                    "warmup_epochs": 3, "ema_decay": 0.98, "labeler": "cbsa_lightning.stacking.StackedProbes",
+                    "warmup_epochs": 3, "ema_decay": 0.98, "labeler": "cbsa_lightning.method.stacking.StackedProbes",
                     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
                 },
             },

@@ -10,16 +10,16 @@ import torch
 from cbsa_lightning import Classifier, SSMLLDataModule, SSMLLModule
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.context_task import ContextTask
-from cbsa_lightning.data.feature_cache import FeatureCache
-from cbsa_lightning.data.image_cache import ImageCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.readers import COCO, NUSWIDE, VOC, Digits, Table
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import ClassDistributionAware, Fixed, InstanceAware, TopK
-from cbsa_lightning.losses import AsymmetricLoss
+from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.labelers import ClassDistributionAware, Fixed, InstanceAware, TopK
+from cbsa_lightning.method.losses import AsymmetricLoss
+from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.dualcoop import DualCoOp
-from cbsa_lightning.schedules import OneCycle
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.training.schedules import OneCycle
 from tiny_data import CLASSES, tiny_module
 
 MODULE = [

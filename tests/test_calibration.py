@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from cbsa_lightning.calibration import OFFSET_DEVIATION, SLOPE_DEVIATION, Calibration, fit_calibration
+from cbsa_lightning.method.calibration import OFFSET_DEVIATION, SLOPE_DEVIATION, Calibration, fit_calibration
 
 
 def problem(m=60, seed=0):

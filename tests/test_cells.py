@@ -13,15 +13,16 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from cbsa_lightning import cells, lightning_cli
-from cbsa_lightning.cells import make, result_of
+from cbsa_lightning.cli import lightning_cli
+from cbsa_lightning.cli.overlays import merged, read
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.overlays import merged, read
-from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
-from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell
+from cbsa_lightning.reproduce import cells
+from cbsa_lightning.reproduce.cells import make, result_of
+from cbsa_lightning.reproduce.paper import CBSA, SYSTEMS, TABLES, Row
+from cbsa_lightning.reproduce.recipes import Cell, DataSet, classes_of, make_cell
 from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
 
-LABELERS = "cbsa_lightning.labelers"
+LABELERS = "cbsa_lightning.method.labelers"
 BY_LABEL = {row.label: row for row in SYSTEMS}
 
 

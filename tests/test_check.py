@@ -14,16 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_lightning import SSMLLDataModule, check_command, cli
-from cbsa_lightning.checking import check, count_labels
+from cbsa_lightning import SSMLLDataModule
+from cbsa_lightning import __main__ as cli
+from cbsa_lightning.cli import check as check_command
 from cbsa_lightning.clip.pooling import ImageTokens
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.checks.checking import check, count_labels
+from cbsa_lightning.data.checks.near_duplicates import near_duplicates
+from cbsa_lightning.data.checks.spelling import similar_names
+from cbsa_lightning.data.checks.survey import equal_rows
 from cbsa_lightning.data.plan import RunSettings, make_plan
-from cbsa_lightning.data.spelling import similar_names
 from cbsa_lightning.data.splits import Split
-from cbsa_lightning.data.survey import equal_rows
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.near_duplicates import near_duplicates
 from layouts import write_image, write_rows
 from tiny_data import Squares, tiny_data
 
@@ -329,7 +331,7 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, train, status=1)
     assert (report["train"]["images"], report["test"]) == (20, None)
     assert "There is no unlabelled image" in finding(report, "refused", "errors")["message"]
-    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.labelers.LabelledOnly}}")
+    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.method.labelers.LabelledOnly}}")
     test = coco("test.json", ["30.png", "31.png"])
     report = run(capsys, "alone.yaml", train, "--test", test)
     assert (report["test"]["images"], report["run"]["validated_on"]) == (2, "test images")
@@ -416,7 +418,7 @@ def test_equal_rows_against_a_dictionary() -> None:
 
 def test_a_check_imports_neither_torch_nor_lightning(photos: Path) -> None:
     code = (
-        "import sys; from cbsa_lightning import cli; cli.main(['check', 'photos.csv']); "
+        "import sys; from cbsa_lightning.__main__ import main; main(['check', 'photos.csv']); "
         "print(sorted({'lightning', 'pytorch_lightning', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -482,7 +484,7 @@ def test_weights_without_a_model_are_refused(photos: Path) -> None:
 
 
 def test_every_image_is_opened_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cbsa_lightning.data import survey
+    from cbsa_lightning.data.checks import survey
 
     opened: list[Path] = []
     plain = survey.open_regular

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.errors import CheckpointError
-from cbsa_lightning.inference import Classifier
+from cbsa_lightning.inference.classifier import Classifier
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 

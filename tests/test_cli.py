@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cbsa_lightning import SSMLLModule, cli
+from cbsa_lightning import SSMLLModule
+from cbsa_lightning import __main__ as cli
+from cbsa_lightning.cli.lightning_cli import make_cli
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.lightning_cli import make_cli
-from cbsa_lightning.losses import AsymmetricLoss
+from cbsa_lightning.method.losses import AsymmetricLoss
 from cbsa_lightning.networks.dualcoop import DualCoOp
 from layouts import make_table, write_rows
 
@@ -125,7 +126,7 @@ def test_a_network_of_ones_choice_takes_a_loss_object(arguments: list[str], clip
         for part in arguments[1:]
     ]
     loss = [
-        "--model.init_args.loss=cbsa_lightning.losses.AsymmetricLoss",
+        "--model.init_args.loss=cbsa_lightning.method.losses.AsymmetricLoss",
         "--model.init_args.loss.init_args.gamma_neg=2",
     ]
     built = make_cli([*own, *loss], run=False)
@@ -190,7 +191,7 @@ def test_refusals_are_sentences(arguments: list[str], flags: list[str], message:
 
 @pytest.mark.parametrize("words", ["--help", "--version", ""])
 def test_help_needs_neither_torch_nor_lightning(words: str, tmp_path: Path) -> None:
-    run = f"import sys; from cbsa_lightning.cli import main; main({words.split()!r}); print(*sys.modules)"
+    run = f"import sys; from cbsa_lightning.__main__ import main; main({words.split()!r}); print(*sys.modules)"
     said = subprocess.run([sys.executable, "-c", run], check=True, capture_output=True, text=True).stdout
     assert ("cbsa 0." in said) if words == "--version" else ("table" in said and "--resume" in said)
     assert not {"torch", "lightning", "jsonargparse"} & set(said.split())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from cbsa_lightning.config_files import expand_paths, find_config, find_configs, shipped_configs
+from cbsa_lightning.cli.config_files import expand_paths, find_config, find_configs, shipped_configs
 from cbsa_lightning.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,13 +95,15 @@ def test_the_wheel_holds_the_configurations(installed):
     package, python = installed
     inside = {path.relative_to(package / "configs") for path in (package / "configs").rglob("*.yaml")}
     assert inside == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
-    found = python("-c", "from cbsa_lightning.config_files import find_config; print(find_config('methods/cbsa.yaml'))")
+    found = python(
+        "-c", "from cbsa_lightning.cli.config_files import find_config; print(find_config('methods/cbsa.yaml'))"
+    )
     assert found.strip() == str(package / "configs/methods/cbsa.yaml")
 
 
 def test_the_wheel_holds_the_template_of_the_report(installed):
     package, _ = installed
-    template = Path("report_page/page.html")
+    template = Path("reports/page/page.html")
     assert (package / template).read_bytes() == (ROOT / "src/cbsa_lightning" / template).read_bytes()
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from cbsa_lightning.class_paths import class_named
-from cbsa_lightning.cli import main
+from cbsa_lightning.__main__ import main
+from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.gain import Gain
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.linear_probe import LinearProbe
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.linear_probe import LinearProbe
+from cbsa_lightning.method.stacking import StackedProbes
+from cbsa_lightning.training.gain import Gain
 from layouts import make_coco, make_cvat, make_label_studio, make_nuswide_list, make_table, make_voc
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -201,7 +201,7 @@ def test_thresholds_by_an_objective(
     monkeypatch.chdir(tmp_path)
     source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
     order = files("methods/cbsa", "data/table", "methods/cbsa_safe")
-    chosen = ["--model.objective=cbsa_lightning.decisions.Recall", "--model.objective.init_args.target=0.8"]
+    chosen = ["--model.objective=cbsa_lightning.method.decisions.Recall", "--model.objective.init_args.target=0.8"]
     cli = fit(order, tmp_path, clip_folder, source, *chosen)
     with (Path(cli.trainer.log_dir) / "thresholds.csv").open() as file:
         rows = list(csv.DictReader(file))

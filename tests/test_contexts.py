@@ -9,14 +9,14 @@ from hypothesis.extra import numpy as hnp
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
-from cbsa_lightning.contexts import (
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.method.contexts import (
     context_targets,
     cooccurrence,
     match_partition,
     partition,
     soft_context_targets,
 )
-from cbsa_lightning.errors import ConfigError, DataError
 from reference import contexts as reference
 
 label_matrices = st.tuples(st.integers(1, 20), st.integers(1, 6)).flatmap(

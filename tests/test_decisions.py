@@ -7,9 +7,9 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.metrics import precision_score, recall_score
 
-from cbsa_lightning.calibration import Calibration, fit_calibration
-from cbsa_lightning.decisions import F1, Precision, Recall, Share, decide
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.method.calibration import Calibration, fit_calibration
+from cbsa_lightning.method.decisions import F1, Precision, Recall, Share, decide
 
 EXACT = Calibration(np.zeros((1, 2)), np.zeros((1, 2, 2)))
 RATES = np.array([0.3])

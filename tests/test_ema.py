@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.ema import ParameterEMA
+from cbsa_lightning.method.ema import ParameterEMA
 from tiny_data import tiny_module
 
 

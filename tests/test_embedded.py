@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from sklearn.metrics import average_precision_score
 
-from cbsa_lightning import embedded
+from cbsa_lightning.clip import embedded
 from cbsa_lightning.data.canvases import draw_canvas, exemplars
 from cbsa_lightning.data.readers.digits import NAMES, draw_labels
 from cbsa_lightning.errors import WeightsError

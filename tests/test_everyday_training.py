@@ -11,17 +11,17 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from cbsa_lightning import CBSAModule
+from cbsa_lightning.__main__ import main
 from cbsa_lightning.callbacks import baselines
 from cbsa_lightning.callbacks.limits import _tell_result
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.cli import main
+from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.gain import GainCheck
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.stacking import StackedProbes
+from cbsa_lightning.training.gain import GainCheck
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 from zero_shot import zero_shot_mAP
 

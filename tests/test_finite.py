@@ -8,8 +8,8 @@ import torch
 
 from cbsa_lightning import SSMLLModule
 from cbsa_lightning.errors import NotFiniteError
-from cbsa_lightning.finite import all_finite, not_finite, refuse_scores, rows_not_finite
-from cbsa_lightning.inference import Classifier
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.method.finite import all_finite, not_finite, refuse_scores, rows_not_finite
 from cbsa_lightning.networks.resnet import ImageNetNetwork
 from tiny_data import CLASSES, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 

@@ -8,11 +8,11 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning import Classifier
-from cbsa_lightning.calibration import fit_calibration
 from cbsa_lightning.errors import CheckpointError, ConfigError
-from cbsa_lightning.fusion import Fusion
-from cbsa_lightning.labelers import Evidence
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.calibration import fit_calibration
+from cbsa_lightning.method.fusion import Fusion
+from cbsa_lightning.method.labelers import Evidence
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, differences, tiny_fit, tiny_module, tiny_trainer
 
 FUSED = {"labeler": StackedProbes(), "stack_share": 0.5}

@@ -10,11 +10,11 @@ import torch
 
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.decisions import F1, Precision, Recall, Share
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.fusion import Fusion
-from cbsa_lightning.labelers import Evidence, LabelledOnly, class_thresholds, positive_rates
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.decisions import F1, Precision, Recall, Share
+from cbsa_lightning.method.fusion import Fusion
+from cbsa_lightning.method.labelers import Evidence, LabelledOnly, class_thresholds, positive_rates
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import CLASSES, Squares, tiny_fit
 
 

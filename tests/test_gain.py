@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from cbsa_lightning import gain as gain_module
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.gain import GainCheck, average_precision, deal, gain_of
-from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.training import gain as gain_module
+from cbsa_lightning.training.gain import GainCheck, average_precision, deal, gain_of
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module
 
 

@@ -1,4 +1,4 @@
-"""Who may import whom: a module imports from its own floor or from below, never from above."""
+"""Import directions: a module imports from its own folder and from those below it."""
 
 from __future__ import annotations
 
@@ -10,71 +10,24 @@ import pytest
 import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
-FLOORS = (
-    {"errors", "arguments", "embedded", "files", "finite", "compiled", "optimizers"},
-    {
-        "data",
-        "losses",
-        "thresholds",
-        "labelers",
-        "stacking",
-        "linear_probe",
-        "calibration",
-        "decisions",
-        "contexts",
-        "metrics",
-        "specificity",
-        "clip",
-        "paper",
-        "overlays",
-    },
-    {"networks"},
-    {
-        "ema",
-        "fusion",
-        "descriptions",
-        "schedules",
-        "stage_length",
-        "context_task",
-        "check_command",
-        "check_report",
-        "checking",
-        "changes",
-        "checkpoint_files",
-        "checkpoint_flags",
-        "checkpoint_io",
-        "config_files",
-        "earlier_run",
-        "cli_parser",
-        "loggers",
-        "findings",
-        "near_duplicates",
-        "resuming",
-        "run_time",
-        "runs",
-        "checkpoints",
-        "labels",
-        "predictions",
-        "pictures",
-        "reliability",
-        "precision_recall",
-        "report_page",
-        "inference",
-        "warm_start",
-        "callbacks",
-    },
-    {"module"},
-    {"cbsa", "comparison", "gain"},
-    {"class_paths"},
-    {"lightning_cli"},
-    {"recipes"},
-    {"cells", "cost"},
-    {"unit_times"},
-    {"results", "table_pictures", "table_page", "tables"},
-    {"cli"},
-    {"__main__"},
+# From bottom to top; ARCHITECTURE.md says what each folder holds.
+ORDER = (
+    "errors",
+    "arguments",
+    "io",
+    "clip",
+    "networks",
+    "method",
+    "data",
+    "checkpoints",
+    "inference",
+    "reports",
+    "callbacks",
+    "training",
+    "cli",
+    "reproduce",
+    "__main__",
 )
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 
@@ -97,17 +50,22 @@ def part(file):
     return file.split("/")[0].removesuffix(".py")
 
 
-def test_every_file_has_a_floor():
-    assert {part(file) for file in FILES} - {"__init__"} <= FLOOR.keys()
+def test_every_top_level_entry_has_a_place():
+    assert {part(file) for file in FILES} - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_nobody_imports_from_above(file):
-    own = FLOOR[part(file)]
+def test_imports_lead_downwards(file):
+    own = ORDER.index(part(file))
     for name in imported(FILES[file]):
         if name.startswith("cbsa_lightning.") and name != "cbsa_lightning.__version__":
-            other = name.split(".")[1]
-            assert FLOOR[other] <= own, f"{file} imports {name}"
+            assert ORDER.index(name.split(".")[1]) <= own, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("folder", [entry for entry in ORDER if (ROOT / entry).is_dir()])
+def test_every_folder_says_what_it_holds(folder):
+    assert ast.get_docstring(FILES[f"{folder}/__init__.py"])
+    assert f"`{folder}/`" in (ROOT.parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 
 def reached(file, seen=None):
@@ -134,13 +92,13 @@ def reached(file, seen=None):
 @pytest.mark.parametrize(
     "start",
     [
-        "check_command.py",
+        "cli/check.py",
         "networks/cbsa.py",
-        "inference.py",
+        "inference/classifier.py",
         "clip/frozen.py",
-        "losses.py",
-        "labelers.py",
-        "thresholds.py",
+        "method/losses.py",
+        "method/labelers.py",
+        "method/thresholds.py",
     ],
 )
 def test_pure_torch_never_reaches_lightning(start):

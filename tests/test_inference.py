@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_lightning import inference
-from cbsa_lightning.cbsa import CBSAModule
-from cbsa_lightning.checkpoints import FINGERPRINT
+from cbsa_lightning.checkpoints.lean import FINGERPRINT
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import CheckpointError, DataError
-from cbsa_lightning.inference import Classifier
+from cbsa_lightning.inference import classifier as inference
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.training.cbsa import CBSAModule
 from tiny_clip import tiny_clip
 
 CLASSES = ["cat", "dog", "potted_plant"]
@@ -201,7 +201,7 @@ def test_image_size_of_the_checkpoint(checkpoint, tmp_path):
 
 
 def test_lightning_is_not_imported():
-    code = "import cbsa_lightning.inference, sys; assert 'lightning' not in sys.modules"
+    code = "import cbsa_lightning.inference.classifier, sys; assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
-from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.method.metrics import mean_pairwise_cosine
 
 STEPS, BATCH = 150, 32
 

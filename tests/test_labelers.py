@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labelers import (
+from cbsa_lightning.method.labelers import (
     ClassDistributionAware,
     Fixed,
     InstanceAware,

@@ -9,8 +9,8 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 
-from cbsa_lightning.labelers import Evidence
-from cbsa_lightning.linear_probe import PENALTIES, LinearProbe
+from cbsa_lightning.method.labelers import Evidence
+from cbsa_lightning.method.linear_probe import PENALTIES, LinearProbe
 
 
 def linear_probe(x, labels, new):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.losses import (
+from cbsa_lightning.method.losses import (
     AsymmetricLoss,
     BinaryCrossEntropy,
     asymmetric_loss,

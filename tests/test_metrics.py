@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from torchmetrics.classification import MultilabelAveragePrecision
 
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.metrics import MultilabelReport, pseudo_label_quality
+from cbsa_lightning.method.metrics import MultilabelReport, pseudo_label_quality
 from reference import metrics as reference
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.context_task import ContextTask
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.module import SSMLLModule
+from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.training.module import SSMLLModule
 from reference.losses import asymmetric, cross_entropy
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.paper import OURS, PAPER_COSTS, PAPER_ERRORS, SHARES, TABLES, Row, table_of
+from cbsa_lightning.reproduce.paper import OURS, PAPER_COSTS, PAPER_ERRORS, SHARES, TABLES, Row, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT.parent / "shared" / "reference" / "paper.txt"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.pictures import (
+from cbsa_lightning.reports.pictures import (
     GREEN,
     GREY,
     ORANGE,

@@ -13,9 +13,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from cbsa_lightning import predictions
 from cbsa_lightning.callbacks.predictions import WritePredictions, gather
-from cbsa_lightning.cbsa import CBSAModule
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
@@ -23,7 +21,9 @@ from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.unlabelled import read_images
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError, DataError, OutputError
-from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
+from cbsa_lightning.inference import predictions
+from cbsa_lightning.inference.predictions import check_output, in_table_order, write_predictions, write_thresholds
+from cbsa_lightning.training.cbsa import CBSAModule
 from tiny_clip import tiny_clip
 
 NAMES = ("cat", "dog, brown", 'a "quoted" one')

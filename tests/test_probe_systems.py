@@ -11,12 +11,12 @@ import torch
 
 from cbsa_lightning import Classifier, SSMLLModule
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
-from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.linear_probe import LinearProbe
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.linear_probe import LinearProbe
+from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
-from cbsa_lightning.stacking import StackedProbes
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_trainer
 
 SYSTEMS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cbsa_lightning import Classifier
-from cbsa_lightning.cli import main
+from cbsa_lightning.__main__ import main
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 SMALL = [

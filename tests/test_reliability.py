@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_lightning.metrics import MultilabelReport
-from cbsa_lightning.reliability import BINS, reliability_diagram
+from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.reports.reliability import BINS, reliability_diagram
 
 
 def entries(n=500, seed=0):

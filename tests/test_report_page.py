@@ -20,14 +20,14 @@ from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.labels.image_labels import ImageLabels, write_labels
-from cbsa_lightning.labels.review import next_to_label, suspicious_labels, write_list
-from cbsa_lightning.precision_recall import average_precisions, precision_recall_curves
-from cbsa_lightning.predictions import write_predictions, write_thresholds
-from cbsa_lightning.report_page.page import Run, build_page
-from cbsa_lightning.runs import set_folder
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.inference.labels.image_labels import ImageLabels, write_labels
+from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels, write_list
+from cbsa_lightning.inference.predictions import write_predictions, write_thresholds
+from cbsa_lightning.io.runs import set_folder
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.stacking import StackedProbes
+from cbsa_lightning.reports.page.page import Run, build_page
+from cbsa_lightning.reports.precision_recall import average_precisions, precision_recall_curves
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module, tiny_trainer
 
 VOID = {"meta", "br", "img"}

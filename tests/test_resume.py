@@ -16,11 +16,13 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cbsa_lightning import cli, lightning_cli, runs
-from cbsa_lightning.checkpoint_files import SOURCE, TORN, newest_checkpoint, read_checkpoint
+from cbsa_lightning import __main__ as cli
+from cbsa_lightning.checkpoints.files import SOURCE, TORN, newest_checkpoint, read_checkpoint
+from cbsa_lightning.cli import lightning_cli
+from cbsa_lightning.cli.resuming import resumed
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
-from cbsa_lightning.loggers import MetricsFile, RunLogger, going_on
-from cbsa_lightning.resuming import resumed
+from cbsa_lightning.io import runs
+from cbsa_lightning.training.loggers import MetricsFile, RunLogger, going_on
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
 

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_lightning import cli, run_time
-from cbsa_lightning.data.feature_cache import FeatureCache, Tower
+from cbsa_lightning import __main__ as cli
+from cbsa_lightning.data.caches.feature_cache import FeatureCache, Tower
+from cbsa_lightning.data.checks import run_time
+from cbsa_lightning.data.checks.run_time import Request, RunTime, Units, estimate, kept_views, scored_images
 from cbsa_lightning.data.plan import Plan, RunSettings, Stage, make_plan
 from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import CBSAError, ConfigError
-from cbsa_lightning.labelers import Evidence, EvidenceLabeler, LabelledOnly
-from cbsa_lightning.run_time import Request, RunTime, Units, estimate, kept_views, scored_images
-from cbsa_lightning.unit_times import unit_times
+from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler, LabelledOnly
+from cbsa_lightning.reproduce.unit_times import unit_times
 from layouts import write_image, write_rows
 from tiny_data import Squares, tiny_data, tiny_fit
 
@@ -238,7 +239,7 @@ def test_stacked_probes_have_no_steps(photos: Path) -> None:
                 "class_path": "cbsa_lightning.networks.zero_shot.ZeroShotCLIP",
                 "init_args": {"clip": "embedded"},
             },
-            "labeler": "cbsa_lightning.stacking.StackedProbes",
+            "labeler": "cbsa_lightning.method.stacking.StackedProbes",
             "stack_share": 1.0,
         },
     }

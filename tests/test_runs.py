@@ -12,11 +12,11 @@ import wandb
 import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.cli import main
+from cbsa_lightning.__main__ import main
+from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.errors import CheckpointError, ConfigError
-from cbsa_lightning.loggers import RunLogger
-from cbsa_lightning.runs import folder_of, lock, next_version
+from cbsa_lightning.io.runs import folder_of, lock, next_version
+from cbsa_lightning.training.loggers import RunLogger
 from layouts import make_table
 
 WANDB = "lightning.pytorch.loggers.WandbLogger"
@@ -79,7 +79,7 @@ def content(folder: Path) -> dict[Path, bytes]:
         (f"[{{class_path: {WANDB}, init_args: {{project: mine, save_dir: out}}}}]", "out/mine"),
         (
             f"[{{class_path: {WANDB}, init_args: {{project: mine, save_dir: out}}}}, "
-            "{class_path: cbsa_lightning.loggers.RunLogger, init_args: {save_dir: out, name: own}}]",
+            "{class_path: cbsa_lightning.training.loggers.RunLogger, init_args: {save_dir: out, name: own}}]",
             "out/own",
         ),
     ],
@@ -115,7 +115,9 @@ def test_a_wandb_run_of_the_user_is_used_as_it_is(words, tmp_path):
 
 
 def test_a_named_version_that_is_taken_is_refused(words):
-    named = "--trainer.logger={class_path: cbsa_lightning.loggers.RunLogger, init_args: {save_dir: a, version: b}}"
+    named = (
+        "--trainer.logger={class_path: cbsa_lightning.training.loggers.RunLogger, init_args: {save_dir: a, version: b}}"
+    )
     words = [*words, "--trainer.max_epochs=1", named]
     folder = folder_of(main(words).trainer)
     before = content(Path())

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.schedules import Constant, OneCycle, scheduled
+from cbsa_lightning.training.schedules import Constant, OneCycle, scheduled
 
 
 def rates(schedule, steps, peaks=(1e-3, 1e-4)):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from cbsa_lightning.metrics import mean_pairwise_cosine
-from cbsa_lightning.specificity import Specificity
+from cbsa_lightning.method.metrics import mean_pairwise_cosine
+from cbsa_lightning.method.specificity import Specificity
 from tiny_data import Squares, tiny_data, tiny_module, tiny_trainer
 
 

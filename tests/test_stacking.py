@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labelers import Evidence, rounded
-from cbsa_lightning.stacking import ALPHAS, StackedProbes, probe, ready
+from cbsa_lightning.method.labelers import Evidence, rounded
+from cbsa_lightning.method.stacking import ALPHAS, StackedProbes, probe, ready
 
 
 def problem(n=400, m=60, classes=4, noise=1.0, seed=0):

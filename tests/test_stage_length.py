@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 
 from cbsa_lightning.callbacks import limits
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabelledOnly
 from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from cbsa_lightning import Classifier
-from cbsa_lightning.cells import make, result_of
-from cbsa_lightning.cli import main
-from cbsa_lightning.paper import SYSTEMS, TABLES, Row
-from cbsa_lightning.recipes import Cell, DataSet, make_cell
+from cbsa_lightning.__main__ import main
+from cbsa_lightning.reproduce.cells import make, result_of
+from cbsa_lightning.reproduce.paper import SYSTEMS, TABLES, Row
+from cbsa_lightning.reproduce.recipes import Cell, DataSet, make_cell
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = tuple(row for row in TABLES[3].rows if row.label in ("TP", "TP + SAA"))

@@ -19,15 +19,15 @@ from filelock import FileLock
 from PIL import Image
 from scipy.stats import kendalltau
 
-from cbsa_lightning import cost, tables
-from cbsa_lightning.cli import main
-from cbsa_lightning.cost import Cost, costs, measure
+from cbsa_lightning.__main__ import main
 from cbsa_lightning.errors import CBSAError, ConfigError
-from cbsa_lightning.paper import CBSA, SYSTEMS, TABLES, Row
-from cbsa_lightning.recipes import Cell, DataSet, classes_of, make_cell
-from cbsa_lightning.results import Finished, Means
-from cbsa_lightning.table_page import refuse_other_files, write_table
-from cbsa_lightning.table_pictures import draw_pseudo_labels, draw_table
+from cbsa_lightning.reproduce import cost, tables
+from cbsa_lightning.reproduce.cost import Cost, costs, measure
+from cbsa_lightning.reproduce.paper import CBSA, SYSTEMS, TABLES, Row
+from cbsa_lightning.reproduce.recipes import Cell, DataSet, classes_of, make_cell
+from cbsa_lightning.reproduce.results import Finished, Means
+from cbsa_lightning.reproduce.table_page import refuse_other_files, write_table
+from cbsa_lightning.reproduce.table_pictures import draw_pseudo_labels, draw_table
 from tiny_tables import CONFIGS, short, tiny_voc, write_overlay
 
 # From hand-made results ------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cbsa_lightning import thresholds
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labelers import TopOne, pseudo_labels
-from cbsa_lightning.thresholds import ScoreHistogram, class_thresholds
+from cbsa_lightning.method import thresholds
+from cbsa_lightning.method.labelers import TopOne, pseudo_labels
+from cbsa_lightning.method.thresholds import ScoreHistogram, class_thresholds
 from reference import labelers as reference
 
 HALF = [torch.float16, torch.bfloat16]
@@ -213,7 +213,8 @@ def test_what_does_not_fit_a_histogram_is_refused():
 
 MEMORY = """
 import torch
-from cbsa_lightning import labelers, thresholds
+from cbsa_lightning.method import labelers
+from cbsa_lightning.method import thresholds
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

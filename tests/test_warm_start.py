@@ -12,20 +12,20 @@ import yaml
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning import CBSAModule
+from cbsa_lightning.__main__ import main
 from cbsa_lightning.callbacks.warm_start import _state
-from cbsa_lightning.changes import Changes, label_changes
-from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.cli import main
+from cbsa_lightning.checkpoints.earlier_run import read_earlier
+from cbsa_lightning.checkpoints.files import read_checkpoint
+from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
 from cbsa_lightning.data.labelled_images import LabelledImages
-from cbsa_lightning.earlier_run import read_earlier
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
-from cbsa_lightning.inference import Classifier
-from cbsa_lightning.warm_start import Earlier, check_fits, take_over
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.reports.changes import Changes, label_changes
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, Squares
 
 MODEL = {"num_contexts": 0, "prompt_length": 2, "decoder_layers": 1, "decoder_heads": 4, "decoder_feedforward": 8}
-FUSED = {"labeler": "cbsa_lightning.stacking.StackedProbes", "stack_share": 0.5}
+FUSED = {"labeler": "cbsa_lightning.method.stacking.StackedProbes", "stack_share": 0.5}
 
 
 def write_table(file, source, labelled, classes=CLASSES, images=60):
@@ -73,7 +73,7 @@ def fit(folder, config, *words):
     file = folder.parent / f"{folder.name}.yaml"
     file.write_text(yaml.safe_dump(config))
     place = f"{{save_dir: {folder.parent}, name: {folder.name}}}"
-    logger = f"{{class_path: cbsa_lightning.loggers.RunLogger, init_args: {place}}}"
+    logger = f"{{class_path: cbsa_lightning.training.loggers.RunLogger, init_args: {place}}}"
     return main(["fit", f"--config={file}", f"--trainer.logger={logger}", *words])
 
 
@@ -261,9 +261,9 @@ def test_a_network_without_trained_parts_takes_nothing_over(tmp_path, caplog, cl
         "class_path": "cbsa_lightning.networks.zero_shot.ZeroShotCLIP",
         "init_args": {"clip": str(clip_folder)},
     }
-    labeler = {"class_path": "cbsa_lightning.stacking.StackedProbes"}
+    labeler = {"class_path": "cbsa_lightning.method.stacking.StackedProbes"}
     init = {"network": network, "labeler": labeler, "stack_share": 1.0, "warmup_epochs": 0}
-    config["model"] = {"class_path": "cbsa_lightning.module.SSMLLModule", "init_args": init}
+    config["model"] = {"class_path": "cbsa_lightning.training.module.SSMLLModule", "init_args": init}
     config["trainer"]["max_epochs"] = 1
     fit(tmp_path / "first", config)
     write_table(tmp_path / "photos.csv", source, 50)

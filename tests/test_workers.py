@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (1, 4)]

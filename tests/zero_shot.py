@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cbsa_lightning.metrics import MultilabelReport
+from cbsa_lightning.method.metrics import MultilabelReport
 
 
 @torch.no_grad()

@@ -7,19 +7,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cbsa_lightning.cbsa import CBSAModule
     from cbsa_lightning.data.datamodule import SSMLLDataModule
-    from cbsa_lightning.inference import Classifier
-    from cbsa_lightning.module import SSMLLModule
+    from cbsa_lightning.inference.classifier import Classifier
+    from cbsa_lightning.training.cbsa import CBSAModule
+    from cbsa_lightning.training.module import SSMLLModule
 
 __version__ = version("cbsa-lightning")
 __all__ = ["CBSAModule", "Classifier", "SSMLLDataModule", "SSMLLModule", "__version__"]
 
 _HOMES = {
-    "CBSAModule": "cbsa_lightning.cbsa",
-    "Classifier": "cbsa_lightning.inference",
+    "CBSAModule": "cbsa_lightning.training.cbsa",
+    "Classifier": "cbsa_lightning.inference.classifier",
     "SSMLLDataModule": "cbsa_lightning.data.datamodule",
-    "SSMLLModule": "cbsa_lightning.module",
+    "SSMLLModule": "cbsa_lightning.training.module",
 }
 
 

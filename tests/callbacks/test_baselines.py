@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
-from cbsa_lightning.data.feature_cache import FeatureCache
-from cbsa_lightning.labelers import Evidence, LabelledOnly
-from cbsa_lightning.linear_probe import LinearProbe
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
+from cbsa_lightning.method.labelers import Evidence, LabelledOnly
+from cbsa_lightning.method.linear_probe import LinearProbe
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module
 
 

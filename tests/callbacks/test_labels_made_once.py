@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_lightning.data.feature_cache import FeatureCache
-from cbsa_lightning.labelers import Evidence
-from cbsa_lightning.metrics import pseudo_label_quality
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
+from cbsa_lightning.method.labelers import Evidence
+from cbsa_lightning.method.metrics import pseudo_label_quality
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module
 
 TRAIN = 40  # 16 labelled

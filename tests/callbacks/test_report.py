@@ -17,12 +17,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.cbsa import CBSAModule
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.training.cbsa import CBSAModule
 from tiny_clip import tiny_clip
 
 PICTURES = {"predictions", "attention", "classes", "contexts", "precision_recall", "reliability", "training"}

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
-from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.labelers import ClassDistributionAware
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.checkpoints.files import read_checkpoint
+from cbsa_lightning.method.labelers import ClassDistributionAware
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, tiny_fit
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cbsa_lightning.callbacks.contexts import UpdateContexts
-from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.method.context_task import ContextTask
 from reference.contexts import best_cut, cooccurrence, normalised_cut, targets
 from tiny_data import GROUPS, Squares, tiny_data
 

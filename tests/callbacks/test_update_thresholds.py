@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
-from cbsa_lightning.checkpoint_files import read_checkpoint
-from cbsa_lightning.context_task import ContextTask
+from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import ClassDistributionAware
-from cbsa_lightning.metrics import pseudo_label_quality
+from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.labelers import ClassDistributionAware
+from cbsa_lightning.method.metrics import pseudo_label_quality
 from reference.contexts import targets as slow_context_targets
 from reference.labelers import label, thresholds
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module, tiny_trainer

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cbsa_lightning.data.feature_cache import FeatureCache, KeptViews, StrongInTurn, Tower
+from cbsa_lightning.data.caches.feature_cache import FeatureCache, KeptViews, StrongInTurn, Tower
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabelledOnly
 from tiny_clip import tiny_clip
 from tiny_data import SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 from zero_shot import zero_shot_mAP

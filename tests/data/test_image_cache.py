@@ -16,7 +16,7 @@ from PIL import Image
 
 from cbsa_lightning.data import images as images_module
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.image_cache import ImageCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.images import ImageFiles, decode
 from cbsa_lightning.data.views import squash
 from cbsa_lightning.errors import ConfigError, DataError

@@ -10,10 +10,10 @@ from PIL import Image
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.data import image_check, images
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.image_cache import ImageCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.image_check import unreadable
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabelledOnly
 from tiny_data import CLASSES, Squares, tiny_data, tiny_fit
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbsa_lightning.data import reading
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.caches.store import content_keys
 from cbsa_lightning.data.class_names import read_class_file
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers import NUSWIDE, VOC, Table
 from cbsa_lightning.data.readers.coco import COCO, read_coco
 from cbsa_lightning.data.readers.table import read_table
 from cbsa_lightning.data.readers.unlabelled import read_images
-from cbsa_lightning.data.reading import brief, open_regular, read_text
 from cbsa_lightning.data.splits import Split
-from cbsa_lightning.data.store import content_keys
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io import reading
+from cbsa_lightning.io.reading import brief, open_regular, read_text
 
 TABLE = AnnotationTable(Path("x"), np.array(["a.jpg"], np.dtypes.StringDType()), np.zeros((1, 1), np.int8), ("cat",))
 READERS = {

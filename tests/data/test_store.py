@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cbsa_lightning.data import store as module
-from cbsa_lightning.data.store import KEY_BYTES, RowStore, content_keys
+from cbsa_lightning.data.caches import store as module
+from cbsa_lightning.data.caches.store import KEY_BYTES, RowStore, content_keys
 from cbsa_lightning.errors import ConfigError, DataError
 
 SHAPE = (3, 5)

@@ -27,17 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 from cbsa_lightning import SSMLLModule
 from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
-from cbsa_lightning.context_task import ContextTask
-from cbsa_lightning.data.feature_cache import FeatureCache
+from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
-from cbsa_lightning.labelers import LabelledOnly
+from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.dualcoop import DualCoOp
 from cbsa_lightning.networks.dualcoop_plus import DualCoOpPlusPlus
 from cbsa_lightning.networks.resnet import ImageNetNetwork
 from cbsa_lightning.networks.scpnet import SCPNet
 from cbsa_lightning.networks.tai import TaI
-from cbsa_lightning.stacking import StackedProbes
 from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_module, tiny_trainer
 
 TRAIN = 21  # 8 labelled, 13 unlabelled

@@ -20,7 +20,7 @@ def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tup
     overlays = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
     command = [
         *launcher,
-        *("-m", "cbsa_lightning.cli", "fit"),
+        *("-m", "cbsa_lightning.__main__", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in overlays),
         f"--data.source.init_args.train={folder / 'train.csv'}",
         f"--model.init_args.clip={clip_folder}",

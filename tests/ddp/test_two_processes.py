@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 
-from cbsa_lightning.labels.image_labels import read_labels
+from cbsa_lightning.inference.labels.image_labels import read_labels
 from tiny_data import CLASSES, Squares
 
 TOLERANCE = 1e-9  # absolute and relative; weights move by 0.1 and more

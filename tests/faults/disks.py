@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cbsa_lightning import cli, files
+from cbsa_lightning import __main__ as cli
+from cbsa_lightning.io import files
 
 BALLAST = "ballast"
 

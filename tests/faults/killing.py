@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cbsa_lightning import cli
+from cbsa_lightning import __main__ as cli
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.checkpoint_files import newest_checkpoint, read_checkpoint
-from cbsa_lightning.loggers import RunLogger
+from cbsa_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from cbsa_lightning.training.loggers import RunLogger
 from layouts import make_table
 from tiny_data import Squares, tiny_data, tiny_module, tiny_trainer
 

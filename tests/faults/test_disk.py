@@ -15,18 +15,18 @@ import torch
 from disks import contents, fill, filling_at, make_room, read_only, short_files, small_disk, told, typed
 from killing import command, in_a_process, left_behind, unlike, words_of
 
-from cbsa_lightning import cells
-from cbsa_lightning.checkpoint_files import newest_checkpoint, read_checkpoint
-from cbsa_lightning.checkpoint_io import WholeCheckpointIO
+from cbsa_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from cbsa_lightning.checkpoints.writing import WholeCheckpointIO
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.image_cache import ImageCache
+from cbsa_lightning.data.caches.image_cache import ImageCache
+from cbsa_lightning.data.caches.store import RowStore
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.splits import split_labelled
-from cbsa_lightning.data.store import RowStore
 from cbsa_lightning.errors import CBSAError
-from cbsa_lightning.loggers import MetricsFile
-from cbsa_lightning.predictions import write_predictions
+from cbsa_lightning.inference.predictions import write_predictions
+from cbsa_lightning.reproduce import cells
+from cbsa_lightning.training.loggers import MetricsFile
 from layouts import make_table
 from tiny_data import Squares
 from tiny_tables import CONFIGS, short, tiny_voc

@@ -13,7 +13,7 @@ import pytest
 import torch
 from killing import CONFIGS, POLICIES, command, fit, in_a_process, left_behind, unlike, words_of
 
-from cbsa_lightning.checkpoint_files import newest_checkpoint
+from cbsa_lightning.checkpoints.files import newest_checkpoint
 from tiny_data import Squares
 
 pytestmark = pytest.mark.slow

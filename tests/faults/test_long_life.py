@@ -16,7 +16,7 @@ from killing import in_a_process
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbsa_lightning.callbacks.report import RunReport
-from cbsa_lightning.loggers import RunLogger
+from cbsa_lightning.training.loggers import RunLogger
 from tiny_data import Squares, tiny_fit
 
 pytestmark = pytest.mark.slow

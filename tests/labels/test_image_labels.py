@@ -10,7 +10,7 @@ from scipy.stats import entropy
 
 from cbsa_lightning.data.readers.table import read_table
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.labels.image_labels import ImageLabels, doubt_of, read_labels, write_labels
+from cbsa_lightning.inference.labels.image_labels import ImageLabels, doubt_of, read_labels, write_labels
 
 NAMES = ("cat", "dog", "sofa")
 PROBABILITIES = np.array([[0.95, 0.02, 0.5], [0.1, 0.1, 0.1], [0.7, 0.85, 0.0], [1.0, 0.0, 0.99]], np.float32)

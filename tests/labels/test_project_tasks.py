@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.labels.image_labels import ImageLabels
-from cbsa_lightning.labels.project_tasks import Project, predictions_for_tasks
+from cbsa_lightning.inference.labels.image_labels import ImageLabels
+from cbsa_lightning.inference.labels.project_tasks import Project, predictions_for_tasks
 
 EXPORT = Path(__file__).parent.parent / "data" / "labeltools" / "label_studio" / "json_all_tasks.json"
 CONFIG = """<View><Image name="picture" value="$photo"/>

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cbsa_lightning.labels.image_labels import ImageLabels
-from cbsa_lightning.labels.review import next_to_label, suspicious_labels
+from cbsa_lightning.inference.labels.image_labels import ImageLabels
+from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels
 
 NAMES = ("cat", "dog")
 IMAGES = np.array(["a", "b", "c"], np.dtypes.StringDType())

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from cbsa_lightning.__main__ import main
 from cbsa_lightning.callbacks.labels import WriteLabels
-from cbsa_lightning.cli import main
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.inference import Classifier
-from cbsa_lightning.labels.image_labels import read_labels
-from cbsa_lightning.runs import set_folder
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.inference.labels.image_labels import read_labels
+from cbsa_lightning.io.runs import set_folder
+from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module, tiny_trainer
 
 FILES = {"labels.csv", "next_to_label.csv", "suspicious_labels.csv"}

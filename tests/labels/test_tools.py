@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.labels.image_labels import ImageLabels
-from cbsa_lightning.labels.image_sizes import upright_sizes
-from cbsa_lightning.labels.tools import cvat_xml, fiftyone_labels, label_studio_config, label_studio_tasks
+from cbsa_lightning.inference.labels.image_labels import ImageLabels
+from cbsa_lightning.inference.labels.image_sizes import upright_sizes
+from cbsa_lightning.inference.labels.tools import cvat_xml, fiftyone_labels, label_studio_config, label_studio_tasks
 
 NAMES = ("car", "dog & cat")
 

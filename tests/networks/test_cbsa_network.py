@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cbsa_lightning.clip import FrozenCLIP
-from cbsa_lightning.losses import context_loss
+from cbsa_lightning.method.losses import context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
 from reference.decoder import weights_of

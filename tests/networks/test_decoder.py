@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.metrics import mean_pairwise_cosine
+from cbsa_lightning.method.metrics import mean_pairwise_cosine
 from cbsa_lightning.networks.decoder import SHARPNESS, LabelDecoder
 from reference.decoder import decode, weights_of
 

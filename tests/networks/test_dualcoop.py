@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from cbsa_lightning.losses import asymmetric_loss, binary_cross_entropy
+from cbsa_lightning.method.losses import asymmetric_loss, binary_cross_entropy
 from cbsa_lightning.networks.dualcoop import DualCoOp
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 from reference.dualcoop import asymmetric, cross_entropy, two_logits

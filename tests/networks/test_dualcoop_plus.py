@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from cbsa_lightning.losses import asymmetric_loss, binary_cross_entropy
+from cbsa_lightning.method.losses import asymmetric_loss, binary_cross_entropy
 from cbsa_lightning.networks.dualcoop_plus import DualCoOpPlusPlus
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 from reference.dualcoop import asymmetric, cross_entropy

@@ -15,12 +15,12 @@ from torch import nn
 from torchvision.models import resnet18
 
 from cbsa_lightning import SSMLLModule
-from cbsa_lightning.cli import main
+from cbsa_lightning.__main__ import main
 from cbsa_lightning.errors import ConfigError, DataError, WeightsError
-from cbsa_lightning.labelers import LabelledOnly
-from cbsa_lightning.losses import binary_cross_entropy
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.losses import binary_cross_entropy
+from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.resnet import ImageNetNetwork, LinearHead, MLDecoderHead
-from cbsa_lightning.stacking import StackedProbes
 from layouts import make_voc
 from reference.decoder import weights_of
 from reference.resnet import linear, ml_decoder, slope

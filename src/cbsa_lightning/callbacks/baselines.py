@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbsa_lightning.descriptions import describe_images, evidence_of
+from cbsa_lightning.data.descriptions import describe_images, evidence_of
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.linear_probe import LinearProbe
-from cbsa_lightning.metrics import MultilabelReport
-from cbsa_lightning.stacking import StackedProbes
+from cbsa_lightning.method.linear_probe import LinearProbe
+from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.method.stacking import StackedProbes
 
 ZERO_SHOT, LINEAR_PROBE, STACKED_PROBES = "zero-shot", "linear probe", "stacked probes"
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from cbsa_lightning.callbacks.baselines import validated_table
 from cbsa_lightning.callbacks.predictions import gather, packed
-from cbsa_lightning.changes import Changes, class_AP, in_order_of, label_changes, write_changes
+from cbsa_lightning.checkpoints.earlier_run import EarlierRun
 from cbsa_lightning.data.labelled_images import LabelledImages, rows_among
-from cbsa_lightning.earlier_run import EarlierRun
 from cbsa_lightning.errors import CheckpointError
-from cbsa_lightning.inference import SETTINGS, Classifier
-from cbsa_lightning.predictions import in_table_order
-from cbsa_lightning.runs import CHANGES, folder_of
+from cbsa_lightning.inference.classifier import SETTINGS, Classifier
+from cbsa_lightning.inference.predictions import in_table_order
+from cbsa_lightning.io.runs import CHANGES, folder_of
+from cbsa_lightning.reports.changes import Changes, class_AP, in_order_of, label_changes, write_changes
 
 
 class ReportChanges(L.Callback):

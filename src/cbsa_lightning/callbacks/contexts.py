@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbsa_lightning.callbacks.thresholds import data_of
-from cbsa_lightning.contexts import (
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.method.contexts import (
     context_targets,
     cooccurrence,
     match_partition,
     partition,
     soft_context_targets,
 )
-from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.labelers import rounded
+from cbsa_lightning.method.labelers import rounded
 
 
 class UpdateContexts(L.Callback):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbsa_lightning.data.feature_cache import Tower
+from cbsa_lightning.data.caches.feature_cache import Tower
 
 
 class CacheFeatures(L.Callback):

@@ -14,17 +14,18 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
-from cbsa_lightning.finite import refuse_scores
-from cbsa_lightning.labels.image_labels import SURE, ImageLabels, check_class_columns, write_labels
-from cbsa_lightning.labels.review import next_to_label, suspicious_labels, write_list
-from cbsa_lightning.predictions import in_table_order
-from cbsa_lightning.runs import LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, folder_of
+from cbsa_lightning.inference.labels.image_labels import SURE, ImageLabels, check_class_columns, write_labels
+from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels, write_list
+from cbsa_lightning.inference.predictions import in_table_order
+from cbsa_lightning.io.runs import LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, folder_of
+from cbsa_lightning.method.finite import refuse_scores
 
 
 class WriteLabels(L.Callback):
     """Writes labels of the unlabelled images into the run's folder when training ends.
 
-    - ``labels.csv``: a row for each unlabelled image; see :func:`~cbsa_lightning.labels.image_labels.write_labels`.
+    - ``labels.csv``: a row for each unlabelled image; see
+    :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
     - ``next_to_label.csv``: the images whose labels would teach most.
     - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
       since other models have no such probabilities.
@@ -52,7 +53,7 @@ class WriteLabels(L.Callback):
         """Refuses class names that the table could not hold, before the work.
 
         Raises:
-            ConfigError: See :func:`~cbsa_lightning.labels.image_labels.check_class_columns`.
+            ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.
         """
         if self._has_unlabelled(trainer):
             check_class_columns(pl_module.class_names)

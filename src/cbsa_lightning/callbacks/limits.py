@@ -14,7 +14,7 @@ from cbsa_lightning.callbacks.baselines import (
     MeasureBaselines,
     validated_table,
 )
-from cbsa_lightning.stage_length import ends_in_warmup
+from cbsa_lightning.callbacks.stage_length import ends_in_warmup
 
 FEW_IMAGES = 50
 """Validation images below which a run warns that its mAP says little."""

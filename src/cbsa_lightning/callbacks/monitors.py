@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from cbsa_lightning.errors import ConfigError, listed
-from cbsa_lightning.metrics import REPORTED
+from cbsa_lightning.method.metrics import REPORTED
 
 _OURS = ("cbsa_lightning", "lightning")
 

@@ -18,23 +18,23 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
-from cbsa_lightning.contexts import cooccurrence
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
-from cbsa_lightning.files import replacing
-from cbsa_lightning.metrics import MultilabelReport
-from cbsa_lightning.pictures import (
+from cbsa_lightning.inference.predictions import check_output, in_table_order, write_predictions, write_thresholds
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
+from cbsa_lightning.method.contexts import cooccurrence
+from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.reports.pictures import (
     attention_gallery,
     context_map,
     per_class_bars,
     prediction_gallery,
     training_curves,
 )
-from cbsa_lightning.precision_recall import precision_recall_curves
-from cbsa_lightning.predictions import check_output, in_table_order, write_predictions, write_thresholds
-from cbsa_lightning.reliability import reliability_diagram
-from cbsa_lightning.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
+from cbsa_lightning.reports.precision_recall import precision_recall_curves
+from cbsa_lightning.reports.reliability import reliability_diagram
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class RunReport(L.Callback):
         """Refuses class names that the table of predictions could not hold, and lists images that are skipped.
 
         Raises:
-            ConfigError: See :func:`~cbsa_lightning.predictions.check_output`; or another run's report is there.
+            ConfigError: See :func:`~cbsa_lightning.inference.predictions.check_output`; or another run's report is
+            there.
         """
         folder = self._folder(trainer)
         if folder is None:

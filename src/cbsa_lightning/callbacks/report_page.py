@@ -15,9 +15,9 @@ from cbsa_lightning.arguments import check_flags
 from cbsa_lightning.callbacks.baselines import LINEAR_PROBE, STACKED_PROBES, ZERO_SHOT, MeasureBaselines
 from cbsa_lightning.callbacks.changes import ReportChanges
 from cbsa_lightning.callbacks.limits import FEW_IMAGES
-from cbsa_lightning.files import replacing
-from cbsa_lightning.report_page.page import Run, build_page
-from cbsa_lightning.runs import PREDICTIONS, REPORT_PAGE, THRESHOLDS, folder_of
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.runs import PREDICTIONS, REPORT_PAGE, THRESHOLDS, folder_of
+from cbsa_lightning.reports.page.page import Run, build_page
 
 _IN_WORDS = {
     ZERO_SHOT: "CLIP without training (zero-shot)",

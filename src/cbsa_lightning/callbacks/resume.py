@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from cbsa_lightning.checkpoint_files import SOURCE, TORN
-from cbsa_lightning.checkpoint_io import WholeCheckpointIO
-from cbsa_lightning.compiled import plain_name
+from cbsa_lightning.checkpoints.files import SOURCE, TORN
+from cbsa_lightning.checkpoints.writing import WholeCheckpointIO
 from cbsa_lightning.errors import CheckpointError, listed
+from cbsa_lightning.networks.compiled import plain_name
 
 _RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
 

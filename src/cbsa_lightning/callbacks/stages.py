@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from cbsa_lightning.checkpoints import TABLES
+from cbsa_lightning.checkpoints.lean import TABLES
 
 
 class Stages(L.Callback):

@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cbsa_lightning.contexts import context_targets
+from cbsa_lightning.data.descriptions import evidence_of
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
-from cbsa_lightning.descriptions import evidence_of
-from cbsa_lightning.finite import refuse_scores
-from cbsa_lightning.labelers import EvidenceLabeler, positive_rates, rounded
-from cbsa_lightning.metrics import pseudo_label_quality
+from cbsa_lightning.method.contexts import context_targets
+from cbsa_lightning.method.finite import refuse_scores
+from cbsa_lightning.method.labelers import EvidenceLabeler, positive_rates, rounded
+from cbsa_lightning.method.metrics import pseudo_label_quality
 
 
 class UpdateThresholds(L.Callback):

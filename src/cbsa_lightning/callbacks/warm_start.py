@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from cbsa_lightning.warm_start import Earlier, check_fits, take_over
+from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
 
 
 class StartFrom(L.Callback):
@@ -27,7 +27,7 @@ class StartFrom(L.Callback):
         """Checks before the work that the weights fit.
 
         Raises:
-            CheckpointError: See :func:`~cbsa_lightning.warm_start.check_fits`.
+            CheckpointError: See :func:`~cbsa_lightning.checkpoints.warm_start.check_fits`.
         """
         if stage == "fit" and trainer.ckpt_path is None:
             check_fits(self.earlier, pl_module.network, _state(pl_module), pl_module.class_names)

@@ -19,7 +19,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning import embedded
+from cbsa_lightning.clip import embedded
 from cbsa_lightning.errors import ConfigError, WeightsError, listed
 
 CONFIG_NAME = "open_clip_config.json"

@@ -22,8 +22,8 @@ from cbsa_lightning.data.class_names import (
     duplicates,
     read_class_file,
 )
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 __all__ = ["AnnotationTable", "ClassFile", "read_class_file"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, read_text
 
 _LARGEST_FILE = 4 << 20  # bytes; a hundred thousand classes have less, and YAML takes seconds for each
 

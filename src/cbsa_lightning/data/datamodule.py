@@ -21,16 +21,7 @@ from cbsa_lightning.data.batch_sizes import (
     steps_per_epoch,
 )
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
-from cbsa_lightning.data.datasets import (
-    ImageViews,
-    ReadableViews,
-    ResumableLoader,
-    View,
-    ViewDataset,
-    collate,
-    collate_readable,
-)
-from cbsa_lightning.data.feature_cache import (
+from cbsa_lightning.data.caches.feature_cache import (
     CachedViews,
     FeatureCache,
     Features,
@@ -40,7 +31,17 @@ from cbsa_lightning.data.feature_cache import (
     fill,
     plain,
 )
-from cbsa_lightning.data.image_cache import ImageCache, Images
+from cbsa_lightning.data.caches.image_cache import ImageCache, Images
+from cbsa_lightning.data.caches.store import RowStore, content_keys
+from cbsa_lightning.data.datasets import (
+    ImageViews,
+    ReadableViews,
+    ResumableLoader,
+    View,
+    ViewDataset,
+    collate,
+    collate_readable,
+)
 from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.labelled_images import rows_among
@@ -49,7 +50,6 @@ from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabelled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
 from cbsa_lightning.data.splits import Split, make_split
-from cbsa_lightning.data.store import RowStore, content_keys
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
@@ -148,9 +148,14 @@ class SSMLLDataModule(L.LightningDataModule):
         check_choice("data.on_error", on_error, ("stop", "skip"))
         check_paths(split_file=split_file, predict=predict)
         check_flags(fast_decode=fast_decode)
-        check_kind("image_cache", image_cache, ImageCache, "ImageCache(FOLDER) of cbsa_lightning.data.image_cache")
         check_kind(
-            "feature_cache", feature_cache, FeatureCache, "FeatureCache(FOLDER) of cbsa_lightning.data.feature_cache"
+            "image_cache", image_cache, ImageCache, "ImageCache(FOLDER) of cbsa_lightning.data.caches.image_cache"
+        )
+        check_kind(
+            "feature_cache",
+            feature_cache,
+            FeatureCache,
+            "FeatureCache(FOLDER) of cbsa_lightning.data.caches.feature_cache",
         )
         for name, value, least, most in (
             ("image_size", image_size, 1, 1 << 13),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
-from cbsa_lightning.data.image_cache import Images
+from cbsa_lightning.data.caches.image_cache import Images
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import DataError

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.reading import open_regular
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import open_regular
 
 # What image sets come in. A fixed list also keeps Pillow from formats that start other programs (EPS).
 _FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]

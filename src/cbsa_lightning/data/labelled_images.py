@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.files import replacing
+from cbsa_lightning.io.files import replacing
 
 _CLASSES = b"class_names"
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, json_pieces
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import ConfigError, DataError, listed
-from cbsa_lightning.files import replacing
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.reading import brief, read_text
 
 Rows = NDArray[np.int64]
 PARTS = ("labelled", "unlabelled", "held_out")

@@ -25,7 +25,7 @@ class NetworkOutput(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What is known of a batch before training; see :class:`cbsa_lightning.labelers.Evidence`.
+    """What is known of a batch before training; see :class:`cbsa_lightning.method.labelers.Evidence`.
 
     Attributes:
         descriptors: each ``(B, D)``, float32.

@@ -155,7 +155,7 @@ def build_cbsa_network(
 
     ``semantic_alignment`` says whether there is a :class:`LabelDecoder`, ``clip`` and ``pretrained`` go to
     :meth:`FrozenCLIP.load`; for all others see :class:`CBSANetwork` and :class:`LabelDecoder`. The defaults are
-    those of :class:`cbsa_lightning.cbsa.CBSAModule`, and are kept there alone.
+    those of :class:`cbsa_lightning.training.cbsa.CBSAModule`, and are kept there alone.
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.

@@ -211,7 +211,7 @@ class ImageNetNetwork(Network):
         raise ConfigError(
             "ImageNetNetwork trains its whole tower, so there are no frozen features that labels could be made from "
             "before training: choose a labeler that works on each epoch's scores, such as "
-            "cbsa_lightning.labelers.ClassDistributionAware, or a network with frozen towers."
+            "cbsa_lightning.method.labelers.ClassDistributionAware, or a network with frozen towers."
         )
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.annotations import UNKNOWN
 from cbsa_lightning.data.class_names import clean_name, did_you_mean
 from cbsa_lightning.data.readers.structured import counted
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 Disagreement = Literal["unknown", "majority"]
 NOTHING = -1  # in place of the position of a class

@@ -13,8 +13,8 @@ from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.locations import find_images
 from cbsa_lightning.data.readers.structured import counted, field, read_json_lines, typed
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _USE = "aiplatform.googleapis.com/ml_use"
 _METADATA = "-metadata"

@@ -14,8 +14,8 @@ from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
 from cbsa_lightning.data.class_names import ClassFile, check_prompt_names, prompts_from
 from cbsa_lightning.data.readers.coco_file import peek_class_names, read_coco_file
 from cbsa_lightning.data.readers.source import Source, refuse_repeated, tidy_paths
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _NAMES = """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbsa_lightning.data.class_names import check_class_names, duplicates
-from cbsa_lightning.data.reading import brief, open_regular, read_text, refuse_larger_than_memory
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, open_regular, read_text, refuse_larger_than_memory
 
 _ID = (int, str)  # COCO's own are whole numbers; other data sets name their images
 _TYPES = {int: "a whole number", str: "a text"}

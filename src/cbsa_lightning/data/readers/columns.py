@@ -16,8 +16,8 @@ from cbsa_lightning.data.annotations import StringArray, repeated_rows
 from cbsa_lightning.data.class_names import clean_name, did_you_mean, duplicates
 from cbsa_lightning.data.readers.csv_file import read_csv
 from cbsa_lightning.data.readers.json_lines import is_json_lines, read_json_lines
-from cbsa_lightning.data.reading import brief, memory_of_machine, open_regular
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, memory_of_machine, open_regular
 
 _BATCH = 1 << 12  # rows of a Parquet file at a time: so few that even of long texts they fit
 _UNNAMED = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")  # how pandas writes and reads an index without a name

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.csv
 
-from cbsa_lightning.data.reading import brief, refuse_larger_than_memory
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, refuse_larger_than_memory
 
 DELIMITERS = (",", "\t", ";")
 LONGEST_ROW = 1 << 20  # bytes; what Arrow reads of a CSV file at a time, and so the most that a row may have

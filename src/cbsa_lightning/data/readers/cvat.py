@@ -13,8 +13,8 @@ from cbsa_lightning.data.class_names import did_you_mean
 from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.structured import counted, read_xml
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _OF = ("task", "project", "job")
 _TAG_TYPES = ("tag", "any", "")

@@ -25,7 +25,7 @@ from cbsa_lightning.data.annotations import AnnotationTable, StringArray
 from cbsa_lightning.data.canvases import Canvas, draw_canvas, exemplars
 from cbsa_lightning.data.readers.source import Source
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.files import writing
+from cbsa_lightning.io.files import writing
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # In each group the frequent digits come first.

@@ -21,8 +21,8 @@ from cbsa_lightning.data.class_names import (
 from cbsa_lightning.data.readers.answers import NOTHING, Disagreement, Record, codes_of, decide
 from cbsa_lightning.data.readers.source import Source, refuse_repeated, require_named, tidy_paths
 from cbsa_lightning.data.readers.structured import counted
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.io.reading import brief
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.structured import counted, field, read_json, typed
 from cbsa_lightning.data.readers.unlabelled import read_images
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 
 class FiftyOne(Export):

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import brief, read_text
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PEEK = 1 << 16  # bytes of the first line that are looked at in a file with another suffix

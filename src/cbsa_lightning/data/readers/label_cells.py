@@ -14,8 +14,8 @@ from cbsa_lightning.data.class_names import clean_name
 from cbsa_lightning.data.readers.columns import Columns
 from cbsa_lightning.data.readers.separators import Form, detect
 from cbsa_lightning.data.readers.words import NO_LABEL, Meaning, Words, begins_a_list
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import brief
 
 
 class LabelCells:

@@ -16,8 +16,8 @@ from cbsa_lightning.data.readers.label_cells import LabelCells
 from cbsa_lightning.data.readers.roles import REVIEW_COLUMN, named_like
 from cbsa_lightning.data.readers.separators import Form
 from cbsa_lightning.data.readers.words import Words
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 
 class NamedLabels:

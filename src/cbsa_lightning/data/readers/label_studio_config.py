@@ -9,8 +9,8 @@ from xml.etree.ElementTree import Element
 
 from cbsa_lightning.data.class_names import did_you_mean
 from cbsa_lightning.data.readers.structured import read_xml
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 
 class Choices(NamedTuple):

@@ -11,8 +11,8 @@ from cbsa_lightning.data.class_names import did_you_mean
 from cbsa_lightning.data.readers.columns import read_columns
 from cbsa_lightning.data.readers.label_studio_tasks import Task, image_of
 from cbsa_lightning.data.readers.structured import counted, field, parse_json, typed
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _OWN = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "path"}  # keys of every row
 _ID = re.compile(r"([0-9]+)(\.0)?", re.ASCII)

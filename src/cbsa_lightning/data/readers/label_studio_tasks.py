@@ -10,8 +10,8 @@ from cbsa_lightning.data.class_names import did_you_mean
 from cbsa_lightning.data.readers.label_studio_config import Choices
 from cbsa_lightning.data.readers.locations import find_images
 from cbsa_lightning.data.readers.structured import counted, field, typed
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 
 class Task(NamedTuple):

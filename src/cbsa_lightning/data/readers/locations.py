@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from cbsa_lightning.data.readers.unlabelled import read_images
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _UPLOAD = re.compile(r"^/data/upload/(?:.*/)?([^/]+)$")
 _UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")

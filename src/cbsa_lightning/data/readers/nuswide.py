@@ -14,8 +14,8 @@ from cbsa_lightning.arguments import check_choice, check_flags, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
-from cbsa_lightning.data.reading import brief, open_regular
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, open_regular
 
 _NAMES = """
     airport animal beach bear birds boats book bridge buildings cars castle cat cityscape clouds computer

@@ -23,8 +23,8 @@ from cbsa_lightning.data.class_names import (
 from cbsa_lightning.data.readers.columns import Columns, read_columns
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, require_named, tidy_paths
 from cbsa_lightning.data.readers.structured import counted
-from cbsa_lightning.data.reading import brief, memory_of_machine
 from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.io.reading import brief, memory_of_machine
 
 _HEADER = ["LabelName", "DisplayName"]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import UNKNOWN, StringArray, repeated_rows
 from cbsa_lightning.data.readers.columns import Columns
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 Repeated = Literal["stop", "unknown", "union"]
 _SHARE = 0.1  # of images that have several labels; fewer are rather rows by mistake

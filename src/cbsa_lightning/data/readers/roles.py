@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from cbsa_lightning.data.class_names import clean_name, did_you_mean
 from cbsa_lightning.data.readers.columns import Columns
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 # Compared without case, blanks, "_" and "-": "Image Index" is "imageindex". Of several, the first in this order counts.
 IMAGE_COLUMNS = (

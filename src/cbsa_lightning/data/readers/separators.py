@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from cbsa_lightning.data.class_names import clean_name
 from cbsa_lightning.data.readers.words import begins_a_list
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import brief
 
 MARKS = (";", "|", ",")
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks, first_not_unicode, repeated_rows
 from cbsa_lightning.data.class_names import ClassFile
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief, read_text
 
 
 class Source(ABC):

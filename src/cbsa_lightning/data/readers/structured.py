@@ -8,8 +8,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from cbsa_lightning.data.readers.source import read_lines
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import brief, read_text
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _KINDS |= {list: "a list", dict: "an object", type(None): "null"}

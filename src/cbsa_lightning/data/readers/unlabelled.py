@@ -14,8 +14,8 @@ from cbsa_lightning.data.images import foreign_kind
 from cbsa_lightning.data.readers.columns import Columns, read_columns, refuse_repeated_rows
 from cbsa_lightning.data.readers.roles import image_column
 from cbsa_lightning.data.readers.source import read_lines, tidy_paths
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 # Of the formats that images are decoded from.
 IMAGE_SUFFIXES = (

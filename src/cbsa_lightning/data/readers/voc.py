@@ -15,8 +15,8 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.class_names import prompts_from
 from cbsa_lightning.data.readers.source import Source, read_lines, refuse_repeated, tidy_paths
 from cbsa_lightning.data.readers.voc_xml import classes_of, has_own_classes, read_voc_xml
-from cbsa_lightning.data.reading import brief
 from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.io.reading import brief
 
 _NAMES = """
     aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person

@@ -11,8 +11,8 @@ import numpy as np
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable
 from cbsa_lightning.data.readers.source import read_lines, refuse_repeated, tidy_paths
 from cbsa_lightning.data.readers.structured import parse_xml
-from cbsa_lightning.data.reading import brief, read_text
 from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import brief, read_text
 
 
 def has_own_classes(folder: Path, image_set: str) -> bool:

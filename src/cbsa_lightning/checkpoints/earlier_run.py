@@ -1,0 +1,65 @@
+"""The run or checkpoint that ``--init_from`` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from cbsa_lightning.checkpoints.files import RUN, local, newest_checkpoint, read_checkpoint
+from cbsa_lightning.checkpoints.warm_start import Earlier
+from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.io import runs
+
+
+class EarlierRun(NamedTuple):
+    """What is left of an earlier run.
+
+    Attributes:
+        file: The checkpoint.
+        weights: What a new run takes over from it.
+        labelled: The images whose labels it used; None where no folder of the run is found that says so.
+    """
+
+    file: Path
+    weights: Earlier
+    labelled: LabelledImages | None
+
+
+def read_earlier(place: str) -> EarlierRun:
+    """Reads the newest checkpoint of a run, or a checkpoint, and the run's list of labelled images.
+
+    Args:
+        place: Folder of a run, or file of a checkpoint. The run of a checkpoint is the folder above it, if that holds
+            the run that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it cannot be used.
+        DataError: The list of labelled images is damaged.
+    """
+    path = local(place)
+    if not path.exists():
+        raise CheckpointError(
+            f"--init_from {place} does not exist. Give the folder of a finished run, such as runs/cbsa/version_0, or a "
+            "checkpoint; a run that has started from it needs it until it ends."
+        )
+    file = _newest(path) if path.is_dir() else path
+    checkpoint = read_checkpoint(file, ("state_dict", "class_names"))
+    written_by = checkpoint.get(RUN)
+    homes = [path] if path.is_dir() else file.resolve().parents[:2]
+    home = next((p for p in homes if written_by is not None and runs.run_id(p) == written_by), None)
+    record = None if home is None else home / runs.LABELLED
+    labelled = LabelledImages.read(record) if record is not None and record.is_file() else None
+    return EarlierRun(file, Earlier.of(checkpoint), labelled)
+
+
+def _newest(folder: Path) -> Path:
+    if not runs.is_run(folder):
+        raise CheckpointError(
+            f"{folder} is no run: it has no {runs.RUN_ID}, which `cbsa fit` writes. Give --init_from the folder of a "
+            "finished run, such as runs/cbsa/version_0, or a checkpoint."
+        )
+    found = newest_checkpoint(*runs.checkpoint_folders(folder), run_id=runs.run_id(folder))
+    if found is None:
+        raise CheckpointError(f"{folder} has no whole checkpoint of its run. Give --init_from another run.")
+    return found

@@ -1,0 +1,144 @@
+"""Reading checkpoint files as data: nothing in them is run, and what is damaged or foreign is refused."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from cbsa_lightning.errors import CheckpointError, DataError, listed
+from cbsa_lightning.io.reading import open_regular
+
+TORN = "written_within_a_step"
+VERSION = "cbsa_lightning_version"
+RUN = "run_id"  # of the run that wrote it
+SOURCE = "read_from"  # the file that a checkpoint was read from; not in the file
+
+
+def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("state_dict",)) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it.
+
+    Args:
+        path: A local file.
+        needed: Entries that it must have.
+
+    Returns:
+        What it holds, on the CPU, and which file it is under :data:`SOURCE`.
+
+    Raises:
+        CheckpointError: If it cannot be opened, is damaged, is no checkpoint of this library, or was written in the
+            midst of a step.
+    """
+    file = local(path)
+    try:
+        with open_regular(file) as stream:
+            _check_whole(file, stream)
+            stream.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about files that are refused below
+                checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}.") from error
+    except CheckpointError:
+        raise
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # changed bytes make torch's reader raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{file} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "
+            "a .ckpt file that cbsa_lightning saved."
+        ) from error
+    _check_form(file, checkpoint, needed)
+    if checkpoint.get(TORN):
+        raise CheckpointError(
+            f"{file} was written in the midst of an optimiser step, so its parts do not belong together; take another."
+        )
+    checkpoint[SOURCE] = str(file)
+    return checkpoint  # type: ignore[no-any-return]
+
+
+def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
+    """The whole checkpoint below ``folders`` in which the most steps were done; None if there is none.
+
+    Those that are damaged, cut off or written in the midst of a step are passed over, with a warning that says why.
+
+    Args:
+        folders: Where to look.
+        run_id: Of the run that the checkpoint must belong to; None: any.
+    """
+    found: list[tuple[int, int, int, Path]] = []
+    for file in checkpoint_files(*folders):
+        try:
+            checkpoint = read_checkpoint(file, ("state_dict", "loops", "epoch", "global_step"))
+            if "optimizer_states" not in checkpoint:  # the best weights, say: meant for something else
+                continue
+            if run_id is not None and checkpoint.get(RUN) != run_id:
+                continue
+            epoch, step = int(checkpoint["epoch"]), int(checkpoint["global_step"])
+        except (CheckpointError, TypeError, ValueError) as error:
+            warnings.warn(f"Passed over: {error}", stacklevel=2)
+            continue
+        found.append((step, epoch, file.stat().st_mtime_ns, file))
+    return max(found)[-1] if found else None
+
+
+def checkpoint_files(*folders: Path) -> list[Path]:
+    """All checkpoints below ``folders``, without drafts that were never finished."""
+    files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("*.ckpt"))}
+    return [file for file in files.values() if not file.name.startswith(".")]
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what processes that were killed left of checkpoints that they were writing; of a run that nobody runs."""
+    for draft in folder.rglob(".*.ckpt"):
+        draft.unlink(missing_ok=True)
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """A path of this machine; a URL is refused.
+
+    Raises:
+        CheckpointError: For a URL.
+    """
+    if "://" in os.fspath(path):
+        raise CheckpointError(f"{path}: checkpoints are read from and written to local files only; copy it first.")
+    return Path(path)
+
+
+def _check_whole(file: Path, stream: BinaryIO) -> None:
+    """Compares every part with its checksum: torch's reader notices missing bytes, but not changed ones."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise CheckpointError(f"{file} is compressed, which torch never does: it is not a checkpoint.")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file} is damaged or no checkpoint ({error}): it may have been cut off while it was written or copied. "
+            "Take an earlier one."
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it anew, or take another.")
+
+
+def _check_form(file: Path, checkpoint: Any, needed: tuple[str, ...]) -> None:
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not a checkpoint.")
+    if lacking := [key for key in needed if key not in checkpoint]:
+        raise CheckpointError(f"{file} is no checkpoint of this library: it has no {listed(lacking)}.")
+    for key in ("state_dict", "hyper_parameters", "loops"):
+        if key in checkpoint and not isinstance(checkpoint[key], dict):
+            raise CheckpointError(f"{file}: {key} must be a mapping, found a {type(checkpoint[key]).__name__}.")
+    names = checkpoint.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: class_names must be a list of texts, found {names!r:.100}.")

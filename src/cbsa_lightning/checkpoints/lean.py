@@ -1,0 +1,181 @@
+"""Lean checkpoints: frozen weights are not stored, but a fingerprint of them is, and is checked at load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from cbsa_lightning.checkpoints.files import SOURCE, VERSION
+from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
+from cbsa_lightning.method.finite import REMEDY, not_finite
+from cbsa_lightning.method.fusion import Fusion
+from cbsa_lightning.networks.compiled import class_of, plain_name
+
+FINGERPRINT = "frozen_fingerprint"
+NETWORK = "network_class"  # name of the network's class; earlier versions did not write it
+TABLES = ("pseudo_labels", "context_targets", "expected", "left_out")
+FUSION = "fusion"
+
+
+class LeanCheckpoint(nn.Module):
+    """Mix-in of a LightningModule that holds ``self.network``; the network may have a frozen ``clip``."""
+
+    network: nn.Module
+    fusion: Fusion | None = None
+    class_names: list[str]
+    _source = "The checkpoint"  # for messages: which file it was read from, and by which version it was written
+
+    def _frozen_keys(self) -> set[str]:
+        """Keys of the state below ``network.clip`` that are not trained."""
+        clip = getattr(self.network, "clip", None)
+        if clip is None:
+            return set()
+        trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+        frozen = (name for name in nn.Module.state_dict(clip) if name not in trained)
+        return {f"network.clip.{plain_name(name)}" for name in frozen}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All state but the frozen weights."""
+        state = {plain_name(key): value for key, value in super().state_dict(*args, **kwargs).items()}
+        frozen = self._frozen_keys()
+        return {key: value for key, value in state.items() if key not in frozen}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Loads what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: If keys or shapes differ from this module's, naming them.
+        """
+        here: dict[str, Tensor] = nn.Module.state_dict(self)
+        key_of = {plain_name(key): key for key in here}
+        own = {plain: here[key] for plain, key in key_of.items()}
+        expected = own.keys() - self._frozen_keys()
+        missing, extra = _sorted(expected - state_dict.keys()), _sorted(state_dict.keys() - own.keys())
+        shapes = [
+            f"{key} {_form(state_dict[key])} instead of {_form(own[key])}"
+            for key in _sorted(expected & state_dict.keys())
+            if _form(state_dict[key]) != _form(own[key])
+        ]
+        problems = [
+            f"{what}: {listed(found, 5)}"
+            for what, found in (("missing", missing), ("unknown", extra), ("other shape", shapes))
+            if found
+        ]
+        if strict and any(key.startswith("network.decoder.layers.") for key in extra):
+            raise CheckpointError(
+                f"{self._source} was trained with an earlier form of the label decoder, which this version does not "
+                "have (docs/choices.md, 'Label-specific features'). Train again, or use the version that wrote it."
+            )
+        if strict and problems:
+            raise CheckpointError(
+                f"{self._source} belongs to another model; " + "; ".join(problems) + ". Build the module with the "
+                "settings that the checkpoint was made with (they are in the config.yaml beside it)."
+            )
+        if broken := _broken(state_dict):
+            raise CheckpointError(
+                f"{self._source} holds weights that are not finite: {listed(broken, 5)}. Take another."
+            )
+        state = {key_of.get(key, key): value for key, value in state_dict.items()}
+        loaded: _IncompatibleKeys = super().load_state_dict(state, strict=False, assign=assign)
+        return loaded
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the fingerprint of the frozen weights and the tables of the present epoch.
+
+        Raises:
+            NotFiniteError: Weights are NaN or infinite. Not saved, so that the last good checkpoint stays the last.
+        """
+        if broken := _broken(checkpoint["state_dict"]):
+            raise NotFiniteError(
+                f"Weights are not finite: {listed(broken, 5)}. They were not saved; earlier checkpoints are untouched. "
+                f"{REMEDY}."
+            )
+        checkpoint[VERSION] = version("cbsa-lightning")
+        checkpoint[NETWORK] = class_of(self.network)
+        clip = getattr(self.network, "clip", None)
+        if clip is not None:
+            checkpoint[FINGERPRINT] = clip.fingerprint
+        checkpoint["class_names"] = list(self.class_names)
+        data = getattr(getattr(self, "_trainer", None), "datamodule", None)
+        size = getattr(data, "image_size", None)
+        if size is not None:  # else predictions would be made at the tower's native size
+            checkpoint["image_size"] = size
+        if self.fusion is not None:
+            checkpoint[FUSION] = {name: tensor.cpu() for name, tensor in self.fusion.tensors().items()}
+        for name in TABLES:
+            table = getattr(self, name)
+            if table is not None:
+                checkpoint[name] = table.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other classes or other frozen weights.
+
+        Raises:
+            CheckpointError: Naming both sides.
+        """
+        self._source = checkpoint.get(SOURCE, "The checkpoint")
+        written, here = checkpoint.get(VERSION), version("cbsa-lightning")
+        if written not in (None, here):
+            self._source += f" (written by cbsa_lightning {written}, read by {here})"
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise CheckpointError(f"{self._source} holds weights only: training cannot go on from it.")
+        clip = getattr(self.network, "clip", None)
+        if clip is not None and FINGERPRINT not in checkpoint:
+            raise CheckpointError(f"{self._source} has no {FINGERPRINT}: nothing tells which frozen weights it needs.")
+        stored = checkpoint.get("class_names", self.class_names)
+        if list(stored) != list(self.class_names):
+            raise CheckpointError(
+                f"{self._source} knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
+                "Use the data settings that the checkpoint was made with."
+            )
+        if clip is not None and checkpoint[FINGERPRINT] != clip.fingerprint:
+            stored = str(checkpoint[FINGERPRINT])[:12]
+            raise CheckpointError(
+                f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
+                f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
+            )
+        self.fusion = None if FUSION not in checkpoint else self._read_fusion(checkpoint[FUSION])
+        for name in TABLES:
+            setattr(self, name, checkpoint.get(name))
+
+    def _read_fusion(self, stored: Any) -> Fusion:
+        try:
+            fusion = Fusion.from_tensors(stored)
+            fits = all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in stored.values())
+            classes = {
+                tensor.shape[-1]
+                for name, tensor in stored.items()
+                if name[:5] not in ("means", "limit", "share", "bound")
+            }
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Take another.") from error
+        if not fits or classes != {len(self.class_names)} or len(fusion.means) != len(fusion.weights):
+            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Take another checkpoint.")
+        return fusion
+
+
+def _broken(state: Mapping[str, Any]) -> list[str]:
+    """Weights and averages that hold NaN or infinity; thresholds may."""
+    return _sorted(
+        not_finite({k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)})
+    )
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"({type(value).__name__})"
+    kind = "" if value.layout == torch.strided and not (value.is_meta or value.is_complex()) else " of another kind"
+    return f"{tuple(value.shape)}{kind}"
+
+
+def _sorted(keys: Iterable[str]) -> list[str]:
+    """The network's own first: its averages, whose names are harder to read, only repeat them."""
+    return sorted(keys, key=lambda key: (key.startswith("ema."), key))

@@ -1,0 +1,87 @@
+"""How Lightning writes and reads checkpoints: as a whole or not at all, and as data, never as code."""
+
+from __future__ import annotations
+
+import copy
+import os
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities import rank_zero_warn
+
+from cbsa_lightning.checkpoints.files import TORN, local, read_checkpoint
+from cbsa_lightning.errors import CheckpointError, causes
+from cbsa_lightning.io.files import replacing
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """A draft beside the file takes its place once the disk has all of it; Lightning's own way can leave half a file.
+
+    Reads without running code from the file, and refuses what is damaged, saying how. Local files only.
+
+    Of two checkpoints of the same moment that follow each other, such as the newest epoch's and ``last.ckpt``, the disk
+    holds one, under both names, where the file system has hard links.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._former: tuple[Path, Any] | None = None  # the last file that was written, and of which moment it is
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written to; what was there is still there.
+        """
+        file = local(path)
+        if checkpoint.get(TORN):  # weights, average and counters do not belong together, now
+            rank_zero_warn(
+                f"{file} is not written in the midst of a step; an earlier checkpoint is the one to go on from."
+            )
+            return
+        try:
+            with replacing(file) as draft, draft.open("wb") as stream:
+                torch.save(checkpoint, stream)
+            self._share(file, checkpoint)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+            cause = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
+            if cause is None:
+                raise
+            raise CheckpointError(
+                f"{file}: the checkpoint could not be written ({cause.strerror or cause}). Earlier checkpoints are "
+                "untouched. Make room or choose another folder, then go on with `cbsa fit --resume`."
+            ) from error
+
+    def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:
+        """Lets the file before be another name of this one, if they differ in the records of callbacks at most."""
+        progress = ("epoch", "global_step", "loops", "lr_schedulers")
+        moment = copy.deepcopy((sorted(checkpoint), [checkpoint.get(key) for key in progress]))
+        former, self._former = self._former, (file, moment)
+        if former is None or former[0] == file or former[1] != moment:
+            return
+        with suppress(OSError):  # the former file is gone, or there are no such links here: then there are two files
+            if _tensors_of(former[0]) == _tensors_of(file):
+                with replacing(former[0]) as draft:
+                    os.link(file, draft)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint; see :func:`~cbsa_lightning.checkpoints.files.read_checkpoint`."""
+        return read_checkpoint(path, ("state_dict", "loops", "epoch", "global_step"))
+
+
+def _tensors_of(file: Path) -> dict[str, tuple[int, int]]:
+    """Checksum and size of each tensor in a checkpoint."""
+    with zipfile.ZipFile(file) as archive:
+        return {part.filename: (part.CRC, part.file_size) for part in archive.infolist() if "/data/" in part.filename}

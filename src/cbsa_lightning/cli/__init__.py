@@ -1,0 +1,1 @@
+"""The commands: LightningCLI with overlays, `--resume`, `cbsa check` and `cbsa label`."""

@@ -1,0 +1,415 @@
+"""A run from YAML overlays and flags: LightningCLI with what this library adds to it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+import cbsa_lightning
+import cbsa_lightning.cli.class_paths  # class names without a module are found once it is imported
+from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.callbacks.changes import ReportChanges
+from cbsa_lightning.callbacks.labels import WriteLabels
+from cbsa_lightning.callbacks.predictions import WritePredictions
+from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.callbacks.report_page import WriteReportPage
+from cbsa_lightning.callbacks.warm_start import StartFrom
+from cbsa_lightning.checkpoints.earlier_run import read_earlier
+from cbsa_lightning.checkpoints.files import RUN, read_checkpoint
+from cbsa_lightning.cli.checkpoint_flags import MODEL, mentioned, settle
+from cbsa_lightning.cli.config_files import check_configs, expand_paths, naming_files
+from cbsa_lightning.cli.parser import PlainParser, plain_cause
+from cbsa_lightning.data.class_names import default_prompts
+from cbsa_lightning.data.datamodule import SSMLLDataModule
+from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.io import runs
+from cbsa_lightning.io.runs import folder_of, refuse_taken, set_folder
+from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.training.comparison import compare
+from cbsa_lightning.training.gain import Gain, GainCheck, report_gain
+from cbsa_lightning.training.loggers import going_on
+from cbsa_lightning.training.module import SSMLLModule
+
+_CLASSES = "cbsa_lightning.data.readers.classes"
+
+SKIPPED = 3
+"""Exit status of a `cbsa predict` that has left out images that cannot be read."""
+
+_NO_CHECKPOINT = (
+    "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
+    "--untrained true for the network as it is before training.",
+    "cbsa {0} needs the file of a checkpoint, got {1}. To go on with a run give --resume RUN.",
+)
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split.
+
+    A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
+    first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
+    """
+
+    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed = resumed
+        self._lock = ExitStack()
+        self._folder = Path()  # known once the run is set up
+        self._id = ""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on all processes."""
+        if self.already_saved:
+            return
+        self._folder = cast(Path, folder_of(trainer))  # Lightning calls no such callback in a fast_dev_run
+        if not self._resumed:
+            self._claim(trainer, stage)
+        self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self._folder / runs.CHECKPOINTS).resolve())
+        if not self._resumed:
+            super().setup(trainer, pl_module, stage)
+
+    def _claim(self, trainer: Any, stage: str) -> None:
+        """All processes refuse together, else some would wait for the others."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                refuse_taken(self._folder)
+                if stage == "fit":
+                    self._lock = runs.hold(self._folder)
+            except ConfigError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise ConfigError(problem)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first hook after the last check of a checkpoint."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """After a run that was over already."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds which run it is of, and the model's section of the configuration, which decides what it belongs to."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+        checkpoint[RUN] = self._id
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets another process go on."""
+        self._lock.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets another process go on."""
+        self._lock.close()
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on the first process."""
+        if stage == "fit":
+            runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
+        plain = self.parser.dump(self.config, skip_none=False)
+        # Not by Lightning, which would leave a resumed run half a file on a full disk.
+        runs.note(self._folder / runs.CONFIG, plain)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
+                runs.note(self._folder / runs.WANDB_ID, f"{logger.version}\n")
+        split = getattr(trainer.datamodule, "split", None)
+        if split is not None:
+            split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
+            LabelledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELLED)
+
+
+def _seed(everything: bool | int) -> int:
+    """Seed of split, order and views; `--seed_everything true` lets Lightning draw one that we are not told."""
+    return 1 if isinstance(everything, bool) else everything
+
+
+class CBSACLI(LightningCLI):
+    """LightningCLI with classes taken from the data, and a comparison after the fit on request.
+
+    Args:
+        folder: Where a run is or goes on; None: where its logger says.
+    """
+
+    def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
+        self._folder = folder
+        super().__init__(*args, **kwargs)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Has the run's own folder written to, if it goes on there; lets ``barebones`` leave loggers out."""
+        if self._get(self.config_init, "trainer").get("barebones"):
+            kwargs = {"logger": False, "num_sanity_val_steps": None, **kwargs}
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._folder is not None:
+            set_folder(trainer, self._folder)
+            trainer.loggers = [going_on(logger, self._folder) for logger in trainer.loggers]
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leaves the checkpoints of ``--checkpoint`` out where there are to be none; Lightning refuses both at once."""
+        if config.get("barebones") or config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what data and model share, and adds what every run leaves behind."""
+        for names in ("class_names", "prompt_names"):
+            parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(WriteLabels, "labels")
+        parser.add_lightning_class_args(WriteReportPage, "report_page")  # after those whose files it shows
+        parser.add_lightning_class_args(WritePredictions, "predictions")
+        parser.add_argument(
+            "--compare",
+            type=bool,
+            default=False,
+            help="After the fit, train the same network on the labelled images alone for as many steps, and print its "
+            "mAP beside those of zero-shot CLIP, of probes on frozen features, and of this run.",
+        )
+
+        parser.add_argument(
+            "--untrained",
+            type=bool,
+            default=False,
+            help="Let validate, test and predict work without a checkpoint, with the network as it is before training.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint), also where "
+            "classes or labels have changed, and report what has changed since (docs/photos.md).",
+        )
+        parser.add_argument(
+            "--gain",
+            type=GainCheck | None,
+            default=None,
+            help="Before the fit, estimate from the labelled images alone whether the unlabelled ones will help, for "
+            "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keeps the command line, which alone says what a user has set."""
+        self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+        with naming_files(self._words):
+            super().parse_arguments(parser, args)
+        self.config = expand_paths(self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Merges the model's settings with those of the checkpoint; see :mod:`cbsa_lightning.cli.checkpoint_flags`.
+
+        Raises:
+            ConfigError: Where results would be those of untrained weights, or a setting contradicts the checkpoint.
+        """
+        subcommand = self.config.get("subcommand")
+        if subcommand is None:
+            return
+        config = self.config[subcommand]
+        path = config.get("ckpt_path")
+        if subcommand == "fit" and path in (None, "hpc"):
+            return
+        if path is None and config.untrained:
+            return
+        if path in (None, "last", "best", "hpc"):
+            message = _NO_CHECKPOINT[subcommand == "fit"]
+            raise ConfigError(message.format(subcommand, "none" if path is None else f"--ckpt_path {path}"))
+        checkpoint = read_checkpoint(path)
+        if subcommand == "predict" or (subcommand == "test" and self._lacks_training(config.data.source)):
+            self._take_classes(checkpoint, subcommand, str(path))
+        model = yaml.safe_load(self._parser(subcommand).dump(config, skip_none=False))["model"]
+        settled = settle(model, mentioned(self._words), checkpoint, str(path), training=subcommand == "fit")
+        if settled is not None:
+            self.config = self.parser.parse_object({subcommand: {"model": settled}}, self.config)
+
+    def instantiate_classes(self) -> None:
+        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out.
+
+        With ``--init_from``, images that the earlier run has trained on are not held out, also in other passes.
+        """
+        place = self._get(self.config, "init_from")
+        self._earlier = None if place is None else read_earlier(place)
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if (cause := plain_cause(error)) is None:
+                raise
+            raise cause from None
+        data: Any = self.datamodule
+        if self._earlier is not None and self._earlier.labelled is not None:
+            data.trained_before = self._earlier.labelled.trained()
+
+    @staticmethod
+    def _lacks_training(source: Any) -> bool:
+        """Whether the training annotations of a source are missing; their images may be."""
+        named = {name: value for name, value in source.init_args.items() if name in ("train", "train_annotations")}
+        missing = [f"{file} ({name})" for name, file in named.items() if file is not None and not os.path.isfile(file)]
+        if missing:
+            rank_zero_warn(
+                f"No file at {listed(missing)}: the classes are those of the checkpoint, and whether a test image was "
+                "a training image is not checked."
+            )
+        return bool(missing)
+
+    def _take_classes(self, checkpoint: Mapping[str, Any], subcommand: str, path: str) -> None:
+        """Takes the classes of the checkpoint, so that the training annotations are not needed."""
+        names = checkpoint.get("class_names")
+        if names is None:
+            return
+        prompts = checkpoint.get("hyper_parameters", {}).get("prompt_names") or default_prompts(names)
+        classes = {"class_names": list(names), "prompt_names": list(prompts)}
+        source: dict[str, Any] = {"class_path": f"{_CLASSES}.Classes", "init_args": classes}
+        if subcommand == "test":
+            images = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+            images = images["data"]["source"]
+            source = {
+                "class_path": f"{_CLASSES}.TestImages",
+                "init_args": {"source": images, "checkpoint": path, **classes},
+            }
+        self.config = self.parser.parse_object({subcommand: {"data": {"source": source}}}, self.config)
+
+    def before_fit(self) -> None:
+        """The earlier run, gain check and comparison, if asked for; the last needs a copy of the untrained model."""
+        self._gain: Gain | None = None
+        self._left_out = False
+        trainer: Any = self.trainer
+        self._start_from_earlier(trainer)
+        self._check_gain()
+        if (comparing := self._get(self.config, "compare")) and trainer.barebones:
+            raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
+        self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
+        self._baselines = MeasureBaselines()
+        if self._untrained is not None:
+            trainer.callbacks.append(self._baselines)
+
+    def _start_from_earlier(self, trainer: Any) -> None:
+        """Sets up what ``--init_from`` asks for.
+
+        Raises:
+            ConfigError: Together with ``--compare``, or with a checkpoint to go on from.
+        """
+        if self._earlier is None:
+            return
+        options = {word.partition("=")[0] for word in self._words}
+        if {"--init_from", "--ckpt_path"} <= options:
+            raise ConfigError("--init_from starts a new run, --ckpt_path goes on with one; give one of them only.")
+        if self._get(self.config, "compare"):
+            raise ConfigError(
+                "--compare trains a second network from fresh weights, so it says nothing about a run with "
+                "--init_from; add --compare false, or leave out --init_from."
+            )
+        # Before the callback that shows what they write.
+        trainer.callbacks[:0] = [StartFrom(self._earlier.weights), ReportChanges(self._earlier)]
+
+    def _check_gain(self) -> None:
+        """Estimates the gain of a new run; a resumed one goes on as it was begun."""
+        check: GainCheck | None = self._get(self.config_init, "gain")
+        if check is None or self._get(self.config_init, "ckpt_path") is not None:
+            return
+        self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
+        rank_zero_info(self._gain.sentence())
+        self._left_out = check.keep_labelled_only and self._gain.hurts
+        if self._left_out:
+            self.model.labeler = LabelledOnly()
+            # The saved configuration is to say what was trained, also for who resumes the run.
+            config = self.config[str(self.subcommand)]
+            config.model.init_args.labeler = {"class_path": "LabelledOnly"}
+            config.model.init_args.stack_share = 0.0
+            config.model.init_args.objective = None
+            config.gain = None
+
+    def after_predict(self) -> None:
+        """Ends with a status of its own where images were skipped."""
+        trainer: Any = self.trainer  # Lightning sets its callbacks late, so their attribute has no type
+        writers = [callback for callback in trainer.callbacks if isinstance(callback, WritePredictions)]
+        if any(writer.unread for writer in writers):
+            sys.exit(SKIPPED)
+
+    def after_fit(self) -> None:
+        """What the gain check found and the comparison, if asked for."""
+        if self._gain is not None:
+            report_gain(self._gain, self.trainer, self._left_out)
+        if self._untrained is not None and self._left_out:
+            rank_zero_info("No comparison: this run is the labelled-only one.")
+        elif self._untrained is not None:
+            settings = dict(self._get(self.config_init, "trainer"))
+            found = compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
+            others = {"the same network trained on the labels alone": found["labelled only"]}
+            trainer: Any = self.trainer
+            for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
+                page.write(trainer, self.model, others)
+
+
+def _useful(record: logging.LogRecord) -> bool:
+    """Whether a user can act on a message: not on advertisements, nor on a folder with one file of weights."""
+    text = record.getMessage()
+    return "litlogger" not in text and not text.startswith("Multiple checkpoints found")
+
+
+def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None) -> CBSACLI:
+    """Fits, validates, tests or predicts, as the first of ``args`` says.
+
+    Args:
+        args: Arguments instead of those of the process.
+        run: False only builds Trainer, module and data; there is then no verb among ``args``.
+        folder: Where the run is or goes on; None: where its logger says.
+
+    Raises:
+        ConfigError: A configuration file that is no YAML mapping, or settings that do not fit.
+    """
+    check_configs(sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)])
+    with warnings.catch_warnings():
+        # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 under torch 2.15
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the frozen CLIP, on purpose
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant: we run cells of our own
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint is used where it lies
+        warnings.filterwarnings("ignore", message="You are using a custom batch sampler")  # ours return all indices
+        for name in ("root", "lightning.pytorch.utilities.rank_zero"):
+            logging.getLogger(name).addFilter(_useful)
+        warnings.filterwarnings("ignore", message="The number of training batches")  # epochs are what we log
+        return CBSACLI(
+            SSMLLModule,
+            SSMLLDataModule,
+            subclass_mode_model=True,
+            parser_class=PlainParser,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False, "resumed": folder is not None},
+            seed_everything_default=1,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # our samplers share the work themselves
+                "num_sanity_val_steps": 0,
+                "logger": {
+                    "class_path": "RunLogger",
+                    "init_args": {"save_dir": "runs", "name": "cbsa"},
+                },
+            },
+            auto_configure_optimizers=False,
+            parser_kwargs={"version": cbsa_lightning.__version__},
+            args=args,
+            run=run,
+            folder=folder,
+        )

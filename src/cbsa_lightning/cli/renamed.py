@@ -1,0 +1,36 @@
+"""Class paths of earlier versions, in checkpoints and configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODULES = {
+    "cbsa": "training.cbsa",
+    "context_task": "method.context_task",
+    "decisions": "method.decisions",
+    "gain": "training.gain",
+    "labelers": "method.labelers",
+    "linear_probe": "method.linear_probe",
+    "loggers": "training.loggers",
+    "losses": "method.losses",
+    "module": "training.module",
+    "schedules": "training.schedules",
+    "stacking": "method.stacking",
+}
+"""New home of each module whose classes configurations name, by its name in version 0.1."""
+
+
+def current(value: Any) -> Any:
+    """The same settings with class paths of this version.
+
+    Args:
+        value: A setting, or mappings and lists of settings.
+    """
+    if isinstance(value, dict):
+        return {name: current(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [current(part) for part in value]
+    if isinstance(value, str) and value.startswith("cbsa_lightning."):
+        module, _, name = value.removeprefix("cbsa_lightning.").rpartition(".")
+        return f"cbsa_lightning.{MODULES[module]}.{name}" if module in MODULES else value
+    return value

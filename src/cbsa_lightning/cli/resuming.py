@@ -1,0 +1,143 @@
+"""`cbsa fit --resume [FOLDER]`: finds a run again, and the place to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from cbsa_lightning.checkpoints.files import checkpoint_files, newest_checkpoint, remove_drafts
+from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.io import runs
+from cbsa_lightning.training.loggers import MetricsFile
+
+_FLAG = "--resume"
+
+
+class Resumed(NamedTuple):
+    """A run that goes on.
+
+    Attributes:
+        words: The command line without ``--resume``: with the run's configuration and checkpoint.
+        folder: The run's folder, made if it is new; None without ``--resume``.
+        wandb_id: Id of its W&B run, if it has one.
+    """
+
+    words: list[str]
+    folder: Path | None = None
+    wandb_id: str | None = None
+
+
+@contextmanager
+def resumed(words: Sequence[str]) -> Iterator[Resumed]:
+    """Replaces ``--resume [FOLDER]`` in a command line, and keeps other jobs from training that run meanwhile.
+
+    Without ``--config`` the run's own ``config.yaml`` is taken; FOLDER is a run's folder, or one above several, of
+    which the newest is meant; by default ``runs``. With ``--config`` FOLDER is where the run is or will be: the same
+    command begins it and goes on with it.
+
+    Raises:
+        ConfigError: If there is nothing to resume, another process trains the run, or the words contradict each other.
+    """
+    rest, found, folder = _taken_out(list(words))
+    if not found:
+        yield Resumed(rest)
+        return
+    if rest[:1] != ["fit"]:
+        raise ConfigError(f"{_FLAG} goes with `cbsa fit` only.")
+    if any(word.split("=")[0] == "--ckpt_path" for word in rest):
+        raise ConfigError(f"{_FLAG} finds the checkpoint itself; leave out --ckpt_path, or {_FLAG}.")
+    if any(word.split("=")[0] == "--init_from" for word in rest):
+        raise ConfigError(
+            f"--init_from starts a new run, {_FLAG} goes on with one, from its own weights; give one of them only."
+        )
+    if any(word.split("=")[0] in ("--config", "-c") for word in rest):
+        run = _named_run(folder)
+    else:
+        run = _newest_run(folder if folder is not None else Path("runs"))
+        rest[1:1] = [f"--config={run / runs.CONFIG}"]
+    with runs.hold(run):
+        checkpoint = _place_to_go_on(run)
+        if checkpoint is not None:
+            _tell(f"Going on with the run in {run}, from {_within(checkpoint, run)}.")
+            rest.append(f"--ckpt_path={checkpoint}")
+        else:
+            _tell(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
+        yield Resumed(rest, run, runs.wandb_id(run))
+
+
+def _place_to_go_on(run: Path) -> Path | None:
+    """Returns the run's newest checkpoint, or None if the run can restart without losing anything.
+
+    Raises:
+        ConfigError: If the run has weights or figures, but no checkpoint that training can go on from.
+    """
+    if not runs.is_run(run):
+        return None
+    remove_drafts(run)
+    folders = runs.checkpoint_folders(run)
+    checkpoint = newest_checkpoint(*folders, run_id=runs.run_id(run))
+    if checkpoint is None and (files := checkpoint_files(*folders)):
+        raise ConfigError(
+            f"{run} has no checkpoint to go on from: {listed((str(_within(file, run)) for file in files), 3)} hold "
+            "weights only, are damaged, or belong to another run. Begin a new run."
+        )
+    if checkpoint is None and _has_finished_an_epoch(run):
+        raise ConfigError(
+            f"{run} has figures of finished epochs, but no checkpoint to go on from. Begin a new run, or put its "
+            "checkpoints back."
+        )
+    return checkpoint
+
+
+def _has_finished_an_epoch(run: Path) -> bool:
+    """As far as its files tell without a checkpoint."""
+    rows = MetricsFile(run).metrics
+    return (run / runs.PREDICTIONS).exists() or any(float(row.get("epoch", 0)) >= 1 for row in rows)
+
+
+def _within(file: Path, run: Path) -> Path:
+    return file.relative_to(run) if file.is_relative_to(run) else file
+
+
+@rank_zero_only
+def _tell(text: str) -> None:
+    print(text)
+
+
+def _taken_out(words: list[str]) -> tuple[list[str], bool, Path | None]:
+    for i, word in enumerate(words):
+        if word.startswith(f"{_FLAG}="):
+            return words[:i] + words[i + 1 :], True, Path(word.partition("=")[2])
+        if word == _FLAG:
+            given = words[i + 1 : i + 2] if not words[i + 1 : i + 2] or not words[i + 1].startswith("-") else []
+            return words[:i] + words[i + 1 + len(given) :], True, Path(given[0]) if given else None
+    return words, False, None
+
+
+def _named_run(folder: Path | None) -> Path:
+    """The folder that goes with ``--config``: of a run, or of nothing that a new run would write over."""
+    if folder is None:
+        raise ConfigError(f"With --config say which run is meant: {_FLAG} FOLDER.")
+    if not runs.is_run(folder):
+        if others := runs.runs_below(folder):
+            raise ConfigError(f"{folder} is no run but holds some, such as {others[0]}: say which one is meant.")
+        if found := runs.taken(folder):
+            raise ConfigError(
+                f"{folder} holds {listed(found)}, but no run that `cbsa fit` began: it has no {runs.RUN_ID}. "
+                f"Give {_FLAG} a folder of its own."
+            )
+    return folder
+
+
+def _newest_run(folder: Path) -> Path:
+    found = [folder] if runs.is_run(folder) else runs.runs_below(folder)
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no run: no folder in it has a {runs.CONFIG} and a {runs.RUN_ID}, which `cbsa fit` "
+            "writes. Give the folder of a run, such as runs/cbsa/version_0."
+        )
+    return max(found, key=runs.last_written)

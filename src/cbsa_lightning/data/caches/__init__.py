@@ -1,0 +1,1 @@
+"""Caches of decoded images and of frozen features on disk."""

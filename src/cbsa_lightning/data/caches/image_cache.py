@@ -1,0 +1,141 @@
+"""ImageCache: squashed images kept on disk, so that a run decodes each file once instead of every epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from cbsa_lightning.arguments import check_number, check_paths
+from cbsa_lightning.data.caches.store import RowStore, content_keys
+from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.views import squash
+
+_FORMAT = 1  # to be raised when decode() or squash() gives other pixels
+_CHUNK = 64  # images that go to the disk at once
+
+
+class Images(Protocol):
+    """Images of a table by row, wherever they are read from."""
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The image of a row, (H, W, 3) uint8, perhaps read-only."""
+        ...
+
+    def select(self, rows: np.ndarray) -> Images:
+        """The images of some rows, in that order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """Keeps images decoded and squashed to the size of the views, 3 S^2 bytes each (224 pixels: 0.15 GB a thousand).
+
+    Images are found by the content of their files: a file that is moved is still known, one that is changed is
+    decoded anew. Views made from the cache equal those made from the files.
+
+    Args:
+        folder: Where the images are kept; a disk of this machine, and one folder for all data sets.
+        limit_gb: GB (10^9 bytes) that images of one size may take.
+
+    Raises:
+        ConfigError: An argument of another type, or a negative limit.
+    """
+
+    folder: str = "cache"
+    limit_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        check_paths(**{"image_cache.folder": self.folder})
+        check_number("image_cache.limit_gb", self.limit_gb, 0)
+
+    def images(
+        self, files: ImageFiles, size: int, num_workers: int = 0, left_out: np.ndarray | None = None
+    ) -> CachedImages:
+        """The images of a table; those that are missing are decoded and kept first.
+
+        Several processes may do this at once.
+
+        Args:
+            files: The images.
+            size: S, the side that they are squashed to, in pixels.
+            num_workers: Processes that decode.
+            left_out: Rows that are not needed, since their files cannot be read.
+
+        Raises:
+            ConfigError: The cache would exceed its limit or the disk, or does not hold such images.
+            DataError: A file cannot be read.
+        """
+        folder = Path(self.folder) / f"images-{size}{'' if files.at_least is None else '-fast'}"
+        settings = {"kind": "images", "version": _FORMAT, "size": size, "at_least": files.at_least}
+        store = RowStore(folder, (size, size, 3), np.uint8, settings, "decoded images")
+        paths = [files.table.file(row) for row in range(len(files.table))]
+        keys = content_keys(paths, Path(self.folder) / "contents.json")
+        _fill(store, files, size, keys, self.limit_gb, num_workers, left_out)
+        return CachedImages(store, store.find(keys))
+
+
+class CachedImages:
+    """The squashed images of a table by row, from a store.
+
+    Args:
+        store: Images of (S, S, 3) uint8.
+        numbers: ``(n,)`` integers, where in the store the image of each row lies.
+    """
+
+    def __init__(self, store: RowStore, numbers: np.ndarray) -> None:
+        self.store, self.numbers = store, numbers
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The image of a row, (S, S, 3) uint8, read-only."""
+        return self.store[self.numbers[row]]
+
+    def select(self, rows: np.ndarray) -> CachedImages:
+        """The images of some rows, in that order."""
+        return CachedImages(self.store, self.numbers[rows])
+
+
+class _Squashed(Dataset[np.ndarray]):
+    """Images of some rows of a table, squashed."""
+
+    def __init__(self, files: ImageFiles, rows: list[int], size: int) -> None:
+        self.files, self.rows, self.size = files, rows, size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return squash(self.files[self.rows[i]], self.size)
+
+
+def _fill(
+    store: RowStore,
+    files: ImageFiles,
+    size: int,
+    keys: list[bytes],
+    limit_gb: float,
+    num_workers: int,
+    left_out: np.ndarray | None,
+) -> None:
+    absent = store.find(keys) < 0
+    if left_out is not None:
+        absent[left_out] = False
+    missing = {keys[row]: row for row in np.flatnonzero(absent).tolist()}  # each content once
+    if not missing:
+        return
+    store.require_room(
+        len(missing), limit_gb, "Raise data.image_cache.limit_gb, choose another folder, or set no image_cache."
+    )
+    squashed = _Squashed(files, list(missing.values()), size)
+    # An own generator: else the loader would move the global random state, and with it the run.
+    loader = DataLoader(squashed, batch_size=_CHUNK, num_workers=num_workers, generator=torch.Generator())
+    new = iter(missing)
+    with tqdm(total=len(missing), desc="Decoding images", leave=False) as bar:
+        for rows in loader:
+            store.append([next(new) for _ in rows], rows.numpy())
+            bar.update(len(rows))

@@ -1,0 +1,148 @@
+"""What a data set holds and what is wrong with it, found without training: ``cbsa check`` as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, UNKNOWN, AnnotationTable, blocks
+from cbsa_lightning.data.checks.findings import (
+    Finding,
+    class_findings,
+    equal_images,
+    file_findings,
+    file_of,
+    similar_images,
+)
+from cbsa_lightning.data.checks.run_time import RunTime
+from cbsa_lightning.data.checks.survey import equal_rows, survey
+from cbsa_lightning.data.plan import Plan, RunSettings, make_plan
+from cbsa_lightning.errors import CBSAError
+
+if TYPE_CHECKING:
+    from cbsa_lightning.data.checks.near_duplicates import Similar  # imports torch
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of a table by what is known of them.
+
+    Attributes:
+        images: All of them.
+        labelled: Something is known of any class.
+        empty: Of the labelled ones, those that show no class: all are absent.
+        partly: Of the labelled ones, those of which some classes are unknown.
+        unlabelled: Nothing is known.
+        positives: Positives of each class, in the order of the classes.
+        negatives: Negatives of each class.
+    """
+
+    images: int
+    labelled: int
+    empty: int
+    partly: int
+    unlabelled: int
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What :func:`check` found.
+
+    Attributes:
+        class_names: The C classes; empty where the annotations cannot be read.
+        train: Counts of the training table, or None where it cannot be read.
+        test: Counts of the test table, or None.
+        plan: What a run would do, or None where it would stop.
+        errors: What ``cbsa fit`` would refuse, and test images that are training images too.
+        warnings: What it would accept.
+        notes: What the reader says of its files.
+        time: What the run would take, or None where it was not measured.
+    """
+
+    class_names: tuple[str, ...] = ()
+    train: Counts | None = None
+    test: Counts | None = None
+    plan: Plan | None = None
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    time: RunTime | None = None
+
+    def fewest_first(self) -> list[tuple[str, int]]:
+        """Classes with their positives in the training table, the rarest first."""
+        positives = self.train.positives if self.train is not None else ()
+        return sorted(zip(self.class_names, positives, strict=True), key=lambda pair: pair[1])
+
+
+def refused(error: CBSAError) -> Report:
+    """The report of a data set that cannot be read at all."""
+    return Report(errors=[Finding("refused", str(error))])
+
+
+def check(
+    train: AnnotationTable,
+    test: AnnotationTable | None = None,
+    settings: RunSettings | None = None,
+    near_duplicates: Callable[[Sequence[Path]], Similar] | None = None,
+) -> Report:
+    """Checks a data set: labels, class names, image files, and what a run would do.
+
+    Every image file is read once, and again by ``near_duplicates``. Nothing is changed and nothing is written.
+
+    Args:
+        train: The training images.
+        test: The test images, if there are any.
+        settings: Of the run; default: those of the data module.
+        near_duplicates: Compares images, see :mod:`cbsa_lightning.data.checks.near_duplicates`; None compares none.
+    """
+    settings = settings or RunSettings()
+    tables = [train] if test is None else [train, test]
+    surveys = [survey(table) for table in tables]
+    skips = settings.on_error == "skip"
+    skipped = [np.flatnonzero(part.unreadable) if skips else np.empty(0, np.int64) for part in surveys]
+    plan, errors = None, []
+    try:
+        plan = make_plan(train, test, settings, (skipped[0], skipped[-1]))
+    except CBSAError as error:
+        errors.append(Finding("refused", str(error)))
+    warnings = list(class_findings(train, plan))
+    for finding in file_findings(tables, surveys):
+        stops = finding.kind == "missing" or (finding.kind == "unreadable" and settings.on_error == "stop")
+        (errors if stops else warnings).append(finding)
+    readable = np.flatnonzero(np.concatenate([part.readable for part in surveys]))
+    groups = equal_rows(np.concatenate([part.digest for part in surveys]), readable)
+    for finding in equal_images(tables, groups, plan):
+        (errors if finding.kind == "leak" else warnings).append(finding)
+    if near_duplicates is not None:
+        different = np.setdiff1d(readable, np.concatenate([readable[:0], *(group[1:] for group in groups)]))
+        files = [file_of(tables, row) for row in map(int, different)]
+        for finding in similar_images(files, near_duplicates(files)):
+            (errors if finding.kind == "unreadable" else warnings).append(finding)
+    counted = [count_labels(table.labels) for table in tables]
+    return Report(train.class_names, counted[0], counted[1] if test is not None else None, plan, errors, warnings)
+
+
+def count_labels(labels: NDArray[np.int8]) -> Counts:
+    """Counts rows by what is known of them, a few at a time.
+
+    Args:
+        labels: (n, C) of 1 present, 0 absent, -1 unknown.
+    """
+    rows = np.zeros(3, np.int64)
+    classes = np.zeros((2, labels.shape[1]), np.int64)
+    for block in blocks(labels):
+        known = (block != UNKNOWN).sum(axis=1)
+        absent = (block == NEGATIVE).sum(axis=1)
+        complete = known == labels.shape[1]
+        rows += [np.count_nonzero(found) for found in (known > 0, absent == labels.shape[1], (known > 0) & ~complete)]
+        classes += (block == POSITIVE).sum(axis=0), (block == NEGATIVE).sum(axis=0)
+    labelled, empty, partly = map(int, rows)
+    positives, negatives = (tuple(counts.tolist()) for counts in classes)
+    return Counts(len(labels), labelled, empty, partly, len(labels) - labelled, positives, negatives)

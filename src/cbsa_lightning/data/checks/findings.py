@@ -1,0 +1,162 @@
+"""The faults of a data set: what each is called, what to do about it, and which images or classes have it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, AnnotationTable, blocks
+from cbsa_lightning.data.checks.spelling import similar_names
+from cbsa_lightning.data.checks.survey import SMALLEST, Survey
+from cbsa_lightning.data.plan import Plan
+
+if TYPE_CHECKING:
+    from cbsa_lightning.data.checks.near_duplicates import Similar  # imports torch
+
+Rows = NDArray[np.int64]
+
+
+class Item(NamedTuple):
+    """One thing that a finding is about.
+
+    Attributes:
+        names: A path, the paths of equal images, a class, or two similar classes.
+        note: What is to be said of it, or "".
+    """
+
+    names: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """One kind of fault, with everything that has it.
+
+    Attributes:
+        kind: Its name for programs: "missing", "unreadable", "leak", "refused", "misnamed", "tiny", "duplicate",
+            "held_out_duplicate", "near_duplicate", "similar_classes" or "class_without_positive".
+        message: What was found and what to do about it.
+        count: How many items there are.
+        items: Makes them one after another, so that a million of them take no memory.
+    """
+
+    kind: str
+    message: str
+    count: int = 0
+    items: Callable[[], Iterable[Item]] = tuple
+
+
+def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Finding]:
+    """Findings on the names of classes and on their positives."""
+    if pairs := similar_names(train.class_names):
+        message = "Class names that are nearly the same; if they mean one class, write them alike."
+        yield Finding("similar_classes", message, len(pairs), lambda: [Item(pair) for pair in pairs])
+    if plan is not None:
+        positives = sum((train.labels[rows] == POSITIVE).sum(axis=0) for rows in blocks(plan.split.labelled))
+        lacking = [name for name, count in zip(train.class_names, positives, strict=True) if not count]
+        if lacking:
+            message = (
+                "Classes without a positive among the labelled images that are trained on; label some, or take the "
+                "class out."
+            )
+            yield Finding("class_without_positive", message, len(lacking), lambda: [Item((name,)) for name in lacking])
+
+
+def file_findings(tables: Sequence[AnnotationTable], surveys: Sequence[Survey]) -> Iterator[Finding]:
+    """Findings on single files, those of all tables together."""
+    kinds: dict[str, tuple[str, Callable[[AnnotationTable, Survey, int], str]]] = {
+        "missing": ("Images that are not there; put the files there, or correct the root.", partial(_other_case, {})),
+        "unreadable": ("Images that cannot be read; fetch them again, or take them out.", _reason),
+        "misnamed": ("Images of another format than their suffix says.", lambda t, s, i: f"is {s.kind_of(i)}"),
+        "tiny": (f"Images with a side below {SMALLEST} pixels; they show little.", lambda *_: ""),
+    }
+    for kind, (message, note) in kinds.items():
+        found = [np.flatnonzero(getattr(part, kind)) for part in surveys]
+        if count := sum(map(len, found)):
+            yield Finding(kind, message, count, partial(_files, tables, surveys, found, note))
+
+
+def _files(
+    tables: Sequence[AnnotationTable],
+    surveys: Sequence[Survey],
+    found: Sequence[Rows],
+    note: Callable[[AnnotationTable, Survey, int], str],
+) -> Iterator[Item]:
+    for table, part, rows in zip(tables, surveys, found, strict=True):
+        for row in map(int, rows):
+            yield Item((str(table.file(row)),), note(table, part, row))
+
+
+def _other_case(folders: dict[Path, dict[str, str]], table: AnnotationTable, _: Survey, row: int) -> str:
+    """Whether the file is there under a name of other case, such as IMG.JPG; ``folders`` keeps what was listed."""
+    file = table.file(row)
+    if file.parent not in folders:
+        try:
+            folders[file.parent] = {name.casefold(): name for name in os.listdir(file.parent)}
+        except (OSError, ValueError):  # ValueError: a name that no folder can have
+            folders[file.parent] = {}
+    name = folders[file.parent].get(file.name.casefold())
+    return f"there is {name}" if name else ""
+
+
+def _reason(table: AnnotationTable, part: Survey, row: int) -> str:
+    return part.reasons.get(row, "").removeprefix(f"{table.file(row)}: ")
+
+
+def file_of(tables: Sequence[AnnotationTable], row: int) -> Path:
+    """The image of a row; rows of the test table count on from those of the training table."""
+    n = len(tables[0])
+    return tables[0].file(row) if row < n else tables[1].file(row - n)
+
+
+def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan: Plan | None) -> Iterator[Finding]:
+    """Findings on groups of images with the same content."""
+    n = len(tables[0])
+    held_out = np.zeros(n, dtype=bool)
+    if plan is not None:
+        held_out[plan.split.held_out] = True
+    found: dict[str, list[Rows]] = {"leak": [], "held_out_duplicate": [], "duplicate": []}
+    for group in groups:
+        inside = group[group < n]
+        leaks = 0 < len(inside) < len(group)
+        across = 0 < np.count_nonzero(held_out[inside]) < len(inside)
+        found["leak" if leaks else "held_out_duplicate" if across else "duplicate"].append(group)
+    messages = {
+        "leak": "Test images that are training images too; a score on them says nothing. Take them out of one table.",
+        "held_out_duplicate": "Images that are both held out for validation and trained on, under two names; the "
+        "validation score is too high. Keep one of each.",
+        "duplicate": "The same image under several names; keep one of each.",
+    }
+
+    def items(kind: str) -> Iterator[Item]:
+        for group in found[kind]:
+            files = tuple(str(file_of(tables, row)) for row in map(int, group))
+            yield Item(files, "labels differ" if _contradict(tables[0].labels[group[group < n]]) else "")
+
+    for kind, message in messages.items():
+        if found[kind]:
+            yield Finding(kind, message, len(found[kind]), partial(items, kind))
+
+
+def similar_images(files: Sequence[Path], found: Similar) -> Iterator[Finding]:
+    """Findings of a comparison of ``files``."""
+    if found.pairs:
+        pairs = [Item((str(files[i]), str(files[j])), f"similarity {cosine:.2f}") for i, j, cosine in found.pairs]
+        message = "Images that show nearly the same; one of each is enough, and none should be in train and test."
+        yield Finding("near_duplicate", message, len(pairs), lambda: pairs)
+    if found.unread:
+        items = [Item((str(files[i]),), why.removeprefix(f"{files[i]}: ")) for i, why in sorted(found.unread.items())]
+        message = "Images that are damaged within the file; fetch them again, or take them out."
+        yield Finding("unreadable", message, len(items), lambda: items)
+
+
+def _contradict(labels: NDArray[np.int8]) -> bool:
+    """Whether some class is present in one row and absent in another."""
+    return bool(((labels == POSITIVE).any(axis=0) & (labels == NEGATIVE).any(axis=0)).any())

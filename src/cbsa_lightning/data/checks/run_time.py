@@ -1,0 +1,255 @@
+"""What a run takes on this machine, estimated from a few measured images and steps: `cbsa check --time`.
+
+A run is counted in images, views and steps, and each is multiplied with the seconds that one of them takes.
+:mod:`~cbsa_lightning.reproduce.unit_times` measures these in a process of its own, so that this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cbsa_lightning.data.needed_views import needed_views
+from cbsa_lightning.data.plan import Plan
+from cbsa_lightning.errors import CBSAError, ConfigError
+
+IMAGES, STEPS = 8, 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured.
+
+    Attributes:
+        recipe: Configuration of the run.
+        rows: Rows of the training table whose images are read.
+        sizes: Images of a training step in each stage.
+        steps: Training steps that are timed for each size.
+    """
+
+    recipe: dict[str, Any]
+    rows: list[int]
+    sizes: list[int]
+    steps: int = STEPS
+
+
+@dataclass(frozen=True)
+class Units:
+    """What one image, view or step takes, in seconds, and what a run does by its configuration.
+
+    Attributes:
+        trains: Whether the network has trainable weights.
+        frozen: Whether it has a frozen image tower.
+        cached: Whether features of that tower are kept.
+        strong_views: Strong views kept of each training image; 0: training computes the tower in each step.
+        evidence: Whether frozen descriptions of the training images are computed before training.
+        labels_once: Whether training depends on no scores of the unlabelled images.
+        warmup_epochs: Epochs of the first stage.
+        max_epochs: Epochs of both stages, below 0 without a limit.
+        validated_every: Epochs from one validation to the next.
+        loaders: Processes that read images.
+        overlaps: Whether images are read while the device computes.
+        images: Images that were read for these figures.
+        steps: Training steps of each size behind them.
+        read: Decoding an image.
+        plain: Its plain view.
+        strong: Its strong view.
+        tower: The frozen tower, for a view.
+        head: All behind it, for an image and one set of weights.
+        step: A training step, by its number of images.
+    """
+
+    trains: bool
+    frozen: bool
+    cached: bool
+    strong_views: int
+    evidence: bool
+    labels_once: bool
+    warmup_epochs: int
+    max_epochs: int
+    validated_every: int
+    loaders: int
+    overlaps: bool
+    images: int
+    steps: int
+    read: float
+    plain: float
+    strong: float
+    tower: float
+    head: float
+    step: dict[int, float]
+
+    def together(self, computing: float, loading: float) -> float:
+        """Seconds of computing and of loading, which share the processor or go on side by side."""
+        loading /= self.loaders
+        return max(computing, loading) if self.overlaps else computing + loading
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """What a run takes, in seconds by part.
+
+    Attributes:
+        features: Computing the features that are kept, before training.
+        steps: Training steps.
+        passes: Scoring images in validations, for thresholds and labels, and describing them before training.
+        views: Views whose features are kept.
+        training_steps: Training steps of both stages.
+        scored: Images scored or described, each as often as it is.
+        measured_images: Images behind the estimate.
+        measured_steps: Training steps behind it.
+        not_included: What a run does that is not in the estimate.
+    """
+
+    features: float
+    steps: float
+    passes: float
+    views: int
+    training_steps: int
+    scored: int
+    measured_images: int
+    measured_steps: int
+    not_included: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return self.features + self.steps + self.passes
+
+    def sentence(self) -> str:
+        """The estimate for people."""
+        parts = [
+            (self.features, f"the features of {self.views:,} views", self.views),
+            (self.steps, f"{self.training_steps:,} training steps", self.training_steps),
+            (self.passes, f"{self.scored:,} images in validations and other passes", self.scored),
+        ]
+        told = ", ".join(f"{_duration(seconds)} for {what}" for seconds, what, number in parts if number)
+        measured = f"{self.measured_images} images"
+        measured += f" and {self.measured_steps} steps" if self.measured_steps else ""
+        return (
+            f"A run takes about {_duration(self.total)} here: {told} (measured on {measured}). Not included: "
+            f"{', '.join(self.not_included)}."
+        )
+
+
+def run_time(recipe: dict[str, Any], plan: Plan) -> RunTime:
+    """Measures the parts of a run on this machine, and estimates what all of it takes.
+
+    Args:
+        recipe: Configuration of the run, with a model.
+        plan: What the run does with its data set.
+
+    Raises:
+        ConfigError: The configuration has no model, or no number of epochs.
+        CBSAError: The parts could not be measured, with the reason.
+    """
+    if not isinstance(recipe.get("model"), dict):
+        raise ConfigError(
+            "--time needs a configuration with a model. Give one before that of the data set: cbsa check "
+            "photos.yaml mine.yaml --time."
+        )
+    used = np.concatenate([plan.split.labelled, plan.split.unlabelled])
+    rows = used[np.linspace(0, len(used) - 1, min(IMAGES, len(used))).astype(int)]
+    sizes = [stage.labelled + stage.unlabelled for stage in (plan.warmup, plan.second)]
+    units = _measured(Request(recipe, rows.tolist(), sizes))
+    if units.max_epochs < 0:
+        raise ConfigError("--time needs the number of epochs: set trainer.max_epochs.")
+    found = estimate(plan, units)
+    more = {"compare": "the comparison (compare)", "gain": "the gain check (gain)"}
+    return replace(
+        found, not_included=(*found.not_included, *(text for name, text in more.items() if recipe.get(name)))
+    )
+
+
+def _measured(request: Request) -> Units:
+    command = [sys.executable, "-m", "cbsa_lightning.reproduce.unit_times"]
+    given = yaml.safe_dump(asdict(request))
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+    if done.returncode:
+        raise CBSAError(f"The time of a run could not be measured:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in found:
+        raise ConfigError(f"The time of a run could not be measured: {found['refused']}")
+    return Units(**{**found, "step": {int(size): seconds for size, seconds in found["step"].items()}})
+
+
+def estimate(plan: Plan, units: Units) -> RunTime:
+    """Multiplies what a run does with the seconds that it takes.
+
+    Args:
+        plan: What the run does with its data set.
+        units: Seconds, and the length of training.
+    """
+    views, reading = kept_views(plan, units) if units.cached else (0, 0.0)
+    warmup = min(units.warmup_epochs, units.max_epochs)
+    computing = loading = 0.0
+    training_steps = 0
+    for stage, epochs in ((plan.warmup, warmup), (plan.second, units.max_epochs - warmup)):
+        steps, size = stage.steps_per_epoch * epochs, stage.labelled + stage.unlabelled
+        if units.trains and steps:
+            training_steps += steps
+            computing += steps * units.step[size]
+            loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
+    scored, heads = scored_images(plan, units)
+    # A run on labels alone keeps no features of the unlabelled images, but writes labels for them.
+    unkept = 0 if plan.second.unlabelled else len(plan.split.unlabelled)
+    towers = unkept if units.cached else scored
+    return RunTime(
+        features=units.together(views * units.tower, reading),
+        steps=units.together(computing, loading),
+        passes=units.together(towers * units.tower + heads * units.head, towers * (units.read + units.plain)),
+        views=views,
+        training_steps=training_steps,
+        scored=scored,
+        measured_images=units.images,
+        measured_steps=units.steps if training_steps else 0,
+        not_included=("the start", "the report", *(["the fit of the probes"] if units.evidence else [])),
+    )
+
+
+def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
+    """Views that a feature cache is filled with, and the seconds that one process takes to make them."""
+    alone = not plan.second.unlabelled
+    needed = needed_views(plan.split, plan.images, units.strong_views, alone)
+    images = int(needed.any(1).sum()) + plan.test_images
+    strong = int(needed[:, 2:].sum())
+    views = int(needed.sum()) + plan.test_images
+    return views, images * (units.read + units.plain) + strong * units.strong
+
+
+def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
+    """Images that are scored or described without gradient, and how often a set of weights scores one.
+
+    Validations score an image with the averaged and with the raw weights.
+    """
+    labelled, unlabelled = len(plan.split.labelled), len(plan.split.unlabelled)
+    validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
+    described = plan.validated * units.frozen + (labelled + unlabelled) * units.evidence
+    at_the_end = plan.validated + unlabelled  # predictions.csv and labels.csv
+    thresholds = unlabelled * sum(1 for _ in _threshold_passes(plan, units, validated))
+    scored = plan.validated * len(validated) + thresholds + described + at_the_end
+    return scored, scored + plan.validated * len(validated)
+
+
+def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:
+    """Epochs at whose start the unlabelled images are scored; see :class:`UpdateThresholds`."""
+    first, last = units.warmup_epochs, units.max_epochs
+    if not plan.second.unlabelled or first >= last:
+        return
+    yield first
+    for epoch in range(first + 1, last + 1):
+        if not units.labels_once or epoch - 1 in validated or epoch == last:
+            yield epoch
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 120 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,147 @@
+"""What the image files of a table are like: each is opened once, and decoded only if it does not look whole."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.images import Header, decode, foreign_kind, read_header
+from cbsa_lightning.errors import DataError
+from cbsa_lightning.io.reading import open_regular
+
+SMALLEST = 32
+"""Pixels of a side below which an image counts as tiny."""
+
+_THREADS = 8  # as many files are read at once
+_CHUNK = 4096
+_REASONS = 1000  # that are kept as text; more files than these have one cause
+_DIGEST = 16  # bytes
+_JPEG = "jpg jpeg jpe jfif mpo"
+_SUFFIXES = {
+    "JPEG": _JPEG,
+    "MPO": _JPEG,  # JPEG with a second image, as phones write
+    "PNG": "png apng",
+    "WEBP": "webp",
+    "BMP": "bmp dib",
+    "GIF": "gif",
+    "TIFF": "tif tiff",
+    "PPM": "ppm pgm pbm pnm",
+    "JPEG2000": "jp2 j2k j2c jpc jpf jpx",
+    "AVIF": "avif avifs",
+}
+_KINDS = tuple(_SUFFIXES)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What was found of n image files, as columns.
+
+    Attributes:
+        missing: (n,) bool, there is no such file.
+        unreadable: (n,) bool, the file is there, but cannot be read as an image.
+        tiny: (n,) bool, a side has fewer than :data:`SMALLEST` pixels.
+        misnamed: (n,) bool, the suffix is that of another format.
+        kind: (n,) uint8, the format; :meth:`kind_of` names it.
+        digest: (n, 2) uint64, a hash of the content of the file; of files that could be read.
+        reasons: Row -> why the image cannot be read; of the first thousand such rows.
+    """
+
+    missing: NDArray[np.bool_]
+    unreadable: NDArray[np.bool_]
+    tiny: NDArray[np.bool_]
+    misnamed: NDArray[np.bool_]
+    kind: NDArray[np.uint8]
+    digest: NDArray[np.uint64]
+    reasons: dict[int, str]
+
+    @property
+    def readable(self) -> NDArray[np.bool_]:
+        """(n,) bool, the image can be read."""
+        return ~(self.missing | self.unreadable)
+
+    def kind_of(self, row: int) -> str:
+        """Name of the format of a readable image."""
+        return _KINDS[int(self.kind[row])]
+
+
+def survey(table: AnnotationTable) -> Survey:
+    """Reads every image file of a table once: its content for a hash, its header, and whether its end is there.
+
+    Damage within a file whose header and end are right is not found.
+
+    Args:
+        table: The images; a million of them take some thirty bytes each.
+    """
+    n = len(table)
+    flags = np.zeros((4, n), dtype=bool)
+    missing, unreadable, tiny, misnamed = flags
+    kind, digest = np.zeros(n, np.uint8), np.zeros((n, _DIGEST // 8), np.uint64)
+    reasons: dict[int, str] = {}
+    missing[table.missing_rows()] = True
+    rows = np.flatnonzero(~missing)
+    with ThreadPoolExecutor(_THREADS) as pool, tqdm(total=len(rows), desc="Images", leave=False, delay=1) as bar:
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK].tolist()
+            for row, (content, found) in zip(chunk, pool.map(_examine, map(table.file, chunk)), strict=True):
+                bar.update()
+                if isinstance(found, str):
+                    unreadable[row] = True
+                    if len(reasons) < _REASONS:
+                        reasons[row] = found
+                    continue
+                digest[row] = np.frombuffer(content, np.uint64)
+                kind[row] = _KINDS.index(found.kind)
+                tiny[row] = min(found.width, found.height) < SMALLEST
+                misnamed[row] = _is_misnamed(str(table.paths[row]), found.kind)
+    return Survey(missing, unreadable, tiny, misnamed, kind, digest, reasons)
+
+
+def equal_rows(digest: NDArray[np.uint64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Groups those of some ``rows`` whose digests are equal.
+
+    Args:
+        digest: (n, 2) hashes.
+        rows: (m,) rows to compare.
+
+    Returns:
+        Groups of two rows or more, ascending, in the order of their first rows.
+    """
+    rows = rows[np.lexsort(digest[rows].T)]  # stable: rows of a group stay in order
+    same = (digest[rows[1:]] == digest[rows[:-1]]).all(axis=1)
+    before, after = np.append(False, same)[: len(rows)], np.append(same, False)[: len(rows)]
+    members = rows[before | after]  # first, so that a million different images are no groups of one
+    if not len(members):
+        return []
+    starts = np.flatnonzero(~before[before | after])
+    return sorted(np.split(members, starts[1:]), key=lambda group: int(group[0]))
+
+
+def _examine(file: Path) -> tuple[bytes, Header | str]:
+    """Hash of the content, and the header or why the image cannot be read."""
+    content, header = b"", None
+    try:
+        with open_regular(file) as stream:
+            content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_DIGEST)).digest()
+            header = read_header(stream, file)
+    except Exception:  # noqa: S110 - of any kind, as in decode, which says it in a sentence
+        pass
+    if header is None or not header.whole:
+        try:
+            decode(file)
+        except DataError as error:
+            return content, str(error)
+    return content, header or f"{file}: was changed while it was read; start again"
+
+
+def _is_misnamed(path: str, kind: str) -> bool:
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix in _SUFFIXES[kind].split():
+        return False
+    return any(suffix in suffixes.split() for suffixes in _SUFFIXES.values()) or foreign_kind(path) is not None

@@ -1,0 +1,71 @@
+"""Frozen descriptions of many images, by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cbsa_lightning.data.batches import EvalBatch
+from cbsa_lightning.data.protocol import semi_supervised
+from cbsa_lightning.method.finite import refuse_scores
+from cbsa_lightning.method.labelers import Evidence
+from cbsa_lightning.networks.base import Description
+
+
+def evidence_of(trainer: Any, pl_module: Any, unlabelled: bool = True) -> Evidence:
+    """Returns what the frozen towers say of the labelled images, then of the unlabelled ones, and the labels.
+
+    Args:
+        trainer: A Trainer that fits.
+        pl_module: The module, untrained: its attention pool is CLIP's own.
+        unlabelled: Whether the unlabelled images are described as well.
+    """
+    data = semi_supervised(trainer.datamodule)
+    rows = np.concatenate([data.split.labelled, data.split.unlabelled if unlabelled else []]).astype(np.int64)
+    files = data.train_table.paths[rows]
+    found = describe_images(trainer, pl_module, data.plain_dataloader(rows), rows, files)
+    return Evidence(*found, torch.arange(len(data.split.labelled)), data.labelled_targets())
+
+
+@torch.no_grad()
+def describe_images(
+    trainer: Any, pl_module: Any, loader: Iterable[EvalBatch], rows: np.ndarray, files: np.ndarray
+) -> Description:
+    """Describes images by the frozen towers; to be called on all processes.
+
+    Args:
+        trainer: A Trainer that fits.
+        pl_module: The module.
+        loader: This process's share of the images.
+        rows: ``(n,)``, their rows, as the batches name them, in the order of the result.
+        files: ``(n,)``, their files, for messages.
+
+    Raises:
+        NotFiniteError: For a description that is not finite, naming the file.
+    """
+    describe: Callable[[Tensor], Description] = pl_module.network.describer()
+    place = torch.zeros(int(rows.max(initial=0)) + 1, dtype=torch.int64, device=pl_module.device)
+    place[torch.as_tensor(rows, device=pl_module.device)] = torch.arange(len(rows), device=pl_module.device)
+    tables: list[Tensor] = []
+    split = 0
+    show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    for batch in tqdm(loader, desc="Descriptions", leave=False, disable=not show):
+        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        with trainer.precision_plugin.forward_context():
+            found = describe(pl_module.features_of(batch))
+        parts = [*found.descriptors, *found.scores]
+        split = len(found.descriptors)
+        # In float32, whatever the precision of training or torch's default is.
+        tables = tables or [part.float().new_zeros(len(rows), part.shape[1]) for part in parts]
+        for table, part in zip(tables, parts, strict=True):
+            table[place[batch.index]] = part.float()
+    # Each process filled its own rows, the others are zero there.
+    tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
+    for table in tables:
+        refuse_scores(table, files.__getitem__, "Descriptions by the frozen towers")
+    return Description(tables[:split], tables[split:])

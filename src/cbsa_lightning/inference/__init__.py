@@ -1,0 +1,1 @@
+"""Images to labels with a trained model, without Lightning."""

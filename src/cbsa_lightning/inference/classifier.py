@@ -1,0 +1,304 @@
+"""Classifier: a trained checkpoint as a function from images to labels. Needs torch, not Lightning."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cbsa_lightning.arguments import check_kind, check_names, check_number
+from cbsa_lightning.checkpoints.files import read_checkpoint
+from cbsa_lightning.checkpoints.lean import FUSION, LeanCheckpoint
+from cbsa_lightning.data.class_names import default_prompts
+from cbsa_lightning.data.images import as_rgb, decode
+from cbsa_lightning.data.plain_view import PlainView
+from cbsa_lightning.errors import CBSAError, CheckpointError, ConfigError, DataError, WeightsError, listed
+from cbsa_lightning.method.ema import ParameterEMA
+from cbsa_lightning.method.finite import refuse_scores
+from cbsa_lightning.method.fusion import Fusion
+from cbsa_lightning.networks.base import Network, NetworkOutput
+from cbsa_lightning.networks.cbsa import build_cbsa_network
+from cbsa_lightning.networks.prompted import PromptedCLIP
+
+Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
+"""Any iterable of files, Pillow images, uint8 arrays (grey ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
+tensors ``(3, H, W)``, mixed at will: a list, a generator, a column of pandas; or one ``(n, 3, H, W)`` uint8 tensor."""
+
+_PARAMETERS = inspect.signature(build_cbsa_network).parameters.values()
+_TYPES = {p.name: p.annotation for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}  # as they are written there
+SETTINGS = tuple(_TYPES)
+
+
+class Prediction(NamedTuple):
+    """What an image shows.
+
+    Attributes:
+        labels: Names of the classes whose score reaches the class's threshold.
+        scores: Score in [0, 1] of every class.
+    """
+
+    labels: tuple[str, ...]
+    scores: dict[str, float]
+
+
+class Classifier:
+    """Labels images with a trained network.
+
+    Args:
+        network: Holding the weights to use; is set to evaluation.
+        class_names: The C class names.
+        thresholds: ``(C,)``, score from which a class is given.
+        image_size: Side of the square that images are resized to, in pixels; that of the training.
+        device: Where to compute.
+        fusion: What the network's scores are fused with, and a module that describes images for it.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        class_names: Sequence[str],
+        thresholds: Tensor,
+        image_size: int,
+        device: str | torch.device = "cpu",
+        fusion: tuple[Fusion, nn.Module] | None = None,
+    ) -> None:
+        check_kind("network", network, nn.Module, "the network; Classifier.load(PATH) reads a checkpoint")
+        check_kind("thresholds", thresholds, Tensor, "a tensor with one threshold for each class name")
+        check_number("image_size", image_size, 1, whole=True)
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval()
+        self.class_names = tuple(check_names("class_names", class_names))
+        if tuple(thresholds.shape) != (len(self.class_names),):
+            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
+        self.thresholds = thresholds.detach().float().cpu()
+        self.image_size = image_size
+        self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
+        self.calibrated = fusion is not None  # whether scores are probabilities
+        self._view = PlainView(image_size)
+        with torch.no_grad():
+            self._text = self.network.encode_text()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        image_size: int | None = None,
+        clip: str | None = None,
+        pretrained: str | None = None,
+        network: Callable[[Sequence[str]], Network] | None = None,
+    ) -> Self:
+        """Rebuilds the network of a checkpoint, with its averaged weights.
+
+        The checkpoint of a :class:`~cbsa_lightning.training.cbsa.CBSAModule` says how; for another network say it
+        yourself. Before the average has started, in the warm-up, the plain weights are taken, as the module does.
+
+        Args:
+            path: The checkpoint. It is read without running code from it.
+            device: Where to compute.
+            image_size: Side of the views in pixels; None: as in the checkpoint, or, where it does not say, the
+                native size of the towers.
+            clip: Where the towers are now, if not where they were at training. Other weights are refused.
+            pretrained: The same for their weights.
+            network: Makes the network of any other module from the prompt names, as at training:
+                ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then not looked at.
+
+        Raises:
+            CheckpointError: Not a checkpoint of this library, of another network, damaged, or made on other frozen
+                weights.
+            WeightsError: If the CLIP weights cannot be had.
+        """
+        checkpoint = _read(path, () if network is not None else SETTINGS)
+        stored = checkpoint["hyper_parameters"]
+        class_names = list(checkpoint["class_names"])
+        settings = {name: stored[name] for name in SETTINGS} if network is None else {}
+        settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if network is None and v})
+        try:
+            prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
+            built = network(prompt_names) if network is not None else build_cbsa_network(prompt_names, **settings)
+        except WeightsError:  # which says where they were looked for
+            raise
+        except CBSAError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except Exception as error:  # a setting of another type or range can fail anywhere
+            if network is not None:  # the caller's own
+                raise
+            raise CheckpointError(
+                f"{path}: the network cannot be built from its settings ({error}); they were changed, or belong to "
+                "another version."
+            ) from error
+        trained = _Trained(built, class_names)
+        towers = getattr(built, "clip", None)
+        # Before the trained attention pool replaces CLIP's own.
+        describe = built.describer(keep=True) if FUSION in checkpoint and isinstance(built, PromptedCLIP) else None
+        trained.on_load_checkpoint(checkpoint)
+        trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
+        size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
+        if size is None:
+            raise CheckpointError(f"{path} does not say at which size it was trained: give image_size.")
+        # In the warm-up, the scale of the network's logits is not known yet, and the module does not fuse them either.
+        ready = trained.fusion is not None and trained.fusion.ready
+        fusion = (trained.fusion, describe) if ready and trained.fusion and describe else None
+        return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
+
+    def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
+        """Labels and scores of images, in their order.
+
+        Args:
+            images: See :data:`Images`; resized to the square of the training, as in validation.
+            batch_size: How many are in memory at a time.
+
+        Raises:
+            DataError: An image that cannot be read or has another form, saying which.
+        """
+        scores = self.scores(images, batch_size)
+        given = scores >= self.thresholds
+        return [
+            Prediction(
+                tuple(name for name, has in zip(self.class_names, row, strict=True) if has),
+                dict(zip(self.class_names, values, strict=True)),
+            )
+            for row, values in zip(given.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def scores(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Scores ``(n, C)`` in [0, 1], float32 on the CPU; see :meth:`__call__`."""
+        parts = [output.logits.float().sigmoid().cpu() for output in self._outputs(images, batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.class_names))
+
+    def attention(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Where each class looked: ``(n, C, h, w)``, each map summing to 1; see :meth:`__call__`.
+
+        Raises:
+            DataError: No images, or a network without attention.
+        """
+        maps = [output.attention for output in self._outputs(images, batch_size, attention=True)]
+        if not maps or any(part is None for part in maps):
+            raise DataError(
+                "There are no attention maps: " + ("no image was given." if not maps else "the network has no decoder.")
+            )
+        return torch.cat([part.float().cpu() for part in maps if part is not None])
+
+    def _outputs(self, images: Images, batch_size: int, **options: Any) -> Iterator[NetworkOutput]:
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; give 1 or more.")
+        start, rest = 0, iter(_each(images))  # by iteration, never by index: pandas would look an index up as a label
+        while batch := list(islice(rest, batch_size)):
+            views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
+            names = [_name(image, start + i) for i, image in enumerate(batch)]
+            with torch.no_grad():
+                output = self._output_of(self.network.features(torch.stack(views).to(self.device)), **options)
+                refuse_scores(output.logits, names.__getitem__, "Scores")
+                yield output
+            start += len(batch)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves everything to a device."""
+        self.device = torch.device(device)
+        self.network = self.network.to(self.device)
+        if self._fusion is not None:
+            self._fusion = (self._fusion[0].to(self.device), self._fusion[1].to(self.device))
+        with torch.no_grad():
+            self._text = self.network.encode_text()
+        return self
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Final logits ``(B, C)`` of features that the frozen part of a network with the same towers gave."""
+        with torch.no_grad():
+            logits: Tensor = self._output_of(features).logits
+        return logits
+
+    def _output_of(self, features: Tensor, **options: Any) -> NetworkOutput:
+        output: NetworkOutput = self.network(features, self._text, **options)
+        if self._fusion is None:
+            return output
+        fusion, describe = self._fusion
+        stack = fusion.stack_logits(describe(features))
+        return output._replace(logits=fusion.fused(output.logits, stack))
+
+    def _prepared(self, image: Any, position: int) -> Tensor:
+        """The view of one image, ``(3, S, S)`` uint8."""
+        if isinstance(image, (str, os.PathLike)):
+            return self._view(decode(image))
+        try:
+            if isinstance(image, Tensor):
+                if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+                    raise DataError(f"a tensor must be (3, H, W) uint8, got {image.dtype} {tuple(image.shape)}.")
+                if image.shape[1:] == (self.image_size, self.image_size):
+                    return image.cpu()
+                image = image.permute(1, 2, 0).cpu().numpy()
+            elif not isinstance(image, (Image.Image, np.ndarray)):
+                raise DataError(f"a {type(image).__name__} is no image; give a path, a Pillow image or an array.")
+            return self._view(as_rgb(image))
+        except DataError as error:
+            raise DataError(f"image {position}: {error}") from None
+
+
+class _Trained(LeanCheckpoint):
+    """The part of a module's state that predictions need, loaded and checked as the module does it."""
+
+    cut: Tensor
+
+    def __init__(self, network: Any, class_names: list[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.class_names = class_names
+        self.ema = ParameterEMA(network, decay=1.0)
+        self.register_buffer("cut", torch.full((len(class_names),), float("nan")))
+
+    @staticmethod
+    def part_of(state: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in state.items() if k.startswith(("network.", "ema.")) or k == "cut"}
+
+    def averaged(self) -> Any:
+        with self.ema.applied_to(self.network):
+            state = self.network.state_dict()
+            weights = {name: state[name].clone() for name in self.ema.names}
+        self.network.load_state_dict(weights, strict=False)
+        return self.network
+
+    def thresholds(self) -> Tensor:
+        return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
+
+
+def _each(images: Images) -> Iterable[Any]:
+    """The images one by one.
+
+    Raises:
+        DataError: A single image, a mapping or a table instead of images.
+    """
+    single = isinstance(images, (str, os.PathLike, Image.Image)) or (
+        isinstance(images, (np.ndarray, Tensor)) and images.dtype != object and images.ndim in (2, 3)
+    )
+    if single or not isinstance(images, Iterable):
+        raise DataError(f"Give a list of images, also for a single one; got {type(images).__name__}.")
+    if isinstance(images, Mapping) or hasattr(images, "columns"):
+        raise DataError(f"A {type(images).__name__} is no list of images; give its values or one column.")
+    return images
+
+
+def _name(image: Any, position: int) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else f"image {position}"
+
+
+def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint with all that :meth:`Classifier.load` needs, or an error that says what it lacks."""
+    checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
+    if lacking := [f"setting {name}" for name in settings if name not in checkpoint["hyper_parameters"]]:
+        raise CheckpointError(
+            f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say how "
+            "it is made: Classifier.load(path, network=...)."
+        )
+    for name in settings:
+        value = checkpoint["hyper_parameters"][name]
+        if _TYPES[name] == "int" and type(value) is not int:
+            raise CheckpointError(f"{path}: setting {name} must be a whole number, found {value!r:.100}.")
+    return checkpoint

@@ -1,0 +1,200 @@
+"""Labels of images as a model gives them, as a table that people correct and the reader of tables takes back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.inference.predictions import NOTHING, SEPARATOR, WRITERS
+from cbsa_lightning.io.files import replacing
+
+COLUMNS = ("image", "labels", "review", "place")
+SURE = 0.8
+
+
+def _write_json_lines(table: pa.Table, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for row in table.to_pylist():
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+_WRITERS: dict[str, Callable[[Any, str], None]] = {**WRITERS, ".jsonl": _write_json_lines}
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """Probabilities of n images, and what follows from them.
+
+    Attributes:
+        images: ``(n,)`` paths, as in the table that they come from.
+        class_names: The C class names.
+        probabilities: ``(n, C)`` float32 in [0, 1].
+        given: ``(n, C)`` bool, whether the image is given the class.
+        review: ``(n, C)`` bool, whether a person should look at this decision.
+    """
+
+    images: NDArray[Any]
+    class_names: tuple[str, ...]
+    probabilities: NDArray[np.float32]
+    given: NDArray[np.bool_]
+    review: NDArray[np.bool_]
+
+    @classmethod
+    def decided(
+        cls,
+        images: NDArray[Any],
+        class_names: Sequence[str],
+        probabilities: NDArray[np.float32],
+        thresholds: NDArray[np.floating],
+        sure: float | None = SURE,
+    ) -> Self:
+        """Decides by thresholds.
+
+        Args:
+            images: ``(n,)`` paths.
+            class_names: The C class names.
+            probabilities: ``(n, C)``.
+            thresholds: ``(C,)``, probability from which a class is given.
+            sure: A decision that is right with a smaller probability is to be reviewed; None: no decision is, as for
+                scores that are not probabilities.
+        """
+        given = probabilities >= thresholds
+        right = np.where(given, probabilities, 1 - probabilities)
+        review = np.zeros_like(given) if sure is None else right < sure
+        return cls(images, tuple(class_names), probabilities, given, review)
+
+    @cached_property
+    def doubt(self) -> NDArray[np.float64]:
+        """Entropy ``(n,)`` of all decisions on an image, in bits."""
+        return doubt_of(self.probabilities)
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Place ``(n,)`` of each image in the order of review, from 1; the most doubtful image comes first."""
+        places = np.empty(len(self.images), np.int64)
+        places[np.argsort(-self.doubt, kind="stable")] = np.arange(1, len(self.images) + 1)
+        return places
+
+    def names(self, chosen: NDArray[np.bool_]) -> list[list[str]]:
+        """Class names of each row of ``chosen (n, C)``."""
+        names = np.array(self.class_names, dtype=object)
+        return [names[row].tolist() for row in chosen]
+
+
+def doubt_of(probabilities: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """Sum over the classes of the binary entropies, in bits.
+
+    Args:
+        probabilities: ``(n, C)`` in [0, 1].
+        weights: ``(C,)`` factors of the classes.
+    """
+    p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
+    entropies = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+    found: NDArray[np.float64] = entropies.sum(1) if weights is None else entropies @ weights
+    return found
+
+
+def check_class_columns(class_names: Sequence[str]) -> None:
+    """Refuses class names that a table of labels could not hold.
+
+    Raises:
+        ConfigError: A class is named like a column, or its name contains the separator.
+    """
+    ambiguous = [repr(n) for n in class_names if n in (*COLUMNS, NOTHING) or SEPARATOR in n]
+    if ambiguous:
+        raise ConfigError(
+            f"A table of labels has the columns {', '.join(COLUMNS)}, joins names with '{SEPARATOR}' and writes "
+            f"'{NOTHING}' for no class, so it cannot hold these classes: {listed(ambiguous)}. Rename them in the "
+            "annotations, or switch the table off (--labels.enabled false)."
+        )
+
+
+def write_labels(path: Path, labels: ImageLabels) -> None:
+    """Writes a row for each image: path, given labels, labels to review, place in the review order, probabilities.
+
+    The reader of tables takes the file back: classes in ``review`` are then unknown, all others are known.
+
+    Args:
+        path: Where to; the suffix, .csv, .parquet or .jsonl, decides the format. The file appears whole or not at all.
+        labels: What to write.
+
+    Raises:
+        ConfigError: For another suffix; or see :func:`check_class_columns`.
+        OutputError: The file cannot be written.
+    """
+    check_class_columns(labels.class_names)
+    if path.suffix.lower() not in _WRITERS:
+        raise ConfigError(f"{path}: labels are written as {', '.join(_WRITERS)}; choose one of these suffixes.")
+    columns: dict[str, Any] = {
+        "image": pa.array(labels.images.tolist(), pa.string()),
+        "labels": pa.array([SEPARATOR.join(names) or NOTHING for names in labels.names(labels.given)], pa.string()),
+        "review": pa.array([SEPARATOR.join(names) for names in labels.names(labels.review)], pa.string()),
+        "place": pa.array(labels.places),
+    }
+    for k, name in enumerate(labels.class_names):
+        columns[name] = pa.array(np.ascontiguousarray(labels.probabilities[:, k], dtype=np.float32))
+    with replacing(path) as draft:
+        _WRITERS[path.suffix.lower()](pa.table(columns), str(draft))
+
+
+def read_labels(path: str | os.PathLike[str]) -> ImageLabels:
+    """Reads what :func:`write_labels` wrote as CSV or Parquet, with the changes that a person made since.
+
+    Raises:
+        DataError: For another form, or a name that is no class, naming the row.
+    """
+    try:
+        table = _table(Path(path))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as a table of labels ({error}).") from error
+    if tuple(table.column_names[: len(COLUMNS)]) != COLUMNS:
+        raise DataError(
+            f"{path}: is no table of labels, which begins with the columns {', '.join(COLUMNS)}; found "
+            f"{listed(table.column_names, 4)}. Give the labels.csv of a run."
+        )
+    class_names = tuple(table.column_names[len(COLUMNS) :])
+    try:
+        parts = [pc.cast(table.column(name), pa.float32()).to_numpy() for name in class_names]
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: a probability is no number ({error}).") from error
+    probabilities = np.stack(parts, 1) if parts else np.zeros((table.num_rows, 0), np.float32)
+    if wrong := np.flatnonzero(~((probabilities >= 0) & (probabilities <= 1)).all(1)).tolist():
+        raise DataError(f"{path}: probabilities are not in [0, 1] in rows {listed([row + 2 for row in wrong])}.")
+    given, review = (_members(table.column(name).to_pylist(), class_names, path) for name in ("labels", "review"))
+    images = np.array(table.column("image").to_pylist(), dtype=np.dtypes.StringDType())
+    return ImageLabels(images, class_names, probabilities, given, review)
+
+
+def _table(path: Path) -> pa.Table:
+    if path.suffix.lower() == ".parquet":
+        return pyarrow.parquet.read_table(path)
+    text = {name: pa.string() for name in COLUMNS[:3]}
+    options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+    return pyarrow.csv.read_csv(path, convert_options=options)
+
+
+def _members(cells: list[str | None], class_names: tuple[str, ...], path: Any) -> NDArray[np.bool_]:
+    """Whether each class stands in each cell, ``(n, C)``."""
+    position = {name: k for k, name in enumerate(class_names)}
+    found = np.zeros((len(cells), len(class_names)), dtype=np.bool_)
+    for row, cell in enumerate(cells):
+        names = [name.strip() for name in (cell or "").split(SEPARATOR) if name.strip() not in ("", NOTHING)]
+        if unknown := [name for name in names if name not in position]:
+            raise DataError(
+                f"{path}: row {row + 2} names {listed(map(repr, unknown))}, which is no class of the table."
+            )
+        found[row, [position[name] for name in names]] = True
+    return found

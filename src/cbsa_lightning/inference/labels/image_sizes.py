@@ -1,0 +1,30 @@
+"""Sizes of images as CVAT counts them, from their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbsa_lightning.data.images import read_header
+from cbsa_lightning.io.reading import open_regular
+
+
+def upright_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Width and height of each image after its EXIF orientation is applied; decodes nothing.
+
+    Args:
+        files: n image files.
+
+    Returns:
+        n pairs (width, height); None for a file that is missing, or whose header cannot be read.
+    """
+    return [_upright_size(file) for file in files]
+
+
+def _upright_size(file: Path) -> tuple[int, int] | None:
+    try:
+        with open_regular(file) as stream:
+            header = read_header(stream, file)
+    except Exception:  # Pillow's plugins raise errors of nearly any kind
+        return None
+    return (header.height, header.width) if header.turned else (header.width, header.height)

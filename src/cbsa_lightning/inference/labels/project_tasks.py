@@ -1,0 +1,183 @@
+"""Predictions for tasks that a Label Studio project has already.
+
+The server imports predictions by the id of their task: `POST /api/projects/ID/import/predictions` with a list of
+predictions. Data, meta and annotations of the tasks stay as they are; an import of whole tasks would make new ones.
+The server drops predictions with other names or choices than its own without a word, so both are checked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbsa_lightning.data.class_names import clean_name
+from cbsa_lightning.data.readers.label_studio_config import Choices, read_label_config
+from cbsa_lightning.data.readers.label_studio_tasks import Task, locate, read_tasks
+from cbsa_lightning.data.readers.source import tidy_paths
+from cbsa_lightning.data.readers.structured import counted, field, read_json, typed
+from cbsa_lightning.errors import DataError, listed
+from cbsa_lightning.inference.labels.image_labels import ImageLabels
+from cbsa_lightning.inference.labels.tools import Json, label_studio_predictions
+from cbsa_lightning.io.reading import brief
+
+
+class Project(NamedTuple):
+    """A Label Studio project, as far as files say what it holds.
+
+    Attributes:
+        export: Its tasks, exported as JSON. The export of the server has open tasks only with
+            ``download_all_tasks=true``.
+        label_config: XML of its labelling interface. None: its annotations name the control and the image.
+        control: Name of the control of choices, where there are several.
+        root: Folder that the paths of the labels are relative to.
+        prefix: Path or URL of ``root`` in the project; see :class:`LabelStudio`.
+    """
+
+    export: Path
+    label_config: Path | None
+    control: str | None
+    root: Path
+    prefix: str | None
+
+
+def predictions_for_tasks(labels: ImageLabels, project: Project, model_version: str) -> tuple[list[Json], list[str]]:
+    """Predictions for the tasks of a project, each with the id of its ``task``, in the order of the export.
+
+    Args:
+        labels: Of the images.
+        project: Where the tasks are.
+        model_version: Name of the model, shown beside its predictions.
+
+    Returns:
+        The predictions, and notes that count what the export holds beside: tasks of other images, images without a
+        task, annotations.
+
+    Raises:
+        DataError: The export is no JSON export of one project about choices; tasks have no id, or one that another has;
+            an image is not found; the choices of the project are not the classes of ``labels``, or its names are not
+            known; no task is of an image of ``labels``.
+    """
+    file = project.export
+    tasks = _tasks(file)
+    config = None if project.label_config is None else read_label_config(project.label_config, project.control)
+    key, control = ("image", project.control) if config is None else (config.key, config.name)
+    read, notes = read_tasks(file, tasks, control, key, config)
+    ids = _ids(tasks, read)
+    control, image = _names(file, tasks, control, config)
+    choices, found = _choices(labels, read, project, config)
+    notes += found
+    paths, found = locate(read, project.root, project.prefix)
+    notes += found
+    paths = tidy_paths(project.root, project.root, paths, lambda i: read[i].where).tolist()
+    spelled = replace(labels, class_names=choices)
+    of_image = dict(
+        zip(labels.images.tolist(), label_studio_predictions(spelled, model_version, control, image), strict=True)
+    )
+    made = [{"task": number, **of_image[path]} for number, path in zip(ids, paths, strict=True) if path in of_image]
+    if not made:
+        raise DataError(
+            f"{file}: no task is of an image of the run; the tasks are of {listed(map(brief, paths), 3)}, the run's "
+            f"images are {listed(map(brief, of_image), 3)}; give the export of the project with the run's images"
+        )
+    notes += _unmatched(paths, of_image)
+    if answered := sum(path in of_image and bool(task.answers) for path, task in zip(paths, read, strict=True)):
+        notes.append(f"{counted(answered, 'task')} with an answer: predicted as well, its annotations are not touched")
+    return made, notes
+
+
+def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
+    """Notes on tasks without an image of the run, and on images without a task."""
+    notes = []
+    if other := [path for path in paths if path not in of_image]:
+        notes.append(
+            f"{counted(len(other), 'task')} of images that are not among the labels of the run, such as labelled ones: "
+            f"without a prediction: {listed(map(brief, other), 5)}"
+        )
+    if alone := list(of_image.keys() - set(paths)):
+        notes.append(
+            f"{counted(len(alone), 'image')} of the run without a task in the export (open tasks are exported with "
+            f"download_all_tasks=true): {listed(map(brief, sorted(alone)), 5)}"
+        )
+    return notes
+
+
+def _tasks(file: Path) -> list[dict[str, Any]]:
+    if file.suffix.lower() != ".json":
+        raise DataError(f"{file}: is no JSON file; export the project as JSON")
+    tasks: list[dict[str, Any]] = typed(read_json(file), (list,), f"{file}: an export")
+    if not tasks:
+        raise DataError(f"{file}: has no task; export some")
+    for i, task in enumerate(tasks):
+        if "annotation_id" in typed(task, (dict,), f"{file}, record {i + 1}"):
+            raise DataError(f"{file}: is an export as JSON_MIN, which has no names of controls; export as JSON")
+    return tasks
+
+
+def _ids(tasks: list[dict[str, Any]], read: list[Task]) -> list[int]:
+    first: dict[int, str] = {}
+    for i, (task, known) in enumerate(zip(tasks, read, strict=True)):
+        number = field(task, "id", (int,), known.where)
+        if number in first:
+            raise DataError(f"{known.where}: record {i + 1} has the id of another task; export the project again")
+        first[number] = known.where
+    return list(first)
+
+
+def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config: Choices | None) -> tuple[str, str]:
+    """Names of the control of choices and of its image; the types of the fields are checked already."""
+    if config is not None:
+        return config.name, config.image
+    pairs = {
+        (result["from_name"], typed(result.get("to_name"), (str,), f"{file}: to_name of a result")): None
+        for task in tasks
+        for annotation in task["annotations"]
+        if not annotation.get("was_cancelled")
+        for result in annotation["result"]
+        if result.get("type") == "choices" and control in (None, result["from_name"])
+    }
+    if len(pairs) != 1:
+        found = f"they name several: {listed(pairs)}" if pairs else "there is none with choices"
+        raise DataError(
+            f"{file}: its annotations do not say which control and image predictions are for ({found}); save the "
+            "labelling interface of the project (Settings, Code) and give it with --label_config"
+        )
+    return next(iter(pairs))
+
+
+def _choices(
+    labels: ImageLabels, read: list[Task], project: Project, config: Choices | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """How the project spells each class, and notes on classes and choices that have no counterpart."""
+    used = {choice: task.where for task in read for answer in task.answers for choice in answer}
+    listing = used if config is None else config.classes
+    spelled = {clean_name(choice): choice for choice in listing}
+    names = tuple(spelled.get(name, name) for name in labels.class_names)
+    missing = [brief(name) for name in labels.class_names if name not in spelled]
+    further = [choice for name, choice in spelled.items() if name not in labels.class_names]
+    if config is None:
+        if further:
+            found = listed(f"{brief(choice)} ({used[choice]})" for choice in further)
+            raise DataError(
+                f"{project.export}: has choices that are no class of the run: {found}; give the export of the run's "
+                "project, or its labelling interface with --label_config"
+            )
+        unchecked = f"no answer names {len(missing)} of the {len(names)} classes, so nothing says that they are choices"
+        return names, [f"{unchecked} of the project (--label_config does): {listed(missing, 5)}"] if missing else []
+    if missing:
+        raise DataError(
+            f"{project.label_config}: has no choice for these classes of the run: {listed(missing)}; the server would "
+            "drop predictions that name them: add the choices to the project, or give the files of the run's project"
+        )
+    if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
+        raise DataError(
+            f"{project.label_config}: Choices {brief(config.name)} takes one choice for an image, and the run gives "
+            f'{counted(several, "image")} more than one: write choice="multiple" in the labelling interface'
+        )
+    if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
+        raise DataError(
+            f"{project.export}: has choices that are not in {project.label_config}: {listed(strange)}; take both from "
+            "one project"
+        )
+    note = f"{counted(len(further), 'choice')} of the project that no class of the run stands for, never predicted: "
+    return names, [note + listed(map(brief, further), 5)] if further else []

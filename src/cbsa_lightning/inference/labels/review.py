@@ -1,0 +1,87 @@
+"""Lists for a person: which images to label next, and which given labels to check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from cbsa_lightning.inference.labels.image_labels import ImageLabels, doubt_of
+from cbsa_lightning.inference.predictions import SEPARATOR
+from cbsa_lightning.io.files import replacing
+
+SHOWN = 5  # classes that a row of a list names at most
+
+
+def next_to_label(labels: ImageLabels, budget: int, positives: NDArray[np.integer] | None = None) -> pa.Table:
+    """The images whose labels would teach most, most doubtful first.
+
+    Columns: ``image``, ``doubt`` (sum over the classes of the binary entropies, in bits), ``classes`` (the most
+    doubtful ones) and ``labels`` (those that the model gives).
+
+    Args:
+        labels: Of the unlabelled images.
+        budget: Number of images.
+        positives: ``(C,)`` labelled positives of each class; the entropy of a class is then divided by the square root
+            of one more, so that rare classes count more. None: all classes count alike.
+    """
+    weights = None if positives is None else (positives + 1.0) ** -0.5
+    doubt = doubt_of(labels.probabilities, weights)
+    rows = np.argsort(-doubt, kind="stable")[:budget]
+    each = np.abs(labels.probabilities[rows] - 0.5)
+    order = np.argsort(each, axis=1)[:, :SHOWN]
+    given = labels.names(labels.given[rows])
+    return pa.table(
+        {
+            "image": pa.array(labels.images[rows].tolist(), pa.string()),
+            "doubt": pa.array(doubt[rows].round(4)),
+            "classes": pa.array([SEPARATOR.join(labels.class_names[k] for k in row) for row in order], pa.string()),
+            "labels": pa.array([SEPARATOR.join(names) for names in given], pa.string()),
+        }
+    )
+
+
+def suspicious_labels(
+    images: NDArray[Any],
+    class_names: tuple[str, ...],
+    labels: NDArray[np.int8],
+    left_out: NDArray[np.floating],
+    at_least: float = 0.5,
+) -> pa.Table:
+    """Given labels that probabilities of models not fitted to them contradict, the most doubtful first.
+
+    Columns: ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that this is wrong.
+
+    Args:
+        images: ``(m,)`` paths of the labelled images.
+        class_names: The C class names.
+        labels: ``(m, C)`` in {1, 0, -1}; unknown entries are not judged.
+        left_out: ``(m, C)`` probabilities, each image by models that were not fitted to it.
+        at_least: Smallest probability of being wrong that is listed.
+    """
+    wrong = np.where(labels == 1, 1 - left_out, np.where(labels == 0, left_out, 0.0))
+    rows, classes = np.nonzero(wrong >= at_least)
+    order = np.argsort(-wrong[rows, classes], kind="stable")
+    rows, classes = rows[order], classes[order]
+    return pa.table(
+        {
+            "image": pa.array(images[rows].tolist(), pa.string()),
+            "class": pa.array([class_names[k] for k in classes], pa.string()),
+            "given": pa.array(["yes" if labels[i, k] == 1 else "no" for i, k in zip(rows, classes, strict=True)]),
+            "wrong": pa.array(wrong[rows, classes].round(4)),
+        }
+    )
+
+
+def write_list(path: Path, table: pa.Table) -> None:
+    """Writes a list as CSV, whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with replacing(path) as draft:
+        pyarrow.csv.write_csv(table, str(draft))

@@ -1,0 +1,31 @@
+"""The checkpoint of a run, and a name for the model that it holds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.io.runs import CHECKPOINTS
+
+NAME = "last.ckpt"
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The last checkpoint of a run.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    file = run / CHECKPOINTS / NAME
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist. Give the folder of a finished run, such as runs/cbsa/version_0.")
+    return file
+
+
+def version_of(run: Path) -> str:
+    """Name of the run and the start of its checkpoint's SHA-256, for example "cbsa-version_0-1a2b3c4d"."""
+    with checkpoint_of(run).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = run.resolve()
+    return f"{folder.parent.name}-{folder.name}-{digest[:8]}"

@@ -1,0 +1,1 @@
+"""Files: atomic writing, checked reading, and the folder of a run."""

@@ -1,0 +1,215 @@
+"""Which folder is a run's, and what belongs to it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import yaml
+from filelock import FileLock, Timeout
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.io.files import replacing, writing
+
+CONFIG = "config.yaml"
+SPLIT = "split.json"
+LABELLED = "labelled.parquet"
+METRICS = "metrics.csv"
+PREDICTIONS = "predictions.csv"
+PICTURES = "pictures"
+THRESHOLDS = "thresholds.csv"
+LABELS = "labels.csv"
+NEXT_TO_LABEL = "next_to_label.csv"
+SUSPICIOUS_LABELS = "suspicious_labels.csv"
+CHANGES = "changes.csv"  # with --init_from
+REPORT_PAGE = "report.html"
+CHECKPOINTS = "checkpoints"
+WANDB_ID = "wandb_id.txt"
+RUN_ID = "run_id.txt"  # only a folder of a fit has it
+# When training ends.
+WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, CHANGES, REPORT_PAGE)
+RESULTS = (CONFIG, SPLIT, LABELLED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
+
+_LOCK = ".lock"
+_ENDING = 10.0  # seconds; loader workers of a process that was killed hold its lock for up to five
+_FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """The folder of a trainer's run, None in a ``fast_dev_run``; to be called on all processes.
+
+    It is that of the first logger with a folder for each run (CSV, TensorBoard). With other loggers, or none, it is the
+    next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
+    """
+    if bool(getattr(trainer, "fast_dev_run", False)):
+        return None
+    if trainer not in _FOLDERS:
+        place = str(_new_folder(trainer)) if trainer.is_global_zero else ""
+        _FOLDERS[trainer] = Path(trainer.strategy.broadcast(place))
+    return _FOLDERS[trainer]
+
+
+def set_folder(trainer: Trainer, folder: Path) -> None:
+    """Lets the run of ``trainer`` be the one in ``folder``."""
+    _FOLDERS[trainer] = folder
+
+
+def _new_folder(trainer: Trainer) -> Path:
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger | TensorBoardLogger):
+            return Path(logger.log_dir)
+    root, name = Path(trainer.default_root_dir) / "runs", "cbsa"
+    if trainer.loggers:
+        first = trainer.loggers[0]
+        root, name = Path(first.save_dir) if first.save_dir else root, str(first.name or name)
+    return next_version(root / name)
+
+
+def next_version(parent: Path) -> Path:
+    """Makes the next free ``version_N`` in ``parent``; no two processes get the same one."""
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        known = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+        for number in count(max((int(name) for name in known if name.isdigit()), default=-1) + 1):
+            folder = parent / f"version_{number}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    raise AssertionError("count() does not end")
+
+
+def taken(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
+    """Which of ``names`` are in ``folder``."""
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def refuse_taken(folder: Path, names: tuple[str, ...] = RESULTS) -> None:
+    """Refuses a folder in which a new run would write over what is there.
+
+    Raises:
+        ConfigError: Naming what is there.
+    """
+    if found := taken(folder, names):
+        raise ConfigError(
+            f"{folder} holds {listed(found)}, which a new run would write over. Give the logger another version or "
+            f"save_dir, or go on with the run that is there: `cbsa fit --resume {folder}`."
+        )
+
+
+# Runs that go on ---------------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a fit was begun in ``folder``; an evaluation's folder is none."""
+    return (folder / RUN_ID).is_file()
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """All folders of fits in and below ``folder`` that say how they are configured."""
+    return sorted(file.parent for file in folder.rglob(RUN_ID) if (file.parent / CONFIG).is_file())
+
+
+def last_written(run: Path) -> int:
+    """When something of a run was last written, in nanoseconds."""
+    files = [run / CONFIG, run / METRICS, *run.rglob("*.ckpt")]
+    return max(file.stat().st_mtime_ns for file in files if file.is_file())
+
+
+def run_id(folder: Path) -> str | None:
+    """What tells the run in ``folder`` from all others; its checkpoints hold it too."""
+    return _noted(folder / RUN_ID)
+
+
+def wandb_id(folder: Path) -> str | None:
+    """Id of the run at W&B, if it has one."""
+    return _noted(folder / WANDB_ID)
+
+
+def _noted(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def note(file: Path, text: str) -> None:
+    """Writes a short text file as a whole."""
+    with replacing(file) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def new_id() -> str:
+    """An id that no other run has."""
+    return uuid.uuid4().hex
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Where a run's checkpoints are: its own folder, and each ``dirpath`` of its configuration."""
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # refused with its place when the run is built
+        config = None
+    return list(dict.fromkeys([run, *(Path(place).expanduser() for place in _dirpaths(config))]))
+
+
+def _dirpaths(config: Any) -> Iterator[str]:
+    if not isinstance(config, dict):
+        return
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for settings in (config.get("checkpoint"), *(entry.get("init_args") for entry in callbacks)):
+        if settings and settings.get("dirpath"):
+            yield settings["dirpath"]
+
+
+# One process at a time ---------------------------------------------------------------------------------------------
+
+
+def lock(folder: Path, wait: float = 0.0) -> ExitStack | None:
+    """Locks a folder until the result is closed; None if another process has it locked.
+
+    The system frees the lock when its process ends, however that happens.
+    """
+    with writing(folder / _LOCK):  # said here, since what a lock raises says nothing of the remedy
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LOCK).touch()
+    locked = ExitStack()
+    try:
+        locked.enter_context(FileLock(folder / _LOCK).acquire(timeout=wait))
+    except Timeout:
+        return None
+    return locked
+
+
+def hold(folder: Path) -> ExitStack:
+    """Keeps other jobs from training the run in ``folder``, until the result is closed.
+
+    Only the first process of a job takes the lock, for all of them.
+
+    Raises:
+        ConfigError: If another process trains the run.
+    """
+    if not _is_first_process():
+        return ExitStack()
+    locked = lock(folder, _ENDING)
+    if locked is None:
+        raise ConfigError(f"{folder} is being trained by another process; wait until that has ended, or stop it.")
+    return locked
+
+
+def _is_first_process() -> bool:
+    """Whether this is the first process of its job, as far as the environment tells before there is a Trainer."""
+    node = os.environ.get("NODE_RANK", "0") if "RANK" not in os.environ else "0"
+    return rank() == 0 and node == "0"
+
+
+def rank() -> int:
+    """Number of this process in its job, as far as Lightning knows it."""
+    return getattr(rank_zero_only, "rank", None) or 0

@@ -1,0 +1,178 @@
+"""From calibrated probabilities to labels: a threshold for each class, chosen by an objective.
+
+Precision and recall at a threshold are expected values over the unlabelled images, computed from their probabilities.
+Their 90 % intervals cover the uncertainty of the calibration, and the sampling noise that remains when the
+probabilities are right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.method.calibration import Calibration
+from cbsa_lightning.method.thresholds import positive_counts
+
+Array = NDArray[np.floating]
+DRAWS = 200
+CANDIDATES = 512
+QUANTILES = (0.05, 0.95)
+
+
+class Curve(NamedTuple):
+    """Expected quality of a class's labels when the images with the highest scores get them.
+
+    Attributes:
+        counts: ``(r,)``, how many images get the label, increasing.
+        precision: ``(r,)``, expected.
+        recall: ``(r,)``, expected.
+        f1: ``(r,)``, expected.
+    """
+
+    counts: NDArray[np.int64]
+    precision: Array
+    recall: Array
+    f1: Array
+
+
+class Objective(ABC):
+    """Chooses how many images get the label of a class."""
+
+    @abstractmethod
+    def choose(self, curve: Curve, share: int) -> int:
+        """Returns the number of images.
+
+        Args:
+            curve: See :class:`Curve`.
+            share: Number of images that gives the class its share among the labelled images.
+        """
+
+
+@dataclass(frozen=True)
+class Share(Objective):
+    """Each class is given to the share of images that has it among the labelled ones. Needs no probabilities."""
+
+    def choose(self, curve: Curve, share: int) -> int:
+        """See :class:`Objective`."""
+        return share
+
+
+@dataclass(frozen=True)
+class F1(Objective):
+    """The highest expected F1."""
+
+    def choose(self, curve: Curve, share: int) -> int:
+        """See :class:`Objective`."""
+        return int(curve.counts[curve.f1.argmax()])
+
+
+@dataclass(frozen=True)
+class _Target(Objective):
+    target: float = 0.9
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_number(f"{name}: target", self.target, 0, 1)
+        if self.target in (0, 1):
+            raise ConfigError(f"{name}: target must be between 0 and 1, got {self.target}.")
+
+
+@dataclass(frozen=True)
+class Precision(_Target):
+    """As many images as possible with at least this expected precision; none if even the best one has less.
+
+    Args:
+        target: In (0, 1).
+    """
+
+    def choose(self, curve: Curve, share: int) -> int:
+        """See :class:`Objective`."""
+        enough = np.flatnonzero(curve.precision >= self.target)
+        return int(curve.counts[enough[-1]]) if len(enough) else 0
+
+
+@dataclass(frozen=True)
+class Recall(_Target):
+    """As few images as possible with at least this expected recall.
+
+    Args:
+        target: In (0, 1).
+    """
+
+    def choose(self, curve: Curve, share: int) -> int:
+        """See :class:`Objective`."""
+        enough = curve.recall >= self.target
+        return int(curve.counts[enough.argmax()]) if enough.any() else int(curve.counts[-1])
+
+
+class Decisions(NamedTuple):
+    """Thresholds, and the expected quality of the labels that they give.
+
+    Attributes:
+        thresholds: ``(C,)``, probability from which a class is given; inf where it is given to no image.
+        expected: ``(C, 6)``: precision, its lower and upper bound, then the same of recall; the precision of a class
+            that is given to no image is NaN.
+    """
+
+    thresholds: Array
+    expected: Array
+
+
+def decide(logits: Array, calibration: Calibration, rates: Array, objective: Objective) -> Decisions:
+    """Chooses thresholds.
+
+    Args:
+        logits: ``(n, C)`` of the n > 0 unlabelled images, before the calibration.
+        calibration: Of each class.
+        rates: ``(C,)``, share of positives among the labelled images.
+        objective: Chooses.
+    """
+    rng = np.random.default_rng(0)
+    shares = positive_counts(len(logits), torch.from_numpy(rates)).tolist()
+    found = [
+        _decide_class(logits[:, k], calibration.mode[k], calibration.covariance[k], shares[k], objective, rng)
+        for k in range(logits.shape[1])
+    ]
+    thresholds, expected = zip(*found, strict=True)
+    return Decisions(np.array(thresholds), np.array(expected))
+
+
+def _decide_class(
+    logits: Array, mode: Array, covariance: Array, share: int, objective: Objective, rng: np.random.Generator
+) -> tuple[float, list[float]]:
+    ordered = np.sort(logits.astype(np.float64))[::-1]
+    n = len(ordered)
+    # Thresholds are looked for at counts that grow by a constant factor: near the top, each image is one of them.
+    counts = np.unique(np.geomspace(1, n, CANDIDATES).round().astype(np.int64))
+    group = np.diff(counts, prepend=0)
+    means = np.add.reduceat(ordered, counts - group) / group
+    draws = rng.multivariate_normal(mode, covariance, DRAWS)
+    positives = np.cumsum(group * expit(draws[:, :1] + np.exp(draws[:, 1:]) * means), axis=1)  # (draws, r)
+    total = positives[:, -1:]
+    precision = (positives / counts).mean(0)
+    recall = (positives / total).mean(0)
+    f1 = (2 * positives / (counts + total)).mean(0)
+    count = objective.choose(Curve(counts, precision, recall, f1), share)
+    if count < 1:
+        return np.inf, [np.nan, np.nan, np.nan, 0.0, 0.0, 0.0]
+    # Between two images, so that rounding moves none of them to the other side.
+    between = ordered[count - 1 : count + 1].mean() if count < n else -np.inf
+    threshold = expit(mode[0] + np.exp(mode[1]) * between)
+    hits_expected = np.array([np.interp(count, counts, row) for row in positives])
+    hits = rng.binomial(count, np.clip(hits_expected / count, 0, 1))
+    missed = rng.binomial(n - count, np.clip((total[:, 0] - hits_expected) / max(n - count, 1), 0, 1))
+    precisions, recalls = hits / count, hits / np.maximum(hits + missed, 1)
+    return float(threshold), [
+        float(np.mean(hits_expected / count)),
+        *np.quantile(precisions, QUANTILES).tolist(),
+        float(np.mean(hits_expected / total[:, 0])),
+        *np.quantile(recalls, QUANTILES).tolist(),
+    ]

@@ -1,0 +1,263 @@
+"""Labelers: weak-view scores of a whole epoch in, pseudo-labels in {1, 0, -1 ignored} out.
+
+Scores are probabilities, one row an image and one column a class. They are compared in float32: half
+precision saturates and ties at its ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.method.thresholds import check_etas, check_scores, row_strips
+from cbsa_lightning.method.thresholds import class_thresholds as class_thresholds  # part of this file's interface
+
+
+class PseudoLabels(NamedTuple):
+    """What a labeler returns.
+
+    Attributes:
+        labels: ``(n, C)`` int8: 1 positive, 0 negative, -1 ignored.
+        tau_pos: ``(C,)`` float32, scores at or above it are positive; NaN where no class threshold exists.
+        tau_neg: ``(C,)`` float32, scores at or below it are negative; NaN where no class threshold exists.
+    """
+
+    labels: Tensor
+    tau_pos: Tensor
+    tau_neg: Tensor
+
+
+def positive_rates(labels: Tensor) -> Tensor:
+    """Share of positives of each class among its known entries: the gamma_k of CAT.
+
+    Args:
+        labels: ``(m, C)`` in {1, 0, -1 unknown}, any integer type.
+
+    Returns:
+        ``(C,)`` float64 on the CPU; 0 for a class of which no entry is known, so that it gets no
+        pseudo-positives.
+    """
+    if labels.ndim != 2:
+        raise DataError(f"positive rates: labels must be (m, C), got {tuple(labels.shape)}")
+    positives = (labels == 1).sum(dim=0).cpu().double()
+    known = (labels >= 0).sum(dim=0).cpu().double()
+    return positives / known.clamp(min=1.0)
+
+
+def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
+    """Pseudo-labels from class thresholds (Eq. 6).
+
+    A score at or above ``tau_pos`` is positive, else one at or below ``tau_neg`` is negative, else the entry
+    is ignored. So a score that meets both is positive, images that tie with a threshold are labelled alike
+    (there can be more of them than the count behind the threshold), and a NaN threshold, one never set,
+    labels nothing.
+
+    Args:
+        scores: ``(n, C)``.
+        tau_pos: ``(C,)``.
+        tau_neg: ``(C,)``.
+
+    Returns:
+        ``(n, C)`` int8 in {1, 0, -1}, on the scores' device.
+
+    Raises:
+        DataError: for scores that are not finite, or thresholds of another shape.
+    """
+    check_scores(scores)
+    expected = (scores.shape[1],)
+    if tau_pos.shape != expected or tau_neg.shape != expected:
+        raise DataError(
+            f"pseudo-labels: thresholds must be {expected} for scores {tuple(scores.shape)}, "
+            f"got {tuple(tau_pos.shape)} and {tuple(tau_neg.shape)}"
+        )
+    tau_pos, tau_neg = (tau.to(scores.device, torch.float32) for tau in (tau_pos, tau_neg))
+    labels = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    for rows, strip in row_strips(scores):
+        positive = strip >= tau_pos
+        ignored = ~(positive | (strip <= tau_neg))
+        labels[rows] = positive.to(torch.int8) - ignored.to(torch.int8)
+    return labels
+
+
+class Labeler(ABC):
+    """Turns the scores of the unlabelled set into pseudo-labels, anew each epoch; a method's configuration chooses."""
+
+    @abstractmethod
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """Labels every entry.
+
+        Args:
+            scores: ``(n, C)`` probabilities of the weak views.
+            positive_rate: ``(C,)`` share of positives in the labelled set.
+        """
+
+
+class Evidence(NamedTuple):
+    """What is known of N training images before training, m of them labelled.
+
+    Attributes:
+        descriptors: frozen descriptions of the images, each ``(N, D)`` with a D of its own.
+        scores: scores that no label went into, such as zero-shot ones, each ``(N, C)``.
+        labelled: ``(m,)`` int64, which of the N images are labelled.
+        labels: ``(m, C)`` in {1, 0, -1 unknown}, of those.
+    """
+
+    descriptors: list[Tensor]
+    scores: list[Tensor]
+    labelled: Tensor
+    labels: Tensor
+
+
+class EvidenceLabeler(ABC):
+    """Labels the unlabelled images once, before training, from frozen features and the labelled images."""
+
+    @abstractmethod
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Labels every entry.
+
+        Returns:
+            ``(N - m, C)`` float32, of the images without labels in their order: the probability of the label, to be
+            learnt as a soft target, or -1 where the entry is to be ignored.
+        """
+
+
+def rounded(targets: Tensor) -> Tensor:
+    """Soft targets in [0, 1], -1 ignored, as int8 labels in {1, 0, -1}: positive from one half on."""
+    return torch.where(targets < 0, -1, (targets >= 0.5).to(torch.int8)).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class ClassDistributionAware(Labeler):
+    """CAT, the class-distribution-aware labeler of CAP and CBSA: :func:`class_thresholds`, then Eq. 6.
+
+    Args:
+        eta_pos: share of the expected positives that are labelled, in [0, 1].
+        eta_neg: share of the expected negatives that are labelled, in [0, 1].
+    """
+
+    eta_pos: float = 1.0
+    eta_neg: float = 0.998
+
+    def __post_init__(self) -> None:
+        check_etas(self.eta_pos, self.eta_neg)
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`."""
+        tau_pos, tau_neg = class_thresholds(scores, positive_rate, self.eta_pos, self.eta_neg)
+        return PseudoLabels(pseudo_labels(scores, tau_pos, tau_neg), tau_pos, tau_neg)
+
+
+@dataclass(frozen=True)
+class LabelledOnly(Labeler):
+    """Labels nothing: training goes on with the labelled images alone, for as many steps as with a labeler."""
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; every entry is ignored."""
+        labels = torch.full(scores.shape, -1, dtype=torch.int8, device=scores.device)
+        none = torch.full((scores.shape[1],), torch.nan, device=scores.device).float()
+        return PseudoLabels(labels, none, none.clone())
+
+
+@dataclass(frozen=True)
+class TopK(Labeler):
+    """The k classes with the highest scores of an image are positive, all others negative.
+
+    Equal scores go to the class that comes first. The compared work takes k = 2 on VOC and NUS-WIDE, 3 on
+    COCO.
+
+    Args:
+        k: number of positives an image, >= 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_number("TopK: k", self.k, 1, whole=True)
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; the rates are not used."""
+        return _top(scores, self.k)
+
+
+@dataclass(frozen=True)
+class TopOne(Labeler):
+    """The class with the highest score of an image (at a tie the first) is positive, all others negative."""
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; the rates are not used."""
+        return _top(scores, 1)
+
+
+@dataclass(frozen=True)
+class InstanceAware(Labeler):
+    """IAT: one cut for every class, judged image by image; by default every entry is labelled.
+
+    The paper gives no value for the cut; 0.5 is this library's reading.
+
+    Args:
+        pos: scores at or above it are positive, in [0, 1].
+        neg: other scores at or below it are negative, in [0, 1], at most ``pos``.
+    """
+
+    pos: float = 0.5
+    neg: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_cuts(self.pos, self.neg)
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; the rates are not used."""
+        return _constant(scores, self.pos, self.neg)
+
+
+@dataclass(frozen=True)
+class Fixed(Labeler):
+    """FixMatch-style pair of confidence thresholds, the same for every class; what lies between is ignored.
+
+    Args:
+        tau_pos: scores at or above it are positive, in [0, 1].
+        tau_neg: other scores at or below it are negative, in [0, 1], at most ``tau_pos``.
+    """
+
+    tau_pos: float = 0.95
+    tau_neg: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_cuts(self.tau_pos, self.tau_neg)
+
+    def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
+        """See :class:`Labeler`; the rates are not used."""
+        return _constant(scores, self.tau_pos, self.tau_neg)
+
+
+def _constant(scores: Tensor, pos: float, neg: float) -> PseudoLabels:
+    tau_pos = torch.full((scores.shape[-1],), pos, device=scores.device).float()
+    tau_neg = torch.full_like(tau_pos, neg)
+    return PseudoLabels(pseudo_labels(scores, tau_pos, tau_neg), tau_pos, tau_neg)
+
+
+def _top(scores: Tensor, k: int) -> PseudoLabels:
+    check_scores(scores)
+    num_classes = scores.shape[1]
+    if k > num_classes:
+        raise ConfigError(f"top-k labeler: k = {k}, but there are only {num_classes} classes")
+    labels = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+    for rows, strip in row_strips(scores):
+        # A stable sort, because topk promises no order among equal scores.
+        best = strip.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        labels[rows].scatter_(1, best, 1)
+    none = torch.full((num_classes,), torch.nan, device=scores.device).float()
+    return PseudoLabels(labels, none, none.clone())
+
+
+def _check_cuts(pos: float, neg: float) -> None:
+    for name, value in (("positive", pos), ("negative", neg)):
+        check_number(f"the {name} threshold", value, 0, 1)
+    if neg > pos:
+        raise ConfigError(f"the negative threshold {neg} exceeds the positive threshold {pos}; make it lower.")

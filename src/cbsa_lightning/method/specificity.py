@@ -1,0 +1,66 @@
+"""Measures whether a network gives each label its own image feature."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from cbsa_lightning.method.metrics import MultilabelReport, mean_pairwise_cosine
+
+COLLAPSED_COSINE = 0.99
+"""Mean cosine between the features of two labels in one image, above which they count as one feature."""
+COLLAPSED_GAIN = 0.01
+"""Gain in mAP (in [0, 1]) over the mean feature, below which label-specific features count as useless."""
+
+
+class Specificity(nn.Module):
+    """Compares label-specific features with their mean, over the images of one evaluation pass.
+
+    A decoder can collapse: it then returns the same feature for every label, and only the text features tell the
+    labels apart. Neither the loss nor mAP shows it. Two figures do: the *feature cosine*, the mean cosine between
+    the features of two labels in one image, and the *specific gain*, mAP minus the mAP that remains when every label
+    gets the mean of an image's features.
+
+    Args:
+        num_classes: C.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.shared = MultilabelReport(num_classes)
+        self.cosine = MeanMetric()
+        self._warned = False
+
+    def update(self, label_features: Tensor, mean_logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            label_features: ``(B, C, d)``.
+            mean_logits: ``(B, C)``, logits when each image's features are replaced by their mean.
+            targets: ``(B, C)`` in {1, 0, -1}, -1 for unknown.
+        """
+        self.shared.update(mean_logits, targets)
+        self.cosine.update(mean_pairwise_cosine(label_features))
+
+    def compute(self, mean_ap: Tensor) -> dict[str, Tensor]:
+        """Returns ``specific_gain`` and ``feature_cosine`` over all processes, given the network's own mAP."""
+        gain = mean_ap - self.shared.compute()["mAP"]
+        return {"specific_gain": gain, "feature_cosine": self.cosine.compute()}
+
+    def reset(self) -> None:
+        """Forgets the pass."""
+        self.shared.reset()
+        self.cosine.reset()
+
+    def warn_if_collapsed(self, figures: dict[str, Tensor]) -> None:
+        """Warns once in the life of a module."""
+        gain, cosine = float(figures["specific_gain"]), float(figures["feature_cosine"])
+        if self._warned or not (cosine > COLLAPSED_COSINE and gain < COLLAPSED_GAIN):
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"The label decoder has collapsed: the features of two labels in one image have a mean cosine of "
+            f"{cosine:.4f}, and replacing them by their mean changes mAP by {-100 * gain:+.2f} points. All labels "
+            "share one image feature. See docs/choices.md, 'Label-specific features'."
+        )

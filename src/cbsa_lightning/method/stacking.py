@@ -1,0 +1,212 @@
+"""Stacked probes: what cheap classifiers on frozen features and CLIP's text know together, before any training.
+
+Stacked generalisation (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. The opinion on a
+labelled image comes from probes that were not fitted to it, so how far each kind of opinion may be trusted is learnt
+from the labelled images themselves. The unlabelled images lend their statistics.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from torch import Tensor
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler
+
+Array = NDArray[np.floating]
+
+ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
+LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
+
+
+class Opinion(NamedTuple):
+    """A linear classifier's scores, each class on the scale of its own mean and deviation over the images.
+
+    Attributes:
+        mean: ``(D,)``, of the inputs; taken away first, since it can be large beside their deviations.
+        weight: ``(D, C)``.
+        offset: ``(C,)``.
+        left_out: ``(m, C)``, scores of the labelled images, each by a classifier that was not fitted to it.
+    """
+
+    mean: Array
+    weight: Array
+    offset: Array
+    left_out: Array
+
+    def __call__(self, inputs: Array) -> Array:
+        """Scores ``(n, C)`` of any images, from their descriptors or ready scores ``(n, D)``."""
+        scores: Array = (inputs - self.mean) @ self.weight + self.offset
+        return scores
+
+
+class Stack(NamedTuple):
+    """The fitted combination of opinions.
+
+    Attributes:
+        opinions: One for each descriptor, then one for each set of ready scores.
+        slopes: ``(k, C)``, weight of each opinion in the logit of each class.
+        offset: ``(C,)``, the logit of an image about which the opinions say nothing.
+        limit: Standard deviations beyond which an opinion gets no stronger.
+    """
+
+    opinions: list[Opinion]
+    slopes: Array
+    offset: Array
+    limit: float = LIMIT
+
+    def logits(self, inputs: Sequence[Array]) -> Array:
+        """Logits ``(n, C)`` of any images, from what each opinion takes."""
+        return self._combined([opinion(x) for opinion, x in zip(self.opinions, inputs, strict=True)])
+
+    def left_out(self) -> Array:
+        """Logits ``(m, C)`` of the labelled images, each by opinions that were not fitted to it."""
+        return self._combined([opinion.left_out for opinion in self.opinions])
+
+    def _combined(self, scores: list[Array]) -> Array:
+        limited = [np.clip(part, -self.limit, self.limit) for part in scores]
+        logits: Array = self.offset + sum(slope * part for slope, part in zip(self.slopes, limited, strict=True))
+        return logits
+
+
+class StackLabeler(EvidenceLabeler):
+    """Soft pseudo-labels by a :class:`Stack`, whose logits final scores can be fused with (``stack_share``)."""
+
+    @abstractmethod
+    def fit(self, evidence: Evidence) -> Stack:
+        """Fits the stack.
+
+        Raises:
+            DataError: For too few labelled images.
+        """
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """See :class:`EvidenceLabeler`."""
+        return soft_labels(self.fit(evidence), evidence)
+
+
+@dataclass(frozen=True)
+class StackedProbes(StackLabeler):
+    """Soft pseudo-labels, made once: the probability of a label that linear probes and CLIP's text agree on.
+
+    A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
+    known entries of the labelled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
+    it may grow with the number n of a class's labelled positives, as n / (n + trust): a probe of two positives is not
+    worth one of fifty. A class's rate is shrunk towards one half by half a positive (Jeffreys' prior), so that a class
+    without any labelled positive gets small probabilities and neither all nor none. A class of which no entry is known
+    is ignored.
+
+    Args:
+        trust: number of labelled positives at which a class's probe has half of its full say, > 0.
+
+    Raises:
+        ConfigError: for a ``trust`` of 0 or less.
+    """
+
+    trust: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number("StackedProbes: trust", self.trust, 0)
+        if self.trust == 0:
+            raise ConfigError(f"stacked probes: trust must be above 0, got {self.trust}")
+
+    def fit(self, evidence: Evidence) -> Stack:
+        """Fits the probes and what each of them counts.
+
+        Raises:
+            DataError: For too few labelled images.
+        """
+        labels = evidence.labels.cpu().numpy()
+        known, positive = labels >= 0, labels == 1
+        if len(labels) < 2 or not positive.any() or not (known & ~positive).any():
+            raise DataError(
+                "Stacked probes need two labelled images or more, with a positive and a negative entry among them; the "
+                f"{len(labels)} labelled images have {positive.sum()} positives. Label more images, or choose another "
+                "labeler (cbsa_lightning.method.labelers)."
+            )
+        rows = evidence.labelled.cpu().numpy()
+        opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
+        opinions += [ready(_array(s), rows) for s in evidence.scores]
+        n = positive.sum(0)
+        say = n / (n + self.trust)
+        rate = (n + 0.5) / (known.sum(0) + 1.0)
+        prior = np.log(rate / (1 - rate))
+        # Of each opinion a plain and a scaled copy, and the class's prior: what the regression weighs.
+        inputs = [z.left_out for z in opinions]
+        columns = [*inputs, *(z * say for z in inputs), np.broadcast_to(prior, known.shape)]
+        design = np.stack([column[known] for column in columns], axis=1)
+        fit = LogisticRegression(max_iter=1000).fit(design, positive[known])
+        plain, scaled = np.split(fit.coef_[0, :-1], 2)
+        return Stack(opinions, plain[:, None] + scaled[:, None] * say, fit.coef_[0, -1] * prior + fit.intercept_[0])
+
+
+def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
+    """Ridge regression of all classes at once, its penalty chosen by leave-one-out error.
+
+    Args:
+        descriptors: ``(N, D)``, one row an image.
+        labelled: ``(m,)``, which of the rows are labelled.
+        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry counts as the class's mean.
+    """
+    mean, scale = _moments(descriptors)
+    x = (descriptors - mean.astype(descriptors.dtype)) * scale.astype(descriptors.dtype)
+    known, positive = labels >= 0, labels == 1
+    rate = positive.sum(0) / np.maximum(known.sum(0), 1)
+    deviation = np.sqrt(rate * (1 - rate))
+    # Unit variance, so that the penalty suits rare classes as well as frequent ones.
+    y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
+    # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe knows.
+    ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
+    fit = ridge.fit(x[labelled].astype(np.float64), y)
+    chosen = ALPHAS.index(float(fit.alpha_))
+    left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
+    coefficients = fit.coef_.reshape(y.shape[1], -1).T
+    # The fit to its own images is better than to others: those set the scale, if there are any.
+    others = np.delete(x, labelled, axis=0)
+    mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
+    weight = scale[:, None] * coefficients * score_scale
+    left_out = np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT)
+    return Opinion(mean.astype(x.dtype), weight.astype(x.dtype), -mean_score * score_scale, left_out)
+
+
+def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
+    """Scores ``(N, C)`` that no label went into."""
+    mean, scale = _moments(scores)
+    nothing = np.zeros(len(mean))
+    opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
+    return opinion._replace(left_out=np.clip(opinion(scores[labelled]), -LIMIT, LIMIT))
+
+
+def _moments(values: Array) -> tuple[Array, Array]:
+    """Mean of each column, and 1 / its deviation; 0 where it does not vary."""
+    mean, deviation = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    varies = deviation > 1e-8
+    return mean, varies / np.where(varies, deviation, 1.0)
+
+
+def soft_labels(stack: Stack, evidence: Evidence) -> Tensor:
+    """What a fitted stack says of the unlabelled images; see :class:`EvidenceLabeler`."""
+    probabilities = expit(stack.logits(unlabelled_inputs(evidence)))
+    probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
+    return torch.from_numpy(probabilities).float()
+
+
+def unlabelled_inputs(evidence: Evidence) -> list[Array]:
+    """What the opinions of a :class:`Stack` take, for the images that are not labelled."""
+    rows = evidence.labelled.cpu().numpy()
+    return [np.delete(_array(part), rows, axis=0) for part in (*evidence.descriptors, *evidence.scores)]
+
+
+def _array(values: Tensor) -> Array:
+    array: Array = values.detach().cpu().float().numpy()
+    return array

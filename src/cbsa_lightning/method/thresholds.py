@@ -1,0 +1,338 @@
+"""Class-wise thresholds at scale: exact, linear in the number of scores, with little memory beyond them.
+
+:func:`class_thresholds` selects from scores that are held; :class:`ScoreHistogram` counts half-precision scores as
+they pass and never holds them. Both give the same thresholds for the same scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.errors import ConfigError, DataError, listed
+
+# Scores in the copy of a block of columns, in which columns are contiguous: 512 MiB in float32. A class with more
+# scores is a block of its own.
+BLOCK = 2**27
+# Scores that are treated at a time otherwise: they and their temporaries fit the cache of a core.
+STRIP = 2**15
+
+_ONE = {torch.float16: 0x3C00, torch.bfloat16: 0x3F80}  # bit pattern of 1.0
+_NEGATIVE_ZERO = 0x8000  # the sign bit alone, in both
+_PATTERNS = 2**16
+
+
+def class_thresholds(
+    scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
+) -> tuple[Tensor, Tensor]:
+    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labelled set's proportions.
+
+    Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
+    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score, ``tau_neg`` the
+    r_neg-th smallest. ``r_pos = 0`` gives ``tau_pos = +inf`` (no positives) and ``r_neg = 0`` gives
+    ``tau_neg = -inf``. Always ``tau_neg <= tau_pos``.
+
+    A rate is a count divided by a count, so the product may land a rounding error below a whole number
+    (0.29 * 100 = 28.999...). The product is therefore raised by four rounding steps of the rate's own type
+    before it is cut: pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` gives, to have the
+    counts exact.
+
+    Time is linear in ``n * C``. Memory beyond the scores is a block of columns (512 MiB, or one class where that is
+    more) on the CPU, and a few times that for the sort on an accelerator. A threshold whose eta is 0 costs no
+    selection on the CPU.
+
+    Args:
+        scores: ``(n, C)`` on any device; compared in float32.
+        positive_rate: ``(C,)`` in [0, 1].
+        eta_pos: share of the expected positives that are labelled, in [0, 1].
+        eta_neg: share of the expected negatives that are labelled, in [0, 1].
+
+    Returns:
+        ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
+
+    Raises:
+        DataError: for scores that are not finite, an empty score matrix, or rates that do not fit it.
+        ConfigError: for an eta outside [0, 1].
+    """
+    check_etas(eta_pos, eta_neg)
+    check_scores(scores)
+    n, num_classes = scores.shape
+    r_pos, r_neg = _counts(n, num_classes, positive_rate, eta_pos, eta_neg)
+    select = _partitioned if scores.device.type == "cpu" else _sorted
+    tau_pos = torch.empty(num_classes, device=scores.device).float()
+    tau_neg = torch.empty_like(tau_pos)
+    for block in _column_blocks(n, num_classes, BLOCK):
+        tau_pos[block], tau_neg[block] = select(_columns(scores, block), r_pos[block], r_neg[block])
+    return tau_pos, tau_neg
+
+
+def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tensor:
+    """``r_pos`` of :func:`class_thresholds`, int64 on the CPU: how many of n images get each class.
+
+    Args:
+        n: Number of images.
+        positive_rate: ``(C,)`` in [0, 1].
+        eta_pos: share of the expected positives that are labelled, in [0, 1].
+
+    Raises:
+        DataError: for rates outside [0, 1].
+    """
+    rate = _checked_rate(positive_rate, len(positive_rate))
+    return _whole(eta_pos * rate * n, _slack(positive_rate)).clamp(max=n)
+
+
+class ScoreHistogram:
+    """Class-wise thresholds of scores that are never held: counts of every half-precision value, class by class.
+
+    A half-precision number has 65,536 bit patterns, and in [0, 1] they stand in the order of their values. So counts
+    of the patterns are all that a quantile needs: :meth:`thresholds` gives bit for bit what :func:`class_thresholds`
+    gives for the same scores, after one pass, whatever n is.
+
+    The scores count as rounded: neighbours are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and what rounds to
+    the same value ties. Label the same rounded scores with the thresholds, not the scores before rounding.
+
+    Over several processes, sum ``counts``, as in ``torch.distributed.all_reduce(histogram.counts)``.
+
+    :meth:`update` never waits for the device. Scores that are not finite or not in [0, 1] are therefore counted like
+    all others, and refused by :meth:`thresholds`.
+
+    Args:
+        num_classes: number of classes C.
+        dtype: type of the scores, float16 or bfloat16.
+        device: where the counts are kept.
+
+    Attributes:
+        counts: ``(C, 65536)`` int64, scores of each class with each bit pattern, read as an unsigned number.
+
+    Raises:
+        ConfigError: for another dtype, or no class.
+    """
+
+    def __init__(
+        self, num_classes: int, dtype: torch.dtype = torch.float16, device: torch.device | str | None = None
+    ) -> None:
+        if dtype not in _ONE:
+            raise ConfigError(f"score histogram: dtype must be torch.float16 or torch.bfloat16, got {dtype}")
+        if num_classes < 1:
+            raise ConfigError(f"score histogram: there must be at least one class, got {num_classes}")
+        self.dtype = dtype
+        self.counts = torch.zeros(num_classes, _PATTERNS, dtype=torch.int64, device=device)
+
+    def update(self, scores: Tensor) -> None:
+        """Counts a batch of scores.
+
+        Args:
+            scores: ``(B, C)`` of the histogram's dtype, probabilities in [0, 1].
+
+        Raises:
+            DataError: for scores of another shape or dtype.
+        """
+        num_classes = len(self.counts)
+        if scores.ndim != 2 or scores.shape[1] != num_classes:
+            raise DataError(f"score histogram: scores must be (images, {num_classes}), got {tuple(scores.shape)}")
+        if scores.dtype != self.dtype:
+            raise DataError(
+                f"score histogram: scores must be {self.dtype}, got {scores.dtype}: round them with "
+                f".to({self.dtype}), or keep them and call class_thresholds, which is exact for every type"
+            )
+        one = torch.ones((), dtype=torch.int64, device=self.counts.device)
+        # By blocks of classes, so that a class's counts stay in the cache while its scores are added.
+        for block in _column_blocks(len(scores), num_classes, STRIP):
+            patterns = scores.detach()[:, block].T.contiguous().view(torch.int16)
+            index = patterns.to(self.counts).bitwise_and_(_PATTERNS - 1)
+            self.counts[block].scatter_add_(1, index, one.expand_as(index))
+
+    def merge(self, other: ScoreHistogram) -> None:
+        """Adds what another histogram counted.
+
+        Args:
+            other: a histogram of other scores of the same classes, of the same dtype.
+
+        Raises:
+            ConfigError: for another dtype or number of classes.
+        """
+        if (self.dtype, self.counts.shape) != (other.dtype, other.counts.shape):
+            raise ConfigError(
+                f"score histogram: {len(other.counts)} classes in {other.dtype} cannot be added to "
+                f"{len(self.counts)} classes in {self.dtype}"
+            )
+        self.counts += other.counts.to(self.counts.device)
+
+    def thresholds(self, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998) -> tuple[Tensor, Tensor]:
+        """What :func:`class_thresholds` returns for all scores counted so far.
+
+        Args:
+            positive_rate: ``(C,)`` in [0, 1].
+            eta_pos: share of the expected positives that are labelled, in [0, 1].
+            eta_neg: share of the expected negatives that are labelled, in [0, 1].
+
+        Returns:
+            ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the device of the counts.
+
+        Raises:
+            DataError: for counted scores that are not finite or not in [0, 1], no scores, or rates that do not fit.
+            ConfigError: for an eta outside [0, 1].
+        """
+        check_etas(eta_pos, eta_neg)
+        # How many scores of a class are at most each value from 0 to 1; -0.0 counts as 0.0.
+        at_most = self.counts[:, : _ONE[self.dtype] + 1].clone()
+        at_most[:, 0] += self.counts[:, _NEGATIVE_ZERO]
+        at_most.cumsum_(1)
+        n = self._checked_total(at_most[:, -1])
+        r_pos, r_neg = (r.to(at_most.device) for r in _counts(n, len(at_most), positive_rate, eta_pos, eta_neg))
+        # The r-th smallest score is the first value that at least r scores do not exceed.
+        index = torch.searchsorted(at_most, torch.stack((n - r_pos + 1, r_neg), dim=1))
+        largest, smallest = index.to(torch.int16).view(self.dtype).float().unbind(1)
+        return _or_infinite(largest, smallest, r_pos, r_neg)
+
+    def _checked_total(self, proper: Tensor) -> int:
+        """Number of scores a class, if all of them, ``(C,)``, are ``proper``: in [0, 1]."""
+        total = self.counts.sum(1)
+        refused = (total - proper).cpu()
+        if refused.any():
+            classes = _with_counts(refused)
+            raise DataError(
+                f"score histogram: {int(refused.sum())} of {int(total.sum())} scores are not finite or not in [0, 1], "
+                f"in class {classes}; pass probabilities, and if they are, training has diverged: lower the learning "
+                "rate, or compute the scores in float32 before rounding"
+            )
+        return int(total[0])
+
+
+def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Goes through scores a few rows at a time, so that temporaries stay small.
+
+    Args:
+        scores: ``(n, C)``, any type.
+
+    Yields:
+        The rows as a slice, and their scores in float32.
+    """
+    n, num_classes = scores.shape
+    step = max(1, STRIP // max(1, num_classes))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        yield rows, scores[rows].detach().float()
+
+
+def check_scores(scores: Tensor) -> None:
+    """Refuses what is not a matrix of finite scores.
+
+    Args:
+        scores: ``(n, C)``.
+
+    Raises:
+        DataError: for another shape, or scores that are not finite in float32, with their number a class.
+    """
+    if scores.ndim != 2:
+        raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
+    if scores.numel() == 0:
+        return
+    # NaN and infinity show in the least or the greatest score; both come in one pass without a mask.
+    extremes = torch.stack([torch.stack(torch.aminmax(strip)) for _, strip in row_strips(scores)])
+    if not extremes.isfinite().all():
+        per_class = torch.stack([(~strip.isfinite()).sum(dim=0) for _, strip in row_strips(scores)]).sum(dim=0).cpu()
+        raise DataError(
+            f"{int(per_class.sum())} of {scores.numel()} scores are not finite, in class {_with_counts(per_class)}; "
+            "training has diverged: lower the learning rate, or compute the scores in float32"
+        )
+
+
+def check_etas(eta_pos: float, eta_neg: float) -> None:
+    """Refuses shares outside [0, 1].
+
+    Raises:
+        ConfigError: for an eta outside [0, 1].
+    """
+    check_number("eta_pos", eta_pos, 0, 1)
+    check_number("eta_neg", eta_neg, 0, 1)
+
+
+def _counts(n: int, num_classes: int, positive_rate: Tensor, eta_pos: float, eta_neg: float) -> tuple[Tensor, Tensor]:
+    """``r_pos`` and ``r_neg`` of :func:`class_thresholds`, int64 on the CPU; ``r_pos + r_neg <= n``."""
+    if n == 0:
+        raise DataError("class thresholds: there are no scores (n = 0), so there is no quantile to take")
+    rate = _checked_rate(positive_rate, num_classes)
+    r_pos = positive_counts(n, positive_rate, eta_pos)
+    return r_pos, torch.minimum(_whole(eta_neg * (1 - rate) * n, _slack(positive_rate)), n - r_pos)
+
+
+def _slack(positive_rate: Tensor) -> float:
+    return 4 * torch.finfo(positive_rate.dtype if positive_rate.is_floating_point() else torch.float64).eps
+
+
+def _whole(expected: Tensor, slack: float) -> Tensor:
+    """The expected count cut to a whole number, forgiving rounding errors of relative size ``slack``."""
+    return (expected * (1 + slack)).floor().long()
+
+
+def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
+    rate = positive_rate.detach().cpu().double()
+    if rate.shape != (num_classes,):
+        raise DataError(f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}")
+    wrong = ~((rate >= 0) & (rate <= 1))
+    if wrong.any():
+        found = [f"class {k}: {float(rate[k])}" for k in wrong.nonzero()[:, 0].tolist()]
+        raise DataError(f"class thresholds: positive rates must lie in [0, 1]; {listed(found)}")
+    return rate
+
+
+def _with_counts(per_class: Tensor) -> str:
+    return listed(f"{k} ({int(per_class[k])})" for k in per_class.nonzero()[:, 0].tolist())
+
+
+def _column_blocks(n: int, num_classes: int, size: int) -> Iterator[slice]:
+    """Slices of the classes with at most ``size`` scores in each, or one class."""
+    width = max(1, size // max(1, n))
+    for start in range(0, num_classes, width):
+        yield slice(start, start + width)
+
+
+def _columns(scores: Tensor, block: slice) -> Tensor:
+    """A float32 copy of some columns, ``(width, n)``.
+
+    Transposed strip by strip: read column by column, each cache line would come from memory once for every column.
+    """
+    columns = scores.detach()[:, block]
+    n, width = columns.shape
+    copy = torch.empty(width, n, device=scores.device).float()
+    step = max(1, STRIP // width)
+    for start in range(0, n, step):
+        copy[:, start : start + step] = columns[start : start + step].T
+    return copy
+
+
+def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds by selection, for the CPU; changes the order within ``columns (width, n)``.
+
+    By NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on falling scores.
+    """
+    tau_pos = torch.full((len(columns),), torch.inf).float()
+    tau_neg = torch.full_like(tau_pos, -torch.inf)
+    for k, (column, top, bottom) in enumerate(zip(columns.numpy(), r_pos.tolist(), r_neg.tolist(), strict=True)):
+        if bottom:
+            column.partition(bottom - 1)
+            tau_neg[k] = float(column[bottom - 1])
+        if top:
+            above = column[bottom:]  # the greater scores: mostly few, since a class is absent from most images
+            above.partition(len(above) - top)
+            tau_pos[k] = float(above[-top])
+    return tau_pos, tau_neg
+
+
+def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds by sorting, for accelerators: their radix sort is linear, and all classes go at once."""
+    ascending = columns.sort(dim=1).values
+    n = columns.shape[1]
+    r_pos, r_neg = r_pos.to(columns.device), r_neg.to(columns.device)
+    largest = ascending.gather(1, (n - r_pos).clamp(max=n - 1)[:, None])[:, 0]
+    smallest = ascending.gather(1, (r_neg - 1).clamp(min=0)[:, None])[:, 0]
+    return _or_infinite(largest, smallest, r_pos, r_neg)
+
+
+def _or_infinite(largest: Tensor, smallest: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """The selected scores, infinite where none was asked for."""
+    return largest.masked_fill(r_pos == 0, torch.inf), smallest.masked_fill(r_neg == 0, -torch.inf)

@@ -1,0 +1,152 @@
+"""What has changed from an earlier run to a new one: average precision on the same images, and labels."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.method.metrics import MultilabelReport
+
+FEWEST_POSITIVES = 3
+COLUMNS = (
+    "class",
+    "AP_before",
+    "AP_after",
+    "AP_points",
+    "positives",
+    "labelled_before",
+    "labelled_now",
+    "labels_added",
+    "labels_removed",
+)
+_SHOWN = 5
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Classes of both runs, in the order of the new run, those of the earlier run alone behind them.
+
+    Attributes:
+        class_names: The C classes.
+        before: ``(C,)`` average precision of the earlier run's model; NaN where it is not measured.
+        after: ``(C,)`` that of the new model, on the same images.
+        positives: ``(C,)`` positives among these images.
+        labelled: ``(C, 4)`` labelled positives before and now, and how many were added and removed; None where
+            the labels of the earlier run are not known.
+        num_images: Images that both models are measured on.
+        left_out: Images of the validation set that are left out, since the earlier run has trained on their labels.
+    """
+
+    class_names: list[str]
+    before: Floats
+    after: Floats
+    positives: Counts
+    labelled: Counts | None
+    num_images: int
+    left_out: int
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Which classes ``(C,)`` are measured before and after."""
+        return ~(np.isnan(self.before) | np.isnan(self.after))
+
+    @property
+    def points(self) -> Floats:
+        """Change of each class ``(C,)`` in points of AP."""
+        return 100 * (self.after - self.before)
+
+    def sentences(self) -> list[str]:
+        """What a person should know, a line each."""
+        told = [f"Measured on {self.num_images} validation images that neither run has trained on"]
+        if self.left_out:
+            told[0] += f" ({self.left_out} are left out, since the earlier run has trained on their labels)"
+        told[0] += "."
+        found = self.measured
+        if not found.any():
+            told.append(f"mAP is not measured: no class of both runs has {FEWEST_POSITIVES} positives among them.")
+        else:
+            before, after = 100 * self.before[found].mean(), 100 * self.after[found].mean()
+            told.append(f"mAP {before:.1f} before, {after:.1f} after, over {found.sum()} of {len(found)} classes.")
+            order = sorted(np.flatnonzero(found).tolist(), key=lambda k: -self.points[k])
+            told += _most("Gained most", self, [k for k in order if self.points[k] > 0][:_SHOWN])
+            told += _most("Lost most", self, [k for k in reversed(order) if self.points[k] < 0][:_SHOWN])
+        if self.labelled is not None:
+            before, now, added, removed = self.labelled.sum(0).tolist()
+            told.append(f"Positive labels: {before} before, {now} now ({added} added, {removed} removed).")
+        return told
+
+
+def _most(what: str, changes: Changes, rows: Sequence[int]) -> list[str]:
+    texts = [f"{changes.class_names[k]} {changes.points[k]:+.1f} ({changes.positives[k]} positives)" for k in rows]
+    return [f"{what}, in points of AP: {', '.join(texts)}."] if texts else []
+
+
+def class_AP(logits: Tensor, targets: Tensor) -> Floats:
+    """Average precision of each class ``(C,)``; NaN for fewer than :data:`FEWEST_POSITIVES` positives.
+
+    Args:
+        logits: ``(n, C)``.
+        targets: ``(n, C)`` in {1, 0, -1 unknown}.
+    """
+    if not len(logits):
+        return np.full(logits.shape[1], np.nan)
+    report = MultilabelReport(logits.shape[1], FEWEST_POSITIVES)
+    report.sync_on_compute = False  # every process has all images
+    report.update(logits, targets)
+    found: Floats = report.compute()["AP"].reshape(-1).double().numpy()
+    return found
+
+
+def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tensor:
+    """Columns ``(n, C)`` of ``values (n, len(of))`` for ``names``; NaN for names that ``of`` does not have."""
+    place = {name: k for k, name in enumerate(of)}
+    result = torch.full((len(values), len(names)), math.nan)
+    common = [k for k, name in enumerate(names) if name in place]
+    result[:, common] = values[:, [place[names[k]] for k in common]]
+    return result
+
+
+def label_changes(names: Sequence[str], before: LabelledImages, now: LabelledImages) -> Counts:
+    """Labelled positives before and now, and how many were added and removed: ``(C, 4)`` for the classes ``names``.
+
+    An image is the same where its path in the table or its full path is. A positive is added where it was not one
+    before, also on an image that was not labelled then, and removed where it is none any more.
+    """
+    old, new = (in_order_of(names, torch.from_numpy(x.labels == 1).float(), x.class_names) for x in (before, now))
+    old, new = old.nan_to_num().bool(), new.nan_to_num().bool()
+    place = {path: i for i, path in enumerate(before.images)} | {path: i for i, path in enumerate(before.files)}
+    matches = [place.get(f, place.get(i, -1)) for f, i in zip(now.files, now.images, strict=True)]
+    match = torch.tensor(matches, dtype=torch.int64)
+    both = torch.zeros_like(new)
+    both[match >= 0] = new[match >= 0] & old[match[match >= 0]]
+    kept = both.sum(0)
+    counts: Counts = torch.stack([old.sum(0), new.sum(0), new.sum(0) - kept, old.sum(0) - kept], 1).numpy()
+    return counts
+
+
+def write_changes(path: Path, changes: Changes) -> None:
+    """Writes a row for each class; empty cells are not measured or not known.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for k, name in enumerate(changes.class_names):
+            figures = (changes.before[k], changes.after[k], changes.points[k])
+            labelled = ("",) * 4 if changes.labelled is None else changes.labelled[k].tolist()
+            numbers = ["" if math.isnan(x) else f"{x:.4f}" for x in figures]
+            writer.writerow([name, *numbers, int(changes.positives[k]), *labelled])

@@ -1,0 +1,202 @@
+"""What the sections of the page show: rows of the table of classes, and images with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.inference.predictions import SEPARATOR
+from cbsa_lightning.reports.page.run_files import Listing, Unlabelled, Validation
+from cbsa_lightning.reports.page.thumbnails import thumbnail
+from cbsa_lightning.reports.precision_recall import average_precisions
+
+CLASSES = 30  # that are shown with images, at most
+EXAMPLES = 4  # images of a kind of example
+LISTED = 24  # images of a list
+CONTEXTS = 12
+_NAMES = 12  # labels that a caption names
+
+
+class ClassRow(NamedTuple):
+    """A row of the table of classes; NaN where a figure is not defined, None where it was not measured."""
+
+    name: str
+    labelled: int
+    validation: int | None
+    AP: float | None
+    threshold: float
+    precision: float | None
+    recall: float | None
+    F1: float | None
+    given: int | None
+
+
+class Shown(NamedTuple):
+    """An image of the page. ``uri`` is None if the image cannot be read."""
+
+    uri: str | None
+    path: str
+    lines: list[str]
+
+
+class ClassExamples(NamedTuple):
+    """Images of a class, each kind with its title; kinds without images are left out."""
+
+    row: ClassRow
+    kinds: list[tuple[str, list[Shown]]]
+
+
+class Context(NamedTuple):
+    """Classes that often occur together, and images with many of them."""
+
+    classes: list[str]
+    images: list[Shown]
+
+
+def class_rows(
+    class_names: Sequence[str],
+    labelled: NDArray[np.int64],
+    thresholds: NDArray[np.float32],
+    validation: Validation | None,
+) -> list[ClassRow]:
+    """A row for each class, without the counts of unlabelled images."""
+    columns: list[list[float | None]] = [[None] * len(class_names) for _ in range(5)]
+    if validation is not None:
+        truth, given = validation.table.labels, validation.given
+        hits = (given & (truth == 1)).sum(0)
+        positives = (truth == 1).sum(0)
+        precision = _ratio(hits, (given & (truth >= 0)).sum(0))
+        recall = _ratio(hits, positives)
+        F1 = _ratio(2 * hits, (given & (truth >= 0)).sum(0) + positives)
+        AP = average_precisions(validation.scores, truth)
+        columns = [column.tolist() for column in (positives, AP, precision, recall, F1)]
+    return [
+        ClassRow(name, int(count), None if n is None else int(n), ap, float(cut), p, r, f, None)
+        for name, count, cut, n, ap, p, r, f in zip(class_names, labelled, thresholds, *columns, strict=True)
+    ]
+
+
+def chosen_classes(rows: Sequence[ClassRow]) -> list[int]:
+    """Classes that are shown with images: lowest AP first, then those without one, fewest labelled images first."""
+    AP = np.array([np.nan if row.AP is None else row.AP for row in rows])
+    order: list[int] = np.lexsort((np.array([row.labelled for row in rows]), AP)).tolist()
+    return order[:CLASSES]
+
+
+def class_examples(
+    k: int, row: ClassRow, validation: Validation | None, unlabelled: Unlabelled | None, root: Path
+) -> ClassExamples:
+    """The worst, the most doubtful and the most typical images of class ``k``.
+
+    The worst are validation images; the others are unlabelled images, or validation images where there are none.
+
+    Args:
+        k: Class.
+        row: Its row.
+        validation: The validation images.
+        unlabelled: The unlabelled images, with the scores of class ``k``.
+        root: Folder of the unlabelled images.
+    """
+    kinds = []
+    if validation is not None:
+        truth, scores = validation.table.labels[:, k], validation.scores[:, k]
+        wrong = (truth >= 0) & (validation.given[:, k] != (truth == 1))
+        error = np.where(wrong, np.abs(scores - (truth == 1)), -1.0)
+        kinds.append(("Most wrong", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
+    if unlabelled is not None:
+        scores = unlabelled.scores[k]
+    else:
+        scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
+    cut = min(row.threshold, 1.0)  # infinite where no image is given the class
+    for title, order in (("Most doubtful", np.abs(scores - cut)), ("Most typical", -scores)):
+        places = _first(order, len(scores))
+        if unlabelled is not None:
+            kinds.append((title, [_proposed(i, k, unlabelled, root) for i in places]))
+        elif validation is not None:
+            kinds.append((title, [_judged(i, k, validation) for i in places]))
+    return ClassExamples(row, [(title, images) for title, images in kinds if images])
+
+
+def next_images(listing: Listing, root: Path) -> list[Shown]:
+    """Images to label next."""
+    return [
+        _shown(
+            root / row["image"], row["image"], f"model: {_joined(row['labels'])}", f"unsure: {_joined(row['classes'])}"
+        )
+        for row in listing.rows
+    ]
+
+
+def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
+    """Given labels that may be wrong."""
+    return [
+        _shown(
+            root / row["image"],
+            row["image"],
+            f"{'labelled' if row['given'] == 'yes' else 'labelled without'} {row['class']}",
+            f"looks wrong ({100 * float(row['wrong']):.0f} %)",
+        )
+        for row in listing.rows
+    ]
+
+
+def context_sections(
+    partition: NDArray[np.int64], class_names: Sequence[str], validation: Validation | None
+) -> list[Context]:
+    """Contexts with their classes and the validation images that show most of these, the largest contexts first."""
+    groups = sorted((np.flatnonzero(partition == k) for k in np.unique(partition)), key=len, reverse=True)
+    found = []
+    for members in groups[:CONTEXTS]:
+        images = []
+        if validation is not None:
+            order = -validation.scores[:, members].mean(1)
+            images = [_pictured(i, validation) for i in _first(order, len(order))]
+        found.append(Context([class_names[k] for k in members.tolist()], images))
+    return found
+
+
+def _first(order: NDArray[np.floating], count: int) -> list[int]:
+    """Places of the smallest values, at most ``count``."""
+    places: list[int] = np.argsort(order, kind="stable")[: min(EXAMPLES, count)].tolist()
+    return places
+
+
+def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _judged(i: int, k: int, validation: Validation) -> Shown:
+    table = validation.table
+    truth = {1: "labelled", 0: "labelled without"}.get(int(table.labels[i, k]), "not labelled for")
+    score = f"score {100 * validation.scores[i, k]:.0f} %, {truth} {table.class_names[k]}"
+    return _shown(table.file(i), str(table.paths[i]), score, f"labels: {_labels(i, table)}")
+
+
+def _pictured(i: int, validation: Validation) -> Shown:
+    table = validation.table
+    return _shown(table.file(i), str(table.paths[i]), f"labels: {_labels(i, table)}")
+
+
+def _proposed(i: int, k: int, unlabelled: Unlabelled, root: Path) -> Shown:
+    path = unlabelled.images[i].as_py()
+    score = f"score {100 * unlabelled.scores[k][i]:.0f} %"
+    return _shown(root / path, path, score, f"model: {_joined(unlabelled.labels[i].as_py())}")
+
+
+def _labels(i: int, table: AnnotationTable) -> str:
+    return _joined(SEPARATOR.join(table.class_names[k] for k in np.flatnonzero(table.labels[i] == 1)))
+
+
+def _joined(labels: str) -> str:
+    names = labels.split(SEPARATOR)
+    rest = [f"{len(names) - _NAMES} more"] if len(names) > _NAMES else []
+    return ", ".join(names[:_NAMES] + rest) or "none"
+
+
+def _shown(file: Path, path: str, *lines: str) -> Shown:
+    return Shown(thumbnail(file), path, list(lines))

@@ -1,0 +1,98 @@
+"""The first paragraphs of the page: how good the model is, for which classes it is not, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cbsa_lightning.io.runs import NEXT_TO_LABEL, SUSPICIOUS_LABELS
+from cbsa_lightning.reports.page.run_files import Listing, Validation
+from cbsa_lightning.reports.page.sections import ClassRow
+
+LOW_AP = 0.5
+FEW_POSITIVES = 10
+_NAMED = 5  # classes that a sentence names
+
+
+def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: Mapping[str, float], few: int) -> str:
+    """How good the model is.
+
+    Args:
+        rows: Of the table of classes.
+        validation: The validation images; None if nothing was measured.
+        baselines: mAP (0 to 1) by the name of a simpler classifier.
+        few: Number of validation images below which figures say little.
+    """
+    if validation is None:
+        return "No images were kept back to measure on, so this page cannot say how good the model is."
+    count = len(validation.table)
+    known = [row.AP for row in rows if row.AP is not None and not np.isnan(row.AP)]
+    if not known:
+        return f"None of the {count:,} validation images shows any class, so nothing can be said of the model."
+    text = (
+        f"On {count:,} validation images, which it did not learn from, the model has a mean average precision (mAP) of "
+        f"{_percent(np.mean(known))}: it tells how well images with a class are ranked above images without it; 100 % "
+        "is perfect. "
+    )
+    if baselines:
+        text += f"For comparison: {_listed([f'{name} has {_percent(value)}' for name, value in baselines.items()])}. "
+    truth, given = validation.table.labels, validation.given
+    hits = int((given & (truth == 1)).sum())
+    text += (
+        f"With the thresholds in use, {_percent(hits / max(int((given & (truth >= 0)).sum()), 1))} of the labels that "
+        f"the model gives are right (precision), and it finds {_percent(hits / int((truth == 1).sum()))} of the labels "
+        "that it should give (recall)."
+    )
+    if count < few:
+        text += f" {count} images are few: differences of several points are chance."
+    return text
+
+
+def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
+    """For which classes the model is not good, or not known to be."""
+    low = sorted((r for r in rows if r.AP is not None and r.AP < LOW_AP), key=lambda row: row.AP or 0.0)
+    scarce = sorted((r for r in rows if r.labelled < FEW_POSITIVES), key=lambda row: row.labelled)
+    unmeasured = [row.name for row in rows if row.validation == 0]
+    found = []
+    if low:
+        names = [f"{row.name} ({_percent(row.AP or 0.0)})" for row in low]
+        found.append(f"Do not rely on classes with an average precision (AP) below {_percent(LOW_AP)}: {_some(names)}.")
+    if scarce:
+        names = [f"{row.name} ({row.labelled})" for row in scarce]
+        found.append(f"Fewer than {FEW_POSITIVES} labelled images show {_some(names)}.")
+    if unmeasured:
+        found.append(f"No validation image shows {_some(unmeasured)}, so nothing is known of the quality there.")
+    return found
+
+
+def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str:
+    """What to do next; empty if nothing is known."""
+    steps = []
+    if next_to_label is not None and next_to_label.total:
+        steps.append(
+            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, which teach the model most"
+        )
+    if suspicious is not None and suspicious.total:
+        steps.append(
+            f"check the {_counted(suspicious.total, 'given label')} in {SUSPICIOUS_LABELS} that may be wrong, most "
+            "doubtful first"
+        )
+    return f"Next, {', and '.join(steps)}; then run the same command with the new labels." if steps else ""
+
+
+def _percent(value: float | np.floating) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED
+    return _listed([*names[:_NAMED], f"{rest:,} more"] if rest > 0 else names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

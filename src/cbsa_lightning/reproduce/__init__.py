@@ -1,0 +1,1 @@
+"""The paper's tables: their rows, runs, results, pages and pictures."""

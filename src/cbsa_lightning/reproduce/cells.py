@@ -1,0 +1,149 @@
+"""Cells of the paper's tables: one system, data set, labelled share and seed; each a run of its own, made once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.loggers import WandbLogger
+
+import cbsa_lightning
+from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.checkpoints.files import newest_checkpoint, remove_drafts
+from cbsa_lightning.cli.lightning_cli import make_cli
+from cbsa_lightning.cli.overlays import Settings
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.runs import lock
+from cbsa_lightning.reproduce.recipes import Cell
+
+
+def result_of(cell: Cell, out: Path) -> Settings | None:
+    """What a finished cell found, or None."""
+    file = out / cell.folder / "result.json"
+    found: Settings | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
+    """Runs a cell, from its last checkpoint on if it was stopped; a finished one is left alone.
+
+    Several processes may work in the same ``out``: a cell that another one has in hand is left to it.
+
+    Returns:
+        Whether it is finished now.
+    """
+    folder = out / cell.folder
+    locked = lock(folder)
+    if locked is None:
+        return False
+    with locked:
+        if result_of(cell, out) is None:
+            found = json.dumps(_run(cell, folder), indent=1)
+            with replacing(folder / "result.json") as draft:
+                draft.write_text(found, encoding="utf-8")
+            if not keep_checkpoint:
+                (folder / "last.ckpt").unlink(missing_ok=True)
+    return True
+
+
+def busy(cell: Cell, out: Path) -> bool:
+    """Whether a process has the cell in hand."""
+    folder = out / cell.folder
+    if not folder.is_dir():
+        return False
+    locked = lock(folder)
+    if locked is not None:
+        locked.close()
+    return locked is None
+
+
+def refuse_ranks() -> None:
+    """Refuses to be one of several processes of a run: each would do the same cells.
+
+    Raises:
+        ConfigError: torchrun or the like started this process.
+    """
+    if "LOCAL_RANK" in os.environ:
+        raise ConfigError("A cell runs in one process: start `cbsa table` once a GPU, without torchrun.")
+
+
+def _run(cell: Cell, folder: Path) -> Settings:
+    refuse_ranks()
+    trainer = cell.recipe.get("trainer", {})
+    epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
+    if not epochs or epochs % every:
+        raise ConfigError(
+            f"max_epochs is {epochs} and check_val_every_n_epoch {every}: the last epoch would not be validated, and "
+            "there would be nothing to report. Let the latter divide the former."
+        )
+    recipe, here = folder / "recipe.yaml", folder / "here.yaml"
+    for file, settings in ((recipe, cell.recipe), (here, _here(folder, "logger" in trainer))):
+        with replacing(file) as draft:
+            draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    remove_drafts(folder)
+    checkpoint = newest_checkpoint(folder)
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint is not None else []
+    begun = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # the cell's own
+        cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
+    found = _found(cli, time.monotonic() - begun)
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # the cell is done; a later training would end it only when it begins
+    del cli
+    gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"cell": cell.name, "row": cell.row.label, "data": cell.data, "share": cell.share, "seed": cell.seed} | found
+
+
+def _here(folder: Path, has_logger: bool) -> Settings:
+    """Where and how a cell runs: on one device, all into its folder, one checkpoint an epoch, the last."""
+    trainer: Settings = {"devices": 1}
+    if not has_logger:
+        logger = {"save_dir": str(folder), "name": "log"}  # a folder a start below it
+        trainer["logger"] = {"class_path": "RunLogger", "init_args": logger}
+    # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
+    checkpoint = {
+        **{"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
+        **{"monitor": None, "save_top_k": 1, "save_last": False},
+        "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
+    }
+    without = {name: {"enabled": False} for name in ("labels", "report_page")}
+    return {"trainer": trainer, "checkpoint": checkpoint, **without}
+
+
+def _found(cli: Any, seconds: float) -> Settings:
+    """What a finished run tells: every metric of every epoch, and what they were measured on."""
+    report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RunReport))
+    last = cli.trainer.max_epochs - 1
+    if last not in report.history.get("val/mAP", {}):
+        raise ConfigError(
+            f"The run ended without a validation in its last epoch, {last}; no callback or limit may stop it early."
+        )
+    data = cli.datamodule
+    test = data.eval_table()
+    gpu = cli.trainer.strategy.root_device.type == "cuda"
+    return {
+        "positives": dict(zip(test.class_names, (test.labels == 1).sum(0).tolist(), strict=True)),
+        "history": {
+            name: {epoch: None if math.isnan(value) else value for epoch, value in values.items()}
+            for name, values in report.history.items()
+        },
+        "measured_on": "held-out labelled images" if len(data.split.held_out) else "test images",
+        "images": [data.train_table.digest(), test.digest()],
+        "seconds_since_last_start": seconds,
+        "device": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "versions": {"cbsa_lightning": cbsa_lightning.__version__, "torch": torch.__version__},
+    }

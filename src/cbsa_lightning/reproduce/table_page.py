@@ -1,0 +1,214 @@
+"""A table of the paper as a page: Markdown, with its CSV files and pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from scipy.stats import kendalltau
+
+from cbsa_lightning.errors import ConfigError, listed
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.reproduce.cost import Cost
+from cbsa_lightning.reproduce.paper import OURS, PAPER_COSTS, PAPER_ERRORS, Table
+from cbsa_lightning.reproduce.recipes import Cell
+from cbsa_lightning.reproduce.results import (
+    Column,
+    Finished,
+    Means,
+    markdown,
+    mean_and_error,
+    write_cells,
+    write_pseudo_labels,
+)
+from cbsa_lightning.reproduce.table_pictures import draw_pseudo_labels, draw_table
+
+
+def write_table(
+    file: Path,
+    table: Table,
+    cells: Sequence[Cell],
+    finished: Sequence[Finished],
+    problems: Mapping[str, str],
+    min_positives: int,
+    settings: Mapping[str, str],
+    cost: Mapping[str, Cost],
+) -> None:
+    """Writes ``file``, and beside it ``.csv``, ``.png``, ``_pseudo_labels.csv`` and ``_pseudo_labels.png``.
+
+    Args:
+        file: Markdown file.
+        table: The paper's.
+        cells: All cells that the table wants.
+        finished: Those that are finished.
+        problems: Why some could not be run, by name.
+        min_positives: Test positives that a class needs to count.
+        settings: Overlays that every cell ran under, by name.
+        cost: Of a step of each system, where it was measured.
+    """
+    rows = list(dict.fromkeys(cell.row.label for cell in cells))
+    columns = list(dict.fromkeys((cell.data, cell.share) for cell in cells))
+    means = Means(finished, lambda f: f.mAP(min_positives))
+    parts = [
+        _title(table),
+        _introduction(cells, finished, min_positives),
+        _grid(rows, columns, lambda row, column: _beside_paper(table, means, row, column)),
+        _costs(cost),
+        _order(table, means, rows, columns),
+        _against_ours(table, means, rows, columns),
+        "## Best on test\n\nThe averaged weights' highest test mAP of any epoch, much as CAP reports. It is chosen on "
+        "the test images, so it is too high; it is here to compare with papers that report it.",
+        _grid(rows, columns, Means(finished, lambda f: f.best_on_test(min_positives)).text),
+        "## All classes, absent ones counting 0\n\nThe mean over all classes; one without test positives has AP 0 (the "
+        "convention of CAP and torchmetrics).",
+        _grid(rows, columns, Means(finished, lambda f: f.with_zeros(min_positives)).text),
+        _list("## Could not be run", problems),
+        "## Settings of every cell\n\nOver its method's overlay in `configs/methods`:",
+        *(f"`{name}`\n\n```yaml\n{text.strip()}\n```" for name, text in settings.items()),
+    ]
+    with replacing(file) as draft:
+        draft.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    _, cells_file, picture, pseudo_labels_file, pseudo_labels_picture = _files(file)
+    write_cells(cells_file, table, finished, min_positives)
+    write_pseudo_labels(pseudo_labels_file, finished)
+    if finished:
+        with replacing(picture) as draft:
+            draw_table(table, means, rows, columns).savefig(draft, dpi=120)
+        with replacing(pseudo_labels_picture) as draft:
+            draw_pseudo_labels(finished, rows).savefig(draft, dpi=120)
+
+
+def refuse_other_files(file: Path, table: Table) -> None:
+    """Refuses to replace files that :func:`write_table` did not write.
+
+    Args:
+        file: The Markdown file to be written.
+        table: The table.
+
+    Raises:
+        ConfigError: Such a file is there.
+    """
+    try:
+        ours = file.read_text(encoding="utf-8").startswith(_title(table))
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours and (others := [str(path) for path in _files(file) if path.exists()]):
+        raise ConfigError(
+            f"{listed(others)} would be replaced, but no earlier `cbsa table {table.number}` wrote it. Move it away, "
+            "or give another folder with --out."
+        )
+
+
+def _files(file: Path) -> tuple[Path, ...]:
+    """The Markdown file and those beside it: cells, pseudo-labels and their pictures."""
+    pseudo_labels = file.with_name(f"{file.stem}_pseudo_labels")
+    return file, *(part.with_suffix(suffix) for part in (file, pseudo_labels) for suffix in (".csv", ".png"))
+
+
+def _title(table: Table) -> str:
+    return f"# Table {table.number}: {table.title}"
+
+
+def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:
+    seeds = sorted({cell.seed for cell in cells})
+    counted = "with a test positive" if min_positives == 1 else f"with {min_positives} test positives or more"
+    text = (
+        f"Test mAP in % over the classes {counted}: averaged weights after the last epoch; mean over seeds "
+        f"{', '.join(map(str, seeds))} and its standard error where there are two or more; in brackets what the paper "
+        f"reports and our difference from it. {len(finished)} of {len(cells)} cells are finished"
+    )
+    if finished:
+        devices = sorted({f.found["device"] for f in finished})
+        measured = sorted({f.found["measured_on"] for f in finished})
+        text += f", on {', '.join(devices)}; measured on {' and '.join(measured)}"
+    return ". ".join([text, *_unlike(finished)]) + "."
+
+
+def _unlike(finished: Sequence[Finished]) -> Iterator[str]:
+    """What should be the same in cells that are set side by side, and is not: the recipe alone does not tell."""
+    for data in dict.fromkeys(f.cell.data for f in finished):
+        images = {str(f.found["images"]) for f in finished if f.cell.data == data}
+        if len(images) > 1:
+            yield f"**The images or labels of {data} changed between its cells**: delete the older ones' folders"
+    versions = sorted({" ".join(map(" ".join, sorted(f.found["versions"].items()))) for f in finished})
+    if len(versions) > 1:
+        yield f"**Cells were made with different versions**: {'; '.join(versions)}"
+
+
+def _grid(rows: Sequence[str], columns: Sequence[Column], text: Callable[[str, Column], str]) -> str:
+    head = ["system", *(f"{data} p = {share:.2f}" for data, share in columns)]
+    return markdown(head, ([row, *(text(row, column) for column in columns)] for row in rows))
+
+
+def _beside_paper(table: Table, means: Means, row: str, column: Column) -> str:
+    ours, theirs = means.mean(row, column), table.paper(row, *column)
+    text = means.text(row, column)
+    if theirs is None:
+        return text
+    reported = f"{theirs:.2f}"
+    if table.number == 10:
+        reported += f" ± {dict(zip(table.shares, PAPER_ERRORS, strict=True))[column[1]]}"
+    return f"{text} ({reported})" if ours is None else f"{text} ({reported}, {ours - theirs:+.1f})"
+
+
+def _order(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Column]) -> str:
+    """How far the order of the systems agrees with the paper's, column by column."""
+    lines = []
+    for data, share in columns:
+        both = [
+            (ours, theirs)
+            for row in rows
+            if (ours := means.mean(row, (data, share))) is not None
+            and (theirs := table.paper(row, data, share)) is not None
+        ]
+        if len(both) > 2:
+            tau = kendalltau(*zip(*both, strict=True)).statistic
+            lines.append(f"{data} p = {share:.2f}: {tau:+.2f} ({len(both)} systems)")
+    if not lines:
+        return ""
+    return (
+        "Order of the systems against the paper's, Kendall's tau (1 the same, 0 unrelated, -1 reversed): "
+        + "; ".join(lines)
+    )
+
+
+def _against_ours(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Column]) -> str:
+    """The last row minus each other one, seed by seed."""
+    last = rows[-1]
+
+    def difference(row: str, column: Column) -> str:
+        mine, other = (means.by_seed.get((label, column), {}) for label in (last, row))
+        return mean_and_error((mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())), "+")
+
+    if len(rows) < 2:
+        return ""
+    return f"## {last} minus each other system\n\nOn the same seeds, points of mAP:\n\n" + _grid(
+        rows[:-1], columns, difference
+    )
+
+
+def _costs(cost: Mapping[str, Cost]) -> str:
+    """Milliseconds and gigabytes an image, as they are and beside the paper's as multiples of its own method's."""
+    if not cost:
+        return ""
+    head = ["system", "ms/image", "GB/image"]
+    own, theirs = cost.get(OURS), PAPER_COSTS[OURS]
+    lines = []
+    for label, c in cost.items():
+        line = [label, f"{c.ms:.2f}", f"{c.gb:.3f}"]
+        if own is not None:
+            paper = PAPER_COSTS.get(label)
+            times = [f" ({of / whole:.2f})" for of, whole in zip(paper, theirs, strict=True)] if paper else ["", ""]
+            line += [f"{c.ms / own.ms:.2f}{times[0]}", f"{c.gb / own.gb:.2f}{times[1]}"]
+        lines.append(line)
+    if own is not None:
+        head += [f"time, multiple of {OURS} (paper)", f"memory, multiple of {OURS} (paper)"]
+    return (
+        "## Cost\n\nOf a training step of the second stage, least of three rounds in which all systems took turns; "
+        "memory is torch's peak on a GPU, else what the process grew by while training. The paper's: one RTX 3090, "
+        f"COCO.\n\n{markdown(head, lines)}"
+    )
+
+
+def _list(title: str, entries: Mapping[str, str]) -> str:
+    return "\n".join([title, "", *(f"- {name}: {text}" for name, text in entries.items())]) if entries else ""
