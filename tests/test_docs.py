@@ -1,0 +1,28 @@
+"""Documents name files that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+INVENTED = {"my_systems.py", "recipe.yaml"}  # of examples
+
+
+@pytest.fixture(scope="module")
+def files():
+    return [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.rglob("*") if ".git" not in path.parts]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_named_files_exist(document, files):
+    text = document.read_text(encoding="utf-8")
+    if document.name == "CHANGELOG.md":
+        pytest.skip("names files of earlier versions")
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml|sh))`", text)) - INVENTED
+    missing = [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)]
+    links = [link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) if not (document.parent / link).exists()]
+    assert (missing, links) == ([], [])
