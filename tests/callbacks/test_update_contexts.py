@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cbsa_lightning.callbacks.contexts import UpdateContexts
+from cbsa_lightning.callbacks.thresholds import UpdateThresholds
 from cbsa_lightning.method.context_task import ContextTask
 from reference.contexts import best_cut, cooccurrence, normalised_cut, targets
 from tiny_data import GROUPS, Squares, tiny_data
@@ -36,7 +37,7 @@ def data(squares_folder):
 
 def test_first_partition_is_the_best_cut_of_the_labelled_images(data):
     module, labels = Stub(), data.labelled_targets().numpy()
-    UpdateContexts().on_fit_start(SimpleNamespace(datamodule=data), module)
+    UpdateContexts(UpdateThresholds()).on_fit_start(SimpleNamespace(datamodule=data), module)
     found, matrix = module.context_partition.numpy(), cooccurrence(labels)
     assert normalised_cut(matrix, found) == pytest.approx(best_cut(matrix, 2))
     assert [set(found[list(group)]) for group in GROUPS] in ([{0}, {1}], [{1}, {0}])
@@ -52,7 +53,7 @@ def test_soft_targets_and_an_image_without_any_label(data):
     second = int(data.split.labelled[1])
     data.train_table.labels[second] = [1, 0, 1, 1, 0]
     module.context_partition = torch.tensor([0, 0, 1, 1, 1])
-    UpdateContexts().on_fit_start(SimpleNamespace(datamodule=data), module)
+    UpdateContexts(UpdateThresholds()).on_fit_start(SimpleNamespace(datamodule=data), module)
     assert module.context_targets[first].tolist() == [0, 0]
     np.testing.assert_allclose(module.context_targets[second].numpy(), [1 / 3, 2 / 3], rtol=1e-6)
 
@@ -60,14 +61,14 @@ def test_soft_targets_and_an_image_without_any_label(data):
 @pytest.mark.parametrize("pseudo_weight", [1.0, 0.25])
 def test_ids_follow_the_last_partition_and_pseudo_labels_count(data, pseudo_weight):
     trainer, module = SimpleNamespace(datamodule=data), Stub(pseudo_weight=pseudo_weight)
-    UpdateContexts().on_fit_start(trainer, module)
+    UpdateContexts(UpdateThresholds()).on_fit_start(trainer, module)
     before = module.context_partition.numpy().copy()
     module.context_partition = 1 - module.context_partition  # as if the head had learnt the other numbering
     pseudo = np.zeros((14, 5), dtype=np.int8)
     pseudo[:, [1, 2]] = 1  # now classes 1 and 2 meet, in all unlabelled images
     module.pseudo_labels = torch.full((22, 5), -1, dtype=torch.int8)
     module.pseudo_labels[data.split.unlabelled] = torch.from_numpy(pseudo)
-    UpdateContexts().on_train_epoch_start(trainer, module)
+    UpdateContexts(UpdateThresholds()).on_train_epoch_start(trainer, module)
     found = module.context_partition.numpy()
     weights = np.r_[np.ones(8), np.full(14, pseudo_weight)]
     matrix = cooccurrence(np.concatenate([data.labelled_targets().numpy(), pseudo]), weights)
@@ -82,10 +83,10 @@ def test_ids_follow_the_last_partition_and_pseudo_labels_count(data, pseudo_weig
 def test_weight_zero_and_the_warm_up_keep_the_labelled_partition(data):
     trainer = SimpleNamespace(datamodule=data)
     for module in (Stub(pseudo_weight=0.0), Stub()):
-        UpdateContexts().on_fit_start(trainer, module)
+        UpdateContexts(UpdateThresholds()).on_fit_start(trainer, module)
         before = module.context_partition.clone()
         module.stage = module.stage if module.contexts.pseudo_weight == 0 else "warm-up"
         module.pseudo_labels = torch.ones(22, 5, dtype=torch.int8)
-        UpdateContexts().on_train_epoch_start(trainer, module)
+        UpdateContexts(UpdateThresholds()).on_train_epoch_start(trainer, module)
         assert torch.equal(module.context_partition, before)
         assert module.logged == {}

@@ -1,4 +1,4 @@
-"""The context partition, taken anew each epoch (Eqs. 9-10), and the context targets of labelled images."""
+"""The context partition of each epoch (Eq. 9, 10) and the context of each image (Eq. 11)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbsa_lightning.callbacks.thresholds import data_of
+from cbsa_lightning.callbacks.thresholds import UpdateThresholds, data_of
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.contexts import (
     context_targets,
@@ -27,9 +27,18 @@ class UpdateContexts(L.Callback):
     Before the first epoch the labelled images decide; in the second stage pseudo-labelled images count too, with
     their weight. A new partition takes over the ids of the last by overlap, since the context head has learnt them.
 
+    The context of a labelled image follows from its labels. An unlabelled image has the one that its weak view is sure
+    of, or none.
+
     Where too few classes of the labelled images occur together, the run trains without contexts: no partition is made,
     and no image has a context.
+
+    Args:
+        thresholds: The callback before this one, which scores the weak views.
     """
+
+    def __init__(self, thresholds: UpdateThresholds) -> None:
+        self._thresholds = thresholds
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """First partition, from the labelled images.
@@ -53,12 +62,14 @@ class UpdateContexts(L.Callback):
         self._label(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Partition of the epoch, from labels and pseudo-labels; runs after :class:`UpdateThresholds`."""
-        if pl_module.stage != "semi-supervised" or not pl_module.contexts.pseudo_weight:
-            return
-        if bool((pl_module.context_partition < 0).any()):
+        """Contexts of the unlabelled images, and the partition of the epoch from labels and pseudo-labels."""
+        if pl_module.stage != "semi-supervised" or bool((pl_module.context_partition < 0).any()):
             return
         data = data_of(trainer)
+        if (probabilities := self._thresholds.weak_contexts) is not None:
+            self._label_unlabelled(pl_module, data, probabilities)
+        if not pl_module.contexts.pseudo_weight:
+            return
         labels = data.labelled_targets()
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         pseudo = rounded(pl_module.pseudo_labels[rows]).cpu()
@@ -95,3 +106,20 @@ class UpdateContexts(L.Callback):
             pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device).float()
         rows = torch.as_tensor(data.split.labelled, device=pl_module.device)
         pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+
+    @staticmethod
+    def _label_unlabelled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
+        """Targets of the unlabelled images: the weak view's context where it is sure, else none (all zero)."""
+        k = probabilities.shape[1]
+        if pl_module.context_targets is None:
+            pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)
+        confidence, context = probabilities.max(1)
+        sure = confidence > pl_module.contexts.confidence
+        targets = torch.nn.functional.one_hot(context, k).to(probabilities) * sure[:, None]
+        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+        pl_module.log("context/coverage", sure.float().mean())
+        true_context = context_targets(data.hidden_targets(), pl_module.context_partition.cpu(), k)
+        known = true_context >= 0
+        if bool(known.any()):
+            pl_module.log("context/accuracy", (context.cpu() == true_context)[known].float().mean())

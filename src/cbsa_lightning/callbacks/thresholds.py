@@ -1,4 +1,4 @@
-"""Class-wise thresholds and pseudo-labels, made anew at each epoch's start (Eq. 6; CAP, fact B3)."""
+"""Class-wise thresholds and pseudo-labels, computed when an epoch starts (Eq. 6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.data.descriptions import evidence_of
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
-from cbsa_lightning.method.contexts import context_targets
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.labelers import EvidenceLabeler, positive_rates, rounded
 from cbsa_lightning.method.metrics import pseudo_label_quality
@@ -21,15 +20,21 @@ from cbsa_lightning.method.metrics import pseudo_label_quality
 class UpdateThresholds(L.Callback):
     """Scores the weak view of all unlabelled images with the averaged weights, and labels them for the epoch.
 
-    Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, its table of pseudo-labels, and, where
-    there is a context head, the context targets of unlabelled images. Where the table knows the hidden truth, logs the
-    quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before the first epoch, and those labels stay.
+    Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Where
+    the table knows the hidden truth, logs the quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before
+    the first epoch, and those labels stay.
 
     The scores of the next epoch are computed when an epoch ends, before its checkpoint is written, so that ``cut``
     belongs to the weights that are saved with it. The next epoch takes them over; a resumed run computes them again.
     Where labels are made once and there is no context head, scores set ``cut`` only. They are then computed before the
     first epoch of the stage, before validations and checkpoints, and after training.
+
+    Attributes:
+        weak_contexts: ``(n, K)`` context probabilities of the n unlabelled images in this epoch, for
+            :class:`~cbsa_lightning.callbacks.contexts.UpdateContexts`; None where they are not computed.
     """
+
+    weak_contexts: Tensor | None = None
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
     _ahead: _Scores | None = None
@@ -56,16 +61,15 @@ class UpdateThresholds(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The pass of the epoch."""
-        pl_module.evidence = None
+        pl_module.evidence = self.weak_contexts = None
         if pl_module.stage != "semi-supervised":
             return
         data = data_of(trainer)
         rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
         truth = data.hidden_targets()
         scores: Tensor | None = None
-        contexts: Tensor | None = None
         if _trains_on_scores(pl_module) or self._cut_at is None:
-            scores, contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
+            scores, self.weak_contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
         self._ahead = None
         if scores is None or isinstance(pl_module.labeler, EvidenceLabeler):
             labels = rounded(pl_module.pseudo_labels[rows])
@@ -74,8 +78,6 @@ class UpdateThresholds(L.Callback):
             pl_module.tau_pos.copy_(tau_pos)
             pl_module.tau_neg.copy_(tau_neg)
             self._fill(pl_module, data, labels)
-        if contexts is not None and bool((pl_module.context_partition >= 0).all()):
-            self._label_contexts(pl_module, contexts, len(data.train_table), rows, truth)
         self._log_quality(pl_module, labels.cpu(), truth)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -147,22 +149,6 @@ class UpdateThresholds(L.Callback):
         logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
         return logits, contexts
-
-    @staticmethod
-    def _label_contexts(pl_module: Any, probabilities: Tensor, total: int, rows: Tensor, truth: Tensor) -> None:
-        """Unlabelled part of Eq. 11: the weak view's context where it is sure, else none (all zero)."""
-        if pl_module.context_targets is None:
-            pl_module.context_targets = probabilities.new_zeros(total, probabilities.shape[1])
-        confidence, context = probabilities.max(1)
-        sure = confidence > pl_module.contexts.confidence
-        targets = torch.nn.functional.one_hot(context, probabilities.shape[1]).to(probabilities)
-        pl_module.context_targets[rows] = (targets * sure[:, None]).to(pl_module.context_targets)
-        pl_module.log("context/coverage", sure.float().mean())
-        true_context = context_targets(truth, pl_module.context_partition.cpu(), probabilities.shape[1])
-        known = true_context >= 0
-        if bool(known.any()):
-            hits = (context.cpu() == true_context)[known]
-            pl_module.log("context/accuracy", hits.float().mean())
 
     @staticmethod
     def _log_quality(pl_module: Any, labels: Tensor, truth: Tensor) -> None:

@@ -240,8 +240,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         Lightning asks for them right before it starts the loggers.
         """
         begin_wandb_runs(self.trainer.loggers)
-        callbacks: list[L.Callback] = [CheckMonitors(), ExactResume(), CacheFeatures(), Stages(), UpdateThresholds()]
-        callbacks += [UpdateContexts()] if self.num_contexts else []
+        thresholds = UpdateThresholds()
+        callbacks: list[L.Callback] = [CheckMonitors(), ExactResume(), CacheFeatures(), Stages(), thresholds]
+        callbacks += [UpdateContexts(thresholds)] if self.num_contexts else []
         if not self.tells_limits:
             return callbacks
         own = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, MeasureBaselines)]
