@@ -1,4 +1,4 @@
-"""What the benchmarks on unlabelled images share: two data sets, one way to train a cell, and its figures in a file.
+"""What the benchmarks on unlabeled images share: two data sets, one way to train a cell, and its figures in a file.
 
 *digits* are the embedded canvases, *photos* the photographs below ``--photos`` in the VOC layout. Features of the
 frozen tower are kept below ``--out``, strong views among them, so that a fit costs no tower.
@@ -26,7 +26,7 @@ from cbsa_lightning.data.readers.voc import VOC
 
 torch.set_num_threads(1)  # two cells can then run side by side, each on a core of its own
 
-LABELLED_PER_BATCH = 16  # of the runs that do not follow CAP's share
+LABELED_PER_BATCH = 16  # of the runs that do not follow CAP's share
 COUNTED = 5  # test positives that a class needs to count in the mean
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore")
 
 
 class Cell(NamedTuple):
-    """One draw of labelled images: data set ("digits" or "photos"), their share p, and the seed."""
+    """One draw of labeled images: data set ("digits" or "photos"), their share p, and the seed."""
 
     data: str
     share: float
@@ -72,16 +72,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def make_data(cell: Cell, args: argparse.Namespace, labelled: int | None = None, **changes: Any) -> SSMLLDataModule:
-    """The data of a cell; ``labelled`` images a step instead of CAP's share, beside as many unlabelled ones."""
+def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, **changes: Any) -> SSMLLDataModule:
+    """The data of a cell; ``labeled`` images a step instead of CAP's share, beside as many unlabeled ones."""
     size = SETTINGS[cell.data].batch
     caps = min(max(1, int(1.25 * cell.share * size + 0.5)), size - 1)
-    labelled = caps if labelled is None else labelled
+    labeled = caps if labeled is None else labeled
     common: dict[str, Any] = {
-        "labelled_fraction": cell.share,
+        "labeled_fraction": cell.share,
         "seed": cell.seed,
-        "batch_size": labelled + size - caps,
-        "labelled_per_batch": labelled,
+        "batch_size": labeled + size - caps,
+        "labeled_per_batch": labeled,
         "num_workers": 0,
         "feature_cache": FeatureCache(str(args.out / f"features-{cell.data}"), SETTINGS[cell.data].strong_views, 100.0),
     }

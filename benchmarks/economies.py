@@ -3,7 +3,7 @@
     uv run python benchmarks/economies.py [--tower RN50] [--batch 16] [--classes 80] [--compile] [--out FILE]
 
 Every row compares a part of the step as the library runs it with the same part without one economy, in one process and
-alternately; the ratio is the median over the rounds. All but the optimiser's and the average's rows run forward and
+alternately; the ratio is the median over the rounds. All but the optimizer's and the average's rows run forward and
 backward where the part is trained. Weights are random.
 """
 
@@ -95,7 +95,7 @@ def tower(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
     yield "half-precision autocast", fast, lambda: ours.features(images)
     few = max(1, len(images) // 16)
     yield (
-        "one pass for labelled and unlabelled",
+        "one pass for labeled and unlabeled",
         fast,
         bench.autocast(lambda: (ours.features(images[:few]), ours.features(images[few:]))),
     )
@@ -185,7 +185,7 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
 
 def update(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
-    """Optimiser and average."""
+    """Optimizer and average."""
     parameters = [p for p in bench.network.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p)

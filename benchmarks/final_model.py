@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from cells import (
     COUNTED,
-    LABELLED_PER_BATCH,
+    LABELED_PER_BATCH,
     SETTINGS,
     Cell,
     Results,
@@ -31,7 +31,7 @@ from measuring import markdown, where
 from torch import Tensor
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
-from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, LabelledOnly
+from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.method.stacking import StackedProbes
@@ -41,11 +41,11 @@ DATA: dict[str, dict[str, Any]] = {
     "digits": {"min_steps_per_epoch": 10},
     "photos": {"min_steps_per_epoch": 20, "warmup_batch_size": 32},
 }
-# name: (labeler, labelled images a step or None for CAP's share)
+# name: (labeler, labeled images a step or None for CAP's share)
 RUNS: dict[str, tuple[Any, int | None]] = {
-    "labelled only": (LabelledOnly(), None),
+    "labeled only": (LabeledOnly(), None),
     "paper's recipe": (ClassDistributionAware(), None),
-    "preset": (StackedProbes(), LABELLED_PER_BATCH),
+    "preset": (StackedProbes(), LABELED_PER_BATCH),
 }
 NETWORKS = [name for name in RUNS if name != "preset"]
 COLUMNS = ["zero-shot", "linear probe", "stacked probes", *NETWORKS, "preset's network", "final"]
@@ -53,8 +53,8 @@ COLUMNS = ["zero-shot", "linear probe", "stacked probes", *NETWORKS, "preset's n
 
 def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
     """Trains one network and measures it; with the preset also the probes and the final model."""
-    labeler, labelled = RUNS[name]
-    data = make_data(cell, args, labelled, **DATA[cell.data])
+    labeler, labeled = RUNS[name]
+    data = make_data(cell, args, labeled, **DATA[cell.data])
     preset = name == "preset"
     module = make_module(cell, args, data, labeler=labeler, ema_decay=None, stack_share=0.5 if preset else 0.0)
     probes = Probes(module, data) if preset else None
@@ -65,13 +65,13 @@ def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
     figures = {"steps": trainer.global_step, "mAP": measured(network, table.labels)["mAP"]}
     if probes is None:
         return figures
-    rows = data.split.unlabelled
-    logits = {"network": network, "final": final, **probes.test, **probes.labelled}
+    rows = data.split.unlabeled
+    logits = {"network": network, "final": final, **probes.test, **probes.labeled}
     hidden = scores_of(module, data.plain_dataloader(rows))
-    logits.update({f"unlabelled_{k}": v for k, v in zip(("network", "final", "index"), hidden, strict=True)})
+    logits.update({f"unlabeled_{k}": v for k, v in zip(("network", "final", "index"), hidden, strict=True)})
     length = f"{SETTINGS[cell.data].warmup}-{SETTINGS[cell.data].epochs}"
     file = args.out / f"logits-{cell.data}-{cell.share}-{cell.seed}-{length}.npz"
-    truth = {"truth": table.labels, "labels": data.labelled_targets(), "hidden": data.train_table.labels}
+    truth = {"truth": table.labels, "labels": data.labeled_targets(), "hidden": data.train_table.labels}
     np.savez_compressed(file, **{k: np.asarray(v) for k, v in {**logits, **truth}.items()})
     of = {"preset's network": network, "final": final, **probes.test}
     return {**figures, **{key: measured(value, table.labels) for key, value in of.items()}}
@@ -84,12 +84,12 @@ class Probes:
         data.prepare_data()
         data.setup("fit")
         describe = module.network.describer()
-        known = data.split.labelled
-        order = np.concatenate([known, data.split.unlabelled])
+        known = data.split.labeled
+        order = np.concatenate([known, data.split.unlabeled])
         (descriptors, scores), (new, new_scores) = (
             _described(describe, module, loader) for loader in (data.plain_dataloader(order), data.val_dataloader())
         )
-        labels = data.labelled_targets()
+        labels = data.labeled_targets()
         evidence = Evidence(descriptors, scores, torch.arange(len(known)), labels)
         stack, linear = StackedProbes().fit(evidence), LinearProbe().fit(evidence)
         inputs = [part.numpy() for part in (*new, *new_scores)]
@@ -98,7 +98,7 @@ class Probes:
             "linear probe": torch.from_numpy(linear.logits(inputs)),
             "stacked probes": torch.from_numpy(stack.logits(inputs)),
         }
-        self.labelled = {"left_out": torch.from_numpy(stack.left_out())}
+        self.labeled = {"left_out": torch.from_numpy(stack.left_out())}
 
 
 def _described(describe: Any, module: CBSAModule, loader: Any) -> tuple[list[Tensor], list[Tensor]]:

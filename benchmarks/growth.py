@@ -38,7 +38,7 @@ from torch import distributed
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.samplers import PairedBatches
-from cbsa_lightning.data.splits import Split, hold_out, split_labelled
+from cbsa_lightning.data.splits import Split, hold_out, split_labeled
 from cbsa_lightning.method.contexts import cooccurrence, partition
 from cbsa_lightning.method.labelers import ClassDistributionAware, positive_rates
 from cbsa_lightning.method.metrics import MultilabelReport
@@ -189,8 +189,8 @@ def leaks(classes: int, n: int) -> float:
 
 
 def split(n: int) -> Split:
-    """A labelled share of 5 %, a fifth of it held out."""
-    return hold_out(split_labelled(n, 0.05, 1, "digest"), 0.2, 1)
+    """A labeled share of 5 %, a fifth of it held out."""
+    return hold_out(split_labeled(n, 0.05, 1, "digest"), 0.2, 1)
 
 
 def save_and_load(n: int) -> float:

@@ -1,9 +1,9 @@
-"""How long training changes what unlabelled images bring: the same three runs at several lengths of both stages.
+"""How long training changes what unlabeled images bring: the same three runs at several lengths of both stages.
 
     uv run python benchmarks/lengths.py --out DIR --data digits --shares 0.05 --seeds 1 2 --lengths 4:1 15:4 40:10
 
 A length is epochs of warm-up and of the second stage; an epoch has at least 10 steps. Finished runs are read from
-``lengths.jsonl`` and not repeated. Ends with a table: labelled-only, the paper's recipe, the preset's network and the
+``lengths.jsonl`` and not repeated. Ends with a table: labeled-only, the paper's recipe, the preset's network and the
 final model by number of steps.
 """
 
@@ -25,12 +25,12 @@ def table(found: list[dict[str, Any]]) -> str:
         mine = [r for r in found if (r["data"], r["share"], r["length"]) == (data, share, length)]
         of = {name: {r["seed"]: r["mAP"] for r in mine if r["kind"] == name} for name in RUNS}
         final = [r["final"]["mAP"] for r in mine if r["kind"] == "preset"]
-        alone, recipe = of["labelled only"], of["paper's recipe"]
+        alone, recipe = of["labeled only"], of["paper's recipe"]
         gaps = [recipe[seed] - alone[seed] for seed in alone if seed in recipe]
         steps = round(np.mean([r["steps"] for r in mine]))
         values = (mean_and_error(of[name].values()) for name in RUNS)
         lines.append([data, share, length, steps, *values, mean_and_error(final), mean_and_error(gaps)])
-    head = ["data", "p", "epochs", "steps", *list(RUNS)[:2], "preset's network", "final", "recipe minus labelled only"]
+    head = ["data", "p", "epochs", "steps", *list(RUNS)[:2], "preset's network", "final", "recipe minus labeled only"]
     return markdown(head, lines)
 
 

@@ -37,7 +37,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.images import ImageFiles, decode
 from cbsa_lightning.data.readers import Source
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView, squash
 
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace, work: Path) -> str:
             data = SSMLLDataModule(
                 source,
                 image_size=size,
-                labelled_fraction=0.1,
+                labeled_fraction=0.1,
                 held_out_fraction=0.0,
                 batch_size=min(args.batch_size, len(table) // 2),
                 num_workers=workers,

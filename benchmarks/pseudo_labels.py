@@ -2,7 +2,7 @@
 
     uv run python benchmarks/pseudo_labels.py --out DIR [--data digits photos --photos DIR --clip DIR] [--picture FILE]
 
-Hidden labels of the unlabelled images are looked at here, to understand; docs/unlabelled.md says what settings were
+Hidden labels of the unlabeled images are looked at here, to understand; docs/unlabeled.md says what settings were
 chosen by. Finished runs are read from ``ablation.jsonl`` and not made again. Ends with the table, and with
 ``--picture`` a chart.
 """
@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import torch
 from cells import (
-    LABELLED_PER_BATCH,
+    LABELED_PER_BATCH,
     Cell,
     Results,
     arguments,
@@ -35,8 +35,8 @@ from cbsa_lightning.method.labelers import (
     ClassDistributionAware,
     Evidence,
     EvidenceLabeler,
+    LabeledOnly,
     Labeler,
-    LabelledOnly,
     PseudoLabels,
     positive_rates,
     rounded,
@@ -91,13 +91,13 @@ def true_labels(labels: Tensor, truth: Tensor, rate: Tensor) -> Tensor:
 
 
 class IgnoreRare:
-    """Ignores classes with fewer than ``least`` labelled positives."""
+    """Ignores classes with fewer than ``least`` labeled positives."""
 
-    def __init__(self, labelled: int, least: int = 3) -> None:
-        self.labelled, self.least = labelled, least
+    def __init__(self, labeled: int, least: int = 3) -> None:
+        self.labeled, self.least = labeled, least
 
     def __call__(self, labels: Tensor, truth: Tensor, rate: Tensor) -> Tensor:
-        labels[:, rate.to(labels.device) * self.labelled < self.least - 0.5] = -1
+        labels[:, rate.to(labels.device) * self.labeled < self.least - 0.5] = -1
         return labels
 
 
@@ -135,29 +135,29 @@ def only_sure(targets: Tensor, evidence: Evidence) -> Tensor:
 
 
 PAPER = ClassDistributionAware()
-# name: (labeler, correction, labelled images a step or None for CAP's share, changes of the module)
+# name: (labeler, correction, labeled images a step or None for CAP's share, changes of the module)
 RUNS: dict[str, tuple[Labeler | EvidenceLabeler, Any, int | None, dict[str, Any]]] = {
-    "labelled-only": (LabelledOnly(), None, None, {}),
+    "labeled-only": (LabeledOnly(), None, None, {}),
     "paper's recipe": (PAPER, None, None, {}),
     "wrong positives ignored (needs the truth)": (PAPER, ignore_wrong_positives, None, {}),
     "missed positives ignored (needs the truth)": (PAPER, ignore_missed_positives, None, {}),
-    "classes with under 3 labelled positives ignored": (PAPER, IgnoreRare, None, {}),
+    "classes with under 3 labeled positives ignored": (PAPER, IgnoreRare, None, {}),
     "wide ignored band, eta (0.4, 0.8)": (ClassDistributionAware(0.4, 0.8), None, None, {}),
-    "16 labelled images a step": (PAPER, None, 16, {}),
+    "16 labeled images a step": (PAPER, None, 16, {}),
     "the average's decay 0.9997": (PAPER, None, None, {"ema_decay": 0.9997}),
     "the average's decay 0.9": (PAPER, None, None, {"ema_decay": 0.9}),
     "cross-entropy instead of ASL": (PAPER, None, None, {"loss": BinaryCrossEntropy}),
     "weight 0.3": (PAPER, None, None, {"unsup_weight": 0.3}),
     "true labels (needs the truth)": (PAPER, true_labels, None, {}),
-    "safe preset": (StackedProbes(), None, LABELLED_PER_BATCH, {}),
-    "preset, CAP's share of labelled images": (StackedProbes(), None, None, {}),
-    "preset, zero-shot scores alone": (Changed(see=only_zero_shot), None, LABELLED_PER_BATCH, {}),
-    "preset, probes alone": (Changed(see=only_probes), None, LABELLED_PER_BATCH, {}),
-    "preset, rare classes trusted like frequent ones": (StackedProbes(1e-9), None, LABELLED_PER_BATCH, {}),
-    "preset, rounded to hard labels": (Changed(say=hard), None, LABELLED_PER_BATCH, {}),
-    "preset, CAT on its probabilities": (Changed(say=at_class_rates), None, LABELLED_PER_BATCH, {}),
-    "preset, between .1 and .6 ignored": (Changed(say=only_sure), None, LABELLED_PER_BATCH, {}),
-    "preset, cross-entropy instead of ASL": (StackedProbes(), None, LABELLED_PER_BATCH, {"loss": BinaryCrossEntropy}),
+    "safe preset": (StackedProbes(), None, LABELED_PER_BATCH, {}),
+    "preset, CAP's share of labeled images": (StackedProbes(), None, None, {}),
+    "preset, zero-shot scores alone": (Changed(see=only_zero_shot), None, LABELED_PER_BATCH, {}),
+    "preset, probes alone": (Changed(see=only_probes), None, LABELED_PER_BATCH, {}),
+    "preset, rare classes trusted like frequent ones": (StackedProbes(1e-9), None, LABELED_PER_BATCH, {}),
+    "preset, rounded to hard labels": (Changed(say=hard), None, LABELED_PER_BATCH, {}),
+    "preset, CAT on its probabilities": (Changed(say=at_class_rates), None, LABELED_PER_BATCH, {}),
+    "preset, between .1 and .6 ignored": (Changed(say=only_sure), None, LABELED_PER_BATCH, {}),
+    "preset, cross-entropy instead of ASL": (StackedProbes(), None, LABELED_PER_BATCH, {"loss": BinaryCrossEntropy}),
 }
 # What the stack says of the test images itself, without a network.
 STACKS: dict[str, EvidenceLabeler] = {
@@ -170,26 +170,26 @@ STACKS: dict[str, EvidenceLabeler] = {
 
 def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     """One run of the ablation, with the quality of its pseudo-labels at each epoch."""
-    labeler, correct, labelled, changes = RUNS[name]
-    data = make_data(cell, args, labelled)
+    labeler, correct, labeled, changes = RUNS[name]
+    data = make_data(cell, args, labeled)
     data.prepare_data()
     data.setup("fit")
     if correct is IgnoreRare:
-        correct = IgnoreRare(len(data.split.labelled))
+        correct = IgnoreRare(len(data.split.labeled))
     # Only a labeler of each epoch has epochs to watch; one that labels nothing must be seen for what it is.
-    plain = isinstance(labeler, LabelledOnly | EvidenceLabeler)
+    plain = isinstance(labeler, LabeledOnly | EvidenceLabeler)
     watched = labeler if plain else Watched(labeler, data.hidden_targets(), correct)
     made = {key: value() if key == "loss" else value for key, value in changes.items()}
     figures = train(cell, make_module(cell, args, data, labeler=watched, **made), data)
     if isinstance(watched, Watched):
         figures["epochs"] = watched.epochs
-        labelled_positives = (data.labelled_targets() == 1).sum(0).tolist()
-        figures["classes"] = dict(zip(data.class_names, labelled_positives, strict=True))
+        labeled_positives = (data.labeled_targets() == 1).sum(0).tolist()
+        figures["classes"] = dict(zip(data.class_names, labeled_positives, strict=True))
     return figures
 
 
 def stack_alone(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """What a stack says of the test images, which here lend their statistics in place of the unlabelled ones."""
+    """What a stack says of the test images, which here lend their statistics in place of the unlabeled ones."""
     data = make_data(cell, args)
     data.prepare_data()
     data.setup("fit")
@@ -201,9 +201,9 @@ def stack_alone(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, An
         parts = [[describe(network.features(batch.images)) for batch in loader] for loader in loaders]
         torch.save([[torch.cat(x) for x in zip(*((*d, *s) for d, s in part), strict=True)] for part in parts], file)
     train_parts, test_parts = torch.load(file)
-    known = data.split.labelled
+    known = data.split.labeled
     both = [torch.cat([train[known], test]) for train, test in zip(train_parts, test_parts, strict=True)]
-    evidence = Evidence(both[:-1], both[-1:], torch.arange(len(known)), data.labelled_targets())
+    evidence = Evidence(both[:-1], both[-1:], torch.arange(len(known)), data.labeled_targets())
     report = MultilabelReport(len(data.class_names))
     said, truth = STACKS[name](evidence).clamp(1e-6, 1 - 1e-6), torch.from_numpy(data.test_table.labels)
     report.update(said.logit(), truth)
@@ -244,31 +244,31 @@ def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Pat
         runs = [r for r in mine if r["run"] == "paper's recipe"]
         names = [n for n in runs[0]["classes"] if max(r["AP"][n] for r in runs) > 0]
         places = [list(runs[0]["classes"]).index(n) for n in names]
-        labelled = [np.mean([r["classes"][n] for r in runs]) for n in names]
-        norm = LogNorm(0.3, max(labelled))
+        labeled = [np.mean([r["classes"][n] for r in runs]) for n in names]
+        norm = LogNorm(0.3, max(labeled))
         for ax, key in zip(axes, ("precision", "recall", "coverage"), strict=False):
-            for n, k, number in zip(names, places, labelled, strict=True):
+            for n, k, number in zip(names, places, labeled, strict=True):
                 line = np.mean([[epoch[key][k] for epoch in r["epochs"]] for r in runs], axis=0)
-                colour = matplotlib.colormaps["viridis"](norm(max(number, 0.3)))
-                ax.plot(range(1, len(line) + 1), line, color=colour)
+                color = matplotlib.colormaps["viridis"](norm(max(number, 0.3)))
+                ax.plot(range(1, len(line) + 1), line, color=color)
                 if key != "coverage":  # where all lines lie on one another
                     ax.annotate(n, (len(line), line[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
             ax.set(xlabel="epoch of the second stage", ylim=(0, 1.02), title=f"{data}, p = {share}: {key} by class")
         scale = matplotlib.cm.ScalarMappable(norm, "viridis")
-        figure.colorbar(scale, ax=axes[2], label="labelled positives of the class (mean over seeds)")
-        base = {r["seed"]: r["mAP"] for r in mine if r["run"] == "labelled-only"}
+        figure.colorbar(scale, ax=axes[2], label="labeled positives of the class (mean over seeds)")
+        base = {r["seed"]: r["mAP"] for r in mine if r["run"] == "labeled-only"}
         gaps = {
             n: [r["mAP"] - base[r["seed"]] for r in mine if r["run"] == n and r["seed"] in base]
             for n in (*RUNS, *STACKS)
         }
-        shown = [n for n, gap in gaps.items() if gap and n != "labelled-only"][::-1]
+        shown = [n for n, gap in gaps.items() if gap and n != "labeled-only"][::-1]
         means = [np.mean(gaps[n]) for n in shown]
         axes[3].barh(shown, means, color=["tab:green" if m > 0 else "tab:red" for m in means], alpha=0.6)
         for y, n in enumerate(shown):
             axes[3].plot(gaps[n], [y] * len(gaps[n]), ".", color="black", markersize=4)
-        axes[3].axvline(0, color="grey", linewidth=0.8)
+        axes[3].axvline(0, color="gray", linewidth=0.8)
         axes[3].tick_params(axis="y", labelsize=8)
-        axes[3].set(xlabel="points of mAP", title="minus labelled-only (dots: seeds)")
+        axes[3].set(xlabel="points of mAP", title="minus labeled-only (dots: seeds)")
     figure.savefig(file, dpi=80)
 
 

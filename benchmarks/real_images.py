@@ -1,4 +1,4 @@
-"""Zero-shot, labelled-only, CBSA without contexts and CBSA on a folder of real images in the VOC layout.
+"""Zero-shot, labeled-only, CBSA without contexts and CBSA on a folder of real images in the VOC layout.
 
     uv run python benchmarks/real_images.py --root DIR --clip DIR_OR_TAG --out DIR [--caches none 0 4 16]
 
@@ -23,11 +23,11 @@ from measuring import where
 from cbsa_lightning import CBSAModule, SSMLLDataModule
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.voc import VOC
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 
-METHODS = ("labelled-only", "CBSA without contexts", "CBSA")
+METHODS = ("labeled-only", "CBSA without contexts", "CBSA")
 
 
 class Minutes(L.Callback):
@@ -51,7 +51,7 @@ def make_data(share, seed, cache, args):
     features = None if cache == "none" else FeatureCache(str(args.out / "cache"), int(cache), args.limit_gb)
     source = VOC(str(args.root))
     return SSMLLDataModule(
-        source, labelled_fraction=share, seed=seed, batch_size=64, num_workers=args.workers, feature_cache=features
+        source, labeled_fraction=share, seed=seed, batch_size=64, num_workers=args.workers, feature_cache=features
     )
 
 
@@ -63,7 +63,7 @@ def one_run(method, share, seed, cache, args):
         data.class_names,
         clip=str(args.clip),
         num_contexts=2 if method == "CBSA" else 0,
-        labeler=LabelledOnly() if method == "labelled-only" else None,
+        labeler=LabeledOnly() if method == "labeled-only" else None,
         warmup_epochs=args.warmup,
         ema_decay=args.ema,
     )

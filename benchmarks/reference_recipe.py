@@ -1,10 +1,10 @@
 """The training step as the related code takes it: the same mathematics as ours, none of its economies.
 
 What is kept of their habits (``docs/speed.md`` names each): prompts at the full 77 tokens, each prompt set in a pass of
-its own; labelled and unlabelled images in passes of their own; no channels-last memory, no folded batch
+its own; labeled and unlabeled images in passes of their own; no channels-last memory, no folded batch
 norms; queries repeated for every image; the text encoded anew for every batch of a pass without gradient, and two such
 passes for raw and averaged weights; the loss read on the host at each step; an average over the whole state dict. What
-is *not* kept, in its favour: no graph below the pool, no unused attention, no weak views that are thrown away.
+is *not* kept, in its favor: no graph below the pool, no unused attention, no weak views that are thrown away.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ReferenceRecipe(nn.Module):
         self.register_buffer("mask", torch.full((length, length), float("-inf")).triu(1))
 
     def start_training(self) -> None:
-        """Optimiser and average; the latter holds everything, frozen weights too."""
+        """Optimizer and average; the latter holds everything, frozen weights too."""
         self.average = copy.deepcopy(self.state_dict())
         self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.log_scale.is_cuda)
@@ -99,10 +99,10 @@ class ReferenceRecipe(nn.Module):
         """Eq. 12 on one batch."""
         with torch.autocast(batch.images.device.type, torch.float16, enabled=batch.images.is_cuda):
             target, semantic = self.encode_text()
-            parts = [self(batch.images[rows], target, semantic) for rows in (batch.labelled, ~batch.labelled)]
-        targets = torch.where(batch.labelled[:, None], batch.targets, pseudo[batch.index])
+            parts = [self(batch.images[rows], target, semantic) for rows in (batch.labeled, ~batch.labeled)]
+        targets = torch.where(batch.labeled[:, None], batch.targets, pseudo[batch.index])
         logits, context_logits = (torch.cat(part) for part in zip(*parts, strict=True))
-        order = [rows.nonzero()[:, 0] for rows in (batch.labelled, ~batch.labelled)]
+        order = [rows.nonzero()[:, 0] for rows in (batch.labeled, ~batch.labeled)]
         index = torch.cat(order)
         total = asymmetric_loss(logits, targets[index]).sum()
         return (total + context_loss(context_logits, contexts[batch.index[index]]).sum()) / len(batch.images)
@@ -117,7 +117,7 @@ class ReferenceRecipe(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimiser step, then the average over the state dict, tensor by tensor."""
+        """Optimizer step, then the average over the state dict, tensor by tensor."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for name, value in self.state_dict().items():

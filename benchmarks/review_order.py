@@ -2,7 +2,7 @@
 
     uv run python benchmarks/review_order.py --out DIR --photos DIR --clip DIR --seeds 1 2 3 --rounds 2
 
-Starts with 5 % of the photographs below ``--photos`` (VOC layout) labelled in an export of Label Studio. In each round,
+Starts with 5 % of the photographs below ``--photos`` (VOC layout) labeled in an export of Label Studio. In each round,
 `cbsa fit` trains stacked probes, `cbsa label` writes tasks, and this script answers ``--budget`` of them with the true
 labels: the first ones by their score, or random ones. Ends with a table of mAP in % on the test photographs.
 """
@@ -22,7 +22,7 @@ from measuring import markdown, where
 from cbsa_lightning.__main__ import main as cbsa
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers.voc import VOC
-from cbsa_lightning.data.splits import split_labelled
+from cbsa_lightning.data.splits import split_labeled
 
 ORDERS = ("review", "random")
 SHARE = 0.05
@@ -40,7 +40,7 @@ def export(file: Path, table: AnnotationTable, answered: set[str]) -> None:
 
 
 def interface(file: Path, class_names: tuple[str, ...]) -> None:
-    """Writes the labelling interface, which names the classes."""
+    """Writes the labeling interface, which names the classes."""
     choices = "".join(f'<Choice value="{name}"/>' for name in class_names)
     controls = f'<Choices name="labels" toName="image" choice="multiple">{choices}</Choices>'
     file.write_text(f'<View><Image name="image" value="$image"/>{controls}</View>')
@@ -70,8 +70,8 @@ def rounds(
     order: str, seed: int, args: argparse.Namespace, train: AnnotationTable, test: AnnotationTable
 ) -> list[float]:
     """mAP after each round, the first one before any further label."""
-    labelled = split_labelled(len(train), SHARE, seed, train.digest()).labelled
-    answered, found = set(train.paths[labelled].tolist()), []
+    labeled = split_labeled(len(train), SHARE, seed, train.digest()).labeled
+    answered, found = set(train.paths[labeled].tolist()), []
     rng = np.random.default_rng(seed)
     for number in range(args.rounds + 1):
         folder = args.out / f"{order}-{seed}-{number}"
@@ -81,7 +81,7 @@ def rounds(
         export(files["test"], test, set(test.paths.tolist()))
         interface(files["label_config"], train.class_names)
         found.append(fit(folder, files | {"root": Path(train.root)}, args, seed, test))
-        print(f"{order}, seed {seed}, {len(answered)} labelled: mAP {found[-1]:.2f}", flush=True)
+        print(f"{order}, seed {seed}, {len(answered)} labeled: mAP {found[-1]:.2f}", flush=True)
         tasks = folder / "tasks.json"
         cbsa(["label", str(folder / "run" / "version_0"), "--to", "label-studio", "--output", str(tasks)])
         offered: list[Any] = json.loads(tasks.read_text())

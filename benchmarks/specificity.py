@@ -13,8 +13,8 @@ before training, after the warm-up and at the end:
   digits; its control is where the other digits of the same canvas point.
 
 Finished runs are read from ``specificity.jsonl``, with ``--epochs`` from ``specificity-WARMUP-SECOND.jsonl``, and not
-repeated. ``--mechanics`` trains RN50 with random weights on coloured squares instead: nothing is known at the start, so
-what is specific at the end was learnt.
+repeated. ``--mechanics`` trains RN50 with random weights on colored squares instead: nothing is known at the start, so
+what is specific at the end was learned.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from cells import (
     CONTEXTS,
     COUNTED,
-    LABELLED_PER_BATCH,
+    LABELED_PER_BATCH,
     SETTINGS,
     Cell,
     Results,
@@ -226,7 +226,7 @@ def row(name: str, cell: Cell, args: Any) -> dict[str, Any]:
     """Trains a row and gives its figures at the three moments."""
     settings, change = ROWS[name]
     settings = {k: CONTEXTS[cell.data] if v == -1 else v for k, v in settings.items()}
-    data = make_data(cell, args, LABELLED_PER_BATCH)
+    data = make_data(cell, args, LABELED_PER_BATCH)
     module = make_module(cell, args, data, labeler=StackedProbes(), **settings)
     if change is not None:
         change(module)
@@ -257,24 +257,24 @@ def table(rows: list[dict[str, Any]], data: str, share: float) -> str:
     return f"{data}, p = {share}\n\n" + markdown(header, lines)
 
 
-def squares(number: int, rng: np.random.Generator, colours: np.ndarray, size: int = 160) -> tuple[Tensor, Tensor]:
-    """Grey images with up to three coloured squares at random places, uint8 ``(n, 3, S, S)``, and their labels."""
+def squares(number: int, rng: np.random.Generator, colors: np.ndarray, size: int = 160) -> tuple[Tensor, Tensor]:
+    """Gray images with up to three colored squares at random places, uint8 ``(n, 3, S, S)``, and their labels."""
     images = rng.integers(90, 160, (number, size, size, 1)).repeat(3, 3).astype(np.uint8)
-    labels = np.zeros((number, len(colours)), np.int8)
+    labels = np.zeros((number, len(colors)), np.int8)
     for image, row in zip(images, labels, strict=True):
-        for k in rng.permutation(len(colours))[: rng.integers(1, 4)]:
+        for k in rng.permutation(len(colors))[: rng.integers(1, 4)]:
             x, y = rng.integers(0, size - 40, 2)
-            image[y : y + 40, x : x + 40] = colours[k]
+            image[y : y + 40, x : x + 40] = colors[k]
             row[k] = 1
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str]:
-    """Trains RN50 with random weights on labelled images; figures before and after."""
+    """Trains RN50 with random weights on labeled images; figures before and after."""
     rng = np.random.default_rng(seed)
-    colours = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
+    colors = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
     L.seed_everything(seed, verbose=False)
-    module = CBSAModule([f"colour {k}" for k in range(6)], clip="RN50-quickgelu", pretrained="random", prompt_length=4)
+    module = CBSAModule([f"color {k}" for k in range(6)], clip="RN50-quickgelu", pretrained="random", prompt_length=4)
     settings, change = ROWS[name]
     if settings:
         raise SystemExit(f"--mechanics trains on labels alone with the default settings: {name!r} has {settings}.")
@@ -283,7 +283,7 @@ def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str
     network = module.network
     (train, train_labels), (test, test_labels) = (
         (torch.cat([network.features(part) for part in images.split(16)]), labels)
-        for images, labels in (squares(n, rng, colours) for n in (320, 200))
+        for images, labels in (squares(n, rng, colors) for n in (320, 200))
     )
     groups = network.parameter_groups()
     optimizer = torch.optim.AdamW([{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in groups])
@@ -322,7 +322,7 @@ def mechanics(names: list[str], seeds: list[int], steps: int) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--mechanics", action="store_true", help="RN50 with random weights on coloured squares")
+    parser.add_argument("--mechanics", action="store_true", help="RN50 with random weights on colored squares")
     parser.add_argument("--steps", type=int, default=300, help="of --mechanics")
     parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="instead of those above")
     args = parser.parse_args()

@@ -5,11 +5,11 @@
 
 Three things are measured in turn, round by round, so that a machine whose speed drifts drifts for all of them:
 
-- *step*: a step of CBSAModule inside a Lightning Trainer, from one batch to the next, optimiser, average and logging
+- *step*: a step of CBSAModule inside a Lightning Trainer, from one batch to the next, optimizer, average and logging
   included; the batches lie in memory.
 - *reference*: the same mathematics as the related code does it (reference_recipe.py).
 - *floor*: what the mathematics needs, each part alone in a loop, summed: frozen image tower on the batch, attention
-  pool, text tower and decoder forward and backward. No loss, optimiser, average or loop is in it.
+  pool, text tower and decoder forward and backward. No loss, optimizer, average or loop is in it.
 
 Both losses are compared before anything is timed. The least of the rounds counts, since other work on the machine only
 ever adds. Memory is the growth of a process of its own over what it held before the first step; on a GPU torch's peak.
@@ -42,7 +42,7 @@ from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.batches import TrainBatch
 
-DATA = {  # classes, contexts, share of labelled images in a batch; images a pass: unlabelled at p = .05, validation
+DATA = {  # classes, contexts, share of labeled images in a batch; images a pass: unlabeled at p = .05, validation
     "COCO": (80, 6, 4 / 64, 77977, 40137),
     "VOC": (20, 2, 1 / 8, 5432, 5823),
     "NUS": (81, 2, 4 / 64, 142500, 60260),
@@ -70,12 +70,12 @@ def make_batch(data: str, size: int, batch: int) -> tuple[TrainBatch, Tensor, Te
     """A batch with labels, and tables of pseudo-labels and context targets for it."""
     classes, contexts, share = DATA[data][:3]
     torch.manual_seed(1)
-    labelled = torch.arange(batch) < max(1, round(share * batch))
-    targets = (torch.rand(batch, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
+    labeled = torch.arange(batch) < max(1, round(share * batch))
+    targets = (torch.rand(batch, classes) < 0.05).to(torch.int8).masked_fill(~labeled[:, None], -1)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     pseudo = (torch.rand(batch, classes) < 0.05).to(torch.int8)
     chosen = torch.nn.functional.one_hot(torch.randint(contexts, (batch,)), contexts).float()
-    return TrainBatch(images, targets, torch.arange(batch), labelled), pseudo, chosen
+    return TrainBatch(images, targets, torch.arange(batch), labeled), pseudo, chosen
 
 
 def on(device: str, batch: TrainBatch) -> TrainBatch:
@@ -154,7 +154,7 @@ class Ours:
         return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
 
     def update(self) -> Callable[[], None]:
-        """Optimiser and average."""
+        """Optimizer and average."""
         parameters = [p for p in self.module.network.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -199,7 +199,7 @@ class Reference:
     def parts(self) -> dict[str, Callable[[], None]]:
         """As of :class:`Ours`."""
         recipe, images = self.recipe, self.batch.images
-        halves = (images[self.batch.labelled], images[~self.batch.labelled])
+        halves = (images[self.batch.labeled], images[~self.batch.labeled])
         with torch.no_grad(), self.autocast():
             features = [recipe.clip.features(half) for half in halves]
             tokens = [(recipe.clip.pool(f).l, recipe.clip.pool.values(f).l) for f in features]
@@ -229,7 +229,7 @@ class Reference:
         return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
 
     def update(self) -> Callable[[], None]:
-        """Optimiser and average."""
+        """Optimizer and average."""
         for p in self.recipe.parameters():
             if p.requires_grad:
                 p.grad = torch.zeros_like(p)
@@ -390,8 +390,8 @@ def epoch(figures: dict[str, Any], who: str, cached: bool = False) -> float:
     """Seconds of an epoch at p = .05, put together from measured steps and passes."""
     _, _, share, weak, validation = DATA[figures["data"]]
     n, passes = figures["images"], figures[f"{who} passes"]
-    labelled = max(1, round(share * n))
-    steps = math.ceil(weak / (n - labelled))
+    labeled = max(1, round(share * n))
+    steps = math.ceil(weak / (n - labeled))
     if cached:
         return steps * figures[who] + weak * passes["head"] + validation * 2 * passes["head"]
     return steps * figures[who] + weak * passes["weak"] + validation * passes["validation"]
@@ -422,7 +422,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         ])  # fmt: skip
     header = ["data:tower:batch", "step ms/image", "reference", "floor", "step/floor", "reference/step"]
     header += ["step GB/image", "reference GB/image", "GFLOP/image", "of matmul rate", "rounds"]
-    names = ["image tower", "attention pool", "text tower", "decoder", "optimiser + average", "rest", "all"]
+    names = ["image tower", "attention pool", "text tower", "decoder", "optimizer + average", "rest", "all"]
     return "\n\n".join([
         markdown(header, steps),
         "Where the time of a step goes, ms/image; each part alone, so the rest can be a little below zero:",
@@ -448,7 +448,7 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
             each = [1000 * f[f"{who} parts"][name] / f["images"] for name in names]
             each.append(max(0.0, 1000 * f[who] / f["images"] - sum(each)))
             for i, width in enumerate(each):
-                label = [*names[:-1], "optimiser + average", "rest"][i] if y == 0 else None
+                label = [*names[:-1], "optimizer + average", "rest"][i] if y == 0 else None
                 axis.barh(y, width, left=left, color=f"C{i}", label=label)
                 left += width
         axis.set_yticks([0, 1], ["now", "reference recipe"])

@@ -8,8 +8,8 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datasets import ImageViews, ViewDataset, collate
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Digits
-from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
-from cbsa_lightning.data.splits import split_labelled
+from cbsa_lightning.data.samplers import InOrderBatches, LabeledBatches, PairedBatches
+from cbsa_lightning.data.splits import split_labeled
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.method.contexts import context_targets, cooccurrence, match_partition, partition
 from cbsa_lightning.method.ema import ParameterEMA
@@ -21,9 +21,9 @@ from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.training.schedules import OneCycle
 
 
-def loader(table, view, batches, labelled=None):
-    """Batches of views with labels, which are hidden where ``labelled`` is false."""
-    views = ViewDataset(ImageViews(ImageFiles(table), view), table.labels, labelled)
+def loader(table, view, batches, labeled=None):
+    """Batches of views with labels, which are hidden where ``labeled`` is false."""
+    views = ViewDataset(ImageViews(ImageFiles(table), view), table.labels, labeled)
     return DataLoader(views, batch_sampler=batches, collate_fn=collate)
 
 
@@ -31,9 +31,9 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     """Trains on a share of the labels; returns the network, its averaged weights, and mAP on the test images."""
     source.prepare()
     table, test = source.train(), source.test()
-    split = split_labelled(len(table), share, seed, table.digest())
-    known = torch.from_numpy(table.labels[split.labelled])
-    has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labelled)).numpy()
+    split = split_labeled(len(table), share, seed, table.digest())
+    known = torch.from_numpy(table.labels[split.labeled])
+    has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labeled)).numpy()
 
     torch.manual_seed(seed)
     clip = FrozenCLIP.load("embedded")
@@ -54,8 +54,8 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
 
     pseudo_labels = torch.full_like(torch.from_numpy(table.labels), -1)  # -1: unknown, no loss
     context_of = torch.full((len(table),), -1)
-    groups = partition(cooccurrence(known), contexts)  # S, and its normalised cut (Eq. 9, 10)
-    context_of[split.labelled] = context_targets(known, groups, contexts)
+    groups = partition(cooccurrence(known), contexts)  # S, and its normalized cut (Eq. 9, 10)
+    context_of[split.labeled] = context_targets(known, groups, contexts)
 
     def stage(stage_epochs, batches):
         nonlocal groups
@@ -64,18 +64,18 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
         schedule = OneCycle()(optimizer, len(stage_epochs) * len(batches))
         for epoch in stage_epochs:
             if average.started:  # the second stage: labels and contexts of the weak views, once an epoch
-                logits, context_logits = scores(table, WeakView(size, seed), split.unlabelled, epoch)
-                pseudo_labels[split.unlabelled] = thresholds(logits.sigmoid(), positive_rates(known)).labels  # Eq. 6
+                logits, context_logits = scores(table, WeakView(size, seed), split.unlabeled, epoch)
+                pseudo_labels[split.unlabeled] = thresholds(logits.sigmoid(), positive_rates(known)).labels  # Eq. 6
                 confidence, context = context_logits.softmax(1).max(1)
-                context_of[split.unlabelled] = torch.where(confidence > 0.9, context, -1)  # Eq. 11, unlabelled
-                every = torch.cat([known, pseudo_labels[split.unlabelled]])
+                context_of[split.unlabeled] = torch.where(confidence > 0.9, context, -1)  # Eq. 11, unlabeled
+                every = torch.cat([known, pseudo_labels[split.unlabeled]])
                 groups = match_partition(partition(cooccurrence(every), contexts), groups, contexts)
-                context_of[split.labelled] = context_targets(known, groups, contexts)
+                context_of[split.labeled] = context_targets(known, groups, contexts)
             batches.set_epoch(epoch)
             network.train()
             for batch in loader(table, StrongView(size, seed, 0.25), batches, has_labels):
                 out = network(network.features(batch.images))
-                targets = torch.where(batch.labelled[:, None], batch.targets, pseudo_labels[batch.index])
+                targets = torch.where(batch.labeled[:, None], batch.targets, pseudo_labels[batch.index])
                 loss = asymmetric_loss(out.logits, targets).sum()  # labels (Eq. 7) and pseudo-labels (Eq. 8)
                 loss = loss + context_loss(out.context_logits, context_of[batch.index]).sum()  # Eq. 11 and 12
                 optimizer.zero_grad()
@@ -85,9 +85,9 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
                 if average.started:
                     average.update(network)
 
-    stage(range(warmup), LabelledBatches(split.labelled, 16, seed))
+    stage(range(warmup), LabeledBatches(split.labeled, 16, seed))
     average.start(network)
-    stage(range(warmup, epochs), PairedBatches(split.labelled, split.unlabelled, 16, 32, seed))
+    stage(range(warmup, epochs), PairedBatches(split.labeled, split.unlabeled, 16, 32, seed))
     report = MultilabelReport(len(table.class_names))
     report.update(scores(test, PlainView(size), range(len(test)))[0], torch.from_numpy(test.labels))
     return network, average, float(report.compute()["mAP"])

@@ -41,7 +41,7 @@ class CocoFile(Target):
         """A tree that is damaged as such, as text, or as bytes."""
         tree = coco_tree()
         file = {"i.json": as_json(rng, damage_tree(rng, tree) if rng.random() < 0.8 else tree)}
-        return Case(file, {"unannotated": pick(rng, (None, "drop", "unlabelled", "empty"))})
+        return Case(file, {"unannotated": pick(rng, (None, "drop", "unlabeled", "empty"))})
 
     def run(self, case: Case, folder: Path) -> None:
         """Rows and labels must be the images and pairs that a plain reading of the file finds."""
@@ -65,8 +65,8 @@ class CocoFile(Target):
         annotated = {image for image, _ in pairs}
         images = annotated if unannotated == "drop" else {json.dumps(image["id"]) for image in content["images"]}
         unknown = (table.labels == -1).all(axis=1).sum()
-        if unknown != (len(images - annotated) if unannotated in (None, "unlabelled") else 0):
-            raise Silence(f"{unknown} unlabelled rows of {len(table)}")
+        if unknown != (len(images - annotated) if unannotated in (None, "unlabeled") else 0):
+            raise Silence(f"{unknown} unlabeled rows of {len(table)}")
         if (len(table), int((table.labels == 1).sum())) != (len(images), len(pairs)):
             raise Silence(f"{len(table)} rows, {int(table.labels.sum())} labels; {len(images)}, {len(pairs)} expected")
         names = {json.dumps(category["id"]): category["name"] for category in content["categories"]}

@@ -41,12 +41,12 @@ class Checks(Target):
             files["test.csv"] = _table(rng, int(rng.integers(1, 4)), "")
         settings = {
             "batch_size": int(pick(rng, (2, 4, 4, 8))),
-            "labelled_fraction": pick(rng, (*[None] * 6, 0.0, 0.5, 1.0)),
+            "labeled_fraction": pick(rng, (*[None] * 6, 0.0, 0.5, 1.0)),
             "held_out_fraction": pick(rng, (None, None, 0.3, 0.3, 0.5, 0.0, 1.0)),
             "on_error": pick(rng, ("stop", "stop", "skip")),
-            "labelled_per_batch": pick(rng, (None, None, None, 1, 4)),
+            "labeled_per_batch": pick(rng, (None, None, None, 1, 4)),
         }
-        return Case(files, {"settings": settings, "test": has_test}, ("train.csv", ".png", *settings, "labelled"))
+        return Case(files, {"settings": settings, "test": has_test}, ("train.csv", ".png", *settings, "labeled"))
 
     def run(self, case: Case, folder: Path) -> None:
         """The report must be complete, and name an error where, and only where, the data module refuses."""
@@ -86,7 +86,7 @@ def _set_up(source: Table, settings: dict[str, object]) -> None:
     data.prepare_data()
     data.setup("fit")
     split = data.split
-    read = np.concatenate([split.labelled, split.unlabelled, split.held_out])
+    read = np.concatenate([split.labeled, split.unlabeled, split.held_out])
     tables: list[tuple[AnnotationTable, np.ndarray]] = [(data.train_table, read)]
     if data.test_table is not None:
         tables.append((data.test_table, np.arange(len(data.test_table))))

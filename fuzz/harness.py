@@ -1,4 +1,4 @@
-"""What a kind of input is, and the judgement of what one input leads to."""
+"""What a kind of input is, and the judgment of what one input leads to."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def sound_images() -> dict[str, list[bytes]]:
     """Format -> small files of it: every mode, and all that such a file may carry beside pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (11, 13, 4), dtype=np.uint8)
     rgb, rgba = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
-    grey, bits, palette = rgb.convert("L"), rgb.convert("1"), rgb.quantize(16)
+    gray, bits, palette = rgb.convert("L"), rgb.convert("1"), rgb.quantize(16)
     deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
     smooth = rgb.resize((48, 40), Image.Resampling.BICUBIC)
     exif = Image.Exif()
@@ -53,13 +53,13 @@ def sound_images() -> dict[str, list[bytes]]:
         "PNG": [
             _saved(rgb, "PNG", pnginfo=texts, exif=exif, icc_profile=icc),
             _saved(rgb, "PNG", transparency=(9, 8, 7), dpi=(72, 72)),
-            *[_saved(image, "PNG") for image in (rgba, grey, bits, deep, rgba.convert("LA"))],
+            *[_saved(image, "PNG") for image in (rgba, gray, bits, deep, rgba.convert("LA"))],
             _saved(palette, "PNG", transparency=bytes(range(16))),
             _saved(rgba, "PNG", save_all=True, append_images=[rgba.rotate(90)]),
         ],
         "GIF": [
             _saved(palette, "GIF", **frames),
-            _saved(grey, "GIF", transparency=3),
+            _saved(gray, "GIF", transparency=3),
             _saved(rgb, "GIF", comment=b"a"),
         ],
         "WEBP": [
@@ -67,9 +67,9 @@ def sound_images() -> dict[str, list[bytes]]:
             _saved(rgba, "WEBP", lossless=True),
             _saved(rgba, "WEBP", **frames),
         ],
-        "BMP": [_saved(image, "BMP") for image in (rgb, rgba, grey, bits, palette)],
+        "BMP": [_saved(image, "BMP") for image in (rgb, rgba, gray, bits, palette)],
         "TIFF": [
-            *[_saved(image, "TIFF") for image in (rgb, rgba, grey, bits, palette, deep, rgb.convert("CMYK"))],
+            *[_saved(image, "TIFF") for image in (rgb, rgba, gray, bits, palette, deep, rgb.convert("CMYK"))],
             *[_saved(rgb, "TIFF", compression=how) for how in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")],
             _saved(bits, "TIFF", compression="group4"),
             _saved(Image.fromarray(noise[..., 0].astype(np.float32)), "TIFF"),
@@ -78,7 +78,7 @@ def sound_images() -> dict[str, list[bytes]]:
             _saved(rgb.convert("LAB"), "TIFF"),
         ],
         "PPM": [
-            *[_saved(image, "PPM") for image in (rgb, grey, bits, deep)],
+            *[_saved(image, "PPM") for image in (rgb, gray, bits, deep)],
             b"P3\n# remark\n2 2 255\n1 2 3 4 5 6 7 8 9 10 11 12\n",
             b"P2 2 2 15 1 2 3 4\n",
             b"P1 3 2 101010\n",
@@ -87,7 +87,7 @@ def sound_images() -> dict[str, list[bytes]]:
             b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n\1\2\3",
         ],
         "JPEG2000": [
-            *[_saved(image, "JPEG2000") for image in (rgb, rgba, grey, deep)],
+            *[_saved(image, "JPEG2000") for image in (rgb, rgba, gray, deep)],
             _saved(smooth, "JPEG2000", no_jp2=True),
             _saved(smooth, "JPEG2000", tile_size=(16, 16), quality_layers=[20, 5], progression="RPCL"),
         ],

@@ -1,4 +1,4 @@
-"""What the fuzz targets of labelling tools share: plain readings to compare with, and damaged XML."""
+"""What the fuzz targets of labeling tools share: plain readings to compare with, and damaged XML."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from fuzz.harness import Case, Silence, Target
 from fuzz.mutations import Rng, encoded, odd_text, pick
 from fuzz.tables import stay_inside

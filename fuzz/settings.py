@@ -49,11 +49,11 @@ class DataSettings(Target):
         whole, real = (lambda: int(pick(rng, _WHOLE))), (lambda: float(pick(rng, _REAL)))
         odd: dict[str, Any] = {
             "image_size": lambda: int(pick(rng, (0, -1, 1, 2, 8, 16, 10**6))),
-            "labelled_fraction": real,
+            "labeled_fraction": real,
             "held_out_fraction": real,
             "seed": whole,
             "batch_size": whole,
-            "labelled_per_batch": whole,
+            "labeled_per_batch": whole,
             "warmup_batch_size": whole,
             "eval_batch_size": whole,
             "cutout": real,
@@ -65,7 +65,7 @@ class DataSettings(Target):
         keys = [str(key) for key in rng.choice(list(odd), int(rng.integers(1, 4)), replace=False)]
         chosen = {key: odd[key]() for key in keys}
         caches = {"limit": real(), "views": whole()} if rng.random() < 0.2 else {}
-        table = "full.csv" if "labelled_fraction" in chosen else "t.csv"
+        table = "full.csv" if "labeled_fraction" in chosen else "t.csv"
         return Case({}, {"settings": chosen, "caches": caches, "table": table}, (*chosen, *_WORDS))
 
     def run(self, case: Case, folder: Path) -> None:
@@ -90,7 +90,7 @@ class DataSettings(Target):
 
 # An error about settings may speak of what they mean; the places are checked loosely here.
 _WORDS = (
-    "image_size", "fraction", "held", "seed", "batch", "cutout", "num_workers", "limit_gb", "strong_views", "labelled",
+    "image_size", "fraction", "held", "seed", "batch", "cutout", "num_workers", "limit_gb", "strong_views", "labeled",
     "there is no split file", "no table here", "correct the path", "size of a view", "cannot be read as a split",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers.roles import IMAGE_COLUMNS, LABELS_COLUMNS
 from cbsa_lightning.data.readers.table import Table
-from cbsa_lightning.data.readers.words import UNLABELLED
+from cbsa_lightning.data.readers.words import UNLABELED
 from fuzz.harness import Case, Silence, Target
 from fuzz.mutations import Rng, damage_bytes, damage_text, damage_tree, encoded, odd_text, pick
 
@@ -80,7 +80,7 @@ def _expected(cells: dict[str, str], table: AnnotationTable, separator: str | No
         cell = _clean(cells[column])
         names = _names(cell, separator, {*table.class_names, *other})
         for word in (cell, *names) if len(names) == 1 else (cell,):  # a list may have a word as its only name
-            if word.casefold() in UNLABELLED or word == "None":
+            if word.casefold() in UNLABELED or word == "None":
                 return [-1] * table.num_classes
             if word in ("none", "[]"):
                 return [0] * table.num_classes
@@ -89,7 +89,7 @@ def _expected(cells: dict[str, str], table: AnnotationTable, separator: str | No
             raise Silence(f"{cell!r} is read, but has other names than {table.class_names}")
         return [int(name in named) for name in table.class_names]
     by_name = {other.get(name, name): re.sub(r"\.0*$", "", cell.strip().lower()) for name, cell in cells.items()}
-    meaning = {"1": 1, "true": 1, "0": 0, "false": 0} | dict.fromkeys(("-1", "none", *UNLABELLED), -1)
+    meaning = {"1": 1, "true": 1, "0": 0, "false": 0} | dict.fromkeys(("-1", "none", *UNLABELED), -1)
     return [meaning[by_name[name]] for name in table.class_names]
 
 

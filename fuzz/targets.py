@@ -9,7 +9,7 @@ from fuzz.harness import Target
 from fuzz.images import ImageBytes
 from fuzz.label_studio import ImageLocations, LabelConfigs, LabelStudioJson, LabelStudioRows
 from fuzz.label_studio_tasks import LabelStudioTasks
-from fuzz.labelling_tools import CloudJsonLines, CvatXml, FiftyOneJson, OpenImagesCsv
+from fuzz.labeling_tools import CloudJsonLines, CvatXml, FiftyOneJson, OpenImagesCsv
 from fuzz.names import ClassFiles, ClassNames
 from fuzz.predict import PredictInputs
 from fuzz.settings import Configs, DataSettings

@@ -4,7 +4,7 @@
     python scripts/read_back.py datumaro annotations.xml IMAGES RUN/labels.csv
 
 Run it in an environment of its own that has the tool: datumaro, fiftyone, label-studio-sdk (`label_studio`, with the
-labelling interface beside the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). It does not import this
+labeling interface beside the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). It does not import this
 library.
 """
 

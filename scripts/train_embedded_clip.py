@@ -2,13 +2,13 @@
 
     uv run python scripts/train_embedded_clip.py
 
-The pictures are plain posters: printed and handwritten digits and printed letters on soft colour grounds,
+The pictures are plain posters: printed and handwritten digits and printed letters on soft color grounds,
 captioned in a few ways. They share no exemplar, no scene and no co-occurrence with the quickstart's data set
 (`Digits`), so the model knows the digits there, but not well: as CLIP knows somebody else's photographs.
 
 Image and caption are a positive pair if every digit of the caption is in the image; the loss is the sigmoid loss
 over all pairs of a batch (SigLIP, arXiv 2303.15343). With ten digits most captions fit several images of a
-batch, which the softmax loss would count as errors. The learnt bias is the same for every pair, so it changes no
+batch, which the softmax loss would count as errors. The learned bias is the same for every pair, so it changes no
 ranking, and is dropped at the end.
 
 The stages go from small posters with one digit to the full size with several. Digits keep their size in pixels,
@@ -75,12 +75,12 @@ HANDWRITTEN = 0.4  # share of digits that are handwritten; the rest is printed
 class Stage(NamedTuple):
     """``steps`` batches of ``batch`` posters of ``size`` pixels with up to ``digits`` digits on each.
 
-    ``colour`` goes from 0, dark ink on white paper, to 1, any ink on any ground: a network that starts with the
+    ``color`` goes from 0, dark ink on white paper, to 1, any ink on any ground: a network that starts with the
     latter learns nothing for a long time.
     """
 
     size: int
-    colour: float
+    color: float
     digits: int
     letters: int
     batch: int
@@ -139,15 +139,15 @@ class Posters:
         cells = int(rng.integers(2, 6))
         coarse = torch.from_numpy(rng.random((stage.batch, 3, cells, cells), dtype=np.float32))
         grounds = F.interpolate(coarse, size=stage.size, mode="bicubic").permute(0, 2, 3, 1).numpy().copy()
-        grounds = 0.9 + stage.colour * (grounds - 0.9)
+        grounds = 0.9 + stage.color * (grounds - 0.9)
         present, named, captions = np.zeros((2, stage.batch, 10), dtype=bool), None, []
         present, named = present
         for canvas, shown, told in zip(grounds, present, named, strict=True):
-            self._pattern(canvas, stage.colour)
+            self._pattern(canvas, stage.color)
             digits = rng.permutation(10)[: rng.integers(1, stage.digits + 1)]
             masks = [self.digits[d][rng.integers(len(self.digits[d]))] for d in digits]
             letters = [self.letters[rng.integers(len(self.letters))] for _ in range(rng.integers(0, stage.letters + 1))]
-            self._paste(canvas, letters + masks, stage.colour)
+            self._paste(canvas, letters + masks, stage.color)
             shown[digits] = True
             told[digits[: 1 if rng.random() < 0.5 else rng.integers(1, len(digits) + 1)]] = True
             captions.append(self._caption(np.flatnonzero(told)))
@@ -155,20 +155,20 @@ class Posters:
         images = torch.from_numpy(grounds.clip(0, 1)).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(present), captions, torch.from_numpy(named))
 
-    def _pattern(self, canvas: np.ndarray, colour: float) -> None:
-        """Lays blocks of colour, or stripes or checks, over most of the grounds."""
+    def _pattern(self, canvas: np.ndarray, color: float) -> None:
+        """Lays blocks of color, or stripes or checks, over most of the grounds."""
         rng, size, kind = self.rng, len(canvas), self.rng.random()
         if kind < 0.4:
             for y, x, height, width in rng.uniform((0, 0, 0.1, 0.1), (1, 1, 0.6, 0.4), size=(5, 4)) * size:
                 block = canvas[int(y) : int(y + height), int(x) : int(x + width)]
-                block += 0.6 * colour * (rng.random(3, dtype=np.float32) - block)
+                block += 0.6 * color * (rng.random(3, dtype=np.float32) - block)
         elif kind < 0.7:
             line = np.sign(np.sin(np.arange(size, dtype=np.float32) * (2 * np.pi / rng.uniform(6, 40))))
             pattern = line[:, None] * (line[None] if rng.random() < 0.5 else 1)
             pattern = pattern if rng.random() < 0.5 else pattern.T
-            canvas += pattern[..., None] * (colour * rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
+            canvas += pattern[..., None] * (color * rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
-    def _paste(self, canvas: np.ndarray, masks: list[np.ndarray], colour: float) -> None:
+    def _paste(self, canvas: np.ndarray, masks: list[np.ndarray], color: float) -> None:
         """Inks masks onto the canvas, each at the least crowded of a few random places."""
         rng, size, taken = self.rng, len(canvas), np.zeros((0, 2))
         for mask in masks:
@@ -180,7 +180,7 @@ class Posters:
             y0, x0, y1, x1 = max(y, 0), max(x, 0), min(y + width, size), min(x + width, size)
             area, alpha = canvas[y0:y1, x0:x1], mask[y0 - y : y1 - y, x0 - x : x1 - x]
             ground = area.mean((0, 1))
-            inks = 0.1 + colour * (
+            inks = 0.1 + color * (
                 rng.random((6, 3), dtype=np.float32) - 0.1
             )  # the first that stands out from the ground
             ink = inks[np.argmax(np.abs(inks - ground).mean(-1) > 0.25)]
@@ -213,12 +213,12 @@ def zero_shot_ap(model: CLIP, tokenizer: open_clip.SimpleTokenizer, batches: lis
     from sklearn.metrics import average_precision_score
 
     text = model.encode_text(tokenizer([f"a photo of a {name}." for name in NAMES]), normalize=True)
-    scores = [model.encode_image(normalise(batch.images), normalize=True) @ text.T for batch in batches]
+    scores = [model.encode_image(normalize(batch.images), normalize=True) @ text.T for batch in batches]
     present = torch.cat([batch.present for batch in batches])
     return float(average_precision_score(present.numpy(), torch.cat(scores).numpy()))
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Images in [0, 1] as the image tower wants them."""
     return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
 
@@ -243,9 +243,9 @@ def train(seed: int) -> CLIP:
                 {"params": decayed, "weight_decay": 0.02},
                 {"params": [*others, bias], "weight_decay": 0.0},
             ]
-            optimiser = torch.optim.AdamW(groups, lr=stage.max_lr, betas=(0.9, 0.98))
+            optimizer = torch.optim.AdamW(groups, lr=stage.max_lr, betas=(0.9, 0.98))
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimiser, stage.max_lr, total_steps=stage.steps, pct_start=0.1
+                optimizer, stage.max_lr, total_steps=stage.steps, pct_start=0.1
             )
             task, began, mean_loss = (
                 progress.add_task(f"{stage.size} px", total=stage.steps),
@@ -258,15 +258,15 @@ def train(seed: int) -> CLIP:
                 tokens = tokenizer(batch.captions)
                 tokens = tokens[:, : int((tokens != 0).sum(1).max())]
                 with torch.autocast("cpu", torch.bfloat16):
-                    image = model.encode_image(normalise(batch.images))
+                    image = model.encode_image(normalize(batch.images))
                 text = encode_captions(model, tokens)
                 logits = model.logit_scale.exp() * F.normalize(image.float()) @ F.normalize(text).T + bias
                 fits = (batch.present.float() @ batch.named.T.float()) == batch.named.sum(1)
                 loss = F.softplus(torch.where(fits, -logits, logits)).sum() / stage.batch
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
                 model.logit_scale.data.clamp_(0, float(np.log(100)))
                 mean_loss += (loss.item() - mean_loss) / min(step + 1, 50)

@@ -1,4 +1,4 @@
-"""Writes tiny data sets in the real layouts, with the official class names; images are flat colours."""
+"""Writes tiny data sets in the real layouts, with the official class names; images are flat colors."""
 
 from __future__ import annotations
 
@@ -129,21 +129,21 @@ def _nuswide_images(root: Path, part: str, count: int) -> list[str]:
     return names
 
 
-def _nuswide_labels(count: int, seed: int, unlabelled: int) -> np.ndarray:
+def _nuswide_labels(count: int, seed: int, unlabeled: int) -> np.ndarray:
     labels = draw_labels(count, 81, seed)
-    labels[count - unlabelled :] = 0
+    labels[count - unlabeled :] = 0
     return labels
 
 
 def make_nuswide_official(
-    root: str | Path, n_train: int = 90, n_test: int = 20, seed: int = 0, unlabelled: int = 3
+    root: str | Path, n_train: int = 90, n_test: int = 20, seed: int = 0, unlabeled: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
     """ImageList, TrainTestLabels and Flickr under ``root``; the last images of each part show nothing."""
     root, result = Path(root), []
     (root / "ImageList").mkdir(parents=True, exist_ok=True)
     (root / "TrainTestLabels").mkdir(exist_ok=True)
     for part, count in (("Train", n_train), ("Test", n_test)):
-        labels = _nuswide_labels(count, seed, unlabelled)
+        labels = _nuswide_labels(count, seed, unlabeled)
         names = _nuswide_images(root, part, count)
         lines = "".join(name.replace("/", "\\") + " \r\n" for name in names)
         (root / "ImageList" / f"{part}Imagelist.txt").write_bytes(lines.encode())
@@ -159,14 +159,14 @@ def make_nuswide_list(
     n_train: int = 90,
     n_test: int = 20,
     seed: int = 0,
-    unlabelled: int = 3,
+    unlabeled: int = 3,
     text: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``formatted_{train,val}_{images,labels}.npy`` (or .txt and .csv) and Flickr under ``root``."""
     root, result = Path(root), []
     root.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", n_train), ("val", n_test)):
-        labels = _nuswide_labels(count, seed, unlabelled)
+        labels = _nuswide_labels(count, seed, unlabeled)
         names = _nuswide_images(root, part, count)
         if text:
             (root / f"formatted_{part}_images.txt").write_text("\n".join(names) + "\n")
@@ -191,16 +191,16 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[
     return path
 
 
-def make_label_studio(root: str | Path, n: int = 24, unlabelled: int = 12, seed: int = 0) -> np.ndarray:
+def make_label_studio(root: str | Path, n: int = 24, unlabeled: int = 12, seed: int = 0) -> np.ndarray:
     """``export.json`` and ``label_config.xml`` of Label Studio with ``n`` images under ``root/photos``.
 
     Returns:
         The (n, 3) labels of cat, dog and zebra: 0 for the first image, which shows none of them; -1 for the
-        ``unlabelled`` last tasks, every second of which is skipped.
+        ``unlabeled`` last tasks, every second of which is skipped.
     """
     root, names = Path(root), ("cat", "dog", "zebra")
     labels = draw_labels(n, len(names), seed)
-    labels[0], labels[n - unlabelled :] = 0, -1
+    labels[0], labels[n - unlabeled :] = 0, -1
     tasks = []
     for i, row in enumerate(labels):
         write_image(root / "photos" / f"a b/{i}.jpg", i)
@@ -217,15 +217,15 @@ def make_label_studio(root: str | Path, n: int = 24, unlabelled: int = 12, seed:
     return labels
 
 
-def make_cvat(root: str | Path, n: int = 24, unlabelled: int = 12, seed: int = 0) -> np.ndarray:
+def make_cvat(root: str | Path, n: int = 24, unlabeled: int = 12, seed: int = 0) -> np.ndarray:
     """``annotations.xml`` of a CVAT task with ``n`` images under ``root/images``; the last ones have no tag.
 
     Returns:
-        The (n, 3) labels of cat, dog and zebra; -1 for the ``unlabelled`` last images.
+        The (n, 3) labels of cat, dog and zebra; -1 for the ``unlabeled`` last images.
     """
     root, names = Path(root), ("cat", "dog", "zebra")
     labels = draw_labels(n, len(names), seed)
-    labels[n - unlabelled :] = -1
+    labels[n - unlabeled :] = -1
     images = ""
     for i, row in enumerate(labels):
         write_image(root / "images" / f"{i}.jpg", i)
@@ -244,7 +244,7 @@ def make_table(
     class_names: Sequence[str] = ("cat", "dog", "zebra"),
     form: str = "names",
     suffix: str = ".csv",
-    unlabelled: int = 0,
+    unlabeled: int = 0,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``train`` and ``test`` tables with their images under ``root/images``.
@@ -252,16 +252,16 @@ def make_table(
     Args:
         form: "names" (a column labels) or "columns" (one a class).
         suffix: ".csv" or ".parquet".
-        unlabelled: So many training rows, the last ones, have no labels.
+        unlabeled: So many training rows, the last ones, have no labels.
 
     Returns:
-        The (n, C) label matrices of train and test; -1 for unlabelled rows.
+        The (n, C) label matrices of train and test; -1 for unlabeled rows.
     """
     root, result = Path(root), []
     for part, count in (("train", n_train), ("test", n_test)):
         labels = draw_labels(count, len(class_names), seed)
-        if part == "train" and unlabelled:
-            labels[count - unlabelled :] = -1
+        if part == "train" and unlabeled:
+            labels[count - unlabeled :] = -1
         rows: list[list[object]] = []
         for i, row in enumerate(labels):
             path = f"images/{part}_{i}.{'png' if i % 2 else 'jpg'}"

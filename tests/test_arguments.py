@@ -67,7 +67,7 @@ def test_class_names(clip_folder, names, message):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"source": "photos.csv"}, r"source cannot be a str \('photos\.csv'\); give a source of .*Table\(train=FILE\)"),
-    ({"labelled_fraction": 1.5}, "labelled_fraction must be a number of at least 0 and at most 1, got 1.5"),
+    ({"labeled_fraction": 1.5}, "labeled_fraction must be a number of at least 0 and at most 1, got 1.5"),
     ({"held_out_fraction": -0.1}, "held_out_fraction"), ({"cutout": 3}, "cutout"),
     ({"batch_size": 8.5}, "batch_size must be an integer"), ({"image_size": "64"}, "image_size"),
     ({"eval_batch_size": 0}, "eval_batch_size"), ({"num_workers": -1}, "num_workers"),

@@ -68,7 +68,7 @@ OVERLAYS = {
     "names",
     [
         "methods/cbsa data/coco methods/coco/cbsa methods/without_contexts hardware/cpu",
-        "methods/cbsa data/voc methods/labelled_only",
+        "methods/cbsa data/voc methods/labeled_only",
         "methods/cbsa data/voc methods/cbsa_safe hardware/gpu loggers/wandb",
         "methods/top_k data/coco methods/coco/top_k",
         "methods/dualcoop data/voc dualcoop_clip",
@@ -171,7 +171,7 @@ def test_settings_of_rows_reach_their_recipes() -> None:
     assert arguments(BY_LABEL["Top-k*"])["labeler"]["init_args"] == {"k": 3}
     assert cell(BY_LABEL["BCE"], "voc").recipe["data"]["batch_size"] == 32
     recipe = cell(CBSA, share=0.15, seed=7).recipe
-    assert (recipe["data"]["labelled_fraction"], recipe["seed_everything"]) == (0.15, 7)
+    assert (recipe["data"]["labeled_fraction"], recipe["seed_everything"]) == (0.15, 7)
 
 
 def test_what_changes_speed_only_is_the_same_cell(tmp_path: Path) -> None:

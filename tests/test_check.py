@@ -32,7 +32,7 @@ from tiny_data import Squares, tiny_data
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound data set: 40 images, half of them labelled, in `photos.csv`."""
+    """A sound data set: 40 images, half of them labeled, in `photos.csv`."""
     monkeypatch.chdir(tmp_path)
     rows = [[f"{i}.png", ("cat;dog", "cat", "sofa;dog", "none")[i % 4] if i < 20 else ""] for i in range(40)]
     for i in range(40):
@@ -68,7 +68,7 @@ def names(found: dict) -> list[list[str]]:
 def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "photos.csv")
     assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "time", "errors", "warnings"]
-    assert report["train"] == {"images": 40, "labelled": 20, "empty": 5, "partly": 0, "unlabelled": 20}
+    assert report["train"] == {"images": 40, "labeled": 20, "empty": 5, "partly": 0, "unlabeled": 20}
     assert report["classes"] == [
         {"name": "sofa", "positives": 5, "negatives": 15, "test_positives": None},
         {"name": "cat", "positives": 10, "negatives": 10, "test_positives": None},
@@ -82,18 +82,18 @@ def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "photos.csv"])
     out = capsys.readouterr().out
-    assert "train: 40 images, 20 labelled (5 show no class), 20 unlabelled." in out
+    assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
     assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
-    assert "A run trains on 16 labelled and 20 unlabelled images, and validates on 4 held-out images" in out
+    assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
     assert out.endswith("No fault was found.\n")
 
 
 @pytest.mark.parametrize(
     ("settings", "test"),
     [
-        ({"labelled_fraction": 0.4, "batch_size": 8}, 7),
-        ({"labelled_fraction": 0.4, "batch_size": 8, "held_out_fraction": 0.3, "min_steps_per_epoch": 9}, 7),
-        ({"labelled_fraction": 0.5, "batch_size": 6, "labelled_per_batch": 4, "warmup_batch_size": 3}, 0),
+        ({"labeled_fraction": 0.4, "batch_size": 8}, 7),
+        ({"labeled_fraction": 0.4, "batch_size": 8, "held_out_fraction": 0.3, "min_steps_per_epoch": 9}, 7),
+        ({"labeled_fraction": 0.5, "batch_size": 6, "labeled_per_batch": 4, "warmup_batch_size": 3}, 0),
     ],
 )
 def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, test: int) -> None:
@@ -104,9 +104,9 @@ def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, t
     assert plan.split.digest == data.split.digest
     assert plan.validated == len(data.eval_table())
     assert plan.second.steps_per_epoch == len(data.train_dataloader())
-    assert (plan.second.labelled, plan.warmup.labelled) == (data.labelled_per_batch, data.warmup_batch_size)
+    assert (plan.second.labeled, plan.warmup.labeled) == (data.labeled_per_batch, data.warmup_batch_size)
     assert plan.warmup.steps_per_epoch == (
-        data._warmup_steps() or -(-len(data.split.labelled) // data.warmup_batch_size)
+        data._warmup_steps() or -(-len(data.split.labeled) // data.warmup_batch_size)
     )
 
 
@@ -116,7 +116,7 @@ def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
     data = tiny_data(source, on_error="skip")
     data.setup("fit")
     evaluated, part = data.eval_table(), 1 if test else 0
-    settings = RunSettings(seed=data.seed, labelled_fraction=0.4, batch_size=8, on_error="skip")
+    settings = RunSettings(seed=data.seed, labeled_fraction=0.4, batch_size=8, on_error="skip")
     for row in range(1, len(evaluated)):  # all but one
         evaluated.file(row).write_bytes(b"damaged")
     again = tiny_data(source, on_error="skip")
@@ -136,22 +136,22 @@ def test_a_split_file_decides(tmp_path: Path) -> None:
     for name, split in (("some", Split(range(5), range(5, 20), [20, 21])), ("none", Split([], range(20), [20, 21]))):
         split.save(tmp_path / name, table)
     plan = make_plan(table, None, RunSettings(split_file=str(tmp_path / "some")))
-    assert plan.split.labelled.tolist() == list(range(5))
+    assert plan.split.labeled.tolist() == list(range(5))
     assert (plan.validated_on, plan.validated) == ("held-out images", 2)
     (found,) = check(table, None, RunSettings(split_file=str(tmp_path / "none"))).errors
-    assert "no labelled image" in found.message
+    assert "no labeled image" in found.message
 
 
 def test_settings_have_the_defaults_of_the_data_module() -> None:
     of_module = inspect.signature(SSMLLDataModule).parameters
     for field in fields(RunSettings):
-        if field.name not in ("labelled_only", "warmup_epochs", "max_epochs"):
+        if field.name not in ("labeled_only", "warmup_epochs", "max_epochs"):
             assert field.default == of_module[field.name].default, field.name
 
 
 def test_counts_of_each_kind_of_row() -> None:
     counts = count_labels(np.array([[1, 0], [0, 0], [-1, -1], [1, -1], [-1, 0]], np.int8))
-    assert (counts.images, counts.labelled, counts.empty, counts.partly, counts.unlabelled) == (5, 4, 1, 2, 1)
+    assert (counts.images, counts.labeled, counts.empty, counts.partly, counts.unlabeled) == (5, 4, 1, 2, 1)
     assert counts.positives == (2, 0)
     assert counts.negatives == (1, 3)
 
@@ -211,7 +211,7 @@ def test_equal_images_with_contradicting_labels_say_so(photos: Path, capsys: pyt
     (photos / "two.csv").write_text((photos / "two.csv").read_text() + "20.png,,\n")
     (photos / "1.png").write_bytes((photos / "0.png").read_bytes())
     report = run(capsys, "two.csv")
-    assert report["train"] == {"images": 21, "labelled": 20, "empty": 0, "partly": 20, "unlabelled": 1}
+    assert report["train"] == {"images": 21, "labeled": 20, "empty": 0, "partly": 20, "unlabeled": 1}
     (found,) = [entry for entry in report["warnings"] if "duplicate" in entry["kind"]]
     assert found["items"] == [{"names": ["0.png", "1.png"], "note": "labels differ"}]
 
@@ -222,7 +222,7 @@ def test_a_held_out_image_that_is_trained_on_under_another_name(
     table = AnnotationTable(photos, [f"{i}.png" for i in range(40)], np.full((40, 1), 1, np.int8), ("cat",))
     table.labels[20:] = -1
     plan = make_plan(table, None, RunSettings())
-    held_out, trained = int(plan.split.held_out[0]), int(plan.split.labelled[0])
+    held_out, trained = int(plan.split.held_out[0]), int(plan.split.labeled[0])
     table.file(trained).write_bytes(table.file(held_out).read_bytes())
     (found,) = check(table).warnings
     assert found.kind == "held_out_duplicate"
@@ -249,8 +249,8 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
         ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "same prompt text"),
-        ([["0.png", "cat"], ["1.png", ""]], "holding out 0.2 of 1 labelled rows"),
-        ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabelled image"),
+        ([["0.png", "cat"], ["1.png", ""]], "holding out 0.2 of 1 labeled rows"),
+        ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabeled image"),
         ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
     ],
 )
@@ -263,11 +263,11 @@ def test_what_a_fit_refuses_is_an_error(
     assert report["run"] is None
 
 
-def test_a_table_without_a_labelled_image(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_without_a_labeled_image(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rows(photos / "bad.csv", ["image", "cat"], [["0.png", ""], ["1.png", ""]])
     report = run(capsys, "bad.csv", status=1)
     assert "all 2 rows" in finding(report, "refused", "errors")["message"]
-    assert report["train"]["unlabelled"] == 2  # all else is said nevertheless
+    assert report["train"]["unlabeled"] == 2  # all else is said nevertheless
 
 
 def test_options_of_the_command_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,8 +275,8 @@ def test_options_of_the_command_line(photos: Path, capsys: pytest.CaptureFixture
     write_rows(photos / "tables" / "a.csv", ["image", "labels"], [[f"{i}.png", "cat" * (i < 20)] for i in range(40)])
     words = ["--root", ".", "--class-file", "classes.yaml", "--held-out", "0.5", "--batch-size", "36"]
     report = run(capsys, "tables/a.csv", *words)
-    assert (report["run"]["labelled"], report["run"]["held_out"]) == (10, 10)
-    assert report["run"]["second_stage"]["unlabelled"] == 20
+    assert (report["run"]["labeled"], report["run"]["held_out"]) == (10, 10)
+    assert report["run"]["second_stage"]["unlabeled"] == 20
     assert names(finding(report, "class_without_positive", "warnings")) == [["dog"], ["sofa"], ["zebra"]]
 
 
@@ -287,9 +287,9 @@ def test_configurations_of_a_fit(photos: Path, capsys: pytest.CaptureFixture[str
     report = run(capsys, "methods/cbsa.yaml", "mine.yaml")
     stages = report["run"]["first_stage"], report["run"]["second_stage"]
     assert [stage["epochs"] for stage in stages] == [8, 32]
-    assert stages[1] == {"steps_per_epoch": 5, "labelled": 4, "unlabelled": 4, "epochs": 32}
-    report = run(capsys, "methods/cbsa.yaml", "methods/labelled_only.yaml", "mine.yaml")
-    assert report["run"]["second_stage"] == {"steps_per_epoch": 5, "labelled": 8, "unlabelled": 0, "epochs": 32}
+    assert stages[1] == {"steps_per_epoch": 5, "labeled": 4, "unlabeled": 4, "epochs": 32}
+    report = run(capsys, "methods/cbsa.yaml", "methods/labeled_only.yaml", "mine.yaml")
+    assert report["run"]["second_stage"] == {"steps_per_epoch": 5, "labeled": 8, "unlabeled": 0, "epochs": 32}
 
 
 @pytest.mark.parametrize(
@@ -330,8 +330,8 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = coco("train.json", [f"{i}.png" for i in range(20)])
     report = run(capsys, train, status=1)
     assert (report["train"]["images"], report["test"]) == (20, None)
-    assert "There is no unlabelled image" in finding(report, "refused", "errors")["message"]
-    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.method.labelers.LabelledOnly}}")
+    assert "There is no unlabeled image" in finding(report, "refused", "errors")["message"]
+    Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.method.labelers.LabeledOnly}}")
     test = coco("test.json", ["30.png", "31.png"])
     report = run(capsys, "alone.yaml", train, "--test", test)
     assert (report["test"]["images"], report["run"]["validated_on"]) == (2, "test images")
@@ -343,7 +343,7 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("file", "content", "source"),
     [("tasks.json", "\ufeff [{}]", "label_studio.LabelStudio"), ("job.xml", "<annotations/>", "cvat.CVAT")],
 )
-def test_exports_of_labelling_tools_are_told_by_their_content(
+def test_exports_of_labeling_tools_are_told_by_their_content(
     photos: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, source: str
 ) -> None:
     (photos / file).write_text(content, encoding="utf-8")
@@ -368,7 +368,7 @@ def test_what_a_reader_says_of_its_files(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(
-        f"data: {{source: {{class_path: {__name__}.Noted, init_args: {{folder: .}}}}, labelled_fraction: 0.5}}"
+        f"data: {{source: {{class_path: {__name__}.Noted, init_args: {{folder: .}}}}, labeled_fraction: 0.5}}"
     )
     assert run(capsys, "mine.yaml")["notes"] == ["names are separated by ';'"]
     cli.main(["check", "mine.yaml"])
@@ -429,9 +429,9 @@ def test_nothing_but_json_is_written_to_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "{class_path: cbsa_lightning.data.readers.Digits, init_args: {root: ., num_train: 30, num_test: 10}}"
-    (tmp_path / "digits.yaml").write_text(f"data: {{source: {source}, labelled_fraction: 0.5}}")
+    (tmp_path / "digits.yaml").write_text(f"data: {{source: {source}, labeled_fraction: 0.5}}")
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "digits.yaml")["run"]["labelled"] == 15
+    assert run(capsys, "digits.yaml")["run"]["labeled"] == 15
 
 
 class Pixels:

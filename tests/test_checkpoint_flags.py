@@ -74,7 +74,7 @@ def test_settings_that_a_command_line_mentions(tmp_path, words, names, below):
         (with_optimizer(lr=0.1), ["optimizer.lr"], True, with_optimizer(lr=0.1)),
         (with_values(prompt_length=2), ["prompt_length"], True, STORED),
         (with_optimizer("torch.optim.SGD"), ["optimizer"], False, STORED),
-        (with_values(labeler={"class_path": "LabelledOnly"}), ["labeler"], False, STORED),
+        (with_values(labeler={"class_path": "LabeledOnly"}), ["labeler"], False, STORED),
     ],
 )
 def test_the_checkpoint_decides_what_is_not_given(model, given, training, expected):
@@ -86,7 +86,7 @@ def test_the_checkpoint_decides_what_is_not_given(model, given, training, expect
     [
         (with_values(prompt_length=16), ["prompt_length"], r"prompt_length is 16, but a.ckpt was trained with 2"),
         (with_optimizer("torch.optim.SGD"), ["optimizer"], r"optimizer.class_path is 'torch.optim.SGD'"),
-        (with_values(labeler={"class_path": "LabelledOnly"}), ["labeler"], "LabelledOnly"),
+        (with_values(labeler={"class_path": "LabeledOnly"}), ["labeler"], "LabeledOnly"),
         ({**STORED, "class_path": "Other"}, ["class_path"], "'Other'"),
     ],
 )
@@ -113,7 +113,7 @@ def moved_run(tmp_path_factory, clip_folder):
     """A run of the command line whose CLIP weights have moved since: folder of the run, old and new place."""
     folder = tmp_path_factory.mktemp("moved")
     shutil.copytree(clip_folder, folder / "before")
-    make_table(folder, n_train=12, unlabelled=6)
+    make_table(folder, n_train=12, unlabeled=6)
     (folder / "run.yaml").write_text(
         f"""
 model:
@@ -195,7 +195,7 @@ def adam(lr):
     return lambda groups: torch.optim.AdamW(groups, lr=lr)
 
 
-def test_a_resumed_run_takes_the_optimisers_new_settings(tmp_path, clip_folder, squares_folder):
+def test_a_resumed_run_takes_the_optimizers_new_settings(tmp_path, clip_folder, squares_folder):
     settings = {"num_contexts": 0, "max_epochs": 4}
     squares = Squares(squares_folder)
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, optimizer=adam(1e-3), trainer={"max_steps": 5}, **settings)
@@ -217,7 +217,7 @@ def test_a_resumed_run_takes_the_optimisers_new_settings(tmp_path, clip_folder, 
         rates.append(seen["lr"])
         assert all(map(torch.equal, seen["moments"], moments))
     assert rates[1] == pytest.approx([5 * rate for rate in rates[0]])
-    with pytest.raises(CheckpointError, match="optimiser AdamW, and this module has SGD"):
+    with pytest.raises(CheckpointError, match="optimizer AdamW, and this module has SGD"):
         tiny_fit(tmp_path, clip_folder, squares, optimizer=lambda g: torch.optim.SGD(g, lr=0.1), **resume)
 
 

@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 @pytest.fixture
 def arguments(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    make_table(tmp_path, n_train=12, unlabelled=6)
+    make_table(tmp_path, n_train=12, unlabeled=6)
     return [
         "fit",
         f"--config={CONFIGS / 'methods' / 'cbsa.yaml'}",
@@ -44,15 +44,15 @@ def test_more_contexts_than_classes(arguments: list[str]) -> None:
         cli.main([*arguments, "--model.init_args.num_contexts=7"])
 
 
-def test_share_of_a_table_that_says_itself_what_is_labelled(arguments: list[str]) -> None:
+def test_share_of_a_table_that_says_itself_what_is_labeled(arguments: list[str]) -> None:
     with pytest.raises(DataError, match=r"6 of 12 training images have none. Leave it out"):
-        cli.main([*arguments, "--data.labelled_fraction=0.5"])
+        cli.main([*arguments, "--data.labeled_fraction=0.5"])
 
 
-def test_share_that_leaves_no_labelled_image(arguments: list[str], tmp_path: Path) -> None:
-    make_table(tmp_path, n_train=12, unlabelled=0)
+def test_share_that_leaves_no_labeled_image(arguments: list[str], tmp_path: Path) -> None:
+    make_table(tmp_path, n_train=12, unlabeled=0)
     with pytest.raises(ConfigError, match=r"0\.01"):
-        cli.main([*arguments, "--data.labelled_fraction=0.01"])
+        cli.main([*arguments, "--data.labeled_fraction=0.01"])
 
 
 def test_missing_weights_name_the_ways(arguments: list[str]) -> None:

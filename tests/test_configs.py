@@ -13,7 +13,7 @@ import yaml
 from cbsa_lightning.__main__ import main
 from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.training.gain import Gain
@@ -32,7 +32,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: tmp_path_factory.mktemp(name) for name in (*LAYOUTS, "table")}
     for name, make in LAYOUTS.items():
         make(folders[name])
-    make_table(folders["table"], n_train=24, unlabelled=12)
+    make_table(folders["table"], n_train=24, unlabeled=12)
     return folders
 
 
@@ -90,7 +90,7 @@ def test_each_data_set_at_its_share(
 
 
 @pytest.mark.parametrize("name", ["label_studio", "cvat"])
-def test_exports_of_labelling_tools(
+def test_exports_of_labeling_tools(
     name: str, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each overlay as it is, with its files in ``data``."""
@@ -100,17 +100,17 @@ def test_exports_of_labelling_tools(
     cli = fit(files("methods/cbsa", f"data/{name}"), tmp_path, clip_folder, "--report.enabled=false")
     assert cli.datamodule.class_names == ["cat", "dog", "zebra"]
     assert (cli.datamodule.train_table.labels == labels).all()
-    assert len(cli.datamodule.split.unlabelled) == int((labels == -1).all(axis=1).sum())
+    assert len(cli.datamodule.split.unlabeled) == int((labels == -1).all(axis=1).sum())
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
 
 
 @pytest.mark.parametrize("share", ["p05", "p10", "p15", "p20"])
 def test_shares_say_their_fraction(share: str) -> None:
     text = (CONFIGS / "shares" / f"{share}.yaml").read_text()
-    assert f"labelled_fraction: 0.{share[1:]}" in text
+    assert f"labeled_fraction: 0.{share[1:]}" in text
 
 
-@pytest.mark.parametrize("method", ["labelled_only", "without_contexts", "target_prompts_only"])
+@pytest.mark.parametrize("method", ["labeled_only", "without_contexts", "target_prompts_only"])
 def test_each_method(
     method: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +119,7 @@ def test_each_method(
     order = ["methods/cbsa", "data/voc", f"methods/{method}", "shares/p20"]
     cli = fit(files(*order), tmp_path, clip_folder, root, "--report.enabled=false")
     assert cli.model.num_contexts == 0
-    assert isinstance(cli.model.labeler, LabelledOnly) == (method == "labelled_only")
+    assert isinstance(cli.model.labeler, LabeledOnly) == (method == "labeled_only")
     assert (cli.model.network.decoder is None) == (method == "target_prompts_only")
     assert "train/loss_aux" not in cli.trainer.callback_metrics
 
@@ -151,7 +151,7 @@ def test_each_compared_system(
     assert cli.trainer.callback_metrics["train/loss_unsup"] > 0
     expected = {
         ("cbsa", "coco"): ("num_contexts", 6),
-        ("dualcoop_plus", "coco"): ("normalised_winners", True),
+        ("dualcoop_plus", "coco"): ("normalized_winners", True),
         ("scpnet", "nuswide"): ("scale", 100.0),
         ("tai", "nuswide"): ("region_scale", 4.0),
     }
@@ -176,7 +176,7 @@ def test_each_system_without_training(
     assert cli.trainer.global_step == 1
     folder = Path(cli.trainer.log_dir)
     assert {"predictions.csv", "thresholds.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
-    labeler = {"zero_shot": LabelledOnly, "linear_probe": LinearProbe, "stacked_probes": StackedProbes}[method]
+    labeler = {"zero_shot": LabeledOnly, "linear_probe": LinearProbe, "stacked_probes": StackedProbes}[method]
     assert isinstance(cli.model.labeler, labeler)
     assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
 
@@ -223,11 +223,11 @@ def test_the_safe_preset_on_own_images(
     order = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
     cli = fit(files(*order), tmp_path, clip_folder, source)
     assert isinstance(cli.model.labeler, StackedProbes)
-    assert (cli.datamodule.batch_size, cli.datamodule.labelled_per_batch) == (76, 16)
+    assert (cli.datamodule.batch_size, cli.datamodule.labeled_per_batch) == (76, 16)
     assert cli.model.ema.decay == 0.98
     table, split = cli.model.pseudo_labels, cli.datamodule.split
-    assert len(split.unlabelled) == 12
-    assert ((table[split.unlabelled] > 0) & (table[split.unlabelled] < 1)).all()
+    assert len(split.unlabeled) == 12
+    assert ((table[split.unlabeled] > 0) & (table[split.unlabeled] < 1)).all()
     assert cli.trainer.callback_metrics["train/loss_unsup"] > 0
     assert "train/loss_aux" in cli.trainer.callback_metrics
 
@@ -246,8 +246,8 @@ def test_gain_check_before_a_fit(
     monkeypatch.setattr(Gain, "hurts", False)
     check = [
         "--gain.folds=2",
-        "--gain.keep_labelled_only=true",
-        "--data.labelled_fraction=0.9",
+        "--gain.keep_labeled_only=true",
+        "--data.labeled_fraction=0.9",
         "--report.enabled=false",
     ]
     cli = fit(files(*order), tmp_path, clip_folder, root, *check)
@@ -263,11 +263,11 @@ def test_gain_check_before_a_fit(
 
     monkeypatch.setattr(Gain, "hurts", True)
     cli = fit(files(*order), tmp_path, clip_folder, root, *check, "--compare=true")
-    assert isinstance(cli.model.labeler, LabelledOnly)
+    assert isinstance(cli.model.labeler, LabeledOnly)
     assert "left them out" in capsys.readouterr().out
     assert not (Path(cli.trainer.log_dir) / "comparison.csv").exists()
     saved = yaml.safe_load((Path(cli.trainer.log_dir) / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["labeler"]["class_path"].endswith("LabelledOnly")
+    assert saved["model"]["init_args"]["labeler"]["class_path"].endswith("LabeledOnly")
     assert saved["gain"] is None
 
 
@@ -280,7 +280,7 @@ def test_remaining_shares_fit(
     make_voc(folder / "voc", n_train=40, n_test=12)
     root = f"--data.source.init_args.root={folder / 'voc'}"
     cli = fit(files("methods/cbsa", "data/voc", f"shares/{share}"), folder, clip_folder, root, "--report.enabled=false")
-    assert len(cli.datamodule.split.labelled) == int(int(share[1:]) / 100 * 40)
+    assert len(cli.datamodule.split.labeled) == int(int(share[1:]) / 100 * 40)
 
 
 def test_wandb_overlay_offline(
@@ -291,7 +291,7 @@ def test_wandb_overlay_offline(
     root = f"--data.source.init_args.root={roots['voc']}"
     cli = fit(files("methods/cbsa", "data/voc", "shares/p20", "loggers/wandb"), tmp_path, clip_folder, root)
     run = cli.trainer.loggers[1].experiment
-    assert run.config["data"]["labelled_fraction"] == 0.2
+    assert run.config["data"]["labeled_fraction"] == 0.2
     assert run.config["model"]["init_args"]["num_contexts"] == 2
     assert run.summary["val/mAP"] == pytest.approx(float(cli.trainer.callback_metrics["val/mAP"]))
     import wandb
@@ -318,13 +318,13 @@ def test_cpu_overlay_keeps_features(
     assert (Path(cli.trainer.log_dir) / "pictures" / "predictions.png").is_file()
 
 
-@pytest.mark.parametrize(("images", "unlabelled", "classes"), [(20, 8, 2), (40, 30, 300)])
+@pytest.mark.parametrize(("images", "unlabeled", "classes"), [(20, 8, 2), (40, 30, 300)])
 def test_photos_of_ones_own(
-    tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, images: int, unlabelled: int, classes: int
+    tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, images: int, unlabeled: int, classes: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = [f"thing {i}" for i in range(classes)]
-    make_table(tmp_path, n_train=images, unlabelled=unlabelled, class_names=names)
+    make_table(tmp_path, n_train=images, unlabeled=unlabeled, class_names=names)
     flags = [flag for flag in run_flags(tmp_path) if "limit_train" not in flag]
     words = [*files("photos"), "--data.source.init_args.train=train.csv", *network_flags(clip_folder), *flags]
     cli = main(["fit", *words, "--trainer.check_val_every_n_epoch=1", "--data.min_steps_per_epoch=3"])

@@ -70,9 +70,9 @@ def test_partition_finds_blocks(sizes, assign):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_partition_of_a_tiny_matrix_is_the_best_normalised_cut(seed):
+def test_partition_of_a_tiny_matrix_is_the_best_normalized_cut(seed):
     matrix, _ = blocks([3, 4], seed, leak=0.3)
-    found = reference.normalised_cut(matrix.numpy(), partition(matrix, 2).numpy())
+    found = reference.normalized_cut(matrix.numpy(), partition(matrix, 2).numpy())
     assert found == pytest.approx(reference.best_cut(matrix.numpy(), 2))
 
 

@@ -72,7 +72,7 @@ def test_few_or_equal_scores_give_defined_thresholds(objective, n):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Calibrated by 60 labelled images, in 150 repetitions, where offset and slope come from the prior."""
+    """Calibrated by 60 labeled images, in 150 repetitions, where offset and slope come from the prior."""
     rng = np.random.default_rng(1)
     held = []
     for _ in range(150):

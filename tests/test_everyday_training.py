@@ -19,7 +19,7 @@ from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.training.gain import GainCheck
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
@@ -31,7 +31,7 @@ def squares(squares_folder):
     return Squares(squares_folder)
 
 
-class OneColour(Squares):
+class OneColor(Squares):
     """The squares with their first class alone."""
 
     class_names = prompt_names = Squares.class_names[:1]
@@ -54,7 +54,7 @@ def reported(folder):
 def test_one_class_is_trained_validated_and_reported(tmp_path, clip_folder, squares_folder):
     module = CBSAModule(["red"], clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2)
     trainer = tiny_trainer(tmp_path, 2, **reported(tmp_path))
-    trainer.fit(module, datamodule=tiny_data(OneColour(squares_folder)))
+    trainer.fit(module, datamodule=tiny_data(OneColor(squares_folder)))
     assert trainer.callback_metrics["val/AP/red"] == trainer.callback_metrics["val/mAP"] > 0
     assert (tmp_path / "run/version_0/predictions.csv").read_text().startswith('"image","labels","red"')
 
@@ -160,7 +160,7 @@ def test_a_compiled_network_trains_like_a_plain_one_and_shares_its_checkpoints(t
 
 
 class Exclusive(Squares):
-    """The squares as two classes that never occur together: warm and cold colours."""
+    """The squares as two classes that never occur together: warm and cold colors."""
 
     class_names = prompt_names = ("warm", "cold")
 
@@ -186,7 +186,7 @@ def test_contexts_that_cannot_be_made_are_left_out_with_a_warning(tmp_path, clip
         return module, trainer, tiny_data(Exclusive(squares_folder))
 
     module, trainer, data = fit(3)
-    with pytest.warns(UserWarning, match=r"without contexts, since its 8 labelled images.*only 0 of 2 classes"):
+    with pytest.warns(UserWarning, match=r"without contexts, since its 8 labeled images.*only 0 of 2 classes"):
         trainer.fit(module, datamodule=data)
     assert (module.context_partition == -1).all()
     assert trainer.callback_metrics["train/loss_aux"] == 0
@@ -204,7 +204,7 @@ def test_a_gain_check_on_half_of_the_labels_needs_no_contexts(tmp_path, clip_fol
     module = CBSAModule(Exclusive.class_names, clip=str(clip_folder), num_contexts=2, prompt_length=2, warmup_epochs=1)
     settings = {"max_epochs": 2, "accelerator": "cpu", "use_distributed_sampler": False}
     with pytest.warns(UserWarning, match="without contexts"):
-        gain = GainCheck(folds=2)(module, tiny_data(Exclusive(squares_folder), labelled_fraction=0.6), settings)
+        gain = GainCheck(folds=2)(module, tiny_data(Exclusive(squares_folder), labeled_fraction=0.6), settings)
     assert np.isfinite(gain.overall).all()
 
 
@@ -213,26 +213,26 @@ def messages(caught):
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": 9, "trainer": {"max_steps": 2}}])
-def test_unlabelled_images_that_are_never_used_are_told_at_the_start(tmp_path, clip_folder, squares, limit):
+def test_unlabeled_images_that_are_never_used_are_told_at_the_start(tmp_path, clip_folder, squares, limit):
     with pytest.warns(UserWarning, match="warm-up") as caught:
         tiny_fit(tmp_path, clip_folder, squares, **limit, warmup_epochs=3)
-    told = [text for text in messages(caught) if "unlabelled images" in text]
+    told = [text for text in messages(caught) if "unlabeled images" in text]
     assert len(told) == 1
-    assert "(model.warmup_epochs is 3), so the 14 unlabelled images are never used" in told[0]
+    assert "(model.warmup_epochs is 3), so the 14 unlabeled images are never used" in told[0]
 
 
 def test_a_run_that_stops_within_its_warm_up_says_so_at_its_end(tmp_path, clip_folder, squares):
     stopped = {"max_time": {"seconds": 0}, "min_steps": 1}
-    with pytest.warns(UserWarning, match="within the warm-up .*so the 14 unlabelled images were not used"):
+    with pytest.warns(UserWarning, match="within the warm-up .*so the 14 unlabeled images were not used"):
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=9, warmup_epochs=3, trainer=stopped)
 
 
-def test_nothing_is_told_where_the_unlabelled_images_are_used_or_not_meant(tmp_path, clip_folder, squares):
+def test_nothing_is_told_where_the_unlabeled_images_are_used_or_not_meant(tmp_path, clip_folder, squares):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tiny_fit(tmp_path, clip_folder, squares)
-        tiny_fit(tmp_path, clip_folder, squares, warmup_epochs=2, labeler=LabelledOnly())
-    assert not [text for text in messages(caught) if "unlabelled images" in text]
+        tiny_fit(tmp_path, clip_folder, squares, warmup_epochs=2, labeler=LabeledOnly())
+    assert not [text for text in messages(caught) if "unlabeled images" in text]
 
 
 def test_few_images_to_measure_on_are_told(tmp_path, clip_folder, squares):
@@ -294,11 +294,11 @@ def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplo
 def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
     caplog.set_level("INFO")
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer={"limit_val_batches": 0, "max_steps": 1})
-    positives = (trainer.datamodule.labelled_targets() == 1).sum(0).tolist()
+    positives = (trainer.datamodule.labeled_targets() == 1).sum(0).tolist()
     counts = sorted(zip(positives, range(5), strict=True))
     classes = ", ".join(f"{Squares.class_names[k]} {n}" for n, k in counts)
-    assert "Training images: 8 labelled, 14 unlabelled, 0 held out. " in caplog.text
-    assert f"5 classes with their labelled positives, fewest first: {classes}." in caplog.text
+    assert "Training images: 8 labeled, 14 unlabeled, 0 held out. " in caplog.text
+    assert f"5 classes with their labeled positives, fewest first: {classes}." in caplog.text
 
 
 @pytest.mark.parametrize(("found", "told"), [(1.0, 0), (0.9, 1)])

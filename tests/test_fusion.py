@@ -40,9 +40,9 @@ def by_hand(module, clip, data, loader):
         parts = [[*d.descriptors, *d.scores] for b in batches for d in [describe(untrained.network.features(b.images))]]
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
-    rows = np.concatenate([data.split.labelled, data.split.unlabelled])
+    rows = np.concatenate([data.split.labeled, data.split.unlabeled])
     known = described(data.plain_dataloader(rows))
-    labels = data.labelled_targets()
+    labels = data.labeled_targets()
     m = len(labels)
     stack = StackedProbes().fit(Evidence(known[:2], known[2:], torch.arange(m), labels))
     beside = stack.logits([part[m:].numpy() for part in known])
@@ -105,10 +105,10 @@ def test_a_resumed_run_ends_with_the_same_scores(run, tmp_path, clip_folder, squ
     assert again.callback_metrics["val/mAP"] == trainer.callback_metrics["val/mAP"]
 
 
-def test_decision_thresholds_give_each_class_its_labelled_share(run):
+def test_decision_thresholds_give_each_class_its_labeled_share(run):
     module, trainer, _ = run
     data = trainer.datamodule
-    rate = (data.labelled_targets() == 1).float().mean(0)
+    rate = (data.labeled_targets() == 1).float().mean(0)
     scores = []
     for batch in data.weak_dataloader(3):
         scores.append(module(batch.images))

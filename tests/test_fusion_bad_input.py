@@ -13,12 +13,12 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.method.decisions import F1, Precision, Recall, Share
 from cbsa_lightning.method.fusion import Fusion
-from cbsa_lightning.method.labelers import Evidence, LabelledOnly, class_thresholds, positive_rates
+from cbsa_lightning.method.labelers import Evidence, LabeledOnly, class_thresholds, positive_rates
 from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import CLASSES, Squares, tiny_fit
 
 
-class Relabelled(Squares):
+class Relabeled(Squares):
     """The same images with a change of the labels."""
 
     def __init__(self, folder, change) -> None:
@@ -54,7 +54,7 @@ def fused_fit(folder, clip, source, objective=None, **settings):
 @pytest.mark.parametrize("change", [no_positive, always_present, unknown_class, unknown_entries])
 def test_scores_and_thresholds_are_defined(tmp_path, monkeypatch, clip_folder, squares_folder, change, objective):
     monkeypatch.chdir(tmp_path)
-    module, trainer = fused_fit(tmp_path, clip_folder, Relabelled(squares_folder, change), objective)
+    module, trainer = fused_fit(tmp_path, clip_folder, Relabeled(squares_folder, change), objective)
     images = torch.cat([batch.images for batch in trainer.datamodule.val_dataloader()])
     scores = module.eval()(images)
     assert scores.isfinite().all()
@@ -65,25 +65,25 @@ def test_scores_and_thresholds_are_defined(tmp_path, monkeypatch, clip_folder, s
         assert [row["class"] for row in csv.DictReader(lines)] == list(CLASSES)
 
 
-def test_one_labelled_image_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
+def test_one_labeled_image_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="two labelled images or more"):
-        fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labelled_fraction": 0.05})
+    with pytest.raises(DataError, match="two labeled images or more"):
+        fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 0.05})
 
 
-def test_without_unlabelled_images_it_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
+def test_without_unlabeled_images_it_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"no unlabelled image.*LabelledOnly"):
-        fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labelled_fraction": 1.0})
+    with pytest.raises(DataError, match=r"no unlabeled image.*LabeledOnly"):
+        fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 1.0})
 
 
 def test_training_on_labels_alone_takes_thresholds_from_the_scores_of_validation(tmp_path, clip_folder, squares_folder):
-    settings = {"labeler": LabelledOnly(), "data": {"labelled_fraction": 1.0}}
+    settings = {"labeler": LabeledOnly(), "data": {"labeled_fraction": 1.0}}
     module, trainer = tiny_fit(tmp_path, clip_folder, Squares(squares_folder), **settings)
     data = trainer.datamodule
     module.eval()
     scores = torch.cat([module(batch.images) for batch in data.val_dataloader()])
-    expected = class_thresholds(scores, positive_rates(data.labelled_targets()), 1.0, 0.0)[0]
+    expected = class_thresholds(scores, positive_rates(data.labeled_targets()), 1.0, 0.0)[0]
     torch.testing.assert_close(module.decision_thresholds(), expected)
 
 

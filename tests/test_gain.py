@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training import gain as gain_module
 from cbsa_lightning.training.gain import GainCheck, average_precision, deal, gain_of
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module
@@ -101,7 +101,7 @@ def test_deal_gives_each_fold_its_share_of_each_rarest_label():
     assert counts.max() - counts.min() <= 1
     assert (deal(labels, 3, seed=1) == fold).all()
     assert (deal(labels, 3, seed=2) != fold).any()
-    with pytest.raises(DataError, match="5 labelled images"):
+    with pytest.raises(DataError, match="5 labeled images"):
         deal(labels[:5], 3, 0)
 
 
@@ -118,18 +118,18 @@ def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, t
     source = Squares(squares_folder, train=40, test=7)
     found = []
     for lie in (False, True):
-        data = tiny_data(source, labelled_fraction=0.5)
+        data = tiny_data(source, labeled_fraction=0.5)
         data.prepare_data()
         data.setup("fit")
         if lie:
-            data.train_table.labels[data.split.unlabelled] = 1 - data.train_table.labels[data.split.unlabelled]
+            data.train_table.labels[data.split.unlabeled] = 1 - data.train_table.labels[data.split.unlabeled]
             data.test_table.labels[:] = 1 - data.test_table.labels
         module = tiny_module(clip_folder)
         before = {k: v.clone() for k, v in module.state_dict().items()}
-        rows = data.split.labelled.copy()
+        rows = data.split.labeled.copy()
         gain = GainCheck(2)(module, data, SETTINGS)
         assert all((before[k].nan_to_num() == v.nan_to_num()).all() for k, v in module.state_dict().items())
-        assert (data.split.labelled == rows).all()
+        assert (data.split.labeled == rows).all()
         assert not len(data.split.held_out)
         assert gain.images == 20
         assert np.nanmax(np.abs(gain.by_class[:, 0])) > 0
@@ -146,29 +146,29 @@ def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, t
 
 
 def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypatch):
-    """The gain is that of the module as it is over labels alone, and each labelled image is held out once."""
+    """The gain is that of the module as it is over labels alone, and each labeled image is held out once."""
     seen = []
 
     def scores(module, data, settings):
-        alone = isinstance(module.labeler, LabelledOnly)
+        alone = isinstance(module.labeler, LabeledOnly)
         truth = data.train_table.labels[data.split.held_out].astype(np.int64)
-        seen.append((alone, data.split.labelled, data.split.held_out, data.labelled_per_batch, data.warmup_batch_size))
-        # Labels alone: upside down; with unlabelled images: right.
+        seen.append((alone, data.split.labeled, data.split.held_out, data.labeled_per_batch, data.warmup_batch_size))
+        # Labels alone: upside down; with unlabeled images: right.
         return (1.0 - truth if alone else truth.astype(float)), truth
 
     monkeypatch.setattr(gain_module, "_held_out_scores", scores)
-    data = tiny_data(Squares(squares_folder, train=40), labelled_fraction=0.5)
+    data = tiny_data(Squares(squares_folder, train=40), labeled_fraction=0.5)
     data.setup("fit")
     gain = GainCheck(3)(tiny_module(clip_folder), data, SETTINGS)
     assert gain.overall[0] > 30
     assert not gain.hurts
     assert [alone for alone, *_ in seen] == [True, False] * 3
     held_out = [rows for _, _, rows, *_ in seen[::2]]
-    assert sorted(np.concatenate(held_out).tolist()) == sorted(data.split.labelled.tolist())
-    for _, labelled, rows, per_batch, warmup in seen:
-        assert set(labelled) | set(rows) == set(data.split.labelled)
-        assert not set(labelled) & set(rows)
-        assert (per_batch, warmup) == (data.labelled_per_batch, data.warmup_batch_size)
+    assert sorted(np.concatenate(held_out).tolist()) == sorted(data.split.labeled.tolist())
+    for _, labeled, rows, per_batch, warmup in seen:
+        assert set(labeled) | set(rows) == set(data.split.labeled)
+        assert not set(labeled) & set(rows)
+        assert (per_batch, warmup) == (data.labeled_per_batch, data.warmup_batch_size)
     assert gain.trained_on == 13
     assert "13 of 20 to learn from" in gain.sentence()
 
@@ -176,13 +176,13 @@ def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypat
 def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
     with pytest.raises(ConfigError, match="2 folds"):
         GainCheck(1)
-    with pytest.raises(ConfigError, match="labelled images alone"):
-        GainCheck(2)(tiny_module(clip_folder, labeler=LabelledOnly()), tiny_data(Squares(squares_folder)), SETTINGS)
+    with pytest.raises(ConfigError, match="labeled images alone"):
+        GainCheck(2)(tiny_module(clip_folder, labeler=LabeledOnly()), tiny_data(Squares(squares_folder)), SETTINGS)
     with pytest.raises(ConfigError, match="max_epochs"):
         GainCheck(2)(tiny_module(clip_folder), tiny_data(Squares(squares_folder)), {**SETTINGS, "max_epochs": None})
-    data = tiny_data(Squares(squares_folder), labelled_fraction=0.2)
+    data = tiny_data(Squares(squares_folder), labeled_fraction=0.2)
     with pytest.raises(DataError, match="no class has 3"):
         GainCheck(2)(tiny_module(clip_folder), data, SETTINGS)
-    data = tiny_data(Squares(squares_folder, train=40), labelled_fraction=0.5)
+    data = tiny_data(Squares(squares_folder, train=40), labeled_fraction=0.5)
     with pytest.raises(ConfigError, match="reach max_epochs"):
         GainCheck(2)(tiny_module(clip_folder), data, {**SETTINGS, "max_steps": 2})

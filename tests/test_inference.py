@@ -225,7 +225,7 @@ class Column:
     "given", [tuple, iter, lambda x: (y for y in x), Column, lambda x: dict(enumerate(x)).values(), np.array],
     ids=["tuple", "iterator", "generator", "column", "values", "array"],
 )  # fmt: skip
-def test_any_iterable_is_labelled_in_its_order(classifier, tmp_path, given, monkeypatch):
+def test_any_iterable_is_labeled_in_its_order(classifier, tmp_path, given, monkeypatch):
     paths, opened = [str(tmp_path / f"{i}.png") for i in range(5)], []
     for path in paths:
         Image.new("RGB", (40, 30)).save(path)
@@ -237,14 +237,14 @@ def test_any_iterable_is_labelled_in_its_order(classifier, tmp_path, given, monk
 def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)
-    grey, rgba = rgb[..., 0], np.dstack([rgb, rng.integers(0, 256, (30, 40), np.uint8)])
-    arrays = [rgb, grey, rgba]
+    gray, rgba = rgb[..., 0], np.dstack([rgb, rng.integers(0, 256, (30, 40), np.uint8)])
+    arrays = [rgb, gray, rgba]
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{i}.png")
     expected = [classifier._prepared(tmp_path / f"{i}.png", i) for i in (0, 1, 2, 1, 0, 0)]
     bgr = rgb[..., ::-1].copy()
     tensor = torch.from_numpy(rgb).permute(2, 0, 1)
-    for image, view in zip([rgb, grey, rgba, grey[..., None], bgr[..., ::-1], tensor], expected, strict=True):
+    for image, view in zip([rgb, gray, rgba, gray[..., None], bgr[..., ::-1], tensor], expected, strict=True):
         assert torch.equal(classifier._prepared(image, 0), view)
 
 

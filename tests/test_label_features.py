@@ -24,7 +24,7 @@ def canvases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(canvases):
-    """Network, features and labels of the test canvases, after 150 steps on labelled canvases."""
+    """Network, features and labels of the test canvases, after 150 steps on labeled canvases."""
     torch.manual_seed(0)
     module = CBSAModule(canvases.class_names, clip="embedded", prompt_length=4, decoder_feedforward=256)
     network, loss = module.network, module.loss

@@ -68,7 +68,7 @@ def test_float32_rates_do_not_lose_whole_counts():
     assert (labels == 1).sum(dim=0).tolist() == [29, 57, 10, 70]
 
 
-def test_a_class_without_labelled_positive_gets_no_pseudo_positive():
+def test_a_class_without_labeled_positive_gets_no_pseudo_positive():
     tau_pos, tau_neg = class_thresholds(torch.ones(50, 2), torch.tensor([0.0, 1.0]))
     assert tau_pos.tolist() == [math.inf, 1.0]
     assert tau_neg.tolist() == [1.0, -math.inf]
@@ -84,7 +84,7 @@ def test_default_share_of_ignored_entries():
     assert (labels == -1).sum(dim=0).tolist() == [n - 100 - 9880, n - 3000 - 6986, n - 9000 - 998]
 
 
-def test_ties_with_a_threshold_are_labelled_alike():
+def test_ties_with_a_threshold_are_labeled_alike():
     scores = torch.tensor([[0.9], [0.5], [0.5], [0.5], [0.1]])
     labels, tau_pos, tau_neg = ClassDistributionAware(1.0, 1.0)(scores, torch.tensor([0.4]))
     assert (tau_pos.item(), tau_neg.item()) == (0.5, 0.5)

@@ -14,7 +14,7 @@ from cbsa_lightning.method.linear_probe import PENALTIES, LinearProbe
 
 
 def linear_probe(x, labels, new):
-    """Logits of new images by a probe of labelled ones."""
+    """Logits of new images by a probe of labeled ones."""
     known, others = torch.from_numpy(x), torch.zeros(len(x), 3)
     stack = LinearProbe().fit(Evidence([known], [others], torch.arange(len(x)), torch.from_numpy(labels)))
     return stack.logits([new, np.ones((len(new), 3))])

@@ -15,7 +15,7 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.context_task import ContextTask
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.module import SSMLLModule
 from reference.losses import asymmetric, cross_entropy
 from tiny_clip import tiny_clip
@@ -28,13 +28,13 @@ class Spy(L.Callback):
     """Writes down what each step and each epoch did."""
 
     def __init__(self):
-        self.rates, self.labelled, self.sizes, self.weights, self.ema, self.metrics = [], [], [], [], [], []
+        self.rates, self.labeled, self.sizes, self.weights, self.ema, self.metrics = [], [], [], [], [], []
         self.fresh, self.optimizers, self.started = [], [], []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         optimizer = trainer.optimizers[0]
         self.rates.append([module.current_epoch, *(group["lr"] for group in optimizer.param_groups)])
-        self.labelled.append(int(batch.labelled.sum()))
+        self.labeled.append(int(batch.labeled.sum()))
         self.sizes.append(len(batch.images))
         if batch_idx == 0:
             self.fresh.append(not optimizer.state)
@@ -82,18 +82,18 @@ def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
     monkeypatch.setattr(module, "log_dict", lambda values, **kwargs: logged.update(values))
     images = torch.randint(0, 256, (5, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.manual_seed(0))
     labels = torch.tensor([[1, 0, 0, 1, -1], [0, 0, 1, 0, 0]] + [[-1] * 5] * 3, dtype=torch.int8)
-    labelled = torch.tensor([True, True, False, False, False])
+    labeled = torch.tensor([True, True, False, False, False])
     rows = torch.tensor([4, 0, 2, 7, 6])
     table = torch.full((9, 5), -1, dtype=torch.int8)
     table[2] = torch.tensor([1, 0, -1, 0, 0])
     table[6] = torch.tensor([0, 0, 0, 1, 1])
-    table[4] = 1  # a labelled image: its own labels count, not what the table says
+    table[4] = 1  # a labeled image: its own labels count, not what the table says
     contexts = torch.zeros(9, 3)
     contexts[4, 1] = contexts[2, 0] = 1.0
     contexts[0] = torch.tensor([0.5, 0.0, 0.5])
     module.pseudo_labels, module.context_targets = table, contexts
 
-    loss = module.training_step(TrainBatch(images, labels, rows, labelled), 0)
+    loss = module.training_step(TrainBatch(images, labels, rows, labeled), 0)
     with torch.no_grad():
         output = module.network(module.network.features(images))
     targets = [labels[0].tolist(), labels[1].tolist(), table[2].tolist(), [-1] * 5, table[6].tolist()]
@@ -138,9 +138,9 @@ def test_each_stage_has_its_own_schedule_of_true_length(run):
 
 def test_what_the_batches_of_each_stage_hold(run):
     spy = run[2]
-    # 8 labelled of 22 in batches of 4; then 4 labelled of 8 (1.25 * 0.4 * 8), and 14 unlabelled in 4 batches.
+    # 8 labeled of 22 in batches of 4; then 4 labeled of 8 (1.25 * 0.4 * 8), and 14 unlabeled in 4 batches.
     assert spy.sizes == [4] * 4 + [8, 8, 8, 6] * 2
-    assert spy.labelled == [4] * 12
+    assert spy.labeled == [4] * 12
 
 
 def test_average_starts_when_the_warm_up_ends_and_has_its_closed_form(run):
@@ -269,7 +269,7 @@ def test_a_step_waits_for_no_other_value_of_a_gpu(tmp_path, clip_folder, squares
     assert trainer.global_step > 2
 
 
-def test_the_fused_optimiser_steps_like_the_plain_one():
+def test_the_fused_optimizer_steps_like_the_plain_one():
     found = []
     default = inspect.signature(SSMLLModule).parameters["optimizer"].default
     for make in (default, lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)):
@@ -290,7 +290,7 @@ def test_epoch_state_is_in_buffers(run):
     labels = tiny_data(Squares(run[0].trainer.datamodule.source.train().root))
     labels.setup("fit")
     np.testing.assert_allclose(
-        state["positive_rate"].numpy(), (labels.labelled_targets() == 1).double().mean(0).numpy(), rtol=1e-6
+        state["positive_rate"].numpy(), (labels.labeled_targets() == 1).double().mean(0).numpy(), rtol=1e-6
     )
 
 
@@ -311,9 +311,9 @@ def test_one_context_is_no_context(tmp_path, clip_folder, squares, plain_run):
 
 def test_hidden_labels_never_reach_training(tmp_path, clip_folder, squares, squares_folder, plain_run):
     data = plain_run[1].datamodule
-    lying = Squares(squares_folder, hidden=data.split.unlabelled)
+    lying = Squares(squares_folder, hidden=data.split.unlabeled)
     changed = (lying.train().labels != squares.train().labels).any(1)
-    assert changed.sum() == len(data.split.unlabelled) == 14
+    assert changed.sum() == len(data.split.unlabeled) == 14
     contexts, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=2)
     other, trainer = tiny_fit(tmp_path, clip_folder, lying, num_contexts=2)
     assert differences(contexts.state_dict(), other.state_dict()) == []
@@ -328,22 +328,22 @@ def test_workers_change_nothing(tmp_path, clip_folder, squares, plain_run):
 def test_labels_alone_take_as_many_steps(tmp_path, clip_folder, squares, plain_run):
     spy = Spy()
     _, trainer = tiny_fit(
-        tmp_path, clip_folder, squares, num_contexts=0, labeler=LabelledOnly(), trainer={"callbacks": [spy]}
+        tmp_path, clip_folder, squares, num_contexts=0, labeler=LabeledOnly(), trainer={"callbacks": [spy]}
     )
     assert trainer.global_step == plain_run[1].global_step == 5
-    assert spy.labelled == spy.sizes
+    assert spy.labeled == spy.sizes
     assert spy.fresh == [True, True]
     assert "pseudo/precision" not in trainer.callback_metrics
 
 
-def test_labels_alone_need_no_unlabelled_image(tmp_path, clip_folder, squares):
+def test_labels_alone_need_no_unlabeled_image(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(
         tmp_path,
         clip_folder,
         squares,
         num_contexts=0,
-        labeler=LabelledOnly(),
-        data={"labelled_fraction": 1.0},
+        labeler=LabeledOnly(),
+        data={"labeled_fraction": 1.0},
         trainer={"limit_train_batches": 1},
     )
     assert trainer.global_step == 2

@@ -36,10 +36,10 @@ def test_both_stages_give_the_weights_of_the_module(tmp_path):
     data = SSMLLDataModule(
         source,
         image_size=160,
-        labelled_fraction=0.4,
+        labeled_fraction=0.4,
         seed=1,
         batch_size=48,
-        labelled_per_batch=16,
+        labeled_per_batch=16,
         warmup_batch_size=16,
         cutout=0.25,
         num_workers=0,

@@ -82,7 +82,7 @@ def test_no_text_covers_another(classes):
     assert_readable(per_class_bars(AP, names))
 
 
-def test_signs_and_colours_of_labels():
+def test_signs_and_colors_of_labels():
     truths = np.array([[1, 0, 1, 0, -1]])
     scores = np.array([[0.9, 0.8, 0.3, 0.2, 0.7]])
     figure = prediction_gallery(IMAGES[:1], truths, scores, np.full(5, 0.5), [*"abcd", "$x$"])

@@ -18,7 +18,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.errors import ConfigError, DataError, OutputError
 from cbsa_lightning.inference import predictions
@@ -308,7 +308,7 @@ def test_thresholds_are_a_row_a_class_and_unknown_values_stay_empty(tmp_path):
     write_thresholds(file, ["a,b", "c"], ["a, b", "c"], np.array([0.25, np.inf]), np.array([5, 0]), expected, measured)
     with file.open(newline="") as lines:
         first, second = csv.DictReader(lines)
-    assert (first["class"], first["prompt"], first["labelled_positives"]) == ("a,b", "a, b", "5")
+    assert (first["class"], first["prompt"], first["labeled_positives"]) == ("a,b", "a, b", "5")
     assert (float(first["threshold"]), float(second["threshold"])) == (0.25, np.inf)
     assert [float(first[f"expected_recall{end}"]) for end in ("", "_low", "_high")] == [0.5, 0.4, 0.6]
     assert second["expected_precision"] == ""

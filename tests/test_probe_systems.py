@@ -13,14 +13,14 @@ from cbsa_lightning import Classifier, SSMLLModule
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_trainer
 
 SYSTEMS = {
-    "zero-shot": {"labeler": LabelledOnly()},
+    "zero-shot": {"labeler": LabeledOnly()},
     "linear probe": {"labeler": LinearProbe(), "stack_share": 1.0},
     "stacked probes": {"labeler": StackedProbes(), "stack_share": 1.0},
 }
@@ -79,7 +79,7 @@ def test_nothing_is_trained(tmp_path, clip_folder, squares):
 
 def test_several_processes_are_refused(clip_folder):
     network = functools.partial(ZeroShotCLIP, clip=str(clip_folder))
-    module = SSMLLModule(Squares.class_names, network, labeler=LabelledOnly())
+    module = SSMLLModule(Squares.class_names, network, labeler=LabeledOnly())
     module.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ConfigError, match="ZeroShotCLIP has nothing to train; fit it in one process"):
         module.setup("fit")
@@ -91,5 +91,5 @@ def test_no_strong_view_is_kept_where_nothing_is_trained(tmp_path, clip_folder, 
     data = tiny_data(squares, feature_cache=FeatureCache(str(tmp_path / "cache"), strong_views=3))
     tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
     (index,) = tmp_path.rglob("index.bin")
-    views = 2 * len(data.split.unlabelled) + len(data.split.labelled) + len(data.eval_table())
+    views = 2 * len(data.split.unlabeled) + len(data.split.labeled) + len(data.eval_table())
     assert index.stat().st_size == 36 * views  # bytes a key

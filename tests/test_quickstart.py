@@ -17,7 +17,7 @@ SMALL = [
     "--data.source.init_args.num_train=60",
     "--data.source.init_args.num_test=24",
     "--data.num_workers=0",
-    "--data.labelled_fraction=0.3",
+    "--data.labeled_fraction=0.3",
     "--model.init_args.warmup_epochs=2",
     "--trainer.max_epochs=4",
     "--trainer.check_val_every_n_epoch=2",
@@ -41,7 +41,7 @@ def test_three_numbers_side_by_side(run: Path) -> None:
         "zero-shot",
         "linear probe",
         "stacked probes",
-        "labelled only",
+        "labeled only",
         "network alone",
         "semi-supervised",
     ]

@@ -25,7 +25,7 @@ PARTS = {
 
 
 def twenty_rows(photos: Path, folder: Path) -> Table:
-    """A CSV of twenty photographs, the first ten labelled."""
+    """A CSV of twenty photographs, the first ten labeled."""
     content = json.loads((photos / PARTS["train_annotations"]).read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     labels: dict[int, set[str]] = {}
@@ -45,7 +45,7 @@ def test_trains_and_predicts(kind: str, realbench: Path, clip_folder: Path, tmp_
     data = SSMLLDataModule(
         source,
         image_size=64,
-        labelled_fraction=0.2 if kind == "coco" else None,
+        labeled_fraction=0.2 if kind == "coco" else None,
         batch_size=8,
         num_workers=0,
         predict=str(photos / "images"),

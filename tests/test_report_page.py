@@ -24,7 +24,7 @@ from cbsa_lightning.inference.labels.image_labels import ImageLabels, write_labe
 from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels, write_list
 from cbsa_lightning.inference.predictions import write_predictions, write_thresholds
 from cbsa_lightning.io.runs import set_folder
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.reports.page.page import Run, build_page
 from cbsa_lightning.reports.precision_recall import average_precisions, precision_recall_curves
@@ -69,7 +69,7 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.texts))
 
 
-def made(folder, images=30, names=(*ODD, "cat", "dog"), unlabelled=40, validation=True, doubts=True, present=10):
+def made(folder, images=30, names=(*ODD, "cat", "dog"), unlabeled=40, validation=True, doubts=True, present=10):
     """A run's folder with made-up scores, and the run; image files of the first ``present`` rows are there."""
     rng = np.random.default_rng(0)
     root, C = folder / "photos", len(names)
@@ -87,9 +87,9 @@ def made(folder, images=30, names=(*ODD, "cat", "dog"), unlabelled=40, validatio
     write_thresholds(run / "thresholds.csv", names, names, thresholds, np.arange(C), None, {})
     if validation:
         write_predictions(run / "predictions.csv", table, names, scores, scores >= thresholds)
-    if unlabelled:
-        chosen = np.array([str(paths[i % images]) for i in range(unlabelled)])
-        labels = ImageLabels.decided(chosen, names, rng.random((unlabelled, C), dtype=np.float32), thresholds)
+    if unlabeled:
+        chosen = np.array([str(paths[i % images]) for i in range(unlabeled)])
+        labels = ImageLabels.decided(chosen, names, rng.random((unlabeled, C), dtype=np.float32), thresholds)
         write_labels(run / "labels.csv", labels)
         write_list(run / "next_to_label.csv", next_to_label(labels, 200))
     if doubts:
@@ -152,9 +152,9 @@ def test_images_that_cannot_be_read_leave_a_placeholder(tmp_path):
     ("missing", "headings"),
     [
         ({"validation": False}, {"Classes", "Images by class", "What to label next", "Suspicious labels"}),
-        ({"unlabelled": 0}, {"Classes", "Images by class", "Suspicious labels"}),
+        ({"unlabeled": 0}, {"Classes", "Images by class", "Suspicious labels"}),
         ({"doubts": False}, {"Classes", "Images by class", "What to label next"}),
-        ({"validation": False, "unlabelled": 0, "doubts": False}, {"Classes"}),
+        ({"validation": False, "unlabeled": 0, "doubts": False}, {"Classes"}),
     ],
 )
 def test_missing_pieces_leave_their_section_out(tmp_path, missing, headings):
@@ -178,7 +178,7 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
     text = Page(build_page(run)).text
     assert "a linear probe has 50 %." in text
     assert "30 images are few" in text
-    assert "Fewer than 10 labelled images show" in text
+    assert "Fewer than 10 labeled images show" in text
     assert "Next, label the 40 images in next_to_label.csv" in text
     assert re.search(r"check the \d+ given labels in suspicious_labels.csv", text)
 
@@ -203,7 +203,7 @@ def test_labels_of_other_classes_are_refused(tmp_path):
 
 
 def test_many_classes_and_images_make_a_page_of_a_few_megabytes(tmp_path):
-    run, *_ = made(tmp_path, images=1000, names=[f"class {k}" for k in range(1000)], unlabelled=3000, present=1000)
+    run, *_ = made(tmp_path, images=1000, names=[f"class {k}" for k in range(1000)], unlabeled=3000, present=1000)
     start = time.perf_counter()
     text = build_page(run)
     assert time.perf_counter() - start < 60
@@ -262,12 +262,12 @@ def test_a_run_has_a_page_with_its_figures(tmp_path, clip_folder, squares_folder
     assert f"{100 * metrics.found['val/mAP']:.0f} %" in page.text
     zero_shot = next(c for c in run.callbacks if isinstance(c, MeasureBaselines)).results["zero-shot"]
     assert f"CLIP without training (zero-shot) has {100 * zero_shot:.0f} %" in page.text
-    assert "16 labelled images, 24 unlabelled images, 7 validation images." in page.text
+    assert "16 labeled images, 24 unlabeled images, 7 validation images." in page.text
 
 
 def test_labels_alone_and_no_validation_make_a_page_too(tmp_path, clip_folder, squares_folder):
     trainer = {"limit_val_batches": 0}
-    fit(tmp_path / "run", clip_folder, Squares(squares_folder), trainer=trainer, labeler=LabelledOnly())
+    fit(tmp_path / "run", clip_folder, Squares(squares_folder), trainer=trainer, labeler=LabeledOnly())
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     assert "Suspicious labels" not in page.headings
     assert "Curves" not in page.headings

@@ -106,13 +106,13 @@ def run(folder, clip, squares, *callbacks, ckpt_path=None, data=None, **settings
     ids=str,
 )
 def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder, squares, settings):
-    """Weights, average, thresholds, partition, labels, optimiser; every batch; every row of figures, lost or not."""
+    """Weights, average, thresholds, partition, labels, optimizer; every batch; every row of figures, lost or not."""
     saves = SaveAlways(tmp_path)
     state, rows, batches = run(tmp_path, clip_folder, squares, saves, **settings)
     assert len(saves.files) > 10
     for file, logged in saves.files:
         again, more, rest = run(tmp_path, clip_folder, squares, ckpt_path=file, **settings)
-        last = file == saves.files[-1][0]  # no step follows, so nothing needs the optimiser's state
+        last = file == saves.files[-1][0]  # no step follows, so nothing needs the optimizer's state
         assert not (last and read_checkpoint(file)["optimizer_states"][0]["state"])
         assert again.keys() == {key for key in state if not (last and key.startswith("optimizer."))}, file.name
         assert differences(state, again) == [], file.name
@@ -147,7 +147,7 @@ def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows
 
 
 def test_a_length_in_steps_can_be_prolonged(tmp_path, clip_folder, squares):
-    """The optimiser's averages stay, the learning rate goes on as in a run that was as long from the beginning."""
+    """The optimizer's averages stay, the learning rate goes on as in a run that was as long from the beginning."""
 
     class Rates(L.Callback):
         def __init__(self):

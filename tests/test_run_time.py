@@ -21,7 +21,7 @@ from cbsa_lightning.data.checks.run_time import Request, RunTime, Units, estimat
 from cbsa_lightning.data.plan import Plan, RunSettings, Stage, make_plan
 from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import CBSAError, ConfigError
-from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler, LabelledOnly
+from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler, LabeledOnly
 from cbsa_lightning.reproduce.unit_times import unit_times
 from layouts import write_image, write_rows
 from tiny_data import Squares, tiny_data, tiny_fit
@@ -56,8 +56,8 @@ PLAN = Plan(
     validated_on="held-out images",
     validated=2,
     validated_classes=3,
-    warmup=Stage(steps_per_epoch=2, labelled=4, unlabelled=0, epochs=3),
-    second=Stage(steps_per_epoch=3, labelled=2, unlabelled=4, epochs=5),
+    warmup=Stage(steps_per_epoch=2, labeled=4, unlabeled=0, epochs=3),
+    second=Stage(steps_per_epoch=3, labeled=2, unlabeled=4, epochs=5),
 )
 
 
@@ -127,7 +127,7 @@ def test_kept_views_are_those_that_a_feature_cache_is_filled_with(
     source = Squares(tmp_path, test=test)
     data: Any = tiny_data(source, feature_cache=FeatureCache(str(tmp_path / "cache"), strong), **settings)
     data.setup("fit")
-    module = SimpleNamespace(trains=True, second_stage="labelled-only" if alone else "semi-supervised")
+    module = SimpleNamespace(trains=True, second_stage="labeled-only" if alone else "semi-supervised")
     data.trainer = SimpleNamespace(lightning_module=module, local_rank=0, num_devices=1)
     computed: list[int] = []
 
@@ -136,7 +136,7 @@ def test_kept_views_are_those_that_a_feature_cache_is_filled_with(
         return images[:, :, 0, 0].float()
 
     data.compute_features(Tower(features, "none", "32"))
-    run = RunSettings(seed=data.seed, labelled_fraction=0.4, batch_size=8, labelled_only=alone, **settings)
+    run = RunSettings(seed=data.seed, labeled_fraction=0.4, batch_size=8, labeled_only=alone, **settings)
     plan = make_plan(source.train(), source.test(), run)
     views, _ = kept_views(plan, replace(UNITS, strong_views=strong))
     assert views == sum(computed) - 1  # one to learn the shape
@@ -146,7 +146,7 @@ class Doubtful(EvidenceLabeler):
     """One half for every label."""
 
     def __call__(self, evidence: Evidence) -> torch.Tensor:
-        return torch.full((len(evidence.descriptors[0]) - len(evidence.labelled), evidence.labels.shape[1]), 0.5)
+        return torch.full((len(evidence.descriptors[0]) - len(evidence.labeled), evidence.labels.shape[1]), 0.5)
 
 
 class CountImages(L.Callback):
@@ -167,30 +167,30 @@ class CountImages(L.Callback):
 
 @pytest.mark.parametrize(
     ("labeler", "contexts", "epochs", "every"),
-    [(None, 2, 3, 1), (Doubtful(), 0, 4, 2), (Doubtful(), 0, 4, 3), (Doubtful(), 2, 3, 3), (LabelledOnly(), 0, 3, 1)],
+    [(None, 2, 3, 1), (Doubtful(), 0, 4, 2), (Doubtful(), 0, 4, 3), (Doubtful(), 2, 3, 3), (LabeledOnly(), 0, 3, 1)],
 )
 def test_passes_are_those_of_a_fit(
     tmp_path: Path, clip_folder: Path, labeler: Any, contexts: int, epochs: int, every: int
 ) -> None:
     count, source = CountImages(), Squares(tmp_path)
-    sizes = {"batch_size": 11, "labelled_per_batch": 4, "warmup_batch_size": 8}  # the last batches are full ones
+    sizes = {"batch_size": 11, "labeled_per_batch": 4, "warmup_batch_size": 8}  # the last batches are full ones
     settings: dict[str, Any] = {"labeler": labeler, "num_contexts": contexts, "data": sizes}
     trainer = {"callbacks": [count], "check_val_every_n_epoch": every}
     tiny_fit(tmp_path, clip_folder, source, max_epochs=epochs, trainer=trainer, **settings)
     evidence = isinstance(labeler, Doubtful)
     units = replace(UNITS, cached=False, evidence=evidence, labels_once=evidence and not contexts, warmup_epochs=1)
     units = replace(units, max_epochs=epochs, validated_every=every)
-    run = RunSettings(seed=3, labelled_fraction=0.4, labelled_only=isinstance(labeler, LabelledOnly), **sizes)
+    run = RunSettings(seed=3, labeled_fraction=0.4, labeled_only=isinstance(labeler, LabeledOnly), **sizes)
     plan = make_plan(source.train(), source.test(), run)
     steps = ((plan.warmup, 1), (plan.second, epochs - 1))
-    trained = sum(n * stage.steps_per_epoch * (stage.labelled + stage.unlabelled) for stage, n in steps)
-    files = plan.validated + len(plan.split.unlabelled)  # predictions.csv and labels.csv, which this fit does not write
+    trained = sum(n * stage.steps_per_epoch * (stage.labeled + stage.unlabeled) for stage, n in steps)
+    files = plan.validated + len(plan.split.unlabeled)  # predictions.csv and labels.csv, which this fit does not write
     assert count.number == scored_images(plan, units)[0] - files + trained
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """40 images, half of them labelled, and a configuration that trains the embedded CLIP on them."""
+    """40 images, half of them labeled, and a configuration that trains the embedded CLIP on them."""
     monkeypatch.chdir(tmp_path)
     rows = [[f"{i}.png", ("cat;dog", "cat", "sofa;dog", "none")[i % 4] if i < 20 else ""] for i in range(40)]
     for i in range(40):
@@ -209,7 +209,7 @@ def test_a_check_says_what_a_run_takes(photos: Path, capsys: pytest.CaptureFixtu
     cli.main(["check", "small.yaml", "photos.csv", "--time", "--json"])
     found = json.loads(capsys.readouterr().out)
     time, run = found["time"], found["run"]
-    assert time["views"] == 40 + 20 + 36  # plain, mirrored of the unlabelled, strong of those that are trained on
+    assert time["views"] == 40 + 20 + 36  # plain, mirrored of the unlabeled, strong of those that are trained on
     steps = run["first_stage"]["steps_per_epoch"] + 2 * run["second_stage"]["steps_per_epoch"]
     assert time["training_steps"] == steps
     assert (time["measured_images"], time["measured_steps"]) == (8, 3)
@@ -326,4 +326,4 @@ def test_images_to_measure_lie_all_over_the_table(photos: Path, monkeypatch: pyt
     assert len(set(request.rows)) == 8
     assert np.ptp(request.rows) > 30
     stages = (report.plan.warmup, report.plan.second)
-    assert request.sizes == [stage.labelled + stage.unlabelled for stage in stages]
+    assert request.sizes == [stage.labeled + stage.unlabeled for stage in stages]

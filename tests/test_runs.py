@@ -46,7 +46,7 @@ class Look(L.Callback):
 @pytest.fixture
 def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A configuration of a run of two epochs, in a working folder of its own."""
-    make_table(tmp_path / "data", n_train=12, unlabelled=6)
+    make_table(tmp_path / "data", n_train=12, unlabeled=6)
     table = {"train": str(tmp_path / "data" / "train.csv")}
     model = {"clip": str(clip_folder), "num_contexts": 0, "prompt_length": 2, "decoder_feedforward": 8}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
@@ -145,7 +145,7 @@ def test_evaluations_have_folders_of_their_own_and_are_not_resumed(words, tmp_pa
 
 def test_a_refused_resume_changes_nothing(words, tmp_path):
     folder = folder_of(main([*words, "--report.enabled=false"]).trainer)
-    make_table(tmp_path / "other", n_train=14, unlabelled=6)
+    make_table(tmp_path / "other", n_train=14, unlabeled=6)
     before = content(folder)
     other = f"--data.source.init_args.train={tmp_path}/other/train.csv"
     for change, error in ((other, CheckpointError), ("--trainer.max_epochs=5", CheckpointError)):

@@ -14,7 +14,7 @@ from cbsa_lightning.training.schedules import Constant, OneCycle, scheduled
 
 
 def rates(schedule, steps, peaks=(1e-3, 1e-4)):
-    """The learning rates that each of ``steps`` optimiser steps uses, one column a group."""
+    """The learning rates that each of ``steps`` optimizer steps uses, one column a group."""
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in peaks]
     optimizer = torch.optim.AdamW([{"params": [w], "lr": lr} for w, lr in zip(weights, peaks, strict=True)])
     scheduler = schedule(optimizer, steps)

@@ -150,15 +150,15 @@ def test_new_images_are_scored_like_those_it_was_fitted_beside():
     assert stack.left_out().shape == (len(rows), labels.shape[1])
 
 
-def test_without_unlabelled_images_there_is_nothing_to_say():
+def test_without_unlabeled_images_there_is_nothing_to_say():
     x, labels, _ = problem()
     assert StackedProbes()(evidence(x, labels, np.arange(len(x)))).shape == (0, 4)
 
 
-def test_a_class_without_labelled_positives_gets_small_probabilities():
+def test_a_class_without_labeled_positives_gets_small_probabilities():
     x, labels, rows = problem()
     labels[:, 3] = 0
-    labels[np.setdiff1d(np.arange(len(x)), rows)[:5], 3] = 1  # positives are there, but none is labelled
+    labels[np.setdiff1d(np.arange(len(x)), rows)[:5], 3] = 1  # positives are there, but none is labeled
     p = StackedProbes()(evidence(x, labels, rows))
     assert (rounded(p)[:, 3] == 0).all()
     assert 0 < p[:, 3].max() < 0.2
@@ -182,7 +182,7 @@ def test_order_of_images_and_hidden_labels_do_not_matter():
 
 def test_too_little_is_refused():
     x, labels, rows = problem()
-    with pytest.raises(DataError, match="1 labelled images"):
+    with pytest.raises(DataError, match="1 labeled images"):
         StackedProbes()(evidence(x, labels, rows[:1]))
     with pytest.raises(DataError, match="0 positives"):
         StackedProbes()(evidence(x, 0 * labels, rows))

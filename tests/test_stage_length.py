@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 
 from cbsa_lightning.callbacks import limits
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 
@@ -22,7 +22,7 @@ def squares(squares_folder):
 
 
 class Rates(L.Callback):
-    """The learning rate of each optimiser step, and the length of its schedule."""
+    """The learning rate of each optimizer step, and the length of its schedule."""
 
     def __init__(self):
         self.steps, self.lengths = [], []
@@ -125,7 +125,7 @@ def test_rates_of_a_schedule_end_with_its_length(tmp_path, clip_folder, squares)
 # Small sets -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labeler", [None, LabelledOnly()])
+@pytest.mark.parametrize("labeler", [None, LabeledOnly()])
 def test_an_epoch_has_the_least_number_of_steps_in_both_stages(tmp_path, clip_folder, squares, labeler):
     rates = Rates()
     settings = {"num_contexts": 0, "labeler": labeler, "trainer": {"callbacks": [rates]}}
@@ -140,12 +140,12 @@ def test_a_longer_epoch_shows_every_image_equally_often_in_other_views(squares):
     data.setup("fit")
     batches = list(data.train_dataloader().batch_sampler)
     assert len(batches) == 8
-    unlabelled = [draw for batch in batches for draw in batch[data.labelled_per_batch :]]
-    assert len(unlabelled) == 8 * (8 - data.labelled_per_batch)
-    seen = Counter(draw.index for draw in unlabelled)
-    assert seen.keys() == set(data.split.unlabelled.tolist())
+    unlabeled = [draw for batch in batches for draw in batch[data.labeled_per_batch :]]
+    assert len(unlabeled) == 8 * (8 - data.labeled_per_batch)
+    seen = Counter(draw.index for draw in unlabeled)
+    assert seen.keys() == set(data.split.unlabeled.tolist())
     assert max(seen.values()) - min(seen.values()) == 1
-    assert len({(draw.index, draw.visit) for draw in unlabelled}) == len(unlabelled)
+    assert len({(draw.index, draw.visit) for draw in unlabeled}) == len(unlabeled)
 
 
 def test_fewer_steps_than_a_pass_change_nothing(squares):
@@ -182,8 +182,8 @@ def test_a_stage_of_few_steps_is_told(tmp_path, clip_folder, squares, monkeypatc
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, warmup_epochs=2, data={"min_steps_per_epoch": steps})
-    told = [text for text in (str(warning.message) for warning in caught) if "optimiser steps" in text]
-    assert [text.partition(" optimiser")[0] for text in told] == stages
+    told = [text for text in (str(warning.message) for warning in caught) if "optimizer steps" in text]
+    assert [text.partition(" optimizer")[0] for text in told] == stages
     if len(stages) == 2:
         assert "data.min_steps_per_epoch to 5 or more, or raise model.warmup_epochs" in told[0]
         assert "data.min_steps_per_epoch to 10 or more, or raise trainer.max_epochs" in told[1]

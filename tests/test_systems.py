@@ -34,7 +34,7 @@ data:
 """
 SHORT = """
 trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
-data: {num_workers: 0, batch_size: 16, labelled_per_batch: 4, warmup_batch_size: 8}
+data: {num_workers: 0, batch_size: 16, labeled_per_batch: 4, warmup_batch_size: 8}
 model: {init_args: {warmup_epochs: 1}}
 report: {enabled: false}
 """
@@ -115,7 +115,7 @@ def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
 
 
 def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
-    """Rows that are set side by side share data, stages and the average; those of CAP have its own optimiser."""
+    """Rows that are set side by side share data, stages and the average; those of CAP have its own optimizer."""
     data = DataSet("digits", folder / "digits.yaml")
     cells = [make_cell(row, data, 0.3, 1, CONFIGS) for row in ROWS if row.label not in IMAGENET]
     for cell in cells:

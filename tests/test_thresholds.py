@@ -237,9 +237,9 @@ print(*run(torch.empty(400_000, 64).uniform_()))
 def test_memory_beyond_the_scores_is_bounded():
     """In a process of its own. The block is one that the allocator gives back when it is freed (above 32 MiB)."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    before, labelled, selected = (int(kib) / 1024 for kib in run.stdout.split())
+    before, labeled, selected = (int(kib) / 1024 for kib in run.stdout.split())
     scores, labels, block = (400_000 * 64 * 4 / 2**20, 400_000 * 64 / 2**20, 24 * 400_000 * 4 / 2**20)
-    assert labelled - before < labels + 12 < 2 * labels
+    assert labeled - before < labels + 12 < 2 * labels
     assert selected - before < block + 24 < scores
 
 

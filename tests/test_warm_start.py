@@ -17,7 +17,7 @@ from cbsa_lightning.callbacks.warm_start import _state
 from cbsa_lightning.checkpoints.earlier_run import read_earlier
 from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
-from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.reports.changes import Changes, label_changes
@@ -28,7 +28,7 @@ MODEL = {"num_contexts": 0, "prompt_length": 2, "decoder_layers": 1, "decoder_he
 FUSED = {"labeler": "cbsa_lightning.method.stacking.StackedProbes", "stack_share": 0.5}
 
 
-def write_table(file, source, labelled, classes=CLASSES, images=60):
+def write_table(file, source, labeled, classes=CLASSES, images=60):
     """The first images of the squares, the first of them with labels."""
     table = source.train()
     with file.open("w", newline="") as stream:
@@ -36,7 +36,7 @@ def write_table(file, source, labelled, classes=CLASSES, images=60):
         writer.writerow(["image", "labels"])
         for i in range(images):
             given = [c for c, label in zip(CLASSES, table.labels[i], strict=True) if label and c in classes]
-            writer.writerow([table.file(i), ";".join(given) if i < labelled and given else ""])
+            writer.writerow([table.file(i), ";".join(given) if i < labeled and given else ""])
     return file
 
 
@@ -79,7 +79,7 @@ def fit(folder, config, *words):
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory, clip_folder, source):
-    """A finished run of fused scores, 20 of whose 60 images are labelled."""
+    """A finished run of fused scores, 20 of whose 60 images are labeled."""
     folder = tmp_path_factory.mktemp("earlier")
     table = write_table(folder / "photos.csv", source, 20)
     fit(folder / "run", settings(clip_folder, table, **FUSED))
@@ -214,7 +214,7 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
     cli = fit(tmp_path / "new", settings(clip_folder, table, **FUSED), "--init_from", str(earlier))
     assert "Training starts from the averaged weights of" in caplog.text
     data, module, folder = cli.datamodule, cli.model, tmp_path / "new" / "version_0"
-    trained = LabelledImages.read(earlier / "labelled.parquet").trained()
+    trained = LabeledImages.read(earlier / "labeled.parquet").trained()
     held_out = [str(data.train_table.file(row)) for row in data.split.held_out]
     assert len(held_out) == 25
     assert not trained & set(held_out)
@@ -239,7 +239,7 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
     assert "Measured on 25 validation images that neither run has trained on." in page
     before, now = source.train().labels[:20].sum(0), source.train().labels[:50].sum(0)
     for k, name in enumerate(CLASSES):
-        assert [int(rows[name][c]) for c in ("labelled_before", "labelled_now", "labels_added", "labels_removed")] == [
+        assert [int(rows[name][c]) for c in ("labeled_before", "labeled_now", "labels_added", "labels_removed")] == [
             before[k],
             now[k],
             now[k] - before[k],
@@ -303,12 +303,12 @@ def test_bad_places_are_refused_before_anything_is_written(tmp_path, clip_folder
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04")
     shutil.copytree(earlier, tmp_path / "damaged")
-    (tmp_path / "damaged" / "labelled.parquet").write_bytes(b"PAR1")
+    (tmp_path / "damaged" / "labeled.parquet").write_bytes(b"PAR1")
     for place, error, message in (
         ("nowhere", CheckpointError, "does not exist"),
         ("empty", CheckpointError, "is no run"),
         ("torn.ckpt", CheckpointError, "damaged"),
-        ("damaged", DataError, "labelled.parquet"),
+        ("damaged", DataError, "labeled.parquet"),
     ):
         with pytest.raises(error, match=message):
             fit(tmp_path / "new", config, "--init_from", str(tmp_path / place))
@@ -336,13 +336,13 @@ def test_checkpoints_name_the_class_of_their_network(earlier):
     assert read_checkpoint(earlier / "checkpoints/last.ckpt")["network_class"] == "CBSANetwork"
 
 
-def test_labelled_images_are_read_as_written(tmp_path):
+def test_labeled_images_are_read_as_written(tmp_path):
     labels = np.array([[1, 0], [0, -1]], np.int8)
-    images = LabelledImages(
+    images = LabeledImages(
         ["a;b", "ü"], ["1.png", "x,2.png"], ["/d/1.png", "/d/x,2.png"], np.array([False, True]), labels
     )
-    images.write(tmp_path / "labelled.parquet")
-    found = LabelledImages.read(tmp_path / "labelled.parquet")
+    images.write(tmp_path / "labeled.parquet")
+    found = LabeledImages.read(tmp_path / "labeled.parquet")
     assert (found.class_names, found.images, found.files) == (images.class_names, images.images, images.files)
     assert np.array_equal(found.labels, labels)
     assert found.trained() == {"1.png", "/d/1.png"}
@@ -358,15 +358,15 @@ def test_other_passes_of_the_run_hold_out_the_same_images(tmp_path, clip_folder,
 
 
 def test_images_of_a_test_table_that_were_trained_on_are_left_out(tmp_path, clip_folder, source, earlier):
-    trained = LabelledImages.read(earlier / "labelled.parquet").trained()
+    trained = LabeledImages.read(earlier / "labeled.parquet").trained()
     table = source.train()
     files = [str(table.file(row)) for row in range(50)]
     train = write_table(tmp_path / "grown.csv", source, 60)
     lines = train.read_text().splitlines()
     tested = [line for line in lines[1:] if line.split(",")[0] in files[:30]]
     (tmp_path / "test.csv").write_text("\n".join([lines[0], *tested, ""]))
-    unlabelled = [f"{table.file(row)}," for row in range(55, 60)]
-    train.write_text("\n".join([lines[0], *(line for line in lines[1:56] if line not in tested), *unlabelled, ""]))
+    unlabeled = [f"{table.file(row)}," for row in range(55, 60)]
+    train.write_text("\n".join([lines[0], *(line for line in lines[1:56] if line not in tested), *unlabeled, ""]))
     config = settings(clip_folder, train, **FUSED)
     config["data"]["source"]["init_args"]["test"] = str(tmp_path / "test.csv")
     config["data"]["held_out_fraction"] = None
@@ -383,7 +383,7 @@ def test_images_of_a_test_table_that_were_trained_on_are_left_out(tmp_path, clip
 def test_added_and_removed_labels_are_counted_by_image():
     def images(names, paths, labels):
         held_out = np.zeros(len(paths), bool)
-        return LabelledImages(names, paths, [f"/d/{p}" for p in paths], held_out, np.array(labels, np.int8))
+        return LabeledImages(names, paths, [f"/d/{p}" for p in paths], held_out, np.array(labels, np.int8))
 
     before = images(["a", "b", "gone"], ["1", "2"], [[1, 0, 1], [1, 1, -1]])
     now = images(["b", "a", "new"], ["2", "3"], [[0, 1, 1], [1, 1, 0]])

@@ -28,7 +28,7 @@ def views(source, workers):
     found = []
     for epoch in (0, 3):
         train.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does; persistent workers are told with each draw
-        for loader in (train, data.weak_dataloader(epoch), plain, data.plain_dataloader(data.split.labelled)):
+        for loader in (train, data.weak_dataloader(epoch), plain, data.plain_dataloader(data.split.labeled)):
             found.append([(batch.index, batch.images, batch.targets) for batch in loader])
     assert torch.equal(torch.get_rng_state(), before)
     return found

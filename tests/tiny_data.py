@@ -1,4 +1,4 @@
-"""A tiny data set of coloured squares, for tests that need images, labels and whole runs."""
+"""A tiny data set of colored squares, for tests that need images, labels and whole runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # faster than two for such small things
 
 
 class Squares(Source):
-    """Grey images with squares in the colours of their classes, written into a folder once.
+    """Gray images with squares in the colors of their classes, written into a folder once.
 
     Args:
         folder: Where images are written.
@@ -69,8 +69,8 @@ class Squares(Source):
 
 
 def tiny_data(source: Source, **settings: Any) -> SSMLLDataModule:
-    """8 labelled of 22 training images, batches of 8."""
-    plain = {"image_size": SIZE, "labelled_fraction": 0.4, "batch_size": 8, "num_workers": 0, "seed": 3}
+    """8 labeled of 22 training images, batches of 8."""
+    plain = {"image_size": SIZE, "labeled_fraction": 0.4, "batch_size": 8, "num_workers": 0, "seed": 3}
     return SSMLLDataModule(source, **{**plain, **settings})
 
 

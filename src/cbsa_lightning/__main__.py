@@ -19,7 +19,7 @@ HELP = """usage: cbsa COMMAND [options]
   validate   measure a checkpoint on the images that are held out for validation
   test       measure a checkpoint on the test images
   predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt
-  label      write labels of a run for a labelling tool: cbsa label RUN --to label-studio --output tasks.json
+  label      write labels of a run for a labeling tool: cbsa label RUN --to label-studio --output tasks.json
   table      run the systems of one of the paper's tables: cbsa table 1
 
   cbsa COMMAND --help    all options of a command

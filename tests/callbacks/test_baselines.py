@@ -1,4 +1,4 @@
-"""Baselines of --compare: fitted to the labelled images alone, measured on the validation images."""
+"""Baselines of --compare: fitted to the labeled images alone, measured on the validation images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
-from cbsa_lightning.method.labelers import Evidence, LabelledOnly
+from cbsa_lightning.method.labelers import Evidence, LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module
@@ -32,10 +32,10 @@ def expected(clip, squares):
     """The same figures image by image, without a Trainer."""
     module, data = tiny_module(clip), tiny_data(squares)
     data.setup("fit")
-    rows = np.concatenate([data.split.labelled, data.split.unlabelled])
+    rows = np.concatenate([data.split.labeled, data.split.unlabeled])
     known = described(module, data.plain_dataloader(rows))
     new = described(module, data.val_dataloader())
-    labels = data.labelled_targets()
+    labels = data.labeled_targets()
     evidence = Evidence(known[:2], known[2:], torch.arange(len(labels)), labels)
     inputs = [part.numpy() for part in new]
     truth = data.eval_table().labels
@@ -70,9 +70,9 @@ def test_training_is_the_same_with_them(tmp_path, clip_folder, squares):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_run_on_labels_alone_describes_no_unlabelled_image(tmp_path, clip_folder, squares):
+def test_a_run_on_labels_alone_describes_no_unlabeled_image(tmp_path, clip_folder, squares):
     baselines = MeasureBaselines()
     data = {"feature_cache": FeatureCache(str(tmp_path / "cache"))}
-    settings = {"labeler": LabelledOnly(), "trainer": {"callbacks": [baselines]}, "data": data}
+    settings = {"labeler": LabeledOnly(), "trainer": {"callbacks": [baselines]}, "data": data}
     tiny_fit(tmp_path, clip_folder, squares, **settings)
     assert baselines.results.keys() == {"zero-shot", "linear probe", "stacked probes"}

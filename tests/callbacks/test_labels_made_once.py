@@ -13,7 +13,7 @@ from cbsa_lightning.method.metrics import pseudo_label_quality
 from cbsa_lightning.method.stacking import StackedProbes
 from tiny_data import Squares, differences, tiny_data, tiny_fit, tiny_module
 
-TRAIN = 40  # 16 labelled
+TRAIN = 40  # 16 labeled
 
 
 class Tables(L.Callback):
@@ -51,14 +51,14 @@ def by_hand(clip_folder, squares_folder, kept_as=torch.float32):
     data.setup("fit")
     network = tiny_module(clip_folder).network
     describe = network.describer()
-    order = np.concatenate([data.split.labelled, data.split.unlabelled])
+    order = np.concatenate([data.split.labeled, data.split.unlabeled])
     batches = [batch for row in order for batch in data.plain_dataloader([row])]
     found = [describe(network.features(batch.images).to(kept_as).float()) for batch in batches]
     return data, Evidence(
         [torch.cat(parts) for parts in zip(*(f.descriptors for f in found), strict=True)],
         [torch.cat(parts) for parts in zip(*(f.scores for f in found), strict=True)],
-        torch.arange(len(data.split.labelled)),
-        data.labelled_targets(),
+        torch.arange(len(data.split.labeled)),
+        data.labeled_targets(),
     )
 
 
@@ -68,8 +68,8 @@ def test_labels_are_those_of_the_untrained_towers(run, clip_folder, squares_fold
     expected = StackedProbes()(evidence)
     assert len(evidence.descriptors) == 2
     assert len(evidence.scores) == 1
-    torch.testing.assert_close(module.pseudo_labels[data.split.unlabelled].float(), expected, atol=2e-3, rtol=0)
-    assert (module.pseudo_labels[data.split.labelled] == -1).all()
+    torch.testing.assert_close(module.pseudo_labels[data.split.unlabeled].float(), expected, atol=2e-3, rtol=0)
+    assert (module.pseudo_labels[data.split.labeled] == -1).all()
     assert expected.std() > 0.05
     for table in spy.epochs:
         assert torch.equal(table, module.pseudo_labels)
@@ -80,7 +80,7 @@ def test_their_quality_is_logged_and_the_network_still_sets_the_cuts(run, square
     module, spy, _ = run
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
-    hard = (module.pseudo_labels[data.split.unlabelled] >= 0.5).to(torch.int8)
+    hard = (module.pseudo_labels[data.split.unlabeled] >= 0.5).to(torch.int8)
     quality = pseudo_label_quality(hard, data.hidden_targets())
     assert float(spy.logged[-1]["pseudo/precision"]) == pytest.approx(float(quality["precision"]))
     assert float(spy.logged[-1]["pseudo/coverage"]) == 1
@@ -92,7 +92,7 @@ def test_their_quality_is_logged_and_the_network_still_sets_the_cuts(run, square
 def test_hidden_labels_never_reach_training(run, tmp_path, clip_folder, squares_folder):
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
-    lied_to, _ = fit(tmp_path, clip_folder, squares_folder, hidden=data.split.unlabelled)
+    lied_to, _ = fit(tmp_path, clip_folder, squares_folder, hidden=data.split.unlabeled)
     assert differences(run[0].state_dict(), lied_to.state_dict()) == []
 
 
@@ -123,5 +123,5 @@ def test_kept_features_give_the_labels_of_half_precision(tmp_path, clip_folder, 
     cache = FeatureCache(str(tmp_path / "cache"))
     module, _ = fit(tmp_path, clip_folder, squares_folder, data={"feature_cache": cache})
     data, evidence = by_hand(clip_folder, squares_folder, kept_as=torch.float16)
-    found = module.pseudo_labels[data.split.unlabelled].float()
+    found = module.pseudo_labels[data.split.unlabeled].float()
     torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.1, rtol=0)  # batches round differently

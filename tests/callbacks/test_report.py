@@ -40,7 +40,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 def fit(towers: Path, digits: Digits, report: RunReport, folder: Path, *loggers, epochs: int = 2, **settings):
     torch.manual_seed(0)
-    data = SSMLLDataModule(digits, image_size=64, labelled_fraction=0.5, batch_size=8, eval_batch_size=4, num_workers=0)
+    data = SSMLLDataModule(digits, image_size=64, labeled_fraction=0.5, batch_size=8, eval_batch_size=4, num_workers=0)
     module = CBSAModule(
         data.class_names, clip=str(towers), num_contexts=settings.pop("num_contexts", 2), prompt_length=2,
         decoder_feedforward=8, semantic_alignment=settings.pop("semantic_alignment", True), warmup_epochs=1,

@@ -1,4 +1,4 @@
-"""How often a run scores the unlabelled images, and whose thresholds its checkpoints hold."""
+"""How often a run scores the unlabeled images, and whose thresholds its checkpoints hold."""
 
 from __future__ import annotations
 

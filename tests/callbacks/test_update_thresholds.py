@@ -37,8 +37,8 @@ def scores_by_hand(module, data, epoch):
 
 
 def cut_by_hand(module, data, epoch):
-    """The score of each class above which its labelled share of the unlabelled images lies."""
-    truth = data.train_table.labels[data.split.labelled]
+    """The score of each class above which its labeled share of the unlabeled images lies."""
+    truth = data.train_table.labels[data.split.labeled]
     scores, _ = scores_by_hand(module, data, epoch)
     return thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "1")[0]
 
@@ -52,8 +52,8 @@ class ByHand(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx or module.pseudo_labels is None:
             return
-        data, rows = trainer.datamodule, trainer.datamodule.split.unlabelled
-        truth = data.train_table.labels[data.split.labelled]
+        data, rows = trainer.datamodule, trainer.datamodule.split.unlabeled
+        truth = data.train_table.labels[data.split.labeled]
         scores, contexts = scores_by_hand(module, data, trainer.current_epoch)
         expected = thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "0.998")
         self.epochs.append(
@@ -64,7 +64,7 @@ class ByHand(L.Callback):
                 "expected_cut": thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "1")[0],
                 "labels": module.pseudo_labels[rows].numpy(),
                 "expected_labels": label(scores, *expected),
-                "labelled_rows": module.pseudo_labels[data.split.labelled].numpy(),
+                "labeled_rows": module.pseudo_labels[data.split.labeled].numpy(),
                 "contexts": module.context_targets[rows].clone(),
                 "context_scores": contexts,
                 "partition": module.context_partition.numpy().copy(),
@@ -98,11 +98,11 @@ def test_thresholds_and_pseudo_labels(run):
         for ours, expected in zip(epoch["tau"], epoch["expected_tau"], strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-5)
         np.testing.assert_array_equal(epoch["labels"], epoch["expected_labels"])
-        assert (epoch["labelled_rows"] == -1).all()
+        assert (epoch["labeled_rows"] == -1).all()
         assert {0, 1} <= set(epoch["labels"].ravel().tolist())
 
 
-def test_predictions_are_cut_at_the_labelled_share(run):
+def test_predictions_are_cut_at_the_labeled_share(run):
     for epoch in run[1]:
         np.testing.assert_allclose(epoch["cut"], epoch["expected_cut"], atol=1e-5)
 
@@ -141,7 +141,7 @@ def test_scores_of_an_epoch_are_computed_once(tmp_path, clip_folder, squares_fol
     assert passes == [1, 2, 3, 4]  # the last one for the final weights
 
 
-class Unlabelled(Squares):
+class Unlabeled(Squares):
     """The truth of the last 12 training images is unknown."""
 
     def train(self):
@@ -155,15 +155,15 @@ def test_coverage_is_told_where_the_truth_is_unknown(tmp_path, clip_folder, squa
     _, trainer = tiny_fit(
         tmp_path,
         clip_folder,
-        Unlabelled(squares_folder),
-        data={"labelled_fraction": None},
+        Unlabeled(squares_folder),
+        data={"labeled_fraction": None},
         labeler=ClassDistributionAware(eta_neg=0.5),
     )
     assert 0.3 < trainer.callback_metrics["pseudo/coverage"] < 1
     assert "pseudo/precision" not in trainer.callback_metrics
 
 
-def test_contexts_of_unlabelled_images(run):
+def test_contexts_of_unlabeled_images(run):
     """Eq. 11: the weak view's context where it is surer than tau, else none."""
     counted = 0
     for epoch in run[1]:
@@ -183,7 +183,7 @@ def test_measured_against_the_hidden_truth(run):
             assert float(epoch["logged"][f"pseudo/{name}"]) == pytest.approx(float(quality[name])), name
     last = run[1][-1]
     hidden = last["hidden"].numpy()
-    # The accuracy is told under the partition that the head has learnt: the one of the epoch before.
+    # The accuracy is told under the partition that the head has learned: the one of the epoch before.
     true = slow_context_targets(hidden, run[1][0]["partition"], 2, (hidden == 1).sum(0))
     found = last["context_scores"].argmax(1).numpy()
     assert float(last["logged"]["context/accuracy"]) == pytest.approx((found == true)[true >= 0].mean())

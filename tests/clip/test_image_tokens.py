@@ -32,7 +32,7 @@ def pictures(kind, count=3, factor=1):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(1))
 
 
-def normalised(images):
+def normalized(images):
     return (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -40,7 +40,7 @@ def test_global_token_is_encode_image_to_the_last_bit(pair):
     kind, clip, reference = pair
     images = pictures(kind)
     with torch.no_grad():
-        expected = reference.encode_image(normalised(images))
+        expected = reference.encode_image(normalized(images))
     tokens = clip.image_tokens(images)
     assert isinstance(tokens, ImageTokens)
     assert torch.equal(tokens.g, expected)
@@ -58,14 +58,14 @@ def test_local_tokens_are_all_outputs_of_the_attention(pair):
         if kind == "vit":
             visual = copy.deepcopy(reference.visual)
             visual.output_tokens = True
-            expected = (visual(normalised(images))[1] @ visual.proj).numpy()
+            expected = (visual(normalized(images))[1] @ visual.proj).numpy()
         elif kind == "resnet":
-            maps = reference.visual.forward_intermediates(normalised(images))["image_intermediates"][-1]
+            maps = reference.visual.forward_intermediates(normalized(images))["image_intermediates"][-1]
             expected = resnet_attention(reference.visual.attnpool, maps)[:, 1:]
         else:  # timm's pool itself can hand out the spatial tokens, though not together with token 0
             head = copy.deepcopy(reference.visual.head)
             head.pool.pool_type = ""
-            spatial = head.pool(reference.visual.trunk(normalised(images))).flatten(2).transpose(1, 2)
+            spatial = head.pool(reference.visual.trunk(normalized(images))).flatten(2).transpose(1, 2)
             expected = head[1:](spatial).numpy()
     np.testing.assert_allclose(clip.image_tokens(images).l.numpy(), expected, atol=2e-6)
 
@@ -102,15 +102,15 @@ def test_twice_the_native_size(pair):
             resized = F.interpolate(native[1:].T.reshape(1, -1, 4, 4), size=(8, 8), mode="bicubic", antialias=True)
             rows = torch.cat([native[:1], resized[0].flatten(1).T])
             visual.positional_embedding = nn.Parameter(rows)
-            expected = visual(normalised(images))
+            expected = visual(normalized(images))
         elif kind == "resnet":
             visual, native = copy.deepcopy(reference.visual), reference.visual.attnpool.positional_embedding
             resized = F.interpolate(native[1:].T.reshape(1, -1, 2, 2), size=(4, 4), mode="bicubic")
             rows = torch.cat([native[:1], resized[0].flatten(1).T])
             visual.attnpool.positional_embedding = nn.Parameter(rows)
-            expected = visual(normalised(images))
+            expected = visual(normalized(images))
         else:
-            expected = reference.encode_image(normalised(images))
+            expected = reference.encode_image(normalized(images))
     assert torch.equal(tokens.g, expected)
 
 

@@ -26,8 +26,8 @@ def voc(realbench) -> Path:
     return realbench / "voc2012-animals" / "VOCdevkit" / "VOC2012"
 
 
-def centre(path: Path, side: int = 224) -> torch.Tensor:
-    """Shorter side to ``side``, centre crop: open_clip's evaluation preprocessing, as uint8."""
+def center(path: Path, side: int = 224) -> torch.Tensor:
+    """Shorter side to ``side``, center crop: open_clip's evaluation preprocessing, as uint8."""
     with Image.open(path) as image:
         rgb = image.convert("RGB")
     scale = side / min(rgb.size)
@@ -47,7 +47,7 @@ def scores(clip: FrozenCLIP, voc: Path, step: int) -> tuple[np.ndarray, np.ndarr
     text = torch.nn.functional.normalize(text, dim=-1)
     cosines = []
     for start in range(0, len(names), 32):
-        images = torch.stack([centre(voc / "JPEGImages" / f"{n}.jpg") for n in names[start : start + 32]])
+        images = torch.stack([center(voc / "JPEGImages" / f"{n}.jpg") for n in names[start : start + 32]])
         g = clip.image_tokens(images).g
         cosines.append(torch.nn.functional.normalize(g, dim=-1) @ text.T)
     return torch.cat(cosines).numpy(), truth
@@ -57,7 +57,7 @@ def test_tokens_of_real_images(clip, voc, realbench):
     reference = open_clip.create_model(f"local-dir:{realbench / 'cbsa-mini'}", require_pretrained=True).eval()
     paths = sorted((voc / "JPEGImages").glob("*.jpg"))[:2]
     for side, grid in ((224, (7, 7)), (448, (14, 14))):
-        images = torch.stack([centre(path, side) for path in paths])
+        images = torch.stack([center(path, side) for path in paths])
         with torch.no_grad():
             expected = reference.encode_image((images.float() / 255 - 0.5) / 0.5)
         tokens = clip.image_tokens(images)

@@ -35,7 +35,7 @@ def test_absolute_path_is_kept():
     assert table(paths=("a.jpg", "/else/b.jpg")).file(1) == Path("/else/b.jpg")
 
 
-def test_class_names_are_normalised():
+def test_class_names_are_normalized():
     t = table(names=("  cafe\u0301 ", "cat"))
     assert t.class_names == ("caf\u00e9", "cat")
 

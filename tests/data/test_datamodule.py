@@ -42,23 +42,23 @@ def shares(number, monkeypatch, **settings):
     data = tiny_data(Sized(number), **settings)
     data._check_leaks = lambda: None
     data.setup("fit")
-    return data.labelled_per_batch, data.warmup_batch_size
+    return data.labeled_per_batch, data.warmup_batch_size
 
 
 @pytest.mark.parametrize(("number", "size"), [(82081, 64), (5717, 8), (150000, 64), (5717, 64)])
 def test_batches_of_the_papers_data_sets(number, size, monkeypatch):
     """4, 8, 12, 16 of 64 as in CAP, and 1, 1, 2, 2 of 8 for VOC; the warm-up's are CAP's, at most B."""
-    found = [shares(number, monkeypatch, labelled_fraction=p, batch_size=size) for p in (0.05, 0.1, 0.15, 0.2)]
+    found = [shares(number, monkeypatch, labeled_fraction=p, batch_size=size) for p in (0.05, 0.1, 0.15, 0.2)]
     expected = [(4, 16), (8, 32), (12, 48), (16, 64)] if size == 64 else [(1, 8), (1, 8), (2, 8), (2, 8)]
     assert found == expected
 
 
 def test_own_batches(monkeypatch):
-    own = {"labelled_per_batch": 3, "warmup_batch_size": 5}
+    own = {"labeled_per_batch": 3, "warmup_batch_size": 5}
     assert shares(100, monkeypatch, batch_size=8, **own) == (3, 5)
     for wrong in (0, 8):
         with pytest.raises(ConfigError, match=f"between 1 and batch_size - 1 = 7, got {wrong}"):
-            shares(100, monkeypatch, batch_size=8, labelled_per_batch=wrong)
+            shares(100, monkeypatch, batch_size=8, labeled_per_batch=wrong)
     with pytest.raises(ConfigError, match="batch_size must be at least 2"):
         shares(100, monkeypatch, batch_size=1)
 
@@ -68,8 +68,8 @@ def test_own_batches(monkeypatch):
     [
         ("image_size", (0, -1, 10**6)),
         ("seed", (-1, 2**32)),  # numpy's generator of splits takes no other
-        ("batch_size", (2**31, 2**63)),  # which would have filled batches of labelled images for hours
-        ("labelled_per_batch", (2**31,)),
+        ("batch_size", (2**31, 2**63)),  # which would have filled batches of labeled images for hours
+        ("labeled_per_batch", (2**31,)),
         ("warmup_batch_size", (0, -1, 2**31)),
         ("eval_batch_size", (0, -1, 2**63)),
         ("num_workers", (-1, 10**6)),
@@ -82,7 +82,7 @@ def test_settings_that_fit_nothing_are_refused_by_name(squares, setting, values)
 
 
 @pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, 1.5])
-@pytest.mark.parametrize("setting", ["held_out_fraction", "labelled_fraction"])
+@pytest.mark.parametrize("setting", ["held_out_fraction", "labeled_fraction"])
 def test_shares_that_are_none_are_refused(squares, setting, share):
     with pytest.raises(ConfigError, match=f"{share}"):
         tiny_data(squares, **{setting: share}).setup("fit")
@@ -97,29 +97,29 @@ def test_the_share_of_a_table_that_says_itself_what_is_known(squares, monkeypatc
             self._train = AnnotationTable("nowhere", self._train.paths, labels, CLASSES)
 
     monkeypatch.setattr(AnnotationTable, "require_files", lambda self: None)
-    data = tiny_data(Partly(), labelled_fraction=None, batch_size=64)
+    data = tiny_data(Partly(), labeled_fraction=None, batch_size=64)
     data._check_leaks = lambda: None
     data.setup("fit")
-    assert data.labelled_share == 0.25
-    assert data.labelled_per_batch == 20
+    assert data.labeled_share == 0.25
+    assert data.labeled_per_batch == 20
 
 
 def test_what_a_batch_holds(squares):
     data = ready(squares)
     table, split = squares.train(), data.split
-    assert (len(split.labelled), len(split.unlabelled), len(split.held_out)) == (8, 14, 0)
+    assert (len(split.labeled), len(split.unlabeled), len(split.held_out)) == (8, 14, 0)
     loader = data.train_dataloader()
     loader.batch_sampler.set_epoch(2)
     batches = list(loader)
     assert [len(batch.images) for batch in batches] == [8, 8, 8, 6]
     view = StrongView(SIZE, seed=3)
     for batch in batches:
-        assert batch.labelled.tolist() == [True] * 4 + [False] * (len(batch.images) - 4)
+        assert batch.labeled.tolist() == [True] * 4 + [False] * (len(batch.images) - 4)
         assert batch.images.dtype == torch.uint8
-        assert set(batch.index[:4].tolist()) <= set(split.labelled.tolist())
+        assert set(batch.index[:4].tolist()) <= set(split.labeled.tolist())
         assert (batch.targets[4:] == -1).all(), "a hidden label is in a training batch"
         np.testing.assert_array_equal(batch.targets[:4].numpy(), table.labels[batch.index[:4].numpy()])
-    assert sorted(torch.cat([batch.index[4:] for batch in batches]).tolist()) == sorted(split.unlabelled.tolist())
+    assert sorted(torch.cat([batch.index[4:] for batch in batches]).tolist()) == sorted(split.unlabeled.tolist())
     row = int(batches[1].index[5])
     assert torch.equal(batches[1].images[5], view(decode(table.file(row)), Draw(row, 2, 0)))
 
@@ -128,7 +128,7 @@ def test_weak_and_plain_views_come_in_order(squares):
     data = ready(squares, eval_batch_size=4)
     batches = list(data.weak_dataloader(epoch=5))
     index = torch.cat([batch.index for batch in batches])
-    assert index.tolist() == data.split.unlabelled.tolist()
+    assert index.tolist() == data.split.unlabeled.tolist()
     images, view = torch.cat([batch.images for batch in batches]), WeakView(SIZE, seed=3)
     for image, row in zip(images, index.tolist(), strict=True):
         assert torch.equal(image, view(decode(squares.train().file(row)), Draw(row, 5, 0)))
@@ -193,12 +193,12 @@ def test_missing_images_are_named_before_training(squares_folder):
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 3])
-def test_without_unlabelled_images_training_does_not_begin(tmp_path, clip_folder, squares, warmup_epochs):
+def test_without_unlabeled_images_training_does_not_begin(tmp_path, clip_folder, squares, warmup_epochs):
     module = tiny_module(clip_folder, warmup_epochs=warmup_epochs)
     before = module.network.log_scale.detach().clone()
     trainer = tiny_trainer(tmp_path, max_epochs=5)
-    with pytest.raises(DataError, match=r"no unlabelled image.*labelled_fraction below 1.*LabelledOnly"):
-        trainer.fit(module, datamodule=tiny_data(squares, labelled_fraction=1.0))
+    with pytest.raises(DataError, match=r"no unlabeled image.*labeled_fraction below 1.*LabeledOnly"):
+        trainer.fit(module, datamodule=tiny_data(squares, labeled_fraction=1.0))
     assert trainer.global_step == 0
     assert torch.equal(module.network.log_scale, before)
 
@@ -207,7 +207,7 @@ def test_what_is_held_out(squares, squares_folder):
     data = ready(squares, held_out_fraction=0.25)
     assert len(data.split.held_out) == 2
     assert data.eval_table().paths.tolist() == squares.train().paths[data.split.held_out].tolist()
-    assert not set(data.split.held_out) & {*data.split.labelled, *data.split.unlabelled}
+    assert not set(data.split.held_out) & {*data.split.labeled, *data.split.unlabeled}
     assert [batch.index.tolist() for batch in data.val_dataloader()] == [[0, 1]]
     assert [len(batch.index) for batch in data.test_dataloader()] == [7], "the test is on the source's test images"
 

@@ -1,4 +1,4 @@
-"""The generated digits data set: deterministic, complete or absent, and labelled with what was drawn."""
+"""The generated digits data set: deterministic, complete or absent, and labeled with what was drawn."""
 
 from __future__ import annotations
 

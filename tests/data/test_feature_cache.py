@@ -16,7 +16,7 @@ from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from tiny_clip import tiny_clip
 from tiny_data import SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 from zero_shot import zero_shot_mAP
@@ -127,7 +127,7 @@ def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
     assert count.steps == plain_count.steps - 7 > 0  # without a cache, zero-shot CLIP sees the test images once more
     assert (
         count.before == 14 * 2 + 8 + 7 + 1
-    )  # two flips of the unlabelled, the labelled and test images, and one to learn the shape
+    )  # two flips of the unlabeled, the labeled and test images, and one to learn the shape
     # Both had the same weights when thresholds were taken. (Later ones differ: a pseudo-label may tie within rounding.)
     assert module.tau_pos.isfinite().any()
     torch.testing.assert_close(module.tau_pos, plain_module.tau_pos, atol=5e-4, rtol=0)
@@ -152,15 +152,15 @@ def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squ
     assert differences(module.state_dict(), other.state_dict()) == [], "workers changed something"
 
 
-def test_labels_alone_need_no_view_of_the_unlabelled(tmp_path, clip_folder, squares):
-    _, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabelledOnly(), num_contexts=0)
+def test_labels_alone_need_no_view_of_the_unlabeled(tmp_path, clip_folder, squares):
+    _, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabeledOnly(), num_contexts=0)
     assert count.before == 3 * 8 + 7 + 1
     assert count.steps == 0
     data = trainer.datamodule
-    (batch,) = data.plain_dataloader(data.split.unlabelled)  # for labels.csv, after training
+    (batch,) = data.plain_dataloader(data.split.unlabeled)  # for labels.csv, after training
     assert batch.features is None
     assert len(batch.images) == 14
-    (batch,) = data.plain_dataloader(data.split.labelled)
+    (batch,) = data.plain_dataloader(data.split.labeled)
     assert batch.images is None
 
 
@@ -175,10 +175,10 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
     moved = tmp_path / "moved"
     shutil.copytree(own, moved)
     assert cached_fit(tmp_path, clip_folder, Squares(moved), cache=cache, **fit)[2].before == 1
-    # One file with other content, of an unlabelled image: its two views.
+    # One file with other content, of an unlabeled image: its two views.
     data = tiny_data(source)
     data.setup("fit")
-    row = int(data.split.unlabelled[0])
+    row = int(data.split.unlabeled[0])
     file = source.train().file(row)
     before = Image.open(file).copy()
     Image.fromarray(255 - np.asarray(before)).save(file)

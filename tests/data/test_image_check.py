@@ -13,7 +13,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.image_check import unreadable
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from tiny_data import CLASSES, Squares, tiny_data, tiny_fit
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
@@ -70,16 +70,16 @@ def test_a_fit_stops_before_its_first_step(tmp_path, clip_folder):
 
 
 def test_images_that_a_fit_does_not_read_do_not_stop_it(tmp_path, clip_folder):
-    unlabelled = split_of(Squares(tmp_path / "images")).unlabelled[0]
-    source = broken(tmp_path / "images", f"train/{unlabelled}.png")
-    _, trainer = tiny_fit(tmp_path, clip_folder, source, labeler=LabelledOnly())
+    unlabeled = split_of(Squares(tmp_path / "images")).unlabeled[0]
+    source = broken(tmp_path / "images", f"train/{unlabeled}.png")
+    _, trainer = tiny_fit(tmp_path, clip_folder, source, labeler=LabeledOnly())
     assert trainer.global_step
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_images_are_skipped_on_request_and_listed(tmp_path, clip_folder, cached):
     split = split_of(Squares(tmp_path / "images"))
-    rows = (split.labelled[0], split.unlabelled[0])
+    rows = (split.labeled[0], split.unlabeled[0])
     source = broken(tmp_path / "images", *(f"train/{row}.png" for row in rows), "test/0.png")
     settings = {"on_error": "skip", "image_cache": ImageCache(str(tmp_path / "cache")) if cached else None}
     report = {"logger": CSVLogger(tmp_path, name="run", version=0), "callbacks": [RunReport(num_images=2)]}
@@ -90,7 +90,7 @@ def test_images_are_skipped_on_request_and_listed(tmp_path, clip_folder, cached)
         str(tmp_path / "images/test/0.png")
     ]
     assert (tmp_path / "run/version_0/left_out.txt").read_text().splitlines() == data.left_out
-    assert data.split.labelled.tolist() == split.labelled[1:].tolist()
-    assert data.split.unlabelled.tolist() == split.unlabelled[1:].tolist()
+    assert data.split.labeled.tolist() == split.labeled[1:].tolist()
+    assert data.split.unlabeled.tolist() == split.unlabeled[1:].tolist()
     assert len(data.eval_table()) == 6
     assert np.isfinite(float(trainer.callback_metrics["val/mAP"]))

@@ -63,13 +63,13 @@ def test_bilevel_is_black_and_white(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, name):
-    grey = np.array([[0, 128, 129, 257], [32768, 65407, 65408, 65535]], dtype=np.uint16)
-    array = decode(saved(tmp_path / name, Image.fromarray(grey)))
-    expected = np.floor(grey / 257 + 0.5).astype(np.uint8)
+    gray = np.array([[0, 128, 129, 257], [32768, 65407, 65408, 65535]], dtype=np.uint16)
+    array = decode(saved(tmp_path / name, Image.fromarray(gray)))
+    expected = np.floor(gray / 257 + 0.5).astype(np.uint8)
     np.testing.assert_array_equal(array, np.repeat(expected[..., None], 3, axis=2))
 
 
-def test_palette_colours_are_looked_up(tmp_path):
+def test_palette_colors_are_looked_up(tmp_path):
     image = Image.fromarray(RGB).quantize(16)
     array = decode(saved(tmp_path / "a.png", image))
     np.testing.assert_array_equal(array, np.asarray(image.convert("RGB")))
@@ -94,13 +94,13 @@ def test_transparent_parts_lie_over_white(tmp_path, mode):
     np.testing.assert_array_equal(decode(path), np.array([[[255] * 3, [127] * 3, [0] * 3]]))
 
 
-def test_one_transparent_colour_lies_over_white(tmp_path):
+def test_one_transparent_color_lies_over_white(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
     assert (decode(path) == 255).all()
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (5, 4), color) for color in ("red", "blue")]
     path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(decode(path), np.broadcast_to([255, 0, 0], (4, 5, 3)))
 
@@ -276,7 +276,7 @@ def test_pixels_beyond_the_image_are_not_unpacked(tmp_path):
 
 
 def photograph(size, mode="RGB"):
-    """Smooth noise, as a photograph is smooth: coarse colours enlarged."""
+    """Smooth noise, as a photograph is smooth: coarse colors enlarged."""
     coarse = RNG.integers(0, 256, (6, 8, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
     return Image.fromarray(coarse.squeeze(), mode).resize(size, Image.Resampling.BICUBIC)
 
@@ -302,7 +302,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_both_sides(tmp_path,
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_smaller_decoding_keeps_orientation_and_colours(tmp_path, orientation, mode):
+def test_smaller_decoding_keeps_orientation_and_colors(tmp_path, orientation, mode):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path / "a.jpg", photograph((640, 480), mode), exif=exif, quality=95)
@@ -358,7 +358,7 @@ def test_views_of_real_photographs_decoded_at_half_size_are_close(realbench, fol
         differences.append(np.abs(whole - half))
         np.testing.assert_array_equal(decode(path, 129), decode(path))  # twice 129 is more than 256
     means = np.array([difference.mean() for difference in differences])
-    print(f"grey levels: mean {means.mean():.2f}, of the worst image {means.max():.2f}, max {np.max(differences)}")
+    print(f"gray levels: mean {means.mean():.2f}, of the worst image {means.max():.2f}, max {np.max(differences)}")
     assert 0.5 < means.mean() < 2.5
     assert means.max() < 8
     assert np.max(differences) < 110

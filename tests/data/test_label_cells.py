@@ -195,14 +195,14 @@ def test_a_list_is_not_split_by_a_given_separator(tmp_path):
         "None",
         "-",
         "unlabeled",
-        "Unlabelled",
+        "Unlabeled",
         "<NA>",
         "#N/A",
         " NA ",
     ],
 )
 @pytest.mark.parametrize("others", [["cat;dog"], ["cat"], ['["cat", "dog"]']])
-def test_words_for_not_labelled(tmp_path, word, others):
+def test_words_for_not_labeled(tmp_path, word, others):
     assert read(tmp_path, [*others, word])[1] is None
 
 
@@ -234,8 +234,8 @@ def test_words_of_the_user_for_nothing(tmp_path, cells):
     [
         ("cat;none", ["'none' beside another name", "no class at all"]),
         ("cat;No Finding", ["'No Finding' beside another name", "no class at all"]),
-        ("cat;nan", ["'nan' beside another name", "not labelled"]),
-        ("NA;cat", ["'NA' beside another name", "not labelled"]),
+        ("cat;nan", ["'nan' beside another name", "not labeled"]),
+        ("NA;cat", ["'NA' beside another name", "not labeled"]),
     ],
 )
 def test_words_beside_names(tmp_path, cell, words):

@@ -25,7 +25,7 @@ def test_what_is_missing_is_named():
         def weak_dataloader(self, epoch):
             return []
 
-    with pytest.raises(ConfigError, match=r"Mine lacks \['plain_dataloader', 'labelled_targets', 'hidden_targets'\]"):
+    with pytest.raises(ConfigError, match=r"Mine lacks \['plain_dataloader', 'labeled_targets', 'hidden_targets'\]"):
         semi_supervised(Mine())
     with pytest.raises(ConfigError, match="with loaders alone"):
         semi_supervised(None)

@@ -62,7 +62,7 @@ def test_operation_against_its_definition(name, magnitude, sign):
     assert got.dtype == np.uint8
     off = np.abs(got.astype(int) - expected)
     if name in {"shear_x", "shear_y", "rotate"}:
-        # Fixed-point coordinates: a position on the edge of a pixel may fall to its neighbour.
+        # Fixed-point coordinates: a position on the edge of a pixel may fall to its neighbor.
         assert (off.max(axis=2) > 1).mean() < 0.01
     else:
         assert off.max() <= (1 if name in {"sharpness", "contrast", "color", "brightness", "autocontrast"} else 0)
@@ -75,10 +75,10 @@ def test_a_step_leaves_its_input_alone():
         np.testing.assert_array_equal(np.asarray(image), IMAGE)
 
 
-@pytest.mark.parametrize("centre", [(0.0, 0.0), (0.999, 0.999)])
-def test_small_cutout_is_clipped_at_the_border(centre):
-    got = np.asarray(apply_step(Image.fromarray(IMAGE), Step("cutout", 9, 1, centre)))
-    x, y = (int(c * side) for c, side in zip(centre, (WIDTH, HEIGHT), strict=True))
+@pytest.mark.parametrize("center", [(0.0, 0.0), (0.999, 0.999)])
+def test_small_cutout_is_clipped_at_the_border(center):
+    got = np.asarray(apply_step(Image.fromarray(IMAGE), Step("cutout", 9, 1, center)))
+    x, y = (int(c * side) for c, side in zip(center, (WIDTH, HEIGHT), strict=True))
     np.testing.assert_array_equal(got, plain.cutout(IMAGE, 20, x, y))
 
 
@@ -96,7 +96,7 @@ def test_slots_operations_magnitudes_and_signs_are_uniform():
     both = Counter((a.operation, b.operation) for a, b in (p for p in policies if len(p) == 2))
     assert len(both) == 225
     assert chisquare(list(both.values())).pvalue > 1e-3
-    centres = np.array([step.centre for step in steps])
-    assert ((centres >= 0) & (centres < 1)).all()
-    for axis in centres.T:
+    centers = np.array([step.center for step in steps])
+    assert ((centers >= 0) & (centers < 1)).all()
+    for axis in centers.T:
         assert chisquare(np.histogram(axis, 20, (0, 1))[0]).pvalue > 1e-3

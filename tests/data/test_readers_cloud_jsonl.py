@@ -59,9 +59,9 @@ def test_ground_truth(tmp_path):
         "x/a.jpg": [0, 1, 1], "b.jpg": [0, 0, 0], "c.jpg": [-1, -1, -1], "d.jpg": [-1, -1, -1], "e.jpg": [1, 0, 0],
     }  # fmt: skip
     assert [note.partition("manifest: ")[2] for note in source.describe()] == [
-        "2 images without labels: unlabelled",
-        "1 image whose labelling failed, among the unlabelled ones",
-        "1 image labelled by a model (human-annotated: no): read as the others",
+        "2 images without labels: unlabeled",
+        "1 image whose labeling failed, among the unlabeled ones",
+        "1 image labeled by a model (human-annotated: no): read as the others",
         "the classes are the labels in use; a class without any image is not among them",
     ]
 

@@ -248,7 +248,7 @@ def test_real_images(realbench):
     ("unannotated", "paths", "labels"),
     [
         ("drop", ["a.jpg", "b.jpg"], [[0, 1], [1, 0]]),
-        ("unlabelled", ["a.jpg", "c.jpg", "b.jpg"], [[0, 1], [-1, -1], [1, 0]]),
+        ("unlabeled", ["a.jpg", "c.jpg", "b.jpg"], [[0, 1], [-1, -1], [1, 0]]),
         ("empty", ["a.jpg", "c.jpg", "b.jpg"], [[0, 1], [0, 0], [1, 0]]),
     ],
 )

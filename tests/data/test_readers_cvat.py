@@ -11,7 +11,7 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 FILES = Path(__file__).parent / "labeltools" / "cvat"
 
-# What the files mean: classes, and the tags of each image; an image without a tag is unlabelled.
+# What the files mean: classes, and the tags of each image; an image without a tag is unlabeled.
 MEANT = {
     "by_hand.xml": (
         ("person", "dog"),
@@ -29,7 +29,7 @@ def matrix(table) -> dict[str, list[int]]:
     return dict(zip(table.paths.tolist(), table.labels.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("untagged", ["unlabelled", "nothing"])
+@pytest.mark.parametrize("untagged", ["unlabeled", "nothing"])
 @pytest.mark.parametrize("name", MEANT)
 def test_files_of_the_tools(name, untagged):
     source = CVAT(str(FILES / name), untagged=untagged)
@@ -45,7 +45,7 @@ def test_files_of_the_tools(name, untagged):
 def test_notes_count_everything_else():
     file = str(FILES / "by_hand.xml")
     assert CVAT(file).describe() == [
-        f"{file}: 1 image without a tag: unlabelled",
+        f"{file}: 1 image without a tag: unlabeled",
         f"{file}: 1 tag set by a model (source auto): read as the others",
     ]
     assert CVAT(file, untagged="nothing").describe()[0] == f"{file}: 1 image without a tag: shows nothing"
@@ -139,5 +139,5 @@ def test_files_that_are_no_exports(tmp_path, text, message):
 
 
 def test_untagged_is_one_of_two():
-    with pytest.raises(ConfigError, match="untagged must be 'unlabelled' or 'nothing'"):
+    with pytest.raises(ConfigError, match="untagged must be 'unlabeled' or 'nothing'"):
         CVAT("a.xml", untagged="empty")

@@ -32,14 +32,14 @@ def test_file_of_the_exporter(tmp_path):
     source = FiftyOne(str(tmp_path / "labels.json"))
     source.prepare()
     assert source.class_names == ("car", "dog", "person", "tree")
-    assert matrix(source.train()) == {  # null is "not labelled" as well as "none", so it must be unlabelled
+    assert matrix(source.train()) == {  # null is "not labeled" as well as "none", so it must be unlabeled
         "beach/001.jpg": [0, 1, 1, 0],
         "beach/002.jpg": [-1, -1, -1, -1],
         "city/003.jpg": [-1, -1, -1, -1],
     }
     assert source.train().missing_files() == []
     assert [note.partition("labels.json: ")[2] for note in source.describe()] == [
-        "2 images without a label (null): unlabelled",
+        "2 images without a label (null): unlabeled",
         "2 labels with a confidence or attributes: not read",
         f"1 image below {tmp_path / 'data'} without a key: left out",
     ]

@@ -70,9 +70,9 @@ def test_notes_count_everything_else(config):
     source = LabelStudio(str(FILES / "json_all_tasks.json"), label_config=config, prefix="photos")
     file = str(FILES / "json_all_tasks.json")
     assert source.describe() == [
-        f"{file}: 1 task skipped by an annotator: unlabelled",
-        f"{file}: 1 task with only a draft: unlabelled",
-        f"{file}: 4 tasks without an answer: unlabelled",
+        f"{file}: 1 task skipped by an annotator: unlabeled",
+        f"{file}: 1 task with only a draft: unlabeled",
+        f"{file}: 4 tasks without an answer: unlabeled",
         f"{file}: 7 tasks with predictions, which are not read",
         f"{file}: 3 further records of images that have one",
         f"{file}: 2 images with several answers, which count together",

@@ -32,7 +32,7 @@ def test_files_of_a_tool():
     assert source.test() is None
     assert source.describe() == [
         f"{LABELS}: 1 row with the confidence of a model: unknown",
-        f"{LABELS}: 1 image without a verified label: unlabelled",
+        f"{LABELS}: 1 image without a verified label: unlabeled",
     ]
     source = OpenImages(LABELS)
     assert source.class_names == ("car", "dog", "person")
@@ -65,7 +65,7 @@ def test_present_absent_and_unknown(tmp_path):
     assert [note.partition("t.csv: ")[2] for note in source.describe()] == [
         f"1 row of labels that {names} does not name: left out",
         "1 label on which rows differ: unknown",
-        "1 image without a verified label: unlabelled",
+        "1 image without a verified label: unlabeled",
     ]
 
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cbsa_lightning.data.readers import Source, Table, columns, unlabelled
+from cbsa_lightning.data.readers import Source, Table, columns, unlabeled
 from cbsa_lightning.data.readers.table import read_table
 from cbsa_lightning.data.readers.table_reading import TableForm
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import ConfigError, DataError
 from layouts import make_table, write_image, write_rows
 
@@ -38,7 +38,7 @@ def refused(words, call):
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("form", ["names", "columns"])
 def test_round_trip_of_files(tmp_path, form, suffix):
-    train, test = make_table(tmp_path, form=form, suffix=suffix, unlabelled=4)
+    train, test = make_table(tmp_path, form=form, suffix=suffix, unlabeled=4)
     source = Table(str(tmp_path / f"train{suffix}"), str(tmp_path / f"test{suffix}"))
     source.prepare()
     t, s = source.train(), source.test()
@@ -53,7 +53,7 @@ def test_round_trip_of_files(tmp_path, form, suffix):
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0/\\", exclude_categories=["Cs"]), min_size=1)
 PATHS = CELL.map(str.strip).filter(lambda s: s.strip(".") and s[1:2] != ":")
 # Names that no reader could take for another thing; what else a cell may say is in test_label_cells.py.
-WORDS = {"none", "nothing", "nan", "na", "n/a", "null", "unlabelled", "unlabeled", "image", "labels", "<na>", "#n/a"}
+WORDS = {"none", "nothing", "nan", "na", "n/a", "null", "unlabeled", "image", "labels", "<na>", "#n/a"}
 NAMES = CELL.map(lambda s: unicodedata.normalize("NFC", s).strip()).filter(
     lambda s: (
         any(mark.isalnum() for mark in s)
@@ -468,7 +468,7 @@ def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatc
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(unlabelled.os, "scandir", forbid)
+    monkeypatch.setattr(unlabeled.os, "scandir", forbid)
     refused([str(tmp_path / "secret"), "Permission denied", "rights"], lambda: read_images(tmp_path, ["cat"]))
 
 

@@ -17,7 +17,7 @@ from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers import NUSWIDE, VOC, Table
 from cbsa_lightning.data.readers.coco import COCO, read_coco
 from cbsa_lightning.data.readers.table import read_table
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.io import reading

@@ -11,63 +11,63 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from cbsa_lightning.data import annotations
-from cbsa_lightning.data.samplers import Draw, InOrderBatches, LabelledBatches, PairedBatches
+from cbsa_lightning.data.samplers import Draw, InOrderBatches, LabeledBatches, PairedBatches
 from cbsa_lightning.errors import ConfigError
 
-LABELLED = np.array([3, 8, 1, 40, 22, 17, 5])
-UNLABELLED = np.arange(100, 153)
+LABELED = np.array([3, 8, 1, 40, 22, 17, 5])
+UNLABELED = np.arange(100, 153)
 
 
-def paired(seed=0, rank=0, world_size=1, labelled=LABELLED, unlabelled=UNLABELLED):
-    return PairedBatches(labelled, unlabelled, 4, 12, seed, None, rank, world_size)
+def paired(seed=0, rank=0, world_size=1, labeled=LABELED, unlabeled=UNLABELED):
+    return PairedBatches(labeled, unlabeled, 4, 12, seed, None, rank, world_size)
 
 
 def rows(batches):
     return [[draw.index for draw in batch] for batch in batches]
 
 
-def test_one_labelled_pass_has_every_image_once():
-    batches = LabelledBatches(LABELLED, 3, seed=1)
+def test_one_labeled_pass_has_every_image_once():
+    batches = LabeledBatches(LABELED, 3, seed=1)
     got = list(batches)
     assert [len(batch) for batch in got] == [3, 3, 1]
     assert len(batches) == 3
-    assert sorted(draw.index for batch in got for draw in batch) == sorted(LABELLED.tolist())
+    assert sorted(draw.index for batch in got for draw in batch) == sorted(LABELED.tolist())
     assert all(draw.epoch == 0 and draw.visit == 0 for batch in got for draw in batch)
 
 
 def test_cycling_permutes_anew_on_every_pass_and_counts_visits():
-    batches = LabelledBatches(LABELLED, 4, seed=1, num_batches=14)
+    batches = LabeledBatches(LABELED, 4, seed=1, num_batches=14)
     draws = [draw for batch in batches for draw in batch]
     assert len(batches) == 14
-    assert len(draws) == 14 * 4 == 8 * len(LABELLED)
+    assert len(draws) == 14 * 4 == 8 * len(LABELED)
     passes = [draws[start : start + 7] for start in range(0, 56, 7)]
     for visit, one in enumerate(passes):
-        assert sorted(draw.index for draw in one) == sorted(LABELLED.tolist())
+        assert sorted(draw.index for draw in one) == sorted(LABELED.tolist())
         assert {draw.visit for draw in one} == {visit}
     assert len({tuple(draw.index for draw in one) for one in passes}) == 8  # 7! orders: no chance repeats
 
 
 def test_every_draw_of_an_epoch_is_unique():
-    draws = [draw for batch in LabelledBatches([4, 2], 5, seed=0, num_batches=9) for draw in batch]
+    draws = [draw for batch in LabeledBatches([4, 2], 5, seed=0, num_batches=9) for draw in batch]
     assert len(draws) == len(set(draws)) == 45
 
 
-def test_a_paired_epoch_is_one_pass_over_the_unlabelled_images():
+def test_a_paired_epoch_is_one_pass_over_the_unlabeled_images():
     batches = paired()
     got = list(batches)
     assert [len(batch) for batch in got] == [16, 16, 16, 16, 4 + 5]
     assert len(batches) == 5
-    labelled = [draw for batch in got for draw in batch[:4]]
-    unlabelled = [draw for batch in got for draw in batch[4:]]
-    assert sorted(draw.index for draw in unlabelled) == UNLABELLED.tolist()
-    assert {draw.visit for draw in unlabelled} == {0}
-    counts = Counter(draw.index for draw in labelled)
-    assert set(counts) == set(LABELLED.tolist())
+    labeled = [draw for batch in got for draw in batch[:4]]
+    unlabeled = [draw for batch in got for draw in batch[4:]]
+    assert sorted(draw.index for draw in unlabeled) == UNLABELED.tolist()
+    assert {draw.visit for draw in unlabeled} == {0}
+    counts = Counter(draw.index for draw in labeled)
+    assert set(counts) == set(LABELED.tolist())
     assert set(counts.values()) == {2, 3}
-    assert [draw.visit for draw in labelled] == [0] * 7 + [1] * 7 + [2] * 6
+    assert [draw.visit for draw in labeled] == [0] * 7 + [1] * 7 + [2] * 6
 
 
-def test_more_labelled_a_batch_than_there_are_goes_on_with_the_next_pass():
+def test_more_labeled_a_batch_than_there_are_goes_on_with_the_next_pass():
     batch = next(iter(PairedBatches([7, 9], [1, 2, 3], 5, 3, seed=0)))
     assert [draw.visit for draw in batch[:5]] == [0, 0, 1, 1, 2]
     assert {draw.index for draw in batch[:2]} == {draw.index for draw in batch[2:4]} == {7, 9}
@@ -76,8 +76,8 @@ def test_more_labelled_a_batch_than_there_are_goes_on_with_the_next_pass():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda seed: LabelledBatches(range(50), 8, seed),
-        lambda seed: LabelledBatches(range(50), 8, seed, num_batches=20),
+        lambda seed: LabeledBatches(range(50), 8, seed),
+        lambda seed: LabeledBatches(range(50), 8, seed, num_batches=20),
         lambda seed: paired(seed),
     ],
 )
@@ -100,7 +100,7 @@ def test_first_draws_are_pinned():
     batches = PairedBatches(np.arange(10), np.arange(10, 300_000), 4, 6, seed=3)
     batches.set_epoch(2)
     assert rows([next(iter(batches))]) == [[9, 3, 4, 1, 248411, 59690, 2064, 249482, 206041, 164409]]
-    batches = LabelledBatches(np.arange(7), 5, seed=4, num_batches=4)
+    batches = LabeledBatches(np.arange(7), 5, seed=4, num_batches=4)
     batches.set_epoch(1)
     assert rows(batches) == [[2, 6, 0, 3, 5], [1, 4, 3, 6, 5], [2, 1, 4, 0, 6], [5, 4, 1, 2, 0]]
     assert [draw.visit for batch in batches for draw in batch] == [0] * 7 + [1] * 7 + [2] * 6
@@ -116,18 +116,18 @@ def test_draws_are_those_of_a_whole_permutation(monkeypatch, rows_at_a_time):
 
     batches = paired(seed=9)
     batches.set_epoch(5)
-    assert [draw for batch in batches for draw in batch[4:]] == plain(UNLABELLED, 1, 0)
-    cycles = [draw for visit in range(3) for draw in plain(LABELLED, 0, visit)]
+    assert [draw for batch in batches for draw in batch[4:]] == plain(UNLABELED, 1, 0)
+    cycles = [draw for visit in range(3) for draw in plain(LABELED, 0, visit)]
     assert [draw for batch in batches for draw in batch[:4]] == cycles[:20]
-    in_order = InOrderBatches(UNLABELLED, 10, epoch=5)
-    assert [draw for batch in in_order for draw in batch] == [Draw(i, 5, 0) for i in UNLABELLED.tolist()]
+    in_order = InOrderBatches(UNLABELED, 10, epoch=5)
+    assert [draw for batch in in_order for draw in batch] == [Draw(i, 5, 0) for i in UNLABELED.tolist()]
 
 
 def test_the_two_orders_of_a_pair_are_separate_streams():
     same = np.arange(30)
     batches = PairedBatches(same, same, 6, 6, seed=2)
-    labelled, unlabelled = zip(*[(b[:6], b[6:]) for b in rows(batches)], strict=True)
-    assert labelled != unlabelled
+    labeled, unlabeled = zip(*[(b[:6], b[6:]) for b in rows(batches)], strict=True)
+    assert labeled != unlabeled
 
 
 def test_changing_the_epoch_leaves_an_iteration_under_way_alone():
@@ -153,7 +153,7 @@ def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
         if kind == "paired":
             sampler = PairedBatches(range(n), range(100, 100 + m), lb, ub, 0, None, rank, size)
         else:
-            sampler = LabelledBatches(range(n), lb, 0, kind, rank, size)
+            sampler = LabeledBatches(range(n), lb, 0, kind, rank, size)
         sampler.set_epoch(epoch)
         return sampler
 
@@ -175,13 +175,13 @@ def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
 
 
 def samplers(kind, rank=0, world_size=1, epoch=0):
-    """Batches of 19 labelled and 53 unlabelled images, large enough for eight processes."""
-    labelled, unlabelled = np.arange(19), np.arange(100, 153)
+    """Batches of 19 labeled and 53 unlabeled images, large enough for eight processes."""
+    labeled, unlabeled = np.arange(19), np.arange(100, 153)
     made = {
-        "paired": lambda: PairedBatches(labelled, unlabelled, 9, 4, 2, None, rank, world_size),
-        "one pass": lambda: LabelledBatches(labelled, 11, 2, None, rank, world_size),
-        "as many as asked for": lambda: LabelledBatches(labelled, 9, 2, 12, rank, world_size),
-        "in order": lambda: InOrderBatches(unlabelled, 7, rank, world_size, epoch),
+        "paired": lambda: PairedBatches(labeled, unlabeled, 9, 4, 2, None, rank, world_size),
+        "one pass": lambda: LabeledBatches(labeled, 11, 2, None, rank, world_size),
+        "as many as asked for": lambda: LabeledBatches(labeled, 9, 2, 12, rank, world_size),
+        "in order": lambda: InOrderBatches(unlabeled, 7, rank, world_size, epoch),
     }[kind]()
     made.set_epoch(epoch)
     return made
@@ -219,8 +219,8 @@ def test_shards_in_order_are_one_pass_in_its_order(world):
 
 @pytest.mark.parametrize("world", [1, 2, 8])
 @pytest.mark.parametrize("kind", ["paired", "as many as asked for"])
-def test_the_labelled_order_never_comes_twice(kind, world):
-    """Not within an epoch, not in another one, where there are 19! orders; nor does that of the unlabelled images."""
+def test_the_labeled_order_never_comes_twice(kind, world):
+    """Not within an epoch, not in another one, where there are 19! orders; nor does that of the unlabeled images."""
     orders = []
     for epoch in range(6):
         ranks = [list(samplers(kind, rank, world, epoch)) for rank in range(world)]
@@ -238,7 +238,7 @@ def test_the_labelled_order_never_comes_twice(kind, world):
     assert len(set(orders)) == len(orders)
 
 
-def test_a_rank_keeps_its_part_of_labelled_then_of_unlabelled():
+def test_a_rank_keeps_its_part_of_labeled_then_of_unlabeled():
     whole = list(paired())
     for rank in (0, 1):
         for batch, share in zip(whole, paired(rank=rank, world_size=2), strict=True):
@@ -268,19 +268,19 @@ def test_in_order_shard_without_images_is_allowed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LabelledBatches([], 2, 0), "no labelled images"),
-        (lambda: PairedBatches([], [1], 2, 2, 0), "no labelled images"),
-        (lambda: PairedBatches([1], [], 2, 2, 0), "no unlabelled images"),
+        (lambda: LabeledBatches([], 2, 0), "no labeled images"),
+        (lambda: PairedBatches([], [1], 2, 2, 0), "no labeled images"),
+        (lambda: PairedBatches([1], [], 2, 2, 0), "no unlabeled images"),
         (lambda: InOrderBatches([], 2), "no evaluation images"),
-        (lambda: LabelledBatches([1], 0, 0), "batch_size is 0"),
-        (lambda: LabelledBatches([1], 1, 0, num_batches=0), "num_batches is 0"),
-        (lambda: PairedBatches([1], [2], 0, 2, 0), "labelled_per_batch is 0"),
-        (lambda: PairedBatches([1], [2], 2, -1, 0), "unlabelled_per_batch is -1"),
-        (lambda: LabelledBatches([1], 1, -4), "seed is -4"),
-        (lambda: LabelledBatches([1, 2], 2, 0, rank=2, world_size=2), "rank 2"),
-        (lambda: LabelledBatches([True, False], 2, 0), "row numbers"),
-        (lambda: LabelledBatches([[1], [2]], 2, 0), "row numbers"),
-        (lambda: LabelledBatches(range(5), 4, 0, world_size=2), "1 of 2 processes without any"),
+        (lambda: LabeledBatches([1], 0, 0), "batch_size is 0"),
+        (lambda: LabeledBatches([1], 1, 0, num_batches=0), "num_batches is 0"),
+        (lambda: PairedBatches([1], [2], 0, 2, 0), "labeled_per_batch is 0"),
+        (lambda: PairedBatches([1], [2], 2, -1, 0), "unlabeled_per_batch is -1"),
+        (lambda: LabeledBatches([1], 1, -4), "seed is -4"),
+        (lambda: LabeledBatches([1, 2], 2, 0, rank=2, world_size=2), "rank 2"),
+        (lambda: LabeledBatches([True, False], 2, 0), "row numbers"),
+        (lambda: LabeledBatches([[1], [2]], 2, 0), "row numbers"),
+        (lambda: LabeledBatches(range(5), 4, 0, world_size=2), "1 of 2 processes without any"),
         (lambda: PairedBatches([1], range(5), 1, 4, 0, world_size=2), "1 of 2 processes without any"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cbsa_lightning.data import annotations
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.splits import Split, hold_out, known_mask, split_known, split_labelled
+from cbsa_lightning.data.splits import Split, hold_out, known_mask, split_known, split_labeled
 from cbsa_lightning.errors import ConfigError, DataError
 
 
@@ -33,74 +33,74 @@ def table(labels, paths=None):
 )
 def test_sizes_of_the_paper(num_images, sizes):
     for fraction, size in zip((0.05, 0.10, 0.15, 0.20), sizes, strict=True):
-        split = split_labelled(num_images, fraction, seed=1)
-        assert (len(split.labelled), len(split.unlabelled)) == (size, num_images - size)
+        split = split_labeled(num_images, fraction, seed=1)
+        assert (len(split.labeled), len(split.unlabeled)) == (size, num_images - size)
 
 
 def test_rows_are_those_of_the_legacy_permutation():
-    split = split_labelled(100, 0.25, seed=3)
+    split = split_labeled(100, 0.25, seed=3)
     np.random.seed(3)  # noqa: NPY002 - the same stream through numpy's global state, as CAP draws it
     order = np.arange(100)
     np.random.shuffle(order)  # noqa: NPY002
-    assert split.labelled.tolist() == order[:25].tolist()
-    assert split.unlabelled.tolist() == order[25:].tolist()
-    assert split.labelled.dtype == np.int64
+    assert split.labeled.tolist() == order[:25].tolist()
+    assert split.unlabeled.tolist() == order[25:].tolist()
+    assert split.labeled.dtype == np.int64
     assert (split.fraction, split.seed, len(split.held_out)) == (0.25, 3, 0)
 
 
 def test_first_rows_are_pinned():
     # A change here would silently change what every saved fraction and seed mean.
-    assert split_labelled(20, 0.25, seed=1).labelled.tolist() == [3, 16, 6, 10, 2]
+    assert split_labeled(20, 0.25, seed=1).labeled.tolist() == [3, 16, 6, 10, 2]
 
 
 @given(st.integers(1, 300), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
 def test_parts_cover_all_rows_once(num_images, fraction, seed):
     if int(fraction * num_images) == 0:
-        with pytest.raises(ConfigError, match="leaves no labelled image"):
-            split_labelled(num_images, fraction, seed)
+        with pytest.raises(ConfigError, match="leaves no labeled image"):
+            split_labeled(num_images, fraction, seed)
         return
-    split = split_labelled(num_images, fraction, seed)
-    rows = np.concatenate([split.labelled, split.unlabelled])
+    split = split_labeled(num_images, fraction, seed)
+    rows = np.concatenate([split.labeled, split.unlabeled])
     assert sorted(rows.tolist()) == list(range(num_images))
 
 
 def test_nested_over_fractions_and_different_over_seeds():
-    small, large = split_labelled(1000, 0.05, 7), split_labelled(1000, 0.2, 7)
-    assert set(small.labelled.tolist()) < set(large.labelled.tolist())
-    assert small.digest == split_labelled(1000, 0.05, 7).digest
-    assert small.digest != split_labelled(1000, 0.05, 8).digest
+    small, large = split_labeled(1000, 0.05, 7), split_labeled(1000, 0.2, 7)
+    assert set(small.labeled.tolist()) < set(large.labeled.tolist())
+    assert small.digest == split_labeled(1000, 0.05, 7).digest
+    assert small.digest != split_labeled(1000, 0.05, 8).digest
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1, 5, float("nan")])
 def test_fraction_out_of_range(fraction):
     with pytest.raises(ConfigError, match="not above 0 and at most 1"):
-        split_labelled(100, fraction, 1)
+        split_labeled(100, fraction, 1)
 
 
 def test_empty_fraction():
-    with pytest.raises(ConfigError, match=r"0\.001 of 100 images leaves no labelled image; use at least 0\.01"):
-        split_labelled(100, 0.001, 1)
+    with pytest.raises(ConfigError, match=r"0\.001 of 100 images leaves no labeled image; use at least 0\.01"):
+        split_labeled(100, 0.001, 1)
     with pytest.raises(ConfigError, match="the table has no rows"):
-        split_labelled(0, 0.5, 1)
+        split_labeled(0, 0.5, 1)
 
 
 def test_split_known():
     t = table([[1, 0], [-1, -1], [-1, 0], [-1, -1]])
     split = split_known(t)
-    assert split.labelled.tolist() == [0, 2]
-    assert split.unlabelled.tolist() == [1, 3]
+    assert split.labeled.tolist() == [0, 2]
+    assert split.unlabeled.tolist() == [1, 3]
     assert (split.fraction, split.seed, split.table_digest) == (None, None, t.digest())
     with pytest.raises(DataError, match="all 2 rows"):
         split_known(table([[-1, -1], [-1, -1]]))
 
 
 def test_hold_out():
-    split = split_labelled(1000, 0.2, 1)
+    split = split_labeled(1000, 0.2, 1)
     kept = hold_out(split, 0.1, seed=5)
-    assert (len(kept.labelled), len(kept.held_out)) == (180, 20)
-    assert kept.unlabelled.tolist() == split.unlabelled.tolist()
-    assert set(kept.labelled) | set(kept.held_out) == set(split.labelled)
-    assert [i for i in split.labelled.tolist() if i in set(kept.labelled)] == kept.labelled.tolist()
+    assert (len(kept.labeled), len(kept.held_out)) == (180, 20)
+    assert kept.unlabeled.tolist() == split.unlabeled.tolist()
+    assert set(kept.labeled) | set(kept.held_out) == set(split.labeled)
+    assert [i for i in split.labeled.tolist() if i in set(kept.labeled)] == kept.labeled.tolist()
     assert hold_out(split, 0.1, seed=5).digest == kept.digest
     assert hold_out(split, 0.1, seed=6).digest != kept.digest
     with pytest.raises(ConfigError, match="held out already"):
@@ -109,8 +109,8 @@ def test_hold_out():
 
 @pytest.mark.parametrize("fraction", [0, 0.001, 1, 1.5, -1])
 def test_hold_out_refused(fraction):
-    with pytest.raises(ConfigError, match="of 20 labelled rows"):
-        hold_out(split_labelled(100, 0.2, 1), fraction, 1)
+    with pytest.raises(ConfigError, match="of 20 labeled rows"):
+        hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
 
 def test_parts_share_no_row():
@@ -118,19 +118,19 @@ def test_parts_share_no_row():
         Split(np.array([1, 2]), np.array([2, 3]))
     with pytest.raises(DataError, match="-1 is negative"):
         Split(np.array([-1, 2]), np.array([3]))
-    with pytest.raises(DataError, match="labelled has shape"):
+    with pytest.raises(DataError, match="labeled has shape"):
         Split(np.array([0.5]), np.array([3]))
 
 
 def test_save_and_load(tmp_path):
     t = table(np.eye(40, 3, dtype=np.int8))
-    split = hold_out(split_labelled(40, 0.5, 9), 0.2, 9)
+    split = hold_out(split_labeled(40, 0.5, 9), 0.2, 9)
     path = tmp_path / "new" / "split.json"
     with pytest.raises(ConfigError, match=r"save\(path, table\)"):
         split.save(path)
     split.save(path, t)
     back = Split.load(path, t)
-    for part in ("labelled", "unlabelled", "held_out"):
+    for part in ("labeled", "unlabeled", "held_out"):
         assert getattr(back, part).tolist() == getattr(split, part).tolist()
         assert getattr(back, part).dtype == np.int64
     assert (back.fraction, back.seed, back.table_digest, back.digest) == (0.5, 9, t.digest(), split.digest)
@@ -149,7 +149,7 @@ def test_file_is_that_of_the_first_release(tmp_path, monkeypatch, rows_at_a_time
     monkeypatch.setattr(annotations, "_ROWS", rows_at_a_time)
     t = table(np.eye(20, 3, dtype=np.int8))
     path = tmp_path / "split.json"
-    hold_out(split_labelled(20, 0.25, 1), 0.4, 2).save(path, t)
+    hold_out(split_labeled(20, 0.25, 1), 0.4, 2).save(path, t)
     assert path.read_text(encoding="utf-8") == SAVED.replace('"T"', f'"{t.digest()}"')
     assert Split.load(path, t).held_out.tolist() == [6, 2]
 
@@ -267,12 +267,12 @@ def test_load_refuses_json_that_cannot_be_trusted(tmp_path, content, words):
 
 @pytest.mark.parametrize("fraction", [float("nan"), float("inf"), -float("inf")])
 def test_hold_out_of_no_number(fraction):
-    with pytest.raises(ConfigError, match="of 20 labelled rows"):
-        hold_out(split_labelled(100, 0.2, 1), fraction, 1)
+    with pytest.raises(ConfigError, match="of 20 labeled rows"):
+        hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
 
 def test_rows_beyond_64_bits():
-    with pytest.raises(DataError, match="labelled has shape"):
+    with pytest.raises(DataError, match="labeled has shape"):
         Split(np.array([2**63], dtype=np.uint64), np.array([0]))
 
 
@@ -292,12 +292,12 @@ def test_masks_are_nested_seeded_and_of_the_asked_share():
 
 
 def test_rows_to_keep_are_not_held_out():
-    split = split_labelled(100, 0.5, seed=3)
+    split = split_labeled(100, 0.5, seed=3)
     plain = hold_out(split, 0.2, seed=5)
     assert hold_out(split, 0.2, seed=5, keep=[]).digest == plain.digest
-    keep = split.labelled[:45]
+    keep = split.labeled[:45]
     found = hold_out(split, 0.2, seed=5, keep=keep)
-    assert set(found.held_out) == set(split.labelled[45:])  # 10 are asked for, 5 are left
-    assert set(found.labelled) == set(keep)
+    assert set(found.held_out) == set(split.labeled[45:])  # 10 are asked for, 5 are left
+    assert set(found.labeled) == set(keep)
     with pytest.raises(ConfigError, match="nothing could be measured fairly"):
-        hold_out(split, 0.2, seed=5, keep=split.labelled)
+        hold_out(split, 0.2, seed=5, keep=split.labeled)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cbsa_lightning.data.readers import VOC, Table
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import ConfigError, DataError
 
 
@@ -204,7 +204,7 @@ def test_review_that_names_no_class(tmp_path):
 
 
 def test_tables_of_label_studio_are_refused(tmp_path):
-    """Their empty cells mean "shows nothing" in some rows, and "not labelled" in others."""
+    """Their empty cells mean "shows nothing" in some rows, and "not labeled" in others."""
     head = "annotation_id,annotator,id,image,labels\n"
     rows = '3,2,1,a.jpg,person\n2,1,1,a.jpg,"{""choices"":[""person"",""dog""]}"\n'
     refused(text(tmp_path, head + rows), "row 3", "JSON object", "Label Studio")

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
-from cbsa_lightning.data.samplers import Draw, LabelledBatches
+from cbsa_lightning.data.samplers import Draw, LabeledBatches
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView, squash
 from cbsa_lightning.errors import ConfigError, DataError
 
@@ -116,7 +116,7 @@ def test_weak_and_strong_flips_of_one_draw_are_independent():
 
 
 def cutouts(number, size, cutout=0.5):
-    """Boxes (top, bottom, left, right) past the end, colours and flips of cutouts on a white image."""
+    """Boxes (top, bottom, left, right) past the end, colors and flips of cutouts on a white image."""
     view = StrongView(size, 0, cutout)
     white = np.full((size, size, 3), 255, np.uint8)
     flip, cut, augment = view._pipeline.transforms
@@ -128,34 +128,34 @@ def cutouts(number, size, cutout=0.5):
         box = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
         patch = picture[box[0] : box[1], box[2] : box[3]].reshape(-1, 3)
         assert len(patch) == painted.sum()  # one full rectangle ...
-        assert (patch == patch[0]).all()  # ... in one colour
-        assert cut.params["colour"] == tuple(patch[0])
+        assert (patch == patch[0]).all()  # ... in one color
+        assert cut.params["color"] == tuple(patch[0])
         yield box, patch[0], bool(flip.params)
 
 
-def test_cutout_has_the_sides_area_place_and_colours_of_the_fact_sheet():
+def test_cutout_has_the_sides_area_place_and_colors_of_the_fact_sheet():
     number, size, half = 1000, 64, 16  # int(0.5 * 64 + 0.5) // 2
-    boxes, colours, flips = (np.array(part) for part in zip(*cutouts(number, size), strict=True))
+    boxes, colors, flips = (np.array(part) for part in zip(*cutouts(number, size), strict=True))
     heights, widths = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
-    # With the centre uniform over 0 ... 63 and both ends painted:
-    lengths = [min(size - 1, centre + half) - max(0, centre - half) + 1 for centre in range(size)]
+    # With the center uniform over 0 ... 63 and both ends painted:
+    lengths = [min(size - 1, center + half) - max(0, center - half) + 1 for center in range(size)]
     for sides in (heights, widths):
         assert (sides.min(), sides.max()) == (min(lengths), max(lengths)) == (17, 33)
     area = np.mean(lengths) ** 2
     assert area / size**2 < 0.25
     assert abs((heights * widths).mean() - area) < 4 * (heights * widths).std() / np.sqrt(number)
     for start, end in ((boxes[:, 0], boxes[:, 1]), (boxes[:, 2], boxes[:, 3])):
-        # A border is met by the 17 centres next to it; all other centres are equally frequent.
+        # A border is met by the 17 centers next to it; all other centers are equally frequent.
         assert abs((start == 0).mean() - 17 / 64) < 0.06
         assert abs((end == size).mean() - 17 / 64) < 0.06
         inner = (start + half)[(start > 0) & (end < size)]
         assert chisquare(np.bincount(inner)[half + 1 : size - half - 1]).pvalue > 1e-3
     assert abs(np.corrcoef(heights, widths)[0, 1]) < 0.13
-    assert (np.abs(colours.mean(axis=0) - 127.5) < 4 * 74 / np.sqrt(number)).all()
-    assert np.abs(np.corrcoef(colours.T) - np.eye(3)).max() < 0.13
+    assert (np.abs(colors.mean(axis=0) - 127.5) < 4 * 74 / np.sqrt(number)).all()
+    assert np.abs(np.corrcoef(colors.T) - np.eye(3)).max() < 0.13
     # One stream for all transforms: where the rectangle lies must not follow from the flip.
-    centres = boxes[:, ::2].mean(axis=1)
-    assert abs(centres[flips].mean() - centres[~flips].mean()) < 4 * centres.std() * 2 / np.sqrt(number)
+    centers = boxes[:, ::2].mean(axis=1)
+    assert abs(centers[flips].mean() - centers[~flips].mean()) < 4 * centers.std() * 2 / np.sqrt(number)
     assert abs(flips.mean() - 0.5) < 0.06
 
 
@@ -186,7 +186,7 @@ class _Views(Dataset):
 
 def test_views_are_the_same_for_any_number_of_workers():
     # albumentations' own streams repeat in every worker; with them this fails.
-    batches = LabelledBatches(range(12), 3, seed=0, num_batches=8)
+    batches = LabeledBatches(range(12), 3, seed=0, num_batches=8)
     seen = set()
     for epoch in (0, 1):
         batches.set_epoch(epoch)

@@ -31,7 +31,7 @@ from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.method.context_task import ContextTask
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.dualcoop import DualCoOp
 from cbsa_lightning.networks.dualcoop_plus import DualCoOpPlusPlus
@@ -40,11 +40,11 @@ from cbsa_lightning.networks.scpnet import SCPNet
 from cbsa_lightning.networks.tai import TaI
 from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_module, tiny_trainer
 
-TRAIN = 21  # 8 labelled, 13 unlabelled
+TRAIN = 21  # 8 labeled, 13 unlabeled
 EPOCHS, WARMUP = 3, 1
-# All last batches are uneven: 5 then 3 labelled in the warm-up, three times 3 + 4 with unlabelled ones, then 3 + 1; and
+# All last batches are uneven: 5 then 3 labeled in the warm-up, three times 3 + 4 with unlabeled ones, then 3 + 1; and
 # in passes without gradient 13 = (3 + 3 + 1) + (3 + 3) weak views, 7 = (3 + 1) + 3 test images.
-DATA = {"warmup_batch_size": 5, "labelled_per_batch": 3, "batch_size": 7, "eval_batch_size": 3}
+DATA = {"warmup_batch_size": 5, "labeled_per_batch": 3, "batch_size": 7, "eval_batch_size": 3}
 
 
 CONTEXTS = ContextTask(weight=1e-5)  # for the context head is sharpened below, and its gradient with it
@@ -97,7 +97,7 @@ class Record(L.Callback):
 
     def on_train_start(self, trainer, module):
         wrapper, strategy = trainer.model, trainer.strategy
-        self.found["split"] = trainer.datamodule.split.unlabelled
+        self.found["split"] = trainer.datamodule.split.unlabeled
         if isinstance(wrapper, DistributedDataParallel):
             self.found["wrapped"] = {
                 "strategy": type(strategy).__name__,
@@ -117,7 +117,7 @@ class Record(L.Callback):
             self.found["gradients"].append({n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        step = {"loss": float(outputs["loss"]), "index": batch.index, "labelled": batch.labelled}
+        step = {"loss": float(outputs["loss"]), "index": batch.index, "labeled": batch.labeled}
         if batch.images is not None:
             step["images"] = batch.images
         self.found["steps"].append(step)
@@ -238,7 +238,7 @@ def labels_made_once(place: Place) -> None:
 # Beside the paper's method with contexts, which is the whole run: settings of CBSAModule, or a network of its own.
 SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
     "CBSA without contexts": {"num_contexts": 0},
-    "CBSA on labels alone": {"labeler": LabelledOnly()},
+    "CBSA on labels alone": {"labeler": LabeledOnly()},
     "CBSA without alignment": {"semantic_alignment": False, "target_prompts": False},
     "CBSA with a frozen pool": {"num_contexts": 0, "train_pool": False},
     "DualCoOp": partial(DualCoOp, prompt_length=2),

@@ -108,10 +108,10 @@ def test_the_runs_are_as_uneven_as_they_should_be(both, squares_folder):
 def test_a_step_is_of_the_same_images(both):
     one, *two = both("run")
     for whole, *shares in zip(one["steps"], *(run["steps"] for run in two), strict=True):
-        for labelled in (True, False):  # each part of the global batch is dealt out in turn
-            expected = whole["index"][whole["labelled"] == labelled].tolist()
+        for labeled in (True, False):  # each part of the global batch is dealt out in turn
+            expected = whole["index"][whole["labeled"] == labeled].tolist()
             for rank, share in enumerate(shares):
-                assert share["index"][share["labelled"] == labelled].tolist() == expected[rank::2]
+                assert share["index"][share["labeled"] == labeled].tolist() == expected[rank::2]
         views = dict(zip(whole["index"].tolist(), whole["images"], strict=True))
         if len(views) < len(whole["index"]):
             continue  # an image comes twice, in two views
@@ -148,8 +148,8 @@ def test_tables_figures_and_weights_of_every_epoch(both):
     names |= {"pseudo/precision", "pseudo/recall", "pseudo/coverage", "context/coverage", "context/accuracy"}
     assert names <= one["epochs"][-1]["figures"].keys()
     start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
-    learnt = [name for name in start if "context_head" not in name]  # that one was also moved by hand
-    assert max(float((end[name] - start[name]).abs().max()) for name in learnt) > 0.1
+    learned = [name for name in start if "context_head" not in name]  # that one was also moved by hand
+    assert max(float((end[name] - start[name]).abs().max()) for name in learned) > 0.1
 
 
 def test_predictions(root, both):
@@ -225,7 +225,7 @@ def test_kept_features_are_computed_in_shares(read, both):
     assert before == after, "one process computed something anew"
     assert len(before) == 36 * (
         13 * 2 + 8 + 21 + 7
-    )  # bytes a key; weak views, plain labelled, strong views, test images
+    )  # bytes a key; weak views, plain labeled, strong views, test images
 
 
 def test_labels_made_once(both):
@@ -237,7 +237,7 @@ def test_labels_made_once(both):
     processes_agree(*two)
 
 
-def test_labels_of_unlabelled_images(root, both):
+def test_labels_of_unlabeled_images(root, both):
     both("once")
     one, two = (read_labels(next((root / str(world)).rglob("labels.csv"))) for world in (1, 2))
     assert len(one.images) == 13
@@ -270,7 +270,7 @@ def test_plain_ddp_reduces_what_is_trained_and_nothing_else(both, name):
         assert all(weight.startswith("network.clip.pool.") for weight in names if ".clip." in weight)
         plain = {"strategy": "DDPStrategy", "options": {}, "finds unused": False, "static": False}
         assert run["wrapped"] == {**plain, "number": len(names)}
-        stages = [step["labelled"].all().item() for step in run["steps"]]
+        stages = [step["labeled"].all().item() for step in run["steps"]]
         assert len(stages) >= 4
         assert all(stages[:2])
 

@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def words_of(folder: Path, clip: Path, *more: str) -> list[str]:
     """A tiny run: one warm-up epoch and two more, a checkpoint after every step, two validations an epoch."""
-    make_table(folder / "data", n_train=26, unlabelled=16)
+    make_table(folder / "data", n_train=26, unlabeled=16)
     return [
         "fit",
         f"--config={CONFIGS / 'methods' / 'cbsa.yaml'}",
@@ -42,7 +42,7 @@ def words_of(folder: Path, clip: Path, *more: str) -> list[str]:
         "--model.init_args.ema_decay=0.8",
         "--data.image_size=64",
         "--data.batch_size=6",
-        "--data.labelled_per_batch=2",
+        "--data.labeled_per_batch=2",
         "--data.warmup_batch_size=3",
         "--data.num_workers=0",
         "--trainer.accelerator=cpu",

@@ -22,7 +22,7 @@ from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.caches.store import RowStore
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers.digits import Digits
-from cbsa_lightning.data.splits import split_labelled
+from cbsa_lightning.data.splits import split_labeled
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.inference.predictions import write_predictions
 from cbsa_lightning.reproduce import cells
@@ -75,7 +75,7 @@ def a_result(folder, version):
 
 
 def a_split(folder, version):
-    split_labelled(2000, 0.1 * version, 1, table_digest="of a table").save(folder / "split.json")
+    split_labeled(2000, 0.1 * version, 1, table_digest="of a table").save(folder / "split.json")
 
 
 WRITERS = {  # who writes, and what

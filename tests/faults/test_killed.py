@@ -137,13 +137,13 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, clip_folder
 
 
 @pytest.mark.parametrize("moment", [2, 7])
-@pytest.mark.parametrize("where", ["forward", "backward", "optimiser"])
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
 def test_out_of_memory(tmp_path, clip_folder, squares, whole, where, moment):
     run, log, policy = tmp_path / "run", tmp_path / "log", "every third step, two validations an epoch"
     owner, name = {
         "forward": (torch.nn.functional, "scaled_dot_product_attention"),
         "backward": (torch.Tensor, "backward"),
-        "optimiser": (torch.optim.AdamW, "step"),
+        "optimizer": (torch.optim.AdamW, "step"),
     }[where]
 
     def without_memory():

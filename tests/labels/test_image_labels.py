@@ -102,4 +102,4 @@ def test_the_reader_of_tables_takes_labels_back_and_leaves_reviewed_ones_unknown
     expected = np.where(found.review, -1, found.given.astype(np.int8))
     classes = [NAMES.index(name) for name in table.class_names]
     assert np.array_equal(table.labels, expected[:, classes])
-    assert table.labels[1].tolist() == [0] * len(classes)  # seen, shows nothing: not unlabelled
+    assert table.labels[1].tolist() == [0] * len(classes)  # seen, shows nothing: not unlabeled

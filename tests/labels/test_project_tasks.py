@@ -65,7 +65,7 @@ def test_tasks_of_a_real_export_keep_their_ids(labels):
     assert "'new.jpg'" in text
 
 
-def test_names_come_from_the_labelling_interface(animals, tmp_path):
+def test_names_come_from_the_labeling_interface(animals, tmp_path):
     export = write(tmp_path, [task(7, "b.jpg"), task(3, "./a.jpg", "dog", meta={"x": 1}), task(4, "a.jpg")])
     before = export.read_bytes()
     made, notes = predictions(animals, export, write(tmp_path, CONFIG, "c.xml"))

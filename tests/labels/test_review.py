@@ -21,7 +21,7 @@ def test_the_most_doubtful_images_come_first():
     assert next_to_label(labels, budget=9).num_rows == 3
 
 
-def test_rare_classes_count_more_where_they_are_favoured():
+def test_rare_classes_count_more_where_they_are_favored():
     probabilities = np.array([[0.5, 0.0], [0.0, 0.3], [0.0, 0.0]], np.float32)
     labels = ImageLabels.decided(IMAGES, NAMES, probabilities, np.array([0.5, 0.5]))
     assert next_to_label(labels, 1)["image"].to_pylist() == ["a"]

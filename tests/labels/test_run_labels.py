@@ -39,10 +39,10 @@ def run(tmp_path_factory, clip_folder, squares_folder):
     return folder, *fit(folder, clip_folder, Squares(squares_folder, train=40), **settings)
 
 
-def test_every_unlabelled_image_has_the_labels_of_the_classifier(run):
+def test_every_unlabeled_image_has_the_labels_of_the_classifier(run):
     folder, module, data = run
     found = read_labels(folder / "labels.csv")
-    rows = data.split.unlabelled
+    rows = data.split.unlabeled
     assert found.images.tolist() == data.train_table.paths[rows].tolist()
     assert found.class_names == CLASSES
     classifier = Classifier.load(folder / "checkpoints" / "last.ckpt")
@@ -58,8 +58,8 @@ def test_lists_name_the_images_to_look_at(run):
     found = read_labels(folder / "labels.csv")
     assert [row["image"] for row in nexts] == found.images[np.argsort(found.places)][:5].tolist()
     doubts = list(csv.DictReader((folder / "suspicious_labels.csv").open(encoding="utf-8")))
-    labelled, known = data.split.labelled, data.labelled_targets().numpy()
-    place = {str(data.train_table.paths[row]): i for i, row in enumerate(labelled)}
+    labeled, known = data.split.labeled, data.labeled_targets().numpy()
+    place = {str(data.train_table.paths[row]): i for i, row in enumerate(labeled)}
     left_out = module.left_out.numpy()
     for row in doubts:
         i, k = place[row["image"]], CLASSES.index(row["class"])
@@ -70,7 +70,7 @@ def test_lists_name_the_images_to_look_at(run):
 
 def test_left_out_probabilities_are_those_of_other_images_probes(run, clip_folder, squares_folder):
     _, module, data = run
-    assert module.left_out.shape == (len(data.split.labelled), len(CLASSES))
+    assert module.left_out.shape == (len(data.split.labeled), len(CLASSES))
     assert ((module.left_out > 0) & (module.left_out < 1)).all()
 
 
@@ -98,7 +98,7 @@ def test_settings_out_of_range_are_refused(setting):
 def test_the_command_writes_for_a_tool(run, tmp_path, tool, name):
     output = tmp_path / name
     assert main(["label", str(run[0]), "--to", tool, "--output", str(output)]) == output
-    count = len(run[2].split.unlabelled)
+    count = len(run[2].split.unlabeled)
     if tool == "label-studio":
         tasks = json.loads(output.read_text())
         assert len(tasks) == count
@@ -135,7 +135,7 @@ def test_the_command_gives_cvat_sizes_where_it_is_told_the_folder(run, tmp_path,
     assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
     assert "The images have no width and height" in capsys.readouterr().out
     table = run[2].train_table
-    count = len(run[2].split.unlabelled)
+    count = len(run[2].split.unlabeled)
     assert main([*words, str(tmp_path / "b.xml"), "--root", str(table.root)]).read_text().count(" width=") == count
     assert " width=" not in main([*words, str(tmp_path / "c.xml"), "--root", str(tmp_path)]).read_text()
     assert f"{count} images below {tmp_path} are missing or unreadable" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_the_command_labels_new_images_by_the_checkpoint_alone(run, tmp_path, sq
 def test_the_command_refuses_what_it_cannot_do(run, tmp_path):
     with pytest.raises(ConfigError, match=r"ends in \.xml"):
         main(["label", str(run[0]), "--to", "cvat", "--output", "t.json"])
-    with pytest.raises(ConfigError, match="is no finished run with unlabelled images"):
+    with pytest.raises(ConfigError, match="is no finished run with unlabeled images"):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv")])
     with pytest.raises(ConfigError, match=r"last.ckpt does not exist"):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv"), "--images", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Files for labelling tools: what they hold, and that names the tools would drop are refused."""
+"""Files for labeling tools: what they hold, and that names the tools would drop are refused."""
 
 from __future__ import annotations
 

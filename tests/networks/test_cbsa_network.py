@@ -72,14 +72,14 @@ def test_contexts_alone_teach_a_weight_that_labels_share(clip_folder):
     features = network.features(pictures())
     context_loss(network(features).context_logits, torch.tensor([0, 1])).sum().backward()
     touched = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    learnt_from_contexts = {name for name in touched if not name.startswith("context_head.")}
-    assert learnt_from_contexts
-    assert all(name.startswith("clip.pool.") for name in learnt_from_contexts)
+    learned_from_contexts = {name for name in touched if not name.startswith("context_head.")}
+    assert learned_from_contexts
+    assert all(name.startswith("clip.pool.") for name in learned_from_contexts)
 
     network.zero_grad(set_to_none=True)
     network(features).logits.square().sum().backward()
     from_labels = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learnt_from_contexts <= from_labels, "the label task does not use what contexts teach"
+    assert learned_from_contexts <= from_labels, "the label task does not use what contexts teach"
     assert any(name.startswith("decoder.") for name in from_labels)
     assert {"target_prompts.words", "semantic_prompts.words", "log_scale"} <= from_labels
     assert not any(name.startswith(("clip.tower.", "clip.text.")) for name in touched | from_labels)

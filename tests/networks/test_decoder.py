@@ -93,8 +93,8 @@ def test_untrained_it_attends_by_cosine_and_returns_what_it_finds():
     with torch.no_grad():
         z, maps = decoder(queries, local, places, True)
     text = nn.functional.normalize(queries - queries.mean(0), dim=-1)
-    centred = nn.functional.normalize(places - places.mean(1, keepdim=True), dim=-1)
-    shares = (SHARPNESS * text @ centred.transpose(1, 2)).softmax(-1)
+    centered = nn.functional.normalize(places - places.mean(1, keepdim=True), dim=-1)
+    shares = (SHARPNESS * text @ centered.transpose(1, 2)).softmax(-1)
     found = shares @ nn.functional.normalize(local + places, dim=-1)
     # The second block looks again, for the class and what was found, and adds nothing yet.
     torch.testing.assert_close(z, 24**0.5 * (text + found), atol=1e-3, rtol=0)

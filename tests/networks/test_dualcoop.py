@@ -1,4 +1,4 @@
-"""DualCoOp against loops: its two logits as one, the loss on them, what is learnt, and where it looks."""
+"""DualCoOp against loops: its two logits as one, the loss on them, what is learned, and where it looks."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def test_text_is_that_of_the_two_prompts(clip_folder, shared):
 def test_only_the_prompts_learn_and_nothing_else_moves(clip_folder):
     network = build(clip_folder).train()
     before = copy.deepcopy(network.state_dict())
-    learnt = [p for group in network.parameter_groups() for p in group["params"]]
-    optimiser = torch.optim.Adam(learnt, lr=0.01)
+    learned = [p for group in network.parameter_groups() for p in group["params"]]
+    optimizer = torch.optim.Adam(learned, lr=0.01)
     network(network.features(pictures())).logits.square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     prompts = {"positive_prompts.words", "negative_prompts.words"}
     assert moved == prompts == {name for name, p in network.named_parameters() if p.requires_grad}
-    assert len(learnt) == 2
+    assert len(learned) == 2
 
 
 @pytest.mark.parametrize("kind", ["timm", "rot", "vit"])

@@ -1,4 +1,4 @@
-"""DualCoOp++ against loops: evidence that says where, the winner at each region, what is learnt, where it looks."""
+"""DualCoOp++ against loops: evidence that says where, the winner at each region, what is learned, where it looks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pictures(side=64):
     return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(1))
 
 
-def both(network, normalised, grid=(2, 2), temperature=3.0, alike=0.9):
+def both(network, normalized, grid=(2, 2), temperature=3.0, alike=0.9):
     """The network's output and leaves, and the reference's; positive texts ``alike`` enough for a close contest."""
     generator = torch.manual_seed(2)
     features = torch.randn(2, 256, *grid, generator=generator)
@@ -39,15 +39,15 @@ def both(network, normalised, grid=(2, 2), temperature=3.0, alike=0.9):
         network.log_temperature.fill_(temperature)
     output = network(ours[0], type(network.encode_text())(*ours[1:]), attention=True)
     theirs.append(torch.tensor(temperature, dtype=torch.float64, requires_grad=True))
-    pairs, shares = two_logits(theirs[0], resnet_weights(network.clip.pool), *theirs[1:], normalised)
+    pairs, shares = two_logits(theirs[0], resnet_weights(network.clip.pool), *theirs[1:], normalized)
     return output, [*ours, network.log_temperature], pairs, shares, theirs
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize(("grid", "temperature"), [((2, 2), 3.0), ((2, 3), 2.0)])
-def test_scores_maps_and_gradients_by_loops(clip_folder, normalised, grid, temperature):
-    network = build(clip_folder, normalised_winners=normalised)
-    output, ours, pairs, shares, theirs = both(network, normalised, grid, temperature)
+def test_scores_maps_and_gradients_by_loops(clip_folder, normalized, grid, temperature):
+    network = build(clip_folder, normalized_winners=normalized)
+    output, ours, pairs, shares, theirs = both(network, normalized, grid, temperature)
     assert_near(output.logits, pairs[..., 1] - pairs[..., 0])
     assert_near(torch.sigmoid(output.logits), torch.softmax(pairs, -1)[..., 1])
     assert output.attention.shape == (2, 3, *grid)
@@ -63,11 +63,11 @@ def test_scores_maps_and_gradients_by_loops(clip_folder, normalised, grid, tempe
         assert_near(one, other, 1e-3)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("focal", [True, False])
-def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, normalised, focal):
-    network = build(clip_folder, normalised_winners=normalised)
-    output, ours, pairs, _, theirs = both(network, normalised)
+def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, normalized, focal):
+    network = build(clip_folder, normalized_winners=normalized)
+    output, ours, pairs, _, theirs = both(network, normalized)
     targets = torch.tensor([[1, 0, -1], [0, 1, 0]])
     logits = output.logits
     loss = (asymmetric_loss(logits, targets, 1, 2, 0.05) if focal else binary_cross_entropy(logits, targets)).sum()
@@ -89,11 +89,11 @@ def score_of_one_region(network, cosines):
 
 
 def test_the_winner_of_a_region_suppresses_the_others(clip_folder):
-    added, normalised = build(clip_folder), build(clip_folder, normalised_winners=True)
+    added, normalized = build(clip_folder), build(clip_folder, normalized_winners=True)
     assert score_of_one_region(added, [0.5, 1.0, 0.7]) == pytest.approx([0.5, 2.0, 0.7], abs=1e-4)
-    assert score_of_one_region(normalised, [0.5, 1.0, 0.7]) == pytest.approx([0.0, 1.0, 0.0], abs=1e-4)
+    assert score_of_one_region(normalized, [0.5, 1.0, 0.7]) == pytest.approx([0.0, 1.0, 0.0], abs=1e-4)
     assert score_of_one_region(added, [0.8, 0.8, 0.1]) == pytest.approx([1.2, 1.2, 0.1], abs=1e-3)
-    assert score_of_one_region(normalised, [0.8, 0.8, 0.1]) == pytest.approx([0.8, 0.8, 0.0], abs=1e-3)
+    assert score_of_one_region(normalized, [0.8, 0.8, 0.1]) == pytest.approx([0.8, 0.8, 0.0], abs=1e-3)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -107,14 +107,14 @@ def test_only_prompts_and_temperature_learn_and_nothing_else_moves(clip_folder, 
         alone = encode_prompt_sets(network.clip, [prompts])[0]
         torch.testing.assert_close(getattr(text, name), alone, atol=1e-5, rtol=0)
         assert prompts.words.shape == ((2, 16) if shared else (3, 2, 16))
-    learnt = [p for group in network.parameter_groups() for p in group["params"]]
-    optimiser = torch.optim.Adam(learnt, lr=0.01)
+    learned = [p for group in network.parameter_groups() for p in group["params"]]
+    optimizer = torch.optim.Adam(learned, lr=0.01)
     network(network.features(pictures())).logits.square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"log_temperature", *(f"{name}_prompts.words" for name in names)}
     assert moved == {name for name, p in network.named_parameters() if p.requires_grad}
-    assert len(learnt) == 4
+    assert len(learned) == 4
 
 
 @pytest.mark.parametrize("kind", ["timm", "rot", "vit"])

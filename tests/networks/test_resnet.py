@@ -17,7 +17,7 @@ from torchvision.models import resnet18
 from cbsa_lightning import SSMLLModule
 from cbsa_lightning.__main__ import main
 from cbsa_lightning.errors import ConfigError, DataError, WeightsError
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.losses import binary_cross_entropy
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.resnet import ImageNetNetwork, LinearHead, MLDecoderHead
@@ -141,7 +141,7 @@ def test_features_are_the_images():
         net.features(batch.long())
 
 
-def test_normalisation_only_where_asked_for():
+def test_normalization_only_where_asked_for():
     plain, net = network().eval(), network(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.5]).eval()
     x = plain.features(images())
     by_hand = torch.stack([(x[:, 0] - 0.5) / 0.2, (x[:, 1] - 0.4) / 0.25, (x[:, 2] - 0.3) / 0.5], 1)
@@ -312,7 +312,7 @@ def fit(folder, method, *more):
             "fit",
             *(part for file in (*overlays, tiny) for part in ("--config", str(file))),
             f"--data.source.init_args.root={folder / 'voc'}",
-            "--data.labelled_fraction=0.2",
+            "--data.labeled_fraction=0.2",
             "--data.image_size=64",
             "--data.num_workers=0",
             "--model.init_args.warmup_epochs=1",
@@ -333,7 +333,7 @@ def test_each_overlay_fits(method, tmp_path, monkeypatch):
     module, net = cli.model, cli.model.network
     assert isinstance(net, ImageNetNetwork)
     assert isinstance(net.head, MLDecoderHead if method == "cap_ml_decoder" else LinearHead)
-    assert isinstance(module.labeler, LabelledOnly) == (method in ("bce", "asl"))
+    assert isinstance(module.labeler, LabeledOnly) == (method in ("bce", "asl"))
     assert (module.loss is binary_cross_entropy) == (method == "bce")
     assert cli.datamodule.batch_size == 32
     assert cli.trainer.optimizers[0].defaults["weight_decay"] == 1e-4

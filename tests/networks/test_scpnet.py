@@ -1,4 +1,4 @@
-"""SCPNet against loops: the graph of classes, its convolutions, the scores, and what is learnt."""
+"""SCPNet against loops: the graph of classes, its convolutions, the scores, and what is learned."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def pictures(side=64):
     return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(1))
 
 
-@pytest.mark.parametrize("neighbours", [None, 2, 3, 5])
-def test_graph_of_classes(clip_folder, neighbours):
-    network = build(clip_folder, neighbours=neighbours)
+@pytest.mark.parametrize("neighbors", [None, 2, 3, 5])
+def test_graph_of_classes(clip_folder, neighbors):
+    network = build(clip_folder, neighbors=neighbors)
     found = network.graph
     texts = network.clip.encode_texts([f"a photo of a {name}." for name in NAMES]).double()
     related = relation(texts)
-    assert_near(found, graph(related, neighbours or 5), 1e-5)
+    assert_near(found, graph(related, neighbors or 5), 1e-5)
     torch.testing.assert_close(found.sum(1), torch.ones(5))
     torch.testing.assert_close(found.diagonal(), torch.full((5,), 0.8))
-    assert ((found > 0).sum(1) == (neighbours or 5)).all()
-    if neighbours is None:  # rows differ in their sums alone from what they were made of, which was symmetric
+    assert ((found > 0).sum(1) == (neighbors or 5)).all()
+    if neighbors is None:  # rows differ in their sums alone from what they were made of, which was symmetric
         unscaled = found.double() * (related.sum(1, keepdim=True) - 1) / 0.2
         unscaled.fill_diagonal_(1)
         torch.testing.assert_close(unscaled, related, atol=1e-5, rtol=0)
@@ -44,15 +44,15 @@ def test_graph_of_classes(clip_folder, neighbours):
     assert "graph" in dict(network.named_buffers())
 
 
-@pytest.mark.parametrize("neighbours", [1, 0, -1, 6])
-def test_neighbours_out_of_range_are_refused(clip_folder, neighbours):
-    with pytest.raises(ConfigError, match=r"neighbours.* 2 "):
-        build(clip_folder, neighbours=neighbours)
+@pytest.mark.parametrize("neighbors", [1, 0, -1, 6])
+def test_neighbors_out_of_range_are_refused(clip_folder, neighbors):
+    with pytest.raises(ConfigError, match=r"neighbors.* 2 "):
+        build(clip_folder, neighbors=neighbors)
 
 
-@pytest.mark.parametrize("neighbours", [None, 2])
-def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbours):
-    network = build(clip_folder, neighbours=neighbours)
+@pytest.mark.parametrize("neighbors", [None, 2])
+def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbors):
+    network = build(clip_folder, neighbors=neighbors)
     found = network.encode_text()
     text = encode_prompt_sets(network.clip, [network.prompts])[0]
     plain = text.detach().double().requires_grad_(True)
@@ -99,9 +99,9 @@ def test_only_prompts_and_convolutions_learn_and_nothing_else_moves(clip_folder,
     groups = {group["lr_scale"]: group["params"] for group in network.parameter_groups()}
     assert {id(p) for p in groups[1.0]} == {id(network.prompts.words)}
     assert {id(p) for p in groups[0.25]} == {id(p) for p in network.convolutions.parameters()}
-    optimiser = torch.optim.Adam([p for group in groups.values() for p in group], lr=0.01)
+    optimizer = torch.optim.Adam([p for group in groups.values() for p in group], lr=0.01)
     network(network.features(pictures())).logits.square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"prompts.words", *(f"convolutions.{i}.weight" for i in range(3))}
     assert moved == {name for name, p in network.named_parameters() if p.requires_grad}

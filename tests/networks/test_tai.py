@@ -1,4 +1,4 @@
-"""TaI's two prompts against loops: the global and the local half, what is learnt, and where it looks."""
+"""TaI's two prompts against loops: the global and the local half, what is learned, and where it looks."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_only_prompts_and_scale_learn_and_nothing_else_moves(clip_folder, learn_
     for features, prompts in zip(text, (network.global_prompts, network.local_prompts), strict=True):
         torch.testing.assert_close(features, encode_prompt_sets(network.clip, [prompts])[0], atol=1e-5, rtol=0)
         assert prompts.words.shape == ((2, 16) if shared else (3, 2, 16))
-    learnt = [p for group in network.parameter_groups() for p in group["params"]]
-    optimiser = torch.optim.Adam(learnt, lr=0.01)
+    learned = [p for group in network.parameter_groups() for p in group["params"]]
+    optimizer = torch.optim.Adam(learned, lr=0.01)
     network(network.features(pictures())).logits.square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"global_prompts.words", "local_prompts.words"} | ({"log_scale"} if learn_scale else set())
     assert moved == {name for name, p in network.named_parameters() if p.requires_grad}
-    assert len(learnt) == len(moved)
+    assert len(learned) == len(moved)
 
 
 @pytest.mark.parametrize("kind", ["timm", "rot", "vit"])

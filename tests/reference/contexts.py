@@ -16,7 +16,7 @@ def cooccurrence(labels, weights=None, power=1.0):
     return result
 
 
-def normalised_cut(matrix, groups):
+def normalized_cut(matrix, groups):
     """Sum over the groups of (links that leave it) / (all its links), of the symmetric part without diagonal."""
     affinity = (matrix + matrix.T) / 2
     np.fill_diagonal(affinity, 0.0)
@@ -28,9 +28,9 @@ def normalised_cut(matrix, groups):
 
 
 def best_cut(matrix, num_contexts):
-    """The lowest normalised cut over all groupings into exactly ``num_contexts`` groups; for tiny matrices."""
+    """The lowest normalized cut over all groupings into exactly ``num_contexts`` groups; for tiny matrices."""
     every = (np.array(g) for g in product(range(num_contexts), repeat=len(matrix)))
-    return min(normalised_cut(matrix, g) for g in every if len(np.unique(g)) == num_contexts)
+    return min(normalized_cut(matrix, g) for g in every if len(np.unique(g)) == num_contexts)
 
 
 def targets(labels, partition, num_contexts, frequency):

@@ -9,28 +9,28 @@ import torch
 from reference.regions import cosine, softmax, table, values
 
 
-def won(similarities, normalised):
+def won(similarities, normalized):
     """One region's positive similarities, a list over classes, after the winner took all."""
     best = max(similarities)
     weight = softmax([200 * c * best for c in similarities])
-    if normalised:
+    if normalized:
         most = max(weight)
         return [c * w / most for c, w in zip(similarities, weight, strict=True)]
     return [c * (1 + w) for c, w in zip(similarities, weight, strict=True)]
 
 
-def two_logits(features, weights, evidential, positive, negative, log_temperature, normalised):
+def two_logits(features, weights, evidential, positive, negative, log_temperature, normalized):
     """Logits ``(B, C, 2)``, negative first, and each class's shares of the places ``(B, C, h * w)``."""
     classes, logits, shares = range(len(positive)), [], []
     for image in features:
         regions = values(image, weights, positions=False)[1:]
-        yes = [won([cosine(region, positive[k]) for k in classes], normalised) for region in regions]
+        yes = [won([cosine(region, positive[k]) for k in classes], normalized) for region in regions]
         logits.append([])
         shares.append([])
         for k in classes:
             evidence = softmax([torch.exp(log_temperature) * cosine(region, evidential[k]) for region in regions])
             against = sum(a * cosine(region, negative[k]) for a, region in zip(evidence, regions, strict=True))
-            in_favour = sum(a * row[k] for a, row in zip(evidence, yes, strict=True))
-            logits[-1].append([math.exp(3) * against, math.exp(3) * in_favour])
+            in_favor = sum(a * row[k] for a, row in zip(evidence, yes, strict=True))
+            logits[-1].append([math.exp(3) * against, math.exp(3) * in_favor])
             shares[-1].append(evidence)
     return table(logits), table(shares)

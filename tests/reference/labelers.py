@@ -6,7 +6,7 @@ import numpy as np
 
 
 def thresholds(scores, positives, known, eta_pos, eta_neg):
-    """``positives[k]`` of ``known[k]`` labelled entries are positive; etas are decimal strings."""
+    """``positives[k]`` of ``known[k]`` labeled entries are positive; etas are decimal strings."""
     n, num_classes = scores.shape
     tau_pos, tau_neg = [], []
     for k in range(num_classes):

@@ -1,6 +1,6 @@
 """The operations of RandAugment pixel by pixel, from their definitions: slow, plain, and without Pillow.
 
-Images are (H, W, 3) uint8 arrays. Blends are in float64, so results may be one grey level off Pillow's.
+Images are (H, W, 3) uint8 arrays. Blends are in float64, so results may be one gray level off Pillow's.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def contrast(image, factor):
 
 
 def color(image, factor):
-    grey = luma(image)[..., None]
-    return _truncated(grey + factor * (image.astype(float) - grey))
+    gray = luma(image)[..., None]
+    return _truncated(gray + factor * (image.astype(float) - gray))
 
 
 def sharpness(image, factor):
-    """Between a smoothed copy (weights 1, the centre 5, over 13; borders as they are) and the image."""
+    """Between a smoothed copy (weights 1, the center 5, over 13; borders as they are) and the image."""
     height, width, _ = image.shape
     smooth = image.astype(float)
     for y in range(1, height - 1):
@@ -96,7 +96,7 @@ def cutout(image, size, x, y):
 
 
 def translate(image, right, down):
-    """out(x, y) = in(x + right, y + down), nearest pixel; grey outside."""
+    """out(x, y) = in(x + right, y + down), nearest pixel; gray outside."""
     height, width, _ = image.shape
     out = np.full_like(image, GREY)
     for y in range(height):
@@ -108,7 +108,7 @@ def translate(image, right, down):
 
 
 def rotate(image, degrees):
-    """Counter-clockwise about the middle, nearest pixel; grey outside."""
+    """Counter-clockwise about the middle, nearest pixel; gray outside."""
     height, width, _ = image.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     out = np.full_like(image, GREY)
@@ -131,7 +131,7 @@ def _cubic(distance):
 
 
 def shear(image, slope_x, slope_y):
-    """out(x, y) = in(x + slope_x y, y + slope_y x) at pixel centres, bicubic; grey outside."""
+    """out(x, y) = in(x + slope_x y, y + slope_y x) at pixel centers, bicubic; gray outside."""
     height, width, _ = image.shape
     out = np.full_like(image, GREY)
     for y in range(height):

@@ -57,9 +57,9 @@ def _cubic(distance, a=-0.75):
 
 def _taps(place, native, wanted):
     """The native places, clamped at the border, and their bicubic weights for one wanted place."""
-    centre = (place + 0.5) * native / wanted - 0.5
-    first = math.floor(centre) - 1
-    return [(min(max(i, 0), native - 1), _cubic(centre - i)) for i in range(first, first + 4)]
+    center = (place + 0.5) * native / wanted - 0.5
+    first = math.floor(center) - 1
+    return [(min(max(i, 0), native - 1), _cubic(center - i)) for i in range(first, first + 4)]
 
 
 def position(positions, row, column, height, width):

@@ -12,12 +12,12 @@ def relation(text):
     return table([[cosine(one, other) for other in text] for one in text])
 
 
-def graph(relation, neighbours):
-    """Each class keeps 0.8 of itself and takes 0.2 from the nearest, itself counted among ``neighbours``."""
+def graph(relation, neighbors):
+    """Each class keeps 0.8 of itself and takes 0.2 from the nearest, itself counted among ``neighbors``."""
     count = len(relation)
     result = torch.zeros(count, count, dtype=torch.float64)
     for k in range(count):
-        nearest = sorted(range(count), key=lambda j: -float(relation[k, j]))[:neighbours]
+        nearest = sorted(range(count), key=lambda j: -float(relation[k, j]))[:neighbors]
         others = [j for j in nearest if j != k]
         total = sum(float(relation[k, j]) for j in others)
         for j in others:

@@ -20,9 +20,9 @@ ZERO_SHOT, LINEAR_PROBE, STACKED_PROBES = "zero-shot", "linear probe", "stacked 
 
 
 class MeasureBaselines(L.Callback):
-    """Measures zero-shot CLIP, a linear probe and stacked probes of the labelled images on the validation images.
+    """Measures zero-shot CLIP, a linear probe and stacked probes of the labeled images on the validation images.
 
-    The linear probe takes the mean of the frozen features; the stack takes all descriptions and the unlabelled images.
+    The linear probe takes the mean of the frozen features; the stack takes all descriptions and the unlabeled images.
     A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
 
     Args:
@@ -31,7 +31,7 @@ class MeasureBaselines(L.Callback):
 
     Attributes:
         results: mAP (0 to 1) by name; empty where the validation images are not all measured or the network has no
-            frozen tower, without zero-shot where it has no text tower, and without a probe where the labelled images
+            frozen tower, without zero-shot where it has no text tower, and without a probe where the labeled images
             are too few for it.
     """
 
@@ -65,7 +65,7 @@ class MeasureBaselines(L.Callback):
             return
         inputs = [part.cpu().numpy() for part in (*validation.descriptors, *validation.scores)]
         for name, labeler in ((LINEAR_PROBE, LinearProbe()), (STACKED_PROBES, StackedProbes())):
-            with suppress(DataError):  # too few labelled images
+            with suppress(DataError):  # too few labeled images
                 self.results[name] = _mAP(torch.from_numpy(labeler.fit(evidence).logits(inputs)), truth)
 
 

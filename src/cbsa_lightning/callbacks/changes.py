@@ -14,7 +14,7 @@ from torch import Tensor
 from cbsa_lightning.callbacks.baselines import validated_table
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.checkpoints.earlier_run import EarlierRun
-from cbsa_lightning.data.labelled_images import LabelledImages, rows_among
+from cbsa_lightning.data.labeled_images import LabeledImages, rows_among
 from cbsa_lightning.errors import CheckpointError
 from cbsa_lightning.inference.classifier import SETTINGS, Classifier
 from cbsa_lightning.inference.predictions import in_table_order
@@ -78,14 +78,14 @@ class ReportChanges(L.Callback):
     def _why_not(self, trainer: Any) -> str:
         if trainer.fast_dev_run or validated_table(trainer) is None:
             return "the validation images are not all measured"
-        if self.earlier.labelled is None:
+        if self.earlier.labeled is None:
             return (
                 f"nothing says which images {self.earlier.file} was trained on, so this run's own figures may be too "
-                "high as well. Give --init_from the folder of the run, if it has a labelled.parquet"
+                "high as well. Give --init_from the folder of the run, if it has a labeled.parquet"
             )
         data = trainer.datamodule
         tables = [table for table in (data.train_table, data.test_table) if table is not None]
-        if not any(rows_among(table, self.earlier.labelled.trained()).any() for table in tables):
+        if not any(rows_among(table, self.earlier.labeled.trained()).any() for table in tables):
             return (
                 "none of the images that it was trained on is in this run's tables. If it is only their paths that "
                 "have changed, this run's own figures may be too high as well"
@@ -135,29 +135,29 @@ class ReportChanges(L.Callback):
 
     def _trained(self, trainer: Any) -> Any:
         """Which validation images ``(n,)`` the earlier run has trained on."""
-        labelled = self.earlier.labelled
-        return rows_among(trainer.datamodule.eval_table(), frozenset() if labelled is None else labelled.trained())
+        labeled = self.earlier.labeled
+        return rows_among(trainer.datamodule.eval_table(), frozenset() if labeled is None else labeled.trained())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures the new model; the first process tells and writes what has changed."""
         folder = folder_of(trainer)
-        if folder is None or self._before is None or self.earlier.labelled is None:
+        if folder is None or self._before is None or self.earlier.labeled is None:
             return
         after = self._measured(trainer, self._logits(trainer, pl_module, pl_module.final_logits))
         if not trainer.is_global_zero:
             return
         data, names = trainer.datamodule, list(pl_module.class_names)
-        gone = [name for name in self.earlier.labelled.class_names if name not in names]
+        gone = [name for name in self.earlier.labeled.class_names if name not in names]
         unknown = np.full(len(gone), np.nan)
         trained = self._trained(trainer)
         positives = (data.eval_table().labels[~trained] == 1).sum(0)
-        now = LabelledImages.of(data.train_table, data.split)
+        now = LabeledImages.of(data.train_table, data.split)
         changes = Changes(
             names + gone,
             np.concatenate([self._before.numpy(), unknown]),
             np.concatenate([after, unknown]),
             np.concatenate([positives, np.zeros(len(gone), np.int64)]),
-            label_changes(names + gone, self.earlier.labelled, now),
+            label_changes(names + gone, self.earlier.labeled, now),
             int((~trained).sum()),
             int(trained.sum()),
         )

@@ -24,13 +24,13 @@ from cbsa_lightning.method.labelers import rounded
 class UpdateContexts(L.Callback):
     """Partitions the classes by how their labels co-occur.
 
-    Before the first epoch the labelled images decide; in the second stage pseudo-labelled images count too, with
-    their weight. A new partition takes over the ids of the last by overlap, since the context head has learnt them.
+    Before the first epoch the labeled images decide; in the second stage pseudo-labeled images count too, with
+    their weight. A new partition takes over the ids of the last by overlap, since the context head has learned them.
 
-    The context of a labelled image follows from its labels. An unlabelled image has the one that its weak view is sure
+    The context of a labeled image follows from its labels. An unlabeled image has the one that its weak view is sure
     of, or none.
 
-    Where too few classes of the labelled images occur together, the run trains without contexts: no partition is made,
+    Where too few classes of the labeled images occur together, the run trains without contexts: no partition is made,
     and no image has a context.
 
     Args:
@@ -41,7 +41,7 @@ class UpdateContexts(L.Callback):
         self._thresholds = thresholds
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """First partition, from the labelled images.
+        """First partition, from the labeled images.
 
         Raises:
             ConfigError: If there are more contexts than classes.
@@ -50,28 +50,28 @@ class UpdateContexts(L.Callback):
         if k > c:
             raise ConfigError(f"{k} contexts cannot be made of {c} classes; choose num_contexts <= {c}.")
         data = data_of(trainer)
-        labels = data.labelled_targets()
+        labels = data.labeled_targets()
         if bool((pl_module.context_partition < 0).any()):
             try:
                 self._partition(pl_module, labels, None)
             except ConfigError as error:  # too few classes occur together
                 rank_zero_warn(
-                    f"This run trains without contexts, since its {len(labels)} labelled images do not suffice: "
+                    f"This run trains without contexts, since its {len(labels)} labeled images do not suffice: "
                     f"{error}. model.num_contexts 0 trains without them on purpose."
                 )
         self._label(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Contexts of the unlabelled images, and the partition of the epoch from labels and pseudo-labels."""
+        """Contexts of the unlabeled images, and the partition of the epoch from labels and pseudo-labels."""
         if pl_module.stage != "semi-supervised" or bool((pl_module.context_partition < 0).any()):
             return
         data = data_of(trainer)
         if (probabilities := self._thresholds.weak_contexts) is not None:
-            self._label_unlabelled(pl_module, data, probabilities)
+            self._label_unlabeled(pl_module, data, probabilities)
         if not pl_module.contexts.pseudo_weight:
             return
-        labels = data.labelled_targets()
-        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        labels = data.labeled_targets()
+        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         pseudo = rounded(pl_module.pseudo_labels[rows]).cpu()
         self._partition(pl_module, labels, pseudo)
         self._label(pl_module, data, labels)
@@ -93,7 +93,7 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Targets of the labelled images under the present partition; all zero for an image without any label."""
+        """Targets of the labeled images under the present partition; all zero for an image without any label."""
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
         if bool((part < 0).any()):  # zeros have no loss, but a gradient of zero, which several processes wait for
             targets = torch.zeros(len(labels), k).float()
@@ -104,19 +104,19 @@ class UpdateContexts(L.Callback):
             targets = torch.nn.functional.one_hot(context.clamp(min=0), k) * (context >= 0)[:, None]
         if pl_module.context_targets is None:
             pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device).float()
-        rows = torch.as_tensor(data.split.labelled, device=pl_module.device)
+        rows = torch.as_tensor(data.split.labeled, device=pl_module.device)
         pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
 
     @staticmethod
-    def _label_unlabelled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
-        """Targets of the unlabelled images: the weak view's context where it is sure, else none (all zero)."""
+    def _label_unlabeled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
+        """Targets of the unlabeled images: the weak view's context where it is sure, else none (all zero)."""
         k = probabilities.shape[1]
         if pl_module.context_targets is None:
             pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)
         confidence, context = probabilities.max(1)
         sure = confidence > pl_module.contexts.confidence
         targets = torch.nn.functional.one_hot(context, k).to(probabilities) * sure[:, None]
-        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
         pl_module.log("context/coverage", sure.float().mean())
         true_context = context_targets(data.hidden_targets(), pl_module.context_partition.cpu(), k)

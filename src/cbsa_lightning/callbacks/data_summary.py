@@ -22,16 +22,16 @@ class DataSummary(L.Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Reports it on the first process."""
         data = trainer.datamodule
-        if not all(hasattr(data, name) for name in ("split", "source", "labelled_targets")):
+        if not all(hasattr(data, name) for name in ("split", "source", "labeled_targets")):
             return
         for note in data.source.describe():
             rank_zero_info(note)
-        split, labels = data.split, data.labelled_targets().numpy()
+        split, labels = data.split, data.labeled_targets().numpy()
         counts = [
             f"{len(rows):,} {kind}"
             for kind, rows in (
-                ("labelled", split.labelled),
-                ("unlabelled", split.unlabelled),
+                ("labeled", split.labeled),
+                ("unlabeled", split.unlabeled),
                 ("held out", split.held_out),
             )
         ]
@@ -39,6 +39,6 @@ class DataSummary(L.Callback):
         fewest = np.argsort(positives, kind="stable")
         classes = listed([f"{pl_module.class_names[k]} {positives[k]:,}" for k in fewest], SHOWN)
         rank_zero_info(
-            f"Training images: {', '.join(counts)}. {len(positives):,} classes with their labelled positives, fewest "
+            f"Training images: {', '.join(counts)}. {len(positives):,} classes with their labeled positives, fewest "
             f"first: {classes}."
         )

@@ -18,7 +18,7 @@ class CacheFeatures(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Before a fit, computes what is missing; before another pass, sees that no other tower's features are read.
 
-        Here, since Lightning asks for the first loader as soon as it sets up the optimiser.
+        Here, since Lightning asks for the first loader as soon as it sets up the optimizer.
         """
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "feature_cache", None) is None:

@@ -1,4 +1,4 @@
-"""Labels for the unlabelled images when training ends, and lists of what a person should look at."""
+"""Labels for the unlabeled images when training ends, and lists of what a person should look at."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cbsa_lightning.method.finite import refuse_scores
 
 
 class WriteLabels(L.Callback):
-    """Writes labels of the unlabelled images into the run's folder when training ends.
+    """Writes labels of the unlabeled images into the run's folder when training ends.
 
-    - ``labels.csv``: a row for each unlabelled image; see
+    - ``labels.csv``: a row for each unlabeled image; see
     :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
     - ``next_to_label.csv``: the images whose labels would teach most.
     - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
@@ -34,20 +34,20 @@ class WriteLabels(L.Callback):
     written for a data module of one's own or in a ``fast_dev_run``.
 
     Args:
-        enabled: False writes nothing, and saves the pass over the unlabelled images.
+        enabled: False writes nothing, and saves the pass over the unlabeled images.
         budget: Length of the list of images to label next.
         sure: A decision that is right with a smaller probability is marked for review.
-        favour_rare: Whether classes with few labelled positives count more in the list of images to label next.
+        favor_rare: Whether classes with few labeled positives count more in the list of images to label next.
 
     Raises:
         ConfigError: For a budget below 1, or a ``sure`` outside of [0, 1].
     """
 
-    def __init__(self, enabled: bool = True, budget: int = 200, sure: float = SURE, favour_rare: bool = False) -> None:
-        check_flags(**{"labels.enabled": enabled, "labels.favour_rare": favour_rare})
+    def __init__(self, enabled: bool = True, budget: int = 200, sure: float = SURE, favor_rare: bool = False) -> None:
+        check_flags(**{"labels.enabled": enabled, "labels.favor_rare": favor_rare})
         check_number("labels.budget", budget, 1, whole=True)
         check_number("labels.sure", sure, 0, 1)
-        self.enabled, self.budget, self.sure, self.favour_rare = enabled, budget, sure, favour_rare
+        self.enabled, self.budget, self.sure, self.favor_rare = enabled, budget, sure, favor_rare
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses class names that the table could not hold, before the work.
@@ -55,26 +55,26 @@ class WriteLabels(L.Callback):
         Raises:
             ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.
         """
-        if self._has_unlabelled(trainer):
+        if self._has_unlabeled(trainer):
             check_class_columns(pl_module.class_names)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the unlabelled images with all processes; the first one writes."""
-        folder = folder_of(trainer) if self._has_unlabelled(trainer) else None
+        """Scores the unlabeled images with all processes; the first one writes."""
+        folder = folder_of(trainer) if self._has_unlabeled(trainer) else None
         if folder is None:
             return
         scores = self._scores(trainer, pl_module)
         if trainer.is_global_zero:
             self._write(folder, trainer.datamodule, pl_module, scores)
 
-    def _has_unlabelled(self, trainer: Any) -> bool:
+    def _has_unlabeled(self, trainer: Any) -> bool:
         data = trainer.datamodule
-        return self.enabled and hasattr(data, "plain_dataloader") and len(data.split.unlabelled) > 0
+        return self.enabled and hasattr(data, "plain_dataloader") and len(data.split.unlabeled) > 0
 
     def _scores(self, trainer: Any, pl_module: Any) -> NDArray[np.float32]:
-        """Scores ``(n, C)`` of the plain views of the n unlabelled images."""
+        """Scores ``(n, C)`` of the plain views of the n unlabeled images."""
         data = trainer.datamodule
-        rows = data.split.unlabelled
+        rows = data.split.unlabeled
         images = data.train_table.paths
         thresholds = pl_module.decision_thresholds()
         parts: list[Any] = []
@@ -89,22 +89,22 @@ class WriteLabels(L.Callback):
                 parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
         others = np.setdiff1d(np.arange(len(images)), rows)
         found, _ = in_table_order(len(images), len(pl_module.class_names), gather(parts), others.tolist())
-        of_unlabelled: NDArray[np.float32] = found[rows]
-        return of_unlabelled
+        of_unlabeled: NDArray[np.float32] = found[rows]
+        return of_unlabeled
 
     def _write(self, folder: Path, data: Any, pl_module: Any, scores: NDArray[np.float32]) -> None:
         names = tuple(pl_module.class_names)
-        images, known = data.train_table.paths, data.labelled_targets().numpy()
+        images, known = data.train_table.paths, data.labeled_targets().numpy()
         sure = self.sure if pl_module.fusion is not None else None
         thresholds = pl_module.decision_thresholds().cpu().numpy()
-        labels = ImageLabels.decided(images[data.split.unlabelled], names, scores, thresholds, sure)
+        labels = ImageLabels.decided(images[data.split.unlabeled], names, scores, thresholds, sure)
         write_labels(folder / LABELS, labels)
-        positives = (known == 1).sum(0) if self.favour_rare else None
+        positives = (known == 1).sum(0) if self.favor_rare else None
         write_list(folder / NEXT_TO_LABEL, next_to_label(labels, self.budget, positives))
-        told = f"Labels of {len(scores)} unlabelled images: {folder / LABELS}"
+        told = f"Labels of {len(scores)} unlabeled images: {folder / LABELS}"
         if pl_module.left_out is not None:
             left_out = pl_module.left_out.cpu().numpy()
-            doubtful = suspicious_labels(images[data.split.labelled], names, known, left_out)
+            doubtful = suspicious_labels(images[data.split.labeled], names, known, left_out)
             write_list(folder / SUSPICIOUS_LABELS, doubtful)
             told += f" ({int(labels.review.any(1).sum())} have labels to review)"
             told += f"; {doubtful.num_rows} given labels to check: {folder / SUSPICIOUS_LABELS}"

@@ -20,14 +20,14 @@ FEW_IMAGES = 50
 """Validation images below which a run warns that its mAP says little."""
 
 FEW_STEPS = 100
-"""Optimiser steps of a stage below which a run warns; the shortest warm-up of the paper's configurations has 144."""
+"""Optimizer steps of a stage below which a run warns; the shortest warm-up of the paper's configurations has 144."""
 
 
 class ResultLimits(L.Callback):
     """Warns at the start or the end of a fit about what makes its result worth less than it seems.
 
-    - Training ends within the warm-up, so that unlabelled images are never used.
-    - A stage has fewer than :data:`FEW_STEPS` optimiser steps.
+    - Training ends within the warm-up, so that unlabeled images are never used.
+    - A stage has fewer than :data:`FEW_STEPS` optimizer steps.
     - Fewer than :data:`FEW_IMAGES` images are validated on.
     - The final mAP is not above that of every baseline.
 
@@ -43,13 +43,13 @@ class ResultLimits(L.Callback):
         """Says what is known before the first step."""
         if trainer.fast_dev_run:
             return
-        unused = _unlabelled(trainer, pl_module)
+        unused = _unlabeled(trainer, pl_module)
         if unused and ends_in_warmup(trainer, pl_module.warmup_epochs):
             self._told_unused = True
             rank_zero_warn(
                 f"All of this training belongs to the warm-up (model.warmup_epochs is {pl_module.warmup_epochs}), so "
-                f"the {unused} unlabelled images are never used. Lower warmup_epochs or train longer; with the labeler "
-                "LabelledOnly the labels alone are meant."
+                f"the {unused} unlabeled images are never used. Lower warmup_epochs or train longer; with the labeler "
+                "LabeledOnly the labels alone are meant."
             )
         table = validated_table(trainer)
         if table is not None and len(table) < FEW_IMAGES:
@@ -71,7 +71,7 @@ class ResultLimits(L.Callback):
             stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
         least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: as long as max_steps says
         rank_zero_warn(
-            f"{stage} has {pl_module.scheduled_steps} optimiser steps, which is few to learn from. Set "
+            f"{stage} has {pl_module.scheduled_steps} optimizer steps, which is few to learn from. Set "
             f"data.min_steps_per_epoch to {least} or more, or raise {longer}."
         )
 
@@ -79,11 +79,11 @@ class ResultLimits(L.Callback):
         """Says what only the end shows."""
         if trainer.fast_dev_run:
             return
-        unused = _unlabelled(trainer, pl_module)
+        unused = _unlabeled(trainer, pl_module)
         if unused and not self._told_unused and not bool(pl_module.ema.started):
             rank_zero_warn(
                 f"Training ended after {trainer.global_step} steps, within the warm-up (model.warmup_epochs is "
-                f"{pl_module.warmup_epochs}), so the {unused} unlabelled images were not used. Lower warmup_epochs or "
+                f"{pl_module.warmup_epochs}), so the {unused} unlabeled images were not used. Lower warmup_epochs or "
                 "train longer."
             )
         table, found = validated_table(trainer), trainer.callback_metrics.get("val/mAP")
@@ -100,8 +100,8 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
         rank_zero_info(f"{figures}.")
     elif best == ZERO_SHOT:
         rank_zero_warn(
-            f"Training has not helped: {figures}. Try --config methods/cbsa_safe.yaml, more labelled images or a "
-            "longer warm-up (docs/unlabelled.md)."
+            f"Training has not helped: {figures}. Try --config methods/cbsa_safe.yaml, more labeled images or a "
+            "longer warm-up (docs/unlabeled.md)."
         )
     else:
         rank_zero_warn(
@@ -110,7 +110,7 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
         )
 
 
-def _unlabelled(trainer: Any, pl_module: Any) -> int:
-    """Unlabelled images that training is to use."""
+def _unlabeled(trainer: Any, pl_module: Any) -> int:
+    """Unlabeled images that training is to use."""
     split = getattr(trainer.datamodule, "split", None)
-    return 0 if split is None or pl_module.second_stage != "semi-supervised" else len(split.unlabelled)
+    return 0 if split is None or pl_module.second_stage != "semi-supervised" else len(split.unlabeled)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from cbsa_lightning.arguments import check_choice, check_paths
-from cbsa_lightning.data.readers.unlabelled import by_suffix
+from cbsa_lightning.data.readers.unlabeled import by_suffix
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.inference.predictions import check_output, in_table_order, write_left_out, write_predictions
 from cbsa_lightning.io.runs import PREDICTIONS, folder_of

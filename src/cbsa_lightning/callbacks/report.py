@@ -210,7 +210,7 @@ class RunReport(L.Callback):
             yield "reliability", reliability_diagram(found.scores, found.table.labels)
         partition = pl_module.context_partition.cpu()
         if pl_module.num_contexts and bool((partition >= 0).all()):
-            yield "contexts", context_map(cooccurrence(trainer.datamodule.labelled_targets()), partition, names)
+            yield "contexts", context_map(cooccurrence(trainer.datamodule.labeled_targets()), partition, names)
         if self.history:
             yield "training", training_curves(self.history, pl_module.warmup_epochs)
 
@@ -240,7 +240,7 @@ class _Evaluation(NamedTuple):
 
 
 def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluation | None) -> None:
-    labels = trainer.datamodule.labelled_targets() if hasattr(trainer.datamodule, "labelled_targets") else None
+    labels = trainer.datamodule.labeled_targets() if hasattr(trainer.datamodule, "labeled_targets") else None
     if labels is None:  # a data module of one's own
         return
     thresholds = pl_module.decision_thresholds().cpu().numpy()

@@ -31,7 +31,7 @@ class WriteReportPage(L.Callback):
 
     It shows what :class:`~cbsa_lightning.callbacks.report.RunReport` and
     :class:`~cbsa_lightning.callbacks.labels.WriteLabels` have written, so it must stand behind them in the list of
-    callbacks; without the first nothing is written, without the second the unlabelled images are missing. Nothing is
+    callbacks; without the first nothing is written, without the second the unlabeled images are missing. Nothing is
     written in a ``fast_dev_run``.
 
     Args:
@@ -70,7 +70,7 @@ def _described(folder: Path, trainer: Any, pl_module: Any, others: Mapping[str, 
     data = trainer.datamodule
     scored = bool(trainer.limit_val_batches) and (folder / PREDICTIONS).is_file()
     table = data.eval_table() if scored else None
-    counts = {"labelled images": len(data.split.labelled), "unlabelled images": len(data.split.unlabelled)}
+    counts = {"labeled images": len(data.split.labeled), "unlabeled images": len(data.split.unlabeled)}
     if table is not None:
         counts["validation images"] = len(table)
     baselines = {

@@ -1,6 +1,6 @@
 """What Lightning's own resume leaves out, so that a run goes on from any checkpoint as if it had never stopped.
 
-Lightning restores weights, optimiser, schedule, callbacks and counters. Here are the rest: where in an epoch the
+Lightning restores weights, optimizer, schedule, callbacks and counters. Here are the rest: where in an epoch the
 run was, the epoch's figures so far, gradients that wait for a step, and what callbacks monitor.
 """
 
@@ -127,16 +127,16 @@ class ExactResume(L.Callback):
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Runs before the optimiser's state is restored.
+        """Runs before the optimizer's state is restored.
 
         Raises:
-            CheckpointError: If the optimiser is of another class.
+            CheckpointError: If the optimizer is of another class.
         """
         now, then = pl_module.optimizer_settings.get("class"), self._restored.get("optimizer", {}).get("class")
         if then not in (None, now):
             raise CheckpointError(
-                f"{trainer.ckpt_path} was trained with the optimiser {then}, and this module has {now}: its state does "
-                "not fit. Resume with the same optimiser."
+                f"{trainer.ckpt_path} was trained with the optimizer {then}, and this module has {now}: its state does "
+                "not fit. Resume with the same optimizer."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -171,7 +171,7 @@ class ExactResume(L.Callback):
                 if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
                     _take_new_settings(trainer, pl_module)
                     rank_zero_info(
-                        "The optimiser settings differ from those in the checkpoint. Training uses the new ones."
+                        "The optimizer settings differ from those in the checkpoint. Training uses the new ones."
                     )
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
@@ -201,7 +201,7 @@ def _data_of(trainer: Any) -> dict[str, Any]:
     split = getattr(data, "split", None)
     if split is None:
         return {}
-    sizes = ("batch_size", "labelled_per_batch", "warmup_batch_size", "seed")
+    sizes = ("batch_size", "labeled_per_batch", "warmup_batch_size", "seed")
     return {"table": split.table_digest, "split": split.digest, **{name: getattr(data, name) for name in sizes}}
 
 
@@ -215,13 +215,13 @@ def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
 
 
 def _take_new_settings(trainer: Any, pl_module: Any) -> None:
-    """Goes on with the present settings of optimiser and schedule; running averages and the schedule's place stay."""
+    """Goes on with the present settings of optimizer and schedule; running averages and the schedule's place stay."""
     state = trainer.optimizers[0].state_dict()["state"]
     trainer.strategy.setup_optimizers(trainer)
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that the schedule steps before the optimiser
+        warnings.simplefilter("ignore")  # of torch, that the schedule steps before the optimizer
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
 
@@ -312,7 +312,7 @@ def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> N
 
 
 def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-    """Gradients of the batches since the last optimiser step, where several make one step."""
+    """Gradients of the batches since the last optimizer step, where several make one step."""
     done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     if done % trainer.accumulate_grad_batches == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return {}

@@ -1,4 +1,4 @@
-"""How many optimiser steps a stage of training has, from the limits that the Trainer was given."""
+"""How many optimizer steps a stage of training has, from the limits that the Trainer was given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cbsa_lightning.errors import ConfigError
 
 
 def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
-    """Returns the number of optimiser steps of the present stage, for its learning-rate schedule.
+    """Returns the number of optimizer steps of the present stage, for its learning-rate schedule.
 
     ``max_epochs`` decides where it is given; ``max_steps`` and ``max_time`` beside it only end training earlier, so
     that the same run can be continued with a larger limit. Otherwise ``max_steps`` decides.
@@ -19,7 +19,7 @@ def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
     Args:
         trainer: A Trainer that fits.
         warmup_epochs: Epochs of the first stage.
-        began_at: Optimiser steps that were done when the stage began.
+        began_at: Optimizer steps that were done when the stage began.
 
     Raises:
         ConfigError: If neither ``max_epochs`` nor ``max_steps`` is given.

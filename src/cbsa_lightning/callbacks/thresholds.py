@@ -18,7 +18,7 @@ from cbsa_lightning.method.metrics import pseudo_label_quality
 
 
 class UpdateThresholds(L.Callback):
-    """Scores the weak view of all unlabelled images with the averaged weights, and labels them for the epoch.
+    """Scores the weak view of all unlabeled images with the averaged weights, and labels them for the epoch.
 
     Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Where
     the table knows the hidden truth, logs the quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before
@@ -30,7 +30,7 @@ class UpdateThresholds(L.Callback):
     first epoch of the stage, before validations and checkpoints, and after training.
 
     Attributes:
-        weak_contexts: ``(n, K)`` context probabilities of the n unlabelled images in this epoch, for
+        weak_contexts: ``(n, K)`` context probabilities of the n unlabeled images in this epoch, for
             :class:`~cbsa_lightning.callbacks.contexts.UpdateContexts`; None where they are not computed.
     """
 
@@ -38,7 +38,7 @@ class UpdateThresholds(L.Callback):
 
     _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
     _ahead: _Scores | None = None
-    _cut_at: int | None = None  # optimiser steps of the weights that ``cut`` belongs to
+    _cut_at: int | None = None  # optimizer steps of the weights that ``cut`` belongs to
 
     def state_dict(self) -> dict[str, Any]:
         """Which weights the decision thresholds belong to."""
@@ -49,9 +49,9 @@ class UpdateThresholds(L.Callback):
         self._cut_at = state_dict["cut_at"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Class rates come from the labelled images alone; labels that are made once are made here."""
+        """Class rates come from the labeled images alone; labels that are made once are made here."""
         data = data_of(trainer)
-        self._rates = positive_rates(data.labelled_targets())
+        self._rates = positive_rates(data.labeled_targets())
         pl_module.positive_rate.copy_(self._rates)
         # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
@@ -65,7 +65,7 @@ class UpdateThresholds(L.Callback):
         if pl_module.stage != "semi-supervised":
             return
         data = data_of(trainer)
-        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         truth = data.hidden_targets()
         scores: Tensor | None = None
         if _trains_on_scores(pl_module) or self._cut_at is None:
@@ -100,14 +100,14 @@ class UpdateThresholds(L.Callback):
             self._scores_of(trainer, pl_module, epoch)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Scores of the unlabelled images for an epoch by the present weights; computed once, and ``cut`` with them."""
+        """Scores of the unlabeled images for an epoch by the present weights; computed once, and ``cut`` with them."""
         ahead = self._ahead
         if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
             data = data_of(trainer)
             logits, contexts = self._score(trainer, pl_module, data, epoch)
             scores = logits.sigmoid()
-            rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
-            images = data.train_table.paths[data.split.unlabelled]
+            rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
+            images = data.train_table.paths[data.split.unlabeled]
             for found in (scores, contexts):  # before anything is changed by them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
@@ -118,18 +118,18 @@ class UpdateThresholds(L.Callback):
 
     @staticmethod
     def _fill(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """The table of pseudo-labels, -1 for images that are not unlabelled; soft ones take half precision."""
+        """The table of pseudo-labels, -1 for images that are not unlabeled; soft ones take half precision."""
         dtype = torch.float16 if labels.is_floating_point() else torch.int8
         table = torch.full((len(data.train_table), labels.shape[1]), -1, dtype=dtype, device=pl_module.device)
-        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         table[rows] = labels.to(table)
         pl_module.pseudo_labels = table
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Logits ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabelled images."""
+        """Logits ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabeled images."""
         loader = data.weak_dataloader(epoch)
-        rows = torch.as_tensor(data.split.unlabelled, device=pl_module.device)
+        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
@@ -178,7 +178,7 @@ def _rows(pl_module: Any, n: int, width: int) -> Tensor:
 
 
 class _Scores(NamedTuple):
-    """Scores of the unlabelled images for an epoch, by the weights after a number of optimiser steps."""
+    """Scores of the unlabeled images for an epoch, by the weights after a number of optimizer steps."""
 
     epoch: int
     step: int

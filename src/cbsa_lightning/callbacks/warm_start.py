@@ -12,7 +12,7 @@ from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
 
 
 class StartFrom(L.Callback):
-    """Starts a new run from the averaged weights of a checkpoint; optimiser, epoch and tables are the new run's own.
+    """Starts a new run from the averaged weights of a checkpoint; optimizer, epoch and tables are the new run's own.
 
     A network without trained parts takes nothing over. A resumed run goes on from its own checkpoint.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cbsa_lightning.checkpoints.files import RUN, local, newest_checkpoint, read_checkpoint
 from cbsa_lightning.checkpoints.warm_start import Earlier
-from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.errors import CheckpointError
 from cbsa_lightning.io import runs
 
@@ -18,16 +18,16 @@ class EarlierRun(NamedTuple):
     Attributes:
         file: The checkpoint.
         weights: What a new run takes over from it.
-        labelled: The images whose labels it used; None where no folder of the run is found that says so.
+        labeled: The images whose labels it used; None where no folder of the run is found that says so.
     """
 
     file: Path
     weights: Earlier
-    labelled: LabelledImages | None
+    labeled: LabeledImages | None
 
 
 def read_earlier(place: str) -> EarlierRun:
-    """Reads the newest checkpoint of a run, or a checkpoint, and the run's list of labelled images.
+    """Reads the newest checkpoint of a run, or a checkpoint, and the run's list of labeled images.
 
     Args:
         place: Folder of a run, or file of a checkpoint. The run of a checkpoint is the folder above it, if that holds
@@ -35,7 +35,7 @@ def read_earlier(place: str) -> EarlierRun:
 
     Raises:
         CheckpointError: There is no checkpoint, or it cannot be used.
-        DataError: The list of labelled images is damaged.
+        DataError: The list of labeled images is damaged.
     """
     path = local(place)
     if not path.exists():
@@ -48,9 +48,9 @@ def read_earlier(place: str) -> EarlierRun:
     written_by = checkpoint.get(RUN)
     homes = [path] if path.is_dir() else file.resolve().parents[:2]
     home = next((p for p in homes if written_by is not None and runs.run_id(p) == written_by), None)
-    record = None if home is None else home / runs.LABELLED
-    labelled = LabelledImages.read(record) if record is not None and record.is_file() else None
-    return EarlierRun(file, Earlier.of(checkpoint), labelled)
+    record = None if home is None else home / runs.LABELED
+    labeled = LabeledImages.read(record) if record is not None and record.is_file() else None
+    return EarlierRun(file, Earlier.of(checkpoint), labeled)
 
 
 def _newest(folder: Path) -> Path:

@@ -59,7 +59,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
     _check_form(file, checkpoint, needed)
     if checkpoint.get(TORN):
         raise CheckpointError(
-            f"{file} was written in the midst of an optimiser step, so its parts do not belong together; take another."
+            f"{file} was written in the midst of an optimizer step, so its parts do not belong together; take another."
         )
     checkpoint[SOURCE] = str(file)
     return checkpoint  # type: ignore[no-any-return]

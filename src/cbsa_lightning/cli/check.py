@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test", metavar="FILE", help="annotations of the test images")
     parser.add_argument("--root", metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--class-file", metavar="FILE", help="class file with prompt names")
-    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the labelled images, for validation")
+    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the labeled images, for validation")
     parser.add_argument("--batch-size", type=int, metavar="B", help="images a step")
     parser.add_argument(
         "--near-duplicates",
@@ -151,7 +151,7 @@ class TrainingCOCO(COCO):
 
 
 def _tool(file: str, module: str, name: str, given: dict[str, str]) -> Settings:
-    """The source of an export of a labelling tool."""
+    """The source of an export of a labeling tool."""
     if find_spec(f"{_READERS}.{module}") is None:
         raise ConfigError(f"{file}: exports of {name} are not read by this version; convert it to a table.")
     return {"class_path": f"{_READERS}.{module}.{name}", "init_args": {"train": file, **given}}
@@ -219,7 +219,7 @@ def _run_settings(recipe: Settings) -> Settings:
     return {
         **taken,
         "seed": 1 if isinstance(seed, bool) else seed,
-        "labelled_only": str(labeler).split(".")[-1] == "LabelledOnly",
+        "labeled_only": str(labeler).split(".")[-1] == "LabeledOnly",
         "warmup_epochs": model.get("warmup_epochs"),
         "max_epochs": _section(recipe, "trainer").get("max_epochs"),
     }

@@ -21,7 +21,7 @@ MODEL = "model_config"
 
 _FREE = ("clip", "pretrained", "network.clip", "network.pretrained", "unsup_weight", "max_skipped_steps", "optimizer")
 """May differ from the checkpoint: where CLIP's weights are, which its fingerprint checks, and what a step reads. Of the
-optimiser this is all but its class."""
+optimizer this is all but its class."""
 
 _TRAINING = ("optimizer", "scheduler", "loss", "labeler", "contexts", "warmup_epochs", "ema_decay", "unsup_weight")
 """What only training reads; without it, whatever the command line says makes no difference."""

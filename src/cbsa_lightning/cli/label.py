@@ -1,4 +1,4 @@
-"""`cbsa label`: labels of a run, or of new images, as a file that a labelling tool imports."""
+"""`cbsa label`: labels of a run, or of new images, as a file that a labeling tool imports."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def label(words: Sequence[str]) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa label",
-        description="Writes the labels of a run's unlabelled images, or of new images, for a labelling tool.",
+        description="Writes the labels of a run's unlabeled images, or of new images, for a labeling tool.",
     )
     parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/cbsa/version_0")
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="tool or format")
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     studio.add_argument(
         "--tasks", type=Path, help="JSON export of a project: write predictions for its tasks instead of new tasks"
     )
-    studio.add_argument("--label_config", type=Path, help="with --tasks: XML of the project's labelling interface")
+    studio.add_argument("--label_config", type=Path, help="with --tasks: XML of the project's labeling interface")
     studio.add_argument("--prefix", help="with --tasks: path or URL of --root in the project, such as photos")
     return parser
 
@@ -110,7 +110,7 @@ def _labels(args: argparse.Namespace) -> ImageLabels:
     file = args.run / LABELS
     if not file.is_file():
         raise ConfigError(
-            f"{file} does not exist: {args.run} is no finished run with unlabelled images, or was made with "
+            f"{file} does not exist: {args.run} is no finished run with unlabeled images, or was made with "
             "--labels.enabled false. Give --images FOLDER to label images by its checkpoint."
         )
     return read_labels(file)
@@ -123,7 +123,7 @@ def _write(args: argparse.Namespace, labels: ImageLabels, output: Path) -> None:
         write_json(output, tasks)
         interface = output.with_suffix(".xml")
         interface.write_text(label_studio_config(labels, control) + "\n", encoding="utf-8")
-        print(f"Labelling interface of the project, with all classes: {interface}")
+        print(f"Labeling interface of the project, with all classes: {interface}")
         return
     writers: dict[str, Callable[[], None]] = {
         "cvat": lambda: write_xml(output, cvat_xml(labels, _sizes(args, labels))),

@@ -37,11 +37,11 @@ from cbsa_lightning.cli.config_files import check_configs, expand_paths, naming_
 from cbsa_lightning.cli.parser import PlainParser, plain_cause
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.io import runs
 from cbsa_lightning.io.runs import folder_of, refuse_taken, set_folder
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.comparison import compare
 from cbsa_lightning.training.gain import Gain, GainCheck, report_gain
 from cbsa_lightning.training.loggers import going_on
@@ -60,7 +60,7 @@ _NO_CHECKPOINT = (
 
 
 class RunRecord(SaveConfigCallback):
-    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labelled split.
+    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labeled split.
 
     A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
     first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
@@ -136,7 +136,7 @@ class RunRecord(SaveConfigCallback):
         split = getattr(trainer.datamodule, "split", None)
         if split is not None:
             split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
-            LabelledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELLED)
+            LabeledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELED)
 
 
 def _seed(everything: bool | int) -> int:
@@ -186,7 +186,7 @@ class CBSACLI(LightningCLI):
             "--compare",
             type=bool,
             default=False,
-            help="After the fit, train the same network on the labelled images alone for as many steps, and print its "
+            help="After the fit, train the same network on the labeled images alone for as many steps, and print its "
             "mAP beside those of zero-shot CLIP, of probes on frozen features, and of this run.",
         )
 
@@ -207,8 +207,8 @@ class CBSACLI(LightningCLI):
             "--gain",
             type=GainCheck | None,
             default=None,
-            help="Before the fit, estimate from the labelled images alone whether the unlabelled ones will help, for "
-            "example --gain.folds 2; with --gain.keep_labelled_only true train without them if they will not.",
+            help="Before the fit, estimate from the labeled images alone whether the unlabeled ones will help, for "
+            "example --gain.folds 2; with --gain.keep_labeled_only true train without them if they will not.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -258,8 +258,8 @@ class CBSACLI(LightningCLI):
                 raise
             raise cause from None
         data: Any = self.datamodule
-        if self._earlier is not None and self._earlier.labelled is not None:
-            data.trained_before = self._earlier.labelled.trained()
+        if self._earlier is not None and self._earlier.labeled is not None:
+            data.trained_before = self._earlier.labeled.trained()
 
     @staticmethod
     def _lacks_training(source: Any) -> bool:
@@ -330,12 +330,12 @@ class CBSACLI(LightningCLI):
             return
         self._gain = check(self.model, self.datamodule, dict(self._get(self.config_init, "trainer")))
         rank_zero_info(self._gain.sentence())
-        self._left_out = check.keep_labelled_only and self._gain.hurts
+        self._left_out = check.keep_labeled_only and self._gain.hurts
         if self._left_out:
-            self.model.labeler = LabelledOnly()
+            self.model.labeler = LabeledOnly()
             # The saved configuration is to say what was trained, also for who resumes the run.
             config = self.config[str(self.subcommand)]
-            config.model.init_args.labeler = {"class_path": "LabelledOnly"}
+            config.model.init_args.labeler = {"class_path": "LabeledOnly"}
             config.model.init_args.stack_share = 0.0
             config.model.init_args.objective = None
             config.gain = None
@@ -352,11 +352,11 @@ class CBSACLI(LightningCLI):
         if self._gain is not None:
             report_gain(self._gain, self.trainer, self._left_out)
         if self._untrained is not None and self._left_out:
-            rank_zero_info("No comparison: this run is the labelled-only one.")
+            rank_zero_info("No comparison: this run is the labeled-only one.")
         elif self._untrained is not None:
             settings = dict(self._get(self.config_init, "trainer"))
             found = compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
-            others = {"the same network trained on the labels alone": found["labelled only"]}
+            others = {"the same network trained on the labels alone": found["labeled only"]}
             trainer: Any = self.trainer
             for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
                 page.write(trainer, self.model, others)

@@ -20,6 +20,10 @@ MODULES = {
 """New home of each module whose classes configurations name, by its name in version 0.1."""
 
 
+CLASSES = {"LabelledOnly": "LabeledOnly"}
+"""New name of each class that has another one since."""
+
+
 def current(value: Any) -> Any:
     """The same settings with class paths of this version.
 
@@ -32,5 +36,5 @@ def current(value: Any) -> Any:
         return [current(part) for part in value]
     if isinstance(value, str) and value.startswith("cbsa_lightning."):
         module, _, name = value.removeprefix("cbsa_lightning.").rpartition(".")
-        return f"cbsa_lightning.{MODULES[module]}.{name}" if module in MODULES else value
+        return f"cbsa_lightning.{MODULES[module]}.{CLASSES.get(name, name)}" if module in MODULES else value
     return value

@@ -115,7 +115,7 @@ class FrozenCLIP(nn.Module):
         """Everything below the pool, without gradients.
 
         Args:
-            images: (B, 3, H, W), uint8, or float in [0, 1]; normalised here.
+            images: (B, 3, H, W), uint8, or float in [0, 1]; normalized here.
 
         Returns:
             What ``pool`` takes: a map (B, c, h, w) of a ResNet or timm tower, tokens (B, 1 + h*w, c) of a ViT.
@@ -154,7 +154,7 @@ class FrozenCLIP(nn.Module):
         return cast(Tensor, self.text.token_embedding(tokens.to(self.mean.device)))
 
     def encode_prompts(self, embeddings: Tensor, eot: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Text features (P, d) of prompt embeddings (P, L, w) read out at ``eot`` (P,); not normalised.
+        """Text features (P, d) of prompt embeddings (P, L, w) read out at ``eot`` (P,); not normalized.
 
         The tower is causal: any L that includes the last end-of-text token gives the same features, so cut behind
         it. All prompts of a step go in one call. Differentiable. Words that many prompts begin with go in ``prefix``
@@ -163,7 +163,7 @@ class FrozenCLIP(nn.Module):
         return cast(Tensor, self.text(embeddings, eot, prefix))
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Text features (P, d) of P texts, without gradients, for zero-shot scores; not normalised."""
+        """Text features (P, d) of P texts, without gradients, for zero-shot scores; not normalized."""
         tokens = self.tokenize(texts).to(self.mean.device)
         eot = self.eot(tokens)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from cbsa_lightning.errors import ConfigError
 
 
 class ImageTokens(NamedTuple):
-    """One global and h*w local features an image, all in CLIP's joint space, not normalised.
+    """One global and h*w local features an image, all in CLIP's joint space, not normalized.
 
     Attributes:
         g: (B, d) global features; equal to open_clip's ``encode_image``.

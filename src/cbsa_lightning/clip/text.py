@@ -88,7 +88,7 @@ class TextTower(nn.Module):
                 and so on. It is encoded G times instead of P times, which is exact since the tower is causal.
 
         Returns:
-            (P, d), not normalised.
+            (P, d), not normalized.
 
         Raises:
             ConfigError: N + L exceeds the context length.

@@ -8,25 +8,25 @@ from torch import Tensor
 
 
 class TrainBatch(NamedTuple):
-    """Strong views, labelled images first.
+    """Strong views, labeled images first.
 
     Attributes:
         images: ``(B, 3, S, S)`` uint8, or None where ``features`` stand for them.
         targets: ``(B, C)`` int8 in {1, 0, -1}; all -1 for an image whose labels the run may not see.
         index: ``(B,)`` int64, row of each image in the train table.
-        labelled: ``(B,)`` bool.
+        labeled: ``(B,)`` bool.
         features: What the frozen tower made of the images, ``(B, ...)`` float16 from a cache, or None.
     """
 
     images: Tensor | None
     targets: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a batch
-    labelled: Tensor
+    labeled: Tensor
     features: Tensor | None = None
 
 
 class EvalBatch(NamedTuple):
-    """Views without distortion, or weak views of unlabelled images.
+    """Views without distortion, or weak views of unlabeled images.
 
     Attributes:
         images: ``(B, 3, S, S)`` uint8, or None where ``features`` stand for them.

@@ -1,6 +1,6 @@
-"""Pictures made on the spot: scikit-learn's handwritten digits in small cluttered colour scenes.
+"""Pictures made on the spot: scikit-learn's handwritten digits in small cluttered color scenes.
 
-Drawing only: what is drawn where and in which colour is a function of the random generator handed in. Which
+Drawing only: what is drawn where and in which color is a function of the random generator handed in. Which
 digits share an image is decided in `cbsa_lightning.data.readers.digits`.
 """
 
@@ -14,11 +14,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-Colour: TypeAlias = tuple[int, int, int]
+Color: TypeAlias = tuple[int, int, int]
 Part: TypeAlias = Literal["train", "test", "pretrain"]
 
-# Inks are shared by all scenes, so that a colour tells nothing about a class.
-INKS: tuple[Colour, ...] = (
+# Inks are shared by all scenes, so that a color tells nothing about a class.
+INKS: tuple[Color, ...] = (
     (255, 250, 240), (255, 214, 79), (255, 138, 101), (240, 98, 146), (128, 222, 234), (174, 234, 120),
     (40, 44, 72), (120, 30, 60), (20, 80, 84), (84, 46, 20),
 )  # fmt: skip
@@ -59,17 +59,17 @@ def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> I
     step = (8 + 2 * MARGIN) / pixels
     cos, sin = math.cos(angle) * step, math.sin(angle) * step
     a, b, c, d = cos, sin + shear * cos, -sin, cos - shear * sin
-    centre_in, centre_out = 4 + MARGIN, pixels / 2
-    matrix = (a, b, centre_in - (a + b) * centre_out, c, d, centre_in - (c + d) * centre_out)
+    center_in, center_out = 4 + MARGIN, pixels / 2
+    matrix = (a, b, center_in - (a + b) * center_out, c, d, center_in - (c + d) * center_out)
     size = (pixels, pixels)
-    grey = np.asarray(source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
-    edge = np.clip((grey - 0.28) / 0.3, 0.0, 1.0)  # a soft threshold: crisp strokes instead of blurred pixels
+    gray = np.asarray(source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
+    edge = np.clip((gray - 0.28) / 0.3, 0.0, 1.0)  # a soft threshold: crisp strokes instead of blurred pixels
     return Image.fromarray((255 * edge * edge * (3 - 2 * edge)).astype(np.uint8))
 
 
-def paste(canvas: Image.Image, mask: Image.Image, centre: tuple[float, float], ink: Colour, opacity: float) -> None:
-    """Inks ``mask`` onto ``canvas`` around ``centre``, with a thin halo that keeps it readable anywhere."""
-    corner = (round(centre[0] - mask.width / 2), round(centre[1] - mask.height / 2))
+def paste(canvas: Image.Image, mask: Image.Image, center: tuple[float, float], ink: Color, opacity: float) -> None:
+    """Inks ``mask`` onto ``canvas`` around ``center``, with a thin halo that keeps it readable anywhere."""
+    corner = (round(center[0] - mask.width / 2), round(center[1] - mask.height / 2))
     halo = (24, 26, 44) if sum(ink) > 384 else (250, 244, 232)
     wide = mask.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(1.2))
     nothing = Image.new("L", mask.size)
@@ -78,7 +78,7 @@ def paste(canvas: Image.Image, mask: Image.Image, centre: tuple[float, float], i
 
 
 def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[tuple[float, float]]:
-    """Centres for square masks of ``widths`` pixels that stay inside the canvas and hardly overlap."""
+    """Centers for square masks of ``widths`` pixels that stay inside the canvas and hardly overlap."""
     chosen: list[tuple[float, float]] = []
     for width in widths:
         low, high = 0.42 * width, size - 0.42 * width
@@ -95,16 +95,16 @@ def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[t
     return chosen
 
 
-def shade(rng: np.random.Generator, colour: Colour, spread: int = 18) -> Colour:
-    """A colour near ``colour``."""
+def shade(rng: np.random.Generator, color: Color, spread: int = 18) -> Color:
+    """A color near ``color``."""
     r, g, b = (
         min(max(value + change, 0), 255)
-        for value, change in zip(colour, rng.integers(-spread, spread + 1, 3).tolist(), strict=True)
+        for value, change in zip(color, rng.integers(-spread, spread + 1, 3).tolist(), strict=True)
     )
     return r, g, b
 
 
-def gradient(size: int, top: Colour, bottom: Colour) -> Image.Image:
+def gradient(size: int, top: Color, bottom: Color) -> Image.Image:
     """A canvas that fades from ``top`` to ``bottom``."""
     ramp = np.linspace(0, 1, size)[:, None, None]
     rows = np.asarray(top) * (1 - ramp) + np.asarray(bottom) * ramp
@@ -207,8 +207,8 @@ def draw_canvas(rng: np.random.Generator, size: int, scene: str, digits: Sequenc
         paste(canvas, mask.crop(cut), (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.15, 0.35))
     masks = [_glyph(rng, source, int(rng.choice(np.flatnonzero(source.digits == digit))), size) for digit in digits]
     boxes = {}
-    centres = places(rng, size, [mask.width for mask in masks])
-    for digit, mask, (x, y) in zip(digits, masks, centres, strict=True):
+    centers = places(rng, size, [mask.width for mask in masks])
+    for digit, mask, (x, y) in zip(digits, masks, centers, strict=True):
         paste(canvas, mask, (x, y), INKS[rng.integers(len(INKS))], rng.uniform(0.85, 1.0))
         half = mask.width * 8 / (8 + 2 * MARGIN) / 2
         boxes[digit] = (x - half, y - half, x + half, y + half)

@@ -37,14 +37,14 @@ def duplicates(items: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Normalises class names.
+    """Normalizes class names.
 
     Args:
         class_names: Names as found.
         where: What to call their place in a message.
 
     Raises:
-        DataError: There is none, or one is empty, or two are equal once normalised.
+        DataError: There is none, or one is empty, or two are equal once normalized.
     """
     names = tuple(clean_name(name) for name in class_names)
     if not names:
@@ -63,7 +63,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
 
 
 def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Normalises prompt names and refuses two classes that the text tower could not tell apart.
+    """Normalizes prompt names and refuses two classes that the text tower could not tell apart.
 
     CLIP's tokenizer lower-cases and collapses white space, and prompts replace "_" by a space: texts are
     compared after that.

@@ -1,4 +1,4 @@
-"""SSMLLDataModule: labelled and unlabelled images, in weak and strong views, for semi-supervised training."""
+"""SSMLLDataModule: labeled and unlabeled images, in weak and strong views, for semi-supervised training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cbsa_lightning.arguments import check_choice, check_flags, check_kind, chec
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.batch_sizes import (
     check_batch,
-    default_labelled_per_batch,
+    default_labeled_per_batch,
     default_warmup_batch_size,
     steps_per_epoch,
 )
@@ -44,11 +44,11 @@ from cbsa_lightning.data.datasets import (
 )
 from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
-from cbsa_lightning.data.labelled_images import rows_among
+from cbsa_lightning.data.labeled_images import rows_among
 from cbsa_lightning.data.needed_views import PLAIN, needed_views
 from cbsa_lightning.data.readers import Source
-from cbsa_lightning.data.readers.unlabelled import left_out, read_images
-from cbsa_lightning.data.samplers import InOrderBatches, LabelledBatches, PairedBatches
+from cbsa_lightning.data.readers.unlabeled import left_out, read_images
+from cbsa_lightning.data.samplers import InOrderBatches, LabeledBatches, PairedBatches
 from cbsa_lightning.data.splits import Split, make_split
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
@@ -60,19 +60,19 @@ class SSMLLDataModule(L.LightningDataModule):
     Args:
         source: Where images and labels come from (``cbsa_lightning.data.readers``).
         image_size: Side S of the square that images are resized to, in pixels.
-        labelled_fraction: Share p of the training images that keeps its labels, drawn by ``seed``; the labels of
+        labeled_fraction: Share p of the training images that keeps its labels, drawn by ``seed``; the labels of
             the others are hidden from training and only used to measure pseudo-labels. None takes the table as it
-            is: rows with any known label are labelled, the others are not.
+            is: rows with any known label are labeled, the others are not.
         split_file: A split saved by an earlier run, to be used instead of drawing one.
-        held_out_fraction: Share of the labelled images set aside for validation. None: 0 where the source has a
+        held_out_fraction: Share of the labeled images set aside for validation. None: 0 where the source has a
             test table, else 0.2.
         seed: Seed of split, order and views.
-        batch_size: B, images a step, labelled and unlabelled together, over all processes.
-        labelled_per_batch: Labelled images among them; None: ``max(1, round(1.25 p B))``, CAP's share.
-        warmup_batch_size: Labelled images a step while only those are used; None: CAP's, 16 for p = .05 to 64 for
+        batch_size: B, images a step, labeled and unlabeled together, over all processes.
+        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, CAP's share.
+        warmup_batch_size: Labeled images a step while only those are used; None: CAP's, 16 for p = .05 to 64 for
             p = .20, at most B.
         min_steps_per_epoch: Training steps that an epoch has at least: it goes through a smaller set several times, so
-            that few images get enough optimisation. 1, the paper's: an epoch is one pass.
+            that few images get enough optimization. 1, the paper's: an epoch is one pass.
         eval_batch_size: Images a step without gradient.
         num_workers: Loader processes. They change speed only, never a view.
         cutout: Side of the square cut from strong views, as a share of the image's.
@@ -81,7 +81,7 @@ class SSMLLDataModule(L.LightningDataModule):
             and not every epoch; the views are the same. None decodes the files each time.
         fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size with both sides
             of ``image_size`` or more: for 640 x 480 at half of it, in two thirds of the time. Pixels of the views
-            then differ, by two grey levels in the mean and by tens at sharp edges, so use it in all of the runs
+            then differ, by two gray levels in the mean and by tens at sharp edges, so use it in all of the runs
             that are compared, or in none.
         feature_cache: Where features of the frozen tower are kept, computed once before training: the threshold pass
             and validation then cost no image, and, if strong views are kept too, training neither. None computes
@@ -93,7 +93,7 @@ class SSMLLDataModule(L.LightningDataModule):
     Attributes:
         left_out: Files of the images that were skipped.
         trained_before: Paths of images, as in the table or in full, that are not held out for validation since the
-            weights that training starts from have learnt their labels.
+            weights that training starts from have learned their labels.
         gives_unread: Whether an image to predict that cannot be read comes as a black one, named in its batch, for who
             lists it; else it is an error.
 
@@ -110,12 +110,12 @@ class SSMLLDataModule(L.LightningDataModule):
         self,
         source: Source,
         image_size: int = 224,
-        labelled_fraction: float | None = None,
+        labeled_fraction: float | None = None,
         split_file: str | None = None,
         held_out_fraction: float | None = None,
         seed: int = 1,
         batch_size: int = 64,
-        labelled_per_batch: int | None = None,
+        labeled_per_batch: int | None = None,
         warmup_batch_size: int | None = None,
         min_steps_per_epoch: int = 1,
         eval_batch_size: int = 128,
@@ -129,7 +129,7 @@ class SSMLLDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_kind("source", source, Source, "a source of cbsa_lightning.data.readers, such as Table(train=FILE)")
-        for name, share in (("labelled_fraction", labelled_fraction), ("held_out_fraction", held_out_fraction)):
+        for name, share in (("labeled_fraction", labeled_fraction), ("held_out_fraction", held_out_fraction)):
             if share is not None:
                 check_number(name, share, 0, 1)
         check_number("cutout", cutout, 0, 1)
@@ -140,7 +140,7 @@ class SSMLLDataModule(L.LightningDataModule):
             ("min_steps_per_epoch", min_steps_per_epoch),
             ("eval_batch_size", eval_batch_size),
             ("num_workers", num_workers),
-            ("labelled_per_batch", labelled_per_batch),
+            ("labeled_per_batch", labeled_per_batch),
             ("warmup_batch_size", warmup_batch_size),
         ):
             if size is not None:
@@ -161,7 +161,7 @@ class SSMLLDataModule(L.LightningDataModule):
             ("image_size", image_size, 1, 1 << 13),
             ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits
             ("batch_size", batch_size, None, 1 << 20),
-            ("labelled_per_batch", labelled_per_batch, None, 1 << 20),
+            ("labeled_per_batch", labeled_per_batch, None, 1 << 20),
             ("warmup_batch_size", warmup_batch_size, 1, 1 << 20),
             ("min_steps_per_epoch", min_steps_per_epoch, 1, 1 << 20),
             ("eval_batch_size", eval_batch_size, 1, 1 << 20),
@@ -170,12 +170,12 @@ class SSMLLDataModule(L.LightningDataModule):
             _refuse_outside(name, value, least, most)
         self.source = source
         self.image_size = image_size
-        self.labelled_fraction = labelled_fraction
+        self.labeled_fraction = labeled_fraction
         self.split_file = split_file
         self.held_out_fraction = held_out_fraction
         self.seed = seed
         self.batch_size = batch_size
-        self._labelled_per_batch = labelled_per_batch
+        self._labeled_per_batch = labeled_per_batch
         self._warmup_batch_size = warmup_batch_size
         self.min_steps_per_epoch = min_steps_per_epoch
         self.eval_batch_size = eval_batch_size
@@ -205,23 +205,23 @@ class SSMLLDataModule(L.LightningDataModule):
         return list(self.source.prompt_names)
 
     @property
-    def labelled_share(self) -> float:
-        """p, the share of training images that are labelled: the one asked for, else that of the table."""
-        return self.split.labelled_share
+    def labeled_share(self) -> float:
+        """p, the share of training images that are labeled: the one asked for, else that of the table."""
+        return self.split.labeled_share
 
     @property
-    def labelled_per_batch(self) -> int:
-        """Labelled images in a batch of the semi-supervised stage."""
-        if self._labelled_per_batch is not None:
-            return self._labelled_per_batch
-        return default_labelled_per_batch(self.labelled_share, self.batch_size)
+    def labeled_per_batch(self) -> int:
+        """Labeled images in a batch of the semi-supervised stage."""
+        if self._labeled_per_batch is not None:
+            return self._labeled_per_batch
+        return default_labeled_per_batch(self.labeled_share, self.batch_size)
 
     @property
     def warmup_batch_size(self) -> int:
-        """Images in a batch of labelled images only."""
+        """Images in a batch of labeled images only."""
         if self._warmup_batch_size is not None:
             return self._warmup_batch_size
-        return default_warmup_batch_size(self.labelled_share, self.batch_size)
+        return default_warmup_batch_size(self.labeled_share, self.batch_size)
 
     def prepare_data(self) -> None:
         """Downloads or generates what the source can make by itself and fills the image cache, in one process."""
@@ -251,7 +251,7 @@ class SSMLLDataModule(L.LightningDataModule):
             self.split = make_split(
                 self.train_table,
                 file=self.split_file,
-                labelled_fraction=self.labelled_fraction,
+                labeled_fraction=self.labeled_fraction,
                 held_out_fraction=self.held_out_fraction,
                 has_test=self.test_table is not None,
                 seed=self.seed,
@@ -259,7 +259,7 @@ class SSMLLDataModule(L.LightningDataModule):
             )
         else:
             self.split = Split(*np.empty((2, 0), np.int64))
-        check_batch(self.batch_size, self.labelled_per_batch)
+        check_batch(self.batch_size, self.labeled_per_batch)
         self.train_table.require_files()
         if self.test_table is not None:
             self.test_table.require_files()
@@ -301,8 +301,8 @@ class SSMLLDataModule(L.LightningDataModule):
     def _refuse_unreadable(self) -> None:
         """Refuses images of the coming fit that cannot be read."""
         split = self.split
-        unlabelled = split.unlabelled[:0] if self._learns_from_labels_alone else split.unlabelled
-        wanted = [(self.train_table, np.concatenate([split.labelled, unlabelled, split.held_out]))]
+        unlabeled = split.unlabeled[:0] if self._learns_from_labels_alone else split.unlabeled
+        wanted = [(self.train_table, np.concatenate([split.labeled, unlabeled, split.held_out]))]
         if self.test_table is not None and not len(split.held_out):
             wanted.append((self.test_table, np.arange(len(self.test_table))))
         refuse_unreadable(wanted)
@@ -310,7 +310,7 @@ class SSMLLDataModule(L.LightningDataModule):
     @property
     def _learns_from_labels_alone(self) -> bool:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        return module is not None and module.second_stage == "labelled-only"
+        return module is not None and module.second_stage == "labeled-only"
 
     def _check_leaks(self) -> None:
         if self.test_table is None:
@@ -322,13 +322,13 @@ class SSMLLDataModule(L.LightningDataModule):
                 "nothing; take them out of one of the two tables."
             )
 
-    def labelled_targets(self) -> torch.Tensor:
-        """Labels of the labelled images, ``(m, C)`` int8, in the order of ``split.labelled``."""
-        return torch.from_numpy(self.train_table.labels[self.split.labelled])
+    def labeled_targets(self) -> torch.Tensor:
+        """Labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
+        return torch.from_numpy(self.train_table.labels[self.split.labeled])
 
     def hidden_targets(self) -> torch.Tensor:
-        """What the table knows of the unlabelled images, ``(n, C)`` int8, -1 where nothing: for measuring only."""
-        return torch.from_numpy(self.train_table.labels[self.split.unlabelled])
+        """What the table knows of the unlabeled images, ``(n, C)`` int8, -1 where nothing: for measuring only."""
+        return torch.from_numpy(self.train_table.labels[self.split.unlabeled])
 
     # Features of a frozen tower --------------------------------------------------------------------------------
 
@@ -430,25 +430,25 @@ class SSMLLDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Labelled images alone in the warm-up, then labelled and unlabelled ones.
+        """Labeled images alone in the warm-up, then labeled and unlabeled ones.
 
         The module says which of the two the present epoch is (:meth:`SSMLLModule.stage`); called without a trainer
         this gives the semi-supervised batches.
         """
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        labelled = np.zeros(len(self.train_table), dtype=bool)
-        labelled[self.split.labelled] = True
+        labeled = np.zeros(len(self.train_table), dtype=bool)
+        labeled[self.split.labeled] = True
         view = StrongView(self.image_size, self.seed, self.cutout)
-        dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labelled)
+        dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labeled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
         if stage == "warm-up":
-            batches: Any = LabelledBatches(
-                self.split.labelled, self.warmup_batch_size, self.seed, self._warmup_steps(), **self._ranks()
+            batches: Any = LabeledBatches(
+                self.split.labeled, self.warmup_batch_size, self.seed, self._warmup_steps(), **self._ranks()
             )
-        elif stage == "labelled-only":
-            batches = LabelledBatches(
-                self.split.labelled,
+        elif stage == "labeled-only":
+            batches = LabeledBatches(
+                self.split.labeled,
                 self.warmup_batch_size,
                 self.seed,
                 self._semi_supervised_steps(),
@@ -463,32 +463,32 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches)
 
     def _paired(self) -> PairedBatches:
-        if not len(self.split.unlabelled):
+        if not len(self.split.unlabeled):
             raise DataError(
-                "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, "
-                "set labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
+                "There is no unlabeled image, so nothing to learn from beside the labels. Add rows without labels, "
+                "set labeled_fraction below 1, or train on the labels alone (model labeler: LabeledOnly)."
             )
-        lb = self.labelled_per_batch
+        lb = self.labeled_per_batch
         ub = self.batch_size - lb
-        steps = self._more_than_a_pass(len(self.split.unlabelled), ub)
-        return PairedBatches(self.split.labelled, self.split.unlabelled, lb, ub, self.seed, steps, **self._ranks())
+        steps = self._more_than_a_pass(len(self.split.unlabeled), ub)
+        return PairedBatches(self.split.labeled, self.split.unlabeled, lb, ub, self.seed, steps, **self._ranks())
 
     def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
         """Steps of an epoch, or None where one pass over the images has enough."""
         return self.min_steps_per_epoch if self.min_steps_per_epoch > steps_per_epoch(images, batch_size) else None
 
     def _warmup_steps(self) -> int | None:
-        return self._more_than_a_pass(len(self.split.labelled), self.warmup_batch_size)
+        return self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
 
     def _semi_supervised_steps(self) -> int:
         """Steps of a semi-supervised epoch; a run on labels alone takes as many, so that both are comparable."""
-        if len(self.split.unlabelled):
+        if len(self.split.unlabeled):
             return len(self._paired())
-        return steps_per_epoch(len(self.split.labelled), self.batch_size, self.min_steps_per_epoch)
+        return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
-        """Weak views of this process's share of the unlabelled images, in order."""
-        table, indices = self.train_table, self.split.unlabelled
+        """Weak views of this process's share of the unlabeled images, in order."""
+        table, indices = self.train_table, self.split.unlabeled
         view = WeakView(self.image_size, self.seed)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
@@ -497,7 +497,7 @@ class SSMLLDataModule(L.LightningDataModule):
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
         """Undistorted views of this process's share of some ``rows`` of the train table, in order.
 
-        Images, where features of some rows are not kept: those of the unlabelled images in a run on labels alone.
+        Images, where features of some rows are not kept: those of the unlabeled images in a run on labels alone.
         """
         kept = self._features is None or bool((self._features.rows["train"][rows, PLAIN] >= 0).all())
         return self._eval_loader("train" if kept else None, self.train_table, self._train_images, rows)
@@ -525,7 +525,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return "test", self.test_table, self._test_images
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
-        """Images held out from the labelled ones if any were, else the test images."""
+        """Images held out from the labeled ones if any were, else the test images."""
         return self._eval_loader(*self._enough(*self._evaluated()))
 
     def val_images(self) -> DataLoader[EvalBatch]:

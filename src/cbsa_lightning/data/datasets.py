@@ -63,32 +63,30 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
     Args:
         views: Gives the view of a draw as a uint8 image, or as float16 features of it.
         targets: ``(n, C)`` int8 handed out with the views.
-        labelled: ``(n,)`` bool handed out too, or None. Targets of rows that are not labelled come out as -1, so that
+        labeled: ``(n,)`` bool handed out too, or None. Targets of rows that are not labeled come out as -1, so that
             training never sees them.
     """
 
-    def __init__(
-        self, views: Callable[[Draw], Tensor], targets: np.ndarray, labelled: np.ndarray | None = None
-    ) -> None:
-        self.views, self.targets, self.labelled = views, targets, labelled
+    def __init__(self, views: Callable[[Draw], Tensor], targets: np.ndarray, labeled: np.ndarray | None = None) -> None:
+        self.views, self.targets, self.labeled = views, targets, labeled
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
         view, target = self.views(draw), torch.from_numpy(self.targets[draw.index])
-        if self.labelled is None:
+        if self.labeled is None:
             return view, target, draw.index
-        labelled = bool(self.labelled[draw.index])
-        return view, target if labelled else torch.full_like(target, -1), draw.index, labelled
+        labeled = bool(self.labeled[draw.index])
+        return view, target if labeled else torch.full_like(target, -1), draw.index, labeled
 
 
 def collate(items: list[tuple[Any, ...]]) -> TrainBatch | EvalBatch:
-    """A batch of items of :class:`ViewDataset`: for training if they have ``labelled``."""
-    views, targets, index, *labelled = zip(*items, strict=True)
+    """A batch of items of :class:`ViewDataset`: for training if they have ``labeled``."""
+    views, targets, index, *labeled = zip(*items, strict=True)
     images, features = _stacked(views)
-    if labelled:
-        return TrainBatch(images, torch.stack(targets), torch.tensor(index), torch.tensor(labelled[0]), features)
+    if labeled:
+        return TrainBatch(images, torch.stack(targets), torch.tensor(index), torch.tensor(labeled[0]), features)
     return EvalBatch(images, torch.stack(targets), torch.tensor(index), features)
 
 

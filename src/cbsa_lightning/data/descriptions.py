@@ -17,19 +17,19 @@ from cbsa_lightning.method.labelers import Evidence
 from cbsa_lightning.networks.base import Description
 
 
-def evidence_of(trainer: Any, pl_module: Any, unlabelled: bool = True) -> Evidence:
-    """Returns what the frozen towers say of the labelled images, then of the unlabelled ones, and the labels.
+def evidence_of(trainer: Any, pl_module: Any, unlabeled: bool = True) -> Evidence:
+    """Returns what the frozen towers say of the labeled images, then of the unlabeled ones, and the labels.
 
     Args:
         trainer: A Trainer that fits.
         pl_module: The module, untrained: its attention pool is CLIP's own.
-        unlabelled: Whether the unlabelled images are described as well.
+        unlabeled: Whether the unlabeled images are described as well.
     """
     data = semi_supervised(trainer.datamodule)
-    rows = np.concatenate([data.split.labelled, data.split.unlabelled if unlabelled else []]).astype(np.int64)
+    rows = np.concatenate([data.split.labeled, data.split.unlabeled if unlabeled else []]).astype(np.int64)
     files = data.train_table.paths[rows]
     found = describe_images(trainer, pl_module, data.plain_dataloader(rows), rows, files)
-    return Evidence(*found, torch.arange(len(data.split.labelled)), data.labelled_targets())
+    return Evidence(*found, torch.arange(len(data.split.labeled)), data.labeled_targets())
 
 
 @torch.no_grad()

@@ -57,10 +57,10 @@ _UPRIGHT = {
 def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndarray:
     """Reads an image file as upright RGB.
 
-    Grey, palette, CMYK and other modes are converted; 16-bit grey is scaled to 8 bits; transparent parts are
+    Gray, palette, CMYK and other modes are converted; 16-bit gray is scaled to 8 bits; transparent parts are
     laid over white; of an animation the first frame counts. The EXIF orientation is applied, and EXIF data
     that cannot be read count as none, since the pixels are whole. A truncated file is an error here, where
-    the related code base lets Pillow fill the rest with grey.
+    the related code base lets Pillow fill the rest with gray.
 
     Args:
         path: JPEG (also MPO), PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or, where Pillow decodes it, AVIF file.
@@ -110,7 +110,7 @@ def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     """Converts an image in memory to upright RGB, as :func:`decode` does with a file.
 
     Args:
-        image: Pillow image of any mode; or uint8 array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``: grey,
+        image: Pillow image of any mode; or uint8 array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``: gray,
             RGB or RGBA.
 
     Returns:
@@ -258,12 +258,12 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _to_rgb(name: Path, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
             raise DataError(
-                f"{name}: grey values from {grey.min()} to {grey.max()} do not fit 16 bits; save it with 8 bits"
+                f"{name}: gray values from {gray.min()} to {gray.max()} do not fit 16 bits; save it with 8 bits"
             )
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError(f"{name}: floating-point pixels have no known range; save it with 8 bits")
     if image.has_transparency_data:

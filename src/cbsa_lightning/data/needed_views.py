@@ -14,19 +14,19 @@ PLAIN, MIRRORED, STRONG = 0, 1, 2
 def needed_views(split: Split, images: int, strong_views: int, labels_alone: bool) -> NDArray[np.bool_]:
     """Returns which views of the training table are kept, ``(images, 2 + strong_views)`` bool.
 
-    Plain views of all images that the run uses, mirrored ones of the unlabelled images, and strong ones of those that
+    Plain views of all images that the run uses, mirrored ones of the unlabeled images, and strong ones of those that
     it trains on. Of a test table the plain views are kept.
 
     Args:
         split: Rows of the training table.
         images: Rows that the table has.
         strong_views: Strong views kept of each image.
-        labels_alone: Whether the run has no use for unlabelled images.
+        labels_alone: Whether the run has no use for unlabeled images.
     """
-    unlabelled = np.empty(0, np.int64) if labels_alone else split.unlabelled
-    trained = np.concatenate([split.labelled, unlabelled])
+    unlabeled = np.empty(0, np.int64) if labels_alone else split.unlabeled
+    trained = np.concatenate([split.labeled, unlabeled])
     needed = np.zeros((images, STRONG + strong_views), dtype=bool)
     needed[trained, STRONG:] = True
-    needed[unlabelled, MIRRORED] = True
+    needed[unlabeled, MIRRORED] = True
     needed[np.concatenate([trained, split.held_out]), PLAIN] = True
     return needed

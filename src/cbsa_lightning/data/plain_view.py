@@ -64,7 +64,7 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
         )
     if image.shape[:2] == (size, size):
         return image
-    # Pillow's antialiased bilinear filter, by torch: within one grey level, and several times faster.
+    # Pillow's antialiased bilinear filter, by torch: within one gray level, and several times faster.
     if not image.flags.writeable:  # torch warns about memory that it could not write to
         image = image.copy()
     batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is the result

@@ -12,7 +12,7 @@ from cbsa_lightning.arguments import check_choice, check_number
 from cbsa_lightning.data.annotations import POSITIVE, AnnotationTable
 from cbsa_lightning.data.batch_sizes import (
     check_batch,
-    default_labelled_per_batch,
+    default_labeled_per_batch,
     default_warmup_batch_size,
     steps_per_epoch,
 )
@@ -25,7 +25,7 @@ class RunSettings:
     """Settings of a run that decide what it does with a data set; names and defaults are those of the data module.
 
     Attributes:
-        labelled_only: Whether the run has no use for unlabelled images.
+        labeled_only: Whether the run has no use for unlabeled images.
         warmup_epochs: Epochs of the first stage, if known.
         max_epochs: Epochs of both stages, if known.
 
@@ -33,21 +33,21 @@ class RunSettings:
         ConfigError: A number is out of its bounds.
     """
 
-    labelled_fraction: float | None = None
+    labeled_fraction: float | None = None
     split_file: str | None = None
     held_out_fraction: float | None = None
     seed: int = 1
     batch_size: int = 64
-    labelled_per_batch: int | None = None
+    labeled_per_batch: int | None = None
     warmup_batch_size: int | None = None
     min_steps_per_epoch: int = 1
     on_error: Literal["stop", "skip"] = "stop"
-    labelled_only: bool = False
+    labeled_only: bool = False
     warmup_epochs: int | None = None
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("labelled_fraction", "held_out_fraction"):
+        for name in ("labeled_fraction", "held_out_fraction"):
             if (share := getattr(self, name)) is not None:
                 check_number(name, share, 0, 1)
         for name in ("batch_size", "warmup_batch_size", "min_steps_per_epoch"):
@@ -63,14 +63,14 @@ class Stage:
 
     Attributes:
         steps_per_epoch: Training steps.
-        labelled: Labelled images a step.
-        unlabelled: Unlabelled images a step.
+        labeled: Labeled images a step.
+        unlabeled: Unlabeled images a step.
         epochs: Epochs, if known.
     """
 
     steps_per_epoch: int
-    labelled: int
-    unlabelled: int
+    labeled: int
+    unlabeled: int
     epochs: int | None
 
 
@@ -85,7 +85,7 @@ class Plan:
         validated_on: "held-out images" or "test images".
         validated: How many these are.
         validated_classes: Classes with a positive among them: those that the mAP is the mean of.
-        warmup: The stage on labelled images.
+        warmup: The stage on labeled images.
         second: The stage after it.
     """
 
@@ -117,28 +117,28 @@ def make_plan(
         skipped: Rows of both tables whose images a run with ``on_error="skip"`` leaves out.
 
     Raises:
-        DataError: No image is labelled or none is unlabelled, or a split file does not fit.
+        DataError: No image is labeled or none is unlabeled, or a split file does not fit.
         ConfigError: Settings that leave no image of a kind, or no room in a batch.
     """
     split = make_split(
         train,
         file=settings.split_file,
-        labelled_fraction=settings.labelled_fraction,
+        labeled_fraction=settings.labeled_fraction,
         held_out_fraction=settings.held_out_fraction,
         has_test=test is not None,
         seed=settings.seed,
     ).without(skipped[0])
-    size, share = settings.batch_size, split.labelled_share
-    labelled = settings.labelled_per_batch
-    labelled = default_labelled_per_batch(share, size) if labelled is None else labelled
-    check_batch(size, labelled)
+    size, share = settings.batch_size, split.labeled_share
+    labeled = settings.labeled_per_batch
+    labeled = default_labeled_per_batch(share, size) if labeled is None else labeled
+    check_batch(size, labeled)
     warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
-    if not len(split.labelled):
-        raise DataError("There is no labelled image to train on. Use another split_file, or draw a split without one.")
-    if not len(split.unlabelled) and not settings.labelled_only:
+    if not len(split.labeled):
+        raise DataError("There is no labeled image to train on. Use another split_file, or draw a split without one.")
+    if not len(split.unlabeled) and not settings.labeled_only:
         raise DataError(
-            "There is no unlabelled image, so nothing to learn from beside the labels. Add rows without labels, set "
-            "labelled_fraction below 1, or train on the labels alone (model labeler: LabelledOnly)."
+            "There is no unlabeled image, so nothing to learn from beside the labels. Add rows without labels, set "
+            "labeled_fraction below 1, or train on the labels alone (model labeler: LabeledOnly)."
         )
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
     if not len(split.held_out) and tested is None:
@@ -147,12 +147,12 @@ def make_plan(
     if not len(validated):
         raise ConfigError("No image is left to validate on: all test images are skipped. Mend some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
-    if settings.labelled_only:
-        images = len(split.unlabelled) or len(split.labelled)
-        per_batch = size - labelled if len(split.unlabelled) else size
+    if settings.labeled_only:
+        images = len(split.unlabeled) or len(split.labeled)
+        per_batch = size - labeled if len(split.unlabeled) else size
         second = Stage(steps_per_epoch(images, per_batch, least), warmup, 0, other)
     else:
-        second = Stage(steps_per_epoch(len(split.unlabelled), size - labelled, least), labelled, size - labelled, other)
+        second = Stage(steps_per_epoch(len(split.unlabeled), size - labeled, least), labeled, size - labeled, other)
     return Plan(
         split,
         len(train),
@@ -160,7 +160,7 @@ def make_plan(
         "held-out images" if len(split.held_out) else "test images",
         len(validated),
         int(np.count_nonzero((validated == POSITIVE).any(axis=0))),
-        Stage(steps_per_epoch(len(split.labelled), warmup, least), warmup, 0, first),
+        Stage(steps_per_epoch(len(split.labeled), warmup, least), warmup, 0, first),
         second,
     )
 

@@ -21,29 +21,29 @@ class SemiSupervisedData(Protocol):
 
     Attributes:
         train_table: The n training images.
-        split: Which of its rows are labelled and unlabelled.
+        split: Which of its rows are labeled and unlabeled.
     """
 
     train_table: AnnotationTable
     split: Split
 
     def train_dataloader(self) -> Iterable[TrainBatch]:
-        """Strong views, of labelled images alone during the warm-up; asked for again when it ends."""
+        """Strong views, of labeled images alone during the warm-up; asked for again when it ends."""
 
     def val_dataloader(self) -> Iterable[EvalBatch]:
         """Plain views of the images to measure on."""
 
     def weak_dataloader(self, epoch: int) -> Iterable[EvalBatch]:
-        """Weak views of all unlabelled images, each process its share."""
+        """Weak views of all unlabeled images, each process its share."""
 
     def plain_dataloader(self, rows: np.ndarray) -> Iterable[EvalBatch]:
         """Plain views of these rows of ``train_table``, each process its share."""
 
-    def labelled_targets(self) -> Tensor:
-        """Labels ``(n_labelled, C)`` of the labelled rows, in {1, 0, -1 unknown}."""
+    def labeled_targets(self) -> Tensor:
+        """Labels ``(n_labeled, C)`` of the labeled rows, in {1, 0, -1 unknown}."""
 
     def hidden_targets(self) -> Tensor:
-        """What is known of the unlabelled rows, ``(n_unlabelled, C)``; for figures only, -1 where nothing is."""
+        """What is known of the unlabeled rows, ``(n_unlabeled, C)``; for figures only, -1 where nothing is."""
 
 
 _NAMES = [*SemiSupervisedData.__annotations__, *(name for name in vars(SemiSupervisedData) if name[0] != "_")]

@@ -27,13 +27,13 @@ class Step(NamedTuple):
         operation: A key of :data:`OPERATIONS`.
         magnitude: 1 (weakest) to 9, an index into the operation's table of strengths.
         sign: -1 or 1, for the operations that go either way.
-        centre: (x, y) in [0, 1) of the image size, for cutout.
+        center: (x, y) in [0, 1) of the image size, for cutout.
     """
 
     operation: str
     magnitude: int
     sign: int
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
 
 def draw_steps(rng: random.Random) -> tuple[Step, ...]:
@@ -117,7 +117,7 @@ def _invert(image: Image.Image, strength: float, step: Step) -> Image.Image:
 def _cutout(image: Image.Image, size: float, step: Step) -> Image.Image:
     # A square of 2 * (size // 2) pixels, clipped at the border; its size does not grow with the image.
     half = int(size) // 2
-    x, y = int(step.centre[0] * image.width), int(step.centre[1] * image.height)
+    x, y = int(step.center[0] * image.width), int(step.center[1] * image.height)
     box = (max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half))
     image = image.copy()
     image.paste(_CUTOUT_COLOUR, box)

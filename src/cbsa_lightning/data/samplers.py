@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from cbsa_lightning.data.annotations import blocks
 from cbsa_lightning.errors import ConfigError
 
-_LABELLED, _UNLABELLED = 0, 1  # separate random streams of one seed
+_LABELED, _UNLABELED = 0, 1  # separate random streams of one seed
 
 
 class Draw(NamedTuple):
@@ -85,11 +85,11 @@ class _Batches(Sampler[list[Draw]]):
         return list(draws[self.rank :: self.world_size])
 
 
-class LabelledBatches(_Batches):
-    """Shuffled batches of labelled images: one pass, or as many batches as asked for.
+class LabeledBatches(_Batches):
+    """Shuffled batches of labeled images: one pass, or as many batches as asked for.
 
     Args:
-        labelled: Rows of the labelled images, (n,) integers.
+        labeled: Rows of the labeled images, (n,) integers.
         batch_size: Images in a global batch, over all ranks together.
         seed: Seed of the order.
         num_batches: Batches an epoch. ``None`` is one pass, whose last batch may be smaller. A number gives
@@ -98,12 +98,12 @@ class LabelledBatches(_Batches):
         world_size: Number of processes.
 
     Raises:
-        ConfigError: No labelled images, a size below 1, or a batch that would leave a rank without images.
+        ConfigError: No labeled images, a size below 1, or a batch that would leave a rank without images.
     """
 
     def __init__(
         self,
-        labelled: Sequence[int] | np.ndarray,
+        labeled: Sequence[int] | np.ndarray,
         batch_size: int,
         seed: int,
         num_batches: int | None = None,
@@ -111,83 +111,83 @@ class LabelledBatches(_Batches):
         world_size: int = 1,
     ) -> None:
         super().__init__(seed, rank, world_size)
-        self.labelled = _rows(labelled, "labelled")
+        self.labeled = _rows(labeled, "labeled")
         self.batch_size = _at_least_one(batch_size, "batch_size")
         self.num_batches = None if num_batches is None else _at_least_one(num_batches, "num_batches")
-        last = batch_size if num_batches is not None else _size_of_last(len(self.labelled), batch_size)
+        last = batch_size if num_batches is not None else _size_of_last(len(self.labeled), batch_size)
         _every_rank_has_one(min(last, world_size), last, world_size)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on all ranks."""
-        return self.num_batches or -(-len(self.labelled) // self.batch_size)
+        return self.num_batches or -(-len(self.labeled) // self.batch_size)
 
     def _batches(self) -> Iterator[list[Draw]]:
         if self.num_batches is None:
-            draws = self._pass(self.labelled, _LABELLED, self.epoch, visit=0)
+            draws = self._pass(self.labeled, _LABELED, self.epoch, visit=0)
         else:
-            draws = self._passes(self.labelled, _LABELLED, self.epoch)
+            draws = self._passes(self.labeled, _LABELED, self.epoch)
         for _ in range(len(self)):
             yield self._share(_take(draws, self.batch_size))
 
 
 class PairedBatches(_Batches):
-    """Shuffled passes over the unlabelled images, one by default, each batch led by labelled images that cycle.
+    """Shuffled passes over the unlabeled images, one by default, each batch led by labeled images that cycle.
 
-    The last batch of a single pass may have fewer unlabelled images; its labelled part is full. The labelled images are
+    The last batch of a single pass may have fewer unlabeled images; its labeled part is full. The labeled images are
     permuted anew for each of their passes, so no order comes twice in an epoch.
 
     Args:
-        labelled: Rows of the labelled images, (n,) integers.
-        unlabelled: Rows of the unlabelled images, (m,) integers.
-        labelled_per_batch: Labelled images in a global batch, over all ranks together; may exceed n.
-        unlabelled_per_batch: Unlabelled images in a global batch, over all ranks together.
+        labeled: Rows of the labeled images, (n,) integers.
+        unlabeled: Rows of the unlabeled images, (m,) integers.
+        labeled_per_batch: Labeled images in a global batch, over all ranks together; may exceed n.
+        unlabeled_per_batch: Unlabeled images in a global batch, over all ranks together.
         seed: Seed of both orders.
-        num_batches: Batches an epoch; see :class:`LabelledBatches`.
+        num_batches: Batches an epoch; see :class:`LabeledBatches`.
         rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: No labelled or no unlabelled images, a size below 1, or a batch that would leave a rank
+        ConfigError: No labeled or no unlabeled images, a size below 1, or a batch that would leave a rank
             without images.
     """
 
     def __init__(
         self,
-        labelled: Sequence[int] | np.ndarray,
-        unlabelled: Sequence[int] | np.ndarray,
-        labelled_per_batch: int,
-        unlabelled_per_batch: int,
+        labeled: Sequence[int] | np.ndarray,
+        unlabeled: Sequence[int] | np.ndarray,
+        labeled_per_batch: int,
+        unlabeled_per_batch: int,
         seed: int,
         num_batches: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(seed, rank, world_size)
-        self.labelled = _rows(labelled, "labelled")
-        self.unlabelled = _rows(unlabelled, "unlabelled")
-        self.labelled_per_batch = _at_least_one(labelled_per_batch, "labelled_per_batch")
-        self.unlabelled_per_batch = _at_least_one(unlabelled_per_batch, "unlabelled_per_batch")
+        self.labeled = _rows(labeled, "labeled")
+        self.unlabeled = _rows(unlabeled, "unlabeled")
+        self.labeled_per_batch = _at_least_one(labeled_per_batch, "labeled_per_batch")
+        self.unlabeled_per_batch = _at_least_one(unlabeled_per_batch, "unlabeled_per_batch")
         self.num_batches = None if num_batches is None else _at_least_one(num_batches, "num_batches")
         one_pass = num_batches is None
-        last = _size_of_last(len(self.unlabelled), unlabelled_per_batch) if one_pass else unlabelled_per_batch
-        served = min(max(labelled_per_batch, last), world_size)
-        _every_rank_has_one(served, labelled_per_batch + last, world_size)
+        last = _size_of_last(len(self.unlabeled), unlabeled_per_batch) if one_pass else unlabeled_per_batch
+        served = min(max(labeled_per_batch, last), world_size)
+        _every_rank_has_one(served, labeled_per_batch + last, world_size)
 
     def __len__(self) -> int:
         """Batches an epoch, the same on all ranks."""
-        return self.num_batches or -(-len(self.unlabelled) // self.unlabelled_per_batch)
+        return self.num_batches or -(-len(self.unlabeled) // self.unlabeled_per_batch)
 
     def _batches(self) -> Iterator[list[Draw]]:
-        """Labelled draws first, then unlabelled ones."""
-        labelled = self._passes(self.labelled, _LABELLED, self.epoch)
+        """Labeled draws first, then unlabeled ones."""
+        labeled = self._passes(self.labeled, _LABELED, self.epoch)
         if self.num_batches is None:
-            unlabelled = self._pass(self.unlabelled, _UNLABELLED, self.epoch, visit=0)
+            unlabeled = self._pass(self.unlabeled, _UNLABELED, self.epoch, visit=0)
         else:
-            unlabelled = self._passes(self.unlabelled, _UNLABELLED, self.epoch)
+            unlabeled = self._passes(self.unlabeled, _UNLABELED, self.epoch)
         for _ in range(len(self)):
             yield [
-                *self._share(_take(labelled, self.labelled_per_batch)),
-                *self._share(_take(unlabelled, self.unlabelled_per_batch)),
+                *self._share(_take(labeled, self.labeled_per_batch)),
+                *self._share(_take(unlabeled, self.unlabeled_per_batch)),
             ]
 
 
@@ -247,7 +247,7 @@ def _size_of_last(total: int, size: int) -> int:
 def _rows(indices: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
     rows = np.asarray(indices)
     if rows.size == 0:
-        raise ConfigError(f"there are no {what} images: check the data set and the share that is labelled")
+        raise ConfigError(f"there are no {what} images: check the data set and the share that is labeled")
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(
             f"{what} images must be given as one list of row numbers; found {rows.dtype} values of shape {rows.shape}"

@@ -1,4 +1,4 @@
-"""Which images are labelled: drawn by (fraction, seed), kept as a file, and tied to one annotation table."""
+"""Which images are labeled: drawn by (fraction, seed), kept as a file, and tied to one annotation table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.reading import brief, read_text
 
 Rows = NDArray[np.int64]
-PARTS = ("labelled", "unlabelled", "held_out")
+PARTS = ("labeled", "unlabeled", "held_out")
+_STORED = dict(
+    zip(PARTS, ("labelled", "unlabelled", "held_out"), strict=True)
+)  # names in files and digests of format 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +29,10 @@ class Split:
     """Rows of one annotation table, in three parts that share none.
 
     Attributes:
-        labelled: (m,) int64 rows whose labels are trained on.
-        unlabelled: (u,) int64 rows used without their labels.
-        held_out: (v,) int64 labelled rows kept for validation.
-        fraction: The labelled share asked for; None where the table itself says what is known.
+        labeled: (m,) int64 rows whose labels are trained on.
+        unlabeled: (u,) int64 rows used without their labels.
+        held_out: (v,) int64 labeled rows kept for validation.
+        fraction: The labeled share asked for; None where the table itself says what is known.
         seed: What the permutation was drawn with; None where nothing was drawn.
         table_digest: ``AnnotationTable.digest()`` of the table that the rows belong to; "" until it is known.
 
@@ -37,8 +40,8 @@ class Split:
         DataError: The parts share a row, or hold a negative one.
     """
 
-    labelled: Rows
-    unlabelled: Rows
+    labeled: Rows
+    unlabeled: Rows
     held_out: Rows = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.int64))
     fraction: float | None = None
     seed: int | None = None
@@ -47,14 +50,14 @@ class Split:
     def __post_init__(self) -> None:
         for part in PARTS:
             object.__setattr__(self, part, _as_rows(getattr(self, part), part))
-        rows = np.concatenate([self.labelled, self.unlabelled, self.held_out])
+        rows = np.concatenate([self.labeled, self.unlabeled, self.held_out])
         rows.sort()
         if len(rows) and rows[0] < 0:
             raise DataError(f"split: row {rows[0]} is negative; rows count from 0")
         if (again := rows[1:] == rows[:-1]).any():
             raise DataError(
                 f"split: rows more than once: {listed(np.unique(rows[1:][again]))}; "
-                "a row is labelled, unlabelled or held out, once"
+                "a row is labeled, unlabeled or held out, once"
             )
 
     def without(self, rows: ArrayLike) -> Split:
@@ -63,11 +66,11 @@ class Split:
         return dataclasses.replace(self, **{part: kept[~np.isin(kept, rows)] for part, kept in parts.items()})
 
     @property
-    def labelled_share(self) -> float:
-        """p, the share of the training images that are labelled: the one asked for, else that of the table."""
+    def labeled_share(self) -> float:
+        """p, the share of the training images that are labeled: the one asked for, else that of the table."""
         if self.fraction is not None:  # int(p n) / n falls short of p: enough to turn a rounding
             return self.fraction
-        return len(self.labelled) / max(len(self.labelled) + len(self.unlabelled), 1)
+        return len(self.labeled) / max(len(self.labeled) + len(self.unlabeled), 1)
 
     @property
     def digest(self) -> str:
@@ -75,7 +78,7 @@ class Split:
         sha = hashlib.sha256()
         for part in PARTS:
             rows = getattr(self, part)
-            sha.update(f"{part} {len(rows)}\n".encode())
+            sha.update(f"{_STORED[part]} {len(rows)}\n".encode())
             sha.update(rows.astype("<i8").tobytes())
         return sha.hexdigest()
 
@@ -109,7 +112,7 @@ class Split:
         with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.write(head)
             for part in PARTS:
-                file.write(f', "{part}": ')
+                file.write(f', "{_STORED[part]}": ')
                 file.writelines(json_pieces(getattr(self, part)))
             file.write("}\n")
 
@@ -131,9 +134,7 @@ class Split:
             )
         try:
             split = cls(
-                record["labelled"],
-                record["unlabelled"],
-                record["held_out"],
+                *(record[_STORED[part]] for part in PARTS),
                 fraction=record["fraction"],
                 seed=record["seed"],
                 table_digest=digest,
@@ -158,7 +159,7 @@ def make_split(
     table: AnnotationTable,
     *,
     file: str | None = None,
-    labelled_fraction: float | None = None,
+    labeled_fraction: float | None = None,
     held_out_fraction: float | None = None,
     has_test: bool = False,
     seed: int = 1,
@@ -169,56 +170,56 @@ def make_split(
     Args:
         table: The training images.
         file: A saved split, used instead of drawing one.
-        labelled_fraction: Share of the images that keeps its labels; None takes the table as it is.
-        held_out_fraction: Share of the labelled images to hold out. None: 0 where there is a test table, else 0.2.
+        labeled_fraction: Share of the images that keeps its labels; None takes the table as it is.
+        held_out_fraction: Share of the labeled images to hold out. None: 0 where there is a test table, else 0.2.
         has_test: Whether there is a test table.
         seed: Seed of what is drawn.
         keep: Rows that are not to be held out.
 
     Raises:
-        DataError: The file is of another table, a share is asked of a table with unlabelled images, or no image is
-            labelled.
+        DataError: The file is of another table, a share is asked of a table with unlabeled images, or no image is
+            labeled.
         ConfigError: A share leaves no image of a kind.
     """
     if file is not None:
         return Split.load(Path(file), table)
-    if labelled_fraction is None:
+    if labeled_fraction is None:
         split = split_known(table)
     else:
         if unknown := int((table.labels < 0).all(1).sum()):
             raise DataError(
-                f"labelled_fraction {labelled_fraction} draws labelled images from a table in which all have labels, "
+                f"labeled_fraction {labeled_fraction} draws labeled images from a table in which all have labels, "
                 f"but {unknown} of {len(table)} training images have none. Leave it out: the images with labels are "
-                "then the labelled ones."
+                "then the labeled ones."
             )
-        split = split_labelled(len(table), labelled_fraction, seed, table.digest())
+        split = split_labeled(len(table), labeled_fraction, seed, table.digest())
     share = held_out_fraction
     if share is None:
         share = 0.0 if has_test else 0.2
     return hold_out(split, share, seed, keep) if share else split
 
 
-def split_labelled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
-    """Draws the labelled rows: the first ``int(fraction * num_images)`` of one seeded permutation.
+def split_labeled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
+    """Draws the labeled rows: the first ``int(fraction * num_images)`` of one seeded permutation.
 
     This is CAP's rule, on which the paper's tables rest: with the same image order and seed the rows are the
     same. Splits with one seed are nested over fractions.
 
     Args:
         num_images: Rows of the table.
-        fraction: Labelled share, above 0 and at most 1.
+        fraction: Labeled share, above 0 and at most 1.
         seed: Seed of ``np.random.RandomState``, whose stream numpy keeps for ever.
         table_digest: Digest of the table, if at hand.
 
     Raises:
-        ConfigError: The fraction is out of range or leaves no labelled image.
+        ConfigError: The fraction is out of range or leaves no labeled image.
     """
     if not 0 < fraction <= 1:
-        raise ConfigError(f"labelled fraction {fraction} is not above 0 and at most 1; 0.05 means 5 %")
+        raise ConfigError(f"labeled fraction {fraction} is not above 0 and at most 1; 0.05 means 5 %")
     count = int(fraction * num_images)
     if count == 0:
         raise ConfigError(
-            f"labelled fraction {fraction} of {num_images} images leaves no labelled image; "
+            f"labeled fraction {fraction} of {num_images} images leaves no labeled image; "
             + (f"use at least {1 / num_images:.3g}" if num_images else "the table has no rows")
         )
     order = np.random.RandomState(seed).permutation(num_images)
@@ -226,7 +227,7 @@ def split_labelled(num_images: int, fraction: float, seed: int, table_digest: st
 
 
 def split_known(table: AnnotationTable) -> Split:
-    """Splits by what the table knows: a row with any known label is labelled, one with none is unlabelled.
+    """Splits by what the table knows: a row with any known label is labeled, one with none is unlabeled.
 
     Raises:
         DataError: No row has a known label.
@@ -234,42 +235,42 @@ def split_known(table: AnnotationTable) -> Split:
     known = table.labels.max(axis=1) > UNKNOWN  # the least of the label values; no second matrix of them
     if not known.any():
         raise DataError(
-            f"all {len(table)} rows of the table under {table.root} are unlabelled; label some of them first"
+            f"all {len(table)} rows of the table under {table.root} are unlabeled; label some of them first"
         )
     return Split(np.flatnonzero(known), np.flatnonzero(~known), table_digest=table.digest())
 
 
 def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> Split:
-    """Moves ``int(fraction * m)`` of the m labelled rows into ``held_out``; the others keep their order.
+    """Moves ``int(fraction * m)`` of the m labeled rows into ``held_out``; the others keep their order.
 
     Args:
         split: Without held-out rows.
-        fraction: Share of the labelled rows.
+        fraction: Share of the labeled rows.
         seed: Seed of ``np.random.RandomState``.
-        keep: Rows that stay labelled; where fewer others are left than asked for, all of those are held out.
+        keep: Rows that stay labeled; where fewer others are left than asked for, all of those are held out.
 
     Raises:
         ConfigError: Rows are held out already, or the fraction leaves nothing to hold out or to train on.
     """
     if len(split.held_out):
         raise ConfigError(f"{len(split.held_out)} rows are held out already; hold out from the first split")
-    m = len(split.labelled)
+    m = len(split.labeled)
     count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity are no number of rows
     if not 0 < count < m:
         raise ConfigError(
-            f"holding out {fraction} of {m} labelled rows moves {count}; "
-            "at least one must be held out and one must stay: use another share, or more labelled images"
+            f"holding out {fraction} of {m} labeled rows moves {count}; "
+            "at least one must be held out and one must stay: use another share, or more labeled images"
         )
     order = np.random.RandomState(seed).permutation(m)
-    order = order[~np.isin(split.labelled[order], np.asarray(keep, dtype=np.int64))]
+    order = order[~np.isin(split.labeled[order], np.asarray(keep, dtype=np.int64))]
     if not len(order):
         raise ConfigError(
-            f"None of the {m} labelled images can be held out: the run of --init_from has trained on all of them, so "
-            "nothing could be measured fairly. Add newly labelled images or a test table, or leave out --init_from."
+            f"None of the {m} labeled images can be held out: the run of --init_from has trained on all of them, so "
+            "nothing could be measured fairly. Add newly labeled images or a test table, or leave out --init_from."
         )
     chosen = np.zeros(m, dtype=bool)
     chosen[order[:count]] = True
-    return dataclasses.replace(split, labelled=split.labelled[~chosen], held_out=split.labelled[chosen])
+    return dataclasses.replace(split, labeled=split.labeled[~chosen], held_out=split.labeled[chosen])
 
 
 def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
@@ -313,11 +314,11 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a split ({error}); draw it again") from error
-    needed = ("table_digest", "digest", "fraction", "seed", *PARTS)
+    needed = ("table_digest", "digest", "fraction", "seed", *_STORED.values())
     absent = [key for key in needed if not isinstance(record, dict) or key not in record]
     if absent:
         raise DataError(f"{path}: is no split file, it has no {listed(absent)}; draw the split again")
-    for part in PARTS:
+    for part in _STORED.values():
         if type(record[part]) is not list or not all(type(row) is int and row < 1 << 63 for row in record[part]):
             raise DataError(f"{path}: {part} must be a list of row numbers; draw the split again")
     fraction, seed = record["fraction"], record["seed"]

@@ -31,9 +31,9 @@ _LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an im
 
 
 class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
-    """Paints one rectangle in one random colour (fact sheet B5).
+    """Paints one rectangle in one random color (fact sheet B5).
 
-    Its sides are int(share * side + 0.5), its centre is uniform over the image, and what lies outside is
+    Its sides are int(share * side + 0.5), its center is uniform over the image, and what lies outside is
     cut off. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
     """
 
@@ -43,19 +43,19 @@ class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         (top, bottom), (left, right) = (self._extent(side) for side in params["shape"][:2])
-        colour = tuple(self.py_random.randrange(256) for _ in range(3))
-        return {"area": (slice(top, bottom), slice(left, right)), "colour": colour}
+        color = tuple(self.py_random.randrange(256) for _ in range(3))
+        return {"area": (slice(top, bottom), slice(left, right)), "color": color}
 
     def _extent(self, side: int) -> tuple[int, int]:
         half = int(self.share * side + 0.5) // 2
-        centre = self.py_random.randrange(side)
-        return max(0, centre - half), centre + half + 1
+        center = self.py_random.randrange(side)
+        return max(0, center - half), center + half + 1
 
-    def apply(self, img: np.ndarray, area: tuple[slice, slice], colour: tuple[int, ...], **params: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, area: tuple[slice, slice], color: tuple[int, ...], **params: Any) -> np.ndarray:
         img = img.copy()
         rows, columns = area
-        # Both corners are painted; an assignment of the colour to the slices gives the same, ten times slower.
-        cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), colour, cv2.FILLED)
+        # Both corners are painted; an assignment of the color to the slices gives the same, ten times slower.
+        cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), color, cv2.FILLED)
         return img
 
 

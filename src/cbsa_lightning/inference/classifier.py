@@ -28,7 +28,7 @@ from cbsa_lightning.networks.cbsa import build_cbsa_network
 from cbsa_lightning.networks.prompted import PromptedCLIP
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
-"""Any iterable of files, Pillow images, uint8 arrays (grey ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
+"""Any iterable of files, Pillow images, uint8 arrays (gray ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
 tensors ``(3, H, W)``, mixed at will: a list, a generator, a column of pandas; or one ``(n, 3, H, W)`` uint8 tensor."""
 
 _PARAMETERS = inspect.signature(build_cbsa_network).parameters.values()

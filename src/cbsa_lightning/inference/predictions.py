@@ -113,7 +113,7 @@ def write_thresholds(
         class_names: The C class names.
         prompt_names: How prompts spell them.
         thresholds: ``(C,)``, score from which the class is given; inf where no score reaches the objective.
-        positives: ``(C,)``, labelled images that have the class.
+        positives: ``(C,)``, labeled images that have the class.
         expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities,
         which leaves
             these columns empty.
@@ -124,7 +124,7 @@ def write_thresholds(
         OutputError: The file cannot be written.
     """
     columns: dict[str, Any] = {"class": class_names, "prompt": prompt_names, "threshold": thresholds}
-    columns["labelled_positives"] = positives
+    columns["labeled_positives"] = positives
     bounds = [f"expected_{name}{end}" for name in ("precision", "recall") for end in ("", "_low", "_high")]
     values = np.full((len(class_names), len(bounds)), np.nan) if expected is None else expected
     columns.update(zip(bounds, values.T, strict=True))

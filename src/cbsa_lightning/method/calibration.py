@@ -1,7 +1,7 @@
-"""Class-wise calibration of logits, fitted to scores of labelled images that were left out.
+"""Class-wise calibration of logits, fitted to scores of labeled images that were left out.
 
 The stack is calibrated over all classes together. Each class then gets an offset and a slope of its own (Platt scaling
-with a prior at "no change"), so that a class with few labelled positives keeps the common calibration. The covariance
+with a prior at "no change"), so that a class with few labeled positives keeps the common calibration. The covariance
 of both is kept for the intervals of estimated precision and recall.
 """
 
@@ -44,7 +44,7 @@ def fit_calibration(logits: NDArray[np.floating], labels: NDArray[np.int8]) -> C
     """Fits each class by Newton's method to its maximum of the posterior.
 
     Args:
-        logits: ``(m, C)``, of the labelled images, each by a classifier that was not fitted to it.
+        logits: ``(m, C)``, of the labeled images, each by a classifier that was not fitted to it.
         labels: ``(m, C)`` in {1, 0, -1}; an unknown entry is left out of its class.
 
     Returns:

@@ -61,7 +61,7 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
 
 
 def partition(S: Tensor, num_contexts: int, assign: Assign = "cluster_qr", seed: int = 0) -> Tensor:
-    """Splits the classes into contexts: normalised cut of ``P = (S + S^T) / 2`` (Eq. 9-10).
+    """Splits the classes into contexts: normalized cut of ``P = (S + S^T) / 2`` (Eq. 9-10).
 
     The degrees are those of P and the diagonal is ignored: with the paper's literal forms D - P is no
     Laplacian. Ids are numbered by each context's first class. ``cluster_qr`` is deterministic and does not
@@ -109,7 +109,7 @@ def partition(S: Tensor, num_contexts: int, assign: Assign = "cluster_qr", seed:
             f"too few for {num_contexts} contexts; lower num_contexts or label more images"
         )
     groups = np.full(num_classes, -1)
-    groups[linked] = _normalised_cut(affinity[np.ix_(linked, linked)], num_contexts, assign, seed)
+    groups[linked] = _normalized_cut(affinity[np.ix_(linked, linked)], num_contexts, assign, seed)
     volume = np.bincount(groups[linked], weights=degree[linked], minlength=num_contexts)
     groups[groups < 0] = volume.argmax()
     return torch.from_numpy(_by_first_class(groups))
@@ -207,7 +207,7 @@ _ROWS = 1 << 16  # images at a time: a million of them would need gigabytes as f
 _Ints = npt.NDArray[np.int64]
 
 
-def _normalised_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assign, seed: int) -> _Ints:
+def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assign, seed: int) -> _Ints:
     """Groups of a graph in which every node has a link; ids in [0, k)."""
     count, component = connected_components(affinity > 0, directed=False)
     if count >= k:

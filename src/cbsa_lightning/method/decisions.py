@@ -1,6 +1,6 @@
 """From calibrated probabilities to labels: a threshold for each class, chosen by an objective.
 
-Precision and recall at a threshold are expected values over the unlabelled images, computed from their probabilities.
+Precision and recall at a threshold are expected values over the unlabeled images, computed from their probabilities.
 Their 90 % intervals cover the uncertainty of the calibration, and the sampling noise that remains when the
 probabilities are right.
 """
@@ -52,13 +52,13 @@ class Objective(ABC):
 
         Args:
             curve: See :class:`Curve`.
-            share: Number of images that gives the class its share among the labelled images.
+            share: Number of images that gives the class its share among the labeled images.
         """
 
 
 @dataclass(frozen=True)
 class Share(Objective):
-    """Each class is given to the share of images that has it among the labelled ones. Needs no probabilities."""
+    """Each class is given to the share of images that has it among the labeled ones. Needs no probabilities."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
@@ -130,9 +130,9 @@ def decide(logits: Array, calibration: Calibration, rates: Array, objective: Obj
     """Chooses thresholds.
 
     Args:
-        logits: ``(n, C)`` of the n > 0 unlabelled images, before the calibration.
+        logits: ``(n, C)`` of the n > 0 unlabeled images, before the calibration.
         calibration: Of each class.
-        rates: ``(C,)``, share of positives among the labelled images.
+        rates: ``(C,)``, share of positives among the labeled images.
         objective: Chooses.
     """
     rng = np.random.default_rng(0)

@@ -98,7 +98,7 @@ class ParameterEMA(nn.Module):
 
 
 def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances, by name, of the normalisation layers that are trained; not their counters."""
+    """Running means and variances, by name, of the normalization layers that are trained; not their counters."""
     return {
         plain_name(name): value
         for prefix, layer in module.named_modules()

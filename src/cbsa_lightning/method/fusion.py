@@ -1,8 +1,8 @@
 """Late fusion of the trained network with stacked probes: final scores that are probabilities.
 
 The network's logits rank images well but are far from probabilities, since ASL pushes them up. The stack's are
-calibrated, since they are fitted to scores of labelled images that were left out. Both are brought to the stack's mean
-and deviation of each class, measured on the unlabelled images, and averaged. The average is bounded to what so many
+calibrated, since they are fitted to scores of labeled images that were left out. Both are brought to the stack's mean
+and deviation of each class, measured on the unlabeled images, and averaged. The average is bounded to what so many
 labels can support, and then calibrated class by class.
 """
 
@@ -35,7 +35,7 @@ class Fusion:
         slopes: ``(k, C)``, weight of each opinion in the stack's logits.
         offset: ``(C,)``, of the stack's logits.
         limit: ``()``, standard deviations beyond which an opinion gets no stronger.
-        stack_mean: ``(C,)``, of the stack's logits over the unlabelled images.
+        stack_mean: ``(C,)``, of the stack's logits over the unlabeled images.
         stack_deviation: ``(C,)``.
         mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
         deviation: ``(C,)``.
@@ -65,7 +65,7 @@ class Fusion:
 
         Args:
             stack: The stack.
-            inputs: What its opinions take, for the unlabelled images, each ``(n, D)``.
+            inputs: What its opinions take, for the unlabeled images, each ``(n, D)``.
             labels: ``(m, C)`` in {1, 0, -1}, of the images that the stack was fitted to.
             share: Of the stack's logits in the average, in (0, 1].
         """
@@ -101,7 +101,7 @@ class Fusion:
         """The same with the scale of the present network.
 
         Args:
-            logits: ``(n, C)``, the network's, of the unlabelled images.
+            logits: ``(n, C)``, the network's, of the unlabeled images.
         """
         return replace(self, mean=logits.float().mean(0), deviation=logits.float().std(0, correction=0))
 

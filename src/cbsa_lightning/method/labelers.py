@@ -54,7 +54,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     """Pseudo-labels from class thresholds (Eq. 6).
 
     A score at or above ``tau_pos`` is positive, else one at or below ``tau_neg`` is negative, else the entry
-    is ignored. So a score that meets both is positive, images that tie with a threshold are labelled alike
+    is ignored. So a score that meets both is positive, images that tie with a threshold are labeled alike
     (there can be more of them than the count behind the threshold), and a NaN threshold, one never set,
     labels nothing.
 
@@ -86,7 +86,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
 
 class Labeler(ABC):
-    """Turns the scores of the unlabelled set into pseudo-labels, anew each epoch; a method's configuration chooses."""
+    """Turns the scores of the unlabeled set into pseudo-labels, anew each epoch; a method's configuration chooses."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
@@ -94,28 +94,28 @@ class Labeler(ABC):
 
         Args:
             scores: ``(n, C)`` probabilities of the weak views.
-            positive_rate: ``(C,)`` share of positives in the labelled set.
+            positive_rate: ``(C,)`` share of positives in the labeled set.
         """
 
 
 class Evidence(NamedTuple):
-    """What is known of N training images before training, m of them labelled.
+    """What is known of N training images before training, m of them labeled.
 
     Attributes:
         descriptors: frozen descriptions of the images, each ``(N, D)`` with a D of its own.
         scores: scores that no label went into, such as zero-shot ones, each ``(N, C)``.
-        labelled: ``(m,)`` int64, which of the N images are labelled.
+        labeled: ``(m,)`` int64, which of the N images are labeled.
         labels: ``(m, C)`` in {1, 0, -1 unknown}, of those.
     """
 
     descriptors: list[Tensor]
     scores: list[Tensor]
-    labelled: Tensor
+    labeled: Tensor
     labels: Tensor
 
 
 class EvidenceLabeler(ABC):
-    """Labels the unlabelled images once, before training, from frozen features and the labelled images."""
+    """Labels the unlabeled images once, before training, from frozen features and the labeled images."""
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -123,7 +123,7 @@ class EvidenceLabeler(ABC):
 
         Returns:
             ``(N - m, C)`` float32, of the images without labels in their order: the probability of the label, to be
-            learnt as a soft target, or -1 where the entry is to be ignored.
+            learned as a soft target, or -1 where the entry is to be ignored.
         """
 
 
@@ -137,8 +137,8 @@ class ClassDistributionAware(Labeler):
     """CAT, the class-distribution-aware labeler of CAP and CBSA: :func:`class_thresholds`, then Eq. 6.
 
     Args:
-        eta_pos: share of the expected positives that are labelled, in [0, 1].
-        eta_neg: share of the expected negatives that are labelled, in [0, 1].
+        eta_pos: share of the expected positives that are labeled, in [0, 1].
+        eta_neg: share of the expected negatives that are labeled, in [0, 1].
     """
 
     eta_pos: float = 1.0
@@ -154,8 +154,8 @@ class ClassDistributionAware(Labeler):
 
 
 @dataclass(frozen=True)
-class LabelledOnly(Labeler):
-    """Labels nothing: training goes on with the labelled images alone, for as many steps as with a labeler."""
+class LabeledOnly(Labeler):
+    """Labels nothing: training goes on with the labeled images alone, for as many steps as with a labeler."""
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; every entry is ignored."""
@@ -196,7 +196,7 @@ class TopOne(Labeler):
 
 @dataclass(frozen=True)
 class InstanceAware(Labeler):
-    """IAT: one cut for every class, judged image by image; by default every entry is labelled.
+    """IAT: one cut for every class, judged image by image; by default every entry is labeled.
 
     The paper gives no value for the cut; 0.5 is this library's reading.
 

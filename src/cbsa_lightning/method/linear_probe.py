@@ -20,7 +20,7 @@ PENALTIES = tuple(10.0**power for power in range(-4, 1))
 """Inverse penalties C to choose from, for descriptors of unit variance."""
 FOLDS = 5
 MOST = 500
-"""Labelled images that C is chosen on, at most; all of them are fitted with it."""
+"""Labeled images that C is chosen on, at most; all of them are fitted with it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LinearProbe(StackLabeler):
     def fit(self, evidence: Evidence) -> Stack:
         """See :class:`StackLabeler`; the stack gives no weight to all but the first descriptor."""
         labels = evidence.labels.cpu().numpy()
-        x = evidence.descriptors[0][evidence.labelled].cpu().numpy()
+        x = evidence.descriptors[0][evidence.labeled].cpu().numpy()
         scaler = StandardScaler().fit(x)
         x = scaler.transform(x)
         c = _choose_penalty(x, labels)

@@ -1,8 +1,8 @@
 """Stacked probes: what cheap classifiers on frozen features and CLIP's text know together, before any training.
 
-Stacked generalisation (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. The opinion on a
-labelled image comes from probes that were not fitted to it, so how far each kind of opinion may be trusted is learnt
-from the labelled images themselves. The unlabelled images lend their statistics.
+Stacked generalization (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. The opinion on a
+labeled image comes from probes that were not fitted to it, so how far each kind of opinion may be trusted is learned
+from the labeled images themselves. The unlabeled images lend their statistics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Opinion(NamedTuple):
         mean: ``(D,)``, of the inputs; taken away first, since it can be large beside their deviations.
         weight: ``(D, C)``.
         offset: ``(C,)``.
-        left_out: ``(m, C)``, scores of the labelled images, each by a classifier that was not fitted to it.
+        left_out: ``(m, C)``, scores of the labeled images, each by a classifier that was not fitted to it.
     """
 
     mean: Array
@@ -70,7 +70,7 @@ class Stack(NamedTuple):
         return self._combined([opinion(x) for opinion, x in zip(self.opinions, inputs, strict=True)])
 
     def left_out(self) -> Array:
-        """Logits ``(m, C)`` of the labelled images, each by opinions that were not fitted to it."""
+        """Logits ``(m, C)`` of the labeled images, each by opinions that were not fitted to it."""
         return self._combined([opinion.left_out for opinion in self.opinions])
 
     def _combined(self, scores: list[Array]) -> Array:
@@ -87,7 +87,7 @@ class StackLabeler(EvidenceLabeler):
         """Fits the stack.
 
         Raises:
-            DataError: For too few labelled images.
+            DataError: For too few labeled images.
         """
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -100,14 +100,14 @@ class StackedProbes(StackLabeler):
     """Soft pseudo-labels, made once: the probability of a label that linear probes and CLIP's text agree on.
 
     A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
-    known entries of the labelled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
-    it may grow with the number n of a class's labelled positives, as n / (n + trust): a probe of two positives is not
+    known entries of the labeled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
+    it may grow with the number n of a class's labeled positives, as n / (n + trust): a probe of two positives is not
     worth one of fifty. A class's rate is shrunk towards one half by half a positive (Jeffreys' prior), so that a class
-    without any labelled positive gets small probabilities and neither all nor none. A class of which no entry is known
+    without any labeled positive gets small probabilities and neither all nor none. A class of which no entry is known
     is ignored.
 
     Args:
-        trust: number of labelled positives at which a class's probe has half of its full say, > 0.
+        trust: number of labeled positives at which a class's probe has half of its full say, > 0.
 
     Raises:
         ConfigError: for a ``trust`` of 0 or less.
@@ -124,17 +124,17 @@ class StackedProbes(StackLabeler):
         """Fits the probes and what each of them counts.
 
         Raises:
-            DataError: For too few labelled images.
+            DataError: For too few labeled images.
         """
         labels = evidence.labels.cpu().numpy()
         known, positive = labels >= 0, labels == 1
         if len(labels) < 2 or not positive.any() or not (known & ~positive).any():
             raise DataError(
-                "Stacked probes need two labelled images or more, with a positive and a negative entry among them; the "
-                f"{len(labels)} labelled images have {positive.sum()} positives. Label more images, or choose another "
+                "Stacked probes need two labeled images or more, with a positive and a negative entry among them; the "
+                f"{len(labels)} labeled images have {positive.sum()} positives. Label more images, or choose another "
                 "labeler (cbsa_lightning.method.labelers)."
             )
-        rows = evidence.labelled.cpu().numpy()
+        rows = evidence.labeled.cpu().numpy()
         opinions = [probe(_array(d), rows, labels) for d in evidence.descriptors]
         opinions += [ready(_array(s), rows) for s in evidence.scores]
         n = positive.sum(0)
@@ -150,12 +150,12 @@ class StackedProbes(StackLabeler):
         return Stack(opinions, plain[:, None] + scaled[:, None] * say, fit.coef_[0, -1] * prior + fit.intercept_[0])
 
 
-def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
+def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
     """Ridge regression of all classes at once, its penalty chosen by leave-one-out error.
 
     Args:
         descriptors: ``(N, D)``, one row an image.
-        labelled: ``(m,)``, which of the rows are labelled.
+        labeled: ``(m,)``, which of the rows are labeled.
         labels: ``(m, C)`` in {1, 0, -1}; an unknown entry counts as the class's mean.
     """
     mean, scale = _moments(descriptors)
@@ -167,24 +167,24 @@ def probe(descriptors: Array, labelled: NDArray[np.int64], labels: NDArray[np.in
     y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
     # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe knows.
     ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
-    fit = ridge.fit(x[labelled].astype(np.float64), y)
+    fit = ridge.fit(x[labeled].astype(np.float64), y)
     chosen = ALPHAS.index(float(fit.alpha_))
     left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
     coefficients = fit.coef_.reshape(y.shape[1], -1).T
     # The fit to its own images is better than to others: those set the scale, if there are any.
-    others = np.delete(x, labelled, axis=0)
+    others = np.delete(x, labeled, axis=0)
     mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
     weight = scale[:, None] * coefficients * score_scale
     left_out = np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT)
     return Opinion(mean.astype(x.dtype), weight.astype(x.dtype), -mean_score * score_scale, left_out)
 
 
-def ready(scores: Array, labelled: NDArray[np.int64]) -> Opinion:
+def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
     """Scores ``(N, C)`` that no label went into."""
     mean, scale = _moments(scores)
     nothing = np.zeros(len(mean))
     opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
-    return opinion._replace(left_out=np.clip(opinion(scores[labelled]), -LIMIT, LIMIT))
+    return opinion._replace(left_out=np.clip(opinion(scores[labeled]), -LIMIT, LIMIT))
 
 
 def _moments(values: Array) -> tuple[Array, Array]:
@@ -195,15 +195,15 @@ def _moments(values: Array) -> tuple[Array, Array]:
 
 
 def soft_labels(stack: Stack, evidence: Evidence) -> Tensor:
-    """What a fitted stack says of the unlabelled images; see :class:`EvidenceLabeler`."""
-    probabilities = expit(stack.logits(unlabelled_inputs(evidence)))
+    """What a fitted stack says of the unlabeled images; see :class:`EvidenceLabeler`."""
+    probabilities = expit(stack.logits(unlabeled_inputs(evidence)))
     probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
     return torch.from_numpy(probabilities).float()
 
 
-def unlabelled_inputs(evidence: Evidence) -> list[Array]:
-    """What the opinions of a :class:`Stack` take, for the images that are not labelled."""
-    rows = evidence.labelled.cpu().numpy()
+def unlabeled_inputs(evidence: Evidence) -> list[Array]:
+    """What the opinions of a :class:`Stack` take, for the images that are not labeled."""
+    rows = evidence.labeled.cpu().numpy()
     return [np.delete(_array(part), rows, axis=0) for part in (*evidence.descriptors, *evidence.scores)]
 
 

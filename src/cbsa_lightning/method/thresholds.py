@@ -28,7 +28,7 @@ _PATTERNS = 2**16
 def class_thresholds(
     scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
 ) -> tuple[Tensor, Tensor]:
-    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labelled set's proportions.
+    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labeled set's proportions.
 
     Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
     ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score, ``tau_neg`` the
@@ -47,8 +47,8 @@ def class_thresholds(
     Args:
         scores: ``(n, C)`` on any device; compared in float32.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labelled, in [0, 1].
-        eta_neg: share of the expected negatives that are labelled, in [0, 1].
+        eta_pos: share of the expected positives that are labeled, in [0, 1].
+        eta_neg: share of the expected negatives that are labeled, in [0, 1].
 
     Returns:
         ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
@@ -75,7 +75,7 @@ def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tens
     Args:
         n: Number of images.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labelled, in [0, 1].
+        eta_pos: share of the expected positives that are labeled, in [0, 1].
 
     Raises:
         DataError: for rates outside [0, 1].
@@ -91,7 +91,7 @@ class ScoreHistogram:
     of the patterns are all that a quantile needs: :meth:`thresholds` gives bit for bit what :func:`class_thresholds`
     gives for the same scores, after one pass, whatever n is.
 
-    The scores count as rounded: neighbours are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and what rounds to
+    The scores count as rounded: neighbors are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and what rounds to
     the same value ties. Label the same rounded scores with the thresholds, not the scores before rounding.
 
     Over several processes, sum ``counts``, as in ``torch.distributed.all_reduce(histogram.counts)``.
@@ -166,8 +166,8 @@ class ScoreHistogram:
 
         Args:
             positive_rate: ``(C,)`` in [0, 1].
-            eta_pos: share of the expected positives that are labelled, in [0, 1].
-            eta_neg: share of the expected negatives that are labelled, in [0, 1].
+            eta_pos: share of the expected positives that are labeled, in [0, 1].
+            eta_neg: share of the expected negatives that are labeled, in [0, 1].
 
         Returns:
             ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the device of the counts.

@@ -40,7 +40,7 @@ class Network(nn.Module):
     """Base of the networks that the training loop can train.
 
     A forward pass has three parts, so that each is paid for only when it changes: ``features`` (frozen, never
-    in the graph), ``encode_text`` (changes with each optimiser step, shared by all images) and ``forward``.
+    in the graph), ``encode_text`` (changes with each optimizer step, shared by all images) and ``forward``.
     """
 
     num_contexts: int = 0

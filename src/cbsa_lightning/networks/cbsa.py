@@ -41,9 +41,9 @@ class CBSANetwork(PromptedCLIP):
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes (Table 8, "w/o CSP").
         prompt_template: Words that prompts start from (Table 6, "Template"); None starts from noise.
-        target_prompts: Whether the target prompts are learnt.
+        target_prompts: Whether the target prompts are learned.
         scale: Initial factor of the cosine in Eq. 5; a bare cosine would hold probabilities in [0.27, 0.73].
-        learn_scale: Whether that factor is learnt.
+        learn_scale: Whether that factor is learned.
         train_pool: Whether CLIP's attention pool is trained. With everything before the global feature frozen,
             the context loss reaches no weight that the label task shares, so contexts could change nothing.
         pool_lr_scale: Factor of the learning rate for the attention pool.

@@ -24,7 +24,7 @@ class LabelDecoder(nn.Module):
       the class, and returns what it finds there.
     - **Where to look and what to return come from different tokens.** Keys are value-path tokens, which describe their
       own place only. Values are the sum of both paths and thus include the content of the whole image.
-    - **Only differences matter for attention.** Queries are centred over the classes, keys over the places, and all
+    - **Only differences matter for attention.** Queries are centered over the classes, keys over the places, and all
       inputs are scaled to norm sqrt(d): what is common to all classes or places cannot dominate the softmax.
     - **Pre-norm blocks; each adds the class query to its input** before attention, as DETR does, so that later blocks
       still look for the class.

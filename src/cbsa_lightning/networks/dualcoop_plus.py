@@ -14,7 +14,7 @@ from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-SCALE = math.exp(3.0)  # of the cosines; a parameter of the original that its optimiser never sees
+SCALE = math.exp(3.0)  # of the cosines; a parameter of the original that its optimizer never sees
 SHARPNESS = 200.0  # of the competition between classes
 
 
@@ -45,7 +45,7 @@ class DualCoOpPlusPlus(PromptedCLIP):
         pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes.
-        normalised_winners: Multiply positive similarities by the weight over its highest value at the region, as the
+        normalized_winners: Multiply positive similarities by the weight over its highest value at the region, as the
             original does on COCO, instead of by one plus the weight, as it does on VOC and NUS-WIDE.
 
     Raises:
@@ -60,14 +60,14 @@ class DualCoOpPlusPlus(PromptedCLIP):
         pretrained: str | None = "openai",
         prompt_length: int = 16,
         shared_prompts: bool = False,
-        normalised_winners: bool = False,
+        normalized_winners: bool = False,
     ) -> None:
         super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
         self.evidential_prompts = self._prompts(prompt_length, shared_prompts)
         self.positive_prompts = self._prompts(prompt_length, shared_prompts)
         self.negative_prompts = self._prompts(prompt_length, shared_prompts)
         self.log_temperature = nn.Parameter(torch.tensor(3.0))
-        self.normalised_winners = normalised_winners
+        self.normalized_winners = normalized_winners
 
     def encode_text(self) -> EvidentialText:
         """Text features of the three prompts, in one pass of the text tower."""
@@ -88,4 +88,4 @@ class DualCoOpPlusPlus(PromptedCLIP):
     def _winners(self, positive: Tensor) -> Tensor:
         """Factor of each class at each region, ``(B, hw, C)``."""
         share = (SHARPNESS * positive * positive.amax(-1, keepdim=True)).softmax(-1)
-        return share / share.amax(-1, keepdim=True) if self.normalised_winners else 1 + share
+        return share / share.amax(-1, keepdim=True) if self.normalized_winners else 1 + share

@@ -74,7 +74,7 @@ class PromptedCLIP(Network):
         return Describer(pool, nn.functional.normalize(self.zero_shot_text().float(), dim=-1))
 
     def zero_shot_text(self) -> Tensor:
-        """Text features ``(C, d)`` of "a photo of a ...", without gradients; not normalised."""
+        """Text features ``(C, d)`` of "a photo of a ...", without gradients; not normalized."""
         return self.clip.encode_texts([f"a photo of a {name}." for name in self.prompt_names])
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ class ClassPrompts(nn.Module):
     stands behind it can change nothing, and leaving it out is exact.
 
     Args:
-        clip: Gives the tokeniser and the frozen word embeddings.
+        clip: Gives the tokenizer and the frozen word embeddings.
         names: The C class names, as they are to be read.
         length: N, number of learnable words.
         shared: One set of words for all classes, ``(N, w)``, instead of one set a class, ``(C, N, w)``.
@@ -64,7 +64,7 @@ class ClassPrompts(nn.Module):
 
         shape = (length, clip.text_width) if shared else (len(names), length, clip.text_width)
         if template is None:
-            words = torch.empty(shape).normal_(std=0.02)  # CoOp's initialisation
+            words = torch.empty(shape).normal_(std=0.02)  # CoOp's initialization
         else:
             words = embeddings[0, 1 : 1 + length].float().expand(shape).clone()
         self.words = nn.Parameter(words, requires_grad=trainable)

@@ -157,7 +157,7 @@ class ImageNetNetwork(Network):
         pretrained: "timm" for the weights of the tag, fetched by timm; a .safetensors or .pth file of weights, whose
             classifier is ignored; "random" for random weights.
         head: Makes the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
-        image_mean: Three channel means, for images in [0, 1]; None: 0. CAP does not normalise.
+        image_mean: Three channel means, for images in [0, 1]; None: 0. CAP does not normalize.
         image_std: Three channel deviations above 0, likewise; None: 1.
 
     Raises:

@@ -16,11 +16,11 @@ from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, parameter_groups
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-OWN_SHARE = 0.8  # of a class in its own row of the graph; its neighbours share the rest
+OWN_SHARE = 0.8  # of a class in its own row of the graph; its neighbors share the rest
 
 
 class SCPNet(PromptedCLIP):
-    """The global image feature against class embeddings that graph convolutions have mixed with their neighbours'.
+    """The global image feature against class embeddings that graph convolutions have mixed with their neighbors'.
 
     Source: repository jameslahm/SCPNet (facts E3). Its relation matrix is shipped without its generator; here it is
     made of the cosines of CLIP's text features of "a photo of a ...", which its values are consistent with. Other than
@@ -34,7 +34,7 @@ class SCPNet(PromptedCLIP):
         pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes.
-        neighbours: Entries that a row of the graph keeps, itself among them: 62 on COCO, 50 on NUS-WIDE in the
+        neighbors: Entries that a row of the graph keeps, itself among them: 62 on COCO, 50 on NUS-WIDE in the
             original, None for all (its 20 on VOC).
         scale: Factor of the cosine, a constant; 10 in the original, on NUS-WIDE CLIP's own (about 100).
         hidden: Width of the graph convolutions.
@@ -55,7 +55,7 @@ class SCPNet(PromptedCLIP):
         pretrained: str | None = "openai",
         prompt_length: int = 16,
         shared_prompts: bool = False,
-        neighbours: int | None = None,
+        neighbors: int | None = None,
         scale: float = 10.0,
         hidden: int = 2048,
         graph_lr_scale: float = 0.1,
@@ -65,7 +65,7 @@ class SCPNet(PromptedCLIP):
         self.scale, self.graph_lr_scale = scale, graph_lr_scale
         text = self.zero_shot_text()
         # Derived from the class names and the frozen towers, so not part of a checkpoint.
-        self.register_buffer("graph", relation_graph(cosines(text, text), neighbours), persistent=False)
+        self.register_buffer("graph", relation_graph(cosines(text, text), neighbors), persistent=False)
         widths = (self.clip.embed_dim, hidden, hidden, self.clip.embed_dim)
         self.convolutions = nn.ModuleList(_convolution(*ends) for ends in itertools.pairwise(widths))
 
@@ -94,22 +94,22 @@ def _convolution(before: int, after: int) -> nn.Linear:
     return layer
 
 
-def relation_graph(relation: Tensor, neighbours: int | None = None) -> Tensor:
+def relation_graph(relation: Tensor, neighbors: int | None = None) -> Tensor:
     """Graph ``(C, C)`` of a relation matrix ``(C, C)``; rows sum to 1.
 
     Args:
         relation: How alike two classes are. Negative entries count as 0; CLIP's own are all far above.
-        neighbours: Highest entries that each row keeps, the class itself among them; None keeps all.
+        neighbors: Highest entries that each row keeps, the class itself among them; None keeps all.
 
     Raises:
-        ConfigError: If there are not so many classes, or no neighbour would be left.
+        ConfigError: If there are not so many classes, or no neighbor would be left.
     """
     number = len(relation)
     if number < 2:
         raise ConfigError("SCPNet needs two classes or more: its graph joins each to others.")
-    kept = number if neighbours is None else neighbours
+    kept = number if neighbors is None else neighbors
     if not 2 <= kept <= number:
-        raise ConfigError(f"SCPNet: neighbours must lie between 2 and the {number} classes, got {kept}.")
+        raise ConfigError(f"SCPNet: neighbors must lie between 2 and the {number} classes, got {kept}.")
     relation = relation.clone().fill_diagonal_(torch.inf)  # a class is its own nearest, even beside a namesake
     highest = relation.topk(kept, dim=1)
     rows = torch.zeros_like(relation).scatter_(1, highest.indices, highest.values.clamp(min=0)).fill_diagonal_(0)

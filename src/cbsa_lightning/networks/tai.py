@@ -30,8 +30,8 @@ class TaI(PromptedCLIP):
 
     Source: repository guozix/TaI-DPT (facts A1, E4): global and local features without positions, the local ones by
     the value path. Its prompts are trained on captions in the place of images, by a ranking loss on each granularity;
-    the paper combines it with CAP instead, so here both are trained on the labelled and pseudo-labelled images, by
-    ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learnt
+    the paper combines it with CAP instead, so here both are trained on the labeled and pseudo-labeled images, by
+    ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learned
     (TaI: a constant 4), and prompts are class-specific.
 
     Args:
@@ -43,7 +43,7 @@ class TaI(PromptedCLIP):
         region_scale: Factor of the cosines in the softmax over places; TaI's for images (50 for captions; 4 on
             NUS-WIDE).
         scale: Initial factor of the cosines in the logit.
-        learn_scale: Whether that factor is learnt.
+        learn_scale: Whether that factor is learned.
 
     Raises:
         ConfigError: If settings do not fit the towers.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cbsa_lightning.data.labelled_images import LabelledImages
+from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.method.metrics import MultilabelReport
 
@@ -24,8 +24,8 @@ COLUMNS = (
     "AP_after",
     "AP_points",
     "positives",
-    "labelled_before",
-    "labelled_now",
+    "labeled_before",
+    "labeled_now",
     "labels_added",
     "labels_removed",
 )
@@ -43,7 +43,7 @@ class Changes:
         before: ``(C,)`` average precision of the earlier run's model; NaN where it is not measured.
         after: ``(C,)`` that of the new model, on the same images.
         positives: ``(C,)`` positives among these images.
-        labelled: ``(C, 4)`` labelled positives before and now, and how many were added and removed; None where
+        labeled: ``(C, 4)`` labeled positives before and now, and how many were added and removed; None where
             the labels of the earlier run are not known.
         num_images: Images that both models are measured on.
         left_out: Images of the validation set that are left out, since the earlier run has trained on their labels.
@@ -53,7 +53,7 @@ class Changes:
     before: Floats
     after: Floats
     positives: Counts
-    labelled: Counts | None
+    labeled: Counts | None
     num_images: int
     left_out: int
 
@@ -82,8 +82,8 @@ class Changes:
             order = sorted(np.flatnonzero(found).tolist(), key=lambda k: -self.points[k])
             told += _most("Gained most", self, [k for k in order if self.points[k] > 0][:_SHOWN])
             told += _most("Lost most", self, [k for k in reversed(order) if self.points[k] < 0][:_SHOWN])
-        if self.labelled is not None:
-            before, now, added, removed = self.labelled.sum(0).tolist()
+        if self.labeled is not None:
+            before, now, added, removed = self.labeled.sum(0).tolist()
             told.append(f"Positive labels: {before} before, {now} now ({added} added, {removed} removed).")
         return told
 
@@ -118,11 +118,11 @@ def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tens
     return result
 
 
-def label_changes(names: Sequence[str], before: LabelledImages, now: LabelledImages) -> Counts:
-    """Labelled positives before and now, and how many were added and removed: ``(C, 4)`` for the classes ``names``.
+def label_changes(names: Sequence[str], before: LabeledImages, now: LabeledImages) -> Counts:
+    """Labeled positives before and now, and how many were added and removed: ``(C, 4)`` for the classes ``names``.
 
     An image is the same where its path in the table or its full path is. A positive is added where it was not one
-    before, also on an image that was not labelled then, and removed where it is none any more.
+    before, also on an image that was not labeled then, and removed where it is none any more.
     """
     old, new = (in_order_of(names, torch.from_numpy(x.labels == 1).float(), x.class_names) for x in (before, now))
     old, new = old.nan_to_num().bool(), new.nan_to_num().bool()
@@ -147,6 +147,6 @@ def write_changes(path: Path, changes: Changes) -> None:
         writer.writerow(COLUMNS)
         for k, name in enumerate(changes.class_names):
             figures = (changes.before[k], changes.after[k], changes.points[k])
-            labelled = ("",) * 4 if changes.labelled is None else changes.labelled[k].tolist()
+            labeled = ("",) * 4 if changes.labeled is None else changes.labeled[k].tolist()
             numbers = ["" if math.isnan(x) else f"{x:.4f}" for x in figures]
-            writer.writerow([name, *numbers, int(changes.positives[k]), *labelled])
+            writer.writerow([name, *numbers, int(changes.positives[k]), *labeled])

@@ -1,7 +1,7 @@
 """Pictures of a run, as matplotlib figures: predictions, attention, contexts, curves, classes.
 
-No window system is needed. Right and wrong are told by a sign as well as by a colour, and the colours are those of
-Okabe and Ito, which colour-blind people can tell apart.
+No window system is needed. Right and wrong are told by a sign as well as by a color, and the colors are those of
+Okabe and Ito, which color-blind people can tell apart.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Mark(NamedTuple):
     """One label of one image, as it is to be shown."""
 
     text: str
-    colour: str
+    color: str
 
 
 def prediction_gallery(
@@ -82,7 +82,7 @@ def prediction_gallery(
     if (truths < 0).any():
         key.append(_Mark("? truth unknown", BLUE))
     for position, mark in enumerate(key):
-        figure.text((gap + 1.2 * position) / width, 1 - 0.6 / height, mark.text, color=mark.colour, size=9)
+        figure.text((gap + 1.2 * position) / width, 1 - 0.6 / height, mark.text, color=mark.color, size=9)
     left = (width - columns * (side + gap) + gap) / 2
     top = height - head
     for members, tall in zip(rows, heights, strict=True):
@@ -147,7 +147,7 @@ def attention_gallery(
                 continue
             _show(axes, pictures[i], maps[i, k])
             mark = _mark(class_names[k], scores[i, k], truths[i, k], scores[i, k] >= thresholds[k], 20)
-            axes.set_title(mark.text, color=mark.colour, size=9, pad=4, parse_math=False)
+            axes.set_title(mark.text, color=mark.color, size=9, pad=4, parse_math=False)
     return figure
 
 
@@ -165,7 +165,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     mutual = np.nansum(matrix + matrix.T, axis=1)
     order = np.lexsort((-mutual, groups))
     ids = sorted(set(groups.tolist()))
-    colour = {k: CONTEXT_COLOURS[i % len(CONTEXT_COLOURS)] for i, k in enumerate(ids)}
+    color = {k: CONTEXT_COLOURS[i % len(CONTEXT_COLOURS)] for i, k in enumerate(ids)}
     classes = len(order)
     cell = float(np.clip(6.5 / classes, min(0.15, 14 / classes), 0.5))
     named = cell >= 0.11  # smaller names could not be read
@@ -188,7 +188,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     start = 0
     for k, names in entries:
         frame = Rectangle((start - 0.5, start - 0.5), len(names), len(names))
-        frame.set(fill=False, edgecolor=colour[k], linewidth=2.5, clip_on=False, zorder=3)
+        frame.set(fill=False, edgecolor=color[k], linewidth=2.5, clip_on=False, zorder=3)
         axes.add_patch(frame)
         start += len(names)
     ticks = range(classes) if named else []
@@ -197,7 +197,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     axes.set_yticks(ticks, texts, fontsize=font, parse_math=False)
     for axis in (axes.get_xticklabels(), axes.get_yticklabels()):
         for label, j in zip(axis, order, strict=False):
-            label.set_color(colour[groups[j]])
+            label.set_color(color[groups[j]])
     axes.tick_params(length=0, pad=3)
     axes.spines[:].set_visible(False)
 
@@ -210,7 +210,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     for number, (k, lines) in enumerate(listing, start=1):
         count = len(entries[number - 1][1])
         title = f"Context {number} ({count} class{'es' if count > 1 else ''})"
-        figure.text(x / width, y / height, title, color=colour[k], size=10, weight="bold", va="top")
+        figure.text(x / width, y / height, title, color=color[k], size=10, weight="bold", va="top")
         body = "\n".join(lines)
         figure.text(x / width, (y - 0.22) / height, body, color=DARK, size=8.5, va="top", parse_math=False)
         y -= 0.32 + 0.17 * len(lines) + 0.1
@@ -220,7 +220,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
 class _Curve(NamedTuple):
     metric: str
     name: str
-    colour: str
+    color: str
     style: str
 
 
@@ -251,8 +251,8 @@ _PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
         "Training loss",
         False,
         (
-            _Curve("train/loss_sup", "labelled images", BLUE, "o-"),
-            _Curve("train/loss_unsup", "pseudo-labelled images", ORANGE, "s--"),
+            _Curve("train/loss_sup", "labeled images", BLUE, "o-"),
+            _Curve("train/loss_unsup", "pseudo-labeled images", ORANGE, "s--"),
             _Curve("train/loss_aux", "contexts", GREEN, "^:"),
         ),
     ),
@@ -266,7 +266,7 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
 
     Args:
         history: Values by metric and epoch, or the ``metrics.csv`` of a Lightning ``CSVLogger``.
-        warmup_epochs: Where the epochs with unlabelled images begin; marked where it lies within the run.
+        warmup_epochs: Where the epochs with unlabeled images begin; marked where it lies within the run.
 
     Raises:
         DataError: None of the metrics is there.
@@ -278,7 +278,7 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
     figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
     figure.suptitle("Training", x=0.01, ha="left", size=14, weight="bold")
     for axes, (title, percent, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-        for metric, name, colour, style in curves:
+        for metric, name, color, style in curves:
             points = sorted(values.get(metric, {}).items())
             if metric == "train/loss_unsup":  # before, it is 0 since there are no such images
                 points = [(epoch, value) for epoch, value in points if epoch >= warmup_epochs]
@@ -286,13 +286,13 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
                 continue
             heights = [100 * value if percent else value for _, value in points]
             every = max(1, len(points) // 20)
-            axes.plot([e for e, _ in points], heights, style, color=colour, label=name, ms=4, markevery=every)
+            axes.plot([e for e, _ in points], heights, style, color=color, label=name, ms=4, markevery=every)
         axes.set_title(title, size=11, loc="left")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         epochs = [epoch for curve in curves for epoch in values.get(curve.metric, {})]
         if min(epochs) < warmup_epochs <= max(epochs):
-            axes.axvline(warmup_epochs, color=GREY, lw=1, ls=(0, (2, 3)), label="unlabelled images join")
+            axes.axvline(warmup_epochs, color=GREY, lw=1, ls=(0, (2, 3)), label="unlabeled images join")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
         _plain(axes)
         axes.grid(axis="y", color="#E4E4E4", lw=0.8)
@@ -344,8 +344,8 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
         for y, k in enumerate(some):
             missing = np.isnan(values[k])
             text = "no positive image" if missing else f"{values[k]:.1f}"
-            colour = GREY if missing else DARK
-            label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=colour)
+            color = GREY if missing else DARK
+            label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=color)
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
         axes.set_yticks(range(len(some)), [_short(class_names[k], 24) for k in some], fontsize=8.5, parse_math=False)
         axes.set(xlim=(0, 112), ylim=(tall - 0.4, -0.6), xticks=[0, 25, 50, 75, 100])
@@ -371,10 +371,10 @@ def _marks(
 
 def _mark(name: str, score: float, truth: int, given: bool, limit: int) -> _Mark:
     if not given:
-        sign, colour = "○", GREY
+        sign, color = "○", GREY
     else:
-        sign, colour = {1: ("✓", GREEN), 0: ("✗", ORANGE), -1: ("?", BLUE)}[int(truth)]
-    return _Mark(f"{sign} {_short(name, limit)} {score:.2f}", colour)
+        sign, color = {1: ("✓", GREEN), 0: ("✗", ORANGE), -1: ("?", BLUE)}[int(truth)]
+    return _Mark(f"{sign} {_short(name, limit)} {score:.2f}", color)
 
 
 def _short(name: str, limit: int) -> str:
@@ -394,8 +394,8 @@ def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None
     if heat is None:
         axes.imshow(image, extent=extent, interpolation="bilinear")
     else:
-        grey = image.astype(np.float32).mean(axis=2)
-        axes.imshow(grey, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
+        gray = image.astype(np.float32).mean(axis=2)
+        axes.imshow(gray, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
         # Above an even spread; a map without a clear peak stays faint instead of being blown up to full strength.
         excess = np.maximum(heat / max(float(heat.mean()), 1e-12) - 1, 0)
         strength = excess / max(float(excess.max()), 2.0)
@@ -406,7 +406,7 @@ def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None
 
 
 def _text(figure: Figure, x: float, y: float, mark: _Mark, **options: Any) -> None:
-    figure.text(x, y, mark.text, color=mark.colour, parse_math=False, **options)
+    figure.text(x, y, mark.text, color=mark.color, parse_math=False, **options)
 
 
 def _heading(figure: Figure, text: str, height: float) -> None:

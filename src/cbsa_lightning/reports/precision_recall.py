@@ -55,11 +55,11 @@ def precision_recall_curves(scores: ArrayLike, truths: ArrayLike, class_names: S
         total += best[::-1][np.searchsorted(recall[::-1], _GRID)]
         if k in lowest:
             shown[int(k)] = (recall, precision)
-    for k, colour in zip(lowest.tolist(), _COLOURS, strict=False):
+    for k, color in zip(lowest.tolist(), _COLOURS, strict=False):
         name = class_names[k] if len(class_names[k]) <= 30 else f"{class_names[k][:29]}…"
         # The name comes last, since matplotlib leaves out labels with a leading underscore.
         label = f"AP {100 * values[k]:.0f} %: {name}"
-        axes.step(*shown[k], where="post", color=colour, linewidth=1, label=label)
+        axes.step(*shown[k], where="post", color=color, linewidth=1, label=label)
     if len(lowest):
         mean = f"mAP {100 * np.nanmean(values):.0f} %: mean of {int((~np.isnan(values)).sum())} classes"
         axes.plot(_GRID, total / (~np.isnan(values)).sum(), color=DARK, linewidth=2.5, label=mean)

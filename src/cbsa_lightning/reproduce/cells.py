@@ -1,4 +1,4 @@
-"""Cells of the paper's tables: one system, data set, labelled share and seed; each a run of its own, made once."""
+"""Cells of the paper's tables: one system, data set, labeled share and seed; each a run of its own, made once."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _found(cli: Any, seconds: float) -> Settings:
             name: {epoch: None if math.isnan(value) else value for epoch, value in values.items()}
             for name, values in report.history.items()
         },
-        "measured_on": "held-out labelled images" if len(data.split.held_out) else "test images",
+        "measured_on": "held-out labeled images" if len(data.split.held_out) else "test images",
         "images": [data.train_table.digest(), test.digest()],
         "seconds_since_last_start": seconds,
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),

@@ -2,7 +2,7 @@
 
 Every system is measured in processes of its own, in turn and round by round, so that a machine whose speed drifts
 drifts for all of them. A step is one of the second stage inside a Trainer, from one batch to the next: frozen tower,
-forward, backward, optimiser and average, on images that lie in memory; decoding, views and the pass for pseudo-labels
+forward, backward, optimizer and average, on images that lie in memory; decoding, views and the pass for pseudo-labels
 are not in it. Weights are random, since they cost the same. Without a GPU memory is measured on Linux only.
 """
 
@@ -88,10 +88,10 @@ def measure(recipe: Path, steps: int) -> Cost:
 def random_batch(cli: CBSACLI, views: torch.Tensor) -> TrainBatch:
     """A batch of given views, uint8 images or features of them, with random labels on a sixteenth of them."""
     count, classes = len(views), len(cli.datamodule.class_names)
-    labelled = torch.arange(count) < max(1, count // 16)
-    targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labelled[:, None], -1)
+    labeled = torch.arange(count) < max(1, count // 16)
+    targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labeled[:, None], -1)
     images, features = (views, None) if views.dtype == torch.uint8 else (None, views)
-    return TrainBatch(images, targets, torch.arange(count), labelled, features)
+    return TrainBatch(images, targets, torch.arange(count), labeled, features)
 
 
 def quiet_trainer(cli: CBSACLI, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:

@@ -36,7 +36,7 @@ class Table:
         rows: Its systems.
         reported: What the paper reports: (label, data set) to one value a share, in percent.
         data: Its data sets, names of overlays below ``configs/data``.
-        shares: Its labelled shares.
+        shares: Its labeled shares.
         seeds: Its seeds; the paper's runs have seed 1 unless it says otherwise.
     """
 

@@ -49,7 +49,7 @@ class Cell:
     Attributes:
         row: The system.
         data: Name of the data set.
-        share: p, the labelled share of the training images.
+        share: p, the labeled share of the training images.
         seed: Of everything.
         recipe: The run's whole configuration but for where it writes.
     """
@@ -93,7 +93,7 @@ def make_cell(
     Args:
         row: The system.
         data: The data set.
-        share: Labelled share.
+        share: Labeled share.
         seed: Of everything.
         configs: Folder with ``methods/``.
         extra: Overlays over all of them, such as hardware.
@@ -112,7 +112,7 @@ def make_cell(
             place["init_args"].update(clip=clip[0], pretrained=clip[1])
     recipe["model"]["init_args"].update(row.settings)
     recipe["seed_everything"] = seed
-    recipe["data"]["labelled_fraction"] = share
+    recipe["data"]["labeled_fraction"] = share
     return Cell(row, data.name, share, seed, recipe)
 
 

@@ -16,7 +16,7 @@ from cbsa_lightning.reproduce.paper import Table
 from cbsa_lightning.reproduce.recipes import Cell
 
 Column = tuple[str, float]
-"""Data set and labelled share."""
+"""Data set and labeled share."""
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ def draw_pseudo_labels(finished: Sequence[Finished], rows: Sequence[str]) -> Fig
             ]
             epochs = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
             if epochs:
-                colour, line = styles[row]
+                color, line = styles[row]
                 means = [100 * float(np.mean([run[epoch] for run in runs])) for epoch in epochs]
-                panel.plot(epochs, means, line, color=colour, marker=".", label=row)
+                panel.plot(epochs, means, line, color=color, marker=".", label=row)
         panel.set_title(f"{column[0]}, p = {column[1]:.2f}", fontsize=10)
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)

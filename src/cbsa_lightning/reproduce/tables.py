@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("number", type=int, help=f"of the table in the paper: {', '.join(map(str, TABLES))}")
     parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide; or a name and an overlay")
-    parser.add_argument("--shares", nargs="+", type=float, help="labelled shares, such as 0.05 0.10")
+    parser.add_argument("--shares", nargs="+", type=float, help="labeled shares, such as 0.05 0.10")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--rows", nargs="+", help="labels of the table; or overlays in configs/methods, cbsa+cbsa_safe")
     parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")

@@ -42,17 +42,17 @@ class CBSAModule(SSMLLModule):
         decoder_dropout: Dropout rate of each block.
         decoder_self_attention: Whether the classes' queries look at each other.
         scale: Initial factor of the cosine of Eq. 5.
-        learn_scale: Whether that factor is learnt.
+        learn_scale: Whether that factor is learned.
         train_pool: Whether CLIP's attention pool is trained.
         pool_lr_scale: Its factor of the learning rate.
         labeler: Makes pseudo-labels; None: CAT. ``StackedProbes()`` makes safer ones where labels are few,
-            ``LabelledOnly()`` trains on the labels alone.
+            ``LabeledOnly()`` trains on the labels alone.
         loss: Element-wise loss; None: ASL(0, 4, 0.05).
-        warmup_epochs: Epochs on labelled images only.
+        warmup_epochs: Epochs on labeled images only.
         unsup_weight: Factor of the loss on pseudo-labels.
         ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers; None: it looks back over
             a seventh of the second stage's steps, about as 0.9997 does in the paper's VOC runs.
-        optimizer: Makes the optimiser from parameter groups.
+        optimizer: Makes the optimizer from parameter groups.
         scheduler: Makes the schedule of a stage; None: one cycle.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
         stack_share: Share of the labeler's stack in the final scores; above 0 it needs ``StackedProbes()``.

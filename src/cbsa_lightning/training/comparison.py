@@ -17,7 +17,7 @@ from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import folder_of
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.module import SSMLLModule
 
 
@@ -28,10 +28,10 @@ def compare(
     settings: dict[str, Any],
     baselines: Mapping[str, float],
 ) -> dict[str, float]:
-    """Trains the labelled-only twin of a finished run and sets its mAP beside those of the baselines and of the run.
+    """Trains the labeled-only twin of a finished run and sets its mAP beside those of the baselines and of the run.
 
     The twin starts from the same weights, with the same stages, schedule and number of steps; only its second stage
-    goes on with labelled images. Each number is the last epoch's average of weights, on the validation images.
+    goes on with labeled images. Each number is the last epoch's average of weights, on the validation images.
 
     Args:
         trainer: The finished run's.
@@ -42,7 +42,7 @@ def compare(
             :class:`~cbsa_lightning.callbacks.baselines.MeasureBaselines`.
 
     Returns:
-        mAP (0 to 1) of the baselines, "labelled only", where scores are fused with a stack "network alone", and
+        mAP (0 to 1) of the baselines, "labeled only", where scores are fused with a stack "network alone", and
         "semi-supervised"; also written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
     """
     folder = folder_of(trainer)
@@ -52,12 +52,12 @@ def compare(
     own = {
         "callbacks": [],
         "enable_checkpointing": False,
-        "logger": CSVLogger(folder, name="labelled_only", version=""),
+        "logger": CSVLogger(folder, name="labeled_only", version=""),
     }
-    untrained.labeler, untrained.tells_limits = LabelledOnly(), False
+    untrained.labeler, untrained.tells_limits = LabeledOnly(), False
     twin = L.Trainer(**{**settings, **own})
     twin.fit(untrained, datamodule=data)
-    results["labelled only"] = float(twin.callback_metrics["val/mAP"])
+    results["labeled only"] = float(twin.callback_metrics["val/mAP"])
     if "val/mAP_network" in trainer.callback_metrics:
         results["network alone"] = float(trainer.callback_metrics["val/mAP_network"])
     results["semi-supervised"] = float(trainer.callback_metrics["val/mAP"])
@@ -73,24 +73,24 @@ def compare(
 
 
 def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> None:
-    labelled, unlabelled = len(data.split.labelled), len(data.split.unlabelled)
+    labeled, unlabeled = len(data.split.labeled), len(data.split.unlabeled)
     table = Table(title=f"mAP on {len(data.eval_table())} validation images, in %")
     table.add_column("run")
     table.add_column("learns from")
     table.add_column("mAP", justify="right")
     sources = {
         ZERO_SHOT: "class names only",
-        LINEAR_PROBE: f"{labelled} labelled images, frozen features",
-        STACKED_PROBES: f"{labelled} labelled images, class names, frozen features",
-        "labelled only": f"{labelled} labelled images",
-        "network alone": f"{labelled} labelled + {unlabelled} unlabelled images",
-        "semi-supervised": f"{labelled} labelled + {unlabelled} unlabelled images",
+        LINEAR_PROBE: f"{labeled} labeled images, frozen features",
+        STACKED_PROBES: f"{labeled} labeled images, class names, frozen features",
+        "labeled only": f"{labeled} labeled images",
+        "network alone": f"{labeled} labeled + {unlabeled} unlabeled images",
+        "semi-supervised": f"{labeled} labeled + {unlabeled} unlabeled images",
     }
     for name, value in results.items():
         table.add_row(name, sources[name], f"{100 * value:.1f}")
     console = Console()
     console.print(table)
-    gain = 100 * (results["semi-supervised"] - results["labelled only"])
+    gain = 100 * (results["semi-supervised"] - results["labeled only"])
     console.print(f"Against training on the labels alone: {gain:+.1f} points. Everything of this run is in {folder}.")
     best = max(results, key=lambda name: results[name])
     if best != "semi-supervised":

@@ -1,4 +1,4 @@
-"""Whether the unlabelled images help: estimated from the labelled images alone, by cross-fitting."""
+"""Whether the unlabeled images help: estimated from the labeled images alone, by cross-fitting."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import folder_of
-from cbsa_lightning.method.labelers import LabelledOnly
+from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.module import SSMLLModule
 
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the range over draws held the true gain; measured in docs/unlabelled.md, "How a run knows"."""
+"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run knows"."""
 LEAST = 3
-"""Labelled positives that a class needs, so that its average precision says anything."""
+"""Labeled positives that a class needs, so that its average precision says anything."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
-    """What the unlabelled images are estimated to bring, in points of average precision (0 to 100).
+    """What the unlabeled images are estimated to bring, in points of average precision (0 to 100).
 
     Attributes:
         class_names: the C classes.
-        positives: ``(C,)``, labelled positives of each.
+        positives: ``(C,)``, labeled positives of each.
         by_class: ``(C, 3)``: estimate, lower and upper end of the range over draws of the images; NaN for a class with
             too few positives.
         overall: ``(3,)``, the same for the mean over the other classes.
-        images: labelled images it rests on.
-        trained_on: labelled images that the networks learnt from each time; the others were held out.
+        images: labeled images it rests on.
+        trained_on: labeled images that the networks learned from each time; the others were held out.
     """
 
     class_names: Sequence[str]
@@ -55,21 +55,21 @@ class Gain:
 
     @property
     def hurts(self) -> bool:
-        """Whether training on the labelled images alone is estimated to be better."""
+        """Whether training on the labeled images alone is estimated to be better."""
         return bool(self.overall[0] < 0)
 
     def sentence(self) -> str:
         """What to tell the user."""
         estimate, low, high = self.overall
         if low > 0:
-            verdict = "The unlabelled images help"
+            verdict = "The unlabeled images help"
         elif high < 0:
-            verdict = "The unlabelled images do harm"
+            verdict = "The unlabeled images do harm"
         else:
-            verdict = f"{self.images} labelled images do not tell for sure whether the unlabelled ones help"
+            verdict = f"{self.images} labeled images do not tell for sure whether the unlabeled ones help"
         counted = int(np.isfinite(self.by_class[:, 0]).sum())
         return (
-            f"{verdict}: {estimate:+.1f} points of mAP on labelled images held out in turn, with {self.trained_on} of "
+            f"{verdict}: {estimate:+.1f} points of mAP on labeled images held out in turn, with {self.trained_on} of "
             f"{self.images} to learn from; mean of {counted} of {len(self.class_names)} classes. {LEVEL:.0%} of the "
             f"draws of these images give {low:+.1f} to {high:+.1f}; the true gain lay in such a range in {HELD}."
         )
@@ -78,7 +78,7 @@ class Gain:
         """Writes ``gain.csv``, one row a class, and ``gain.png``."""
         with replacing(folder / "gain.csv") as draft, draft.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["class", "labelled_positives", "gain", "low", "high"])
+            writer.writerow(["class", "labeled_positives", "gain", "low", "high"])
             for name, number, row in zip(self.class_names, self.positives, self.by_class, strict=True):
                 writer.writerow([name, number, *(f"{value:.2f}" for value in row)])
             writer.writerow(["(mean)", "", *(f"{value:.2f}" for value in self.overall)])
@@ -95,39 +95,39 @@ class Gain:
         figure = Figure(figsize=(7, 1.2 + 0.24 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         places = np.arange(len(rows))
-        colours = ["tab:green" if value > 0 else "tab:red" for value in rows[:, 0]]
-        axes.hlines(places, rows[:, 1], rows[:, 2], color=colours, linewidth=[4, *[1.5] * len(told)])
-        axes.scatter(rows[:, 0], places, color=colours, s=[60, *[25] * len(told)], zorder=3)
+        colors = ["tab:green" if value > 0 else "tab:red" for value in rows[:, 0]]
+        axes.hlines(places, rows[:, 1], rows[:, 2], color=colors, linewidth=[4, *[1.5] * len(told)])
+        axes.scatter(rows[:, 0], places, color=colors, s=[60, *[25] * len(told)], zorder=3)
         axes.set_yticks(places, ["mean", *names])
-        axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set_xlabel(f"points of average precision that the unlabelled images bring, {LEVEL:.0%} of draws")
-        axes.set_title(f"Estimated on {self.images} labelled images (positives in brackets)", fontsize=10)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set_xlabel(f"points of average precision that the unlabeled images bring, {LEVEL:.0%} of draws")
+        axes.set_title(f"Estimated on {self.images} labeled images (positives in brackets)", fontsize=10)
         figure.savefig(file, dpi=120)
 
 
 @dataclass(frozen=True)
 class GainCheck:
-    """Asks, before a fit, whether the unlabelled images will help.
+    """Asks, before a fit, whether the unlabeled images will help.
 
-    The labelled images are dealt into folds. With each fold held out in turn, the module is trained twice from the
-    same weights, both times for equally many steps: as it is, and on the labelled images alone. So it costs
+    The labeled images are dealt into folds. With each fold held out in turn, the module is trained twice from the
+    same weights, both times for equally many steps: as it is, and on the labeled images alone. So it costs
     ``2 * folds`` fits more.
 
     Args:
-        folds: how many, at least 2. The arms learn from (folds - 1) / folds of the labelled images, so with few folds
-            the estimate is that of a smaller labelled set, where unlabelled images tend to help more.
-        keep_labelled_only: whether to train on the labelled images alone if that is estimated to be better.
+        folds: how many, at least 2. The arms learn from (folds - 1) / folds of the labeled images, so with few folds
+            the estimate is that of a smaller labeled set, where unlabeled images tend to help more.
+        keep_labeled_only: whether to train on the labeled images alone if that is estimated to be better.
 
     Raises:
         ConfigError: for fewer than 2 folds.
     """
 
     folds: int = 2
-    keep_labelled_only: bool = False
+    keep_labeled_only: bool = False
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise ConfigError(f"gain check: the labelled images are dealt into 2 folds or more, got {self.folds}")
+            raise ConfigError(f"gain check: the labeled images are dealt into 2 folds or more, got {self.folds}")
 
     def __call__(self, untrained: SSMLLModule, data: SSMLLDataModule, settings: dict[str, Any]) -> Gain:
         """Estimates the gain; neither ``untrained`` nor ``data`` is changed, and no test image is looked at.
@@ -139,26 +139,26 @@ class GainCheck:
                 left out.
 
         Raises:
-            ConfigError: the module learns from labelled images alone, or the Trainer is not told how many epochs, or
+            ConfigError: the module learns from labeled images alone, or the Trainer is not told how many epochs, or
                 stops before the last one.
-            DataError: no unlabelled images, or too few labelled ones or positives.
+            DataError: no unlabeled images, or too few labeled ones or positives.
         """
-        if isinstance(untrained.labeler, LabelledOnly):
+        if isinstance(untrained.labeler, LabeledOnly):
             raise ConfigError(
-                "gain check: this run trains on the labelled images alone, so there is no gain to estimate. Choose "
+                "gain check: this run trains on the labeled images alone, so there is no gain to estimate. Choose "
                 "another labeler, or no gain check."
             )
         if (settings.get("max_epochs") or 0) < 1:
             raise ConfigError("gain check: say for how many epochs the run trains (trainer.max_epochs), 1 or more.")
         data.prepare_data()
         data.setup("fit")
-        if not len(data.split.unlabelled):
-            raise DataError("gain check: there is no unlabelled image, so nothing to gain. Leave the check out.")
-        labels = data.labelled_targets().numpy()
+        if not len(data.split.unlabeled):
+            raise DataError("gain check: there is no unlabeled image, so nothing to gain. Leave the check out.")
+        labels = data.labeled_targets().numpy()
         _told(labels)  # refused now, not after hours
         fold_of = deal(labels, self.folds, data.seed)
         hidden = getattr(rank_zero_only, "rank", 0) != 0
-        with tqdm(total=2 * self.folds, desc="Do unlabelled images help?", unit="fit", disable=hidden) as bar:
+        with tqdm(total=2 * self.folds, desc="Do unlabeled images help?", unit="fit", disable=hidden) as bar:
             arms: list[list[Array]] = [[], []]
             truths: list[NDArray[np.int64]] = []
             for fold in range(self.folds):
@@ -167,7 +167,7 @@ class GainCheck:
                     module = copy.deepcopy(untrained)
                     module.tells_limits = False
                     if arm == 0:
-                        module.labeler = LabelledOnly()
+                        module.labeler = LabeledOnly()
                     logits, targets = _held_out_scores(module, part, settings)
                     scores.append(logits)
                     bar.update()
@@ -182,7 +182,7 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
     Args:
         gain: the estimate.
         trainer: of the fit.
-        left_out: whether the unlabelled images were left out because of it.
+        left_out: whether the unlabeled images were left out because of it.
     """
     folder = folder_of(trainer)
     if folder is None or not trainer.is_global_zero:
@@ -197,7 +197,7 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
         logger.save()
     print(gain.sentence())
     if left_out:
-        print("So this run left them out: its weights are those of training on the labelled images alone.")
+        print("So this run left them out: its weights are those of training on the labeled images alone.")
 
 
 def gain_of(
@@ -215,15 +215,15 @@ def gain_of(
     it is narrower than an interval of the true gain.
 
     Args:
-        without: scores ``(m_f, C)`` of each fold's images without unlabelled images.
+        without: scores ``(m_f, C)`` of each fold's images without unlabeled images.
         with_: scores of the same images with them.
         targets: ``(m_f, C)`` in {1, 0, -1}.
         class_names: the C names.
-        trained_on: labelled images that each network learnt from.
+        trained_on: labeled images that each network learned from.
         seed: of the draws.
 
     Raises:
-        DataError: no class has enough labelled positives.
+        DataError: no class has enough labeled positives.
     """
     truth = np.concatenate(targets)
     told = _told(truth)
@@ -248,8 +248,8 @@ def _told(labels: NDArray[Any]) -> NDArray[np.int64]:
     told = np.flatnonzero(((labels == 1).sum(0) >= LEAST) & ((labels == 0).sum(0) > 0))
     if not len(told):
         raise DataError(
-            f"gain check: no class has {LEAST} labelled positives (and a negative), so nothing can be told from the "
-            f"{len(labels)} labelled images. Label more of them, or leave the check out."
+            f"gain check: no class has {LEAST} labeled positives (and a negative), so nothing can be told from the "
+            f"{len(labels)} labeled images. Label more of them, or leave the check out."
         )
     return told
 
@@ -292,7 +292,7 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
         DataError: fewer than two images a fold.
     """
     if len(labels) < 2 * folds:
-        raise DataError(f"gain check: {len(labels)} labelled images cannot be dealt into {folds} folds; label more.")
+        raise DataError(f"gain check: {len(labels)} labeled images cannot be dealt into {folds} folds; label more.")
     number = np.where(labels == 1, (labels == 1).sum(0), len(labels) + 1)
     rarest = np.where((labels == 1).any(1), number.argmin(1), labels.shape[1])
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -338,11 +338,11 @@ def _held_out_scores(
 
 
 def _with_held_out(data: SSMLLDataModule, places: NDArray[np.int64]) -> SSMLLDataModule:
-    """The same data with some of the labelled images for validation, and images of a step as they were."""
+    """The same data with some of the labeled images for validation, and images of a step as they were."""
     part = copy.copy(data)
-    labelled = data.split.labelled
-    part.split = replace(data.split, labelled=np.delete(labelled, places), held_out=labelled[places])
-    part._labelled_per_batch = data.labelled_per_batch
+    labeled = data.split.labeled
+    part.split = replace(data.split, labeled=np.delete(labeled, places), held_out=labeled[places])
+    part._labeled_per_batch = data.labeled_per_batch
     part._warmup_batch_size = data.warmup_batch_size
     return part
 

@@ -40,11 +40,11 @@ from cbsa_lightning.method.decisions import Objective, Share, decide
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
 from cbsa_lightning.method.fusion import Fusion
-from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, Labeler, LabelledOnly
+from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, LabeledOnly, Labeler
 from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.method.metrics import REPORTED, MultilabelReport
 from cbsa_lightning.method.specificity import Specificity
-from cbsa_lightning.method.stacking import StackLabeler, soft_labels, unlabelled_inputs
+from cbsa_lightning.method.stacking import StackLabeler, soft_labels, unlabeled_inputs
 from cbsa_lightning.method.thresholds import class_thresholds
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
@@ -52,7 +52,7 @@ from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 
-Stage = Literal["warm-up", "semi-supervised", "labelled-only"]
+Stage = Literal["warm-up", "semi-supervised", "labeled-only"]
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
@@ -62,9 +62,9 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 class SSMLLModule(LeanCheckpoint, L.LightningModule):
     """Semi-supervised multi-label training of a network.
 
-    The first ``warmup_epochs`` see labelled images only. Then, at each epoch's start, the averaged weights score the
-    weak view of every unlabelled image, ``labeler`` turns the scores into pseudo-labels, and each step trains on the
-    strong views of labelled and unlabelled images together. What is learnt once an epoch lives in buffers, NaN or -1
+    The first ``warmup_epochs`` see labeled images only. Then, at each epoch's start, the averaged weights score the
+    weak view of every unlabeled image, ``labeler`` turns the scores into pseudo-labels, and each step trains on the
+    strong views of labeled and unlabeled images together. What is learned once an epoch lives in buffers, NaN or -1
     until first set, so a checkpoint alone is enough to predict.
 
     Args:
@@ -72,14 +72,14 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
         network: Makes the network from the prompt names.
         labeler: Makes pseudo-labels, anew each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
-            paper's CAT. ``LabelledOnly()`` trains on the labels alone.
+            paper's CAT. ``LabeledOnly()`` trains on the labels alone.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
         contexts: Options of context identification; used when the network has a context head.
         warmup_epochs: Epochs of the first stage; a network without trainable parameters has none.
         unsup_weight: Factor of the loss on pseudo-labels.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; the next one stops the
             run. 0 stops it at the first.
-        ema_decay: Share of the old average that an optimiser step keeps. The average starts from the raw weights
+        ema_decay: Share of the old average that an optimizer step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
             steps, about as 0.9997 does in the paper's VOC runs.
         stack_share: Share of the labeler's stack in the final scores, in [0, 1]. They average its logits and the
@@ -88,10 +88,10 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             ``StackedProbes``, and the network's own mAP is ``val/mAP_network``.
         objective: Chooses the score from which a class is given, see :mod:`~cbsa_lightning.method.decisions`; None:
         the share
-            of images that has the class among the labelled ones. Others than ``Share()`` need a ``stack_share``.
-        optimizer: Makes the optimiser from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
+            of images that has the class among the labeled ones. Others than ``Share()`` need a ``stack_share``.
+        optimizer: Makes the optimizer from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
-        scheduler: Makes the schedule of a stage from the optimiser and the stage's number of steps, or a scheduler of
+        scheduler: Makes the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
             torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. None: one cycle.
     """
 
@@ -174,7 +174,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.ema_decay = ema_decay
         self.ema = ParameterEMA(self.network, 0.0 if ema_decay is None else ema_decay)
         # Every process makes the same averages, so DDP need not send them at each step; running statistics that are
-        # not synchronised are each process's own.
+        # not synchronized are each process's own.
         self._ddp_params_and_buffers_to_ignore = [
             f"ema.{name}" for name, _ in self.ema.named_buffers() if "__running_" not in name
         ]
@@ -191,20 +191,20 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.context_targets: Tensor | None = None
         # What to expect of the decision thresholds; see cbsa_lightning.method.decisions.Decisions.
         self.expected: Tensor | None = None
-        # Probabilities (m, C) of the labelled images, each by probes that were not fitted to it.
+        # Probabilities (m, C) of the labeled images, each by probes that were not fitted to it.
         self.left_out: Tensor | None = None
 
         self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "fused", "test")})
         self.specificity = Specificity(num_classes) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
-        self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimiser
+        self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimizer
         self.optimizer_settings: dict[str, Any] = {}  # as it was made, before any schedule
         self.scheduled_steps = 0  # length of the present schedule
-        self.stage_began_at = 0  # optimiser steps that were done when the present stage began
+        self.stage_began_at = 0  # optimizer steps that were done when the present stage began
         self.asked_to_end = False  # this process was, by a signal; see ExactResume
         self.max_skipped_steps = max_skipped_steps
         self._skipped = 0  # batches in a row that had no finite loss, up to the present one
-        self.leaves_out = False  # the optimiser step to come: one of its batches had none
+        self.leaves_out = False  # the optimizer step to come: one of its batches had none
         self._clock = self._paused = 0.0
         self._images = 0
 
@@ -227,7 +227,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     @property
     def second_stage(self) -> Stage:
         """What training goes on with after the warm-up."""
-        return "labelled-only" if isinstance(self.labeler, LabelledOnly) else "semi-supervised"
+        return "labeled-only" if isinstance(self.labeler, LabeledOnly) else "semi-supervised"
 
     @property
     def num_contexts(self) -> int:
@@ -250,7 +250,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return [*callbacks, DataSummary(), baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
-        """Optimiser and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""
+        """Optimizer and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""
         if not self.trains:
             self.scheduled_steps = self.stage_steps()
             return None
@@ -272,7 +272,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def stage_steps(self) -> int:
-        """Optimiser steps of the present stage; see :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`."""
+        """Optimizer steps of the present stage; see :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`."""
         return stage_steps(self.trainer, self.warmup_epochs, self.stage_began_at)
 
     def set_average_decay(self) -> None:
@@ -351,7 +351,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         features = self.features_of(batch)
         self._statistics = [value.clone() for value in self.ema.statistics(self.network)]
         output = self.network(features, self.network.encode_text())
-        known = batch.labelled.to(torch.float32)
+        known = batch.labeled.to(torch.float32)
         per_image = self._label_loss(output.logits, batch).sum(1)
         sup = (per_image * known).sum() / size
         unsup = (per_image * (1 - known)).sum() / size
@@ -419,7 +419,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
         if self.pseudo_labels is None:
             return self.loss(logits, batch.targets)
-        targets = torch.where(batch.labelled[:, None], batch.targets, self.pseudo_labels[batch.index])
+        targets = torch.where(batch.labeled[:, None], batch.targets, self.pseudo_labels[batch.index])
         if targets.is_floating_point():
             return soft_target_loss(self.loss, logits, targets)
         return self.loss(logits, targets)
@@ -435,7 +435,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="mean")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """An optimiser step, then one of the average once it has started."""
+        """An optimizer step, then one of the average once it has started."""
         super().optimizer_step(*args, **kwargs)
         if self.current_epoch >= self.warmup_epochs and not self.leaves_out:
             self.ema.update(self.network)
@@ -489,11 +489,11 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
 
     def label_once(self, evidence: Evidence) -> Tensor:
         """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
-        if not self._describer or len(evidence.labelled) == len(evidence.descriptors[0]):
+        if not self._describer or len(evidence.labeled) == len(evidence.descriptors[0]):
             return cast(EvidenceLabeler, self.labeler)(evidence)
         stack = cast(StackLabeler, self.labeler).fit(evidence)
         labels = evidence.labels.cpu().numpy()
-        self.fusion = Fusion.of(stack, unlabelled_inputs(evidence), labels, self.stack_share)
+        self.fusion = Fusion.of(stack, unlabeled_inputs(evidence), labels, self.stack_share)
         self.left_out = self.fusion.calibrated(torch.from_numpy(stack.left_out()).float()).sigmoid()
         return soft_labels(stack, evidence)
 
@@ -501,9 +501,9 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """Sets the decision thresholds, and the scale on which logits are fused.
 
         Args:
-            logits: ``(n, C)``, the network's, of the unlabelled images.
+            logits: ``(n, C)``, the network's, of the unlabeled images.
             rows: ``(n,)``, their rows in the train table.
-            rates: ``(C,)``, share of positives among the labelled images.
+            rates: ``(C,)``, share of positives among the labeled images.
         """
         if self.fusion is None:
             self._give_shares(logits, rates)
@@ -599,12 +599,12 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         return self._report(name).compute()
 
     def _decide_by_validated(self, logits: Tensor) -> None:
-        """Where no unlabelled image is scored, the scores of the validated ones set the thresholds, without labels."""
+        """Where no unlabeled image is scored, the scores of the validated ones set the thresholds, without labels."""
         if len(logits) and not bool(self.positive_rate.isnan().any()):
             self._give_shares(logits, self.positive_rate)
 
     def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
-        """Sets the thresholds that give each class its labelled share of the images behind ``logits (n, C)``."""
+        """Sets the thresholds that give each class its labeled share of the images behind ``logits (n, C)``."""
         self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
 
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
@@ -646,7 +646,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def decision_thresholds(self) -> Tensor:
         """Score from which a label is given, ``(C,)``; see :meth:`set_decisions`.
 
-        0.5 where no thresholds were ever set, as after training without validation on labelled images alone.
+        0.5 where no thresholds were ever set, as after training without validation on labeled images alone.
         """
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 

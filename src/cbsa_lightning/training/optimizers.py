@@ -1,4 +1,4 @@
-"""What gradient clipping needs of an optimiser."""
+"""What gradient clipping needs of an optimizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch.optim import Optimizer
 
 
 def unfuse(optimizer: Optimizer) -> None:
-    """Switches an optimiser to its unfused form, in place.
+    """Switches an optimizer to its unfused form, in place.
 
-    Fused optimisers undo float16's gradient scaling within their step, so Lightning refuses to clip their gradients.
+    Fused optimizers undo float16's gradient scaling within their step, so Lightning refuses to clip their gradients.
     It decides by the attribute below, also for bfloat16, which needs no scaling.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -13,7 +13,7 @@ from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
-"""Makes a scheduler from an optimiser and the number of steps of the stage; stepped once a step."""
+"""Makes a scheduler from an optimizer and the number of steps of the stage; stepped once a step."""
 
 
 _LENGTHS = ("total_steps", "T_max")  # what torch's schedulers call the number of steps
@@ -23,10 +23,10 @@ def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) 
     """Makes the schedule of a stage.
 
     Args:
-        make: A :data:`SchedulerCallable`; or makes a scheduler of torch from the optimiser, with settings of its own.
+        make: A :data:`SchedulerCallable`; or makes a scheduler of torch from the optimizer, with settings of its own.
             ``T_max`` or ``total_steps``, where such a scheduler has it and it is not set, is the stage's length.
-        optimizer: The optimiser.
-        total_steps: Optimiser steps of the stage.
+        optimizer: The optimizer.
+        total_steps: Optimizer steps of the stage.
 
     Raises:
         ConfigError: If a scheduler lacks a setting, or needs a metric.
@@ -65,7 +65,7 @@ class OneCycle:
         self.pct_start = pct_start
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Schedules ``total_steps`` optimiser steps."""
+        """Schedules ``total_steps`` optimizer steps."""
         peaks = [group["lr"] for group in optimizer.param_groups]
         # Rise and fall take a step each at least: torch divides by zero where a phase has no length.
         steps = max(total_steps, 3)
@@ -82,7 +82,7 @@ class _OneCycleLR(OneCycleLR):
 
 
 class Constant:
-    """The learning rate stays as the optimiser has it."""
+    """The learning rate stays as the optimizer has it."""
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Leaves every group as it is."""

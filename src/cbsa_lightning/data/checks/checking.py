@@ -34,19 +34,19 @@ class Counts:
 
     Attributes:
         images: All of them.
-        labelled: Something is known of any class.
-        empty: Of the labelled ones, those that show no class: all are absent.
-        partly: Of the labelled ones, those of which some classes are unknown.
-        unlabelled: Nothing is known.
+        labeled: Something is known of any class.
+        empty: Of the labeled ones, those that show no class: all are absent.
+        partly: Of the labeled ones, those of which some classes are unknown.
+        unlabeled: Nothing is known.
         positives: Positives of each class, in the order of the classes.
         negatives: Negatives of each class.
     """
 
     images: int
-    labelled: int
+    labeled: int
     empty: int
     partly: int
-    unlabelled: int
+    unlabeled: int
     positives: tuple[int, ...]
     negatives: tuple[int, ...]
 
@@ -143,6 +143,6 @@ def count_labels(labels: NDArray[np.int8]) -> Counts:
         complete = known == labels.shape[1]
         rows += [np.count_nonzero(found) for found in (known > 0, absent == labels.shape[1], (known > 0) & ~complete)]
         classes += (block == POSITIVE).sum(axis=0), (block == NEGATIVE).sum(axis=0)
-    labelled, empty, partly = map(int, rows)
+    labeled, empty, partly = map(int, rows)
     positives, negatives = (tuple(counts.tolist()) for counts in classes)
-    return Counts(len(labels), labelled, empty, partly, len(labels) - labelled, positives, negatives)
+    return Counts(len(labels), labeled, empty, partly, len(labels) - labeled, positives, negatives)

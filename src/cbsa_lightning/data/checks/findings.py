@@ -59,11 +59,11 @@ def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Findin
         message = "Class names that are nearly the same; if they mean one class, write them alike."
         yield Finding("similar_classes", message, len(pairs), lambda: [Item(pair) for pair in pairs])
     if plan is not None:
-        positives = sum((train.labels[rows] == POSITIVE).sum(axis=0) for rows in blocks(plan.split.labelled))
+        positives = sum((train.labels[rows] == POSITIVE).sum(axis=0) for rows in blocks(plan.split.labeled))
         lacking = [name for name, count in zip(train.class_names, positives, strict=True) if not count]
         if lacking:
             message = (
-                "Classes without a positive among the labelled images that are trained on; label some, or take the "
+                "Classes without a positive among the labeled images that are trained on; label some, or take the "
                 "class out."
             )
             yield Finding("class_without_positive", message, len(lacking), lambda: [Item((name,)) for name in lacking])

@@ -19,7 +19,7 @@ from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.errors import DataError
 
 SIMILARITY = 0.85
-"""Cosine of centred features from which two images count as near duplicates."""
+"""Cosine of centered features from which two images count as near duplicates."""
 
 _BATCH = 32
 _BLOCK = 1024  # images that are compared with all others at a time
@@ -40,8 +40,8 @@ class Similar(NamedTuple):
 def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
     """Compares all images with each other.
 
-    Features are centred by their mean over the images, so that one threshold serves towers and data sets whose features
-    have a large part in common.
+    Features are centered by their mean over the images, so that one threshold serves towers and data sets whose
+    features have a large part in common.
 
     Args:
         files: The n image files.
@@ -52,12 +52,12 @@ def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
     """
     features, unread = _features(files, clip)
     read = np.array([i for i in range(len(files)) if i not in unread], dtype=np.int64)
-    centred = features[torch.from_numpy(read)]
-    centred = normalize(centred - centred.mean(dim=0), dim=1)
+    centered = features[torch.from_numpy(read)]
+    centered = normalize(centered - centered.mean(dim=0), dim=1)
     pairs: list[tuple[int, int, float]] = []
     for start in range(0, len(read), _BLOCK):
         end = min(start + _BLOCK, len(read))
-        cosines = centred[start:end] @ centred[:end].T
+        cosines = centered[start:end] @ centered[:end].T
         cosines.masked_fill_(torch.ones_like(cosines, dtype=torch.bool).triu(start), -1)  # itself and later ones
         best, earlier = cosines.max(dim=1)
         for k in torch.nonzero(best >= SIMILARITY)[:, 0].tolist():

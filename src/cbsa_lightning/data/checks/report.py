@@ -70,12 +70,12 @@ def write_json(report: Report, stream: TextIO) -> None:
 
 
 def _images(name: str, counts: Counts) -> str:
-    text = f"{name}: {counts.images:,} images, {counts.labelled:,} labelled"
+    text = f"{name}: {counts.images:,} images, {counts.labeled:,} labeled"
     if details := [
         f"{count:,} {what}" for count, what in ((counts.empty, "show no class"), (counts.partly, "in part")) if count
     ]:
         text += f" ({', '.join(details)})"
-    return f"{text}, {counts.unlabelled:,} unlabelled."
+    return f"{text}, {counts.unlabeled:,} unlabeled."
 
 
 def _run(report: Report) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _run(report: Report) -> Iterator[str]:
         return
     split = plan.split
     yield (
-        f"A run trains on {len(split.labelled):,} labelled and {len(split.unlabelled):,} unlabelled images, and "
+        f"A run trains on {len(split.labeled):,} labeled and {len(split.unlabeled):,} unlabeled images, and "
         f"validates on {plan.validated:,} {plan.validated_on}, with positives of {plan.validated_classes:,} of "
         f"{len(report.class_names):,} classes."
     )
@@ -97,7 +97,7 @@ def _stage(stage: Stage) -> str:
     epochs = (
         "" if stage.epochs is None else f"{stage.epochs:,} epochs = {stage.epochs * stage.steps_per_epoch:,} steps, "
     )
-    images = f"{stage.labelled:,} labelled" + (f" and {stage.unlabelled:,} unlabelled" if stage.unlabelled else "")
+    images = f"{stage.labeled:,} labeled" + (f" and {stage.unlabeled:,} unlabeled" if stage.unlabeled else "")
     return f"{epochs}{stage.steps_per_epoch:,} steps an epoch, {images} images a step"
 
 

@@ -50,7 +50,7 @@ class Units:
         cached: Whether features of that tower are kept.
         strong_views: Strong views kept of each training image; 0: training computes the tower in each step.
         evidence: Whether frozen descriptions of the training images are computed before training.
-        labels_once: Whether training depends on no scores of the unlabelled images.
+        labels_once: Whether training depends on no scores of the unlabeled images.
         warmup_epochs: Epochs of the first stage.
         max_epochs: Epochs of both stages, below 0 without a limit.
         validated_every: Epochs from one validation to the next.
@@ -155,9 +155,9 @@ def run_time(recipe: dict[str, Any], plan: Plan) -> RunTime:
             "--time needs a configuration with a model. Give one before that of the data set: cbsa check "
             "photos.yaml mine.yaml --time."
         )
-    used = np.concatenate([plan.split.labelled, plan.split.unlabelled])
+    used = np.concatenate([plan.split.labeled, plan.split.unlabeled])
     rows = used[np.linspace(0, len(used) - 1, min(IMAGES, len(used))).astype(int)]
-    sizes = [stage.labelled + stage.unlabelled for stage in (plan.warmup, plan.second)]
+    sizes = [stage.labeled + stage.unlabeled for stage in (plan.warmup, plan.second)]
     units = _measured(Request(recipe, rows.tolist(), sizes))
     if units.max_epochs < 0:
         raise ConfigError("--time needs the number of epochs: set trainer.max_epochs.")
@@ -192,14 +192,14 @@ def estimate(plan: Plan, units: Units) -> RunTime:
     computing = loading = 0.0
     training_steps = 0
     for stage, epochs in ((plan.warmup, warmup), (plan.second, units.max_epochs - warmup)):
-        steps, size = stage.steps_per_epoch * epochs, stage.labelled + stage.unlabelled
+        steps, size = stage.steps_per_epoch * epochs, stage.labeled + stage.unlabeled
         if units.trains and steps:
             training_steps += steps
             computing += steps * units.step[size]
             loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
     scored, heads = scored_images(plan, units)
-    # A run on labels alone keeps no features of the unlabelled images, but writes labels for them.
-    unkept = 0 if plan.second.unlabelled else len(plan.split.unlabelled)
+    # A run on labels alone keeps no features of the unlabeled images, but writes labels for them.
+    unkept = 0 if plan.second.unlabeled else len(plan.split.unlabeled)
     towers = unkept if units.cached else scored
     return RunTime(
         features=units.together(views * units.tower, reading),
@@ -216,7 +216,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
 
 def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
     """Views that a feature cache is filled with, and the seconds that one process takes to make them."""
-    alone = not plan.second.unlabelled
+    alone = not plan.second.unlabeled
     needed = needed_views(plan.split, plan.images, units.strong_views, alone)
     images = int(needed.any(1).sum()) + plan.test_images
     strong = int(needed[:, 2:].sum())
@@ -229,19 +229,19 @@ def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
 
     Validations score an image with the averaged and with the raw weights.
     """
-    labelled, unlabelled = len(plan.split.labelled), len(plan.split.unlabelled)
+    labeled, unlabeled = len(plan.split.labeled), len(plan.split.unlabeled)
     validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
-    described = plan.validated * units.frozen + (labelled + unlabelled) * units.evidence
-    at_the_end = plan.validated + unlabelled  # predictions.csv and labels.csv
-    thresholds = unlabelled * sum(1 for _ in _threshold_passes(plan, units, validated))
+    described = plan.validated * units.frozen + (labeled + unlabeled) * units.evidence
+    at_the_end = plan.validated + unlabeled  # predictions.csv and labels.csv
+    thresholds = unlabeled * sum(1 for _ in _threshold_passes(plan, units, validated))
     scored = plan.validated * len(validated) + thresholds + described + at_the_end
     return scored, scored + plan.validated * len(validated)
 
 
 def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:
-    """Epochs at whose start the unlabelled images are scored; see :class:`UpdateThresholds`."""
+    """Epochs at whose start the unlabeled images are scored; see :class:`UpdateThresholds`."""
     first, last = units.warmup_epochs, units.max_epochs
-    if not plan.second.unlabelled or first >= last:
+    if not plan.second.unlabeled or first >= last:
         return
     yield first
     for epoch in range(first + 1, last + 1):

@@ -11,7 +11,7 @@ _SHORTEST = 5  # letters in which one may be exchanged; "cat" and "car" are word
 def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
     """Finds pairs of names that differ in case, white space or punctuation, or by one letter.
 
-    One letter more, such as a plural, counts at any length of three letters or more; another letter, or two neighbours
+    One letter more, such as a plural, counts at any length of three letters or more; another letter, or two neighbors
     in exchanged order, counts from five letters. Digits never count: "class 1" and "class 2" are two classes.
 
     Args:

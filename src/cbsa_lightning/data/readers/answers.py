@@ -26,7 +26,7 @@ class Record:
     Attributes:
         image: Its path relative to the root.
         where: File and record, for a message.
-        answers: The labels of each submitted answer; all other classes are absent. No answer: the image is unlabelled.
+        answers: The labels of each submitted answer; all other classes are absent. No answer: the image is unlabeled.
         test: Whether the export says that the image is for the test.
     """
 

@@ -24,8 +24,8 @@ _MULTI, _SINGLE = "groundtruth/image-classification-multilabel", "groundtruth/im
 class CloudLines(Export):
     """Labels of images in the JSON lines of SageMaker Ground Truth (``source-ref``) or Vertex AI (``imageGcsUri``).
 
-    A line names the classes that its image shows; all others are absent. A line without labels is an unlabelled image,
-    as is one whose labelling failed. Lines that Vertex AI marks as "test" are the test images.
+    A line names the classes that its image shows; all others are absent. A line without labels is an unlabeled image,
+    as is one whose labeling failed. Lines that Vertex AI marks as "test" are the test images.
 
     Args:
         train: File to train on.
@@ -83,9 +83,9 @@ class CloudLines(Export):
             for path, (where, _), found, test in zip(paths, lines, answers, tests, strict=True)
         ]
         said = {
-            "image": ("image", "without labels: unlabelled"),
-            "failed": ("image", "whose labelling failed, among the unlabelled ones"),
-            "model": ("image", "labelled by a model (human-annotated: no): read as the others"),
+            "image": ("image", "without labels: unlabeled"),
+            "failed": ("image", "whose labeling failed, among the unlabeled ones"),
+            "model": ("image", "labeled by a model (human-annotated: no): read as the others"),
             "validation image": ("validation image", "by ml_use: read with the images for training"),
             "name": ("record", "matched with an image by its file name alone"),
         }

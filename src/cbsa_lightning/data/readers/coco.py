@@ -27,8 +27,8 @@ _NAMES = """
     mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
     vase, scissors, teddy bear, hair drier, toothbrush
 """
-Unannotated = Literal["drop", "unlabelled", "empty"]
-UNANNOTATED: tuple[Unannotated, ...] = ("drop", "unlabelled", "empty")
+Unannotated = Literal["drop", "unlabeled", "empty"]
+UNANNOTATED: tuple[Unannotated, ...] = ("drop", "unlabeled", "empty")
 COCO_CLASSES = tuple(" ".join(_NAMES.split()).split(", "))
 
 
@@ -48,8 +48,8 @@ class COCO(Source):
         train_images: Another image folder for training.
         val_images: Another image folder for the test.
         class_file: Class file with prompt names (``read_class_file``); default: the category names.
-        unannotated: What becomes of images without an annotation: "drop", as CAP's lists leave them out; "unlabelled",
-            if nobody has labelled them yet; "empty", if they show no class. Default: "unlabelled" for an annotation
+        unannotated: What becomes of images without an annotation: "drop", as CAP's lists leave them out; "unlabeled",
+            if nobody has labeled them yet; "empty", if they show no class. Default: "unlabeled" for an annotation
             file that is named here, "drop" for COCO's own.
 
     Raises:
@@ -139,7 +139,7 @@ class COCO(Source):
 
     def _read(self, part: str, notes: list[str] | None = None) -> AnnotationTable:
         own = getattr(self, f"{part}_annotations") is not None
-        unannotated: Unannotated = self.unannotated or ("unlabelled" if own else "drop")
+        unannotated: Unannotated = self.unannotated or ("unlabeled" if own else "drop")
         files = self._files(part)
         return read_coco(*files, self.root, class_file=self.class_file, unannotated=unannotated, notes=notes)
 
@@ -160,7 +160,7 @@ def read_coco(
         images: Folder of the images.
         root: Folder that the table's paths are relative to; default: ``images``.
         class_file: Class file with prompt names; default: the category names.
-        unannotated: What becomes of images without an annotation: they are left out ("drop"), kept as "unlabelled", or
+        unannotated: What becomes of images without an annotation: they are left out ("drop"), kept as "unlabeled", or
             kept as images that show no class ("empty").
         notes: Gets a sentence on images without an annotation.
 
@@ -179,11 +179,11 @@ def read_coco(
     ids = sorted(annotated if unannotated == "drop" else content.file_names, key=str)
     row = {image: i for i, image in enumerate(ids)}
     labels = np.zeros((len(ids), len(content.class_names)), dtype=np.int8)
-    if unannotated == "unlabelled":
+    if unannotated == "unlabeled":
         labels[[i for i, image in enumerate(ids) if image not in annotated]] = UNKNOWN
     labels[[row[image] for image, _ in content.pairs], [k for _, k in content.pairs]] = 1
     if notes is not None and (without := len(content.file_names) - len(annotated)):
-        kept = {"drop": "left out", "unlabelled": "kept as unlabelled", "empty": "kept as images of no class"}
+        kept = {"drop": "left out", "unlabeled": "kept as unlabeled", "empty": "kept as images of no class"}
         notes.append(
             f"{file}: {without:,} of {len(content.file_names):,} images have no annotation; {kept[unannotated]}"
         )

@@ -24,7 +24,7 @@ class CVAT(Export):
     """An export of a CVAT task, project or job in which annotators tag images.
 
     The tags of an image are its classes; all other classes are absent. The file does not say whether someone has looked
-    at an image without a tag: it is unlabelled, unless ``untagged`` says otherwise. Images of a subset "test" are the
+    at an image without a tag: it is unlabeled, unless ``untagged`` says otherwise. Images of a subset "test" are the
     test images. Classes are the labels of the task that can be tags.
 
     Args:
@@ -32,7 +32,7 @@ class CVAT(Export):
         test: XML file to test on.
         root: Folder of the images; default: the folder of each file.
         class_file: Class file with prompt names (``read_class_file``).
-        untagged: What an image without a tag is: "unlabelled", or one that shows "nothing".
+        untagged: What an image without a tag is: "unlabeled", or one that shows "nothing".
         nothing: Tags that mean "seen, and shows no class"; they are no classes.
 
     Raises:
@@ -45,11 +45,11 @@ class CVAT(Export):
         test: str | None = None,
         root: str | None = None,
         class_file: str | None = None,
-        untagged: Literal["unlabelled", "nothing"] = "unlabelled",
+        untagged: Literal["unlabeled", "nothing"] = "unlabeled",
         nothing: Sequence[str] = (),
     ) -> None:
         super().__init__(train, test, root, class_file, nothing)
-        check_choice("CVAT: untagged", untagged, ("unlabelled", "nothing"))
+        check_choice("CVAT: untagged", untagged, ("unlabeled", "nothing"))
         self._untagged = untagged
 
     def _load(self, file: Path, root: Path) -> Content:
@@ -73,7 +73,7 @@ class CVAT(Export):
         known = set(names)
         records = [self._record(image, f"{file}, image {k + 1}", known, counts) for k, image in enumerate(images)]
         said = [
-            ("image", f"without a tag: {'unlabelled' if self._untagged == 'unlabelled' else 'shows nothing'}"),
+            ("image", f"without a tag: {'unlabeled' if self._untagged == 'unlabeled' else 'shows nothing'}"),
             ("tag", "set by a model (source auto): read as the others"),
             ("attribute", "of tags: not read"),
             ("validation image", "by its subset: read with the images for training"),

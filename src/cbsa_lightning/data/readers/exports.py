@@ -1,4 +1,4 @@
-"""Exports of labelling tools: what annotators said of each image, and the table that follows from it."""
+"""Exports of labeling tools: what annotators said of each image, and the table that follows from it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Content:
 
 
 class Export(Source):
-    """A data set that a labelling tool exported; a subclass reads the files of one tool.
+    """A data set that a labeling tool exported; a subclass reads the files of one tool.
 
     The classes are those that the training file declares; else those of the class file, whose synonyms then count as
     well; else the labels in use, sorted.
 
     Args:
-        train: File to train on; its images without an answer are the unlabelled images.
+        train: File to train on; its images without an answer are the unlabeled images.
         test: File to test on.
         root: Folder that image paths are relative to; default: the folder of each file.
         class_file: Class file with prompt names (``read_class_file``).

@@ -10,7 +10,7 @@ from typing import Any
 from cbsa_lightning.data.readers.answers import Record
 from cbsa_lightning.data.readers.exports import Content, Export
 from cbsa_lightning.data.readers.structured import counted, field, read_json, typed
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
@@ -19,7 +19,7 @@ class FiftyOne(Export):
     """A FiftyOneImageClassificationDataset: ``labels.json``, and the images beside it in ``data``.
 
     The classifications of an image are its classes; all other classes are absent. An empty list means that it shows
-    none, ``null`` that it is unlabelled. FiftyOne's exporter writes ``null`` for both.
+    none, ``null`` that it is unlabeled. FiftyOne's exporter writes ``null`` for both.
 
     Keys are paths below ``root`` without suffix, so the images must be there.
 
@@ -62,7 +62,7 @@ class FiftyOne(Export):
             Record(path, f"{file}, {brief(key)}", found)
             for path, key, found in zip(paths, labels, answers, strict=True)
         ]
-        said = {"image": "without a label (null): unlabelled", "label": "with a confidence or attributes: not read"}
+        said = {"image": "without a label (null): unlabeled", "label": "with a confidence or attributes: not read"}
         notes = [f"{counted(counts[noun], noun)} {rest}" for noun, rest in said.items() if counts[noun]]
         if left:
             notes.append(f"{counted(left, 'image')} below {root} without a key: left out")

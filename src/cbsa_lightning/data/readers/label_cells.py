@@ -30,14 +30,14 @@ class LabelCells:
 
     Attributes:
         form: How a cell lists its names.
-        known: (n,) bool, False for a row that is not labelled.
+        known: (n,) bool, False for a row that is not labeled.
         row: (k,) row of each name that is written.
         code: (k,) its position in ``names``.
         names: The different names.
 
     Raises:
         DataError: Cells have no clear form, an empty name, or a name that does not look like a class; a word that means
-            "not labelled" or "shows nothing" stands beside a name.
+            "not labeled" or "shows nothing" stands beside a name.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LabelCells:
         lengths = np.array([len(some) for some in names], dtype=np.int64)
         flat = [name for some in names for name in some]
 
-        self.known = np.array([meaning is not Meaning.UNLABELLED for meaning in meanings])[cell_of_row]
+        self.known = np.array([meaning is not Meaning.UNLABELED for meaning in meanings])[cell_of_row]
         # Each row takes the names of its cell: as many as the cell has, from where they start in `flat`.
         of_row = lengths[cell_of_row]
         self.row = np.repeat(np.arange(len(of_row)), of_row)
@@ -124,7 +124,7 @@ class LabelCells:
             if (both := count[rows] > 1).any():
                 raise DataError(
                     f"{self._columns.where(int(rows[both][0]))}: {name!r} beside another name; {name!r} means "
-                    f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labelled'}; take "
+                    f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labeled'}; take "
                     "one of them out, or, if it is a class, name it in a class file"
                 )
             self.known[rows] = meaning is Meaning.NOTHING
@@ -137,7 +137,7 @@ class LabelCells:
         if name[0] in "[{'\"":
             raise DataError(
                 f"{where}: {brief(name)} in column {brief(self._column)} is a part of a list, or in quotes; leave the "
-                "option separator out, so that lists are recognised, and quotes too, or name it in a class file if it "
+                "option separator out, so that lists are recognized, and quotes too, or name it in a class file if it "
                 "is a class"
             )
         raise DataError(

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.class_names import ClassFile
 from cbsa_lightning.data.readers.columns import Columns, column_named
 from cbsa_lightning.data.readers.roles import ANNOTATOR_COLUMNS, LABELS_COLUMNS, PARTS_COLUMNS, named_like
-from cbsa_lightning.data.readers.words import UNLABELLED, Meaning, Words
+from cbsa_lightning.data.readers.words import UNLABELED, Meaning, Words
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
-_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1} | dict.fromkeys(sorted(UNLABELLED), -1)
+_VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1} | dict.fromkeys(sorted(UNLABELED), -1)
 
 
 def class_columns(columns: Columns, image: str, words: Words) -> list[str]:

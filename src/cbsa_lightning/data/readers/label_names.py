@@ -107,7 +107,7 @@ def _refuse_empty_annotations(columns: Columns, labels: LabelCells) -> None:
         annotated = pc.not_equal(columns.text(name).fill_null(""), "").to_numpy(zero_copy_only=False)
         if (unclear := annotated & ~labels.known).any():
             raise DataError(
-                f"{columns.where(int(unclear.argmax()))}: no labels, but an {name}: a labelling tool writes this for "
+                f"{columns.where(int(unclear.argmax()))}: no labels, but an {name}: a labeling tool writes this for "
                 f"an image that shows no class; write 'none' there, or take the column {brief(name)} out if it is not "
-                "labelled"
+                "labeled"
             )

@@ -21,7 +21,7 @@ class LabelStudio(Export):
     """An export of a Label Studio project in which annotators choose labels for images.
 
     A submitted answer names the classes that an image shows; all others are absent, also where it names none. A task
-    that is skipped, or that has only a draft or no answer, is unlabelled. Predictions are not read.
+    that is skipped, or that has only a draft or no answer, is unlabeled. Predictions are not read.
 
     An image is the ``path`` of a task's data; else it is found by its path or URL (``find_images``). Several tasks of
     one image count together.
@@ -31,7 +31,7 @@ class LabelStudio(Export):
         test: Export to test on.
         root: Folder of the images; default: the folder of each export.
         class_file: Class file with prompt names, and with the class list where there is no ``label_config``.
-        label_config: XML of the project's labelling interface. An export names only choices in use; this names all.
+        label_config: XML of the project's labeling interface. An export names only choices in use; this names all.
         control: Name of the control of choices, where there are several.
         prefix: Path or URL of ``root`` in the project, such as "photos" for "/data/local-files/?d=photos/a.jpg".
         nothing: Choices that mean "shows no class"; they are no classes.

@@ -1,4 +1,4 @@
-"""The labelling configuration of a Label Studio project: its classes, and where its tasks keep the image."""
+"""The labeling configuration of a Label Studio project: its classes, and where its tasks keep the image."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], lis
     columns = read_columns(file)
     if "annotation_id" not in columns.names:
         raise DataError(
-            f"{file}: has no column 'annotation_id', which alone tells images that show nothing from unlabelled ones; "
+            f"{file}: has no column 'annotation_id', which alone tells images that show nothing from unlabeled ones; "
             "export as JSON"
         )
     cells = {name: columns.text(name).fill_null("").to_pylist() for name in columns.names}
@@ -89,7 +89,7 @@ def _read(
         tasks.append(Task(where(i), image, path, [_chosen(row, control, where(i))] if answered else []))
     notes = []
     if count := sum(not task.answers for task in tasks):
-        notes.append(f"{counted(count, 'task')} without an answer: unlabelled")
+        notes.append(f"{counted(count, 'task')} without an answer: unlabeled")
     if other := sorted({name for row in rows for name in row} - _OWN - {key, control}):
         notes.append(f"{counted(len(other), 'column')} not read: {listed(map(brief, other))}")
     return tasks, notes

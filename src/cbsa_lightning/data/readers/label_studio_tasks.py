@@ -145,9 +145,9 @@ def _submitted(tasks: list[dict[str, Any]], places: list[str]) -> tuple[list[lis
         if not found:
             counts["skipped" if skips else "draft" if drafts else "open"] += 1
     said = {
-        "skipped": ("task", "skipped by an annotator: unlabelled"),
-        "draft": ("task", "with only a draft: unlabelled"),
-        "open": ("task", "without an answer: unlabelled"),
+        "skipped": ("task", "skipped by an annotator: unlabeled"),
+        "draft": ("task", "with only a draft: unlabeled"),
+        "open": ("task", "without an answer: unlabeled"),
         "skips": ("skip", "of a task that another annotator answered: not counted"),
         "drafts": ("draft", "beside a submitted answer: not read"),
         "predicted": ("task", "with predictions, which are not read"),

@@ -1,4 +1,4 @@
-"""Which image a labelling tool means: local-files paths, URLs and uploads -> paths below a root."""
+"""Which image a labeling tool means: local-files paths, URLs and uploads -> paths below a root."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.reading import brief
 
@@ -68,7 +68,7 @@ def find_images(
 
 
 class _Images:
-    """Images below a root, found by paths and names of a labelling tool."""
+    """Images below a root, found by paths and names of a labeling tool."""
 
     def __init__(self, root: Path, prefix: str | None) -> None:
         self.root = root

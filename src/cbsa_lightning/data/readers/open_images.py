@@ -41,7 +41,7 @@ class OpenImages(Source):
         root: Folder of the images; default: the folder of each label file.
         class_descriptions: CSV of label names and class names; rows of other labels are left out. Default: the label
             names in the training file.
-        train_images: CSV with a column ``ImageID``: all images for training; those without a row are unlabelled.
+        train_images: CSV with a column ``ImageID``: all images for training; those without a row are unlabeled.
             Default: the images of ``train``.
         test_images: The same for the test.
         suffix: What follows the image id in the names of files.
@@ -172,7 +172,7 @@ class OpenImages(Source):
             (int((~known).sum()), "row", f"of labels that {classes.path} does not name: left out"),
             (int((known & (values < 0)).sum()), "row", "with the confidence of a model: unknown"),
             (differing, "label", "on which rows differ: unknown"),
-            (int((matrix < 0).all(axis=1).sum()), "image", "without a verified label: unlabelled"),
+            (int((matrix < 0).all(axis=1).sum()), "image", "without a verified label: unlabeled"),
         ]
         return table, [f"{file}: {counted(count, noun)} {rest}" for count, noun, rest in said if count]
 

@@ -1,4 +1,4 @@
-"""JSON, JSON lines and XML files of labelling tools, and fields of the types that they must have."""
+"""JSON, JSON lines and XML files of labeling tools, and fields of the types that they must have."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse_xml(text: str, file: Path) -> ElementTree.Element:
     if "\0" in text:  # the parser would take it for UTF-16, in which the next check sees no declaration
         raise DataError(f"{file}: has NUL characters, as UTF-16 read as UTF-8 has; save it as UTF-8")
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise DataError(f"{file}: declares a document type, which labelling tools never do; take the declaration out")
+        raise DataError(f"{file}: declares a document type, which labeling tools never do; take the declaration out")
     try:
         return ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
     except (ElementTree.ParseError, ValueError) as error:

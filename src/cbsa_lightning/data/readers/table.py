@@ -25,7 +25,7 @@ class Table(Source):
 
     - by name: a column such as ``labels`` or ``tags`` with names of classes. How a cell lists them (``a;b``,
       ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An empty cell means
-      that nothing is known of the image: it is unlabelled, as with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and
+      that nothing is known of the image: it is unlabeled, as with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and
       ``[]`` mean that it shows no class. A column ``review`` names classes of which nothing is known, whatever the
       labels say. Other columns are not read.
     - by column: one column a class, with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
@@ -37,7 +37,7 @@ class Table(Source):
     Several rows for one image become one.
 
     Args:
-        train: Table to train on; its unlabelled rows are the unlabelled images.
+        train: Table to train on; its unlabeled rows are the unlabeled images.
         test: Table to test on.
         root: Folder that paths are relative to; default: the folder of each table.
         class_file: Class file with classes, prompt names and synonyms (``read_class_file``).

@@ -1,4 +1,4 @@
-"""Folders in VOC's layout with classes of their own: XML files of labelling tools, and lists of image names."""
+"""Folders in VOC's layout with classes of their own: XML files of labeling tools, and lists of image names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_voc_xml(
 ) -> AnnotationTable:
     """Reads the XML files of an image set.
 
-    An image without an XML file is unlabelled; one whose file names no object has no class. ``difficult``, ``pose`` and
+    An image without an XML file is unlabeled; one whose file names no object has no class. ``difficult``, ``pose`` and
     ``truncated`` may be missing, as in the files of labelImg and CVAT.
 
     Args:

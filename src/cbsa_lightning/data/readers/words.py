@@ -1,4 +1,4 @@
-"""Words in a labels cell that are no class: "not labelled", and "seen, shows nothing"."""
+"""Words in a labels cell that are no class: "not labeled", and "seen, shows nothing"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import Enum
 from cbsa_lightning.data.class_names import clean_name
 
 NO_LABEL = "none"
-UNLABELLED = frozenset({"", "nan", "na", "n/a", "null", "-", "unlabelled", "unlabeled", "<na>", "#n/a"})
+UNLABELED = frozenset({"", "nan", "na", "n/a", "null", "-", "unlabeled", "unlabelled", "<na>", "#n/a"})
 _LIKE_NOTHING = re.compile(
     r"none|nothing|(no|without)( any)? (findings?|labels?|class(es)?|tags?|objects?|annotations?|categor(y|ies))"
     r"|none of (the above|these)"
@@ -27,7 +27,7 @@ def begins_a_list(text: str) -> bool:
 class Meaning(Enum):
     """What a word in a labels cell says of the image."""
 
-    UNLABELLED = "not labelled"
+    UNLABELED = "not labeled"
     NOTHING = "shows no class"
     UNCLEAR = "does not look like a class"
     NAME = "a class"
@@ -38,8 +38,9 @@ class Words:
     """Tells names of classes from words with another meaning.
 
     ``none`` and the words in ``nothing`` mean that an image shows no class. Empty, ``nan``, ``NA``, ``N/A``, ``NULL``,
-    ``-``, ``unlabelled`` in any case, and ``None`` as Python writes it, mean that it is not labelled. What only looks
-    like such a word, such as "No Finding" or "?", is unclear, and so are parts of lists and names in quotes.
+    ``-``, ``unlabeled`` or ``unlabelled`` in any case, and ``None`` as Python writes it, mean that it is not labeled.
+    What only looks like such a word, such as "No Finding" or "?", is unclear, and so are parts of lists and names in
+    quotes.
 
     Attributes:
         nothing: Words of the user that mean that an image shows no class.
@@ -57,8 +58,8 @@ class Words:
             return Meaning.NOTHING
         if word and word in self.classes:
             return Meaning.NAME
-        if word == "None" or folded in UNLABELLED:
-            return Meaning.UNLABELLED
+        if word == "None" or folded in UNLABELED:
+            return Meaning.UNLABELED
         plain = re.sub(r"[\s_-]+", " ", folded)
         if _LIKE_NOTHING.fullmatch(plain) or begins_a_list(word) or _SIGNS.fullmatch(word) or _QUOTED.fullmatch(word):
             return Meaning.UNCLEAR

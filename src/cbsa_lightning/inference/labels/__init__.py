@@ -1,1 +1,1 @@
-"""Labels for unlabelled images: decisions, what to review or label next, and files for labelling tools."""
+"""Labels for unlabeled images: decisions, what to review or label next, and files for labeling tools."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.readers.unlabelled import read_images
+from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.inference.labels.image_labels import SURE, ImageLabels

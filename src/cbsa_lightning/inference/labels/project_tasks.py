@@ -28,7 +28,7 @@ class Project(NamedTuple):
     Attributes:
         export: Its tasks, exported as JSON. The export of the server has open tasks only with
             ``download_all_tasks=true``.
-        label_config: XML of its labelling interface. None: its annotations name the control and the image.
+        label_config: XML of its labeling interface. None: its annotations name the control and the image.
         control: Name of the control of choices, where there are several.
         root: Folder that the paths of the labels are relative to.
         prefix: Path or URL of ``root`` in the project; see :class:`LabelStudio`.
@@ -91,7 +91,7 @@ def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
     notes = []
     if other := [path for path in paths if path not in of_image]:
         notes.append(
-            f"{counted(len(other), 'task')} of images that are not among the labels of the run, such as labelled ones: "
+            f"{counted(len(other), 'task')} of images that are not among the labels of the run, such as labeled ones: "
             f"without a prediction: {listed(map(brief, other), 5)}"
         )
     if alone := list(of_image.keys() - set(paths)):
@@ -140,7 +140,7 @@ def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config:
         found = f"they name several: {listed(pairs)}" if pairs else "there is none with choices"
         raise DataError(
             f"{file}: its annotations do not say which control and image predictions are for ({found}); save the "
-            "labelling interface of the project (Settings, Code) and give it with --label_config"
+            "labeling interface of the project (Settings, Code) and give it with --label_config"
         )
     return next(iter(pairs))
 
@@ -160,7 +160,7 @@ def _choices(
             found = listed(f"{brief(choice)} ({used[choice]})" for choice in further)
             raise DataError(
                 f"{project.export}: has choices that are no class of the run: {found}; give the export of the run's "
-                "project, or its labelling interface with --label_config"
+                "project, or its labeling interface with --label_config"
             )
         unchecked = f"no answer names {len(missing)} of the {len(names)} classes, so nothing says that they are choices"
         return names, [f"{unchecked} of the project (--label_config does): {listed(missing, 5)}"] if missing else []
@@ -172,7 +172,7 @@ def _choices(
     if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
         raise DataError(
             f"{project.label_config}: Choices {brief(config.name)} takes one choice for an image, and the run gives "
-            f'{counted(several, "image")} more than one: write choice="multiple" in the labelling interface'
+            f'{counted(several, "image")} more than one: write choice="multiple" in the labeling interface'
         )
     if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
         raise DataError(

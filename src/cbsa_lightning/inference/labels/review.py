@@ -24,9 +24,9 @@ def next_to_label(labels: ImageLabels, budget: int, positives: NDArray[np.intege
     doubtful ones) and ``labels`` (those that the model gives).
 
     Args:
-        labels: Of the unlabelled images.
+        labels: Of the unlabeled images.
         budget: Number of images.
-        positives: ``(C,)`` labelled positives of each class; the entropy of a class is then divided by the square root
+        positives: ``(C,)`` labeled positives of each class; the entropy of a class is then divided by the square root
             of one more, so that rare classes count more. None: all classes count alike.
     """
     weights = None if positives is None else (positives + 1.0) ** -0.5
@@ -57,7 +57,7 @@ def suspicious_labels(
     Columns: ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that this is wrong.
 
     Args:
-        images: ``(m,)`` paths of the labelled images.
+        images: ``(m,)`` paths of the labeled images.
         class_names: The C class names.
         labels: ``(m, C)`` in {1, 0, -1}; unknown entries are not judged.
         left_out: ``(m, C)`` probabilities, each image by models that were not fitted to it.

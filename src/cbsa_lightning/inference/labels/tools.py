@@ -1,4 +1,4 @@
-"""Files of labels that labelling tools import: Label Studio, CVAT and FiftyOne.
+"""Files of labels that labeling tools import: Label Studio, CVAT and FiftyOne.
 
 The servers accept labels and control names that they do not know and drop them without a word, so names are checked
 here. Confidence orders the images for review: Label Studio's uncertainty sampling starts with the lowest.
@@ -77,7 +77,7 @@ def label_studio_predictions(
 
 
 def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
-    """Labelling interface of a Label Studio project for these classes, as XML."""
+    """Labeling interface of a Label Studio project for these classes, as XML."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name="image", value="$image")
     choices = ElementTree.SubElement(view, "Choices", name=control, toName="image", choice="multiple")

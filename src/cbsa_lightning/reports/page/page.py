@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.io.runs import CONFIG, LABELS, NEXT_TO_LABEL, PICTURES, SUSPICIOUS_LABELS
-from cbsa_lightning.reports.page.run_files import read_listing, read_thresholds, read_unlabelled, read_validation
+from cbsa_lightning.reports.page.run_files import read_listing, read_thresholds, read_unlabeled, read_validation
 from cbsa_lightning.reports.page.sections import (
     LISTED,
     chosen_classes,
@@ -67,14 +67,14 @@ def build_page(run: Run) -> str:
     """
     thumbnail.cache_clear()  # the files of an earlier run may have changed
     folder, names = run.folder, run.class_names
-    thresholds, labelled = read_thresholds(folder)
+    thresholds, labeled = read_thresholds(folder)
     validation = None if run.validation is None else read_validation(folder, run.validation, thresholds)
-    rows = class_rows(names, labelled, thresholds, validation)
+    rows = class_rows(names, labeled, thresholds, validation)
     chosen = chosen_classes(rows)
-    unlabelled = read_unlabelled(folder, names, chosen) if (folder / LABELS).is_file() else None
-    if unlabelled is not None:
-        rows = [row._replace(given=int(count)) for row, count in zip(rows, unlabelled.counts, strict=True)]
-    examples = [class_examples(k, rows[k], validation, unlabelled, run.root) for k in chosen]
+    unlabeled = read_unlabeled(folder, names, chosen) if (folder / LABELS).is_file() else None
+    if unlabeled is not None:
+        rows = [row._replace(given=int(count)) for row, count in zip(rows, unlabeled.counts, strict=True)]
+    examples = [class_examples(k, rows[k], validation, unlabeled, run.root) for k in chosen]
     following = read_listing(folder / NEXT_TO_LABEL, LISTED)
     suspicious = read_listing(folder / SUSPICIOUS_LABELS, LISTED)
     config = folder / CONFIG
@@ -99,7 +99,7 @@ def build_page(run: Run) -> str:
         versions={"Python": python_version(), **{name: version(name) for name in PACKAGES}},
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         measured=validation is not None,
-        has_unlabelled=unlabelled is not None,
+        has_unlabeled=unlabeled is not None,
     )
 
 

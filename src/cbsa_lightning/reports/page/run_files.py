@@ -35,8 +35,8 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Unlabelled:
-    """The labels that the model gives to the m unlabelled images.
+class Unlabeled:
+    """The labels that the model gives to the m unlabeled images.
 
     Attributes:
         images: ``(m,)`` paths.
@@ -59,10 +59,10 @@ class Listing(NamedTuple):
 
 
 def read_thresholds(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Threshold and number of labelled positives of each class, both ``(C,)``."""
-    types = {"threshold": pa.float32(), "labelled_positives": pa.int64()}
+    """Threshold and number of labeled positives of each class, both ``(C,)``."""
+    types = {"threshold": pa.float32(), "labeled_positives": pa.int64()}
     table = _read(folder / THRESHOLDS, types)
-    return table["threshold"].to_numpy(), table["labelled_positives"].to_numpy()
+    return table["threshold"].to_numpy(), table["labeled_positives"].to_numpy()
 
 
 def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np.float32]) -> Validation:
@@ -79,8 +79,8 @@ def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np
     return Validation(table, scores, scores >= thresholds)
 
 
-def read_unlabelled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabelled:
-    """Labels of the unlabelled images, with the scores of the classes ``shown``; others are not kept in memory.
+def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabeled:
+    """Labels of the unlabeled images, with the scores of the classes ``shown``; others are not kept in memory.
 
     Raises:
         DataError: The file names a class that the run does not have.
@@ -96,7 +96,7 @@ def read_unlabelled(folder: Path, class_names: Sequence[str], shown: Sequence[in
         if name != NOTHING:
             counts[position[name]] = entry["counts"]
     scores = {k: table[class_names[k]].to_numpy() for k in shown}
-    return Unlabelled(table["image"], table["labels"], counts, scores)
+    return Unlabeled(table["image"], table["labels"], counts, scores)
 
 
 def read_listing(path: Path, first: int) -> Listing | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.inference.predictions import SEPARATOR
-from cbsa_lightning.reports.page.run_files import Listing, Unlabelled, Validation
+from cbsa_lightning.reports.page.run_files import Listing, Unlabeled, Validation
 from cbsa_lightning.reports.page.thumbnails import thumbnail
 from cbsa_lightning.reports.precision_recall import average_precisions
 
@@ -26,7 +26,7 @@ class ClassRow(NamedTuple):
     """A row of the table of classes; NaN where a figure is not defined, None where it was not measured."""
 
     name: str
-    labelled: int
+    labeled: int
     validation: int | None
     AP: float | None
     threshold: float
@@ -60,11 +60,11 @@ class Context(NamedTuple):
 
 def class_rows(
     class_names: Sequence[str],
-    labelled: NDArray[np.int64],
+    labeled: NDArray[np.int64],
     thresholds: NDArray[np.float32],
     validation: Validation | None,
 ) -> list[ClassRow]:
-    """A row for each class, without the counts of unlabelled images."""
+    """A row for each class, without the counts of unlabeled images."""
     columns: list[list[float | None]] = [[None] * len(class_names) for _ in range(5)]
     if validation is not None:
         truth, given = validation.table.labels, validation.given
@@ -77,30 +77,30 @@ def class_rows(
         columns = [column.tolist() for column in (positives, AP, precision, recall, F1)]
     return [
         ClassRow(name, int(count), None if n is None else int(n), ap, float(cut), p, r, f, None)
-        for name, count, cut, n, ap, p, r, f in zip(class_names, labelled, thresholds, *columns, strict=True)
+        for name, count, cut, n, ap, p, r, f in zip(class_names, labeled, thresholds, *columns, strict=True)
     ]
 
 
 def chosen_classes(rows: Sequence[ClassRow]) -> list[int]:
-    """Classes that are shown with images: lowest AP first, then those without one, fewest labelled images first."""
+    """Classes that are shown with images: lowest AP first, then those without one, fewest labeled images first."""
     AP = np.array([np.nan if row.AP is None else row.AP for row in rows])
-    order: list[int] = np.lexsort((np.array([row.labelled for row in rows]), AP)).tolist()
+    order: list[int] = np.lexsort((np.array([row.labeled for row in rows]), AP)).tolist()
     return order[:CLASSES]
 
 
 def class_examples(
-    k: int, row: ClassRow, validation: Validation | None, unlabelled: Unlabelled | None, root: Path
+    k: int, row: ClassRow, validation: Validation | None, unlabeled: Unlabeled | None, root: Path
 ) -> ClassExamples:
     """The worst, the most doubtful and the most typical images of class ``k``.
 
-    The worst are validation images; the others are unlabelled images, or validation images where there are none.
+    The worst are validation images; the others are unlabeled images, or validation images where there are none.
 
     Args:
         k: Class.
         row: Its row.
         validation: The validation images.
-        unlabelled: The unlabelled images, with the scores of class ``k``.
-        root: Folder of the unlabelled images.
+        unlabeled: The unlabeled images, with the scores of class ``k``.
+        root: Folder of the unlabeled images.
     """
     kinds = []
     if validation is not None:
@@ -108,15 +108,15 @@ def class_examples(
         wrong = (truth >= 0) & (validation.given[:, k] != (truth == 1))
         error = np.where(wrong, np.abs(scores - (truth == 1)), -1.0)
         kinds.append(("Most wrong", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
-    if unlabelled is not None:
-        scores = unlabelled.scores[k]
+    if unlabeled is not None:
+        scores = unlabeled.scores[k]
     else:
         scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
     cut = min(row.threshold, 1.0)  # infinite where no image is given the class
     for title, order in (("Most doubtful", np.abs(scores - cut)), ("Most typical", -scores)):
         places = _first(order, len(scores))
-        if unlabelled is not None:
-            kinds.append((title, [_proposed(i, k, unlabelled, root) for i in places]))
+        if unlabeled is not None:
+            kinds.append((title, [_proposed(i, k, unlabeled, root) for i in places]))
         elif validation is not None:
             kinds.append((title, [_judged(i, k, validation) for i in places]))
     return ClassExamples(row, [(title, images) for title, images in kinds if images])
@@ -138,7 +138,7 @@ def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
         _shown(
             root / row["image"],
             row["image"],
-            f"{'labelled' if row['given'] == 'yes' else 'labelled without'} {row['class']}",
+            f"{'labeled' if row['given'] == 'yes' else 'labeled without'} {row['class']}",
             f"looks wrong ({100 * float(row['wrong']):.0f} %)",
         )
         for row in listing.rows
@@ -172,7 +172,7 @@ def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.floa
 
 def _judged(i: int, k: int, validation: Validation) -> Shown:
     table = validation.table
-    truth = {1: "labelled", 0: "labelled without"}.get(int(table.labels[i, k]), "not labelled for")
+    truth = {1: "labeled", 0: "labeled without"}.get(int(table.labels[i, k]), "not labeled for")
     score = f"score {100 * validation.scores[i, k]:.0f} %, {truth} {table.class_names[k]}"
     return _shown(table.file(i), str(table.paths[i]), score, f"labels: {_labels(i, table)}")
 
@@ -182,10 +182,10 @@ def _pictured(i: int, validation: Validation) -> Shown:
     return _shown(table.file(i), str(table.paths[i]), f"labels: {_labels(i, table)}")
 
 
-def _proposed(i: int, k: int, unlabelled: Unlabelled, root: Path) -> Shown:
-    path = unlabelled.images[i].as_py()
-    score = f"score {100 * unlabelled.scores[k][i]:.0f} %"
-    return _shown(root / path, path, score, f"model: {_joined(unlabelled.labels[i].as_py())}")
+def _proposed(i: int, k: int, unlabeled: Unlabeled, root: Path) -> Shown:
+    path = unlabeled.images[i].as_py()
+    score = f"score {100 * unlabeled.scores[k][i]:.0f} %"
+    return _shown(root / path, path, score, f"model: {_joined(unlabeled.labels[i].as_py())}")
 
 
 def _labels(i: int, table: AnnotationTable) -> str:

@@ -52,15 +52,15 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
 def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
     """For which classes the model is not good, or not known to be."""
     low = sorted((r for r in rows if r.AP is not None and r.AP < LOW_AP), key=lambda row: row.AP or 0.0)
-    scarce = sorted((r for r in rows if r.labelled < FEW_POSITIVES), key=lambda row: row.labelled)
+    scarce = sorted((r for r in rows if r.labeled < FEW_POSITIVES), key=lambda row: row.labeled)
     unmeasured = [row.name for row in rows if row.validation == 0]
     found = []
     if low:
         names = [f"{row.name} ({_percent(row.AP or 0.0)})" for row in low]
         found.append(f"Do not rely on classes with an average precision (AP) below {_percent(LOW_AP)}: {_some(names)}.")
     if scarce:
-        names = [f"{row.name} ({row.labelled})" for row in scarce]
-        found.append(f"Fewer than {FEW_POSITIVES} labelled images show {_some(names)}.")
+        names = [f"{row.name} ({row.labeled})" for row in scarce]
+        found.append(f"Fewer than {FEW_POSITIVES} labeled images show {_some(names)}.")
     if unmeasured:
         found.append(f"No validation image shows {_some(unmeasured)}, so nothing is known of the quality there.")
     return found

@@ -20,8 +20,8 @@ _CLASSES = b"class_names"
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Labelled images of a run.
+class LabeledImages:
+    """Labeled images of a run.
 
     Attributes:
         class_names: The C classes.
@@ -38,10 +38,10 @@ class LabelledImages:
     labels: NDArray[np.int8]
 
     @classmethod
-    def of(cls, table: AnnotationTable, split: Split) -> LabelledImages:
+    def of(cls, table: AnnotationTable, split: Split) -> LabeledImages:
         """Those of a run with this training table and split."""
-        rows = np.concatenate([split.labelled, split.held_out])
-        held_out = np.arange(len(rows)) >= len(split.labelled)
+        rows = np.concatenate([split.labeled, split.held_out])
+        held_out = np.arange(len(rows)) >= len(split.labeled)
         files = [str(table.file(row).absolute()) for row in rows.tolist()]
         return cls(list(table.class_names), table.paths[rows].tolist(), files, held_out, table.labels[rows])
 
@@ -63,7 +63,7 @@ class LabelledImages:
             pq.write_table(table, draft)
 
     @classmethod
-    def read(cls, path: Path) -> LabelledImages:
+    def read(cls, path: Path) -> LabeledImages:
         """Reads what :meth:`write` wrote.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Exports of labelling tools: CVAT, FiftyOne, Open Images, and JSON lines of cloud services."""
+"""Exports of labeling tools: CVAT, FiftyOne, Open Images, and JSON lines of cloud services."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CvatXml(Target):
     def draw(self, rng: Rng) -> Case:
         """Text or bytes damaged, and document types with entities."""
         content = encoded(rng, damaged_xml(rng, CVAT_XML))
-        return Case({"a.xml": content}, {"untagged": pick(rng, ("unlabelled", "nothing"))})
+        return Case({"a.xml": content}, {"untagged": pick(rng, ("unlabeled", "nothing"))})
 
     def run(self, case: Case, folder: Path) -> None:
         """Images and tags must be those that a search of the text finds."""
@@ -54,12 +54,12 @@ class CvatXml(Target):
         present = int((table.labels == 1).sum()) + (0 if test is None else int((test.labels == 1).sum()))
         if (present == 0) != ("<tag" not in text) and "<!--" not in text:
             raise Silence(f"{present} labels, {tags} elements")
-        if case.options["untagged"] == "unlabelled":
+        if case.options["untagged"] == "unlabeled":
             untagged = (table.labels != 1).all(axis=1)
             if not (table.labels[untagged] == -1).all():
-                raise Silence("an image without a tag is labelled")
+                raise Silence("an image without a tag is labeled")
         elif (table.labels == -1).any():
-            raise Silence("an image without a tag is unlabelled")
+            raise Silence("an image without a tag is unlabeled")
         stay_inside(table)
 
 

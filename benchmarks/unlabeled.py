@@ -1,10 +1,10 @@
-"""Do unlabelled images help? Labelled-only, the paper's recipe and the safe preset, and what each was said to bring.
+"""Do unlabeled images help? Labeled-only, the paper's recipe and the safe preset, and what each was said to bring.
 
-    uv run python benchmarks/unlabelled.py --out DIR --data digits photos --shares 0.05 0.1 0.2 \
+    uv run python benchmarks/unlabeled.py --out DIR --data digits photos --shares 0.05 0.1 0.2 \
         --photos DIR --clip DIR --gain [--picture FILE]
 
 The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
-labelled images alone (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
+labeled images alone (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
 ``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from cells import (
     CONTEXTS,
     COUNTED,
-    LABELLED_PER_BATCH,
+    LABELED_PER_BATCH,
     Cell,
     Results,
     arguments,
@@ -31,22 +31,22 @@ from cells import (
 )
 from measuring import markdown, where
 
-from cbsa_lightning.method.labelers import ClassDistributionAware, LabelledOnly
+from cbsa_lightning.method.labelers import ClassDistributionAware, LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.training.gain import GainCheck
 
-# name: (labeler, labelled images a step or None for CAP's share)
+# name: (labeler, labeled images a step or None for CAP's share)
 ROWS: dict[str, tuple[Any, int | None]] = {
-    "labelled-only": (LabelledOnly(), None),
+    "labeled-only": (LabeledOnly(), None),
     "paper's recipe": (ClassDistributionAware(), None),
-    "safe preset": (StackedProbes(), LABELLED_PER_BATCH),
+    "safe preset": (StackedProbes(), LABELED_PER_BATCH),
 }
 
 
 def setting(name: str, cell: Cell, args):
     """Data and untrained module of a row."""
-    labeler, labelled = ROWS[name]
-    data = make_data(cell, args, labelled)
+    labeler, labeled = ROWS[name]
+    data = make_data(cell, args, labeled)
     return data, make_module(cell, args, data, labeler=labeler, num_contexts=CONTEXTS[cell.data])
 
 
@@ -59,7 +59,7 @@ def row(name: str, cell: Cell, args) -> dict[str, Any]:
 
 
 def estimate(name: str, cell: Cell, args) -> dict[str, Any]:
-    """The gain of a row as the labelled images tell it."""
+    """The gain of a row as the labeled images tell it."""
     data, module = setting(name, cell, args)
     begun = time.process_time()
     gain = GainCheck(args.folds)(module, data, trainer_settings(cell))
@@ -73,14 +73,14 @@ def estimate(name: str, cell: Cell, args) -> dict[str, Any]:
 
 
 def row_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
-    """Mean and standard error over the seeds, and the preset against labelled-only on the same draws."""
+    """Mean and standard error over the seeds, and the preset against labeled-only on the same draws."""
     lines = []
     for data, share in wanted:
         runs = {
             name: {r["seed"]: r["mAP"] for r in rows if (r["run"], r["data"], r["share"]) == (name, data, share)}
             for name in ROWS
         }
-        base = runs["labelled-only"]
+        base = runs["labeled-only"]
         gaps = [
             [runs[name][seed] - base[seed] for seed in sorted(base) if seed in runs[name]] for name in list(ROWS)[1:]
         ]
@@ -88,7 +88,7 @@ def row_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> st
         lines.append(
             [data, share, *(mean_and_error(runs[name].values()) for name in ROWS), *map(mean_and_error, gaps), each]
         )
-    header = ["data", "p", *ROWS, "paper's minus labelled-only", "preset minus labelled-only", "that, seed by seed"]
+    header = ["data", "p", *ROWS, "paper's minus labeled-only", "preset minus labeled-only", "that, seed by seed"]
     return markdown(header, lines)
 
 
@@ -103,7 +103,7 @@ def class_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]], ext
         ap = {
             name: {k: 100 * np.mean([r["AP"][k] for r in mine if r["run"] == name]) for k in counted} for name in ROWS
         }
-        change = {k: ap["safe preset"][k] - ap["labelled-only"][k] for k in counted}
+        change = {k: ap["safe preset"][k] - ap["labeled-only"][k] for k in counted}
         order = sorted(counted, key=change.__getitem__)
         for k in dict.fromkeys([*order[:extremes], *order[-extremes:]]):
             lines.append(
@@ -116,7 +116,7 @@ def class_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]], ext
                     f"{change[k]:+.1f}",
                 ]
             )
-    return markdown(["data", "p", "class", "test positives", *ROWS, "preset minus labelled-only"], lines)
+    return markdown(["data", "p", "class", "test positives", *ROWS, "preset minus labeled-only"], lines)
 
 
 def pairs(rows: list[dict[str, Any]], estimates: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,10 +125,10 @@ def pairs(rows: list[dict[str, Any]], estimates: list[dict[str, Any]]) -> list[d
     found = []
     for e in estimates:
         cell = (e["data"], e["share"], e["seed"])
-        if (e["run"], *cell) in mean and ("labelled-only", *cell) in mean:
-            true = mean[e["run"], *cell]["mAP"] - mean["labelled-only", *cell]["mAP"]
-            ours, base = mean[e["run"], *cell]["AP"], mean["labelled-only", *cell]["AP"]
-            enough = mean["labelled-only", *cell]["test_positives"]
+        if (e["run"], *cell) in mean and ("labeled-only", *cell) in mean:
+            true = mean[e["run"], *cell]["mAP"] - mean["labeled-only", *cell]["mAP"]
+            ours, base = mean[e["run"], *cell]["AP"], mean["labeled-only", *cell]["AP"]
+            enough = mean["labeled-only", *cell]["test_positives"]
             by_class = [
                 (v[0], 100 * (ours[k] - base[k]))
                 for k, v in e["by_class"].items()
@@ -194,24 +194,24 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"paper's recipe": "tab:red", "safe preset": "tab:green"}
+    colors = {"paper's recipe": "tab:red", "safe preset": "tab:green"}
     marks = {"digits": "o", "photos": "s"}
     for p in found:
         x, (y, low, high) = p["true"], p["overall"]
         axes.errorbar(
-            x, y, [[y - low], [high - y]], fmt=marks[p["data"]], color=colours[p["run"]], elinewidth=0.8, alpha=0.8
+            x, y, [[y - low], [high - y]], fmt=marks[p["data"]], color=colors[p["run"]], elinewidth=0.8, alpha=0.8
         )
-    for name, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=name)
+    for name, color in colors.items():
+        axes.plot([], [], "o", color=color, label=name)
     for name, mark in marks.items():
-        axes.plot([], [], mark, color="grey", label=name)
+        axes.plot([], [], mark, color="gray", label=name)
     ends = [min(p["true"] for p in found) - 1, max(p["true"] for p in found) + 1]
-    axes.plot(ends, ends, color="grey", linewidth=0.8)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.plot(ends, ends, color="gray", linewidth=0.8)
+    axes.axhline(0, color="gray", linewidth=0.5)
+    axes.axvline(0, color="gray", linewidth=0.5)
     axes.set_xlabel("true gain on the test images, points of mAP")
-    axes.set_ylabel("estimate from the labelled images alone, with its 90 % interval")
-    axes.set_title("What the unlabelled images bring")
+    axes.set_ylabel("estimate from the labeled images alone, with its 90 % interval")
+    axes.set_title("What the unlabeled images bring")
     axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
@@ -228,7 +228,7 @@ def main() -> None:
         for name in args.only or ROWS:
             if not rows.has(name, cell):
                 rows.add(name, cell, row(name, cell, args))
-            if args.gain and name != "labelled-only" and not estimates.has(name, cell):
+            if args.gain and name != "labeled-only" and not estimates.has(name, cell):
                 estimates.add(name, cell, estimate(name, cell, args))
     wanted = list(dict.fromkeys((c.data, c.share) for c in cells(args)))
     print("\n" + row_table(rows.read(), wanted))
