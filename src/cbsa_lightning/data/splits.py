@@ -134,7 +134,9 @@ class Split:
             )
         try:
             split = cls(
-                *(record[_STORED[part]] for part in PARTS),
+                record["labelled"],
+                record["unlabelled"],
+                record["held_out"],
                 fraction=record["fraction"],
                 seed=record["seed"],
                 table_digest=digest,
