@@ -19,9 +19,8 @@ from cbsa_lightning.io.reading import brief, read_text
 
 Rows = NDArray[np.int64]
 PARTS = ("labeled", "unlabeled", "held_out")
-_STORED = dict(
-    zip(PARTS, ("labelled", "unlabelled", "held_out"), strict=True)
-)  # names in files and digests of format 1
+# Names in files and digests of format 1.
+_STORED = {"labeled": "labelled", "unlabeled": "unlabelled", "held_out": "held_out"}
 
 
 @dataclass(frozen=True, eq=False)
