@@ -55,7 +55,7 @@ class Stages(L.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Takes the gradients from a step that is left out, unless a scaler passes it over; it asks for gradients."""
-        if pl_module.leaves_out and not pl_module._scaled:
+        if pl_module.nonfinite.leaves_out and not pl_module.nonfinite.scaled:
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

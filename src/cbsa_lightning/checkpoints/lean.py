@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from cbsa_lightning.checkpoints.files import SOURCE, VERSION
+from cbsa_lightning.checkpoints.files import SOURCE, VERSION, read_checkpoint
 from cbsa_lightning.errors import CheckpointError, NotFiniteError, listed
 from cbsa_lightning.method.finite import REMEDY, not_finite
 from cbsa_lightning.method.fusion import Fusion
@@ -38,6 +39,18 @@ class LeanCheckpoint(nn.Module):
         trained = {name for name, p in clip.named_parameters() if p.requires_grad}
         frozen = (name for name in nn.Module.state_dict(clip) if name not in trained)
         return {f"network.clip.{plain_name(name)}" for name in frozen}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, but never runs code from the file; a URL is refused.
+
+        Raises:
+            CheckpointError: For a file that is damaged or foreign, or a URL.
+        """
+        if isinstance(checkpoint_path, (str, os.PathLike)):
+            read_checkpoint(checkpoint_path, ("state_dict", "hyper_parameters"))
+        above: Any = super()
+        return cast(Self, above.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True}))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All state but the frozen weights."""

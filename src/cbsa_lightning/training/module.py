@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, Self, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn import SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.optim import AdamW
 
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.data_summary import DataSummary
+from cbsa_lightning.callbacks.epoch_timer import EpochTimer
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.monitors import CheckMonitors
@@ -29,26 +23,20 @@ from cbsa_lightning.callbacks.resume import ExactResume
 from cbsa_lightning.callbacks.stage_length import stage_steps
 from cbsa_lightning.callbacks.stages import Stages
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds
-from cbsa_lightning.checkpoints.files import read_checkpoint
+from cbsa_lightning.callbacks.training_checks import TrainingChecks
 from cbsa_lightning.checkpoints.lean import LeanCheckpoint
-from cbsa_lightning.data.batches import EvalBatch, TrainBatch
+from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.data.class_names import default_prompts
-from cbsa_lightning.errors import ConfigError, NotFiniteError
-from cbsa_lightning.method.calibration import Calibration
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.context_task import ContextTask
-from cbsa_lightning.method.decisions import Objective, Share, decide
+from cbsa_lightning.method.decisions import Objective
 from cbsa_lightning.method.ema import ParameterEMA
-from cbsa_lightning.method.finite import REMEDY, all_finite, not_finite, problem_of_step, refuse_scores
-from cbsa_lightning.method.fusion import Fusion
 from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, LabeledOnly, Labeler
 from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
-from cbsa_lightning.method.metrics import REPORTED, MultilabelReport
-from cbsa_lightning.method.specificity import Specificity
-from cbsa_lightning.method.stacking import StackLabeler, soft_labels, unlabeled_inputs
-from cbsa_lightning.method.thresholds import class_thresholds
-from cbsa_lightning.networks.base import Network, NetworkOutput
-from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
+from cbsa_lightning.networks.base import Network
+from cbsa_lightning.training.evaluation import Evaluation
 from cbsa_lightning.training.loggers import begin_wandb_runs
+from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 
@@ -59,7 +47,7 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 """Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
 
 
-class SSMLLModule(LeanCheckpoint, L.LightningModule):
+class SSMLLModule(LeanCheckpoint, Evaluation):
     """Semi-supervised multi-label training of a network.
 
     The first ``warmup_epochs`` see labeled images only. Then, at each epoch's start, the averaged weights score the
@@ -86,9 +74,8 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             network's, and are calibrated probabilities; see :mod:`~cbsa_lightning.method.fusion`. 0: the network
             alone, 1: the stack alone. Above 0 it needs a :class:`~cbsa_lightning.method.stacking.StackLabeler` such as
             ``StackedProbes``, and the network's own mAP is ``val/mAP_network``.
-        objective: Chooses the score from which a class is given, see :mod:`~cbsa_lightning.method.decisions`; None:
-        the share
-            of images that has the class among the labeled ones. Others than ``Share()`` need a ``stack_share``.
+        objective: Chooses the score from which a class is given, see :mod:`~cbsa_lightning.method.decisions`; None: the
+            share of images that has the class among the labeled ones. Others than ``Share()`` need a ``stack_share``.
         optimizer: Makes the optimizer from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
         scheduler: Makes the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
@@ -98,7 +85,6 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     network: Network
     tau_pos: Tensor
     tau_neg: Tensor
-    cut: Tensor
     positive_rate: Tensor
     context_partition: Tensor
     tells_limits = True  # off in fits that are made to measure something only
@@ -137,15 +123,6 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
-        check_number("stack_share", stack_share, 0, 1)
-        check_kind("objective", objective, Objective, "an object such as Precision(0.9)")
-        if not stack_share and objective is not None and not isinstance(objective, Share):
-            raise ConfigError(
-                f"objective {type(objective).__name__} needs probabilities: set stack_share to 0.5, and labeler to "
-                "StackedProbes(). Share() does without."
-            )
-        if stack_share and not isinstance(labeler, StackLabeler):
-            raise ConfigError("stack_share is that of the labeler's stack: set labeler to StackedProbes().")
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
@@ -158,17 +135,7 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         self.trains = any(p.requires_grad for p in self.network.parameters())
         self.warmup_epochs = warmup_epochs if self.trains else 0
         self.unsup_weight = unsup_weight
-        self.stack_share = stack_share
-        self.objective = objective if objective is not None else Share()
-        self.fusion = None  # fitted when training starts
         self.evidence: Evidence | None = None  # from the start of a fit to its first epoch
-        if stack_share and not isinstance(self.network, PromptedCLIP):
-            raise ConfigError(
-                f"stack_share needs a network with frozen CLIP towers, not {type(self.network).__name__}."
-            )
-        # In a tuple, since it is no part of the state: the towers as they were loaded give it again.
-        own = cast(PromptedCLIP, self.network)
-        self._describer: tuple[Describer, ...] = (own.describer(keep=True),) if stack_share else ()
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema_decay = ema_decay
@@ -183,41 +150,19 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         unset = torch.full((num_classes,), torch.nan).float()
         self.register_buffer("tau_pos", unset.clone())
         self.register_buffer("tau_neg", unset.clone())
-        self.register_buffer("cut", unset.clone())
         self.register_buffer("positive_rate", unset.clone())
         self.register_buffer("context_partition", torch.full((num_classes,), -1))
         # Tables over the rows of the train table, filled once an epoch by the callbacks.
         self.pseudo_labels: Tensor | None = None
         self.context_targets: Tensor | None = None
-        # What to expect of the decision thresholds; see cbsa_lightning.method.decisions.Decisions.
-        self.expected: Tensor | None = None
-        # Probabilities (m, C) of the labeled images, each by probes that were not fitted to it.
-        self.left_out: Tensor | None = None
-
-        self.metrics = nn.ModuleDict({k: MultilabelReport(num_classes) for k in ("ema", "raw", "fused", "test")})
-        self.specificity = Specificity(num_classes) if self.network.has_label_features else None
-        self._text: dict[str, Any] = {}
+        self.prepare_scores(stack_share, objective)
+        self.prepare_evaluation()
         self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimizer
         self.optimizer_settings: dict[str, Any] = {}  # as it was made, before any schedule
         self.scheduled_steps = 0  # length of the present schedule
         self.stage_began_at = 0  # optimizer steps that were done when the present stage began
         self.asked_to_end = False  # this process was, by a signal; see ExactResume
-        self.max_skipped_steps = max_skipped_steps
-        self._skipped = 0  # batches in a row that had no finite loss, up to the present one
-        self.leaves_out = False  # the optimizer step to come: one of its batches had none
-        self._clock = self._paused = 0.0
-        self._images = 0
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Lightning's, but never runs code from the file; a URL is refused.
-
-        Raises:
-            CheckpointError: For a file that is damaged or foreign, or a URL.
-        """
-        if isinstance(checkpoint_path, (str, os.PathLike)):
-            read_checkpoint(checkpoint_path, ("state_dict", "hyper_parameters"))
-        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+        self.nonfinite = NonFiniteSteps(self, max_skipped_steps)
 
     @property
     def stage(self) -> Stage:
@@ -241,8 +186,16 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
         """
         begin_wandb_runs(self.trainer.loggers)
         thresholds = UpdateThresholds()
-        callbacks: list[L.Callback] = [CheckMonitors(), ExactResume(), CacheFeatures(), Stages(), thresholds]
+        callbacks: list[L.Callback] = [
+            TrainingChecks(),
+            CheckMonitors(),
+            ExactResume(),
+            CacheFeatures(),
+            Stages(),
+            thresholds,
+        ]
         callbacks += [UpdateContexts(thresholds)] if self.num_contexts else []
+        callbacks.append(EpochTimer())
         if not self.tells_limits:
             return callbacks
         own = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, MeasureBaselines)]
@@ -283,73 +236,20 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def _clips_under_mixed_precision(self) -> bool:
         return bool(self.trainer.gradient_clip_val) and str(self.trainer.precision).endswith("-mixed")
 
-    def features_of(self, batch: TrainBatch | EvalBatch) -> Tensor:
-        """Frozen features ``(B, ...)`` of a batch: computed from its images, unless it brings them from a cache."""
-        features: Tensor | None = getattr(batch, "features", None)  # a data module of one's own may know of none
-        if features is not None:
-            return features
-        return self.network.features(cast(Tensor, batch.images))
-
     # Training --------------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Tells which weights CLIP has, and refuses a precision with which training would silently fail.
-
-        Raises:
-            ConfigError: For weights in half precision.
-        """
-        weights = getattr(getattr(self.network, "clip", None), "weights", None)
-        if weights is not None:
-            rank_zero_info(f"Weights of CLIP: {weights}.")
-        if stage == "fit" and not self.trains and self.trainer.world_size > 1:
-            raise ConfigError(
-                f"{type(self.network).__name__} has nothing to train; fit it in one process (--trainer.devices 1)."
-            )
-        if stage == "fit" and self.trainer.precision in ("16-true", "bf16-true"):
-            mixed = str(self.trainer.precision).replace("true", "mixed")
-            raise ConfigError(
-                f"trainer.precision {self.trainer.precision!r} keeps the averaged weights in half precision, which is "
-                f"too coarse for their small steps. Use {mixed!r}."
-            )
-        half = {p.dtype for p in self.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
-        if stage == "fit" and half:
-            raise ConfigError(
-                f"Trained weights are {half.pop()}, which is too coarse for the small steps of their average. Build "
-                "the module with torch's default dtype float32, and train with trainer.precision '16-mixed'."
-            )
-
-    def on_fit_start(self) -> None:
-        """Warns where the number of processes would change the outcome."""
-        layers = [layer for layer in self.network.modules() if isinstance(layer, _BatchNorm)]
-        own = [
-            b for b in layers if b.weight is not None and b.weight.requires_grad and not isinstance(b, SyncBatchNorm)
-        ]
-        if self.trainer.world_size > 1 and own:
-            rank_zero_warn(
-                f"{len(own)} batch norms are trained on each process's own images, so the outcome depends on how many "
-                "processes there are; with plain ResNets, sync_batchnorm=True has them share (docs/several_gpus.md)."
-            )
-
-    def on_train_start(self) -> None:
-        """Starts the clock of a resumed epoch."""
-        self._clock, self._images = time.perf_counter(), 0
-
-    def on_train_epoch_start(self) -> None:
-        """Starts the clock of the epoch's steps."""
-        self._clock, self._images = time.perf_counter(), 0
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor | None:
         """One step on strong views (Eq. 12).
 
         Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
-        weights that the paper's sums have (D2-18).
+        weights that the paper's sums have.
         """
         if not self.trains:
             self.trainer.should_stop = True
             return None
         size = self._mean_batch_size(batch)
         features = self.features_of(batch)
-        self._statistics = [value.clone() for value in self.ema.statistics(self.network)]
+        self.nonfinite.remember()
         output = self.network(features, self.network.encode_text())
         known = batch.labeled.to(torch.float32)
         per_image = self._label_loss(output.logits, batch).sum(1)
@@ -361,59 +261,12 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
             aux = context_loss(output.context_logits, self.context_targets[batch.index]).sum() / size
             loss = loss + self.contexts.weight * aux
             terms["loss_aux"] = aux
-        if not self._is_finite(loss, output):
-            return self._left_out({**terms, "features": features}, output, batch)
-        self._skipped = 0
+        if not self.nonfinite.is_finite(loss, output):
+            return self.nonfinite.left_out({**terms, "features": features}, output, batch)
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
         # Each step counts alike in the epoch's mean: weights by share of the batch would differ among processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        self._images += len(batch.index) * self.trainer.world_size
         return loss
-
-    def _is_finite(self, loss: Tensor, output: NetworkOutput) -> bool:
-        """Whether the step may be taken, alike on all processes; the one thing that a step waits for on a device.
-
-        Logits too: those of labels that are ignored have no loss, but a gradient that is not finite.
-        """
-        finite = all_finite([loss, output.logits, output.context_logits])
-        if self.trainer.world_size == 1:
-            return bool(finite)
-        going_on = finite.new_tensor(not self.asked_to_end)
-        both = self.trainer.strategy.reduce(torch.stack([finite, going_on]).float(), reduce_op="min").tolist()
-        if not both[1]:  # Lightning ends after this step, on all processes now
-            self.trainer._signal_connector.received_sigterm = True
-        return bool(both[0])
-
-    def _left_out(self, terms: dict[str, Tensor], output: NetworkOutput, batch: TrainBatch) -> Tensor:
-        """A loss whose step changes nothing.
-
-        Raises:
-            NotFiniteError: More steps in a row than may be left out; names terms, images and weights.
-        """
-        self._skipped += 1
-        self.leaves_out = True
-        for kept, statistic in zip(self._statistics, self.ema.statistics(self.network), strict=True):
-            statistic.copy_(kept)  # the forward pass has moved it
-        values = {**terms, "logits": output.logits}
-        if output.context_logits is not None:
-            values["context logits"] = output.context_logits
-        table = getattr(getattr(self.trainer, "datamodule", None), "train_table", None)
-        weights = not_finite(dict(self.network.named_parameters()))
-        problem = problem_of_step(values, lambda i: _image(table, batch.index[i]), weights)
-        problem = f"Epoch {self.current_epoch}, step {self.trainer.fit_loop.epoch_loop.batch_idx}: {problem}"
-        if self._skipped > self.max_skipped_steps or weights:
-            raise NotFiniteError(
-                f"{problem}. {REMEDY}; look at the images; max_skipped_steps lets such steps be left out."
-            )
-        rank_zero_warn(f"{problem}. The step is left out ({self._skipped} of {self.max_skipped_steps} in a row).")
-        # Gradients of all weights, since processes wait for each other's. NaN has a gradient scaler pass the step over;
-        # without one the callback Stages takes them away.
-        every = torch.stack([p.sum() for p in self.network.parameters() if p.requires_grad]).sum()
-        return every * (math.nan if self._scaled else 0.0)
-
-    @property
-    def _scaled(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
         """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
@@ -437,219 +290,6 @@ class SSMLLModule(LeanCheckpoint, L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An optimizer step, then one of the average once it has started."""
         super().optimizer_step(*args, **kwargs)
-        if self.current_epoch >= self.warmup_epochs and not self.leaves_out:
+        if self.current_epoch >= self.warmup_epochs and not self.nonfinite.leaves_out:
             self.ema.update(self.network)
-        self.leaves_out = False
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs after an epoch's last step what an image cost, loading included, validation and threshold pass not.
-
-        Here, since callbacks that keep an epoch's figures look before the module's own hook of the epoch's end.
-        """
-        if self.trainer.is_last_batch and self._images:
-            cost = 1000 * (time.perf_counter() - self._clock) / self._images
-            self.log("time/ms_per_image", cost, on_step=False, on_epoch=True, batch_size=1)
-
-    def on_validation_start(self) -> None:
-        """Stops the clock of the steps."""
-        self._paused = time.perf_counter()
-
-    def on_validation_end(self) -> None:
-        """Lets it run on; checkpoints are written by then."""
-        self._clock += time.perf_counter() - self._paused
-
-    # Evaluation ------------------------------------------------------------------------------------------------
-
-    def cache_text(self) -> None:
-        """Encodes the prompts once, for the passes without gradient that follow; see :meth:`score`."""
-        with torch.no_grad():
-            self._text = {"raw": self.network.encode_text()}
-            with self.ema.applied_to(self.network):
-                self._text["ema"] = self.network.encode_text()
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """A pass without gradient in the midst of training: evaluation mode, and prompts encoded once."""
-        training = self.training
-        self.eval()
-        self.cache_text()
-        try:
-            yield
-        finally:
-            self._text = {}
-            self.train(training)
-
-    def score(self, features: Tensor, weights: Literal["ema", "raw"] = "ema", **options: Any) -> NetworkOutput:
-        """Output of the averaged or the raw weights on frozen features, text taken from the cache if there is one."""
-        with torch.no_grad():
-            if weights == "raw":
-                return cast(NetworkOutput, self.network(features, self._text.get("raw"), **options))
-            with self.ema.applied_to(self.network):
-                return cast(NetworkOutput, self.network(features, self._text.get("ema"), **options))
-
-    def label_once(self, evidence: Evidence) -> Tensor:
-        """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
-        if not self._describer or len(evidence.labeled) == len(evidence.descriptors[0]):
-            return cast(EvidenceLabeler, self.labeler)(evidence)
-        stack = cast(StackLabeler, self.labeler).fit(evidence)
-        labels = evidence.labels.cpu().numpy()
-        self.fusion = Fusion.of(stack, unlabeled_inputs(evidence), labels, self.stack_share)
-        self.left_out = self.fusion.calibrated(torch.from_numpy(stack.left_out()).float()).sigmoid()
-        return soft_labels(stack, evidence)
-
-    def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
-        """Sets the decision thresholds, and the scale on which logits are fused.
-
-        Args:
-            logits: ``(n, C)``, the network's, of the unlabeled images.
-            rows: ``(n,)``, their rows in the train table.
-            rates: ``(C,)``, share of positives among the labeled images.
-        """
-        if self.fusion is None:
-            self._give_shares(logits, rates)
-            return
-        self.fusion = self.fusion.to(logits.device).adapted(logits)
-        # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
-        soft = cast(Tensor, self.pseudo_labels)[rows].float()
-        stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
-        averaged = self.fusion.averaged(logits, stack).cpu().numpy()
-        calibration = Calibration.unpacked(self.fusion.calibration.cpu().numpy())
-        found = decide(averaged, calibration, rates.cpu().numpy(), self.objective)
-        self.cut.copy_(torch.from_numpy(found.thresholds))
-        self.expected = torch.from_numpy(found.expected).float()
-
-    def final_logits(self, features: Tensor) -> Tensor:
-        """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
-        return self.fused_logits(features, self.score(features).logits)
-
-    def fused_logits(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Final logits ``(B, C)`` from frozen features and the network's logits of them."""
-        if self.fusion is None or not self.fusion.ready:
-            return logits
-        self.fusion = self.fusion.to(features.device)  # from a checkpoint it comes on the CPU
-        describe = self._describer[0].to(features.device)
-        return self.fusion.fused(logits, self.fusion.stack_logits(describe(features)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
-        return self.final_logits(self.network.features(images)).float().sigmoid()
-
-    def on_validation_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
-        self.cache_text()
-
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """One pass of the frozen tower serves both the averaged and the raw weights."""
-        features = self.features_of(batch)
-        for weights in ("ema", "raw"):
-            output = self.score(features, weights)
-            logits = output.logits
-            self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
-            self._report(weights).update(logits, batch.targets)
-            if weights == "ema" and self.fusion is not None:
-                self._report("fused").update(self.fused_logits(features, logits), batch.targets)
-            if weights == "ema" and self.specificity is not None:
-                z = cast(Tensor, output.label_features)
-                self.specificity.update(z, self._mean_feature_logits(z), batch.targets)
-
-    def _mean_feature_logits(self, label_features: Tensor) -> Tensor:
-        with torch.no_grad(), self.ema.applied_to(self.network):
-            return self.network.mean_feature_logits(label_features, self._text.get("ema"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
-        if self.trainer.state.fn == "fit" and self.stage != "semi-supervised" and self.tells_limits:
-            self._decide_by_validated(self._report("ema").gathered()[0])
-        report = self._computed("ema")
-        if self.fusion is None:
-            self._log_report("val", report)
-        else:
-            self._log_report("val", self._computed("fused"))
-            self.log("val/mAP_network", report["mAP"])
-        self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
-        if self.specificity is not None:
-            figures = self.specificity.compute(report["mAP"])
-            self.specificity.reset()
-            self.log_dict({f"val/{name}": value for name, value in figures.items()})
-            if self.current_epoch >= self.warmup_epochs:
-                self.specificity.warn_if_collapsed(figures)
-        self._end_pass("ema", "raw", "fused")
-
-    def on_test_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
-        self.cache_text()
-
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """As validation, with the averaged weights only."""
-        logits = self.final_logits(self.features_of(batch))
-        self._refuse(logits, batch, "Test scores")
-        self._report("test").update(logits, batch.targets)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs as validation does, under ``test/``."""
-        self._log_report("test", self._computed("test"))
-        self._end_pass("test")
-
-    def _report(self, name: str) -> MultilabelReport:
-        return cast(MultilabelReport, self.metrics[name])
-
-    def _computed(self, name: str) -> dict[str, Any]:
-        """A report at the decision thresholds."""
-        self._report(name).thresholds = self.decision_thresholds()
-        return self._report(name).compute()
-
-    def _decide_by_validated(self, logits: Tensor) -> None:
-        """Where no unlabeled image is scored, the scores of the validated ones set the thresholds, without labels."""
-        if len(logits) and not bool(self.positive_rate.isnan().any()):
-            self._give_shares(logits, self.positive_rate)
-
-    def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
-        """Sets the thresholds that give each class its labeled share of the images behind ``logits (n, C)``."""
-        self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
-
-    def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
-        self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
-        self.log_dict({f"{prefix}/{key}": report[key] for key in REPORTED})
-        per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # of one class: a number
-        self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
-
-    def _end_pass(self, *reports: str) -> None:
-        for name in reports:
-            self._report(name).reset()
-        self._text = {}
-
-    def on_predict_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
-        self.cache_text()
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Any]:
-        """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool, and ``unread`` of the batch."""
-        scores = self(batch.images)
-        self._refuse(scores, batch, "Scores", "predict_table")
-        labels = scores >= self.decision_thresholds()
-        # A data module of one's own may know of no images that cannot be read.
-        return {"index": batch.index, "scores": scores, "labels": labels, "unread": getattr(batch, "unread", ())}
-
-    def on_predict_epoch_end(self) -> None:
-        """Prompts may change again."""
-        self._end_pass()
-
-    def _refuse(self, scores: Tensor, batch: EvalBatch, what: str, table: str = "") -> None:
-        """Refuses scores that are not finite, naming images of a table that the data module can give."""
-
-        def name_of(row: int) -> str:
-            find = getattr(getattr(self.trainer, "datamodule", None), table, lambda: None)
-            return _image(find(), batch.index[row])
-
-        refuse_scores(scores, name_of, what)
-
-    def decision_thresholds(self) -> Tensor:
-        """Score from which a label is given, ``(C,)``; see :meth:`set_decisions`.
-
-        0.5 where no thresholds were ever set, as after training without validation on labeled images alone.
-        """
-        return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
-
-
-def _image(table: Any, row: Tensor) -> str:
-    return f"row {int(row)}" if table is None else f"{table.paths[int(row)]} (row {int(row)})"
+        self.nonfinite.leaves_out = False

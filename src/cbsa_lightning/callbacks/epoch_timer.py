@@ -1,0 +1,42 @@
+"""What a training image costs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+
+class EpochTimer(L.Callback):
+    """Logs ``time/ms_per_image`` after each epoch: loading included, validations and scoring passes not."""
+
+    def __init__(self) -> None:
+        self._start = self._paused = 0.0
+        self._images = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock of a resumed epoch."""
+        self._restart()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Starts the clock of the epoch's steps; the last callback, so that no other's work counts."""
+        self._restart()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs after the epoch's last step, since loggers look before an epoch's end."""
+        self._images += len(batch.index) * trainer.world_size
+        if trainer.is_last_batch:
+            cost = 1000 * (time.perf_counter() - self._start) / self._images
+            pl_module.log("time/ms_per_image", cost, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Stops the clock."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lets it run on; checkpoints are written by then."""
+        self._start += time.perf_counter() - self._paused
+
+    def _restart(self) -> None:
+        self._start, self._images = time.perf_counter(), 0

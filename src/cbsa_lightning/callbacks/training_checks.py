@@ -1,0 +1,58 @@
+"""Refusals and warnings before training: precision, processes, batch norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cbsa_lightning.errors import ConfigError
+
+
+class TrainingChecks(L.Callback):
+    """Says which weights CLIP has, and refuses settings with which training silently fails."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks precision and number of processes.
+
+        Raises:
+            ConfigError: For weights in half precision, or several processes with nothing to train.
+        """
+        weights = getattr(getattr(pl_module.network, "clip", None), "weights", None)
+        if weights is not None:
+            rank_zero_info(f"Weights of CLIP: {weights}.")
+        if stage != "fit":
+            return
+        if not pl_module.trains and trainer.world_size > 1:
+            raise ConfigError(
+                f"{type(pl_module.network).__name__} has nothing to train; fit it in one process (--trainer.devices 1)."
+            )
+        if trainer.precision in ("16-true", "bf16-true"):
+            mixed = str(trainer.precision).replace("true", "mixed")
+            raise ConfigError(
+                f"trainer.precision {trainer.precision!r} keeps the averaged weights in half precision, which is "
+                f"too coarse for their small steps. Use {mixed!r}."
+            )
+        if half := {p.dtype for p in pl_module.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
+            raise ConfigError(
+                f"Trained weights are {half.pop()}, which is too coarse for the small steps of their average. Build "
+                "the module with torch's default dtype float32, and train with trainer.precision '16-mixed'."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warns where the number of processes changes the outcome."""
+        layers = [layer for layer in pl_module.network.modules() if isinstance(layer, _BatchNorm)]
+        own = [
+            layer
+            for layer in layers
+            if layer.weight is not None and layer.weight.requires_grad and not isinstance(layer, SyncBatchNorm)
+        ]
+        if trainer.world_size > 1 and own:
+            rank_zero_warn(
+                f"{len(own)} batch norms are trained on each process's own images, so the outcome depends on how many "
+                "processes there are; with plain ResNets, sync_batchnorm=True has them share (docs/several_gpus.md)."
+            )

@@ -1,0 +1,126 @@
+"""Final scores of a module: its network alone, or fused with the labeler's stack, and the decision thresholds."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cbsa_lightning.arguments import check_kind, check_number
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.method.calibration import Calibration
+from cbsa_lightning.method.decisions import Objective, Share, decide
+from cbsa_lightning.method.fusion import Fusion
+from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler, Labeler
+from cbsa_lightning.method.stacking import StackLabeler, soft_labels, unlabeled_inputs
+from cbsa_lightning.method.thresholds import class_thresholds
+from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
+
+
+class FinalScores(nn.Module):
+    """Mix-in of a LightningModule whose ``score`` gives the logits of its averaged weights.
+
+    Attributes:
+        cut: ``(C,)`` decision thresholds, NaN until they are set.
+        fusion: What combines the network with the stack, fitted when training starts; None without a stack.
+        expected: ``(C, 6)``, what to expect of the thresholds; see :class:`~cbsa_lightning.method.decisions.Decisions`.
+        left_out: ``(m, C)`` probabilities of the labeled images, each by probes that were not fitted to it.
+    """
+
+    network: Any
+    class_names: list[str]
+    score: Any
+    cut: Tensor
+    labeler: Labeler | EvidenceLabeler
+    objective: Objective
+    stack_share: float
+    pseudo_labels: Tensor | None
+    fusion: Fusion | None
+    expected: Tensor | None
+    left_out: Tensor | None
+    _describer: tuple[Describer, ...]
+
+    def prepare_scores(self, stack_share: float, objective: Objective | None) -> None:
+        """Checks the settings and makes the state; the module calls it when its network and labeler are there.
+
+        Raises:
+            ConfigError: The network, the labeler or the objective does not fit a stack's share.
+        """
+        check_number("stack_share", stack_share, 0, 1)
+        check_kind("objective", objective, Objective, "an object such as Precision(0.9)")
+        if not stack_share and objective is not None and not isinstance(objective, Share):
+            raise ConfigError(
+                f"objective {type(objective).__name__} needs probabilities: set stack_share to 0.5, and labeler to "
+                "StackedProbes(). Share() does without."
+            )
+        if stack_share and not isinstance(self.labeler, StackLabeler):
+            raise ConfigError("stack_share is that of the labeler's stack: set labeler to StackedProbes().")
+        if stack_share and not isinstance(self.network, PromptedCLIP):
+            raise ConfigError(
+                f"stack_share needs a network with frozen CLIP towers, not {type(self.network).__name__}."
+            )
+        self.stack_share = stack_share
+        self.objective = objective if objective is not None else Share()
+        # In a tuple, since it is no part of the state: the towers as they were loaded give it again.
+        self._describer = (self.network.describer(keep=True),) if stack_share else ()
+        self.register_buffer("cut", torch.full((len(self.class_names),), torch.nan).float())
+        self.fusion = self.expected = self.left_out = None
+
+    def label_once(self, evidence: Evidence) -> Tensor:
+        """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
+        if not self._describer or len(evidence.labeled) == len(evidence.descriptors[0]):
+            return cast(EvidenceLabeler, self.labeler)(evidence)
+        stack = cast(StackLabeler, self.labeler).fit(evidence)
+        labels = evidence.labels.cpu().numpy()
+        self.fusion = Fusion.of(stack, unlabeled_inputs(evidence), labels, self.stack_share)
+        self.left_out = self.fusion.calibrated(torch.from_numpy(stack.left_out()).float()).sigmoid()
+        return soft_labels(stack, evidence)
+
+    def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
+        """Sets the decision thresholds, and the scale on which logits are fused.
+
+        Args:
+            logits: ``(n, C)``, the network's, of the unlabeled images.
+            rows: ``(n,)``, their rows in the train table.
+            rates: ``(C,)``, share of positives among the labeled images.
+        """
+        if self.fusion is None:
+            self._give_shares(logits, rates)
+            return
+        self.fusion = self.fusion.to(logits.device).adapted(logits)
+        # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
+        soft = cast(Tensor, self.pseudo_labels)[rows].float()
+        stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
+        averaged = self.fusion.averaged(logits, stack).cpu().numpy()
+        calibration = Calibration.unpacked(self.fusion.calibration.cpu().numpy())
+        found = decide(averaged, calibration, rates.cpu().numpy(), self.objective)
+        self.cut.copy_(torch.from_numpy(found.thresholds))
+        self.expected = torch.from_numpy(found.expected).float()
+
+    def final_logits(self, features: Tensor) -> Tensor:
+        """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
+        return self.fused_logits(features, self.score(features).logits)
+
+    def fused_logits(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Final logits ``(B, C)`` from frozen features and the network's logits of them."""
+        if self.fusion is None or not self.fusion.ready:
+            return logits
+        self.fusion = self.fusion.to(features.device)  # from a checkpoint it comes on the CPU
+        describe = self._describer[0].to(features.device)
+        return self.fusion.fused(logits, self.fusion.stack_logits(describe(features)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
+        return self.final_logits(self.network.features(images)).float().sigmoid()
+
+    def decision_thresholds(self) -> Tensor:
+        """Score from which a label is given, ``(C,)``; see :meth:`set_decisions`.
+
+        0.5 where no thresholds were ever set, as after training without validation on labeled images alone.
+        """
+        return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
+
+    def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
+        """Sets the thresholds that give each class its labeled share of the images behind ``logits (n, C)``."""
+        self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])
