@@ -26,3 +26,9 @@ def test_named_files_exist(document, files):
     missing = [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)]
     links = [link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) if not (document.parent / link).exists()]
     assert (missing, links) == ([], [])
+
+
+def test_the_architecture_names_every_module():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (ROOT / "src").rglob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(modules) if f"{name}`" not in text] == []
