@@ -1,10 +1,9 @@
 """CBSA on one page: both stages on the embedded digits in plain torch, from the library's parts (docs/method.md)."""
 
 import torch
-from torch.optim import AdamW
+from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.datasets import ImageViews, ViewDataset, collate
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Digits
@@ -15,9 +14,7 @@ from cbsa_lightning.method.contexts import context_targets, cooccurrence, match_
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import ClassDistributionAware, positive_rates
 from cbsa_lightning.method.losses import asymmetric_loss, context_loss
-from cbsa_lightning.method.metrics import MultilabelReport
 from cbsa_lightning.networks.cbsa import CBSANetwork
-from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.training.schedules import OneCycle
 
 
@@ -34,12 +31,10 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     split = split_labeled(len(table), share, seed, table.digest())
     known = torch.from_numpy(table.labels[split.labeled])
     has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labeled)).numpy()
-
     torch.manual_seed(seed)
-    clip = FrozenCLIP.load("embedded")
     # Prompts t^s and t^t, tokens g and l (Eq. 3), label features z (Eq. 4), scaled cosine (Eq. 5), context head.
-    decoder = LabelDecoder(clip.embed_dim, feedforward=256, dropout=dropout)
-    network = CBSANetwork(clip, table.prompt_names, decoder, contexts, prompt_length=4)
+    small = {"prompt_length": 4, "decoder_feedforward": 256, "decoder_dropout": dropout}
+    network = CBSANetwork(table.prompt_names, "embedded", num_contexts=contexts, **small)
     average, thresholds = ParameterEMA(network, decay), ClassDistributionAware()
 
     @torch.no_grad()
@@ -60,7 +55,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     def stage(stage_epochs, batches):
         nonlocal groups
         groups_of = [{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in network.parameter_groups()]
-        optimizer = AdamW(groups_of, weight_decay=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(groups_of, weight_decay=1e-4, fused=True)
         schedule = OneCycle()(optimizer, len(stage_epochs) * len(batches))
         for epoch in stage_epochs:
             if average.started:  # the second stage: labels and contexts of the weak views, once an epoch
@@ -88,9 +83,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     stage(range(warmup), LabeledBatches(split.labeled, 16, seed))
     average.start(network)
     stage(range(warmup, epochs), PairedBatches(split.labeled, split.unlabeled, 16, 32, seed))
-    report = MultilabelReport(len(table.class_names))
-    report.update(scores(test, PlainView(size), range(len(test)))[0], torch.from_numpy(test.labels))
-    return network, average, float(report.compute()["mAP"])
+    return network, average, average_precision_score(test.labels, scores(test, PlainView(size), range(len(test)))[0])
 
 
 if __name__ == "__main__":

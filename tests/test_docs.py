@@ -9,12 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-INVENTED = {"my_systems.py", "recipe.yaml"}  # of examples
+WRITTEN = {"my_systems.py", "recipe.yaml", "config.yaml"}  # by examples and runs
 
 
 @pytest.fixture(scope="module")
 def files():
-    return [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.rglob("*") if ".git" not in path.parts]
+    return [
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for path in ROOT.rglob("*")
+        if not {".git", ".venv", "runs"} & set(path.parts)
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
@@ -22,7 +26,7 @@ def test_named_files_exist(document, files):
     text = document.read_text(encoding="utf-8")
     if document.name == "CHANGELOG.md":
         pytest.skip("names files of earlier versions")
-    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml|sh))`", text)) - INVENTED
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml|sh))`", text)) - WRITTEN
     missing = [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)]
     links = [link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) if not (document.parent / link).exists()]
     assert (missing, links) == ([], [])

@@ -6,7 +6,6 @@ import csv
 import re
 import shutil
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 
 from cbsa_lightning import Classifier
 from cbsa_lightning.__main__ import main
+from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.reproduce.cells import make, result_of
 from cbsa_lightning.reproduce.paper import SYSTEMS, TABLES, Row
 from cbsa_lightning.reproduce.recipes import Cell, DataSet, make_cell
@@ -76,13 +76,8 @@ def network_of(cell: Cell) -> Any:
         return None
     arguments = dict(network["init_args"])
     if "head" in arguments:
-        arguments["head"] = thing(arguments["head"])
-    return partial(thing(network["class_path"]), **arguments)
-
-
-def thing(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+        arguments["head"] = class_named(arguments["head"])
+    return partial(class_named(network["class_path"]), **arguments)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.label for row in ROWS])
@@ -147,6 +142,6 @@ def test_the_example_of_the_docs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     file = main(["table", "1", "--data", "digits=digits.yaml", "--out", "own", *rest, *rows])
     assert re.search(r"\| linear_probe \| \d+\.\d \|", file.read_text())
     (checkpoint,) = (folder / "own").glob("*linear_probe*/last.ckpt")
-    classifier = Classifier.load(checkpoint, network=partial(thing("my_systems.LinearProbe"), clip="embedded"))
+    classifier = Classifier.load(checkpoint, network=partial(class_named("my_systems.LinearProbe"), clip="embedded"))
     images = sorted((folder / "digits").rglob("*.png"))[:3]
     assert len(classifier(images)) == 3

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.method.losses import context_loss
 from cbsa_lightning.networks.cbsa import CBSANetwork
-from cbsa_lightning.networks.decoder import LabelDecoder
 from reference.decoder import weights_of
 from reference.network import logits as slow_logits
 from tiny_clip import tiny_clip
@@ -20,10 +18,9 @@ NAMES = ["dog", "fire hydrant", "cat"]
 
 
 def build(clip_folder, alignment=True, **settings):
-    clip = FrozenCLIP.load(str(clip_folder))
     torch.manual_seed(0)
-    decoder = LabelDecoder(clip.embed_dim, layers=2, heads=4, feedforward=16) if alignment else None
-    return CBSANetwork(clip, NAMES, decoder=decoder, prompt_length=2, **settings).eval()
+    small = {"prompt_length": 2, "decoder_heads": 4, "decoder_feedforward": 16, "num_contexts": 0}
+    return CBSANetwork(NAMES, str(clip_folder), semantic_alignment=alignment, **{**small, **settings}).eval()
 
 
 def pictures(count=2):

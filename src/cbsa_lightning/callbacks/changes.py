@@ -16,9 +16,10 @@ from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.checkpoints.earlier_run import EarlierRun
 from cbsa_lightning.data.labeled_images import LabeledImages, rows_among
 from cbsa_lightning.errors import CheckpointError
-from cbsa_lightning.inference.classifier import SETTINGS, Classifier
+from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.inference.predictions import in_table_order
 from cbsa_lightning.io.runs import CHANGES, folder_of
+from cbsa_lightning.networks.cbsa import SETTINGS
 from cbsa_lightning.reports.changes import Changes, class_AP, in_order_of, label_changes, write_changes
 
 
@@ -94,7 +95,7 @@ class ReportChanges(L.Callback):
 
     def _load(self, pl_module: Any, size: int) -> Classifier:
         own = {name: pl_module.hparams[name] for name in ("clip", "pretrained") if name in pl_module.hparams}
-        if set(SETTINGS) <= set(pl_module.hparams):
+        if SETTINGS.keys() <= set(pl_module.hparams):
             return Classifier.load(self.earlier.file, image_size=size, **own)
         return Classifier.load(self.earlier.file, image_size=size, network=pl_module.make_network)
 

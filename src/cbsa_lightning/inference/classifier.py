@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -24,16 +23,12 @@ from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.fusion import Fusion
 from cbsa_lightning.networks.base import Network, NetworkOutput
-from cbsa_lightning.networks.cbsa import build_cbsa_network
+from cbsa_lightning.networks.cbsa import SETTINGS, CBSANetwork
 from cbsa_lightning.networks.prompted import PromptedCLIP
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
 """Any iterable of files, Pillow images, uint8 arrays (gray ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
 tensors ``(3, H, W)``, mixed at will: a list, a generator, a column of pandas; or one ``(n, 3, H, W)`` uint8 tensor."""
-
-_PARAMETERS = inspect.signature(build_cbsa_network).parameters.values()
-_TYPES = {p.name: p.annotation for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}  # as they are written there
-SETTINGS = tuple(_TYPES)
 
 
 class Prediction(NamedTuple):
@@ -116,14 +111,14 @@ class Classifier:
                 weights.
             WeightsError: If the CLIP weights cannot be had.
         """
-        checkpoint = _read(path, () if network is not None else SETTINGS)
+        checkpoint = _read(path, () if network is not None else tuple(SETTINGS))
         stored = checkpoint["hyper_parameters"]
         class_names = list(checkpoint["class_names"])
         settings = {name: stored[name] for name in SETTINGS} if network is None else {}
         settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if network is None and v})
         try:
             prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
-            built = network(prompt_names) if network is not None else build_cbsa_network(prompt_names, **settings)
+            built = network(prompt_names) if network is not None else CBSANetwork(prompt_names, **settings)
         except WeightsError:  # which says where they were looked for
             raise
         except CBSAError as error:
@@ -299,6 +294,6 @@ def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, An
         )
     for name in settings:
         value = checkpoint["hyper_parameters"][name]
-        if _TYPES[name] == "int" and type(value) is not int:
+        if type(SETTINGS[name]) is int and type(value) is not int:
             raise CheckpointError(f"{path}: setting {name} must be a whole number, found {value!r:.100}.")
     return checkpoint

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cbsa_lightning.arguments import check_flags, check_number
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompted import PromptedCLIP
 from cbsa_lightning.networks.prompts import encode_prompt_sets
-
-if TYPE_CHECKING:
-    from cbsa_lightning.clip import FrozenCLIP
 
 
 class TextFeatures(NamedTuple):
@@ -34,39 +34,75 @@ class CBSANetwork(PromptedCLIP):
     no context head (CI off).
 
     Args:
-        clip: The frozen towers.
         prompt_names: The C class names, as they are to be read.
-        decoder: Makes label-specific features (Eq. 4), or None.
-        num_contexts: K, width of the context head; 0 for none.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
+        semantic_alignment: SAA of Table 3; off, the global image feature is compared with every class.
+        target_prompts: TP of Table 3; off, classes are the fixed words "a photo of a ...".
+        num_contexts: K, width of the context head; 0 switches context identification (CI of Table 3) off. The paper:
+            6 on COCO, 2 on VOC and NUS-WIDE.
         prompt_length: N, learnable words a prompt.
         shared_prompts: One set of words for all classes (Table 8, "w/o CSP").
         prompt_template: Words that prompts start from (Table 6, "Template"); None starts from noise.
-        target_prompts: Whether the target prompts are learned.
+        decoder_layers: Blocks of the label decoder (Eq. 4).
+        decoder_heads: Attention heads of each block.
+        decoder_feedforward: Hidden width of each block.
+        decoder_dropout: Dropout rate of each block.
+        decoder_self_attention: Whether the classes' queries attend to each other.
         scale: Initial factor of the cosine in Eq. 5; a bare cosine would hold probabilities in [0.27, 0.73].
         learn_scale: Whether that factor is learned.
         train_pool: Whether CLIP's attention pool is trained. With everything before the global feature frozen,
             the context loss reaches no weight that the label task shares, so contexts could change nothing.
         pool_lr_scale: Factor of the learning rate for the attention pool.
+
+    Raises:
+        ConfigError: If settings do not fit each other or the towers.
+        WeightsError: If the CLIP weights are not available.
     """
 
     context_tensors = ("context_head.weight", "context_head.bias")
 
     def __init__(
         self,
-        clip: FrozenCLIP,
         prompt_names: Sequence[str],
-        decoder: LabelDecoder | None = None,
-        num_contexts: int = 0,
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        semantic_alignment: bool = True,
+        target_prompts: bool = True,
+        num_contexts: int = 6,
         prompt_length: int = 16,
         shared_prompts: bool = False,
         prompt_template: str | None = None,
-        target_prompts: bool = True,
+        decoder_layers: int = 2,
+        decoder_heads: int = 8,
+        decoder_feedforward: int = 2048,
+        decoder_dropout: float = 0.1,
+        decoder_self_attention: bool = True,
         scale: float = 20.0,
         learn_scale: bool = True,
         train_pool: bool = True,
         pool_lr_scale: float = 0.3,
     ) -> None:
-        super().__init__(clip, prompt_names, train_pool, pool_lr_scale)
+        check_number("num_contexts", num_contexts, 0, whole=True)
+        check_number("scale", scale, 0)
+        check_number("pool_lr_scale", pool_lr_scale, 0)
+        check_flags(
+            semantic_alignment=semantic_alignment,
+            target_prompts=target_prompts,
+            learn_scale=learn_scale,
+            train_pool=train_pool,
+        )
+        if num_contexts > len(prompt_names):
+            raise ConfigError(
+                f"{num_contexts} contexts cannot be made of {len(prompt_names)} classes; choose num_contexts <= "
+                f"{len(prompt_names)}, or 0 for none."
+            )
+        sizes = (decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention)
+        from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
+
+        towers = FrozenCLIP.load(clip, pretrained)
+        decoder = LabelDecoder(towers.embed_dim, *sizes) if semantic_alignment else None
+        super().__init__(towers, prompt_names, train_pool, pool_lr_scale)
         self.num_contexts = num_contexts
         if num_contexts and not train_pool:
             warnings.warn(
@@ -86,7 +122,7 @@ class CBSANetwork(PromptedCLIP):
         self.semantic_prompts = self._prompts(*words) if decoder is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         # Made last, so that switching contexts on or off leaves the start of all other weights as it is.
-        self.context_head = nn.Linear(clip.embed_dim, num_contexts) if num_contexts else None
+        self.context_head = nn.Linear(towers.embed_dim, num_contexts) if num_contexts else None
 
     def encode_text(self) -> TextFeatures:
         """Text features of all prompts, in one pass of the text tower."""
@@ -130,52 +166,9 @@ class CBSANetwork(PromptedCLIP):
             return self.log_scale.float().exp() * (z * t).sum(-1)
 
 
-def build_cbsa_network(
-    prompt_names: Sequence[str],
-    *,
-    clip: str,
-    pretrained: str | None,
-    semantic_alignment: bool,
-    target_prompts: bool,
-    num_contexts: int,
-    prompt_length: int,
-    shared_prompts: bool,
-    prompt_template: str | None,
-    decoder_layers: int,
-    decoder_heads: int,
-    decoder_feedforward: int,
-    decoder_dropout: float,
-    decoder_self_attention: bool,
-    scale: float,
-    learn_scale: bool,
-    train_pool: bool,
-    pool_lr_scale: float,
-) -> CBSANetwork:
-    """Builds the network from plain settings: those that a checkpoint holds, so that no module is needed to use it.
-
-    ``semantic_alignment`` says whether there is a :class:`LabelDecoder`, ``clip`` and ``pretrained`` go to
-    :meth:`FrozenCLIP.load`; for all others see :class:`CBSANetwork` and :class:`LabelDecoder`. The defaults are
-    those of :class:`cbsa_lightning.training.cbsa.CBSAModule`, and are kept there alone.
-
-    Raises:
-        ConfigError: If settings do not fit each other or the towers.
-        WeightsError: If the CLIP weights cannot be had.
-    """
-    from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
-
-    towers = FrozenCLIP.load(clip, pretrained)
-    sizes = (decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention)
-    return CBSANetwork(
-        towers,
-        prompt_names,
-        decoder=LabelDecoder(towers.embed_dim, *sizes) if semantic_alignment else None,
-        num_contexts=num_contexts,
-        prompt_length=prompt_length,
-        shared_prompts=shared_prompts,
-        prompt_template=prompt_template,
-        target_prompts=target_prompts,
-        scale=scale,
-        learn_scale=learn_scale,
-        train_pool=train_pool,
-        pool_lr_scale=pool_lr_scale,
-    )
+SETTINGS: dict[str, Any] = {
+    setting.name: setting.default
+    for setting in inspect.signature(CBSANetwork).parameters.values()
+    if setting.default is not setting.empty
+}
+"""Settings of a network with their defaults: those that a checkpoint holds."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 
 SHARPNESS = 20.0
@@ -50,6 +51,10 @@ class LabelDecoder(nn.Module):
         dropout: float = 0.1,
         self_attention: bool = True,
     ) -> None:
+        for name, value in (("layers", layers), ("heads", heads), ("feedforward", feedforward)):
+            check_number(f"decoder_{name}", value, 1, whole=True)
+        check_number("decoder_dropout", dropout, 0, 1)
+        check_flags(decoder_self_attention=self_attention)
         super().__init__()
         self.blocks = nn.ModuleList(
             LabelDecoderBlock(dim, heads, feedforward, dropout, self_attention, first=i == 0) for i in range(layers)
