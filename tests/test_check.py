@@ -248,8 +248,8 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
     [
         ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
-        ([["0.png", "Dog"], ["1.png", "dog"]], "same prompt text"),
-        ([["0.png", "cat"], ["1.png", ""]], "holding out 0.2 of 1 labeled rows"),
+        ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
+        ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),
         ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabeled image"),
         ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
     ],

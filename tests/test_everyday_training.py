@@ -286,7 +286,7 @@ def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplo
         f"{100 * measured.results[n]:.1f} %" for n in ("zero-shot", "linear probe", "stacked probes")
     )
     figures = f"on 7 images; zero-shot CLIP has {zero}, a linear probe {linear}, stacked probes {stack}."
-    told = [text for text in messages(caught) if "probe on frozen features" in text or "has not helped" in text]
+    told = [text for text in messages(caught) if "on frozen features: as good" in text or "has not helped" in text]
     assert len(told) == (not better)
     assert figures in [*told, caplog.text][0]
 

@@ -11,6 +11,7 @@ import torch
 
 from cbsa_lightning import Classifier, SSMLLModule
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
+from cbsa_lightning.callbacks.training_checks import TrainingChecks
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
@@ -80,9 +81,9 @@ def test_nothing_is_trained(tmp_path, clip_folder, squares):
 def test_several_processes_are_refused(clip_folder):
     network = functools.partial(ZeroShotCLIP, clip=str(clip_folder))
     module = SSMLLModule(Squares.class_names, network, labeler=LabeledOnly())
-    module.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ConfigError, match="ZeroShotCLIP has nothing to train; fit it in one process"):
-        module.setup("fit")
+        TrainingChecks().setup(trainer, module, "fit")
 
 
 def test_no_strong_view_is_kept_where_nothing_is_trained(tmp_path, clip_folder, squares):

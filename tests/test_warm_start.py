@@ -397,7 +397,7 @@ def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
     assert changes.sentences() == [
         "Measured on 30 validation images that neither run has trained on (2 are left out, since the earlier run has "
         "trained on their labels).",
-        "mAP 63.3 before, 68.3 after, over 3 of 4 classes.",
+        "mAP 63.3 before, 68.3 after, over the 3 of 4 classes with 3 or more positives among them.",
         "Gained most, in points of AP: a +25.0 (9 positives).",
         "Lost most, in points of AP: b -10.0 (4 positives).",
     ]

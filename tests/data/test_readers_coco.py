@@ -282,7 +282,7 @@ def test_another_choice_of_unannotated(tmp_path):
             lambda c: c.update(annotations=[{"id": 1, "image_id": 10, "caption": "a dog"}]),
             ["annotations[0]", "captions file", "instances file"],
         ),
-        (lambda c: c["categories"].append({"id": 8, "name": "Dog"}), ["categories", "same prompt text", "'Dog'"]),
+        (lambda c: c["categories"].append({"id": 8, "name": "Dog"}), ["categories", "differ only in case", "'Dog'"]),
     ],
 )
 def test_refusals_say_what_the_file_is(tmp_path, change_of_file, words):

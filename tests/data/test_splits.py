@@ -109,7 +109,7 @@ def test_hold_out():
 
 @pytest.mark.parametrize("fraction", [0, 0.001, 1, 1.5, -1])
 def test_hold_out_refused(fraction):
-    with pytest.raises(ConfigError, match="of 20 labeled rows"):
+    with pytest.raises(ConfigError, match="of 20 labeled images cannot be held out"):
         hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
 
@@ -267,7 +267,7 @@ def test_load_refuses_json_that_cannot_be_trusted(tmp_path, content, words):
 
 @pytest.mark.parametrize("fraction", [float("nan"), float("inf"), -float("inf")])
 def test_hold_out_of_no_number(fraction):
-    with pytest.raises(ConfigError, match="of 20 labeled rows"):
+    with pytest.raises(ConfigError, match="of 20 labeled images cannot be held out"):
         hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
 

@@ -146,7 +146,7 @@ def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int
     """Sizes of the images, and a line about those that are not known."""
     root = _root(args)
     if root is None:
-        print("The images have no width and height: --root says in which folder they are.")
+        print("The file has no width and height; add --root FOLDER, the folder of the photos, to write them.")
         return None
     sizes = upright_sizes([root / path for path in labels.images.tolist()])
     if unknown := [path for path, size in zip(labels.images.tolist(), sizes, strict=True) if size is None]:

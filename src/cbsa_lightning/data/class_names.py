@@ -80,7 +80,10 @@ def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], 
     seen_by_tower = [" ".join(prompt.replace("_", " ").casefold().split()) for prompt in prompts]
     if pairs := duplicates(seen_by_tower):
         found = listed(f"{brief(class_names[i])} and {brief(class_names[j])} ({brief(prompts[j])})" for i, j in pairs)
-        raise DataError(f"{where}: classes with the same prompt text: {found}; give each its own")
+        alike = all(class_names[i].casefold() == class_names[j].casefold() for i, j in pairs)
+        remedy = "if they mean one class, write them alike; if not, give each a prompt name of its own in a class file"
+        what = "classes that differ only in case" if alike else "classes with the same prompt text"
+        raise DataError(f"{where}: {what}: {found}; {remedy}")
     return prompts
 
 

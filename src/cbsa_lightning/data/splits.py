@@ -259,8 +259,8 @@ def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> 
     count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity are no number of rows
     if not 0 < count < m:
         raise ConfigError(
-            f"holding out {fraction} of {m} labeled rows moves {count}; "
-            "at least one must be held out and one must stay: use another share, or more labeled images"
+            f"a fraction of {fraction} of {m} labeled images cannot be held out to measure on: one must be held out "
+            "and one must stay; label more images, use another share, or give a test table"
         )
     order = np.random.RandomState(seed).permutation(m)
     order = order[~np.isin(split.labeled[order], np.asarray(keep, dtype=np.int64))]

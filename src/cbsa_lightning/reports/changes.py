@@ -78,7 +78,10 @@ class Changes:
             told.append(f"mAP is not measured: no class of both runs has {FEWEST_POSITIVES} positives among them.")
         else:
             before, after = 100 * self.before[found].mean(), 100 * self.after[found].mean()
-            told.append(f"mAP {before:.1f} before, {after:.1f} after, over {found.sum()} of {len(found)} classes.")
+            told.append(
+                f"mAP {before:.1f} before, {after:.1f} after, over the "
+                f"{found.sum()} of {len(found)} classes with {FEWEST_POSITIVES} or more positives among them."
+            )
             order = sorted(np.flatnonzero(found).tolist(), key=lambda k: -self.points[k])
             told += _most("Gained most", self, [k for k in order if self.points[k] > 0][:_SHOWN])
             told += _most("Lost most", self, [k for k in reversed(order) if self.points[k] < 0][:_SHOWN])

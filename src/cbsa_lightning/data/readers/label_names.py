@@ -95,8 +95,8 @@ class NamedLabels:
         ]
         if unknown:
             raise DataError(
-                f"{self._columns.path}: names that are no class of {classes.path}: {listed(unknown)}; correct them, or "
-                "add them to the class file as classes or synonyms"
+                f"{self._columns.path}: names that are no class of {classes.path}: {listed(unknown)}; correct them, "
+                "take them out, or add them to a class file as classes or synonyms"
             )
         return cells.row, np.array([position[name] for name in cells.names], dtype=np.int64)[cells.code]
 

@@ -71,7 +71,10 @@ def require_named(named: Iterable[tuple[str, str | None]]) -> None:
     Raises:
         DataError: One is not, naming path and argument.
     """
+    named = list(named)
     if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
+        if folders := [f"{path} ({what})" for what, path in named if path is not None and os.path.isdir(path)]:
+            raise DataError(f"{listed(folders)} is a folder; give a table with a row for each image (docs/data.md)")
         raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
 
 

@@ -74,6 +74,7 @@ def class_rows(
         recall = _ratio(hits, positives)
         F1 = _ratio(2 * hits, (given & (truth >= 0)).sum(0) + positives)
         AP = average_precisions(validation.scores, truth)
+        precision, F1 = (np.where(positives > 0, figure, np.nan) for figure in (precision, F1))  # not measured
         columns = [column.tolist() for column in (positives, AP, precision, recall, F1)]
     return [
         ClassRow(name, int(count), None if n is None else int(n), ap, float(cut), p, r, f, None)

@@ -37,6 +37,9 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
     )
     if baselines:
         text += f"For comparison: {_listed([f'{name} has {_percent(value)}' for name, value in baselines.items()])}. "
+        best = max(baselines, key=lambda name: baselines[name])
+        if baselines[best] > np.mean(known):
+            text += f"So on these images {best} is better than this model. "
     truth, given = validation.table.labels, validation.given
     hits = int((given & (truth == 1)).sum())
     text += (
@@ -45,7 +48,7 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
         "that it should give (recall)."
     )
     if count < few:
-        text += f" {count} images are few: differences of several points are chance."
+        text += f" {count} images are few: differences of several points may be chance."
     return text
 
 
@@ -62,7 +65,7 @@ def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
         names = [f"{row.name} ({row.labeled})" for row in scarce]
         found.append(f"Fewer than {FEW_POSITIVES} labeled images show {_some(names)}.")
     if unmeasured:
-        found.append(f"No validation image shows {_some(unmeasured)}, so nothing is known of the quality there.")
+        found.append(f"No validation image shows {_some(unmeasured, 'or')}, so nothing is known of the quality there.")
     return found
 
 
@@ -71,7 +74,7 @@ def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str
     steps = []
     if next_to_label is not None and next_to_label.total:
         steps.append(
-            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, which teach the model most"
+            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, whose labels would help most"
         )
     if suspicious is not None and suspicious.total:
         steps.append(
@@ -89,10 +92,10 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], last: str = "and") -> str:
     rest = len(names) - _NAMED
-    return _listed([*names[:_NAMED], f"{rest:,} more"] if rest > 0 else names)
+    return _listed([*names[:_NAMED], f"{rest:,} more"] if rest > 0 else names, last)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return f"{', '.join(names[:-1])} {last} {names[-1]}" if len(names) > 1 else names[0]
