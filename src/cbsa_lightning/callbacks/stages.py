@@ -14,7 +14,7 @@ from cbsa_lightning.checkpoints.lean import TABLES
 class Stages(L.Callback):
     """Changes stage when the warm-up ends: new loader, new optimizer and schedule, average started.
 
-    CAP's second stage likewise takes up the warm-up's weights with a fresh optimizer, schedule and average (fact B1).
+    CAP's second stage likewise takes up the warm-up's weights with a fresh optimizer, schedule and average.
     It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank): a resumed run needs no
     state of a random generator.
     """

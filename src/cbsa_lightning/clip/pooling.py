@@ -4,7 +4,7 @@ Each pool takes over the layers of one open_clip pool, by their names, and runs 
 open_clip does. Its token 0 is therefore open_clip's image embedding to the last bit; the other tokens, which
 open_clip computes and drops, are the local features in the same space.
 
-Beside it each has the *value path* that DualCoOp and its successors take (facts A1): a token goes through the value
+Beside it each has the *value path* that DualCoOp and its successors take: a token goes through the value
 and output projections alone, so that it says what stands at its own place and nothing of the others.
 """
 
@@ -44,7 +44,7 @@ def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int
         grid: the (h, w) wanted.
         antialias: whether the bicubic filter is the antialiased one. Both are in use and differ also when
             enlarging: timm and open_clip's ViT resize with it, the CLIP ResNets of the multi-label
-            literature (DualCoOp, which the paper builds on) without (method fact A1).
+            literature (DualCoOp, which the paper builds on) without.
 
     Returns:
         (1 + h*w, c) for the wanted grid, differentiable with respect to ``positions``.

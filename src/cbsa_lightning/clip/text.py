@@ -17,7 +17,7 @@ from cbsa_lightning.errors import ConfigError
 
 
 class TextTower(nn.Module):
-    """A causal open_clip text tower read out at the end-of-text token (method fact A2).
+    """A causal open_clip text tower read out at the end-of-text token.
 
     Because a token sees only those before it, what follows the end-of-text token changes nothing: sequences
     may be cut behind the last one, at the same features and gradients and a fraction of the cost.

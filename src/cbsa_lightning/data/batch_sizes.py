@@ -5,7 +5,7 @@ from __future__ import annotations
 from cbsa_lightning.errors import ConfigError
 
 CAP_BATCH = 64
-"""Images a step in CAP; its batch composition and warm-up batch are stated relative to it (facts B1, D2-19, D2-20)."""
+"""Images a step in CAP; its batch composition and warm-up batch are stated relative to it."""
 
 
 def default_labeled_per_batch(labeled_share: float, batch_size: int) -> int:

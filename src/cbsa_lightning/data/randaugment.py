@@ -1,7 +1,7 @@
 """RandAugment as CAP trains with it: the numbers of the ``randaugment`` package, not torchvision's.
 
 Two slots, each with one of 15 operations and one of 9 magnitudes, all equally likely; each slot fires with
-probability 0.5, so a quarter of the images stay as they are (fact sheet B5). This module holds what is drawn
+probability 0.5, so a quarter of the images stay as they are. This module holds what is drawn
 and what each operation does to a Pillow image; the random stream comes from the caller.
 """
 

@@ -31,7 +31,7 @@ _LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an im
 
 
 class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
-    """Paints one rectangle in one random color (fact sheet B5).
+    """Paints one rectangle in one random color.
 
     Its sides are int(share * side + 0.5), its center is uniform over the image, and what lies outside is
     cut off. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
@@ -134,7 +134,7 @@ class WeakView(_RandomView):
 
 
 class StrongView(_RandomView):
-    """Squash and flip as in the weak view, then Cutout, then RandAugment (fact sheet B5).
+    """Squash and flip as in the weak view, then Cutout, then RandAugment.
 
     Args:
         size: Side of the view in pixels.

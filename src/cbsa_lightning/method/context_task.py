@@ -15,9 +15,9 @@ class ContextTask:
     Args:
         weight: Factor of the context loss in Eq. 12.
         confidence: tau of Eq. 11; an unlabeled image counts once its weak view is surer than this of its context.
-        soft_targets: Counts of the labels' contexts as a distribution, instead of the majority's context (D2-10).
-        assign: How eigenvectors become groups (D2-9); ``cluster_qr`` needs no random start.
-        power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's (D2-7).
+        soft_targets: Counts of the labels' contexts as a distribution, instead of the majority's context.
+        assign: How eigenvectors become groups; ``cluster_qr`` needs no random start.
+        power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's.
         pseudo_weight: How much a pseudo-labeled image counts in the co-occurrence that is taken anew each epoch,
             beside 1 for a labeled image; 0 keeps the partition of the labeled images.
 

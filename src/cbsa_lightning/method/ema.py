@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable weights (CAP keeps one for pseudo-labels; fact D2-14)."""
+"""Exponential moving average of the trainable weights (CAP keeps one for pseudo-labels)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbsa_lightning.networks.compiled import plain_name
 class ParameterEMA(nn.Module):
     """Average of the trainable parameters of a module, and of the running statistics that go with them.
 
-    CAP averages the whole state (fact B2). Frozen weights and all other buffers are left out here: with a frozen CLIP
+    CAP averages the whole state. Frozen weights and all other buffers are left out here: with a frozen CLIP
     they are most of the memory and never change. But where a BatchNorm is trained its means and variances move, and
     averaged weights do not go with those of the raw ones. The averages are buffers, so they travel in a checkpoint and
     to a device with their owner.

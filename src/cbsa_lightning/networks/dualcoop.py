@@ -28,7 +28,7 @@ class DualCoOp(PromptedCLIP):
     are summed with those weights. The original takes a softmax over both sums; its probability of the class is the
     sigmoid of their difference, which is the logit here.
 
-    Source: repository sunxm2357/DualCoOp (facts A1, E1). Regions are the value path of the attention pool with
+    Source: repository sunxm2357/DualCoOp. Regions are the value path of the attention pool with
     positions, the mean token among them, as there. Other than there, and like every row of the paper's tables: CAP's
     pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule in the place of partial labels, ASL(1, 2) and SGD.
 

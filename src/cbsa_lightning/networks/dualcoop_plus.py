@@ -34,7 +34,7 @@ class DualCoOpPlusPlus(PromptedCLIP):
     which often resemble it, gain nothing. The logit is the difference of positive and negative sums, whose sigmoid is
     the original's softmax over both.
 
-    Source: a continuation of the authors' work tree, kjmillerCURIS/dualcoopstarstar (facts E2), since no official
+    Source: a continuation of the authors' work tree, kjmillerCURIS/dualcoopstarstar, since no official
     release exists. Regions are the value path of the attention pool without positions or mean token, as there. Other
     than there: 16 words a prompt instead of 21, as in all rows of the paper's tables, and their common CAP
     pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule.

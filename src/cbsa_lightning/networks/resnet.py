@@ -1,4 +1,4 @@
-"""A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows (facts B1, E5).
+"""A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows.
 
 Sources: CAP's repository (xiemk/SSMLL-CAP) for what is trained and on which images; timm for the ResNet and its
 ImageNet weights; "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., repository

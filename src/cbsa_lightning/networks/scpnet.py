@@ -22,7 +22,7 @@ OWN_SHARE = 0.8  # of a class in its own row of the graph; its neighbors share t
 class SCPNet(PromptedCLIP):
     """The global image feature against class embeddings that graph convolutions have mixed with their neighbors'.
 
-    Source: repository jameslahm/SCPNet (facts E3). Its relation matrix is shipped without its generator; here it is
+    Source: repository jameslahm/SCPNet. Its relation matrix is shipped without its generator; here it is
     made of the cosines of CLIP's text features of "a photo of a ...", which its values are consistent with. Other than
     there: the image encoder is frozen as in all rows of the paper's tables; class-specific noise instead of the words
     "a photo of a" starts the prompts; and CAP's pseudo-labels and ASL(0, 4) take the place of its losses for single

@@ -28,7 +28,7 @@ class TaI(PromptedCLIP):
     The logit is the mean of the global cosine and of the places' cosines, weighed by a softmax over the places, times
     a scale.
 
-    Source: repository guozix/TaI-DPT (facts A1, E4): global and local features without positions, the local ones by
+    Source: repository guozix/TaI-DPT: global and local features without positions, the local ones by
     the value path. Its prompts are trained on captions in the place of images, by a ranking loss on each granularity;
     the paper combines it with CAP instead, so here both are trained on the labeled and pseudo-labeled images, by
     ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learned

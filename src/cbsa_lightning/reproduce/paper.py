@@ -247,7 +247,7 @@ PAPER_COSTS = {
 """Table 9: training latency in ms an image and memory in GB an image, on COCO at p = .05, on one RTX 3090."""
 
 PAPER_ERRORS = (0.064, 0.146, 0.357, 0.250)
-"""Table 10: what follows the "±", which the paper calls both a 95 % interval and a standard error (fact D2-32)."""
+"""Table 10: what follows the "±", which the paper calls both a 95 % interval and a standard error."""
 
 
 def table_of(number: int) -> Table:
