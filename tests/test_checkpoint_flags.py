@@ -12,8 +12,8 @@ import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 
 from cbsa_lightning import __main__ as cli
-from cbsa_lightning.checkpoints.files import read_checkpoint
-from cbsa_lightning.cli.checkpoint_flags import MODEL, mentioned, settle
+from cbsa_lightning.checkpoints.files import MODEL, read_checkpoint
+from cbsa_lightning.cli.checkpoint_flags import mentioned, settle
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from layouts import make_table
 from tiny_data import Squares, tiny_fit

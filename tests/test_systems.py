@@ -69,17 +69,6 @@ def finished(row: Row, folder: Path) -> tuple[Cell, dict[str, Any]]:
     return cell, found
 
 
-def network_of(cell: Cell) -> Any:
-    """Makes the cell's network, or None for CBSA, whose checkpoint says how."""
-    network = cell.recipe["model"]["init_args"].get("network")
-    if network is None:
-        return None
-    arguments = dict(network["init_args"])
-    if "head" in arguments:
-        arguments["head"] = class_named(arguments["head"])
-    return partial(class_named(network["class_path"]), **arguments)
-
-
 @pytest.mark.parametrize("row", ROWS, ids=[row.label for row in ROWS])
 def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
     cell, found = finished(row, folder)
@@ -102,7 +91,7 @@ def test_trains_validates_saves_loads_predicts(row: Row, folder: Path) -> None:
     arguments = [f"--config={recipe}", f"--ckpt_path={checkpoint}", "--trainer.logger=false"]
     main(["predict", *arguments, f"--data.predict={table}", f"--predictions.output={folder / cell.folder}.csv"])
     rows = list(csv.DictReader((folder / f"{cell.folder}.csv").open()))
-    classifier = Classifier.load(checkpoint, network=network_of(cell))
+    classifier = Classifier.load(checkpoint)
     scores = np.array([[float(row[name]) for name in classifier.class_names] for row in rows])
 
     # ... and alone, with the same scores.

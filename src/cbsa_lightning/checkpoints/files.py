@@ -17,6 +17,7 @@ from cbsa_lightning.io.reading import open_regular
 TORN = "written_within_a_step"
 VERSION = "cbsa_lightning_version"
 RUN = "run_id"  # of the run that wrote it
+MODEL = "model_config"  # the model's section of the configuration, as YAML
 SOURCE = "read_from"  # the file that a checkpoint was read from; not in the file
 
 

@@ -12,12 +12,10 @@ from typing import Any
 
 import yaml
 
+from cbsa_lightning.checkpoints.files import MODEL
 from cbsa_lightning.cli.config_files import config_values, is_file_name, option_values
 from cbsa_lightning.cli.renamed import current
 from cbsa_lightning.errors import CheckpointError, ConfigError
-
-MODEL = "model_config"
-"""Key of a checkpoint that holds the model's section of the configuration, as YAML."""
 
 _FREE = ("clip", "pretrained", "network.clip", "network.pretrained", "unsup_weight", "max_skipped_steps", "optimizer")
 """May differ from the checkpoint: where CLIP's weights are, which its fingerprint checks, and what a step reads. Of the

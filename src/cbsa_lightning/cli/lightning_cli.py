@@ -31,8 +31,8 @@ from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
 from cbsa_lightning.callbacks.warm_start import StartFrom
 from cbsa_lightning.checkpoints.earlier_run import read_earlier
-from cbsa_lightning.checkpoints.files import RUN, read_checkpoint
-from cbsa_lightning.cli.checkpoint_flags import MODEL, mentioned, settle
+from cbsa_lightning.checkpoints.files import MODEL, RUN, read_checkpoint
+from cbsa_lightning.cli.checkpoint_flags import mentioned, settle
 from cbsa_lightning.cli.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.cli.parser import PlainParser, plain_cause
 from cbsa_lightning.data.class_names import default_prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -13,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbsa_lightning.arguments import check_kind, check_names, check_number
-from cbsa_lightning.checkpoints.files import read_checkpoint
+from cbsa_lightning.checkpoints.files import SOURCE, read_checkpoint
 from cbsa_lightning.checkpoints.lean import FUSION, LeanCheckpoint
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.errors import CBSAError, CheckpointError, ConfigError, DataError, WeightsError, listed
+from cbsa_lightning.inference.stored_network import stored_network
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.fusion import Fusion
@@ -93,8 +95,9 @@ class Classifier:
     ) -> Self:
         """Rebuilds the network of a checkpoint, with its averaged weights.
 
-        The checkpoint of a :class:`~cbsa_lightning.training.cbsa.CBSAModule` says how; for another network say it
-        yourself. Before the average has started, in the warm-up, the plain weights are taken, as the module does.
+        The checkpoint of a :class:`~cbsa_lightning.training.cbsa.CBSAModule`, and of any network of this library that
+        `cbsa fit` has trained, says how it is made; for another one give ``network``. Before the average has started,
+        in the warm-up, the plain weights are taken, as the module does.
 
         Args:
             path: The checkpoint. It is read without running code from it.
@@ -103,7 +106,7 @@ class Classifier:
                 native size of the towers.
             clip: Where the towers are now, if not where they were at training. Other weights are refused.
             pretrained: The same for their weights.
-            network: Makes the network of any other module from the prompt names, as at training:
+            network: Makes another network from the prompt names, as at training:
                 ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then not looked at.
 
         Raises:
@@ -111,14 +114,12 @@ class Classifier:
                 weights.
             WeightsError: If the CLIP weights cannot be had.
         """
-        checkpoint = _read(path, () if network is not None else tuple(SETTINGS))
-        stored = checkpoint["hyper_parameters"]
+        checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
         class_names = list(checkpoint["class_names"])
-        settings = {name: stored[name] for name in SETTINGS} if network is None else {}
-        settings.update({k: v for k, v in (("clip", clip), ("pretrained", pretrained)) if network is None and v})
+        moved = {name: value for name, value in (("clip", clip), ("pretrained", pretrained)) if value}
+        make = network if network is not None else _network_of(checkpoint, moved)
         try:
-            prompt_names = list(stored.get("prompt_names") or default_prompts(class_names))
-            built = network(prompt_names) if network is not None else CBSANetwork(prompt_names, **settings)
+            built = make(list(checkpoint["hyper_parameters"].get("prompt_names") or default_prompts(class_names)))
         except WeightsError:  # which says where they were looked for
             raise
         except CBSAError as error:
@@ -284,16 +285,18 @@ def _name(image: Any, position: int) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else f"image {position}"
 
 
-def _read(path: str | os.PathLike[str], settings: Sequence[str]) -> dict[str, Any]:
-    """A checkpoint with all that :meth:`Classifier.load` needs, or an error that says what it lacks."""
-    checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
-    if lacking := [f"setting {name}" for name in settings if name not in checkpoint["hyper_parameters"]]:
+def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Callable[[Sequence[str]], Network]:
+    """What makes the network of a checkpoint: of a CBSAModule, or of another module that `cbsa fit` has trained."""
+    stored, source = checkpoint["hyper_parameters"], checkpoint[SOURCE]
+    lacking = [f"setting {name}" for name in SETTINGS if name not in stored]
+    if len(lacking) == len(SETTINGS):
+        return stored_network(checkpoint, **moved)
+    if lacking:
         raise CheckpointError(
-            f"{path} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say how "
-            "it is made: Classifier.load(path, network=...)."
+            f"{source} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say "
+            "how it is made: Classifier.load(path, network=...)."
         )
-    for name in settings:
-        value = checkpoint["hyper_parameters"][name]
-        if type(SETTINGS[name]) is int and type(value) is not int:
-            raise CheckpointError(f"{path}: setting {name} must be a whole number, found {value!r:.100}.")
-    return checkpoint
+    for name, default in SETTINGS.items():
+        if type(default) is int and type(stored[name]) is not int:
+            raise CheckpointError(f"{source}: setting {name} must be a whole number, found {stored[name]!r:.100}.")
+    return partial(CBSANetwork, **{**{name: stored[name] for name in SETTINGS}, **moved})

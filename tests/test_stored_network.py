@@ -1,0 +1,36 @@
+"""Networks that a checkpoint describes: those of the library are built, others are refused."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cbsa_lightning.checkpoints.files import MODEL, SOURCE
+from cbsa_lightning.errors import CheckpointError
+from cbsa_lightning.inference.stored_network import stored_network
+from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
+
+
+def checkpoint(**network):
+    return {SOURCE: "a.ckpt", MODEL: yaml.safe_dump({"class_path": "SSMLLModule", "init_args": {"network": network}})}
+
+
+def test_a_network_of_the_library_is_built_with_its_settings(clip_folder):
+    path = "cbsa_lightning.networks.zero_shot.ZeroShotCLIP"
+    make = stored_network(checkpoint(class_path=path, init_args={"clip": "elsewhere"}), clip=str(clip_folder))
+    assert isinstance(make(["cat", "dog"]), ZeroShotCLIP)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["os.system", "my_systems.LinearProbe", "cbsa_lightning.networks.base.gone", "cbsa_lightning.networks..os", 3],
+)
+def test_a_file_chooses_no_other_code(path):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt has the network .*no network of this library"):
+        stored_network(checkpoint(class_path=path))
+
+
+@pytest.mark.parametrize("text", [None, "[", "3", "{init_args: {}}", "{init_args: {network: null}}", "{init_args: 3}"])
+def test_a_checkpoint_that_does_not_say_is_refused(text):
+    with pytest.raises(CheckpointError, match="does not say which network"):
+        stored_network({SOURCE: "a.ckpt", MODEL: text})
