@@ -25,7 +25,7 @@ class WriteLabels(L.Callback):
     """Writes labels of the unlabeled images into the run's folder when training ends.
 
     - ``labels.csv``: a row for each unlabeled image; see
-    :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
+      :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
     - ``next_to_label.csv``: the images whose labels would teach most.
     - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
       since other models have no such probabilities.

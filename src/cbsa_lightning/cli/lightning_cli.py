@@ -8,17 +8,15 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import cbsa_lightning
@@ -31,16 +29,15 @@ from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
 from cbsa_lightning.callbacks.warm_start import StartFrom
 from cbsa_lightning.checkpoints.earlier_run import read_earlier
-from cbsa_lightning.checkpoints.files import MODEL, RUN, read_checkpoint
+from cbsa_lightning.checkpoints.files import read_checkpoint
 from cbsa_lightning.cli.checkpoint_flags import mentioned, settle
 from cbsa_lightning.cli.config_files import check_configs, expand_paths, naming_files
 from cbsa_lightning.cli.parser import PlainParser, plain_cause
+from cbsa_lightning.cli.run_record import RunRecord
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.datamodule import SSMLLDataModule
-from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.errors import ConfigError, listed
-from cbsa_lightning.io import runs
-from cbsa_lightning.io.runs import folder_of, refuse_taken, set_folder
+from cbsa_lightning.io.runs import set_folder
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.comparison import compare
 from cbsa_lightning.training.gain import Gain, GainCheck, report_gain
@@ -57,86 +54,6 @@ _NO_CHECKPOINT = (
     "--untrained true for the network as it is before training.",
     "cbsa {0} needs the file of a checkpoint, got {1}. To go on with a run give --resume RUN.",
 )
-
-
-class RunRecord(SaveConfigCallback):
-    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labeled split.
-
-    A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
-    first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
-    """
-
-    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._resumed = resumed
-        self._lock = ExitStack()
-        self._folder = Path()  # known once the run is set up
-        self._id = ""
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on all processes."""
-        if self.already_saved:
-            return
-        self._folder = cast(Path, folder_of(trainer))  # Lightning calls no such callback in a fast_dev_run
-        if not self._resumed:
-            self._claim(trainer, stage)
-        self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self._folder / runs.CHECKPOINTS).resolve())
-        if not self._resumed:
-            super().setup(trainer, pl_module, stage)
-
-    def _claim(self, trainer: Any, stage: str) -> None:
-        """All processes refuse together, else some would wait for the others."""
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                refuse_taken(self._folder)
-                if stage == "fit":
-                    self._lock = runs.hold(self._folder)
-            except ConfigError as error:
-                problem = str(error)
-        if problem := trainer.strategy.broadcast(problem):
-            raise ConfigError(problem)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first hook after the last check of a checkpoint."""
-        super().setup(trainer, pl_module, "fit")
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """After a run that was over already."""
-        super().setup(trainer, pl_module, "fit")
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds which run it is of, and the model's section of the configuration, which decides what it belongs to."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
-        checkpoint[RUN] = self._id
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lets another process go on."""
-        self._lock.close()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lets another process go on."""
-        self._lock.close()
-
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on the first process."""
-        if stage == "fit":
-            runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
-        plain = self.parser.dump(self.config, skip_none=False)
-        # Not by Lightning, which would leave a resumed run half a file on a full disk.
-        runs.note(self._folder / runs.CONFIG, plain)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
-                runs.note(self._folder / runs.WANDB_ID, f"{logger.version}\n")
-        split = getattr(trainer.datamodule, "split", None)
-        if split is not None:
-            split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
-            LabeledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELED)
 
 
 def _seed(everything: bool | int) -> int:

@@ -1,0 +1,98 @@
+"""What a run was made of: its configuration, its split, its folder and its lock."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+from cbsa_lightning.checkpoints.files import MODEL, RUN
+from cbsa_lightning.data.labeled_images import LabeledImages
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.io import runs
+from cbsa_lightning.io.runs import folder_of, refuse_taken
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labeled split.
+
+    A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
+    first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
+    """
+
+    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed = resumed
+        self._lock = ExitStack()
+        self._folder = Path()  # known once the run is set up
+        self._id = ""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on all processes."""
+        if self.already_saved:
+            return
+        self._folder = cast(Path, folder_of(trainer))  # Lightning calls no such callback in a fast_dev_run
+        if not self._resumed:
+            self._claim(trainer, stage)
+        self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self._folder / runs.CHECKPOINTS).resolve())
+        if not self._resumed:
+            super().setup(trainer, pl_module, stage)
+
+    def _claim(self, trainer: Any, stage: str) -> None:
+        """All processes refuse together, else some would wait for the others."""
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                refuse_taken(self._folder)
+                if stage == "fit":
+                    self._lock = runs.hold(self._folder)
+            except ConfigError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise ConfigError(problem)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first hook after the last check of a checkpoint."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """After a run that was over already."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds which run it is of, and the model's section of the configuration, which decides what it belongs to."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+        checkpoint[RUN] = self._id
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets another process go on."""
+        self._lock.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lets another process go on."""
+        self._lock.close()
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Runs on the first process."""
+        if stage == "fit":
+            runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
+        plain = self.parser.dump(self.config, skip_none=False)
+        # Not by Lightning, which would leave a resumed run half a file on a full disk.
+        runs.note(self._folder / runs.CONFIG, plain)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(yaml.safe_load(plain), allow_val_change=True)
+                runs.note(self._folder / runs.WANDB_ID, f"{logger.version}\n")
+        split = getattr(trainer.datamodule, "split", None)
+        if split is not None:
+            split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
+            LabeledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELED)
