@@ -344,16 +344,12 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [("tasks.json", "\ufeff [{}]", "label_studio.LabelStudio"), ("job.xml", "<annotations/>", "cvat.CVAT")],
 )
 def test_exports_of_labeling_tools_are_told_by_their_content(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, source: str
+    photos: Path, file: str, content: str, source: str
 ) -> None:
     (photos / file).write_text(content, encoding="utf-8")
-    monkeypatch.setattr(check_command, "find_spec", lambda name: name)
     found = check_command._source_of(file, {"root": "photos"})
     assert found["class_path"] == f"cbsa_lightning.data.readers.{source}"
     assert found["init_args"] == {"train": file, "root": "photos"}
-    monkeypatch.setattr(check_command, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="are not read by this version"):
-        cli.main(["check", file])
 
 
 class Noted(Squares):

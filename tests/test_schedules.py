@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.training.schedules import Constant, OneCycle, scheduled
+from cbsa_lightning.training.schedules import OneCycle, scheduled
 
 
 def rates(schedule, steps, peaks=(1e-3, 1e-4)):
@@ -48,10 +48,6 @@ def test_one_cycle_of_a_short_stage(steps, share):
         assert used[1] == pytest.approx(1e-3)
     if steps > 2:
         assert used[-1] == pytest.approx(1e-3 / 25e4)
-
-
-def test_constant():
-    assert rates(Constant(), 4) == [[1e-3, 1e-4]] * 4
 
 
 def optimizer_of(lr=1e-3):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +151,6 @@ class TrainingCOCO(COCO):
 
 def _tool(file: str, module: str, name: str, given: dict[str, str]) -> Settings:
     """The source of an export of a labeling tool."""
-    if find_spec(f"{_READERS}.{module}") is None:
-        raise ConfigError(f"{file}: exports of {name} are not read by this version; convert it to a table.")
     return {"class_path": f"{_READERS}.{module}.{name}", "init_args": {"train": file, **given}}
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from cbsa_lightning.arguments import check_choice, check_flags, check_number
-
-Assignment = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
+from cbsa_lightning.method.contexts import Assignment
 
 
 class ContextTask:

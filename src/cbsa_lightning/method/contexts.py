@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-Assign = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
+Assignment = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
 
 
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
@@ -60,7 +60,7 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
     return torch.where(counts[:, None] > 0, both / counts[:, None], 0.0) ** power
 
 
-def partition(S: Tensor, num_contexts: int, assign: Assign = "cluster_qr", seed: int = 0) -> Tensor:
+def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", seed: int = 0) -> Tensor:
     """Splits the classes into contexts: normalized cut of ``P = (S + S^T) / 2`` (Eq. 9-10).
 
     The degrees are those of P and the diagonal is ignored: with the paper's literal forms D - P is no
@@ -207,7 +207,7 @@ _ROWS = 1 << 16  # images at a time: a million of them would need gigabytes as f
 _Ints = npt.NDArray[np.int64]
 
 
-def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assign, seed: int) -> _Ints:
+def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assignment, seed: int) -> _Ints:
     """Groups of a graph in which every node has a link; ids in [0, k)."""
     count, component = connected_components(affinity > 0, directed=False)
     if count >= k:

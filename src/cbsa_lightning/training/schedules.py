@@ -79,13 +79,3 @@ class _OneCycleLR(OneCycleLR):
         if self.last_epoch > self.total_steps:
             return [group["lr"] for group in self.optimizer.param_groups]
         return super().get_lr()
-
-
-class Constant:
-    """The learning rate stays as the optimizer has it."""
-
-    def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Leaves every group as it is."""
-        from torch.optim.lr_scheduler import LambdaLR
-
-        return LambdaLR(optimizer, lambda _: 1.0)
