@@ -357,3 +357,13 @@ def test_classes_are_found_by_name_and_by_path() -> None:
     for name in ("StackedProbe", "torch.nn.Liner", "os.path"):
         with pytest.raises(ConfigError, match=f"no class {name}"):
             class_named(name)
+
+
+def test_a_comparison_without_a_validation_is_refused_before_training(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", str(CONFIGS / "quickstart.yaml"), "--data.source.init_args.num_train=40"]
+    words += ["--data.source.init_args.num_test=12", "--trainer.max_epochs=5", "--data.labeled_fraction=0.3"]
+    with pytest.raises(ConfigError, match="--compare needs a validation"):
+        main(["fit", *words])

@@ -216,6 +216,8 @@ class CBSACLI(LightningCLI):
         self._check_gain()
         if (comparing := self._get(self.config, "compare")) and trainer.barebones:
             raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
+        if comparing and not trainer.fast_dev_run:
+            self._check_validates(trainer)
         self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
         self._baselines = MeasureBaselines()
         if self._untrained is not None:
@@ -239,6 +241,17 @@ class CBSACLI(LightningCLI):
             )
         # Before the callback that shows what they write.
         trainer.callbacks[:0] = [StartFrom(self._earlier.weights), ReportChanges(self._earlier)]
+
+    @staticmethod
+    def _check_validates(trainer: Any) -> None:
+        """Refuses a comparison whose run never validates, before it trains."""
+        every, most = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if not trainer.limit_val_batches or (every and most and 0 <= most < every):
+            raise ConfigError(
+                f"--compare needs a validation, but this run has none: its {most} epochs are fewer than "
+                f"trainer.check_val_every_n_epoch {every}, or trainer.limit_val_batches is 0. Change these, or leave "
+                "out --compare."
+            )
 
     def _check_gain(self) -> None:
         """Estimates the gain of a new run; a resumed one goes on as it was begun."""

@@ -44,9 +44,9 @@ def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
         capsize=2,
         label="measured, with 90 % intervals",
     )
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of positives")
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="fraction of positives")
     above.set_title(f"Expected calibration error {error:.3f}")
-    above.legend(loc="upper left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # covers no curve
     below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, color=BLUE, alpha=0.6)
     below.set_yscale("log")
     below.set(xlabel="score", ylabel="entries")
