@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     if words[:1] == ["table"]:
         return table(words[1:])
     if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
-        print("--resume [RUN]: go on with this run, or with the newest below runs/ (docs/faults.md).\n")
+        print("--resume [RUN]: resume this run, or the newest below runs/ (docs/faults.md).\n")
     with resumed(find_configs(words)) as run:
         before = os.environ.get("WANDB_RUN_ID")
         if run.wandb_id is not None:
@@ -102,7 +102,7 @@ def entry_point() -> None:
         if type(end).__name__ != "SIGTERMException":  # Lightning's, which is not imported for this
             raise
         print(
-            "Asked to end (SIGTERM): stopped between two steps. To go on: `cbsa fit --resume`, or `cbsa table` again.",
+            "Received SIGTERM: stopped between two steps. To continue: `cbsa fit --resume`, or `cbsa table` again.",
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGTERM)

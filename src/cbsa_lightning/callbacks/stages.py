@@ -1,4 +1,4 @@
-"""From the warm-up to the second stage, and back into a stage when a run is resumed."""
+"""Switches from the warm-up to the second stage, and restores the stage of a resumed run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbsa_lightning.checkpoints.lean import TABLES
 class Stages(L.Callback):
     """Changes stage when the warm-up ends: new loader, new optimizer and schedule, average started.
 
-    CAP's second stage likewise takes up the warm-up's weights with a fresh optimizer, schedule and average.
+    As in CAP, the second stage starts from the warm-up's weights with a fresh optimizer, schedule and average.
     It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank): a resumed run needs no
     state of a random generator.
     """
@@ -54,11 +54,11 @@ class Stages(L.Callback):
         torch.manual_seed(int(stream.generate_state(1)[0]))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Takes the gradients from a step that is left out, unless a scaler passes it over; it asks for gradients."""
+        """Clears the gradients of a skipped step, unless a gradient scaler skips it: the scaler needs them."""
         if pl_module.nonfinite.leaves_out and not pl_module.nonfinite.scaled:
             optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Has Lightning ask for the second stage's loader before its first epoch."""
+        """Makes Lightning reload the train loader before the first epoch of the second stage."""
         if trainer.current_epoch + 1 == pl_module.warmup_epochs:
             trainer.reload_dataloaders_every_n_epochs = 1

@@ -1,4 +1,4 @@
-"""How Lightning writes and reads checkpoints: as a whole or not at all, and as data, never as code."""
+"""How Lightning writes and reads checkpoints: atomically, and as data, never as code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cbsa_lightning.io.files import replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """A draft beside the file takes its place once the disk has all of it; Lightning's own way can leave half a file.
+    """Writes checkpoints atomically; Lightning's own writer can leave a partial file.
 
     Reads without running code from the file, and refuses what is damaged, saying how. Local files only.
 
-    Of two checkpoints of the same moment that follow each other, such as the newest epoch's and ``last.ckpt``, the disk
-    holds one, under both names, where the file system has hard links.
+    Two consecutive checkpoints of the same state, such as the newest epoch's and ``last.ckpt``, share one file through
+    a hard link if the file system supports it.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Writes a checkpoint.
 
         Raises:
-            CheckpointError: If the disk is full or the folder cannot be written to; what was there is still there.
+            CheckpointError: If the disk is full or the folder is not writable; existing files are unchanged.
         """
         file = local(path)
         if checkpoint.get(TORN):  # weights, average and counters do not belong together, now
@@ -60,7 +60,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:
-        """Lets the file before be another name of this one, if they differ in the records of callbacks at most."""
+        """Replaces the previous file by a hard link to this one, if they differ at most in callback state."""
         progress = ("epoch", "global_step", "loops", "lr_schedulers")
         moment = copy.deepcopy((sorted(checkpoint), [checkpoint.get(key) for key in progress]))
         former, self._former = self._former, (file, moment)

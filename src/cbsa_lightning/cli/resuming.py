@@ -1,4 +1,4 @@
-"""`cbsa fit --resume [FOLDER]`: finds a run again, and the place to go on from."""
+"""`cbsa fit --resume [FOLDER]`: finds a run and the checkpoint to resume it from."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Resumed(NamedTuple):
 
 @contextmanager
 def resumed(words: Sequence[str]) -> Iterator[Resumed]:
-    """Replaces ``--resume [FOLDER]`` in a command line, and keeps other jobs from training that run meanwhile.
+    """Replaces ``--resume [FOLDER]`` in a command line, and locks the run against other jobs.
 
-    Without ``--config`` the run's own ``config.yaml`` is taken; FOLDER is a run's folder, or one above several, of
-    which the newest is meant; by default ``runs``. With ``--config`` FOLDER is where the run is or will be: the same
-    command begins it and goes on with it.
+    Without ``--config``, the run's own ``config.yaml`` is used; FOLDER is a run, or a folder of several runs, of which
+    the newest is taken (default ``runs``). With ``--config``, FOLDER is the folder of the run: the same command starts
+    it and later resumes it.
 
     Raises:
         ConfigError: If there is nothing to resume, another process trains the run, or the words contradict each other.
@@ -65,7 +65,7 @@ def resumed(words: Sequence[str]) -> Iterator[Resumed]:
             _tell(f"Going on with the run in {run}, from {_within(checkpoint, run)}.")
             rest.append(f"--ckpt_path={checkpoint}")
         else:
-            _tell(f"The run in {run} has no whole checkpoint yet: it begins at its beginning.")
+            _tell(f"The run in {run} has no complete checkpoint yet: starting from the beginning.")
         yield Resumed(rest, run, runs.wandb_id(run))
 
 

@@ -1,9 +1,8 @@
 """Batch samplers whose order is a function of (seed, epoch, pass) and of nothing else.
 
-Each yields lists of :class:`Draw`, so a data set knows not only which image is asked for but also at which
-epoch and for which time in it: all that its views need for their randomness. Workers, ranks and restarts
-therefore change nothing. The global batch is made alike on every rank, which then keeps every
-``world_size``-th draw of it.
+Each yields lists of :class:`Draw`, which tell a data set the image, the epoch, and how often the image has already
+occurred in it: everything that the randomness of its views depends on. Workers, ranks and restarts therefore change
+nothing. Every rank builds the same global batch and keeps every ``world_size``-th draw of it.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ class _Batches(Sampler[list[Draw]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the next iteration is for; one that is under way keeps its own."""
+        """Sets the epoch of the next iteration; an iteration in progress keeps its epoch."""
         if epoch != self.epoch:
             self._skipped = 0
         self.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """Leaves out the first batches of this epoch's next iteration, which a resumed epoch has had already."""
+        """Skips the first batches of the next iteration, which were processed before the run was resumed."""
         self._skipped = batches
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -134,7 +133,7 @@ class PairedBatches(_Batches):
     """Shuffled passes over the unlabeled images, one by default, each batch led by labeled images that cycle.
 
     The last batch of a single pass may have fewer unlabeled images; its labeled part is full. The labeled images are
-    permuted anew for each of their passes, so no order comes twice in an epoch.
+    reshuffled for each of their passes.
 
     Args:
         labeled: Rows of the labeled images, (n,) integers.

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.errors import CBSAError, OutputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes ``path``: a refusal of the system names the file and the remedy.
+    """Wraps code that writes ``path``, so that a system error names the file and the remedy.
 
     Raises:
         OutputError: If the disk is full, or the folder cannot be written to.
@@ -27,10 +27,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A draft beside ``path`` that takes its place once the disk has all of it.
+    """Yields a temporary file next to ``path`` that replaces it once it is fully on disk.
 
     Raises:
-        OutputError: If the disk is full, or the folder cannot be written to; what was there is still there.
+        OutputError: If the disk is full, or the folder is not writable; an existing file is unchanged.
     """
     draft = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     with writing(path):
@@ -42,12 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.replace(path)
             _sync_folder(path.parent)
         finally:
-            with suppress(OSError):  # of a disk that became read-only: it would hide the reason
+            with suppress(OSError):  # a failed cleanup would hide the original error
                 draft.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Has the disk know the new name as well; not every system can open a folder."""
+    """Flushes the folder entry to disk as well; not every system can open a folder."""
     try:
         number = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -15,9 +15,9 @@ class ParameterEMA(nn.Module):
     """Average of the trainable parameters of a module, and of the running statistics that go with them.
 
     CAP averages the whole state. Frozen weights and all other buffers are left out here: with a frozen CLIP
-    they are most of the memory and never change. But where a BatchNorm is trained its means and variances move, and
-    averaged weights do not go with those of the raw ones. The averages are buffers, so they travel in a checkpoint and
-    to a device with their owner.
+    they are most of the memory and never change. A trained BatchNorm also updates its running means and
+    variances, and those of the raw weights do not match averaged weights, so they are averaged too. The averages are
+    buffers: they are saved in checkpoints and moved to devices with their owner.
 
     Args:
         module: Whose weights are averaged, if any are trainable; which ones are must not change afterwards.
@@ -59,7 +59,7 @@ class ParameterEMA(nn.Module):
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:
-        """Begins anew from the present weights of ``module``."""
+        """Resets the averages to the current weights of ``module``."""
         averages, current = self._pairs(module)
         if averages:
             torch._foreach_copy_(averages, [p.detach() for p in current])
@@ -74,7 +74,7 @@ class ParameterEMA(nn.Module):
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Lets ``module`` hold the averages meanwhile; storage is exchanged, nothing is copied.
+        """Swaps the averages into ``module`` for the duration of the context, without copying memory.
 
         Before :meth:`start` the module keeps its own weights, since there is no average yet.
         """
@@ -94,7 +94,7 @@ class ParameterEMA(nn.Module):
     def _exchange(averages: list[Tensor], current: list[Tensor]) -> None:
         for average, weight in zip(averages, current, strict=True):
             average.data, weight.data = weight.data, average.data
-        torch.clear_autocast_cache()  # which knows a weight by its identity, and that has not changed
+        torch.clear_autocast_cache()  # it is keyed by tensor identity, which the swap does not change
 
 
 def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:
