@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from cbsa_lightning.cli.renamed import current_words
 from cbsa_lightning.errors import CBSAError
 
 HELP = """usage: cbsa COMMAND [options]
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     Returns:
         The LightningCLI of a run, the report of a check, the file of a table or of labels; None for help and version.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    words = current_words(sys.argv[1:] if args is None else args)
     if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
         print(f"cbsa {version('cbsa-lightning')}" if words == ["--version"] else HELP)
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 MODULES = {
@@ -38,3 +40,15 @@ def current(value: Any) -> Any:
         module, _, name = value.removeprefix("cbsa_lightning.").rpartition(".")
         return f"cbsa_lightning.{MODULES[module]}.{CLASSES.get(name, name)}" if module in MODULES else value
     return value
+
+
+def current_words(words: Sequence[str]) -> list[str]:
+    """The same command line with the option names and class paths of this version; names what it replaces."""
+    found = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and "labelled" in option:
+            print(f"{option} is now {option.replace('labelled', 'labeled')}.", file=sys.stderr)
+            option = option.replace("labelled", "labeled")
+        found.append(f"{option}{equals}{current(value)}" if option.startswith("--") else current(word))
+    return found
