@@ -168,6 +168,7 @@ def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPa
         (["--trainer.max_epoch=3"], r"^--trainer\.max_epoch is no option\. Similar names: --trainer\.max_epochs"),
         (["--nonsense"], r"^--nonsense is no option\.$"),
         (["--model.warmup=3"], r"^--model has no setting 'warmup'\. Similar names: warmup_epochs\.$"),
+        (["--model.promt_length=3"], r"^--model has no setting 'promt_length'\. Similar names: prompt_length\.$"),
         (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it takes int\.$"),
         (["--trainer.precision=17"], r"^--trainer\.precision is 17; it takes 64, 32, 16 or "),
         (["--model=Nope"], r"^--model: no class 'Nope' fits"),

@@ -18,9 +18,7 @@ from typing import Any
 from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.cli.overlays import Settings, merged, read
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.networks.cbsa import SETTINGS
 from cbsa_lightning.reproduce.paper import Row
-from cbsa_lightning.training.cbsa import CBSAModule
 
 WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
@@ -145,5 +143,4 @@ def takes(place: Settings, argument: str) -> bool:
     Raises:
         ConfigError: There is no such class.
     """
-    kind = class_named(place["class_path"])
-    return argument in inspect.signature(kind).parameters or (issubclass(kind, CBSAModule) and argument in SETTINGS)
+    return argument in inspect.signature(class_named(place["class_path"])).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,3 +83,15 @@ class CBSAModule(SSMLLModule):
         # Objects stay out: a checkpoint holds plain types only, so that it loads without running code. Defaults go in,
         # so that a checkpoint stands for the same network if they change.
         self.save_hyperparameters(SETTINGS | network)
+
+
+def _whole_signature() -> inspect.Signature:
+    """The constructor's parameters, with the network's settings in the place of ``**network``."""
+    *own, _ = inspect.signature(CBSAModule).parameters.values()
+    of_network = inspect.signature(CBSANetwork).parameters
+    settings = [of_network[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SETTINGS]
+    return inspect.Signature([*own, *settings])
+
+
+# What `help` shows, and what hints on misspelled settings are taken from.
+CBSAModule.__signature__ = _whole_signature()  # type: ignore[attr-defined]
