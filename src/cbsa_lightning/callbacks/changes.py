@@ -13,7 +13,9 @@ from torch import Tensor
 
 from cbsa_lightning.callbacks.baselines import validated_table
 from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.checkpoints.earlier_run import EarlierRun
+from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.data.labeled_images import LabeledImages, rows_among
 from cbsa_lightning.errors import CheckpointError
 from cbsa_lightning.inference.classifier import Classifier
@@ -112,16 +114,13 @@ class ReportChanges(L.Callback):
 
     def _logits(self, trainer: Any, pl_module: Any, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits ``(n, C)`` of all validation images, on the CPU."""
-        parts: list[Any] = []
-        width = 0
-        with torch.no_grad(), pl_module.evaluating():
-            for batch in trainer.datamodule.val_dataloader():
-                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-                with trainer.precision_plugin.forward_context():
-                    logits = logits_of(pl_module.features_of(batch)).float()
-                width = logits.shape[1]
-                parts.append(packed({"index": batch.index, "scores": logits, "labels": logits > 0}))
-        return torch.from_numpy(in_table_order(len(trainer.datamodule.eval_table()), width, gather(parts))[0])
+        data, parts = trainer.datamodule, list[Any]()
+
+        def keep(batch: EvalBatch, _: Tensor, logits: Tensor) -> None:
+            parts.append(packed({"index": batch.index, "scores": logits, "labels": logits > 0}))
+
+        score_batches(trainer, pl_module, data.val_dataloader(), logits_of, keep, "Changes")
+        return torch.from_numpy(in_table_order(len(data.eval_table()), parts[0][1].shape[1], gather(parts))[0])
 
     def _measured(self, trainer: Any, logits: Tensor) -> Any:
         """AP ``(C,)`` on the images that the earlier run has not trained on; NaN where logits are NaN."""

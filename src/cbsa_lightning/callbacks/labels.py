@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.callbacks.scoring import score_batches
+from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.inference.labels.image_labels import SURE, ImageLabels, check_class_columns, write_labels
 from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels, write_list
 from cbsa_lightning.inference.predictions import in_table_order
@@ -78,15 +79,13 @@ class WriteLabels(L.Callback):
         images = data.train_table.paths
         thresholds = pl_module.decision_thresholds()
         parts: list[Any] = []
-        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with torch.no_grad(), pl_module.evaluating():
-            for batch in tqdm(data.plain_dataloader(rows), desc="Labels", leave=False, disable=not show):
-                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-                with trainer.precision_plugin.forward_context():
-                    logits = pl_module.final_logits(pl_module.features_of(batch))
-                scores = logits.float().sigmoid()
-                refuse_scores(scores, images[batch.index.cpu().numpy()].__getitem__, "Labels")
-                parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
+
+        def keep(batch: EvalBatch, _: Tensor, logits: Tensor) -> None:
+            scores = logits.float().sigmoid()
+            refuse_scores(scores, images[batch.index.cpu().numpy()].__getitem__, "Labels")
+            parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
+
+        score_batches(trainer, pl_module, data.plain_dataloader(rows), pl_module.final_logits, keep, "Labels")
         others = np.setdiff1d(np.arange(len(images)), rows)
         found, _ = in_table_order(len(images), len(pl_module.class_names), gather(parts), others.tolist())
         of_unlabeled: NDArray[np.float32] = found[rows]

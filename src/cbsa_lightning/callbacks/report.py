@@ -14,11 +14,12 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
+from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.inference.predictions import check_output, in_table_order, write_predictions, write_thresholds
@@ -149,7 +150,6 @@ class RunReport(L.Callback):
                 return None
         return folder
 
-    @torch.no_grad()
     def _evaluate(self, trainer: Any, pl_module: Any) -> _Evaluation:
         data = trainer.datamodule
         table = data.eval_table()
@@ -160,22 +160,19 @@ class RunReport(L.Callback):
         metric.thresholds = thresholds
         parts: list[Any] = []
         shown: list[tuple[int, Tensor | None]] = []
-        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with pl_module.evaluating():
-            for batch in tqdm(data.val_dataloader(), desc="Report", leave=False, disable=not show):
-                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+
+        def keep(batch: EvalBatch, features: Tensor, logits: Tensor) -> None:
+            metric.update(logits.float(), batch.targets)
+            scores = logits.float().sigmoid()
+            parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
+            here = torch.isin(batch.index, wanted)
+            if bool(here.any()):
                 with trainer.precision_plugin.forward_context():
-                    features = pl_module.features_of(batch)
-                    logits = pl_module.final_logits(features).float()
-                metric.update(logits, batch.targets)
-                scores = logits.sigmoid()
-                parts.append(packed({"index": batch.index, "scores": scores, "labels": scores >= thresholds}))
-                here = torch.isin(batch.index, wanted)
-                if bool(here.any()):
-                    with trainer.precision_plugin.forward_context():
-                        attention = pl_module.score(features[here], attention=True).attention
-                    maps = [None] * int(here.sum()) if attention is None else list(attention.float().cpu())
-                    shown += list(zip(batch.index[here].tolist(), maps, strict=True))
+                    attention = pl_module.score(features[here], attention=True).attention
+                maps = [None] * int(here.sum()) if attention is None else list(attention.float().cpu())
+                shown.extend(zip(batch.index[here].tolist(), maps, strict=True))
+
+        score_batches(trainer, pl_module, data.val_dataloader(), pl_module.final_logits, keep, "Report")
         # torchmetrics squeezes results: those of one class are numbers.
         figures = {k: v.reshape(-1).cpu().numpy() for k, v in metric.compute().items() if k in PER_CLASS}
         everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from cbsa_lightning.callbacks.scoring import score_batches
+from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.data.descriptions import evidence_of
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.labelers import EvidenceLabeler, positive_rates, rounded
 from cbsa_lightning.method.metrics import pseudo_label_quality
+from cbsa_lightning.networks.base import NetworkOutput
 
 
 class UpdateThresholds(L.Callback):
@@ -125,26 +127,22 @@ class UpdateThresholds(L.Callback):
         table[rows] = labels.to(table)
         pl_module.pseudo_labels = table
 
-    @torch.no_grad()
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Logits ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabeled images."""
-        loader = data.weak_dataloader(epoch)
         rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
         logits = _rows(pl_module, n, len(pl_module.class_names))
         contexts = _rows(pl_module, n, k) if k else None
-        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with pl_module.evaluating():
-            for batch in tqdm(loader, desc="Pseudo-labels", leave=False, disable=not show):
-                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-                with trainer.precision_plugin.forward_context():  # not around the loader, which may stack halves
-                    output = pl_module.score(pl_module.features_of(batch))
-                here = place[batch.index]
-                logits[here] = output.logits.float()
-                if contexts is not None:
-                    contexts[here] = output.context_logits.float().softmax(1)
+
+        def keep(batch: EvalBatch, _: Tensor, output: NetworkOutput) -> None:
+            here = place[batch.index]
+            logits[here] = output.logits.float()
+            if contexts is not None:
+                contexts[here] = cast(Tensor, output.context_logits).float().softmax(1)
+
+        score_batches(trainer, pl_module, data.weak_dataloader(epoch), pl_module.score, keep, "Pseudo-labels")
         # Each process filled its own rows, the others are zero there.
         logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")

@@ -19,6 +19,8 @@ from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.training.final_scores import FinalScores
 from cbsa_lightning.training.nonfinite_steps import name_of_image
 
+Stage = Literal["warm-up", "semi-supervised", "labeled-only"]
+
 
 class Evaluation(FinalScores, L.LightningModule):
     """Passes without gradient of a module that holds ``network`` and its average ``ema``.
@@ -34,7 +36,7 @@ class Evaluation(FinalScores, L.LightningModule):
     positive_rate: Tensor
 
     @property
-    def stage(self) -> Literal["warm-up", "semi-supervised", "labeled-only"]:
+    def stage(self) -> Stage:
         """What the present epoch trains on."""
         raise NotImplementedError
 

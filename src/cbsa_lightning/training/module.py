@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -34,13 +34,12 @@ from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, LabeledOnly, Labeler
 from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
 from cbsa_lightning.networks.base import Network
-from cbsa_lightning.training.evaluation import Evaluation
+from cbsa_lightning.training.evaluation import Evaluation, Stage
 from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 
-Stage = Literal["warm-up", "semi-supervised", "labeled-only"]
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,43 @@
+"""The pass that several callbacks make: all batches of a loader through the module, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cbsa_lightning.data.batches import EvalBatch
+
+Output = TypeVar("Output")
+
+
+@torch.no_grad()
+def score_batches(
+    trainer: Any,
+    pl_module: Any,
+    loader: Iterable[EvalBatch],
+    score: Callable[[Tensor], Output],
+    keep: Callable[[EvalBatch, Tensor, Output], None],
+    title: str,
+) -> None:
+    """Scores this process's share of some images; to be called on all processes.
+
+    Args:
+        trainer: A Trainer that fits.
+        pl_module: The module.
+        loader: The batches.
+        score: What is computed from the frozen features of a batch, in the precision of the trainer.
+        keep: Gets each batch on the device, its frozen features, and what was computed.
+        title: Of the progress bar.
+    """
+    show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with pl_module.evaluating():
+        for batch in tqdm(loader, desc=title, leave=False, disable=not show):
+            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            with trainer.precision_plugin.forward_context():  # not around the loader, which may stack halves
+                features = pl_module.features_of(batch)
+                output = score(features)
+            keep(batch, features, output)
