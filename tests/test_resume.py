@@ -211,7 +211,7 @@ def test_no_checkpoint_is_written_where_its_parts_would_not_belong_together(tmp_
         module.evaluating = before(module.evaluating, lambda: progress.started < progress.ready)
     else:
         module.network.forward = before(module.network.forward, lambda: module.ema.exchanged)
-    with pytest.warns(UserWarning, match=r"within.ckpt is not written in the midst of a step"):
+    with pytest.warns(UserWarning, match=r"within.ckpt is not written during a step"):
         trainer.fit(module, datamodule=tiny_data(squares))
     assert asked
     assert file.read_text() == "an earlier one"

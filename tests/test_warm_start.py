@@ -293,7 +293,7 @@ def test_it_does_not_go_with_resume_or_compare(tmp_path, clip_folder, source, ea
     with pytest.raises(ConfigError, match="--compare false"):
         fit(tmp_path / "new", config, "--init_from", str(earlier), "--compare", "true")
     checkpoint = str(earlier / "checkpoints/last.ckpt")
-    with pytest.raises(ConfigError, match="--ckpt_path goes on with one"):
+    with pytest.raises(ConfigError, match="--ckpt_path resumes one"):
         fit(tmp_path / "new", config, "--init_from", str(earlier), "--ckpt_path", checkpoint)
     assert not (tmp_path / "new").exists()
 

@@ -48,7 +48,7 @@ class OutputError(CBSAError, OSError):
     def __str__(self) -> str:
         return (
             f"{self.filename}: cannot be written ({self.strerror}). What was there before is untouched. Make room, or "
-            "choose a folder that can be written to, then start again; `cbsa fit --resume` goes on with a run."
+            "choose a folder that can be written to, then start again; `cbsa fit --resume` resumes a run."
         )
 
 

@@ -298,7 +298,7 @@ def _figures(trainer: Any) -> list[dict[str, Any]]:
 def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> None:
     results = trainer.fit_loop.epoch_loop._results
     if figures:
-        trainer._logger_connector._first_loop_iter = True  # else the first step would begin the figures anew
+        trainer._logger_connector._first_loop_iter = True  # else the first step would reset the metrics
     for figure in figures:
         settings = {key: figure[key] for key in ("prog_bar", "logger", "on_step", "reduce_fx")}
         sync = figure["fx"] == "training_step" if figure["sync_dist"] is None else figure["sync_dist"]

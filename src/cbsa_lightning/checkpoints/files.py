@@ -32,8 +32,8 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
         What it holds, on the CPU, and which file it is under :data:`SOURCE`.
 
     Raises:
-        CheckpointError: If it cannot be opened, is damaged, is no checkpoint of this library, or was written in the
-            midst of a step.
+        CheckpointError: If it cannot be opened, is damaged, is no checkpoint of this library, or was written
+            during a step.
     """
     file = local(path)
     try:
@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
     _check_form(file, checkpoint, needed)
     if checkpoint.get(TORN):
         raise CheckpointError(
-            f"{file} was written in the midst of an optimizer step, so its parts do not belong together; take another."
+            f"{file} was written during an optimizer step, so it is inconsistent; use another checkpoint."
         )
     checkpoint[SOURCE] = str(file)
     return checkpoint  # type: ignore[no-any-return]
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
 def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
     """The whole checkpoint below ``folders`` in which the most steps were done; None if there is none.
 
-    Those that are damaged, cut off or written in the midst of a step are passed over, with a warning that says why.
+    Those that are damaged, truncated or written during a step are skipped, with a warning that says why.
 
     Args:
         folders: Where to look.
@@ -129,7 +129,7 @@ def _check_whole(file: Path, stream: BinaryIO) -> None:
             "Take an earlier one."
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it anew, or take another.")
+        raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it again, or use another.")
 
 
 def _check_form(file: Path, checkpoint: Any, needed: tuple[str, ...]) -> None:

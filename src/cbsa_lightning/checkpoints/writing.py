@@ -42,9 +42,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         file = local(path)
         if checkpoint.get(TORN):  # weights, average and counters do not belong together, now
-            rank_zero_warn(
-                f"{file} is not written in the midst of a step; an earlier checkpoint is the one to go on from."
-            )
+            rank_zero_warn(f"{file} is not written during a step; resume from an earlier checkpoint.")
             return
         try:
             with replacing(file) as draft, draft.open("wb") as stream:
@@ -56,7 +54,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise
             raise CheckpointError(
                 f"{file}: the checkpoint could not be written ({cause.strerror or cause}). Earlier checkpoints are "
-                "untouched. Make room or choose another folder, then go on with `cbsa fit --resume`."
+                "untouched. Make room or choose another folder, then resume with `cbsa fit --resume`."
             ) from error
 
     def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:

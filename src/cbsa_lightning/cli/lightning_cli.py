@@ -52,7 +52,7 @@ SKIPPED = 3
 _NO_CHECKPOINT = (
     "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
     "--untrained true for the network as it is before training.",
-    "cbsa {0} needs the file of a checkpoint, got {1}. To go on with a run give --resume RUN.",
+    "cbsa {0} needs the file of a checkpoint, got {1}. To resume a run, give --resume RUN.",
 )
 
 
@@ -233,7 +233,7 @@ class CBSACLI(LightningCLI):
             return
         options = {word.partition("=")[0] for word in self._words}
         if {"--init_from", "--ckpt_path"} <= options:
-            raise ConfigError("--init_from starts a new run, --ckpt_path goes on with one; give one of them only.")
+            raise ConfigError("--init_from starts a new run, --ckpt_path resumes one; give only one of them.")
         if self._get(self.config, "compare"):
             raise ConfigError(
                 "--compare trains a second network from fresh weights, so it says nothing about a run with "

@@ -52,7 +52,7 @@ def resumed(words: Sequence[str]) -> Iterator[Resumed]:
         raise ConfigError(f"{_FLAG} finds the checkpoint itself; leave out --ckpt_path, or {_FLAG}.")
     if any(word.split("=")[0] == "--init_from" for word in rest):
         raise ConfigError(
-            f"--init_from starts a new run, {_FLAG} goes on with one, from its own weights; give one of them only."
+            f"--init_from starts a new run, {_FLAG} resumes one from its own weights; give only one of them."
         )
     if any(word.split("=")[0] in ("--config", "-c") for word in rest):
         run = _named_run(folder)

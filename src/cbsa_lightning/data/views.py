@@ -78,7 +78,7 @@ class _RandAugment(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
 
 
 class _RandomView:
-    """A squash, then transforms whose stream is set anew for every call. Not for several threads at once.
+    """A squash, then transforms that are reseeded for every call. Not thread-safe.
 
     The squash comes first, so that a squashed image kept from before gives the same view as its file.
     """

@@ -112,7 +112,7 @@ class Classifier:
         Raises:
             CheckpointError: Not a checkpoint of this library, of another network, damaged, or made on other frozen
                 weights.
-            WeightsError: If the CLIP weights cannot be had.
+            WeightsError: If the CLIP weights are not available.
         """
         checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
         class_names = list(checkpoint["class_names"])

@@ -103,7 +103,7 @@ def refuse_taken(folder: Path, names: tuple[str, ...] = RESULTS) -> None:
     if found := taken(folder, names):
         raise ConfigError(
             f"{folder} holds {listed(found)}, which a new run would write over. Give the logger another version or "
-            f"save_dir, or go on with the run that is there: `cbsa fit --resume {folder}`."
+            f"save_dir, or resume the run that is there: `cbsa fit --resume {folder}`."
         )
 
 

@@ -17,7 +17,7 @@ class ContextTask:
         soft_targets: Counts of the labels' contexts as a distribution, instead of the majority's context.
         assign: How eigenvectors become groups; ``cluster_qr`` needs no random start.
         power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's.
-        pseudo_weight: How much a pseudo-labeled image counts in the co-occurrence that is taken anew each epoch,
+        pseudo_weight: How much a pseudo-labeled image counts in the co-occurrence that is recomputed each epoch,
             beside 1 for a labeled image; 0 keeps the partition of the labeled images.
 
     Raises:

@@ -86,7 +86,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
 
 class Labeler(ABC):
-    """Turns the scores of the unlabeled set into pseudo-labels, anew each epoch; a method's configuration chooses."""
+    """Computes pseudo-labels from the scores of the unlabeled images in each epoch; chosen in the configuration."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
@@ -155,7 +155,7 @@ class ClassDistributionAware(Labeler):
 
 @dataclass(frozen=True)
 class LabeledOnly(Labeler):
-    """Labels nothing: training goes on with the labeled images alone, for as many steps as with a labeler."""
+    """Labels nothing: training continues on the labeled images alone, for as many steps as with a labeler."""
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; every entry is ignored."""

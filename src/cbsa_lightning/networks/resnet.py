@@ -162,7 +162,7 @@ class ImageNetNetwork(Network):
 
     Raises:
         ConfigError: If timm has no such model, or means and deviations are no three numbers.
-        WeightsError: If the weights cannot be had or do not fit; says which ways there are.
+        WeightsError: If the weights are not available or do not fit; lists the ways to get them.
     """
 
     mean: Tensor

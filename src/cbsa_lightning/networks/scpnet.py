@@ -43,7 +43,7 @@ class SCPNet(PromptedCLIP):
 
     Raises:
         ConfigError: If settings do not fit the towers.
-        WeightsError: If the CLIP weights cannot be had.
+        WeightsError: If the CLIP weights are not available.
     """
 
     graph: Tensor

@@ -44,7 +44,7 @@ class CBSAModule(SSMLLModule):
 
     Raises:
         ConfigError: If settings do not fit each other or the towers.
-        WeightsError: If the CLIP weights cannot be had.
+        WeightsError: If the CLIP weights are not available.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def compare(
     """Trains the labeled-only twin of a finished run and sets its mAP beside those of the baselines and of the run.
 
     The twin starts from the same weights, with the same stages, schedule and number of steps; only its second stage
-    goes on with labeled images. Each number is the last epoch's average of weights, on the validation images.
+    uses labeled images alone. Each number is the last epoch's average of weights, on the validation images.
 
     Args:
         trainer: The finished run's.

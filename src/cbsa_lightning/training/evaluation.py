@@ -63,7 +63,7 @@ class Evaluation(FinalScores, L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A pass without gradient in the midst of training: evaluation mode, and prompts encoded once."""
+        """A pass without gradient during training: evaluation mode, and prompts encoded once."""
         training = self.training
         self.eval()
         self.cache_text()

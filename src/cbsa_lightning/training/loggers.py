@@ -22,7 +22,7 @@ class MetricsFile:
     """``metrics.csv`` of a run, a row for each time that metrics were logged; at any time whole on the disk.
 
     Opened again, it drops the rows of later steps than the first one that is logged now: the part of the run that was
-    cut off wrote them, and the resumed run writes them anew. A row that was there, of the same step and with a name in
+    cut off wrote them, and the resumed run writes them again. A row that was there, of the same step and with a name in
     common, is replaced.
 
     Args:

@@ -58,7 +58,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         class_names: The C class names.
         prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
         network: Makes the network from the prompt names.
-        labeler: Makes pseudo-labels, anew each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
+        labeler: Computes pseudo-labels in each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
             paper's CAT. ``LabeledOnly()`` trains on the labels alone.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
         contexts: Options of context identification; used when the network has a context head.
@@ -170,7 +170,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
 
     @property
     def second_stage(self) -> Stage:
-        """What training goes on with after the warm-up."""
+        """What training uses after the warm-up."""
         return "labeled-only" if isinstance(self.labeler, LabeledOnly) else "semi-supervised"
 
     @property
@@ -202,7 +202,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return [*callbacks, DataSummary(), baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule of the present stage; :class:`Stages` asks anew when the stage changes."""
+        """Optimizer and schedule of the current stage; :class:`Stages` calls it again when the stage changes."""
         if not self.trains:
             self.scheduled_steps = self.stage_steps()
             return None

@@ -18,7 +18,5 @@ def folder() -> Path:
     """
     here = Path(str(files(__name__)))
     if missing := [name for name in FILES if not (here / name).is_file()]:
-        raise WeightsError(
-            f"the embedded CLIP lacks {', '.join(missing)} in {here}; install the package anew, unpacked"
-        )
+        raise WeightsError(f"the embedded CLIP lacks {', '.join(missing)} in {here}; reinstall the package, unpacked")
     return here

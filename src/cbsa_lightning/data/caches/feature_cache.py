@@ -36,7 +36,7 @@ class FeatureCache:
     """Keeps float16 features of the frozen tower: 0.2 MB a view for RN50 at 224 pixels.
 
     A row is found by the weights of the tower, the content of the image's file, the view, its settings and the
-    precision that it was computed in; where one of them changes it is computed anew.
+    precision that it was computed in; if one of them changes, it is recomputed.
 
     Args:
         folder: Where the features are kept; a disk of this machine, and one folder for all data sets.

@@ -37,7 +37,7 @@ class ImageCache:
     """Keeps images decoded and squashed to the size of the views, 3 S^2 bytes each (224 pixels: 0.15 GB a thousand).
 
     Images are found by the content of their files: a file that is moved is still known, one that is changed is
-    decoded anew. Views made from the cache equal those made from the files.
+    decoded again. Views made from the cache equal those made from the files.
 
     Args:
         folder: Where the images are kept; a disk of this machine, and one folder for all data sets.

@@ -212,7 +212,7 @@ class RowStore:
         yield from _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])
 
     def _cut(self) -> ConfigError:
-        return ConfigError(f"{self.folder}: the files were cut or removed while in use; start anew.")
+        return ConfigError(f"{self.folder}: the files were cut or removed while in use; restart.")
 
     def _settle(self, settings: dict[str, Any]) -> None:
         """Writes the settings of a new store, or compares those of an old one."""
@@ -227,7 +227,7 @@ class RowStore:
         try:
             there = dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
-            raise ConfigError(f"{file}: damaged ({error}); delete the folder, it is made anew.") from error
+            raise ConfigError(f"{file}: damaged ({error}); delete the folder; it is recreated.") from error
         if names := [name for name in {**there, **asked} if there.get(name) != asked.get(name)]:
             found = listed(f"{name} {there.get(name)!r} (asked for: {asked.get(name)!r})" for name in names)
             raise ConfigError(
@@ -261,7 +261,7 @@ def content_keys(files: Sequence[Path], memo: Path, threads: int = 4) -> list[by
 
     Args:
         files: The files.
-        memo: Where the hashes are kept; one that is damaged is made anew.
+        memo: Where the hashes are kept; a damaged one is recreated.
         threads: Files read at once.
 
     Returns:
@@ -324,7 +324,7 @@ def _size(file: Path) -> int:
 
 
 def _write(file: Path, start: int, content: bytes | memoryview) -> None:
-    """Cuts a file at ``start`` and goes on with ``content``; returns when the disk has it."""
+    """Truncates a file at ``start``, appends ``content``, and flushes it to disk."""
     with writing(file), file.open("r+b" if file.exists() else "w+b") as stream:
         stream.seek(0, os.SEEK_END)
         if stream.tell() == start and not len(content):
