@@ -288,7 +288,7 @@ def test_a_resumed_run_goes_on_from_its_own_weights_and_still_reports(tmp_path, 
 
 def test_it_does_not_go_with_resume_or_compare(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
-    with pytest.raises(ConfigError, match="give one of them only"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         main(["fit", "--resume", str(earlier), "--init_from", str(earlier)])
     with pytest.raises(ConfigError, match="--compare false"):
         fit(tmp_path / "new", config, "--init_from", str(earlier), "--compare", "true")
