@@ -39,7 +39,10 @@ model: {init_args: {warmup_epochs: 1}}
 report: {enabled: false}
 """
 KEPT = "data: {feature_cache: {folder: cache, strong_views: 1}}"
-SMALL_RESNET = "model: {init_args: {network: {init_args: {backbone: resnet18.tv_in1k, pretrained: random}}}}"
+SMALL_RESNET = """
+data: {image_size: 64}
+model: {init_args: {network: {init_args: {backbone: test_resnet.r160_in1k, pretrained: random}}}}
+"""
 
 
 @pytest.fixture(autouse=True)
