@@ -13,13 +13,13 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from cbsa_lightning.cli import lightning_cli
 from cbsa_lightning.cli.overlays import merged, read
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.reproduce import cells
 from cbsa_lightning.reproduce.cells import make, result_of
 from cbsa_lightning.reproduce.paper import CBSA, SYSTEMS, TABLES, Row
 from cbsa_lightning.reproduce.recipes import Cell, DataSet, classes_of, make_cell
+from parsed import parse
 from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
 
 LABELERS = "cbsa_lightning.method.labelers"
@@ -27,24 +27,6 @@ BY_LABEL = {row.label: row for row in SYSTEMS}
 
 
 # Merging ---------------------------------------------------------------------------------------------------------
-
-
-class Parsed(lightning_cli.CBSACLI):
-    """The command line without what it builds."""
-
-    def instantiate_classes(self) -> None:
-        self.model = self.trainer = self.datamodule = None
-
-
-@pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path]], dict[str, Any]]:
-    monkeypatch.setattr(lightning_cli, "CBSACLI", Parsed)
-
-    def parsed(files: list[Path]) -> dict[str, Any]:
-        cli = lightning_cli.make_cli([f"--config={file}" for file in files], run=False)
-        return yaml.safe_load(cli.parser.dump(cli.config))
-
-    return parsed
 
 
 def labeler(above: Any) -> dict[str, Any]:
@@ -84,7 +66,7 @@ OVERLAYS = {
         "methods/cbsa data/voc no_callbacks callbacks",
     ],
 )
-def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path, parse: Any) -> None:
+def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path) -> None:
     files = [
         write_overlay(tmp_path / f"{name}.yaml", **OVERLAYS[name]) if name in OVERLAYS else CONFIGS / f"{name}.yaml"
         for name in names.split()
@@ -93,7 +75,7 @@ def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path, parse
     assert parse([write_overlay(tmp_path / "merged.yaml", **one)]) == parse(files)
 
 
-def test_another_class_begins_with_no_arguments(tmp_path: Path, parse: Any) -> None:
+def test_another_class_begins_with_no_arguments(tmp_path: Path) -> None:
     """The one difference: the command line hands on arguments that both classes have."""
     overlays = [
         {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}}}},
@@ -254,7 +236,9 @@ def fails(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "epochs", "every"), [("Ours", 3, 1), ("DualCoOp", 3, 1), ("Ours", 4, 2)], ids=["cbsa", "dualcoop", "2nd"]
+    ("label", "epochs", "every"),
+    [("Ours", 3, 1), ("Ours", 4, 2), pytest.param("DualCoOp", 3, 1, marks=pytest.mark.slow)],
+    ids=["cbsa", "2nd", "dualcoop"],
 )
 def test_cut_off_in_the_second_stage_it_goes_on_as_if_it_never_was(
     label: str, epochs: int, every: int, short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

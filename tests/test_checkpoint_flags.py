@@ -125,6 +125,7 @@ data:
   num_workers: 0
   batch_size: 4
 trainer: {{accelerator: cpu, max_epochs: 2, enable_progress_bar: false, limit_val_batches: 0}}
+report: {{enabled: false}}
 """
     )
     with pytest.MonkeyPatch.context() as patch:

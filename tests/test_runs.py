@@ -57,6 +57,7 @@ def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             **{"image_size": 64, "batch_size": 8, "num_workers": 0},
         },
         "trainer": {"max_epochs": 2, "accelerator": "cpu", **quiet},
+        "report": {"num_images": 1},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "work").mkdir()
@@ -118,7 +119,7 @@ def test_a_named_version_that_is_taken_is_refused(words):
     named = (
         "--trainer.logger={class_path: cbsa_lightning.training.loggers.RunLogger, init_args: {save_dir: a, version: b}}"
     )
-    words = [*words, "--trainer.max_epochs=1", named]
+    words = [*words, "--trainer.max_epochs=1", "--report.enabled=false", named]
     folder = folder_of(main(words).trainer)
     before = content(Path())
     with pytest.raises(ConfigError, match=rf"{folder} holds config.yaml, .*--resume {folder}"):
@@ -157,7 +158,8 @@ def test_a_refused_resume_changes_nothing(words, tmp_path):
 
 def test_a_run_that_is_trained_is_locked(words):
     Look.seen.clear()
-    main([*words, "--trainer.callbacks=[{class_path: test_runs.Look}]", "--trainer.max_epochs=1"])
+    look = "--trainer.callbacks=[{class_path: test_runs.Look}]"
+    main([*words, look, "--trainer.max_epochs=1", "--report.enabled=false"])
     assert Look.seen == [None]
     after = lock(Path("runs/cbsa/version_0"))
     assert after is not None
@@ -188,6 +190,7 @@ def test_fast_dev_run_writes_nothing(words, settings):
 
 
 def test_no_checkpoints_and_barebones(words):
+    words = [*words, "--report.enabled=false"]
     folder = folder_of(main([*words, "--trainer.enable_checkpointing=false"]).trainer)
     assert not list(Path().rglob("*.ckpt"))
     with pytest.raises(ConfigError, match="figures of finished epochs, but no checkpoint"):

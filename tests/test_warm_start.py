@@ -65,6 +65,7 @@ def settings(clip, table, **model):
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
+        "report": {"enabled": False},
     }
 
 
@@ -211,7 +212,8 @@ def test_a_network_that_does_not_tell_its_class_tensors_needs_the_same_classes(c
 
 def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, caplog, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50)
-    cli = fit(tmp_path / "new", settings(clip_folder, table, **FUSED), "--init_from", str(earlier))
+    config = {**settings(clip_folder, table, **FUSED), "report": {"num_images": 1}}
+    cli = fit(tmp_path / "new", config, "--init_from", str(earlier))
     assert "Training starts from the averaged weights of" in caplog.text
     data, module, folder = cli.datamodule, cli.model, tmp_path / "new" / "version_0"
     trained = LabeledImages.read(earlier / "labeled.parquet").trained()
