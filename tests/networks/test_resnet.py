@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
 from cbsa_lightning import SSMLLModule
-from cbsa_lightning.__main__ import main
+from cbsa_lightning.callbacks.report import RunReport
+from cbsa_lightning.cli.lightning_cli import make_cli
 from cbsa_lightning.errors import ConfigError, DataError, WeightsError
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.losses import BinaryCrossEntropy, binary_cross_entropy
@@ -267,8 +269,8 @@ def run(request, tmp_path_factory, squares_folder):
     make = partial(ImageNetNetwork, backbone=TINY, pretrained="random", head=HEADS[request.param])
     torch.manual_seed(0)
     module = SSMLLModule(CLASSES, make, warmup_epochs=1, ema_decay=0.8)
-    saver = ModelCheckpoint(folder, save_last=True)
-    trainer = tiny_trainer(folder, callbacks=[saver], enable_checkpointing=True)
+    callbacks = [ModelCheckpoint(folder, save_last=True), RunReport(num_images=1)]
+    trainer = tiny_trainer(folder, callbacks=callbacks, enable_checkpointing=True, logger=CSVLogger(folder))
     trainer.fit(module, datamodule=tiny_data(Squares(squares_folder)))
     return module, trainer, folder / "last.ckpt", make
 
@@ -282,6 +284,13 @@ def test_a_whole_run(run):
     assert not module.tau_pos.isnan().all()
     averaged = module.ema.get_buffer("average_of_trunk__bn1__running_mean")
     assert not torch.equal(averaged, module.network.trunk.bn1.running_mean)
+
+
+def test_maps_are_drawn_where_the_head_has_some(run):
+    module, trainer, _, _ = run
+    drawn = {file.name for file in (Path(trainer.log_dir) / "pictures").iterdir()}
+    assert "predictions.png" in drawn
+    assert ("attention.png" in drawn) == isinstance(module.network.head, MLDecoderHead)
 
 
 def test_a_checkpoint_predicts_as_the_run_did(run):
@@ -300,52 +309,39 @@ def test_labels_from_frozen_features_are_refused(tmp_path, squares_folder):
         tiny_trainer(tmp_path).fit(module, datamodule=tiny_data(Squares(squares_folder)))
 
 
-def fit(folder, method, *more):
-    """The overlays as the paper's table takes them, then a tiny random backbone."""
-    if not (folder / "voc").exists():
-        make_voc(folder / "voc")
+def build(folder, method, *more):
+    """Data and module of the overlays as the paper's table takes them, then a tiny random backbone."""
+    make_voc(folder / "voc")
     tiny = folder / "tiny.yaml"
     tiny.write_text(f"model: {{init_args: {{network: {{init_args: {{backbone: {TINY}, pretrained: random}}}}}}}}\n")
     overlays = [CONFIGS / f"{name}.yaml" for name in (f"methods/{method}", "data/voc", f"methods/voc/{method}")]
-    return main(
+    return make_cli(
         [
-            "fit",
             *(part for file in (*overlays, tiny) for part in ("--config", str(file))),
             f"--data.source.init_args.root={folder / 'voc'}",
-            "--data.labeled_fraction=0.2",
-            "--data.image_size=64",
-            "--data.num_workers=0",
-            "--model.init_args.warmup_epochs=1",
-            "--trainer.max_epochs=2",
             "--trainer.accelerator=cpu",
-            "--trainer.limit_train_batches=2",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
             *more,
-        ]
+        ],
+        run=False,
     )
 
 
 @pytest.mark.parametrize("method", ["bce", "asl", "cap", "cap_ml_decoder"])
-def test_each_overlay_fits(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cli = fit(tmp_path, method)
+def test_each_overlay(method, tmp_path):
+    """``test_systems.py`` trains them."""
+    cli = build(tmp_path, method)
     module, net = cli.model, cli.model.network
     assert isinstance(net, ImageNetNetwork)
     assert isinstance(net.head, MLDecoderHead if method == "cap_ml_decoder" else LinearHead)
     assert isinstance(module.labeler, LabeledOnly) == (method in ("bce", "asl"))
     assert isinstance(module.loss, BinaryCrossEntropy) == (method == "bce")
     assert cli.datamodule.batch_size == 32
-    assert cli.trainer.optimizers[0].defaults["weight_decay"] == 1e-4
-    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    folder = Path(cli.trainer.log_dir)
-    assert (folder / "pictures" / "attention.png").is_file() == (method == "cap_ml_decoder")
+    assert module.make_optimizer(net.parameters()).defaults["weight_decay"] == 1e-4
 
 
-def test_one_setting_of_the_network_by_flag(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_one_setting_of_the_network_by_flag(tmp_path):
     flags = ("backbone=resnet18", "head.init_args.width=48", "image_mean=[0.4,0.4,0.4]")
     more = [f"--model.init_args.network.init_args.{flag}" for flag in flags]
-    net = fit(tmp_path, "cap_ml_decoder", *more, "--report.enabled=false").model.network
+    net = build(tmp_path, "cap_ml_decoder", *more).model.network
     assert (net.trunk.num_features, net.head.weight.shape[1]) == (512, 48)
     assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
