@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 from cbsa_lightning.method.losses import asymmetric_loss, binary_cross_entropy
 from cbsa_lightning.networks.dualcoop import DualCoOp
-from cbsa_lightning.networks.prompts import encode_prompt_sets
 from reference.dualcoop import asymmetric, cross_entropy, two_logits
 from reference.regions import assert_near, resnet_weights
 from tiny_clip import tiny_clip
@@ -72,31 +69,6 @@ def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, focal
     assert_near(loss, expected)
     for one, other in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs), strict=True):
         assert_near(one, other, 1e-3)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_text_is_that_of_the_two_prompts(clip_folder, shared):
-    network = build(clip_folder, shared_prompts=shared)
-    text = network.encode_text()
-    for features, prompts in ((text.positive, network.positive_prompts), (text.negative, network.negative_prompts)):
-        torch.testing.assert_close(features, encode_prompt_sets(network.clip, [prompts])[0], atol=1e-5, rtol=0)
-        assert prompts.words.shape == ((2, 16) if shared else (3, 2, 16))
-    assert (text.positive - text.negative).abs().max() > 1e-4
-    features = network.features(pictures())
-    torch.testing.assert_close(network(features).logits, network(features, text).logits)
-
-
-def test_only_the_prompts_learn_and_nothing_else_moves(clip_folder):
-    network = build(clip_folder).train()
-    before = copy.deepcopy(network.state_dict())
-    learned = [p for group in network.parameter_groups() for p in group["params"]]
-    optimizer = torch.optim.Adam(learned, lr=0.01)
-    network(network.features(pictures())).logits.square().sum().backward()
-    optimizer.step()
-    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    prompts = {"positive_prompts.words", "negative_prompts.words"}
-    assert moved == prompts == {name for name, p in network.named_parameters() if p.requires_grad}
-    assert len(learned) == 2
 
 
 @pytest.mark.parametrize("kind", ["timm", "rot", "vit"])

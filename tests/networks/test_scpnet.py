@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -91,20 +89,11 @@ def test_scores_and_gradients_by_loops(clip_folder, settings):
         assert_near(one, other)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_only_prompts_and_convolutions_learn_and_nothing_else_moves(clip_folder, shared):
-    network = build(clip_folder, shared_prompts=shared, graph_lr_scale=0.25).train()
-    assert network.prompts.words.shape == ((2, 16) if shared else (5, 2, 16))
-    before = copy.deepcopy(network.state_dict())
+def test_convolutions_have_a_learning_rate_of_their_own(clip_folder):
+    network = build(clip_folder, graph_lr_scale=0.25)
     groups = {group["lr_scale"]: group["params"] for group in network.parameter_groups()}
     assert {id(p) for p in groups[1.0]} == {id(network.prompts.words)}
     assert {id(p) for p in groups[0.25]} == {id(p) for p in network.convolutions.parameters()}
-    optimizer = torch.optim.Adam([p for group in groups.values() for p in group], lr=0.01)
-    network(network.features(pictures())).logits.square().sum().backward()
-    optimizer.step()
-    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"prompts.words", *(f"convolutions.{i}.weight" for i in range(3))}
-    assert moved == {name for name, p in network.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("kind", ["timm", "rot", "vit"])
