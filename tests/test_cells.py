@@ -297,7 +297,7 @@ def test_a_result_says_whose_it_is(instant: Cell, tmp_path: Path) -> None:
 def test_a_cell_in_other_hands_is_left_alone(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / instant.folder
     folder.mkdir()
-    monkeypatch.setattr(cells, "_run", fails)
+    monkeypatch.setattr(cells, "make_cli", fails)
     with FileLock(folder / ".lock"):
         assert not make(instant, tmp_path)
     assert result_of(instant, tmp_path) is None

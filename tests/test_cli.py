@@ -36,6 +36,7 @@ def arguments(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
         "--trainer.accelerator=cpu",
         "--trainer.max_epochs=1",
         "--trainer.enable_progress_bar=false",
+        "--report.enabled=false",
     ]
 
 

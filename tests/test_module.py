@@ -47,7 +47,8 @@ class Spy(L.Callback):
         self.weights[-1].append(module.network.log_scale.detach().clone())
 
     def on_train_epoch_end(self, trainer, module):
-        self.ema.append(module.ema.get_buffer("average_of_log_scale").clone())
+        with module.ema.applied_to(module.network):
+            self.ema.append(module.network.log_scale.detach().clone())
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 

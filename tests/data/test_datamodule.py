@@ -34,13 +34,12 @@ class Sized(Squares):
     def __init__(self, number):
         paths = np.array([f"{i}.png" for i in range(number)], dtype=np.dtypes.StringDType())
         self._train = AnnotationTable("nowhere", paths, np.zeros((number, 5), np.int8), CLASSES)
-        self._test = self._train.select([0])
+        self._test = AnnotationTable("nowhere", paths[:1] + ".test", np.zeros((1, 5), np.int8), CLASSES)
 
 
 def shares(number, monkeypatch, **settings):
     monkeypatch.setattr(AnnotationTable, "require_files", lambda self: None)
     data = tiny_data(Sized(number), **settings)
-    data._check_leaks = lambda: None
     data.setup("fit")
     return data.labeled_per_batch, data.warmup_batch_size
 
@@ -98,7 +97,6 @@ def test_the_share_of_a_table_that_says_itself_what_is_known(squares, monkeypatc
 
     monkeypatch.setattr(AnnotationTable, "require_files", lambda self: None)
     data = tiny_data(Partly(), labeled_fraction=None, batch_size=64)
-    data._check_leaks = lambda: None
     data.setup("fit")
     assert data.labeled_share == 0.25
     assert data.labeled_per_batch == 20
