@@ -53,9 +53,9 @@ def test_of_the_module(clip_folder, settings, message):
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    ("sky", "class_names must be a list of texts, got 'sky'"), ([], "class_names is empty"),
-    (["sky", "sky"], "class_names has 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
-    ([1, 2], "class_names must be a list of texts"), (None, "class_names must be a list of texts"),
+    ("sky", "class_names must be a list of strings, got 'sky'"), ([], "class_names is empty"),
+    (["sky", "sky"], "class_names contains 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
+    ([1, 2], "class_names must be a list of strings"), (None, "class_names must be a list of strings"),
 ])  # fmt: skip
 def test_class_names(clip_folder, names, message):
     for make in (partial(SSMLLModule, network=partial(DualCoOp, clip=str(clip_folder))),):

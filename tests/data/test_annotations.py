@@ -336,7 +336,7 @@ def test_class_file_too_large(tmp_path):
     with file.open("wb") as stream:
         stream.truncate(330_000_000)
     with pytest.raises(
-        DataError, match=r"instances\.json: has 330\.0 MB where at most 4\.2 are read; correct the path"
+        DataError, match=r"instances\.json: has 330\.0 MB, but at most 4\.2 MB are allowed; correct the path"
     ):
         read_class_file(file)
 
