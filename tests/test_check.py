@@ -85,7 +85,7 @@ def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str
     assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
     assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
     assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
-    assert out.endswith("No fault was found.\n")
+    assert out.endswith("No faults found.\n")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_more_contexts_than_classes(arguments: list[str]) -> None:
 
 
 def test_share_of_a_table_that_says_itself_what_is_labeled(arguments: list[str]) -> None:
-    with pytest.raises(DataError, match=r"6 of 12 training images have none. Leave it out"):
+    with pytest.raises(DataError, match=r"6 of 12 training images have none. Omit it"):
         cli.main([*arguments, "--data.labeled_fraction=0.5"])
 
 

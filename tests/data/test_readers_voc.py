@@ -74,7 +74,7 @@ def test_class_file(tmp_path):
     )
     assert source.train().prompt_names == source.prompt_names
     file.write_text("dinningtable: dining table\n")
-    with pytest.raises(DataError, match=r"'dinningtable' is none of the 20.*did you mean 'diningtable'"):
+    with pytest.raises(DataError, match=r"'dinningtable' is not one of the 20.*did you mean 'diningtable'"):
         _ = source.prompt_names
 
 
