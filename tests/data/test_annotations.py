@@ -355,7 +355,7 @@ def test_names_that_no_file_can_hold(names):
 
 
 def test_paths_that_no_table_can_hold():
-    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is no Unicode text"):
+    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is not valid Unicode"):
         AnnotationTable(Path("x"), np.array(["a.jpg", "b\udcff.jpg"], object), np.zeros((2, 1), np.int8), ("cat",))
 
 

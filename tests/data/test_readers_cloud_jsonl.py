@@ -60,9 +60,9 @@ def test_ground_truth(tmp_path):
     }  # fmt: skip
     assert [note.partition("manifest: ")[2] for note in source.describe()] == [
         "2 images without labels: unlabeled",
-        "1 image whose labeling failed, among the unlabeled ones",
-        "1 image labeled by a model (human-annotated: no): read as the others",
-        "the classes are the labels in use; a class without any image is not among them",
+        "1 image whose labeling failed: also unlabeled",
+        "1 image labeled by a model (human-annotated: no): read like the others",
+        "the classes are the labels in use; classes without any image are missing",
     ]
 
 
@@ -86,7 +86,7 @@ def test_vertex(tmp_path):
     assert source.class_names == ("car", "dog")
     assert matrix(source.train()) == {"a.jpg": [1, 1], "b.jpg": [-1, -1], "c.jpg": [0, 0], "e.jpg": [1, 0]}
     assert matrix(source.test()) == {"d.jpg": [0, 1]}
-    assert source.describe()[1].endswith("1 validation image by ml_use: read with the images for training")
+    assert source.describe()[1].endswith("1 validation image by ml_use: read with the training images")
 
 
 A = sagemaker("a.jpg", [1], {"1": "dog"})

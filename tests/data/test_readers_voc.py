@@ -153,7 +153,7 @@ def test_names_that_other_line_ends_would_cut(tmp_path):
     rename(tmp_path, "2008_000001", "a\u200bb")
     assert VOC(str(tmp_path)).train().paths.tolist()[-1] == "JPEGImages/a\u200bb.jpg"
     rename(tmp_path, "a\u200bb", "a\u2028b")  # a space to Python, so that the line has three words
-    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is no image name and flag"):
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is not an image name and flag"):
         VOC(str(tmp_path)).train()
 
 

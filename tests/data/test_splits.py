@@ -184,13 +184,13 @@ def test_load_refuses_another_table(tmp_path):
 def test_load_refuses_other_files(tmp_path):
     t = table([[1, 0], [0, 1], [-1, -1]])
     path = tmp_path / "split.json"
-    with pytest.raises(DataError, match="there is no split file here"):
+    with pytest.raises(DataError, match="there is not a split file here"):
         Split.load(path, t)
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as a split"):
         Split.load(path, t)
     path.write_text("[]")
-    with pytest.raises(DataError, match="is no split file"):
+    with pytest.raises(DataError, match="is not a split file"):
         Split.load(path, t)
     split_known(t).save(path)
     record = json.loads(path.read_text())
@@ -244,7 +244,7 @@ def test_load_refuses_rows_that_the_table_does_not_have(tmp_path):
     split_known(t).save(path)
     record = json.loads(path.read_text())
     path.write_text(json.dumps(made_good(record | {"unlabelled": [2, 3, 10**6]})))
-    with pytest.raises(DataError, match=r"split\.json: has the rows 3, 1000000, but the table has 3 rows"):
+    with pytest.raises(DataError, match=r"split\.json: contains rows 3, 1000000, but the table has 3 rows"):
         Split.load(path, t)
 
 
