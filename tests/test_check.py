@@ -246,7 +246,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
+        ([["0.png", "cat"], ["../0.png", "dog"]], "is outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),

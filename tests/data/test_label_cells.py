@@ -158,7 +158,7 @@ def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
         (["a|b", "c;d"], ["row 2", "';' and '|'", "separator"]),
         (["cat dog", "cat", "dog bird", "bird"], ["row 2", "'cat dog'", "separator: ' '", "class file"]),
         (["red car", "blue car", "red bus", "blue bus"], ["row 2", "'red car'", "separator"]),
-        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "one form"]),
+        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "same form"]),
         (["cat", "[cat, dog]"], ["row 3", "'[cat, dog]'", "not a list of JSON or Python"]),
         (["['cat' 'dog']"], ["row 2", "not a list of JSON or Python"]),  # numpy; to Python this is one text
         (["[0, 1, 1]"], ["row 2", "something other than strings"]),

@@ -57,7 +57,7 @@ def test_forms_of_a_label(tmp_path):
     ([], (), ["a dataset must be an object"]),
     ({}, (), ["has no 'labels'"]),
     ({"labels": {}}, (), ["labels has no image"]),
-    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a text, found 3"]),
+    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a string, found 3"]),
     ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is not an index of classes"]),
     ({"classes": ["x"], "labels": {"a": [-1]}}, (), ["label -1 is not an index"]),
     ({"classes": ["x"], "labels": {"a": [True]}}, (), ["a label must be an integer or a string, found True"]),

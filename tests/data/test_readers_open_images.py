@@ -74,7 +74,7 @@ def test_present_absent_and_unknown(tmp_path):
     ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: Confidence must be", "found '2'"]),
     ("ImageID,LabelName,Confidence\n1,a,nan\n", None, None, ["found 'nan'"]),
     ("ImageID,LabelName,Confidence\n1,a,\n", None, None, ["found ''"]),
-    ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' lies outside"]),
+    ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' is outside"]),
     ("ImageID,LabelName,Confidence\n,a,1\n", None, None, ["the image path is empty"]),
     ("ImageID,LabelName,Confidence\n1,,1\n", None, None, ["empty name"]),
     ("ImageID,LabelName,Confidence\n1,a,1\nb/../1,a,1\n", None, None, ["t.csv, image '1'", "same path twice"]),

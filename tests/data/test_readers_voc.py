@@ -292,7 +292,7 @@ def test_own_classes_without_a_test_list(tmp_path):
 
 @pytest.mark.parametrize(("objects", "message"), [
     ("<object></object>", r"a\.xml: object 0 has no name"),
-    ("<object>", r"a\.xml: is no XML"),
+    ("<object>", r"a\.xml: is not XML"),
     ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
     ("\0", r"a\.xml: has NUL characters"),
     ("", r"Annotations: no XML file names an object"),

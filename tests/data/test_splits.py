@@ -184,7 +184,7 @@ def test_load_refuses_another_table(tmp_path):
 def test_load_refuses_other_files(tmp_path):
     t = table([[1, 0], [0, 1], [-1, -1]])
     path = tmp_path / "split.json"
-    with pytest.raises(DataError, match="there is not a split file here"):
+    with pytest.raises(DataError, match="there is no split file here"):
         Split.load(path, t)
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as a split"):

@@ -150,7 +150,7 @@ class Export(Source):
             return {"train": content, "test": test}
         if self._test is not None:
             raise DataError(
-                f"{self._train}: marks {counted(len(for_test), 'image')} as test images "
+                f"{self._train}: marks {counted(len(for_test), 'image')} for testing "
                 f"({for_test[0].where}), but there is also a test file {self._test}; keep one of the two"
             )
         rest = [record for record in content.records if not record.test]
