@@ -275,8 +275,8 @@ def test_another_choice_of_unannotated(tmp_path):
 @pytest.mark.parametrize(
     ("change_of_file", "words"),
     [
-        (lambda c: c["annotations"][0].update(image_id="10"), ["annotations[0]", "'10'", "a string", "a whole number"]),
-        (lambda c: c["images"][1].update(id="9"), ["annotations[1]", "image 9", "a string", "a whole number"]),
+        (lambda c: c["annotations"][0].update(image_id="10"), ["annotations[0]", "'10'", "a string", "an integer"]),
+        (lambda c: c["images"][1].update(id="9"), ["annotations[1]", "image 9", "a string", "an integer"]),
         (lambda c: c["annotations"][0].update(image_id="1" * 10_000), ["annotations[0]", "correct or remove it"]),
         (
             lambda c: c.update(annotations=[{"id": 1, "image_id": 10, "caption": "a dog"}]),

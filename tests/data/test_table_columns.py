@@ -251,8 +251,8 @@ def test_json_lines_of_other_forms(tmp_path):
         ('{"image": "\\ud800", "cat": 1}', ["lone surrogate"]),
         ('{"image": ' + "[" * 100_000, ["row 1", "not a JSON object"]),
         ('{"image": ' + "1" * 10_000 + "}", ["row 1", "not a JSON object"]),
-        ("", ["not a JSON object"]),
-        ("{}\n", ["not a JSON object"]),
+        ("", ["no JSON object"]),
+        ("{}\n", ["no JSON object"]),
         ('{"images": [], "annotations": []}', ["'annotations'"]),
     ],
 )
