@@ -93,7 +93,7 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
 
 
 @pytest.mark.parametrize(("lines", "options", "words"), [
-    ([""], {}, ["has no line"]),
+    ([""], {}, ["is empty"]),
     (["{"], {}, ["line 1: cannot be read as JSON"]),
     ([A, "[]"], {}, ["line 2 must be an object"]),
     ([{"image_url": "azureml://a.jpg"}], {}, ["line 1: has neither 'source-ref' (SageMaker) nor", "'image_url'"]),

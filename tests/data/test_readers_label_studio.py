@@ -185,7 +185,7 @@ def test_forms_of_image_paths(tmp_path, value, prefix, path):
 @pytest.mark.parametrize(("values", "prefix", "words"), [
     (["/data/upload/1/3c5d2cb5-002.jpg"], None, ["3c5d2cb5-002.jpg", "2 images have this name"]),
     (["/data/upload/1/3c5d2cb5-%C3%A4_5.jpg"], None, ["no images have this name"]),
-    (["/data/upload/1/3c5d2cb5-1.jpg", "/data/upload/1/aaaaaaaa-1.jpg"], None, ["means the same file as"]),
+    (["/data/upload/1/3c5d2cb5-1.jpg", "/data/upload/1/aaaaaaaa-1.jpg"], None, ["matches the same file as"]),
     (["https://evil.example/1.jpg", "photos/1.jpg"], "photos", ["1 of 2", "evil.example", "not below 'photos/'"]),
     (["/data/local-files/?d=other/1.jpg"], "photos", ["record 1", "not below 'photos/'"]),
     (["/data/local-files/?d=photosx/1.jpg"], "photos", ["not below 'photos/'"]),
@@ -208,7 +208,7 @@ def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words)
 
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(
-        DataError, match=r"t\.json, record 1: 'b\.jpg' is looked for by its file name, but .*no image in it"
+        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in it"
     ):
         read(tmp_path, [task("b.jpg")])
 

@@ -64,7 +64,7 @@ def test_present_absent_and_unknown(tmp_path):
     assert str(source.train().root) == "photos"
     assert [note.partition("t.csv: ")[2] for note in source.describe()] == [
         f"1 row of labels that are not in {names}: omitted",
-        "1 label on which rows differ: unknown",
+        "1 label with contradictory rows: unknown",
         "1 image without a verified label: unlabeled",
     ]
 

@@ -180,7 +180,7 @@ def samplers(kind, rank=0, world_size=1, epoch=0):
     made = {
         "paired": lambda: PairedBatches(labeled, unlabeled, 9, 4, 2, None, rank, world_size),
         "one pass": lambda: LabeledBatches(labeled, 11, 2, None, rank, world_size),
-        "as many as asked for": lambda: LabeledBatches(labeled, 9, 2, 12, rank, world_size),
+        "a given number": lambda: LabeledBatches(labeled, 9, 2, 12, rank, world_size),
         "in order": lambda: InOrderBatches(unlabeled, 7, rank, world_size, epoch),
     }[kind]()
     made.set_epoch(epoch)
@@ -192,7 +192,7 @@ def dealt_out(shares):
     return [draw for turn in zip_longest(*shares) for draw in turn if draw is not None]
 
 
-@pytest.mark.parametrize("kind", ["paired", "one pass", "as many as asked for"])
+@pytest.mark.parametrize("kind", ["paired", "one pass", "a given number"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_shares_of_all_ranks_form_the_global_batch_in_order(kind, world, epoch):
@@ -218,7 +218,7 @@ def test_sequential_shards_form_one_pass_in_order(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["paired", "as many as asked for"])
+@pytest.mark.parametrize("kind", ["paired", "a given number"])
 def test_orders_do_not_repeat(kind, world):
     """With 19! orders, none repeats within an epoch or in another one, for labeled and unlabeled images."""
     orders = []

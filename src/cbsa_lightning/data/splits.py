@@ -293,7 +293,7 @@ def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> ND
         ConfigError: If the share is not between 0 and 1.
     """
     if not 0 <= share <= 1:
-        raise ConfigError(f"share of known labels {share} is not between 0 and 1; 0.1 means 10 %")
+        raise ConfigError(f"fraction of known labels {share} is not between 0 and 1; 0.1 means 10 %")
     return np.random.RandomState(seed).random_sample((num_images, num_classes)) < share
 
 

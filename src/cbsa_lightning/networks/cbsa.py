@@ -42,7 +42,7 @@ class CBSANetwork(PromptedCLIP):
         num_contexts: K, width of the context head; 0 switches context identification (CI of Table 3) off. The paper
             uses 6 on COCO, and 2 on VOC and NUS-WIDE.
         prompt_length: N, number of learnable words per prompt.
-        shared_prompts: One set of words for all classes (Table 8, "w/o CSP").
+        shared_prompts: Whether all classes share one set of words (Table 8, "w/o CSP").
         prompt_template: Initial words of the prompts (Table 6, "Template"); None starts from noise.
         decoder_layers: Blocks of the label decoder (Eq. 4).
         decoder_heads: Attention heads of each block.

@@ -136,7 +136,7 @@ def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, 
             if type(record[key]) not in types:
                 wanted = " or ".join(_TYPES[t] for t in types)
                 raise DataError(f"{file}, {kind}[{i}]: {key} must be {wanted}, found {brief(record[key])}; correct it")
-    raise AssertionError("one of the records is at fault")
+    raise AssertionError("one of the records is invalid")
 
 
 def _classes(categories: list[Any], file: Path) -> tuple[dict[Any, int], tuple[str, ...]]:

@@ -181,7 +181,7 @@ class Digits(Source):
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}); {again}") from error
         if header != ["path", *NAMES] or len(rows) != count or any(len(row) != 11 for row in rows):
-            raise DataError(f"{file} is not the table of {count} images that was written here; {again}")
+            raise DataError(f"{file} is not the generated table of {count} images; {again}")
         labels: NDArray[np.int8] = np.array([row[1:] for row in rows]).astype(np.int8)
         paths: StringArray = np.array([row[0] for row in rows], dtype=np.dtypes.StringDType())
         return AnnotationTable(self.folder, paths, labels, NAMES, NAMES)

@@ -50,9 +50,9 @@ def find_images(
         try:
             path, alone = images.find(value)
             if alone and meant.setdefault(path, value) != value:
-                raise ValueError(f"means the same file as {brief(meant[path])}")
+                raise ValueError(f"matches the same file as {brief(meant[path])}")
         except DataError as error:  # about the folder, not about this value
-            raise DataError(f"{where(i)}: {brief(value)} is looked for by its file name, but {error}") from error
+            raise DataError(f"{where(i)}: {brief(value)} cannot be matched by its file name: {error}") from error
         except ValueError as error:
             wrong.append(f"{where(i)}: {brief(value)} ({error})")
             continue

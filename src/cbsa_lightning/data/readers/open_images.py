@@ -171,7 +171,7 @@ class OpenImages(Source):
         said = [
             (int((~known).sum()), "row", f"of labels that are not in {classes.path}: omitted"),
             (int((known & (values < 0)).sum()), "row", "with the confidence of a model: unknown"),
-            (differing, "label", "on which rows differ: unknown"),
+            (differing, "label", "with contradictory rows: unknown"),
             (int((matrix < 0).all(axis=1).sum()), "image", "without a verified label: unlabeled"),
         ]
         return table, [f"{file}: {counted(count, noun)} {rest}" for count, noun, rest in said if count]
@@ -232,7 +232,7 @@ def _matrix(
     """Returns (n, C) labels, and how many of them are unknown because rows differ."""
     if 2 * shape[0] * shape[1] > memory_of_machine():
         raise DataError(
-            f"{file}: {shape[0]:,} images and {shape[1]:,} classes do not fit into memory; describe fewer classes"
+            f"{file}: {shape[0]:,} images and {shape[1]:,} classes do not fit into memory; use fewer classes"
         )
     labels = np.full(shape, UNKNOWN, dtype=np.int8)
     no, yes = values == 0, values == 1

@@ -112,7 +112,7 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
 def _given(columns: Columns, name: str, option: str) -> str:
     if clean_name(name) not in columns.names:
         raise DataError(
-            f"{columns.path}: no column {brief(name)}, which {option} names{did_you_mean(name, columns.names)}; its "
+            f"{columns.path}: no column {brief(name)}, given as {option}{did_you_mean(name, columns.names)}; its "
             f"columns are {listed(map(brief, columns.names))}; correct {option}"
         )
     return clean_name(name)

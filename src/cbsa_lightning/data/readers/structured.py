@@ -37,7 +37,7 @@ def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if line.strip():
             records.append((where, typed(parse_json(line, where), (dict,), where)))
     if not records:
-        raise DataError(f"{file}: has no line; export it again")
+        raise DataError(f"{file}: is empty; export it again")
     return records
 
 

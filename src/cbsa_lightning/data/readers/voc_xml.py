@@ -89,7 +89,7 @@ def _list(folder: Path, image_set: str) -> Path:
 
 def _images(folder: Path, image_set: str) -> list[str]:
     """Returns the names of an image set without suffix; some tools write a suffix or the folder."""
-    lines = read_lines(_list(folder, image_set), "write one image name a line")
+    lines = read_lines(_list(folder, image_set), "write one image name per line")
     images = [Path(line.strip()) for line in lines if line.strip()]
     if not images:
         raise DataError(f"{_list(folder, image_set)}: lists no images; write one image name per line")
