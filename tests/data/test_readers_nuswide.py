@@ -51,7 +51,7 @@ def test_concepts(tmp_path):
     assert source.class_names == source.prompt_names == NUSWIDE_CLASSES
 
 
-def test_concepts_are_those_of_published_matrices(realbench):
+def test_concepts_match_published_matrices(realbench):
     names = np.load(realbench / "labels/cooc/nuswide_cpsd.npz")["names"].tolist()
     assert ["earthquake" if name == "earthq" else name for name in names] == list(NUSWIDE_CLASSES)
 

@@ -23,7 +23,7 @@ def reference(clip_folder):
     return open_clip.create_model(f"local-dir:{clip_folder}", require_pretrained=True).eval()
 
 
-def test_fixed_embeddings_are_those_of_open_clip(clip, reference):
+def test_fixed_embeddings_equal_those_of_open_clip(clip, reference):
     prompts = ClassPrompts(clip, NAMES, length=5)
     embeddings, end = prompts()
     tokens = open_clip.tokenize([f"a a a a a {name}." for name in NAMES])
