@@ -4,6 +4,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
+from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.datasets import ImageViews, ViewDataset, collate
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.readers import Digits
@@ -43,8 +44,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
         batches = loader(table, view, InOrderBatches(rows, 128, epoch=epoch))
         network.eval()
         with average.applied_to(network):
-            text = network.encode_text()
-            outputs = [network(network.features(batch.images), text) for batch in batches]
+            outputs = [network(network.features(batch.images)) for batch in batches]
         return torch.cat([out.logits for out in outputs]), torch.cat([out.context_logits for out in outputs])
 
     pseudo_labels = torch.full_like(torch.from_numpy(table.labels), -1)  # -1: unknown, no loss
@@ -68,7 +68,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
                 context_of[split.labeled] = context_targets(known, groups, contexts)
             batches.set_epoch(epoch)
             network.train()
-            for batch in loader(table, StrongView(size, seed, 0.25), batches, has_labels):
+            for batch in loader(table, StrongView(size, seed, CutoutRandAugment(0.25)), batches, has_labels):
                 out = network(network.features(batch.images))
                 targets = torch.where(batch.labeled[:, None], batch.targets, pseudo_labels[batch.index])
                 loss = asymmetric_loss(out.logits, targets).sum()  # labels (Eq. 7) and pseudo-labels (Eq. 8)

@@ -108,5 +108,5 @@ def test_pure_torch_never_reaches_lightning(start):
 
 def test_albumentations_lives_in_one_place():
     users = {file for file, tree in FILES.items() if any(n.split(".")[0] == "albumentations" for n in imported(tree))}
-    assert users <= {"data/views.py", "data/randaugment.py"}
-    assert "data/views.py" in users
+    assert users <= {"data/augmentations.py", "data/randaugment.py"}
+    assert "data/augmentations.py" in users
