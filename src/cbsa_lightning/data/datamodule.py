@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.augmentations import Augmentation, CutoutRandAugment, Flip
@@ -328,6 +331,18 @@ class SSMLLDataModule(L.LightningDataModule):
                 "nothing; take them out of one of the two tables."
             )
 
+    def with_held_out(self, places: np.ndarray) -> SSMLLDataModule:
+        """Returns the same data with some labeled images held out for validation, and the present batch sizes.
+
+        Args:
+            places: Which of the labeled images, as indices into ``split.labeled``.
+        """
+        part = copy.copy(self)
+        labeled = self.split.labeled
+        part.split = replace(self.split, labeled=np.delete(labeled, places), held_out=labeled[places])
+        part._labeled_per_batch, part._warmup_batch_size = self.labeled_per_batch, self.warmup_batch_size
+        return part
+
     def labeled_targets(self) -> torch.Tensor:
         """Labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
         return torch.from_numpy(self.train_table.labels[self.split.labeled])
@@ -418,7 +433,7 @@ class SSMLLDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return {"rank": 0, "world_size": 1}
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and lightning_private.replaces_samplers(trainer):
             raise ConfigError(
                 "Our samplers share the work among processes themselves; pass use_distributed_sampler=False to the "
                 "Trainer."
