@@ -25,7 +25,7 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run knows"."""
+"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run estimates the gain"."""
 LEAST = 3
 """Labeled positives that a class needs, so that its average precision says anything."""
 
