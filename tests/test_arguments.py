@@ -53,9 +53,9 @@ def test_of_the_module(clip_folder, settings, message):
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    ("sky", "class_names must be a list of texts, got 'sky'"), ([], "class_names is empty"),
-    (["sky", "sky"], "class_names has 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
-    ([1, 2], "class_names must be a list of texts"), (None, "class_names must be a list of texts"),
+    ("sky", "class_names must be a list of strings, got 'sky'"), ([], "class_names is empty"),
+    (["sky", "sky"], "class_names contains 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
+    ([1, 2], "class_names must be a list of strings"), (None, "class_names must be a list of strings"),
 ])  # fmt: skip
 def test_class_names(clip_folder, names, message):
     for make in (partial(SSMLLModule, network=partial(DualCoOp, clip=str(clip_folder))),):
@@ -108,7 +108,7 @@ def test_of_the_data_module(tmp_path, settings, message):
     (partial(Table, type("DataFrame", (), {})()), "Table: train cannot be a DataFrame .*write a DataFrame with to_csv"),
     (partial(Table, None), "Table: train is None"),
     (partial(Table, "a.csv", test=["b.csv"]), "Table: test cannot be a list"),
-    (partial(Table, "a.csv", separator=""), "Table: separator must be a text that is not empty, got ''"),
+    (partial(Table, "a.csv", separator=""), "Table: separator must be a nonempty string, got ''"),
     (partial(Table, "a.csv", allow_outside="yes"), "Table: allow_outside must be True or False"),
     (partial(COCO, "coco", year=2014), "COCO: year cannot be a int"),
     (partial(VOC, "voc", year="2010"), "VOC: year must be '2012' or '2007', got '2010'"),

@@ -85,7 +85,7 @@ def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str
     assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
     assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
     assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
-    assert out.endswith("No fault was found.\n")
+    assert out.endswith("No faults found.\n")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
+        ([["0.png", "cat"], ["../0.png", "dog"]], "is outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),

@@ -121,7 +121,7 @@ def test_a_named_version_that_is_taken_is_refused(words):
     words = [*words, "--trainer.max_epochs=1", named]
     folder = folder_of(main(words).trainer)
     before = content(Path())
-    with pytest.raises(ConfigError, match=rf"{folder} holds config.yaml, .*--resume {folder}"):
+    with pytest.raises(ConfigError, match=rf"{folder} contains config.yaml, .*--resume {folder}"):
         main(words)
     assert content(Path()) == before
 

@@ -141,9 +141,9 @@ def test_names_that_cannot_be_loaded(model, pretrained, error, found):
 
 
 def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
-    with pytest.raises(WeightsError, match="tags belong to open_clip's own model names"):
+    with pytest.raises(WeightsError, match="tags exist only for open_clip's own model names"):
         FrozenCLIP.load(str(folder), "laion2b")
-    with pytest.raises(WeightsError, match="tags belong"):
+    with pytest.raises(WeightsError, match="tags exist only"):
         FrozenCLIP.load(str(folder / "open_clip_config.json"))
     with pytest.raises(ConfigError, match=r"needs open_clip_config\.json"):
         FrozenCLIP.load(str(tmp_path))

@@ -139,7 +139,7 @@ def test_refuses_what_does_not_fit(pair):
         ({"no_causal_mask": True}, "not causal"),
         ({"embed_cls": True}, "not causal"),
         ({"pool_type": "last"}, "pooling 'last'"),
-        ({"block_type": "custom"}, "attend through Attention"),
+        ({"block_type": "custom"}, "use the attention Attention"),
     ],
 )
 def test_text_towers_that_prompts_cannot_use_are_refused(tmp_path, text, found):

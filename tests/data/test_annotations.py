@@ -247,7 +247,7 @@ def test_class_file_json(tmp_path):
         ("cat: {synonyms: [pet]}\ndog: {synonyms: [pet]}\n", "'pet'"),
         ("cat: {promt: pet}\n", "promt"),
         ("cat: {prompt: a, prompt: b}\n", "prompt"),
-        ("cat: [a, b]\n", "prompt must be a text"),
+        ("cat: [a, b]\n", "prompt must be a string"),
         ("cat: {synonyms: kitty}\n", "synonyms a list"),
         ("- cat\n- dog\n", "maps class names"),
         ("cat: {a: b\n", "cannot be read"),
@@ -277,7 +277,7 @@ def test_class_file_missing(tmp_path):
 def test_prompts_for_a_data_set(tmp_path):
     f = read_class_file(write(tmp_path / "c.yaml", "sofa: couch\ntv: {prompt: television, synonyms: [tvmonitor]}\n"))
     assert f.prompts_for(["tvmonitor", "dining_table", "sofa"]) == ("television", "dining table", "couch")
-    with pytest.raises(DataError, match=r"'sofa' is none of the 2 classes.*did you mean 'sofas'"):
+    with pytest.raises(DataError, match=r"'sofa' is not one of the 2 classes.*did you mean 'sofas'"):
         f.prompts_for(["sofas", "tv"])
     with pytest.raises(DataError, match="same prompt text"):
         f.prompts_for(["tv", "tvmonitor", "sofa"])
@@ -336,7 +336,7 @@ def test_class_file_too_large(tmp_path):
     with file.open("wb") as stream:
         stream.truncate(330_000_000)
     with pytest.raises(
-        DataError, match=r"instances\.json: has 330\.0 MB where at most 4\.2 are read; correct the path"
+        DataError, match=r"instances\.json: has 330\.0 MB, but at most 4\.2 MB are allowed; correct the path"
     ):
         read_class_file(file)
 
@@ -355,7 +355,7 @@ def test_names_that_no_file_can_hold(names):
 
 
 def test_paths_that_no_table_can_hold():
-    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is no Unicode text"):
+    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is not valid Unicode"):
         AnnotationTable(Path("x"), np.array(["a.jpg", "b\udcff.jpg"], object), np.zeros((2, 1), np.int8), ("cat",))
 
 

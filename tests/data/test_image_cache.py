@@ -112,7 +112,7 @@ def test_size_and_way_of_decoding_are_kept_apart(tmp_path, cache):
         "images-40-fast",
         "images-8",
     ]
-    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(asked for: 80"):
+    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(requested: 80"):
         cache.images(ImageFiles(table, 80), SIZE)
 
 

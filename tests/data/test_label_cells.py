@@ -158,14 +158,14 @@ def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
         (["a|b", "c;d"], ["row 2", "';' and '|'", "separator"]),
         (["cat dog", "cat", "dog bird", "bird"], ["row 2", "'cat dog'", "separator: ' '", "class file"]),
         (["red car", "blue car", "red bus", "blue bus"], ["row 2", "'red car'", "separator"]),
-        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "one form"]),
-        (["cat", "[cat, dog]"], ["row 3", "'[cat, dog]'", "no list of JSON or Python"]),
-        (["['cat' 'dog']"], ["row 2", "no list of JSON or Python"]),  # numpy; to Python this is one text
-        (["[0, 1, 1]"], ["row 2", "something else than texts"]),
-        (['["cat", null]'], ["row 2", "something else than texts"]),
+        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "same form"]),
+        (["cat", "[cat, dog]"], ["row 3", "'[cat, dog]'", "not a list of JSON or Python"]),
+        (["['cat' 'dog']"], ["row 2", "not a list of JSON or Python"]),  # numpy; to Python this is one text
+        (["[0, 1, 1]"], ["row 2", "something other than strings"]),
+        (['["cat", null]'], ["row 2", "something other than strings"]),
         (['{"choices": ["cat", "dog"]}', "cat"], ["row 2", "JSON object", "Label Studio"]),
-        (["[" * 100_000], ["row 2", "no list of JSON or Python"]),
-        (["[" + " " * 100_000], ["row 2", "no list of JSON or Python"]),
+        (["[" * 100_000], ["row 2", "not a list of JSON or Python"]),
+        (["[" + " " * 100_000], ["row 2", "not a list of JSON or Python"]),
         (["cat;", "dog"], ["row 2", "empty name", "';'", "'none'"]),
         (['["cat", ""]'], ["row 2", "empty name"]),
         (['["[]"]', '["cat"]'], ["row 2", "'[]'"]),
@@ -232,10 +232,10 @@ def test_words_of_the_user_for_nothing(tmp_path, cells):
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("cat;none", ["'none' beside another name", "no class at all"]),
-        ("cat;No Finding", ["'No Finding' beside another name", "no class at all"]),
-        ("cat;nan", ["'nan' beside another name", "not labeled"]),
-        ("NA;cat", ["'NA' beside another name", "not labeled"]),
+        ("cat;none", ["'none' next to another name", "no class at all"]),
+        ("cat;No Finding", ["'No Finding' next to another name", "no class at all"]),
+        ("cat;nan", ["'nan' next to another name", "not labeled"]),
+        ("NA;cat", ["'NA' next to another name", "not labeled"]),
     ],
 )
 def test_words_beside_names(tmp_path, cell, words):

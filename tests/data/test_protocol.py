@@ -27,5 +27,5 @@ def test_what_is_missing_is_named():
 
     with pytest.raises(ConfigError, match=r"Mine lacks \['plain_dataloader', 'labeled_targets', 'hidden_targets'\]"):
         semi_supervised(Mine())
-    with pytest.raises(ConfigError, match="with loaders alone"):
+    with pytest.raises(ConfigError, match="with only loaders"):
         semi_supervised(None)

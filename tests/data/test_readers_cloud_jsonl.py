@@ -60,9 +60,9 @@ def test_ground_truth(tmp_path):
     }  # fmt: skip
     assert [note.partition("manifest: ")[2] for note in source.describe()] == [
         "2 images without labels: unlabeled",
-        "1 image whose labeling failed, among the unlabeled ones",
-        "1 image labeled by a model (human-annotated: no): read as the others",
-        "the classes are the labels in use; a class without any image is not among them",
+        "1 image whose labeling failed: also unlabeled",
+        "1 image labeled by a model (human-annotated: no): read like the others",
+        "the classes are the labels in use; classes without any image are missing",
     ]
 
 
@@ -86,7 +86,7 @@ def test_vertex(tmp_path):
     assert source.class_names == ("car", "dog")
     assert matrix(source.train()) == {"a.jpg": [1, 1], "b.jpg": [-1, -1], "c.jpg": [0, 0], "e.jpg": [1, 0]}
     assert matrix(source.test()) == {"d.jpg": [0, 1]}
-    assert source.describe()[1].endswith("1 validation image by ml_use: read with the images for training")
+    assert source.describe()[1].endswith("1 validation image by ml_use: read with the training images")
 
 
 A = sagemaker("a.jpg", [1], {"1": "dog"})
@@ -97,14 +97,14 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     (["{"], {}, ["line 1: cannot be read as JSON"]),
     ([A, "[]"], {}, ["line 2 must be an object"]),
     ([{"image_url": "azureml://a.jpg"}], {}, ["line 1: has neither 'source-ref' (SageMaker) nor", "'image_url'"]),
-    ([A | {"source-ref": 3}], {}, ["source-ref must be a text, found 3"]),
+    ([A | {"source-ref": 3}], {}, ["source-ref must be a string, found 3"]),
     ([A | {"source-ref": "s3://other/a.jpg"}], {}, ["1 of 1", "'s3://other/a.jpg'", "not below 's3://b/photos/'"]),
-    ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["lies outside"]),
+    ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["is outside"]),
     ([A, A], {}, ["the same path twice", "line 1", "line 2"]),
     ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: has no '2'"]),
-    ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be a whole number, found '1'"]),
+    ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be an integer, found '1'"]),
     ([sagemaker("a.jpg", 1, {"1": "dog"})], {}, ["tags must be a list, found 1"]),
-    ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["of type 'groundtruth/boxes'"]),
+    ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["has type 'groundtruth/boxes'"]),
     ([A | {"more": 1, "more-metadata": {}}], {}, ["several label attributes: 'tags'", "'more'"]),
     ([A], {"attribute": "tag"}, ["no label attribute 'tag' (did you mean 'tags'?)"]),
     ([A, sagemaker("b.jpg") | {"tags": [1]}], {}, ["line 2: has 'tags' without its metadata"]),

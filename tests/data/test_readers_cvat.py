@@ -46,7 +46,7 @@ def test_notes_count_everything_else():
     file = str(FILES / "by_hand.xml")
     assert CVAT(file).describe() == [
         f"{file}: 1 image without a tag: unlabeled",
-        f"{file}: 1 tag set by a model (source auto): read as the others",
+        f"{file}: 1 tag set by a model (source auto): read like the others",
     ]
     assert CVAT(file, untagged="nothing").describe()[0] == f"{file}: 1 image without a tag: shows nothing"
 
@@ -82,8 +82,8 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
     assert source.class_names == ("cat",)
     assert matrix(source.train()) == {"a.jpg": [1], "c.jpg": [-1]}
     assert matrix(source.test()) == {"b.jpg": [0]}
-    assert source.describe()[-1].endswith("1 validation image by its subset: read with the images for training")
-    with pytest.raises(DataError, match=r"a\.xml: says of 1 image that they are for the test.*b\.xml as well"):
+    assert source.describe()[-1].endswith("1 validation image by its subset: read with the training images")
+    with pytest.raises(DataError, match=r"a\.xml: marks 1 image for testing.*also a test file .*b\.xml"):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 
 
@@ -99,22 +99,22 @@ def test_classes_may_stand_in_another_order_but_not_differ(tmp_path):
 
 
 @pytest.mark.parametrize(("images", "options", "words"), [
-    ("<image>", {}, ["is no XML"]),
+    ("<image>", {}, ["is not XML"]),
     ("", {}, ["has no image"]),
     ('<image name="a.jpg"/>', {"labels": ""}, ["no labels of a task or project or job"]),
-    ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', none is a tag"]),
+    ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', and none is a tag"]),
     ('<image name="a.jpg"/>', {"kind": "thing"}, ["no labels of a"]),
     ("<image/>", {}, ["image 1: has no name"]),
     ('<image name="a.jpg"><box label="cat"/></image>', {}, ["image 1 ('a.jpg'): has a 'box'", "COCO"]),
     ('<image name="a.jpg"><polygon label="cat"/></image>', {}, ["has a 'polygon'"]),
     ('<track id="0"/><image name="a.jpg"/>', {}, ["tracks of a video"]),
-    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' beside its images"]),
-    ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["'image' stands where none belongs"]),
-    ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["'tag' stands where none belongs"]),
-    ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is no label", "did you mean 'cat'"]),
-    ('<image name="a.jpg"><tag/></image>', {}, ["tag None is no label"]),
-    ('<image name="../a.jpg"/>', {}, ["'../a.jpg' lies outside"]),
-    ('<image name="/etc/passwd"/>', {}, ["lies outside"]),
+    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' besides images"]),
+    ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["unexpected element 'image'"]),
+    ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["unexpected element 'tag'"]),
+    ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is not a label", "did you mean 'cat'"]),
+    ('<image name="a.jpg"><tag/></image>', {}, ["tag None is not a label"]),
+    ('<image name="../a.jpg"/>', {}, ["'../a.jpg' is outside"]),
+    ('<image name="/etc/passwd"/>', {}, ["is outside"]),
     ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["the same path twice", "image 1", "image 2"]),
     ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["the same class twice"]),
 ])  # fmt: skip
@@ -126,9 +126,9 @@ def test_exports_that_cannot_be_used(tmp_path, images, options, words):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<annotation/>", "its element is 'annotation', not 'annotations'"),
+    ("<annotation/>", "its root element is 'annotation', not 'annotations'"),
     ('<!DOCTYPE a [<!ENTITY b "ccc"><!ENTITY d "&b;&b;">]><annotations>&d;</annotations>', "declares a document type"),
-    ("{}", "is no XML"),
+    ("{}", "is not XML"),
     (b"\xff\xfe<\x00", "save it as UTF-8"),
     ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "has NUL characters"),
 ])  # fmt: skip

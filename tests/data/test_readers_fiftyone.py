@@ -41,7 +41,7 @@ def test_file_of_the_exporter(tmp_path):
     assert [note.partition("labels.json: ")[2] for note in source.describe()] == [
         "2 images without a label (null): unlabeled",
         "2 labels with a confidence or attributes: not read",
-        f"1 image below {tmp_path / 'data'} without a key: left out",
+        f"1 image below {tmp_path / 'data'} without a key: omitted",
     ]
 
 
@@ -57,16 +57,16 @@ def test_forms_of_a_label(tmp_path):
     ([], (), ["a dataset must be an object"]),
     ({}, (), ["has no 'labels'"]),
     ({"labels": {}}, (), ["labels has no image"]),
-    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a text, found 3"]),
-    ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is no index of classes"]),
-    ({"classes": ["x"], "labels": {"a": [-1]}}, (), ["label -1 is no index"]),
-    ({"classes": ["x"], "labels": {"a": [True]}}, (), ["a label must be a whole number or a text, found True"]),
-    ({"classes": ["x"], "labels": {"a": ["y"]}}, (), ["'a': labels that are in no class list: 'y'"]),
+    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a string, found 3"]),
+    ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is not an index of classes"]),
+    ({"classes": ["x"], "labels": {"a": [-1]}}, (), ["label -1 is not an index"]),
+    ({"classes": ["x"], "labels": {"a": [True]}}, (), ["a label must be an integer or a string, found True"]),
+    ({"classes": ["x"], "labels": {"a": ["y"]}}, (), ["'a': labels that are not in the class list: 'y'"]),
     ({"classes": ["x"], "labels": {"a": [{"label": 0, "bounding_box": []}]}}, (), ["has 'bounding_box'"]),
     ({"classes": ["x"], "labels": {"a.jpg": []}}, (), ["'a.jpg' (no image)"]),
     ({"classes": ["x"], "labels": {"../data/a": []}}, (), ["(no image)"]),
-    ({"classes": ["x"], "labels": {"a": [0]}}, ["a.png"], ["'a' ('a.jpg' and 'a.png')", "suffix alone"]),
-    ('{"classes": ["x"], "labels": {"a": [0], "a": []}}', (), ["the key 'a' stands twice"]),
+    ({"classes": ["x"], "labels": {"a": [0]}}, ["a.png"], ["'a' ('a.jpg' and 'a.png')", "only in their suffix"]),
+    ('{"classes": ["x"], "labels": {"a": [0], "a": []}}', (), ["the key 'a' occurs twice"]),
 ])  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path, content, images, words):
     file = dataset(tmp_path, content, ["a.jpg", *images])

@@ -74,8 +74,8 @@ def test_notes_count_everything_else(config):
         f"{file}: 1 task with only a draft: unlabeled",
         f"{file}: 4 tasks without an answer: unlabeled",
         f"{file}: 7 tasks with predictions, which are not read",
-        f"{file}: 3 further records of images that have one",
-        f"{file}: 2 images with several answers, which count together",
+        f"{file}: 3 further records of images that already have one",
+        f"{file}: 2 images with several answers, which are combined",
         f"{file}: 1 label of 1 image on which answers differ: 1 unknown, 0 by the majority",
     ]
 
@@ -148,7 +148,7 @@ def test_a_choice_that_means_nothing(tmp_path):
     write_image(tmp_path / "b.jpg", 0)
     tasks = [task("a.jpg", answer(choices("none"))), task("b.jpg", answer(choices("dog")))]
     assert matrix(read(tmp_path, tasks, nothing=["none"])) == {"a.jpg": [0], "b.jpg": [1]}
-    with pytest.raises(DataError, match=r"record 1: a label that means nothing beside others: 'none', 'dog'"):
+    with pytest.raises(DataError, match=r"record 1: a label that means nothing with others: 'none', 'dog'"):
         read(tmp_path, [task("a.jpg", answer(choices("none", "dog")))], nothing=["none"])
 
 
@@ -192,8 +192,8 @@ def test_identity_of_an_image(tmp_path, value, prefix, path):
     (["/data/local-files/?x=1"], None, ["has no single d="]),
     (["/data/local-files/?d=%FF.jpg"], None, ["utf-8"]),
     (["http://[bad/1.jpg"], None, ["Invalid IPv6"]),
-    (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["lies outside"]),
-    (["/etc/passwd"], None, ["lies outside"]),
+    (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["is outside"]),
+    (["/etc/passwd"], None, ["is outside"]),
     ([""], None, ["names no file"]),
     (["folder/"], None, ["names no file"]),
 ])  # fmt: skip
@@ -223,18 +223,18 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ({}, ["an export must be a list, found {}"]),
     ([], ["has no task"]),
     ([3], ["record 1 must be an object, found 3"]),
-    ('[{"data": {}, "data": {}}]', ["the key 'data' stands twice"]),
+    ('[{"data": {}, "data": {}}]', ["the key 'data' occurs twice"]),
     ([{"data": {"image": "a.jpg"}}], ["has no 'annotations'", "export the project as JSON"]),
     ([{"annotations": []}], ["record 1: has no 'data'"]),
-    ([task(3)], ["record 1: image must be a text, found 3"]),
-    ([task(["a.jpg", "b.jpg"])], ["image must be a text"]),
+    ([task(3)], ["record 1: image must be a string, found 3"]),
+    ([task(["a.jpg", "b.jpg"])], ["image must be a string"]),
     ([{"id": 7, "data": {"text": "hello"}, "annotations": []}], ["task 7: its data has no 'image', only 'text'"]),
-    ([{"data": {"image": "a.jpg", "path": 3}, "annotations": []}], ["path must be a text or null, found 3"]),
-    ([GOOD | {"data": {"image": "a.jpg", "path": "../a.jpg"}}], ["'../a.jpg' lies outside"]),
+    ([{"data": {"image": "a.jpg", "path": 3}, "annotations": []}], ["path must be a string or null, found 3"]),
+    ([GOOD | {"data": {"image": "a.jpg", "path": "../a.jpg"}}], ["'../a.jpg' is outside"]),
     ([task("a.jpg", answer(BOX))], ["record 1: has a result of 'rectanglelabels' (control 'box')"]),
     ([task("a.jpg", answer(choices("dog"), choices("good", control="quality")))], ["several controls", "'quality'"]),
-    ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["'x', 'y' as well", "whole images"]),
-    ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a text"]),
+    ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["also have 'x', 'y'", "whole images"]),
+    ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a string"]),
     ([task("a.jpg", answer({"type": "choices", "value": {}}))], ["from_name None"]),
     ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["has no 'choices'"]),
     ([task("a.jpg", {"result": 1})], ["result must be a list, found 1"]),
@@ -268,18 +268,18 @@ def test_exports_of_another_project(tmp_path, config, tasks, options, words):
 
 def test_a_control_without_results(tmp_path):
     write_image(tmp_path / "a.jpg", 0)
-    with pytest.raises(DataError, match=r"no result is of control 'label' \(did you mean 'labels'\?\)"):
+    with pytest.raises(DataError, match=r"no result belongs to control 'label' \(did you mean 'labels'\?\)"):
         read(tmp_path, [GOOD], control="label")
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<View>", "is no XML"),
+    ("<View>", "is not XML"),
     ('<!DOCTYPE x [<!ENTITY a "b">]><View/>', "declares a document type"),
     ('<View><Text name="t" value="$t"/><Choices name="c" toName="t"/></View>', "no Choices about a whole Image, only"),
     (CONFIG.replace('toName="image"', 'toName="image" perRegion="true"'), "no Choices about a whole Image"),
     (CONFIG.replace('<Choice value="car"/>', '<Choice value="car"><Choice value="bus"/></Choice>'), "nested choices"),
     (CONFIG.replace('value="car"', ""), "a Choice has no value"),
-    (CONFIG.replace('value="$image"', 'valueList="$images"'), "which is no key of a task"),
+    (CONFIG.replace('value="$image"', 'valueList="$images"'), "which is not a task key"),
     ('<View><Image name="i" value="$i"/><Choices name="c" toName="i" value="$options"/></View>', "lists no Choice"),
     (CONFIG.replace("</View>", CONFIG.partition(">")[2]).replace('"labels"', '"more"', 1), "several Choices"),
 ])  # fmt: skip
@@ -292,13 +292,13 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), [
-    ([ROW | {"labels": "dog"}], {}, "which column has the choices is not certain"),
+    ([ROW | {"labels": "dog"}], {}, "which column has the choices is ambiguous"),
     ([ROW | {"more": {"choices": []}}], {}, "several do: 'labels', 'more'"),
     ([ROW], {"control": "label"}, r"no row has a column 'label' \(did you mean 'labels'"),
     ([ROW, {"image": "a.jpg"}], {}, "record 2: has no 'annotation_id'"),
-    ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be a whole number or null"),
+    ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be an integer or null"),
     ([ROW, ROW | {"annotation_id": None}], {}, "record 2: has 'labels' but no annotation_id"),
-    ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a text or an object"),
+    ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a string or an object"),
     ([ROW | {"labels": {"taxonomy": []}}], {"control": "labels"}, "labels must be a choice or"),
     ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "its data has no 'image'"),
 ])  # fmt: skip
@@ -311,7 +311,7 @@ def test_json_min_that_cannot_be_used(tmp_path, rows, options, message):
 @pytest.mark.parametrize(("text", "message"), [
     ("image,labels\na.jpg,dog\n", "no column 'annotation_id'.*export as JSON"),
     ('annotation_id,image,labels\n1,a.jpg,"{""choices"":"\n', "row 2, column 'labels': cannot be read as JSON"),
-    ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be a whole number or empty, found 'x'"),
+    ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be an integer or empty, found 'x'"),
     ("annotation_id,labels\n1,dog\n", "no 'image'"),
 ])  # fmt: skip
 def test_csv_that_cannot_be_used(tmp_path, text, message):
@@ -340,7 +340,7 @@ def test_csv_of_pandas_with_gaps(tmp_path):
     ({"train": None}, "train is None"),
     ({"disagreement": "both"}, "disagreement must be 'unknown' or 'majority'"),
     ({"nothing": "none"}, "nothing cannot be a str"),
-    ({"nothing": [1]}, "nothing must be a list of texts"),
+    ({"nothing": [1]}, "nothing must be a list of strings"),
     ({"control": 1}, "control cannot be a int"),
     ({"prefix": 1}, "prefix cannot be a int"),
 ])  # fmt: skip

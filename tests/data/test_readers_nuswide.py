@@ -111,7 +111,7 @@ def test_wrong_matrices(tmp_path):
 def test_text_that_is_no_numbers(tmp_path):
     make_nuswide_list(tmp_path, 4, 3, text=True)
     (tmp_path / "formatted_train_labels.csv").write_text("a,b\n")
-    with pytest.raises(DataError, match="no table of numbers"):
+    with pytest.raises(DataError, match="not a table of numbers"):
         NUSWIDE(str(tmp_path), **TEXT).train()
 
 
@@ -158,14 +158,14 @@ def test_names_of_damaged_characters(tmp_path, point, order):
     names = np.load(path).astype(f"{order}U20")
     names.view(f"{order}u4").reshape(4, 20)[2, 3] = point
     np.save(path, names)
-    with pytest.raises(DataError, match=r"formatted_train_images\.npy: image 3 has a name that is no Unicode text"):
+    with pytest.raises(DataError, match=r"formatted_train_images\.npy: the name of image 3 is not valid Unicode"):
         NUSWIDE(str(tmp_path), layout="list").train()
 
 
 def test_lists_without_an_image(tmp_path):
     make_nuswide_list(tmp_path, 4, 3, text=True)
     (tmp_path / "formatted_train_images.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"formatted_train_images\.txt: names no image"):
+    with pytest.raises(DataError, match=r"formatted_train_images\.txt: lists no images"):
         NUSWIDE(str(tmp_path), **TEXT).train()
 
 

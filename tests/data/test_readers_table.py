@@ -127,7 +127,7 @@ def test_other_separators(tmp_path, separator):
 
 
 def test_separator_must_not_be_empty():
-    with pytest.raises(ConfigError, match="separator must be a text that is not empty"):
+    with pytest.raises(ConfigError, match="separator must be a nonempty string"):
         Table("t.csv", separator="")
 
 
@@ -178,14 +178,14 @@ def test_image_column_is_the_first_of_the_known_names(tmp_path):
         ("image\na.jpg\n", ["no labels"]),
         ("image,cat,dog,cat\na.jpg,1,0,1\n", ["'cat' (columns 2 and 4)"]),
         ("image,caf\u00e9,cafe\u0301\na.jpg,1,0\n", ["same column twice"]),
-        ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells where the header has 2", "b.jpg,cat,dog"]),
-        ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells where the header has 3"]),
+        ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells, but the header has 2", "b.jpg,cat,dog"]),
+        ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells, but the header has 3"]),
         ("image,cat\na.jpg,1\nb.jpg,yes\n", ["class 'cat'", "'yes' (row 3)", "unknown"]),
         ("image,cat\na.jpg,1\nb.jpg,2\n", ["'2' (row 3)"]),
         ("image,cat\na.jpg,1\n,0\n", ["row 3", "empty"]),
         ("image,cat\na.jpg,1\nb.jpg,0\n./a.jpg,0\n", ["'a.jpg' (rows 2 and 4)"]),
         ("image,labels\na.jpg,cat;\n", ["row 2", "empty name", "'none'"]),
-        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' beside"]),
+        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' next to"]),
         ("image,labels\na.jpg,\nb.jpg,none\n", ["no classes"]),
         ("image,cat\n../a.jpg,1\n", ["row 2", "outside", "allow_outside"]),
         ("image,cat\n/etc/a.jpg,1\n", ["row 2", "outside"]),
@@ -211,7 +211,7 @@ def test_refused(tmp_path, content, words):
         ('"ima\nge",cat\na.jpg,1\n', ["row 1", "column names with line breaks"]),
         ('"image"x,cat\na.jpg,1\n', ["no image column", "'imagex'"]),
         ("image,cat\na.jpg,1\n" + "x" * 3_000_000 + ",1\nb.jpg,1\n", ["a row has more than 1,048,576 bytes"]),
-        ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes and more", "no header"]),
+        ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes or more", "not a header"]),
         ("image,cat" + "x" * 200_000 + "\na.jpg,1\n", ["field limit"]),
         ("image,cat\na\0.jpg,1\n", ["row 2", "NUL"]),
         ("image,cat\n" + "../" * 30_000 + "a,1\n", ["row 2", "outside", "(90,001 characters)"]),
@@ -280,7 +280,7 @@ def test_parquet_texts_that_are_none(tmp_path):
         columns = {"image": pa.array(["a.jpg", "b.jpg"]), "cat": pa.array(["1", "0"]), name: bad}
         path = tmp_path / "t.parquet"
         pq.write_table(pa.table(columns), path)
-        refused([str(path), f"column {name!r}", "is no text"], lambda path=path: Table(str(path)).train())
+        refused([str(path), f"column {name!r}", "is not text"], lambda path=path: Table(str(path)).train())
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_parquet_texts_that_are_none(tmp_path):
 def test_parquet_labels_of_other_types(tmp_path, labels):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": ["a.jpg"], "labels": labels}), path)
-    refused([str(path), "column 'labels'", "is no text"], lambda: Table(str(path)).train())
+    refused([str(path), "column 'labels'", "is not text"], lambda: Table(str(path)).train())
 
 
 def test_parquet_in_a_folder_with_an_equals_sign(tmp_path):
@@ -469,7 +469,7 @@ def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatc
         return scandir(path)
 
     monkeypatch.setattr(unlabeled.os, "scandir", forbid)
-    refused([str(tmp_path / "secret"), "Permission denied", "rights"], lambda: read_images(tmp_path, ["cat"]))
+    refused([str(tmp_path / "secret"), "Permission denied", "permissions"], lambda: read_images(tmp_path, ["cat"]))
 
 
 def test_file_names_that_are_not_utf8(tmp_path):
@@ -516,7 +516,7 @@ def test_images_refused(tmp_path):
     refused(["no image in it"], lambda: read_images(tmp_path, ["cat"]))
     refused(["t.txt, row 2", "empty"], lambda: read_images(text(tmp_path / "t.txt", "a\n\nb\n"), ["cat"]))
     refused(["(rows 1 and 2)"], lambda: read_images(text(tmp_path / "t.txt", "a\na\n"), ["cat"]))
-    refused(["names no image"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
+    refused(["lists no images"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
     refused(["row 1", "outside"], lambda: read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"]))
     refused(["no table here"], lambda: read_images(tmp_path / "none", ["cat"]))
     outside = read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"], allow_outside=True)

@@ -74,7 +74,7 @@ def test_class_file(tmp_path):
     )
     assert source.train().prompt_names == source.prompt_names
     file.write_text("dinningtable: dining table\n")
-    with pytest.raises(DataError, match=r"'dinningtable' is none of the 20.*did you mean 'diningtable'"):
+    with pytest.raises(DataError, match=r"'dinningtable' is not one of the 20.*did you mean 'diningtable'"):
         _ = source.prompt_names
 
 
@@ -153,7 +153,7 @@ def test_names_that_other_line_ends_would_cut(tmp_path):
     rename(tmp_path, "2008_000001", "a\u200bb")
     assert VOC(str(tmp_path)).train().paths.tolist()[-1] == "JPEGImages/a\u200bb.jpg"
     rename(tmp_path, "a\u200bb", "a\u2028b")  # a space to Python, so that the line has three words
-    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is no image name and flag"):
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is not an image name and flag"):
         VOC(str(tmp_path)).train()
 
 
@@ -292,7 +292,7 @@ def test_own_classes_without_a_test_list(tmp_path):
 
 @pytest.mark.parametrize(("objects", "message"), [
     ("<object></object>", r"a\.xml: object 0 has no name"),
-    ("<object>", r"a\.xml: is no XML"),
+    ("<object>", r"a\.xml: is not XML"),
     ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
     ("\0", r"a\.xml: has NUL characters"),
     ("", r"Annotations: no XML file names an object"),

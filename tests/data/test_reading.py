@@ -153,7 +153,7 @@ def test_a_file_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, n
         "l.txt": READERS["list to predict"],
         "t.csv": read_table,
     }
-    refused(read.get(name, read_class_file), path, "memory|where at most")
+    refused(read.get(name, read_class_file), path, "memory|but at most")
     if name == "i.json":
         refused(READERS["coco names"], path, "10,000.0 GB.*memory")
 
@@ -165,7 +165,7 @@ def test_the_largest_real_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "memory_of_machine", lambda: 14)
     assert read_text(path) == "content"
     monkeypatch.setattr(reading, "memory_of_machine", lambda: 13)
-    with pytest.raises(DataError, match="takes twice that"):
+    with pytest.raises(DataError, match="needs twice as much"):
         read_text(path)
 
 

@@ -106,7 +106,7 @@ def test_others_rows_are_seen_after_a_refresh(tmp_path):
 def test_rows_and_keys_of_another_form_are_refused(tmp_path):
     store = open_store(tmp_path)
     for wrong in (rows([1, 2]), rows([1]).astype(np.float64), rows([1])[:, :2]):
-        with pytest.raises(DataError, match=r"1 features must come as float32 of shape \(1, 3, 5\), found"):
+        with pytest.raises(DataError, match=r"1 features must be given as float32 of shape \(1, 3, 5\), found"):
             store.append([key(1)], wrong)
     with pytest.raises(DataError, match="keys have 32 bytes, found 3"):
         store.append([b"abc"], rows([1]))
@@ -116,19 +116,19 @@ def test_rows_and_keys_of_another_form_are_refused(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path):
     put(open_store(tmp_path, names=("a", "b")), [1])
     assert len(open_store(tmp_path, names=["a", "b"])) == 1
-    with pytest.raises(ConfigError, match=r"features were made with size 224 \(asked for: 448\); choose another fold"):
+    with pytest.raises(ConfigError, match=r"features were made with size 224 \(requested: 448\); choose another fold"):
         open_store(tmp_path, names=["a", "b"], size=448)
-    with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(asked for: None\)"):
+    with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(requested: None\)"):
         open_store(tmp_path)
-    with pytest.raises(ConfigError, match=r"dtype '<f4' \(asked for: '<f2'\)"):
+    with pytest.raises(ConfigError, match=r"dtype '<f4' \(requested: '<f2'\)"):
         open_store(tmp_path, dtype=np.float16, names=("a", "b"))
-    with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(asked for: \[3, 4\]\)"):
+    with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(requested: \[3, 4\]\)"):
         open_store(tmp_path, shape=(3, 4), names=("a", "b"))
     (tmp_path / "settings.json").write_text('{"size": 2')
     with pytest.raises(ConfigError, match=r"settings\.json: damaged .*delete the folder"):
         open_store(tmp_path)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match="is missing beside features"):
+    with pytest.raises(ConfigError, match="is missing next to features"):
         open_store(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_room_is_required_before_it_is_needed(tmp_path, monkeypatch):
     store.append([key(0)], np.zeros((1, 250_000), np.float32))
     store.require_room(99, 0.1, "")
     with pytest.raises(
-        ConfigError, match=r"2100 more features need 2\.1 GB, 2\.1 GB with those .* 2 GB are allowed\. D"
+        ConfigError, match=r"2100 more features need 2\.1 GB, 2\.1 GB with the existing .* 2 GB are allowed\. D"
     ):
         store.require_room(2100, 2, "Do something.")
     with pytest.raises(ConfigError, match=r"0\.1 GB are allowed"):
@@ -201,7 +201,7 @@ def test_files_that_shrink_while_in_use_are_an_error(tmp_path):
     copy = pickle.loads(pickle.dumps(store))
     os.truncate(tmp_path / "rows.bin", 60)
     for action in (store.refresh, lambda: put(store, [3]), lambda: copy[0]):
-        with pytest.raises(ConfigError, match="cut or removed while in use"):
+        with pytest.raises(ConfigError, match="truncated or removed while in use"):
             action()
 
 

@@ -133,7 +133,7 @@ def test_another_column_without_a_name_is_refused(tmp_path):
 def test_delimiters_at_the_ends_of_rows(tmp_path):
     path = text(tmp_path, "image,cat,dog,,\na.jpg,1,0,,\nb.jpg,0,1,,\n")
     assert Table(path).train().class_names == ("cat", "dog")
-    refused(text(tmp_path, "image,cat\na.jpg,1,\n"), "row 2", "3 cells", "take the ',' at its end out")
+    refused(text(tmp_path, "image,cat\na.jpg,1,\n"), "row 2", "3 cells", "remove the ',' at its end")
 
 
 @pytest.mark.parametrize("first", ["sep=;", "SEP=;", '"sep=;"', "\ufeffsep=;"])
@@ -242,17 +242,17 @@ def test_json_lines_of_other_forms(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"image": "a", "cat": 1}]', ["row 1", "no object", "orient='records'"]),
-        ('{\n "image": "a"\n}', ["row 1", "no JSON object", "orient='records'"]),
-        ('{"image": "a", "cat": 1}\n{"image": "b", "cat"', ["row 2", "no JSON object"]),
-        ('{"image": "a", "image": "b", "cat": 1}', ["row 1", "'image' stands twice"]),
-        ('{"image": "a", "labels": "cat"}\n{"image": "b", "labels": ["dog"]}', ["row 1", "one form"]),
+        ('[{"image": "a", "cat": 1}]', ["row 1", "not an object", "orient='records'"]),
+        ('{\n "image": "a"\n}', ["row 1", "not a JSON object", "orient='records'"]),
+        ('{"image": "a", "cat": 1}\n{"image": "b", "cat"', ["row 2", "not a JSON object"]),
+        ('{"image": "a", "image": "b", "cat": 1}', ["row 1", "'image' occurs twice"]),
+        ('{"image": "a", "labels": "cat"}\n{"image": "b", "labels": ["dog"]}', ["row 1", "same form"]),
         ('{"image": "a", "labels": {"choices": ["cat"]}}', ["row 1", "JSON object"]),
         ('{"image": "\\ud800", "cat": 1}', ["lone surrogate"]),
-        ('{"image": ' + "[" * 100_000, ["row 1", "no JSON object"]),
-        ('{"image": ' + "1" * 10_000 + "}", ["row 1", "no JSON object"]),
-        ("", ["no JSON object"]),
-        ("{}\n", ["no JSON object"]),
+        ('{"image": ' + "[" * 100_000, ["row 1", "not a JSON object"]),
+        ('{"image": ' + "1" * 10_000 + "}", ["row 1", "not a JSON object"]),
+        ("", ["not a JSON object"]),
+        ("{}\n", ["not a JSON object"]),
         ('{"images": [], "annotations": []}', ["'annotations'"]),
     ],
 )
@@ -266,7 +266,7 @@ def test_one_sentence_a_table_says_how_it_was_read(tmp_path):
     sentences = Table(train, test).describe()
     assert sentences == [
         f"{train}: 2 images in column 'Image'; labels by name in column 'Tags', names separated by '|'",
-        f"{test}: 1 images in column 'image'; labels by column, one column a class",
+        f"{test}: 1 images in column 'image'; labels by column, one column per class",
     ]
 
 

@@ -178,10 +178,10 @@ def test_attention_maps():
 
 
 def test_backbones_that_do_not_fit():
-    with pytest.raises(ConfigError, match=r"knows no model 'resnet50x'; near names: .*resnet50"):
+    with pytest.raises(ConfigError, match=r"has no model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
-    with pytest.raises(ConfigError, match=r"VisionTransformer gives \(1, 101, 64\) where a map \(B, 64, h, w\)"):
+    with pytest.raises(ConfigError, match=r"VisionTransformer returns \(1, 101, 64\), but a map \(B, 64, h, w\)"):
         net(torch.zeros(1, 3, 160, 160))
 
 
@@ -234,16 +234,16 @@ def test_files_that_do_not_fit(tmp_path):
 
     less = {k: v for k, v in state.items() if k != "conv1.0.weight"}
     text = message({**less, "odd": torch.zeros(2), "bn1.bias": torch.zeros(3)})
-    assert f"{file} does not hold the weights of this backbone" in text
+    assert f"{file} does not contain the weights of this backbone" in text
     assert "missing: conv1.0.weight" in text
     assert "unknown: odd" in text
     assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
-    assert f"{file} holds no plain mapping from names to tensors" in message({"state_dict": state})
-    assert f"{file} is no file of weights" in message(Path("code"))  # would have to be unpickled
+    assert f"{file} is not a plain mapping from names to tensors" in message({"state_dict": state})
+    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # would have to be unpickled
     file.write_bytes(b"damaged")
-    with pytest.raises(WeightsError, match="is no file of weights"):
+    with pytest.raises(WeightsError, match="cannot be read as a weights file"):
         network(pretrained=str(file))
-    with pytest.raises(WeightsError, match=r"there\.pth' is neither 'timm' nor a file that is there"):
+    with pytest.raises(WeightsError, match=r"there\.pth' is neither 'timm' nor an existing file"):
         network(pretrained=str(tmp_path / "not_there.pth"))
 
 

@@ -136,7 +136,7 @@ class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
     def apply(self, img: np.ndarray, area: tuple[slice, slice], color: tuple[int, ...], **params: Any) -> np.ndarray:
         img = img.copy()
         rows, columns = area
-        # Both corners are painted; an assignment of the color to the slices gives the same, ten times slower.
+        # Both corners are painted. Assigning the color to slices gives the same result, ten times slower.
         cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), color, cv2.FILLED)
         return img
 

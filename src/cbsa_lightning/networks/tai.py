@@ -1,4 +1,4 @@
-"""TaI-DPT: one prompt a class for the whole image and one for its places (Guo et al., CVPR 2023)."""
+"""TaI-DPT: one prompt per class for the whole image and one for its places (Guo et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -16,37 +16,36 @@ from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
 class GrainedText(NamedTuple):
-    """Text features that the whole image (``coarse``) and its places (``fine``) are compared with, each ``(C, d)``."""
+    """Text features to compare with the whole image (``coarse``) and its places (``fine``), each ``(C, d)``."""
 
     coarse: Tensor
     fine: Tensor
 
 
 class TaI(PromptedCLIP):
-    """Two granularities: the global feature against one prompt, the places that fit best against another.
+    """Two granularities: one prompt for the global feature, and another for the best-matching places.
 
-    The logit is the mean of the global cosine and of the places' cosines, weighed by a softmax over the places, times
-    a scale.
+    The logit is the scaled mean of the global cosine and of the places' cosines, weighted by a softmax over the places.
 
-    Source: repository guozix/TaI-DPT: global and local features without positions, the local ones by
-    the value path. Its prompts are trained on captions in the place of images, by a ranking loss on each granularity;
-    the paper combines it with CAP instead, so here both are trained on the labeled and pseudo-labeled images, by
-    ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learned
+    Source: repository guozix/TaI-DPT. As there, global and local features have no positions, and the local ones use the
+    value path. The original trains its prompts on captions instead of images, with a ranking loss for each granularity.
+    The paper combines it with CAP instead, so here both prompts are trained on labeled and pseudo-labeled images, with
+    ASL on the merged logit and without captions. Since ASL needs a probability, the scale starts at 20 and is learned
     (TaI: a constant 4), and prompts are class-specific.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
+        prompt_names: The C class names as used in prompts.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
-        prompt_length: N, learnable words a prompt.
-        shared_prompts: One set of words for all classes.
-        region_scale: Factor of the cosines in the softmax over places; TaI's for images (50 for captions; 4 on
-            NUS-WIDE).
+        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
+        prompt_length: N, number of learnable words per prompt.
+        shared_prompts: Whether all classes share one set of words.
+        region_scale: Factor of the cosines in the softmax over places. The default is TaI's for images (50 for
+            captions; 4 on NUS-WIDE).
         scale: Initial factor of the cosines in the logit.
         learn_scale: Whether that factor is learned.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -68,11 +67,11 @@ class TaI(PromptedCLIP):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
     def encode_text(self) -> GrainedText:
-        """Text features of both prompts, in one pass of the text tower."""
+        """Encodes both prompts in one pass of the text tower."""
         return GrainedText(*encode_prompt_sets(self.clip, [self.global_prompts, self.local_prompts]))
 
     def forward(self, features: Tensor, text: GrainedText | None = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`."""
+        """Computes the logits; see :class:`Network`."""
         text = text if text is not None else self.encode_text()
         coarse = cosines(self.clip.pool(features, positions=False).g, text.coarse)  # (B, C)
         places = self.clip.pool.values(features, positions=False)
