@@ -1,4 +1,4 @@
-"""JSON lines of SageMaker Ground Truth and Vertex AI against matrices written by hand, and what is refused."""
+"""Compares JSON lines of SageMaker Ground Truth and Vertex AI with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def vertex(name, *names, use=None):
 
 
 def test_ground_truth(tmp_path):
-    """Classes in use: car, dog, person. b shows none of them, c is open, d has failed, e is a model's."""
+    """Classes in use: car, dog, person. b shows none, c is unlabeled, d has failed, e was labeled by a model."""
     failed = {"source-ref": "s3://b/photos/d.jpg", "tags-metadata": {"failure-reason": "too large"}}
     file = manifest(
         tmp_path,
@@ -66,7 +66,7 @@ def test_ground_truth(tmp_path):
     ]
 
 
-def test_ground_truth_of_one_label_an_image(tmp_path):
+def test_ground_truth_with_one_label_per_image(tmp_path):
     metadata = {"type": "groundtruth/image-classification", "class-name": "dog"}
     line = {"source-ref": "s3://b/photos/a.jpg", "sport": 0, "sport-metadata": metadata, "mine": 1}
     assert matrix(CloudLines(manifest(tmp_path, line), prefix="s3://b/photos").train()) == {"a.jpg": [1]}
@@ -112,7 +112,7 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     ([{"imageGcsUri": "s3://b/photos/a.jpg", "classificationAnnotations": [3]}], {}, ["annotation must be an object"]),
     ([sagemaker("a.jpg")], {}, ["no answer names a label"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, lines, options, words):
+def test_invalid_files(tmp_path, lines, options, words):
     with pytest.raises(DataError) as error:
         CloudLines(manifest(tmp_path, *lines), prefix="s3://b/photos", **options).train()
     for word in ["t.manifest", *words]:
@@ -127,6 +127,6 @@ def test_one_of_several_attributes(tmp_path):
     assert source.describe()[0].endswith("1 label attribute not read: 'more'")
 
 
-def test_arguments_that_cannot_be_used():
+def test_invalid_arguments():
     with pytest.raises(ConfigError, match="attribute cannot be a int"):
         CloudLines("t.manifest", attribute=3)

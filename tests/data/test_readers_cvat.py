@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: files of three writers against matrices written by hand, and everything that is refused."""
+"""Compares CVAT files ("CVAT for images 1.1") of three tools with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 FILES = Path(__file__).parent / "labeltools" / "cvat"
 
-# What the files mean: classes, and the tags of each image; an image without a tag is unlabeled.
+# Expected classes and tags of each image; an image without a tag is unlabeled.
 MEANT = {
     "by_hand.xml": (
         ("person", "dog"),
@@ -42,7 +42,7 @@ def test_files_of_the_tools(name, untagged):
     assert source.test() is None
 
 
-def test_notes_count_everything_else():
+def test_notes_count_other_content():
     file = str(FILES / "by_hand.xml")
     assert CVAT(file).describe() == [
         f"{file}: 1 image without a tag: unlabeled",
@@ -87,7 +87,7 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 
 
-def test_classes_may_stand_in_another_order_but_not_differ(tmp_path):
+def test_classes_may_differ_only_in_their_order(tmp_path):
     train = export(tmp_path, f'<image name="a.jpg">{CAT}</image>')
     dog = "<label><name>dog</name></label>"
     turned = dog + LABELS.replace("none", "bird")
@@ -118,7 +118,7 @@ def test_classes_may_stand_in_another_order_but_not_differ(tmp_path):
     ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["the same path twice", "image 1", "image 2"]),
     ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["the same class twice"]),
 ])  # fmt: skip
-def test_exports_that_cannot_be_used(tmp_path, images, options, words):
+def test_invalid_exports(tmp_path, images, options, words):
     with pytest.raises(DataError) as error:
         CVAT(export(tmp_path, images, **options)).train()
     for word in ["a.xml", *words]:
@@ -132,12 +132,12 @@ def test_exports_that_cannot_be_used(tmp_path, images, options, words):
     (b"\xff\xfe<\x00", "save it as UTF-8"),
     ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "has NUL characters"),
 ])  # fmt: skip
-def test_files_that_are_no_exports(tmp_path, text, message):
+def test_files_that_are_not_exports(tmp_path, text, message):
     (tmp_path / "a.xml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=message):
         CVAT(str(tmp_path / "a.xml")).train()
 
 
-def test_untagged_is_one_of_two():
+def test_choices_of_untagged():
     with pytest.raises(ConfigError, match="untagged must be 'unlabeled' or 'nothing'"):
         CVAT("a.xml", untagged="empty")

@@ -1,4 +1,4 @@
-"""FiftyOne's labels.json: its exporter's own file against a matrix written by hand, and everything that is refused."""
+"""Compares FiftyOne's labels.json, written by its exporter, with an expected matrix, and tests errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_file_of_the_exporter(tmp_path):
     source = FiftyOne(str(tmp_path / "labels.json"))
     source.prepare()
     assert source.class_names == ("car", "dog", "person", "tree")
-    assert matrix(source.train()) == {  # null is "not labeled" as well as "none", so it must be unlabeled
+    assert matrix(source.train()) == {  # null means "not labeled" or "none", so it must be unlabeled
         "beach/001.jpg": [0, 1, 1, 0],
         "beach/002.jpg": [-1, -1, -1, -1],
         "city/003.jpg": [-1, -1, -1, -1],
@@ -68,7 +68,7 @@ def test_forms_of_a_label(tmp_path):
     ({"classes": ["x"], "labels": {"a": [0]}}, ["a.png"], ["'a' ('a.jpg' and 'a.png')", "only in their suffix"]),
     ('{"classes": ["x"], "labels": {"a": [0], "a": []}}', (), ["the key 'a' occurs twice"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, content, images, words):
+def test_invalid_files(tmp_path, content, images, words):
     file = dataset(tmp_path, content, ["a.jpg", *images])
     with pytest.raises(DataError) as error:
         FiftyOne(file).train()

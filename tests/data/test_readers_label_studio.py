@@ -1,4 +1,4 @@
-"""Exports of Label Studio: its server's own files against matrices written by hand, and everything that is refused."""
+"""Compares exports written by a Label Studio server with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = Path(__file__).parent / "labeltools" / "label_studio"
 CONFIG = """<View><Image name="image" value="$image"/><Choices name="labels" toName="image" choice="multiple">
 <Choice value="car"/><Choice value="dog"/><Choice value="person"/><Choice value="tree"/></Choices></View>"""
 
-# What the files mean; classes car, dog, person, tree. Two annotators chose {person, dog} and {person} for beach/001;
+# Expected labels; classes car, dog, person, tree. Two annotators chose {person, dog} and {person} for beach/001;
 # 002 is skipped; two chose nothing for city/003, whose further tasks are open; 004 is a car; 006 has a draft.
 OF_ALL = {
     "beach/001.jpg": [0, -1, 1, 0],
@@ -26,7 +26,7 @@ OF_ALL = {
     "city/006.jpg": [-1, -1, -1, -1],
 }
 ANSWERED = {"beach/001.jpg", "city/003.jpg", "city/004.jpg"}
-HELD = {  # images that each file holds
+HELD = {  # images in each file
     "json_all_tasks.json": set(OF_ALL),
     "json_default.json": ANSWERED | {"beach/002.jpg"},
     "json_min_all_tasks.json": set(OF_ALL) - {"beach/002.jpg"},
@@ -66,7 +66,7 @@ def test_classes_in_use_without_a_configuration(name):
     assert "the classes are the labels in use" in source.describe()[-1]
 
 
-def test_notes_count_everything_else(config):
+def test_notes_count_other_content(config):
     source = LabelStudio(str(FILES / "json_all_tasks.json"), label_config=config, prefix="photos")
     file = str(FILES / "json_all_tasks.json")
     assert source.describe() == [
@@ -124,7 +124,7 @@ def test_train_and_test(tmp_path, config):
     assert matrix(source.test()) == {"b.jpg": [0, 0, 0, 0]}
 
 
-def test_class_file_gives_classes_and_synonyms(tmp_path):
+def test_class_file_with_classes_and_synonyms(tmp_path):
     classes = write(tmp_path, "dog: {synonyms: [hound]}\ncat: house cat\n", "c.yaml")
     write_image(tmp_path / "a.jpg", 0)
     source = LabelStudio(write(tmp_path, [task("a.jpg", answer(choices("hound")))]), class_file=classes)
@@ -176,7 +176,7 @@ def test_other_controls_are_counted(tmp_path):
     ("gs://b/elsewhere/001.jpg", None, "beach/001.jpg"),
     ("elsewhere/001.jpg", None, "beach/001.jpg"),
 ])  # fmt: skip
-def test_identity_of_an_image(tmp_path, value, prefix, path):
+def test_forms_of_image_paths(tmp_path, value, prefix, path):
     for name in ("beach/001.jpg", "beach/002.jpg", "city/002.jpg", "0a1b2c3d-kept.jpg"):
         write_image(tmp_path / name, 0)
     assert read(tmp_path, [task(value, answer(choices("dog")))], prefix=prefix).paths.tolist() == [path]
@@ -244,7 +244,7 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ([task("a.jpg", answer(choices("")))], ["empty name"]),
     ([task("a.jpg", answer())], ["no answer names a label"]),
 ])  # fmt: skip
-def test_exports_that_cannot_be_used(tmp_path, tasks, words):
+def test_invalid_exports(tmp_path, tasks, words):
     write_image(tmp_path / "a.jpg", 0)
     with pytest.raises(DataError) as error:
         read(tmp_path, tasks)
@@ -283,7 +283,7 @@ def test_a_control_without_results(tmp_path):
     ('<View><Image name="i" value="$i"/><Choices name="c" toName="i" value="$options"/></View>', "lists no Choice"),
     (CONFIG.replace("</View>", CONFIG.partition(">")[2]).replace('"labels"', '"more"', 1), "several Choices"),
 ])  # fmt: skip
-def test_configurations_that_cannot_be_used(tmp_path, text, message):
+def test_invalid_configurations(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         _ = LabelStudio(write(tmp_path, [GOOD]), label_config=write(tmp_path, text, "c.xml")).class_names
 
@@ -302,7 +302,7 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
     ([ROW | {"labels": {"taxonomy": []}}], {"control": "labels"}, "labels must be a choice or"),
     ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "its data has no 'image'"),
 ])  # fmt: skip
-def test_json_min_that_cannot_be_used(tmp_path, rows, options, message):
+def test_invalid_json_min(tmp_path, rows, options, message):
     write_image(tmp_path / "a.jpg", 0)
     with pytest.raises(DataError, match=message):
         read(tmp_path, rows, **options)
@@ -314,7 +314,7 @@ def test_json_min_that_cannot_be_used(tmp_path, rows, options, message):
     ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be an integer or empty, found 'x'"),
     ("annotation_id,labels\n1,dog\n", "no 'image'"),
 ])  # fmt: skip
-def test_csv_that_cannot_be_used(tmp_path, text, message):
+def test_invalid_csv(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         LabelStudio(write(tmp_path, text, "t.csv"), control="labels").train()
 
@@ -326,7 +326,7 @@ def test_json_min_of_an_open_task_with_an_empty_control(tmp_path):
     assert matrix(read(tmp_path, rows)) == {"a.jpg": [1], "b.jpg": [-1]}
 
 
-def test_csv_of_pandas_with_gaps(tmp_path):
+def test_csv_written_by_pandas_with_gaps(tmp_path):
     write_image(tmp_path / "a.jpg", 0)
     write_image(tmp_path / "b.jpg", 0)
     file = write(tmp_path, "annotation_id,image,doubt,labels\n3.0,a.jpg,.5,dog\n,b.jpg,,\n", "t.csv")
@@ -344,7 +344,7 @@ def test_csv_of_pandas_with_gaps(tmp_path):
     ({"control": 1}, "control cannot be a int"),
     ({"prefix": 1}, "prefix cannot be a int"),
 ])  # fmt: skip
-def test_arguments_that_cannot_be_used(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ConfigError, match=message):
         LabelStudio(**{"train": "t.json", **options})
 

@@ -1,4 +1,4 @@
-"""Open Images: a tool's file and generated ones against matrices written by hand, and everything that is refused."""
+"""Compares Open Images files of a tool and generated ones with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def matrix(table) -> dict[str, list[int]]:
 
 
 def test_files_of_a_tool():
-    """Classes car, dog, person, tree. The person of beach/001 has confidence .9: a model's, so nothing is known."""
+    """Classes car, dog, person, tree. The person in beach/001 has a model's confidence, .9, and is thus unknown."""
     names = str(FILES / "class-descriptions.csv")
     images = str(FILES / "train-images-with-rotation.csv")
     source = OpenImages(LABELS, class_descriptions=names, train_images=images)
@@ -86,7 +86,7 @@ def test_present_absent_and_unknown(tmp_path):
     (ROWS, None, "ImageID,Subset\n1,train\n2,train\n", ["images that are not in", "images.csv: '3'"]),
     (ROWS, None, "ImageID,Subset\n1,a\n2,a\n3,a\n3,b\n", ["images.csv: an image is listed twice"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, labels, names, images, words):
+def test_invalid_files(tmp_path, labels, names, images, words):
     source = OpenImages(
         write(tmp_path, labels),
         class_descriptions=names and write(tmp_path, names, "names.csv"),
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_used(tmp_path, labels, names, images, words):
         assert word in str(error.value)
 
 
-def test_arguments_that_cannot_be_used(tmp_path):
+def test_invalid_arguments(tmp_path):
     with pytest.raises(ConfigError, match="train is None"):
         OpenImages(None)
     with pytest.raises(ConfigError, match="suffix cannot be a int"):
