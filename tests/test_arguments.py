@@ -14,7 +14,7 @@ from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.readers import COCO, NUSWIDE, VOC, Digits, Table
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.context_task import ContextTask, NormalizedCut
 from cbsa_lightning.method.labelers import ClassDistributionAware, Fixed, InstanceAware, TopK
 from cbsa_lightning.method.losses import AsymmetricLoss
 from cbsa_lightning.method.stacking import StackedProbes
@@ -68,7 +68,7 @@ def test_class_names(clip_folder, names, message):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"source": "photos.csv"}, r"source cannot be a str \('photos\.csv'\); give a source of .*Table\(train=FILE\)"),
     ({"labeled_fraction": 1.5}, "labeled_fraction must be a number of at least 0 and at most 1, got 1.5"),
-    ({"held_out_fraction": -0.1}, "held_out_fraction"), ({"cutout": 3}, "cutout"),
+    ({"held_out_fraction": -0.1}, "held_out_fraction"), ({"strong_view": 3}, "strong_view"),
     ({"batch_size": 8.5}, "batch_size must be an integer"), ({"image_size": "64"}, "image_size"),
     ({"eval_batch_size": 0}, "eval_batch_size"), ({"num_workers": -1}, "num_workers"),
     ({"on_error": "ignore"}, r"data\.on_error must be 'stop' or 'skip', got 'ignore'"),
@@ -86,7 +86,7 @@ def test_arguments_of_the_data_module(tmp_path, settings, message):
     (partial(ContextTask, weight=-1), r"contexts\.weight must be a number of at least 0, got -1"),
     (partial(ContextTask, confidence=2), r"contexts\.confidence .*at most 1, got 2"),
     (partial(ContextTask, soft_targets="no"), "soft_targets must be True or False"),
-    (partial(ContextTask, assign="qr"), r"contexts\.assign must be 'cluster_qr' or .*, got 'qr'"),
+    (partial(NormalizedCut, "qr"), r"assign must be 'cluster_qr' or .*, got 'qr'"),
     (partial(ContextTask, pseudo_weight=float("inf")), r"contexts\.pseudo_weight .*got inf"),
     (partial(TopK, k=0), "TopK: k must be an integer of at least 1, got 0"),
     (partial(TopK, k=2.0), r"TopK: k must be an integer of at least 1, got 2\.0"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.caches.feature_cache import FeatureCache, KeptViews, StrongInTurn, Tower
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.samplers import Draw
@@ -57,13 +58,13 @@ def cached_fit(folder, clip, source, strong=0, cache=None, **settings):
 
 def test_cached_views_equal_the_views_of_training(squares):
     files, contents = ImageFiles(squares.train()), [bytes([i]) * 32 for i in range(22)]
-    views = KeptViews(files, contents, np.ones((22, 4), dtype=bool), SIZE, 0.5)
+    views = KeptViews(files, contents, np.ones((22, 4), dtype=bool), SIZE, CutoutRandAugment())
     plain, mirrored, first, second = views.make(3, [0, 1, 2, 3])
     assert torch.equal(plain, PlainView(SIZE)(files[3]))
     assert torch.equal(mirrored, plain.flip(-1))
     place = int.from_bytes(contents[3][:4], "little")
     for v, view in enumerate((first, second)):
-        assert torch.equal(view, StrongView(SIZE, 0, 0.5)(files[3], Draw(place, v, 0)))
+        assert torch.equal(view, StrongView(SIZE, 0)(files[3], Draw(place, v, 0)))
     assert not torch.equal(first, second)
     weak = WeakView(SIZE, 5)
     flips = set()
@@ -73,7 +74,7 @@ def test_cached_views_equal_the_views_of_training(squares):
         assert torch.equal(weak(files[3], draw), (plain, mirrored)[weak.flips(draw)])
     assert flips == {True, False}
     assert len({views.key(row, column) for row in range(22) for column in range(4)}) == 88
-    other = KeptViews(files, contents, views.needed, SIZE, 0.25)
+    other = KeptViews(files, contents, views.needed, SIZE, CutoutRandAugment(0.25))
     assert other.key(3, 0) == views.key(3, 0)
     assert other.key(3, 2) != views.key(3, 2)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import product
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
+from cbsa_lightning.data.augmentations import Albumentations, CutoutRandAugment
 from cbsa_lightning.data.samplers import Draw, LabeledBatches
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView, squash
 from cbsa_lightning.errors import ConfigError, DataError
@@ -104,7 +106,7 @@ def steps_of(view):
 
 
 def test_weak_and_strong_flips_of_one_draw_are_independent():
-    weak, strong = WeakView(SIZE, 0), StrongView(SIZE, 0, cutout=0)
+    weak, strong = WeakView(SIZE, 0), StrongView(SIZE, 0, CutoutRandAugment(0))
     upright = PlainView(SIZE)(IMAGE)
     pairs = []
     for index in range(1200):
@@ -117,7 +119,7 @@ def test_weak_and_strong_flips_of_one_draw_are_independent():
 
 def cutouts(number, size, cutout=0.5):
     """Returns boxes (top, bottom, left, right; ends exclusive), colors and flips of cutouts on a white image."""
-    view = StrongView(size, 0, cutout)
+    view = StrongView(size, 0, CutoutRandAugment(cutout))
     white = np.full((size, size, 3), 255, np.uint8)
     flip, cut, augment = view._pipeline.transforms
     augment.p = 0  # only the cutout
@@ -165,7 +167,7 @@ def test_whole_cutout_side(size, cutout, side):
 
 
 def test_without_cutout_a_quarter_of_strong_views_are_weak():
-    strong = StrongView(SIZE, 5, cutout=0)
+    strong = StrongView(SIZE, 5, CutoutRandAugment(0))
     weak = [PlainView(SIZE)(IMAGE), PlainView(SIZE)(IMAGE).flip(-1)]
     counts = [0, 0, 0]
     for index in range(800):
@@ -227,8 +229,8 @@ def test_importing_views_uses_no_network_and_no_opencv_threads():
         (lambda: WeakView(0, 1), "size of a view is 0"),
         (lambda: PlainView(-3), "size of a view is -3"),
         (lambda: StrongView(8, -1), "seed is -1"),
-        (lambda: StrongView(8, 1, cutout=1.5), "cutout is 1.5"),
-        (lambda: StrongView(8, 1, cutout=-0.1), "cutout is -0.1"),
+        (lambda: CutoutRandAugment(1.5), "cutout must be .* got 1.5"),
+        (lambda: CutoutRandAugment(-0.1), "cutout must be .* got -0.1"),
     ],
 )
 def test_invalid_settings_are_refused(make, message):
@@ -241,3 +243,25 @@ def test_invalid_arrays_are_refused(image):
     for view in (WeakView(8, 0), StrongView(8, 0), PlainView(8)):
         with pytest.raises(DataError, match="found"):
             view(image, Draw(0, 0, 0))
+
+
+def test_any_albumentations_transforms_make_a_view():
+    flipped = StrongView(SIZE, 0, Albumentations([A.HorizontalFlip(p=1)]))(IMAGE, Draw(0, 0, 0))
+    assert torch.equal(flipped, PlainView(SIZE)(IMAGE).flip(-1))
+    noisy = StrongView(SIZE, 0, Albumentations([A.GaussNoise(p=1)]))
+    assert torch.equal(noisy(IMAGE, Draw(0, 1, 0)), noisy(IMAGE, Draw(0, 1, 0)))
+    assert not torch.equal(noisy(IMAGE, Draw(0, 1, 0)), noisy(IMAGE, Draw(0, 2, 0)))
+
+
+def test_augmentations_with_different_settings_have_different_names():
+    names = [Albumentations([A.ColorJitter(p=p)]).name for p in (0.5, 0.8)]
+    assert names[0] != names[1]
+    assert CutoutRandAugment(0.5).name != CutoutRandAugment(0.25).name
+
+
+def test_transforms_that_change_the_size_are_refused():
+    view = StrongView(SIZE, 0, Albumentations([A.Resize(8, 8)]))
+    with pytest.raises(ConfigError, match=r"returns uint8 \(8, 8, 3\)"):
+        view(IMAGE, Draw(0, 0, 0))
+    with pytest.raises(ConfigError, match="transforms cannot be a str"):
+        Albumentations(["HorizontalFlip"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +14,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.augmentations import Augmentation, CutoutRandAugment, Flip
 from cbsa_lightning.data.batch_sizes import (
     check_batch,
     default_labeled_per_batch,
@@ -75,7 +79,9 @@ class SSMLLDataModule(L.LightningDataModule):
             images are trained on for enough steps. With 1, as in the paper, an epoch is one pass.
         eval_batch_size: Images per step without gradient.
         num_workers: Number of loader workers. They change only the speed, never a view.
-        cutout: Side of the square cut from strong views, as a fraction of the image's side.
+        weak_view: Augmentation of the views that pseudo-labels are computed from; None: ``Flip()``. Views of another
+            augmentation are always computed from the images, even with a feature cache.
+        strong_view: Augmentation of the views that the network is trained on; None: ``CutoutRandAugment()``.
         predict: Images for ``cbsa predict``: a folder, or a table of paths.
         image_cache: Cache of decoded and resized training and test images, so that each file is decoded once instead
             of in every epoch; the views are the same. None decodes the files each time.
@@ -120,7 +126,8 @@ class SSMLLDataModule(L.LightningDataModule):
         min_steps_per_epoch: int = 1,
         eval_batch_size: int = 128,
         num_workers: int = 2,
-        cutout: float = 0.5,
+        weak_view: Augmentation | None = None,
+        strong_view: Augmentation | None = None,
         predict: str | None = None,
         image_cache: ImageCache | None = None,
         fast_decode: bool = False,
@@ -132,7 +139,8 @@ class SSMLLDataModule(L.LightningDataModule):
         for name, share in (("labeled_fraction", labeled_fraction), ("held_out_fraction", held_out_fraction)):
             if share is not None:
                 check_number(name, share, 0, 1)
-        check_number("cutout", cutout, 0, 1)
+        for name, view in (("weak_view", weak_view), ("strong_view", strong_view)):
+            check_kind(name, view, Augmentation, "an object such as CutoutRandAugment(cutout=0.25)")
         for name, size in (
             ("image_size", image_size),
             ("seed", seed),
@@ -180,7 +188,8 @@ class SSMLLDataModule(L.LightningDataModule):
         self.min_steps_per_epoch = min_steps_per_epoch
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.cutout = cutout
+        self.weak_view = weak_view if weak_view is not None else Flip()
+        self.strong_view = strong_view if strong_view is not None else CutoutRandAugment()
         self.predict = predict
         self.image_cache = image_cache
         self.fast_decode = fast_decode
@@ -322,6 +331,18 @@ class SSMLLDataModule(L.LightningDataModule):
                 "nothing; remove them from one of the two tables."
             )
 
+    def with_held_out(self, places: np.ndarray) -> SSMLLDataModule:
+        """Returns the same data with some labeled images held out for validation, and the present batch sizes.
+
+        Args:
+            places: Which of the labeled images, as indices into ``split.labeled``.
+        """
+        part = copy.copy(self)
+        labeled = self.split.labeled
+        part.split = replace(self.split, labeled=np.delete(labeled, places), held_out=labeled[places])
+        part._labeled_per_batch, part._warmup_batch_size = self.labeled_per_batch, self.warmup_batch_size
+        return part
+
     def labeled_targets(self) -> torch.Tensor:
         """Returns labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
         return torch.from_numpy(self.train_table.labels[self.split.labeled])
@@ -393,12 +414,14 @@ class SSMLLDataModule(L.LightningDataModule):
     def _kept(self, images: Images, table: AnnotationTable, needed: np.ndarray) -> KeptViews:
         files = [table.file(row) for row in range(len(table))]
         contents = content_keys(files, Path(self._cache().folder) / "contents.json")
-        return KeptViews(images, contents, needed, self.image_size, self.cutout)
+        return KeptViews(images, contents, needed, self.image_size, self.strong_view)
 
     def _views(self, part: str | None, images: Images, view: View) -> ImageViews | CachedViews:
         """Returns cached features if there are any for this view, else the images."""
-        column: Any = view.flips if isinstance(view, WeakView) else plain
-        if isinstance(view, StrongView):
+        column: Any = plain
+        if isinstance(view, WeakView):
+            column = view.flips if view.only_flips else None
+        elif isinstance(view, StrongView):
             column = StrongInTurn(self._strong_views) if self._strong_views else None
         if self._features is None or part is None or column is None:
             return ImageViews(images, view)
@@ -410,7 +433,7 @@ class SSMLLDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return {"rank": 0, "world_size": 1}
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and lightning_private.replaces_samplers(trainer):
             raise ConfigError(
                 "Our samplers share the work among processes themselves; pass use_distributed_sampler=False to the "
                 "Trainer."
@@ -438,7 +461,7 @@ class SSMLLDataModule(L.LightningDataModule):
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         labeled = np.zeros(len(self.train_table), dtype=bool)
         labeled[self.split.labeled] = True
-        view = StrongView(self.image_size, self.seed, self.cutout)
+        view = StrongView(self.image_size, self.seed, self.strong_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labeled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         paired = self._paired() if second == "semi-supervised" else None  # errors appear now, not after the warm-up
@@ -489,7 +512,7 @@ class SSMLLDataModule(L.LightningDataModule):
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Returns weak views of this rank's share of the unlabeled images, in order."""
         table, indices = self.train_table, self.split.unlabeled
-        view = WeakView(self.image_size, self.seed)
+        view = WeakView(self.image_size, self.seed, self.weak_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
         return self._loader(dataset, batches)

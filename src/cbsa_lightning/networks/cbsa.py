@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompted import PromptedCLIP
 from cbsa_lightning.networks.prompts import encode_prompt_sets
+
+DecoderCallable = Callable[[int], nn.Module]
+"""Makes a label decoder from the width d of queries and tokens."""
 
 
 class TextFeatures(NamedTuple):
@@ -44,7 +48,10 @@ class CBSANetwork(PromptedCLIP):
         prompt_length: N, number of learnable words per prompt.
         shared_prompts: Whether all classes share one set of words (Table 8, "w/o CSP").
         prompt_template: Initial words of the prompts (Table 6, "Template"); None starts from noise.
-        decoder_layers: Blocks of the label decoder (Eq. 4).
+        decoder: Makes the label decoder (Eq. 4) from the width d, with the arguments and return values of
+            :class:`~cbsa_lightning.networks.decoder.LabelDecoder`. None: ``LabelDecoder`` with the ``decoder_*``
+            settings.
+        decoder_layers: Blocks of the label decoder.
         decoder_heads: Attention heads of each block.
         decoder_feedforward: Hidden width of each block.
         decoder_dropout: Dropout rate of each block.
@@ -73,6 +80,7 @@ class CBSANetwork(PromptedCLIP):
         prompt_length: int = 16,
         shared_prompts: bool = False,
         prompt_template: str | None = None,
+        decoder: DecoderCallable | None = None,
         decoder_layers: int = 2,
         decoder_heads: int = 8,
         decoder_feedforward: int = 2048,
@@ -97,11 +105,20 @@ class CBSANetwork(PromptedCLIP):
                 f"{num_contexts} contexts cannot be formed from {len(prompt_names)} classes; choose num_contexts <= "
                 f"{len(prompt_names)}, or 0 for none."
             )
-        sizes = (decoder_layers, decoder_heads, decoder_feedforward, decoder_dropout, decoder_self_attention)
+        if decoder is not None and not callable(decoder):
+            raise ConfigError(f"decoder cannot be {decoder!r:.100}; give a class or function of the width.")
+        sizes: dict[str, Any] = {
+            "layers": decoder_layers,
+            "heads": decoder_heads,
+            "feedforward": decoder_feedforward,
+            "dropout": decoder_dropout,
+            "self_attention": decoder_self_attention,
+        }
         from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
 
         towers = FrozenCLIP.load(clip, pretrained)
-        decoder = LabelDecoder(towers.embed_dim, *sizes) if semantic_alignment else None
+        make_decoder: DecoderCallable = decoder if decoder is not None else partial(LabelDecoder, **sizes)
+        aligner = make_decoder(towers.embed_dim) if semantic_alignment else None
         super().__init__(towers, prompt_names, train_pool, pool_lr_scale)
         self.num_contexts = num_contexts
         if num_contexts and not train_pool:
@@ -117,9 +134,9 @@ class CBSANetwork(PromptedCLIP):
             self.target_prompts = self._prompts(
                 prompt_length, False, prompt_template or "a photo of a", trainable=False
             )
-        self.decoder = decoder
-        self.has_label_features = decoder is not None
-        self.semantic_prompts = self._prompts(*words) if decoder is not None else None
+        self.decoder = aligner
+        self.has_label_features = aligner is not None
+        self.semantic_prompts = self._prompts(*words) if aligner is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
         # Created last, so that switching contexts on or off does not change the initial values of other weights.
         self.context_head = nn.Linear(towers.embed_dim, num_contexts) if num_contexts else None

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_number, check_paths
+from cbsa_lightning.data.augmentations import Augmentation
 from cbsa_lightning.data.caches.image_cache import Images
 from cbsa_lightning.data.caches.store import KEY_BYTES, RowStore
 from cbsa_lightning.data.needed_views import MIRRORED, PLAIN, STRONG
@@ -151,13 +152,15 @@ class KeptViews:
         contents: Hash of the content of each image's file.
         needed: ``(n, V)`` bool, which views of each image are needed; see :func:`needed_views`.
         size: S, side of the views in pixels.
-        cutout: Cutout of the strong views.
+        strong: Augmentation of the strong views.
     """
 
-    def __init__(self, images: Images, contents: Sequence[bytes], needed: np.ndarray, size: int, cutout: float) -> None:
+    def __init__(
+        self, images: Images, contents: Sequence[bytes], needed: np.ndarray, size: int, strong: Augmentation
+    ) -> None:
         self.images, self.contents, self.needed = images, contents, needed
-        self.plain, self.strong = PlainView(size), StrongView(size, _BANK_SEED, cutout)
-        names = ["plain", "mirrored", *(f"strong {v}, cutout {cutout}" for v in range(needed.shape[1] - STRONG))]
+        self.plain, self.strong = PlainView(size), StrongView(size, _BANK_SEED, strong)
+        names = ["plain", "mirrored", *(f"strong {v}, {strong.name}" for v in range(needed.shape[1] - STRONG))]
         self._names = [name.encode() for name in names]
 
     def key(self, row: int, column: int) -> bytes:
