@@ -332,10 +332,10 @@ class SSMLLDataModule(L.LightningDataModule):
             )
 
     def with_held_out(self, places: np.ndarray) -> SSMLLDataModule:
-        """Returns the same data with some labeled images held out for validation, and the present batch sizes.
+        """Returns the same data with some labeled images held out for validation and unchanged batch sizes.
 
         Args:
-            places: Which of the labeled images, as indices into ``split.labeled``.
+            places: Labeled images to hold out, as indices into ``split.labeled``.
         """
         part = copy.copy(self)
         labeled = self.split.labeled

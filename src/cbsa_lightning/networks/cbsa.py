@@ -20,7 +20,7 @@ from cbsa_lightning.networks.prompted import PromptedCLIP
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 DecoderCallable = Callable[[int], nn.Module]
-"""Makes a label decoder from the width d of queries and tokens."""
+"""Creates a label decoder from the width d of queries and tokens."""
 
 
 class TextFeatures(NamedTuple):
@@ -48,7 +48,7 @@ class CBSANetwork(PromptedCLIP):
         prompt_length: N, number of learnable words per prompt.
         shared_prompts: Whether all classes share one set of words (Table 8, "w/o CSP").
         prompt_template: Initial words of the prompts (Table 6, "Template"); None starts from noise.
-        decoder: Makes the label decoder (Eq. 4) from the width d, with the arguments and return values of
+        decoder: Creates the label decoder (Eq. 4) from the width d, with the arguments and return values of
             :class:`~cbsa_lightning.networks.decoder.LabelDecoder`. None: ``LabelDecoder`` with the ``decoder_*``
             settings.
         decoder_layers: Blocks of the label decoder.
