@@ -148,7 +148,7 @@ def test_a_choice_that_means_nothing(tmp_path):
     write_image(tmp_path / "b.jpg", 0)
     tasks = [task("a.jpg", answer(choices("none"))), task("b.jpg", answer(choices("dog")))]
     assert matrix(read(tmp_path, tasks, nothing=["none"])) == {"a.jpg": [0], "b.jpg": [1]}
-    with pytest.raises(DataError, match=r"record 1: a label that means nothing with others: 'none', 'dog'"):
+    with pytest.raises(DataError, match=r"record 1: a label that means nothing, together with others: 'none', 'dog'"):
         read(tmp_path, [task("a.jpg", answer(choices("none", "dog")))], nothing=["none"])
 
 

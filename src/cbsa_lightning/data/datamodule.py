@@ -488,8 +488,8 @@ class SSMLLDataModule(L.LightningDataModule):
     def _paired(self) -> PairedBatches:
         if not len(self.split.unlabeled):
             raise DataError(
-                "There is no unlabeled image, so nothing to learn from besides the labels. Add rows without labels, "
-                "set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
+                "There is no unlabeled image, so there is nothing to learn from besides the labels. Add rows without "
+                "labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
             )
         lb = self.labeled_per_batch
         ub = self.batch_size - lb
@@ -504,7 +504,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
 
     def _semi_supervised_steps(self) -> int:
-        """Returns the steps of a semi-supervised epoch; a run on labels only has as many, to be comparable."""
+        """Returns the steps of a semi-supervised epoch; a labels-only run has as many, to be comparable."""
         if len(self.split.unlabeled):
             return len(self._paired())
         return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
@@ -520,7 +520,7 @@ class SSMLLDataModule(L.LightningDataModule):
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
         """Returns plain views of this rank's share of some ``rows`` of the train table, in order.
 
-        Returns images if features of some rows are not cached: those of the unlabeled images in a run on labels only.
+        Returns images if features of some rows are not cached: those of the unlabeled images in a labels-only run.
         """
         kept = self._features is None or bool((self._features.rows["train"][rows, PLAIN] >= 0).all())
         return self._eval_loader("train" if kept else None, self.train_table, self._train_images, rows)

@@ -137,8 +137,8 @@ def make_plan(
         raise DataError("There is no labeled image to train on. Use another split_file, or draw a split without one.")
     if not len(split.unlabeled) and not settings.labeled_only:
         raise DataError(
-            "There is no unlabeled image, so nothing to learn from besides the labels. Add rows without labels, set "
-            "labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
+            "There is no unlabeled image, so there is nothing to learn from besides the labels. Add rows without "
+            "labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
         )
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
     if not len(split.held_out) and tested is None:

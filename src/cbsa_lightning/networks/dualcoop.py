@@ -28,7 +28,7 @@ class DualCoOp(PromptedCLIP):
     are summed with these weights. The original applies a softmax to both sums. Its probability of the class is the
     sigmoid of their difference, which is the logit here.
 
-    Source: repository sunxm2357/DualCoOp. As there, regions are the value path of the attention pool with positions,
+    Source: repository sunxm2357/DualCoOp. As in it, regions are the value path of the attention pool with positions,
     including the mean token. Differences, common to all rows of the paper's tables: CAP's pseudo-labels, ASL(0, 4),
     AdamW and one-cycle schedule instead of partial labels, ASL(1, 2) and SGD.
 

@@ -96,7 +96,7 @@ class Describer(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Description:
         """Describes frozen features."""
-        # In float32: zero-shot scores of two images may differ by less than half precision can represent.
+        # In float32: zero-shot scores of two images differ by little more than the resolution of half precision.
         with torch.autocast(features.device.type, enabled=False):
             dtype = next(self.pool.parameters()).dtype
             g = nn.functional.normalize(self.pool(features.to(dtype)).g.float(), dim=-1)

@@ -1,6 +1,6 @@
 """A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows.
 
-Sources: CAP's repository (xiemk/SSMLL-CAP) for the trained weights and the images; timm for the ResNet and its
+Sources: CAP's repository (xiemk/SSMLL-CAP) for the trained layers and the images; timm for the ResNet and its
 ImageNet weights; "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., repository
 Alibaba-MIIL/ML_Decoder) for the decoder head.
 """

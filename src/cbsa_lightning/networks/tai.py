@@ -27,7 +27,7 @@ class TaI(PromptedCLIP):
 
     The logit is the scaled mean of the global cosine and of the places' cosines, weighted by a softmax over the places.
 
-    Source: repository guozix/TaI-DPT. As there, global and local features have no positions, and the local ones use the
+    Source: repository guozix/TaI-DPT. As in it, global and local features have no positions, and the local ones use the
     value path. The original trains its prompts on captions instead of images, with a ranking loss for each granularity.
     The paper combines it with CAP instead, so here both prompts are trained on labeled and pseudo-labeled images, with
     ASL on the merged logit and without captions. Since ASL needs a probability, the scale starts at 20 and is learned

@@ -95,7 +95,7 @@ def _files(
 
 
 def _other_case(folders: dict[Path, dict[str, str]], table: AnnotationTable, _: Survey, row: int) -> str:
-    """Finds the file under a name in another case, such as IMG.JPG; ``folders`` caches the listings."""
+    """Finds a file whose name differs only in case, such as IMG.JPG; ``folders`` caches the listings."""
     file = table.file(row)
     if file.parent not in folders:
         try:

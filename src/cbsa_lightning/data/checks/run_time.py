@@ -198,7 +198,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
             computing += steps * units.step[size]
             loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
     scored, heads = scored_images(plan, units)
-    # A run on labels only caches no features of the unlabeled images, but still writes labels for them.
+    # A labels-only run caches no features of the unlabeled images, but still writes labels for them.
     unkept = 0 if plan.second.unlabeled else len(plan.split.unlabeled)
     towers = unkept if units.cached else scored
     return RunTime(

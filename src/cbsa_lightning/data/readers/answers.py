@@ -52,7 +52,9 @@ def codes_of(answer: Sequence[str], record: Record, position: Mapping[str, int])
     if NOTHING in codes[:1]:
         if len(codes) > 1:
             found = listed(map(brief, labels))
-            raise DataError(f"{record.where}: a label that means nothing with others: {found}; keep one of the two")
+            raise DataError(
+                f"{record.where}: a label that means nothing, together with others: {found}; keep one of the two"
+            )
         return []
     return codes
 

@@ -165,7 +165,7 @@ def read_coco(
         notes: List to which a sentence on images without an annotation is appended.
 
     Raises:
-        DataError: As ``read_coco_file``; or if a file name occurs twice, no image is annotated, or two classes have
+        DataError: If ``read_coco_file`` raises it, a file name occurs twice, no image is annotated, or two classes have
             the same prompt text.
     """
     file, images = Path(annotations), Path(images)

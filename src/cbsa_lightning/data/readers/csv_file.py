@@ -127,7 +127,7 @@ def _wrong_length(path: Path, row: Any, header: _Header) -> str:
 
 
 def _refuse_open_quote(path: Path, file: BinaryIO, table: Any, header_row: int) -> None:
-    """Refuses a quote that is not closed: Arrow ends the cell at the end of the file and swallows all rows before."""
+    """Refuses a quote that is not closed, since Arrow would read all following rows into its cell."""
     if table.num_rows and re.search(r"[\r\n]", table.column(table.num_columns - 1)[-1].as_py()):
         file.seek(-min(file.seek(0, 2), LONGEST_ROW), 2)
         if not file.read().rstrip(b"\r\n").endswith(b'"'):

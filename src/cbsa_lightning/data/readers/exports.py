@@ -173,7 +173,9 @@ class Export(Source):
         content = self._contents["train"]
         if content.class_names is None and file is not None:
             if both := sorted(self._nothing & file.index().keys()):
-                raise DataError(f"{file.path}: {listed(map(brief, both))} is a class and also in nothing; choose one")
+                raise DataError(
+                    f"{file.path}: {listed(map(brief, both))} is both a class and in the option nothing; choose one"
+                )
             return file
         if content.class_names is None:
             answers = [answer for record in content.records for answer in record.answers]

@@ -36,7 +36,7 @@ class NamedLabels:
         reviewed: Names of the classes to review, or None.
 
     Raises:
-        DataError: As ``LabelCells``; if the table was written by Label Studio and its empty cells are ambiguous; or if
+        DataError: If ``LabelCells`` raises it, the table was written by Label Studio and has ambiguous empty cells, or
             a name to review is neither a label of another image nor a column.
     """
 

@@ -142,7 +142,7 @@ def _read_names(file: Path) -> list[str]:
                 "save it with np.save(path, np.array(names, dtype=str))"
             )
         points = np.ascontiguousarray(array).view(f"{array.dtype.byteorder}u4").reshape(len(array), -1)
-        # Damaged bytes need not be valid characters, but numpy returns them.
+        # numpy returns damaged bytes even if they are not valid characters.
         wrong = np.flatnonzero(((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any(axis=1))
         if len(wrong):
             raise DataError(f"{file}: the name of image {wrong[0] + 1} is not valid Unicode; save the list again")

@@ -82,7 +82,7 @@ def _images_below(folder: Path) -> list[str]:
     found = sorted(filter(_is_image, names))
     if not found:
         there = f"found only {by_suffix(names)}" if names else "it is empty"
-        raise DataError(f"{folder}: no image in it or its subfolders: {there}; expected {listed(IMAGE_SUFFIXES)}")
+        raise DataError(f"{folder}: no image in it or its subfolders, {there}; expected {listed(IMAGE_SUFFIXES)}")
     try:
         "".join(found).encode()
     except UnicodeEncodeError as error:

@@ -84,7 +84,7 @@ class VOC(Source):
 
     @cached_property
     def _own_classes(self) -> tuple[str, ...]:
-        """Classes of custom XML files; cached, since names are accessed often and reading takes all files."""
+        """Classes of custom XML files; cached, since names are accessed often and require reading all files."""
         return classes_of(self._folder, self._own_sets)
 
     @property
