@@ -116,7 +116,7 @@ class ClassFile:
         return position | {other: position[name] for other, name in self.synonyms.items()}
 
     def prompts_for(self, class_names: Sequence[str]) -> tuple[str, ...]:
-        """Returns prompt names for the classes of a data set. A class that is not in the file has its default.
+        """Returns prompt names for the classes of a data set. A class that is not in the file keeps its default.
 
         Raises:
             DataError: If the file has a class that the data set does not have by name or synonym, or two classes

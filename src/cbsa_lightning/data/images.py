@@ -118,7 +118,7 @@ def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
         ``(H, W, 3)`` uint8, contiguous.
 
     Raises:
-        DataError: If an array has another type or shape.
+        DataError: If an array has the wrong type or shape.
     """
     if isinstance(image, Image.Image):
         return np.array(_to_rgb(Path("image"), _turned_upright(image)))

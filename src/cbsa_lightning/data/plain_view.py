@@ -36,7 +36,7 @@ class PlainView:
             (3, S, S) uint8, contiguous.
 
         Raises:
-            DataError: If the array has another form.
+            DataError: If the array has the wrong form.
         """
         return to_tensor(squash(image, self.size))
 
@@ -55,7 +55,7 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
         (S, S, 3) uint8, contiguous unless it is ``image`` itself.
 
     Raises:
-        DataError: If the array has another form.
+        DataError: If the array has the wrong form.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(

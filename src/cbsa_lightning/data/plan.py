@@ -118,7 +118,7 @@ def make_plan(
 
     Raises:
         DataError: If no image is labeled or unlabeled, or a split file does not fit.
-        ConfigError: If settings leave no image of a kind, or no room in a batch.
+        ConfigError: If the settings leave no labeled, unlabeled or validation image, or no room in a batch.
     """
     split = make_split(
         train,

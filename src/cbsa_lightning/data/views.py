@@ -47,7 +47,7 @@ class _RandomView:
             (3, S, S) uint8, contiguous.
 
         Raises:
-            DataError: If the array has another form.
+            DataError: If the array has the wrong form.
             ConfigError: If the augmentation changes the size or type of the image.
         """
         return self._as_tensor(self._transformed(squash(image, self.size), draw))

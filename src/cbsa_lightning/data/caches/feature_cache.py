@@ -47,7 +47,7 @@ class FeatureCache:
         limit_gb: Maximum size of the features of one tower, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: If an argument has another type, or is negative.
+        ConfigError: If an argument has the wrong type, or is negative.
     """
 
     folder: str = "cache"

@@ -44,7 +44,7 @@ class ImageCache:
         limit_gb: Maximum size of all images of one size, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: If an argument has another type, or the limit is negative.
+        ConfigError: If an argument has the wrong type, or the limit is negative.
     """
 
     folder: str = "cache"

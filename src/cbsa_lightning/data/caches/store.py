@@ -149,7 +149,7 @@ class RowStore:
             rows: (n, *shape) of the store's dtype.
 
         Raises:
-            DataError: If keys or rows have another form.
+            DataError: If keys or rows have the wrong form.
         """
         array = np.asarray(rows)
         if array.dtype != self.dtype or array.shape != (len(keys), *self.shape):

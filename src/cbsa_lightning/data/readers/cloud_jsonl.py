@@ -37,7 +37,7 @@ class CloudLines(Export):
         nothing: Labels that mean "shows no class", such as "None_of_the_above"; they are not classes.
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

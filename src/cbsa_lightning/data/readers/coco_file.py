@@ -36,7 +36,7 @@ def read_coco_file(file: Path) -> CocoFile:
 
     Raises:
         DataError: If it is missing, malformed or too large for memory; if there are no categories; if an image id,
-            category id or category name occurs twice or has another type; or if an annotation refers to an unknown
+            category id or category name occurs twice or has the wrong type; or if an annotation refers to an unknown
             image or category.
     """
     content = _load(file)

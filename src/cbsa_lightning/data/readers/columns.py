@@ -110,7 +110,7 @@ def read_columns(path: str | Path) -> Columns:
 
     Raises:
         DataError: If the file is missing, empty, not UTF-8 or too large for memory; has a repeated or unnamed column;
-            has a row of another length or of megabytes; or has a quote that is not closed.
+            has a row with too few or too many cells or bytes; or has a quote that is not closed.
     """
     path = Path(path)
     try:

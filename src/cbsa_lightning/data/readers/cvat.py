@@ -36,7 +36,7 @@ class CVAT(Export):
         nothing: Tags that mean "seen, and shows no class"; they are not classes.
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

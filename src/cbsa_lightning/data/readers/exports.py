@@ -58,7 +58,7 @@ class Export(Source):
             (unknown in a tie). None: repeated records of an image are an error.
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

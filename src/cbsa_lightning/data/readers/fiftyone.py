@@ -31,7 +31,7 @@ class FiftyOne(Export):
         nothing: Labels that mean "shows no class"; they are not classes.
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

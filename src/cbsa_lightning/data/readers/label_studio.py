@@ -40,7 +40,7 @@ class LabelStudio(Export):
             (unknown in a tie).
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def read_json_min(
         One task per row, and notes on other content of the file.
 
     Raises:
-        DataError: If a field is missing or has another type, or the control of choices is ambiguous.
+        DataError: If a field is missing or has the wrong type, or the control of choices is ambiguous.
     """
     return _read(file, rows, control, key, lambda i: f"{file}, record {i + 1}")
 

@@ -46,7 +46,7 @@ def read_tasks(
         The tasks, and notes on other content of the file.
 
     Raises:
-        DataError: If a field is missing or has another type, tasks belong to several projects, or results are not
+        DataError: If a field is missing or has the wrong type, tasks belong to several projects, or results are not
             choices about a whole image, or belong to several controls and ``control`` is None.
     """
     places = [f"{file}, task {brief(task['id'], 40)}" if "id" in task else f"{file}, record {i + 1}"

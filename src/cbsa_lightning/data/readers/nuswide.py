@@ -55,7 +55,7 @@ class NUSWIDE(Source):
         class_file: Class file with prompt names (``read_class_file``); default: the concept names.
 
     Raises:
-        ConfigError: If the layout is unknown, or an argument has another type.
+        ConfigError: If the layout is unknown, or an argument has the wrong type.
     """
 
     root: str

@@ -48,7 +48,7 @@ class OpenImages(Source):
         class_file: Class file with prompt names (``read_class_file``).
 
     Raises:
-        ConfigError: If an argument has another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ def field(record: dict[str, Any], key: str, kinds: tuple[type, ...], where: str,
         default: Value of a missing key; without it, a missing key is an error.
 
     Raises:
-        DataError: If the key is missing, or its value has another type.
+        DataError: If the key is missing, or its value has the wrong type.
     """
     if key not in record:
         if default is _REQUIRED:
@@ -107,7 +107,7 @@ def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
     """Returns ``value`` after checking that it has one of the types ``kinds``.
 
     Raises:
-        DataError: If it has another type.
+        DataError: If it has the wrong type.
     """
     if type(value) not in kinds:
         wanted = " or ".join(_KINDS[kind] for kind in kinds)

@@ -24,8 +24,8 @@ class Table(Source):
     forms:
 
     - by name: a column such as ``labels`` or ``tags`` with names of classes. How a cell lists them (``a;b``,
-      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). The image of an
-      empty cell is unlabeled, and so is that of ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and ``[]`` mean that it
+      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An image with an
+      empty cell is unlabeled, and so is one with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and ``[]`` mean that it
       shows no class. The classes in a column ``review`` are unknown, whatever the labels say. Other columns are not
       read.
     - by column: one column per class, with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
@@ -52,7 +52,7 @@ class Table(Source):
         allow_outside: Whether paths may be outside ``root``.
 
     Raises:
-        ConfigError: If ``separator`` is empty, or an argument has another type.
+        ConfigError: If ``separator`` is empty, or an argument has the wrong type.
     """
 
     def __init__(

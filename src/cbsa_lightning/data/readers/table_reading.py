@@ -45,7 +45,7 @@ class TableForm:
         repeated: How to merge contradictory rows of one image; see ``merge_rows``.
 
     Raises:
-        ConfigError: If an argument has another type, the separator is empty, or a choice is invalid.
+        ConfigError: If an argument has the wrong type, the separator is empty, or a choice is invalid.
     """
 
     separator: str | None = None

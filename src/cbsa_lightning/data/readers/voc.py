@@ -48,7 +48,7 @@ class VOC(Source):
         class_file: Class file with prompt names (``read_class_file``); default: the official names.
 
     Raises:
-        ConfigError: If year or difficult is unknown, or an argument has another type.
+        ConfigError: If year or difficult is unknown, or an argument has the wrong type.
     """
 
     root: str

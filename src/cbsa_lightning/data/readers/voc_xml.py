@@ -55,7 +55,7 @@ def read_voc_xml(
         prompt_names: C prompt names; empty for the default.
 
     Raises:
-        DataError: If a file is missing, is not XML or has another structure, or an image is listed twice.
+        DataError: If a file is missing, is not XML or has a different structure, or an image is listed twice.
     """
     images = _images(folder, image_set)
     row_of = {name: k for k, name in enumerate(class_names)}
