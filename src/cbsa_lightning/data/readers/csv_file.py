@@ -39,8 +39,8 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         The table, whose columns are text, and the number of its first row of data, counted from 1.
 
     Raises:
-        DataError: If the file is empty, not UTF-8 or too large for memory, a row has too few or too many cells or bytes, or
-            a quote is not closed.
+        DataError: If the file is empty, not UTF-8 or too large for memory, a row is too long or has a wrong number of
+            cells, or a quote is not closed.
         pyarrow.ArrowException: If Arrow cannot read it.
     """
     refuse_larger_than_memory(path, os.fstat(file.fileno()).st_size)
