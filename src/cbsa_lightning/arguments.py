@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -99,3 +100,19 @@ def check_paths(**paths: Any) -> None:
     """
     for name, value in paths.items():
         check_kind(name, value, (str, os.PathLike), "a path")
+
+
+def constructor_arguments(kind: Any) -> list[str]:
+    """Returns the names of the arguments of a class or function.
+
+    ``**settings`` of a constructor are the arguments of its base class, unless the class has a signature of its own.
+
+    Raises:
+        TypeError: If it cannot be called.
+        ValueError: If it is written in C and has no signature.
+    """
+    parameters = inspect.signature(kind).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(parameters) and isinstance(kind, type):
+        names += [name for name in constructor_arguments(kind.__base__) if name not in names]
+    return names

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
@@ -21,7 +20,7 @@ class DualText(NamedTuple):
     negative: Tensor
 
 
-class DualCoOp(PromptedCLIP):
+class DualCoOp(LearnedPrompts):
     """Aggregates the evidence of image regions for and against each class.
 
     Each class attends to regions by their similarity with its *positive* prompt. Positive and negative similarities
@@ -34,12 +33,10 @@ class DualCoOp(PromptedCLIP):
 
     Args:
         prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words.
         region_scale: Factor of the cosines in the softmax over regions.
         scale: Factor of the cosines in the logit.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
         ConfigError: If the settings do not fit the towers.
@@ -49,16 +46,13 @@ class DualCoOp(PromptedCLIP):
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         region_scale: float = 20.0,
         scale: float = 100.0,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.positive_prompts = self._prompts(prompt_length, shared_prompts)
-        self.negative_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.positive_prompts = self.new_prompts()
+        self.negative_prompts = self.new_prompts()
         self.region_scale, self.scale = region_scale, scale
 
     def encode_text(self) -> DualText:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 SCALE = math.exp(3.0)  # of the cosines; a parameter in the original, but its optimizer never updates it
@@ -26,7 +25,7 @@ class EvidentialText(NamedTuple):
     negative: Tensor
 
 
-class DualCoOpPlusPlus(PromptedCLIP):
+class DualCoOpPlusPlus(LearnedPrompts):
     """Evidence-guided regions, with a winner-take-all competition between the classes at each region.
 
     Each class attends to regions by their similarity with its *evidential* prompt. At each region, the positive
@@ -41,12 +40,10 @@ class DualCoOpPlusPlus(PromptedCLIP):
 
     Args:
         prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words.
         normalized_winners: Multiply positive similarities by the weight over its highest value at the region, as the
             original does on COCO, instead of by one plus the weight, as it does on VOC and NUS-WIDE.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
         ConfigError: If the settings do not fit the towers.
@@ -56,16 +53,13 @@ class DualCoOpPlusPlus(PromptedCLIP):
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         normalized_winners: bool = False,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.evidential_prompts = self._prompts(prompt_length, shared_prompts)
-        self.positive_prompts = self._prompts(prompt_length, shared_prompts)
-        self.negative_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.evidential_prompts = self.new_prompts()
+        self.positive_prompts = self.new_prompts()
+        self.negative_prompts = self.new_prompts()
         self.log_temperature = nn.Parameter(torch.tensor(3.0))
         self.normalized_winners = normalized_winners
 

@@ -83,6 +83,39 @@ class PromptedCLIP(Network):
         return parameter_groups(self, self.clip.pool, self.pool_lr_scale)
 
 
+class LearnedPrompts(PromptedCLIP):
+    """Base of the compared systems: a frozen CLIP, and prompts that all have the same length.
+
+    Args:
+        prompt_names: The C class names as used in prompts.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
+        prompt_length: N, number of learnable words per prompt.
+        shared_prompts: Whether all classes share one set of words.
+
+    Raises:
+        ConfigError: If the settings do not fit the towers.
+        WeightsError: If the CLIP weights are not available.
+    """
+
+    def __init__(
+        self,
+        prompt_names: Sequence[str],
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+    ) -> None:
+        from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
+
+        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
+        self.prompt_length, self.shared_prompts = prompt_length, shared_prompts
+
+    def new_prompts(self) -> ClassPrompts:
+        """Returns trainable prompts, initialized with noise."""
+        return self._prompts(self.prompt_length, self.shared_prompts)
+
+
 class Describer(nn.Module):
     """Describes images with an attention pool and text features ``(C, d)``."""
 

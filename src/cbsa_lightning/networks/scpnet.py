@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, parameter_groups
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, parameter_groups
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 OWN_SHARE = 0.8  # weight of a class in its own row of the graph; its neighbors share the rest
 
 
-class SCPNet(PromptedCLIP):
+class SCPNet(LearnedPrompts):
     """Compares the global image feature with class embeddings that graph convolutions mix with their neighbors'.
 
     Source: repository jameslahm/SCPNet, which ships its relation matrix without the code that generates it. Here, the
@@ -30,16 +29,14 @@ class SCPNet(PromptedCLIP):
 
     Args:
         prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words.
         neighbors: Number of entries kept in each row of the graph, including the class itself. The original uses 62 on
             COCO, 50 on NUS-WIDE, and all 20 on VOC. None keeps all.
         scale: Constant factor of the cosine. The original uses 10, and CLIP's own (about 100) on NUS-WIDE.
         hidden: Width of the graph convolutions.
         graph_lr_scale: Factor of the learning rate for the graph convolutions. A learning rate of 1e-3 then becomes
             1e-4, within the original's range of 1e-5 to 2e-4.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
         ConfigError: If the settings do not fit the towers.
@@ -51,17 +48,14 @@ class SCPNet(PromptedCLIP):
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         neighbors: int | None = None,
         scale: float = 10.0,
         hidden: int = 2048,
         graph_lr_scale: float = 0.1,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.prompts = self.new_prompts()
         self.scale, self.graph_lr_scale = scale, graph_lr_scale
         text = self.zero_shot_text()
         # Derived from the class names and the frozen towers, so not part of a checkpoint.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
@@ -22,7 +21,7 @@ class GrainedText(NamedTuple):
     fine: Tensor
 
 
-class TaI(PromptedCLIP):
+class TaI(LearnedPrompts):
     """Two granularities: one prompt for the global feature, and another for the best-matching places.
 
     The logit is the scaled mean of the global cosine and of the places' cosines, weighted by a softmax over the places.
@@ -35,14 +34,12 @@ class TaI(PromptedCLIP):
 
     Args:
         prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words.
         region_scale: Factor of the cosines in the softmax over places. The default is TaI's for images (50 for
             captions; 4 on NUS-WIDE).
         scale: Initial factor of the cosines in the logit.
         learn_scale: Whether that factor is learned.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
         ConfigError: If the settings do not fit the towers.
@@ -52,17 +49,14 @@ class TaI(PromptedCLIP):
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         region_scale: float = 40.0,
         scale: float = 20.0,
         learn_scale: bool = True,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.global_prompts = self._prompts(prompt_length, shared_prompts)
-        self.local_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.global_prompts = self.new_prompts()
+        self.local_prompts = self.new_prompts()
         self.region_scale = region_scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
