@@ -105,11 +105,12 @@ def check_paths(**paths: Any) -> None:
 def constructor_arguments(kind: Any) -> list[str]:
     """Returns the names of the arguments of a class or function.
 
-    ``**settings`` of a constructor are the arguments of its base class, unless the class has a signature of its own.
+    If a constructor has ``**settings``, the arguments of its base class are included, unless the class
+    defines its own signature.
 
     Raises:
-        TypeError: If it cannot be called.
-        ValueError: If it is written in C and has no signature.
+        TypeError: If ``kind`` cannot be called.
+        ValueError: If ``kind`` is written in C and has no signature.
     """
     parameters = inspect.signature(kind).parameters
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]

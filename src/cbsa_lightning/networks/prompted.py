@@ -84,7 +84,7 @@ class PromptedCLIP(Network):
 
 
 class LearnedPrompts(PromptedCLIP):
-    """Base of the compared systems: a frozen CLIP, and prompts that all have the same length.
+    """Base class of the compared systems: a frozen CLIP, and prompts of equal length.
 
     Args:
         prompt_names: The C class names as used in prompts.
