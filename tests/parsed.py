@@ -1,4 +1,4 @@
-"""The command line without what it builds: what configurations say once they are read, checked and merged."""
+"""Parses configurations without building anything."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cbsa_lightning.cli import lightning_cli
 
 
 class Parsed(lightning_cli.CBSACLI):
-    """Reads a command line and builds nothing."""
+    """Parses the command line and builds nothing."""
 
     def instantiate_classes(self) -> None:
         self.model = self.trainer = self.datamodule = None
 
 
 def parse(files: Iterable[Path]) -> dict[str, Any]:
-    """The settings of a run with these configurations."""
+    """Returns the merged settings of configuration files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lightning_cli, "CBSACLI", Parsed)
         cli = lightning_cli.make_cli([f"--config={file}" for file in files], run=False)

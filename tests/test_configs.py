@@ -1,4 +1,4 @@
-"""Every YAML that ships is read by the command line; data sets are fit on a few generated files in their own layout."""
+"""The command line parses every YAML file in configs/; data sets are fit on a few generated files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fit(args: list[str], folder: Path, clip: Path, *more: str):
 
 
 def build(args: list[str], folder: Path, network: list[str], *more: str):
-    """Data, module and Trainer of the same run; most settings show in them, and training is tested elsewhere."""
+    """Builds data, module and Trainer without training."""
     return make_cli([*args, *network, *run_flags(folder), *more], run=False)
 
 
@@ -82,7 +82,7 @@ def test_each_data_set_at_its_share(
         if name == "table"
         else f"--data.source.init_args.root={roots[name]}"
     )
-    drawn = f"--report.enabled={'true' if name == 'coco' else 'false'}"  # once, with the most classes
+    drawn = f"--report.enabled={'true' if name == 'coco' else 'false'}"  # one report, with many classes
     cli = fit(files(*overlays), tmp_path, clip_folder, where, drawn)
     metrics = cli.trainer.callback_metrics
     assert 0 <= metrics["val/mAP"] <= 1
@@ -338,7 +338,7 @@ def test_photos_of_ones_own(
 
 
 def below(overlay: Path) -> list[Path]:
-    """The configurations that an overlay goes over."""
+    """Returns the configurations that an overlay extends."""
     folder, *deeper = overlay.relative_to(CONFIGS).parts[:-1] or [""]
     cbsa, voc = CONFIGS / "methods" / "cbsa.yaml", CONFIGS / "data" / "voc.yaml"
     if not folder:  # a whole run
@@ -355,7 +355,7 @@ def below(overlay: Path) -> list[Path]:
     sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "class_files"),
     ids=lambda file: file.relative_to(CONFIGS).as_posix(),
 )
-def test_every_overlay_is_read(overlay: Path) -> None:
+def test_every_overlay_parses(overlay: Path) -> None:
     settings = parse([*below(overlay), overlay])
     assert settings["model"]["class_path"].startswith("cbsa_lightning.")
     assert settings["data"]["source"]["class_path"].startswith("cbsa_lightning.")

@@ -54,7 +54,7 @@ def fused_fit(folder, clip, source, objective=None, **settings):
 @pytest.mark.parametrize("change", [no_positive, always_present, unknown_class, unknown_entries])
 def test_scores_and_thresholds_are_defined(tmp_path, monkeypatch, clip_folder, squares_folder, change, objective):
     monkeypatch.chdir(tmp_path)
-    if not isinstance(objective, Share):  # pictures depend on the labels; they are drawn once for each change
+    if not isinstance(objective, Share):  # plots do not depend on the objective
         monkeypatch.setattr(RunReport, "_pictures", lambda *_: iter(()))
     module, trainer = fused_fit(tmp_path, clip_folder, Relabeled(squares_folder, change), objective)
     images = torch.cat([batch.images for batch in trainer.datamodule.val_dataloader()])

@@ -458,7 +458,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> dict
 
 
 def test_cost_of_two_systems(recipes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """One in a process of its own, as `cbsa table 9` measures each, and one in this process."""
+    """Measures one system in a subprocess, like `cbsa table 9`, and one in this process."""
     found = costs({"Ours": recipes["Ours"]}, rounds=1, steps=1)
     assert list(found) == ["Ours"]
     file = tmp_path / "recipe.yaml"

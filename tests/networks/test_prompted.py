@@ -1,4 +1,4 @@
-"""What all prompted networks have in common: text of their prompts alone, and nothing else that moves in training."""
+"""Properties that all prompted networks share: their text features and their trained parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbsa_lightning.networks.scpnet import SCPNet
 from cbsa_lightning.networks.tai import TaI
 
 NAMES = ["dog", "fire hydrant", "cat"]
-NETWORKS = {  # with the prompts of each of their texts, in order, and what else learns
+NETWORKS = {  # class, prompts of its text features in order, other trained parameters
     "DualCoOp": (DualCoOp, ["positive", "negative"], set()),
     "DualCoOp++": (DualCoOpPlusPlus, ["evidential", "positive", "negative"], {"log_temperature"}),
     "SCPNet": (partial(SCPNet, hidden=8), [], {"prompts.words", *(f"convolutions.{i}.weight" for i in range(3))}),
@@ -25,7 +25,7 @@ NETWORKS = {  # with the prompts of each of their texts, in order, and what else
 
 
 @pytest.fixture(params=NETWORKS)
-def described(request):
+def description(request):
     return NETWORKS[request.param]
 
 
@@ -39,8 +39,8 @@ def build(make, folder, shared):
     return make(NAMES, clip=str(folder), prompt_length=2, shared_prompts=shared).train()
 
 
-def test_only_what_is_meant_to_learns_and_nothing_else_moves(clip_folder, described, shared):
-    make, prompts, others = described
+def test_only_the_listed_parameters_are_trained(clip_folder, description, shared):
+    make, prompts, others = description
     network = build(make, clip_folder, shared)
     before = copy.deepcopy(network.state_dict())
     learned = [p for group in network.parameter_groups() for p in group["params"]]
@@ -54,13 +54,13 @@ def test_only_what_is_meant_to_learns_and_nothing_else_moves(clip_folder, descri
     assert len(learned) == len(moved)
 
 
-def test_text_is_that_of_the_prompts(clip_folder, described, shared):
-    make, prompts, _ = described
+def test_text_features_of_the_prompts(clip_folder, description, shared):
+    make, prompts, _ = description
     network = build(make, clip_folder, shared)
     words = [p for name, p in network.named_parameters() if name.endswith("prompts.words")]
     assert {tuple(p.shape) for p in words} == {(2, 16) if shared else (3, 2, 16)}
     if not prompts:
-        return  # SCPNet's texts are refined: test_scpnet.py
+        return  # SCPNet refines its text features; see test_scpnet.py
     text = network.encode_text()
     for features, name in zip(text, prompts, strict=True):
         alone = encode_prompt_sets(network.clip, [getattr(network, f"{name}_prompts")])[0]

@@ -1,4 +1,4 @@
-"""SCPNet against loops: the graph of classes, its convolutions, the scores, and what is learned."""
+"""Compares SCPNet with loops: the graph of classes, its convolutions, the scores, and trained weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_graph_of_classes(clip_folder, neighbors):
     torch.testing.assert_close(found.sum(1), torch.ones(5))
     torch.testing.assert_close(found.diagonal(), torch.full((5,), 0.8))
     assert ((found > 0).sum(1) == (neighbors or 5)).all()
-    if neighbors is None:  # rows differ in their sums alone from what they were made of, which was symmetric
+    if neighbors is None:  # before the rows were normalized, the graph was symmetric
         unscaled = found.double() * (related.sum(1, keepdim=True) - 1) / 0.2
         unscaled.fill_diagonal_(1)
         torch.testing.assert_close(unscaled, related, atol=1e-5, rtol=0)
@@ -49,7 +49,7 @@ def test_neighbors_out_of_range_are_refused(clip_folder, neighbors):
 
 
 @pytest.mark.parametrize("neighbors", [None, 2])
-def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbors):
+def test_class_embeddings_and_gradients_equal_loops(clip_folder, neighbors):
     network = build(clip_folder, neighbors=neighbors)
     found = network.encode_text()
     text = encode_prompt_sets(network.clip, [network.prompts])[0]
@@ -60,20 +60,20 @@ def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbors):
     theirs = [weight.detach().double().requires_grad_(True) for weight in ours]
     expected = refine(plain, network.graph.double(), theirs)
     assert_near(found, expected)
-    assert (found - text).abs().max() > 1e-2 * text.abs().max(), "the convolutions add too little to be seen"
+    assert (found - text).abs().max() > 1e-2 * text.abs().max(), "the effect of the convolutions is too small to test"
 
     direction = torch.randn(5, 24, generator=torch.manual_seed(3))
     gradients = torch.autograd.grad((found * direction).sum(), [*ours, network.prompts.words])
     wanted = torch.autograd.grad((expected * direction).sum(), [*theirs, plain])
     for one, other in zip(gradients[:3], wanted[:3], strict=True):
         assert_near(one, other)
-    # From the text features on to the prompts it is the text tower's own gradient.
+    # From text features to prompts, use the text tower's own gradient.
     (through,) = torch.autograd.grad(text, network.prompts.words, wanted[3].float())
     assert_near(gradients[3], through.double())
 
 
 @pytest.mark.parametrize("settings", [{}, {"scale": 3.0}])
-def test_scores_and_gradients_by_loops(clip_folder, settings):
+def test_scores_and_gradients_equal_loops(clip_folder, settings):
     network, generator = build(clip_folder, **settings), torch.manual_seed(2)
     values = (torch.randn(2, 256, 2, 2, generator=generator), torch.randn(5, 24, generator=generator))
     ours, theirs = ([v.to(t).requires_grad_(True) for v in values] for t in (torch.float32, torch.float64))
@@ -89,7 +89,7 @@ def test_scores_and_gradients_by_loops(clip_folder, settings):
         assert_near(one, other)
 
 
-def test_convolutions_have_a_learning_rate_of_their_own(clip_folder):
+def test_learning_rate_of_the_convolutions(clip_folder):
     network = build(clip_folder, graph_lr_scale=0.25)
     groups = {group["lr_scale"]: group["params"] for group in network.parameter_groups()}
     assert {id(p) for p in groups[1.0]} == {id(network.prompts.words)}
