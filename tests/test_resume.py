@@ -242,7 +242,7 @@ def test_it_goes_on_with_its_own_data_only(tmp_path, clip_folder, squares, squar
         (squares, {"batch_size": 7}, "batch_size"),
         (hidden, {}, "table"),
     ):
-        with pytest.raises(CheckpointError, match=f"run.ckpt was written on other data; these differ: {what}"):
+        with pytest.raises(CheckpointError, match=f"run.ckpt was written with other data. These differ: {what}"):
             tiny_fit(tmp_path, clip_folder, source, data=data, ckpt_path=file)
 
 
@@ -251,7 +251,7 @@ def test_weights_alone_are_no_place_to_go_on_from(tmp_path, clip_folder, squares
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt"
-    with pytest.raises(CheckpointError, match=r"best.ckpt holds weights only"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt has weights only"):
         tiny_fit(tmp_path, clip_folder, squares, ckpt_path=str(tmp_path / "best.ckpt"))
     again = type(module).load_from_checkpoint(tmp_path / "best.ckpt")
     assert differences(dict(module.state_dict()), dict(again.state_dict())) == []

@@ -201,7 +201,7 @@ def test_what_does_not_fit_a_histogram_is_refused():
     with pytest.raises(ConfigError, match="2 classes"):
         histogram.merge(ScoreHistogram(2))
     histogram.update(torch.rand(5, 3).half())
-    with pytest.raises(DataError, match="3 classes need as many rates"):
+    with pytest.raises(DataError, match="3 classes need one rate each"):
         histogram.thresholds(torch.zeros(2))
     with pytest.raises(ConfigError, match="eta"):
         histogram.thresholds(torch.zeros(3), 1.1)

@@ -253,7 +253,7 @@ def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
 def test_a_tower_that_is_trained_reads_images(tmp_path, clip_folder, squares, monkeypatch):
     """Said, not refused: overlays of a machine go over all systems of a table, also those without a frozen tower."""
     monkeypatch.setattr(type(tiny_module(clip_folder).network), "frozen_weights", None)
-    with pytest.warns(UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views are ever new"):
+    with pytest.warns(UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views drawn in every epoch"):
         cached_fit(tmp_path, clip_folder, squares)
     assert not list(tmp_path.rglob("rows.bin"))
 

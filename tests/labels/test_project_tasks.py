@@ -91,20 +91,20 @@ def test_names_come_from_the_answers(animals, tmp_path):
 
 
 @pytest.mark.parametrize(("tasks", "config", "words"), [
-    ([task(1, "a.jpg")], None, "do not say which control and image predictions are for"),
+    ([task(1, "a.jpg")], None, "do not define the control and image of predictions"),
     ([task(1, "a.jpg", "horse")], None, r"choices that are no class of the run: 'horse' \(.*task 1\)"),
     ([task(1, "a.jpg", "horse")], CONFIG, r"choices that are not in .*c.xml: 'horse'"),
     ([task(1, "a.jpg")], CONFIG.replace('alias="car"', ""), "no choice for these classes of the run: 'car'"),
     ([task(1, "a.jpg")], CONFIG.replace("multiple", "single"), "gives 1 image more than one"),
     ([task(1, "a.jpg", "dog")], CONFIG.replace('"tags"', '"other"'), "control 'tags' is not in label_config"),
     ([task(1, "a.jpg", "dog", kind="rectanglelabels")], None, "result of 'rectanglelabels'"),
-    ([task(1, "z.jpg", "dog")], None, "no task is of an image of the run"),
+    ([task(1, "z.jpg", "dog")], None, "no task has an image of the run"),
     ([task(1, "a.jpg", "dog"), task(1, "b.jpg")], None, "record 2 has the id of another task"),
     ([task(1, "a.jpg", "dog", project=1), task(2, "b.jpg", project=2)], None, "tasks of several projects"),
     ([task(None, "a.jpg", "dog")], None, "id must be a whole number"),
     ([{"data": {"image": "elsewhere.jpg"}, "id": 1, "annotations": task(1, "", "dog")["annotations"]}], None,
      "'elsewhere.jpg'"),
-    ([{"id": 1, "annotation_id": 2}], None, "is an export as JSON_MIN"),
+    ([{"id": 1, "annotation_id": 2}], None, "is a JSON_MIN export"),
     ([], None, "has no task"),
 ])  # fmt: skip
 def test_tasks_of_another_project_are_refused(animals, tmp_path, tasks, config, words):

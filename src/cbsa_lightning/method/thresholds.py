@@ -1,7 +1,7 @@
-"""Class-wise thresholds at scale: exact, linear in the number of scores, with little memory beyond them.
+"""Exact class-wise thresholds in time linear in the number of scores, with little extra memory.
 
-:func:`class_thresholds` selects from scores that are held; :class:`ScoreHistogram` counts half-precision scores as
-they pass and never holds them. Both give the same thresholds for the same scores.
+:func:`class_thresholds` selects from scores in memory. :class:`ScoreHistogram` counts half-precision scores batch by
+batch and does not keep them. Both return the same thresholds for the same scores.
 """
 
 from __future__ import annotations
@@ -14,48 +14,47 @@ from torch import Tensor
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-# Scores in the copy of a block of columns, in which columns are contiguous: 512 MiB in float32. A class with more
-# scores is a block of its own.
+# Scores in the copy of a block of columns, which is contiguous by column: 512 MiB in float32. A class with more
+# scores is a block by itself.
 BLOCK = 2**27
-# Scores that are treated at a time otherwise: they and their temporaries fit the cache of a core.
+# Scores per chunk elsewhere: they and their temporaries fit in the cache of a core.
 STRIP = 2**15
 
 _ONE = {torch.float16: 0x3C00, torch.bfloat16: 0x3F80}  # bit pattern of 1.0
-_NEGATIVE_ZERO = 0x8000  # the sign bit alone, in both
+_NEGATIVE_ZERO = 0x8000  # only the sign bit, in both types
 _PATTERNS = 2**16
 
 
 def class_thresholds(
     scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
 ) -> tuple[Tensor, Tensor]:
-    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labeled set's proportions.
+    """Computes class-wise thresholds (CAT): quantiles at which pseudo-labels have the labeled set's class proportions.
 
     Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
-    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score, ``tau_neg`` the
-    r_neg-th smallest. ``r_pos = 0`` gives ``tau_pos = +inf`` (no positives) and ``r_neg = 0`` gives
-    ``tau_neg = -inf``. Always ``tau_neg <= tau_pos``.
+    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score and ``tau_neg`` the r_neg-th
+    smallest. ``r_pos = 0`` sets ``tau_pos = +inf`` (no positives), and ``r_neg = 0`` sets ``tau_neg = -inf``.
+    ``tau_neg <= tau_pos`` always holds.
 
-    A rate is a count divided by a count, so the product may land a rounding error below a whole number
-    (0.29 * 100 = 28.999...). The product is therefore raised by four rounding steps of the rate's own type
-    before it is cut: pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` gives, to have the
-    counts exact.
+    A rate is a quotient of counts, so the product can be a rounding error below a whole number (0.29 * 100 =
+    28.999...). The product is therefore increased by four rounding steps of the rate's dtype before it is truncated.
+    Pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` returns, for exact counts.
 
-    Time is linear in ``n * C``. Memory beyond the scores is a block of columns (512 MiB, or one class where that is
-    more) on the CPU, and a few times that for the sort on an accelerator. A threshold whose eta is 0 costs no
-    selection on the CPU.
+    Time is linear in ``n * C``. On the CPU, extra memory is one block of columns (512 MiB, or one class if that is
+    larger); the sort on an accelerator needs a few times as much. On the CPU, a threshold with eta = 0 needs no
+    selection.
 
     Args:
         scores: ``(n, C)`` on any device; compared in float32.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labeled, in [0, 1].
-        eta_neg: share of the expected negatives that are labeled, in [0, 1].
+        eta_pos: fraction of the expected positives that are labeled, in [0, 1].
+        eta_neg: fraction of the expected negatives that are labeled, in [0, 1].
 
     Returns:
         ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
 
     Raises:
-        DataError: for scores that are not finite, an empty score matrix, or rates that do not fit it.
-        ConfigError: for an eta outside [0, 1].
+        DataError: If scores are not finite or empty, or the rates do not fit them.
+        ConfigError: If an eta is outside [0, 1].
     """
     check_etas(eta_pos, eta_neg)
     check_scores(scores)
@@ -70,45 +69,45 @@ def class_thresholds(
 
 
 def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tensor:
-    """``r_pos`` of :func:`class_thresholds`, int64 on the CPU: how many of n images get each class.
+    """Returns ``r_pos`` of :func:`class_thresholds`, int64 on the CPU: the number of positives per class.
 
     Args:
         n: Number of images.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labeled, in [0, 1].
+        eta_pos: fraction of the expected positives that are labeled, in [0, 1].
 
     Raises:
-        DataError: for rates outside [0, 1].
+        DataError: If a rate is outside [0, 1].
     """
     rate = _checked_rate(positive_rate, len(positive_rate))
     return _whole(eta_pos * rate * n, _slack(positive_rate)).clamp(max=n)
 
 
 class ScoreHistogram:
-    """Class-wise thresholds of scores that are never held: counts of every half-precision value, class by class.
+    """Computes class-wise thresholds without keeping the scores: it counts every half-precision value per class.
 
-    A half-precision number has 65,536 bit patterns, and in [0, 1] they stand in the order of their values. So counts
-    of the patterns are all that a quantile needs: :meth:`thresholds` gives bit for bit what :func:`class_thresholds`
-    gives for the same scores, after one pass, whatever n is.
+    A half-precision number has 65,536 bit patterns, which are ordered by value in [0, 1]. A quantile therefore needs
+    only the counts of the patterns: after one pass over any n, :meth:`thresholds` returns the same bits as
+    :func:`class_thresholds` for the same scores.
 
-    The scores count as rounded: neighbors are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and what rounds to
-    the same value ties. Label the same rounded scores with the thresholds, not the scores before rounding.
+    Scores are rounded: neighbors are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and scores that round to the
+    same value tie. Apply the thresholds to the rounded scores, not to the scores before rounding.
 
-    Over several processes, sum ``counts``, as in ``torch.distributed.all_reduce(histogram.counts)``.
+    With several processes, sum ``counts``, for example with ``torch.distributed.all_reduce(histogram.counts)``.
 
-    :meth:`update` never waits for the device. Scores that are not finite or not in [0, 1] are therefore counted like
-    all others, and refused by :meth:`thresholds`.
+    :meth:`update` does not synchronize with the device. It therefore also counts scores that are not finite or not in
+    [0, 1]; :meth:`thresholds` refuses them.
 
     Args:
         num_classes: number of classes C.
         dtype: type of the scores, float16 or bfloat16.
-        device: where the counts are kept.
+        device: device of the counts.
 
     Attributes:
-        counts: ``(C, 65536)`` int64, scores of each class with each bit pattern, read as an unsigned number.
+        counts: ``(C, 65536)`` int64, number of scores per class and bit pattern, as an unsigned integer.
 
     Raises:
-        ConfigError: for another dtype, or no class.
+        ConfigError: If the dtype is another one, or there is no class.
     """
 
     def __init__(
@@ -128,7 +127,7 @@ class ScoreHistogram:
             scores: ``(B, C)`` of the histogram's dtype, probabilities in [0, 1].
 
         Raises:
-            DataError: for scores of another shape or dtype.
+            DataError: If the scores have another shape or dtype.
         """
         num_classes = len(self.counts)
         if scores.ndim != 2 or scores.shape[1] != num_classes:
@@ -139,20 +138,20 @@ class ScoreHistogram:
                 f".to({self.dtype}), or keep them and call class_thresholds, which is exact for every type"
             )
         one = torch.ones((), dtype=torch.int64, device=self.counts.device)
-        # By blocks of classes, so that a class's counts stay in the cache while its scores are added.
+        # Work in blocks of classes, so that a class's counts stay in the cache while its scores are added.
         for block in _column_blocks(len(scores), num_classes, STRIP):
             patterns = scores.detach()[:, block].T.contiguous().view(torch.int16)
             index = patterns.to(self.counts).bitwise_and_(_PATTERNS - 1)
             self.counts[block].scatter_add_(1, index, one.expand_as(index))
 
     def merge(self, other: ScoreHistogram) -> None:
-        """Adds what another histogram counted.
+        """Adds the counts of another histogram.
 
         Args:
-            other: a histogram of other scores of the same classes, of the same dtype.
+            other: a histogram with the same classes and dtype, of other scores.
 
         Raises:
-            ConfigError: for another dtype or number of classes.
+            ConfigError: If dtype or number of classes differ.
         """
         if (self.dtype, self.counts.shape) != (other.dtype, other.counts.shape):
             raise ConfigError(
@@ -162,34 +161,34 @@ class ScoreHistogram:
         self.counts += other.counts.to(self.counts.device)
 
     def thresholds(self, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998) -> tuple[Tensor, Tensor]:
-        """What :func:`class_thresholds` returns for all scores counted so far.
+        """Returns the thresholds of :func:`class_thresholds` for all scores counted so far.
 
         Args:
             positive_rate: ``(C,)`` in [0, 1].
-            eta_pos: share of the expected positives that are labeled, in [0, 1].
-            eta_neg: share of the expected negatives that are labeled, in [0, 1].
+            eta_pos: fraction of the expected positives that are labeled, in [0, 1].
+            eta_neg: fraction of the expected negatives that are labeled, in [0, 1].
 
         Returns:
             ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the device of the counts.
 
         Raises:
-            DataError: for counted scores that are not finite or not in [0, 1], no scores, or rates that do not fit.
-            ConfigError: for an eta outside [0, 1].
+            DataError: If counted scores are not finite or not in [0, 1], there are no scores, or the rates do not fit.
+            ConfigError: If an eta is outside [0, 1].
         """
         check_etas(eta_pos, eta_neg)
-        # How many scores of a class are at most each value from 0 to 1; -0.0 counts as 0.0.
+        # Number of scores of a class up to each value from 0 to 1; -0.0 counts as 0.0.
         at_most = self.counts[:, : _ONE[self.dtype] + 1].clone()
         at_most[:, 0] += self.counts[:, _NEGATIVE_ZERO]
         at_most.cumsum_(1)
         n = self._checked_total(at_most[:, -1])
         r_pos, r_neg = (r.to(at_most.device) for r in _counts(n, len(at_most), positive_rate, eta_pos, eta_neg))
-        # The r-th smallest score is the first value that at least r scores do not exceed.
+        # The r-th smallest score is the first value with a cumulative count of at least r.
         index = torch.searchsorted(at_most, torch.stack((n - r_pos + 1, r_neg), dim=1))
         largest, smallest = index.to(torch.int16).view(self.dtype).float().unbind(1)
         return _or_infinite(largest, smallest, r_pos, r_neg)
 
     def _checked_total(self, proper: Tensor) -> int:
-        """Number of scores a class, if all of them, ``(C,)``, are ``proper``: in [0, 1]."""
+        """Returns the number of scores per class; all ``(C,)`` of them must be ``proper``, that is, in [0, 1]."""
         total = self.counts.sum(1)
         refused = (total - proper).cpu()
         if refused.any():
@@ -203,13 +202,13 @@ class ScoreHistogram:
 
 
 def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Goes through scores a few rows at a time, so that temporaries stay small.
+    """Iterates over scores a few rows at a time, so that temporaries stay small.
 
     Args:
         scores: ``(n, C)``, any type.
 
     Yields:
-        The rows as a slice, and their scores in float32.
+        Slices of rows with their scores in float32.
     """
     n, num_classes = scores.shape
     step = max(1, STRIP // max(1, num_classes))
@@ -219,19 +218,19 @@ def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Refuses what is not a matrix of finite scores.
+    """Checks that scores are a matrix of finite values.
 
     Args:
         scores: ``(n, C)``.
 
     Raises:
-        DataError: for another shape, or scores that are not finite in float32, with their number a class.
+        DataError: If scores have another shape, or are not finite in float32; the message counts them per class.
     """
     if scores.ndim != 2:
         raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
     if scores.numel() == 0:
         return
-    # NaN and infinity show in the least or the greatest score; both come in one pass without a mask.
+    # NaN and infinity appear in the minimum or maximum; aminmax finds both in one pass without a mask.
     extremes = torch.stack([torch.stack(torch.aminmax(strip)) for _, strip in row_strips(scores)])
     if not extremes.isfinite().all():
         per_class = torch.stack([(~strip.isfinite()).sum(dim=0) for _, strip in row_strips(scores)]).sum(dim=0).cpu()
@@ -242,19 +241,19 @@ def check_scores(scores: Tensor) -> None:
 
 
 def check_etas(eta_pos: float, eta_neg: float) -> None:
-    """Refuses shares outside [0, 1].
+    """Checks that both fractions are in [0, 1].
 
     Raises:
-        ConfigError: for an eta outside [0, 1].
+        ConfigError: If an eta is outside [0, 1].
     """
     check_number("eta_pos", eta_pos, 0, 1)
     check_number("eta_neg", eta_neg, 0, 1)
 
 
 def _counts(n: int, num_classes: int, positive_rate: Tensor, eta_pos: float, eta_neg: float) -> tuple[Tensor, Tensor]:
-    """``r_pos`` and ``r_neg`` of :func:`class_thresholds`, int64 on the CPU; ``r_pos + r_neg <= n``."""
+    """Returns ``r_pos`` and ``r_neg`` of :func:`class_thresholds`, int64 on the CPU; ``r_pos + r_neg <= n``."""
     if n == 0:
-        raise DataError("class thresholds: there are no scores (n = 0), so there is no quantile to take")
+        raise DataError("class thresholds: there are no scores (n = 0)")
     rate = _checked_rate(positive_rate, num_classes)
     r_pos = positive_counts(n, positive_rate, eta_pos)
     return r_pos, torch.minimum(_whole(eta_neg * (1 - rate) * n, _slack(positive_rate)), n - r_pos)
@@ -265,18 +264,18 @@ def _slack(positive_rate: Tensor) -> float:
 
 
 def _whole(expected: Tensor, slack: float) -> Tensor:
-    """The expected count cut to a whole number, forgiving rounding errors of relative size ``slack``."""
+    """Truncates expected counts to whole numbers, allowing for rounding errors of relative size ``slack``."""
     return (expected * (1 + slack)).floor().long()
 
 
 def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
     rate = positive_rate.detach().cpu().double()
     if rate.shape != (num_classes,):
-        raise DataError(f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}")
+        raise DataError(f"class thresholds: {num_classes} classes need one rate each, got {tuple(rate.shape)}")
     wrong = ~((rate >= 0) & (rate <= 1))
     if wrong.any():
         found = [f"class {k}: {float(rate[k])}" for k in wrong.nonzero()[:, 0].tolist()]
-        raise DataError(f"class thresholds: positive rates must lie in [0, 1]; {listed(found)}")
+        raise DataError(f"class thresholds: positive rates must be in [0, 1]; {listed(found)}")
     return rate
 
 
@@ -285,16 +284,16 @@ def _with_counts(per_class: Tensor) -> str:
 
 
 def _column_blocks(n: int, num_classes: int, size: int) -> Iterator[slice]:
-    """Slices of the classes with at most ``size`` scores in each, or one class."""
+    """Yields slices of the classes with at most ``size`` scores each, or with one class."""
     width = max(1, size // max(1, n))
     for start in range(0, num_classes, width):
         yield slice(start, start + width)
 
 
 def _columns(scores: Tensor, block: slice) -> Tensor:
-    """A float32 copy of some columns, ``(width, n)``.
+    """Returns a float32 copy of some columns, ``(width, n)``.
 
-    Transposed strip by strip: read column by column, each cache line would come from memory once for every column.
+    Transposed in chunks of rows: a pass column by column would load each cache line once per column.
     """
     columns = scores.detach()[:, block]
     n, width = columns.shape
@@ -306,9 +305,9 @@ def _columns(scores: Tensor, block: slice) -> Tensor:
 
 
 def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds by selection, for the CPU; changes the order within ``columns (width, n)``.
+    """Computes thresholds by selection, for the CPU; reorders ``columns (width, n)`` in place.
 
-    By NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on falling scores.
+    Uses NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on decreasing scores.
     """
     tau_pos = torch.full((len(columns),), torch.inf).float()
     tau_neg = torch.full_like(tau_pos, -torch.inf)
@@ -317,14 +316,14 @@ def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor,
             column.partition(bottom - 1)
             tau_neg[k] = float(column[bottom - 1])
         if top:
-            above = column[bottom:]  # the greater scores: mostly few, since a class is absent from most images
+            above = column[bottom:]  # the larger scores, usually few, since most images lack the class
             above.partition(len(above) - top)
             tau_pos[k] = float(above[-top])
     return tau_pos, tau_neg
 
 
 def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds by sorting, for accelerators: their radix sort is linear, and all classes go at once."""
+    """Computes thresholds by sorting, for accelerators: radix sort is linear and handles all classes at once."""
     ascending = columns.sort(dim=1).values
     n = columns.shape[1]
     r_pos, r_neg = r_pos.to(columns.device), r_neg.to(columns.device)
@@ -334,5 +333,5 @@ def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tens
 
 
 def _or_infinite(largest: Tensor, smallest: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected scores, infinite where none was asked for."""
+    """Returns the selected scores, or an infinity if the count is 0."""
     return largest.masked_fill(r_pos == 0, torch.inf), smallest.masked_fill(r_neg == 0, -torch.inf)

@@ -1,4 +1,4 @@
-"""What gradient clipping needs of an optimizer."""
+"""Makes fused optimizers work with gradient clipping."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 def unfuse(optimizer: Optimizer) -> None:
     """Switches an optimizer to its unfused form, in place.
 
-    Fused optimizers undo float16's gradient scaling within their step, so Lightning refuses to clip their gradients.
-    It decides by the attribute below, also for bfloat16, which needs no scaling.
+    Fused optimizers unscale float16 gradients within their step, so Lightning refuses to clip them. It checks the
+    attribute below, even for bfloat16, which needs no scaling.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
