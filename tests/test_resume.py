@@ -415,12 +415,12 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "predictions.csv").write_text("my own\n")
     for words, message in (
-        (["fit", "--config=x", "--resume=runs"], "runs is no run but holds some, such as runs/cbsa/version_0"),
-        (["fit", "--config=x", "--resume"], "say which run"),
-        (["fit", "--config=x", "--resume=mine"], "mine holds predictions.csv, but no run"),
-        (["fit", f"--resume={evaluation}"], "version_2 holds no run"),
-        (["test", "--resume", str(first)], "goes with `cbsa fit` only"),
-        (["fit", "--resume", str(first), "--ckpt_path=y"], "leave out --ckpt_path"),
+        (["fit", "--config=x", "--resume=runs"], "runs is not a run but contains runs, such as runs/cbsa/version_0"),
+        (["fit", "--config=x", "--resume"], "With --config, name the run"),
+        (["fit", "--config=x", "--resume=mine"], "mine has predictions.csv, but is not a run"),
+        (["fit", f"--resume={evaluation}"], "version_2 has no run"),
+        (["test", "--resume", str(first)], "works only with `cbsa fit`"),
+        (["fit", "--resume", str(first), "--ckpt_path=y"], "use either --ckpt_path"),
     ):
         with pytest.raises(ConfigError, match=message):
             words_of(*words)
@@ -455,7 +455,7 @@ def test_a_run_without_a_checkpoint_begins_anew_only_where_nothing_is_lost(tmp_p
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n")
     assert words_of("fit", f"--resume={run}").words == ["fit", f"--config={run}/config.yaml"]
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n1,3,0.5\n")
-    with pytest.raises(ConfigError, match="figures of finished epochs, but no checkpoint"):
+    with pytest.raises(ConfigError, match="metrics of finished epochs, but no checkpoint"):
         words_of("fit", f"--resume={run}")
 
 

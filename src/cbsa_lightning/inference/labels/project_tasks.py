@@ -171,7 +171,7 @@ def _choices(
     if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
         raise DataError(
             f"{project.label_config}: Choices {brief(config.name)} allows one choice per image, but the run predicts "
-            f'{counted(several, "image")} more than one. Set choice="multiple" in the labeling interface'
+            f'more than one for {counted(several, "image")}. Set choice="multiple" in the labeling interface'
         )
     if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
         raise DataError(
