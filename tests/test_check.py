@@ -372,7 +372,7 @@ def test_what_a_reader_says_of_its_files(
 
 
 def test_two_files_to_train_on_are_refused(photos: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a\.csv, b\.csv: give one file"):
+    with pytest.raises(ConfigError, match=r"a\.csv, b\.csv: pass one file"):
         cli.main(["check", "a.csv", "b.csv"])
 
 
@@ -475,7 +475,7 @@ def test_damage_within_a_file_is_found_where_images_are_decoded(
 
 
 def test_weights_without_a_model_are_refused(photos: Path) -> None:
-    with pytest.raises(ConfigError, match="give both"):
+    with pytest.raises(ConfigError, match="Pass both"):
         cli.main(["check", "photos.csv", "--pretrained", "openai"])
 
 
