@@ -198,7 +198,7 @@ def test_labels_of_other_classes_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"labels.csv: names 'horse', which is not a class"):
         build_page(run)
     labels.write_text(f"{header.replace('cat', 'horse')}\n{cells}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"labels.csv: is not as this run writes it"):
+    with pytest.raises(DataError, match=r"labels.csv: does not have the expected format"):
         build_page(run)
 
 

@@ -140,7 +140,7 @@ def test_from_every_checkpoint_on_a_gpu(tmp_path, clip_folder, squares, precisio
 def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* now it has 8"):
+    with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* settings it has 8"):
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, ckpt_path=str(tmp_path / "end.ckpt"))
     _, again = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
     assert again.global_step == trainer.global_step  # nothing left to do, and nothing done
@@ -332,7 +332,7 @@ def test_a_metrics_file_goes_on(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "4"]
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"metrics.csv: is no table of metrics"):
+    with pytest.raises(DataError, match=r"metrics.csv: is not a table of metrics"):
         MetricsFile(tmp_path)
 
 

@@ -197,7 +197,7 @@ def test_other_towers_are_refused(tmp_path, clip_folder):
 def test_another_class_of_network_is_refused(clip_folder):
     module = fresh(clip_folder)
     weights = earlier_of(module)._replace(network="DualCoOp")
-    with pytest.raises(CheckpointError, match="of a DualCoOp, this run trains a CBSANetwork"):
+    with pytest.raises(CheckpointError, match="from a DualCoOp; this run trains a CBSANetwork"):
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
@@ -328,7 +328,7 @@ def test_a_checkpoint_without_its_run_is_taken_over_but_not_compared(tmp_path, c
 def test_images_of_another_size_are_refused(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
     config["data"]["image_size"] = 96
-    with pytest.raises(CheckpointError, match="images of 64 pixels, this run has 96"):
+    with pytest.raises(CheckpointError, match="images of 64 pixels; this run uses 96"):
         fit(tmp_path / "new", config, "--init_from", str(earlier))
 
 
