@@ -367,7 +367,7 @@ def test_a_run_that_is_stopped_early_has_no_result(tmp_path: Path, short_cell: A
 
 def test_what_the_command_line_refuses_is_an_error(tmp_path: Path, short_cell: Any) -> None:
     one = short_cell(CBSA, tmp_path / "flag", 2, no_such_argument=1)
-    with pytest.raises(ConfigError, match=r"recipe\.yaml: --trainer\.no_such_argument is no option\.$"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: --trainer\.no_such_argument is not an option\.$"):
         make(one, tmp_path)
 
 

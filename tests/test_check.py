@@ -372,7 +372,7 @@ def test_notes_of_a_reader_are_reported(
 
 
 def test_two_files_to_train_on_are_refused(photos: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a\.csv, b\.csv: give one file"):
+    with pytest.raises(ConfigError, match=r"a\.csv, b\.csv: pass one file"):
         cli.main(["check", "a.csv", "b.csv"])
 
 
@@ -473,7 +473,7 @@ def test_damage_within_a_file_is_found_if_images_are_decoded(photos: Path, capsy
 
 
 def test_weights_without_a_model_are_refused(photos: Path) -> None:
-    with pytest.raises(ConfigError, match="give both"):
+    with pytest.raises(ConfigError, match="Pass both"):
         cli.main(["check", "photos.csv", "--pretrained", "openai"])
 
 

@@ -105,9 +105,9 @@ def test_the_label_decoder_of_earlier_checkpoints_is_refused(tmp_path, run):
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {k.replace("decoder.blocks.", "decoder.layers."): v for k, v in state.items()}
     torch.save(checkpoint, tmp_path / "earlier.ckpt")
-    with pytest.raises(CheckpointError, match="an earlier form of the label decoder"):
+    with pytest.raises(CheckpointError, match="an earlier label decoder"):
         CBSAModule.load_from_checkpoint(tmp_path / "earlier.ckpt")
-    with pytest.raises(CheckpointError, match="an earlier form of the label decoder"):
+    with pytest.raises(CheckpointError, match="an earlier label decoder"):
         Classifier.load(tmp_path / "earlier.ckpt")
 
 

@@ -166,12 +166,12 @@ def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--trainer.max_epoch=3"], r"^--trainer\.max_epoch is no option\. Similar names: --trainer\.max_epochs"),
-        (["--nonsense"], r"^--nonsense is no option\.$"),
+        (["--trainer.max_epoch=3"], r"^--trainer\.max_epoch is not an option\. Similar names: --trainer\.max_epochs"),
+        (["--nonsense"], r"^--nonsense is not an option\.$"),
         (["--model.warmup=3"], r"^--model has no setting 'warmup'\. Similar names: warmup_epochs\.$"),
         (["--model.promt_length=3"], r"^--model has no setting 'promt_length'\. Similar names: prompt_length\.$"),
-        (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it takes int\.$"),
-        (["--trainer.precision=17"], r"^--trainer\.precision is 17; it takes 64, 32, 16 or "),
+        (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it must be int\.$"),
+        (["--trainer.precision=17"], r"^--trainer\.precision is 17; it must be 64, 32, 16 or "),
         (["--model=Nope"], r"^--model: no class 'Nope' fits"),
         (["--model.labeler=Nope"], r"^--model\.labeler: no class 'Nope' fits"),
         (["--trainer.accelerator=gpu"], "No supported gpu backend"),

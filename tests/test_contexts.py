@@ -224,9 +224,9 @@ def test_context_targets_refuse_what_does_not_fit():
         context_targets(labels, torch.tensor([0, 1, 2]), 2)
     with pytest.raises(DataError, match="context ids"):
         soft_context_targets(labels, torch.tensor([0, -1, 1]), 2)
-    with pytest.raises(DataError, match="as many frequencies"):
+    with pytest.raises(DataError, match="one frequency each"):
         context_targets(labels, torch.tensor([0, 1, 1]), 2, torch.ones(2))
-    with pytest.raises(DataError, match="as many finite weights"):
+    with pytest.raises(DataError, match="one finite weight"):
         cooccurrence(labels, torch.tensor([1.0, -1.0]))
 
 

@@ -68,7 +68,7 @@ def fit(tmp_path, clip_folder, squares, poison, **settings):
 def test_it_stops_before_anything_moves_and_names_what_is_wrong(tmp_path, clip_folder, squares, where, named, value):
     poison = Poison(where, {(1, 2)}, value)
     module = tiny_module(clip_folder)
-    with pytest.raises(NotFiniteError, match=r"Epoch 1, step 2: not finite are .*of 1 image") as error:
+    with pytest.raises(NotFiniteError, match=r"Epoch 1, step 2: not finite: .*of 1 image") as error:
         tiny_trainer(tmp_path, callbacks=[poison]).fit(module, datamodule=tiny_data(squares))
     assert named in str(error.value)
     assert f"train/{poison.image}.png (row {poison.image})" in str(error.value)
@@ -104,7 +104,7 @@ def check_a_step_left_out(tmp_path, clip_folder, squares, accumulate, **settings
 
     poison, compare = Poison("logits", {(1, 1), (1, 3)}), Compare()
     settings |= {"callbacks": [poison, compare], "accumulate_grad_batches": accumulate}
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="is skipped"):
         module, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer=settings, max_skipped_steps=1)
     moved = dict(compare.moved)
     assert not moved[(1, 1)]
@@ -139,7 +139,7 @@ def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
                 seen.append(True)
 
     module.network.forward = forward
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="is skipped"):
         tiny_trainer(tmp_path, callbacks=[Compare()]).fit(module, datamodule=tiny_data(squares))
     assert seen[1:] == [True]
 
@@ -157,13 +157,13 @@ def test_a_bad_batch_takes_its_whole_step_out(tmp_path, clip_folder, squares):
 
     poison, compare = Poison("logits", {(1, 0)}), Compare()
     settings = {"callbacks": [poison, compare], "accumulate_grad_batches": 2}
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="is skipped"):
         tiny_fit(tmp_path, clip_folder, squares, trainer=settings, max_skipped_steps=1)
     assert compare.compared
 
 
 def test_more_in_a_row_than_allowed_stop_it(tmp_path, clip_folder, squares):
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(NotFiniteError, match="step 2"):
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NotFiniteError, match="step 2"):
         fit(tmp_path, clip_folder, squares, Poison("logits", {(1, 0), (1, 1), (1, 2)}), max_skipped_steps=2)
 
 

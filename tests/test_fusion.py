@@ -148,7 +148,7 @@ def test_a_damaged_fusion_is_refused(run, tmp_path, change):
 
 @pytest.mark.parametrize("settings", [{}, {"labeler": None}])
 def test_without_a_stack_it_is_refused(clip_folder, settings):
-    with pytest.raises(ConfigError, match="set labeler to StackedProbes"):
+    with pytest.raises(ConfigError, match="Set labeler to StackedProbes"):
         tiny_module(clip_folder, stack_share=0.5, **settings)
 
 

@@ -69,7 +69,7 @@ def test_scores_and_thresholds_are_defined(tmp_path, monkeypatch, clip_folder, s
 
 def test_one_labeled_image_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="two labeled images or more"):
+    with pytest.raises(DataError, match="at least two labeled images"):
         fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 0.05})
 
 

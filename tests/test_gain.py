@@ -61,10 +61,10 @@ def test_nothing_gained_and_harm():
     scores, truth = scores_and_truth()
     same = gain_of([scores], [scores], [truth], list("abc"), 20)
     np.testing.assert_array_equal(same.overall, 0)
-    assert "do not tell" in same.sentence()
+    assert "are too few to tell" in same.sentence()
     harm = gain_of([scores + 5 * truth], [scores], [truth], list("abc"), 20)
     assert harm.hurts
-    assert "harm" in harm.sentence()
+    assert "hurt" in harm.sentence()
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -170,13 +170,13 @@ def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypat
         assert not set(labeled) & set(rows)
         assert (per_batch, warmup) == (data.labeled_per_batch, data.warmup_batch_size)
     assert gain.trained_on == 13
-    assert "13 of 20 to learn from" in gain.sentence()
+    assert "13 of 20 labeled images" in gain.sentence()
 
 
 def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
     with pytest.raises(ConfigError, match="2 folds"):
         GainCheck(1)
-    with pytest.raises(ConfigError, match="labeled images alone"):
+    with pytest.raises(ConfigError, match="labeled images only"):
         GainCheck(2)(tiny_module(clip_folder, labeler=LabeledOnly()), tiny_data(Squares(squares_folder)), SETTINGS)
     with pytest.raises(ConfigError, match="max_epochs"):
         GainCheck(2)(tiny_module(clip_folder), tiny_data(Squares(squares_folder)), {**SETTINGS, "max_epochs": None})

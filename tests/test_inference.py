@@ -149,7 +149,7 @@ def test_wrong_files_are_refused(checkpoint, towers, tmp_path):
         Classifier.load(tmp_path / "nothing.ckpt")
     text = tmp_path / "text.ckpt"
     text.write_text("hello")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         Classifier.load(text)
     short = tmp_path / "short.ckpt"
     short.write_bytes(checkpoint.read_bytes()[:2000])
@@ -248,11 +248,11 @@ def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
         ([np.zeros((3, 8, 9), np.uint8)], "channels first"),
         ([np.zeros((8, 9, 7), np.uint8)], "is no image"),
         ([torch.zeros(3, 8, 8)], r"image 0: a tensor must be \(3, H, W\) uint8"),
-        ([7], "a int is no image"),
-        (np.zeros((8, 8, 3), np.uint8), "also for a single one"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), "also for a single one"),
-        ({"a.png": 1}, "give its values"),
-        (5, "Give a list"),
+        ([7], "a int is not an image"),
+        (np.zeros((8, 8, 3), np.uint8), "even for a single one"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "even for a single one"),
+        ({"a.png": 1}, "pass its values"),
+        (5, "Pass a list"),
     ],
 )
 def test_what_is_no_image_is_refused(classifier, images, message):

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused():
         class_thresholds(scores, torch.tensor([0.1, 1.5, 0.2]))
     with pytest.raises(DataError, match="class 0: nan"):
         class_thresholds(scores, torch.tensor([math.nan, 0.5, 0.2]))
-    with pytest.raises(DataError, match="3 classes need as many rates"):
+    with pytest.raises(DataError, match="3 classes need one rate each"):
         class_thresholds(scores, torch.tensor([0.1]))
     with pytest.raises(DataError, match="no scores"):
         class_thresholds(torch.empty(0, 3), torch.zeros(3))

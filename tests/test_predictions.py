@@ -87,14 +87,14 @@ def test_places_where_no_file_can_be_are_refused_before_any_work(tmp_path, monke
     (tmp_path / "file").write_text("")
     for place, message in (
         ("folder.csv", "is a folder"),
-        ("file/out.csv", "below .*file, which is no folder to write in"),
+        ("file/out.csv", "below .*file, which is not a writable folder"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             check_output(tmp_path / place, NAMES)
         assert str(tmp_path / place) in str(error.value)
     check_output(tmp_path / "new" / "and" / "deeper" / "out.csv", NAMES)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match="no folder to write in"):
+    with pytest.raises(ConfigError, match="not a writable folder"):
         check_output(tmp_path / "out.csv", NAMES)
 
 
@@ -219,7 +219,7 @@ def test_files_that_are_not_predicted_are_counted_and_listed(tmp_path, clip_fold
     assert column(tmp_path / "out.csv", "image") == ["a.png", "b.JPG", "c.mpo"]
     assert column(tmp_path / "out_left_out.csv", "image") == others
     said = capsys.readouterr().out
-    assert "5 files were left out (2 .heic, 1 .dcm, 1 .mp4, 1 without a suffix)" in said
+    assert "5 files were skipped (2 .heic, 1 .dcm, 1 .mp4, 1 without a suffix)" in said
     assert str(tmp_path / "out_left_out.csv") in said
 
 
@@ -241,12 +241,12 @@ def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
     assert sorted(found.unread) == [0, 2, 4]
     assert column(tmp_path / "out_left_out.csv", "image") == broken
     assert all(str(folder) in reason for reason in column(tmp_path / "out_left_out.csv", "reason"))
-    assert "3 files were left out (3 that cannot be read)" in capsys.readouterr().out
+    assert "3 files were skipped (3 unreadable)" in capsys.readouterr().out
 
 
 def test_a_damaged_image_keeps_what_was_predicted_before(tmp_path, clip_folder):
     folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
-    with pytest.raises(DataError, match=r"d\.png: .*out\.csv holds the 3 images .* --predictions\.on_error skip"):
+    with pytest.raises(DataError, match=r"d\.png: .*out\.csv has .* 3 images .* --predictions\.on_error skip"):
         predict(tmp_path, clip_folder, folder)
     assert column(tmp_path / "out.csv", "image") == ["a.png", "b.png", "c.png"]
 

@@ -161,7 +161,7 @@ def test_missing_pieces_leave_their_section_out(tmp_path, missing, headings):
     page = Page(build_page(made(tmp_path, **missing)[0]))
     assert set(page.headings) == headings | {"Training, settings and versions"}
     if "validation" in missing:
-        assert "cannot say how good the model is" in page.text
+        assert "quality of the model is unknown" in page.text
         assert "AP" not in page.cells[0]
 
 
@@ -177,7 +177,7 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
     run = Run(**{**vars(run), "baselines": {"a linear probe": 0.5}, "few_images": 50})
     text = Page(build_page(run)).text
     assert "a linear probe has 50 %." in text
-    assert "30 images are few" in text
+    assert "With only 30 images" in text
     assert "Fewer than 10 labeled images show" in text
     assert "Next, label the 40 images in next_to_label.csv" in text
     assert re.search(r"check the \d+ given labels in suspicious_labels.csv", text)
@@ -186,7 +186,7 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
 def test_predictions_of_other_images_are_refused(tmp_path):
     run, table, _ = made(tmp_path)
     other = AnnotationTable(run.root, table.paths[::-1], table.labels, table.class_names)
-    with pytest.raises(DataError, match=r"predictions.csv: does not hold the validation images"):
+    with pytest.raises(DataError, match=r"predictions.csv: does not have the validation images"):
         build_page(Run(**{**vars(run), "validation": other}))
 
 
@@ -195,10 +195,10 @@ def test_labels_of_other_classes_are_refused(tmp_path):
     labels = run.folder / "labels.csv"
     header, cells = labels.read_text(encoding="utf-8").split("\n", 1)
     labels.write_text(f"{header}\n{cells.replace('cat', 'horse')}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"labels.csv: names 'horse', which is no class"):
+    with pytest.raises(DataError, match=r"labels.csv: names 'horse', which is not a class"):
         build_page(run)
     labels.write_text(f"{header.replace('cat', 'horse')}\n{cells}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"labels.csv: is not as this run writes it"):
+    with pytest.raises(DataError, match=r"labels.csv: does not have the expected format"):
         build_page(run)
 
 

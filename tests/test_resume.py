@@ -140,7 +140,7 @@ def test_from_every_checkpoint_on_a_gpu(tmp_path, clip_folder, squares, precisio
 def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* now it has 8"):
+    with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* settings it has 8"):
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, ckpt_path=str(tmp_path / "end.ckpt"))
     _, again = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
     assert again.global_step == trainer.global_step  # nothing left to do, and nothing done
@@ -242,7 +242,7 @@ def test_it_goes_on_with_its_own_data_only(tmp_path, clip_folder, squares, squar
         (squares, {"batch_size": 7}, "batch_size"),
         (hidden, {}, "table"),
     ):
-        with pytest.raises(CheckpointError, match=f"run.ckpt was written on other data; these differ: {what}"):
+        with pytest.raises(CheckpointError, match=f"run.ckpt was written with other data. These differ: {what}"):
             tiny_fit(tmp_path, clip_folder, source, data=data, ckpt_path=file)
 
 
@@ -251,7 +251,7 @@ def test_weights_alone_are_no_place_to_go_on_from(tmp_path, clip_folder, squares
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt"
-    with pytest.raises(CheckpointError, match=r"best.ckpt holds weights only"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt has weights only"):
         tiny_fit(tmp_path, clip_folder, squares, ckpt_path=str(tmp_path / "best.ckpt"))
     again = type(module).load_from_checkpoint(tmp_path / "best.ckpt")
     assert differences(dict(module.state_dict()), dict(again.state_dict())) == []
@@ -332,7 +332,7 @@ def test_a_metrics_file_goes_on(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "4"]
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"metrics.csv: is no table of metrics"):
+    with pytest.raises(DataError, match=r"metrics.csv: is not a table of metrics"):
         MetricsFile(tmp_path)
 
 
@@ -415,12 +415,12 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "predictions.csv").write_text("my own\n")
     for words, message in (
-        (["fit", "--config=x", "--resume=runs"], "runs is no run but holds some, such as runs/cbsa/version_0"),
-        (["fit", "--config=x", "--resume"], "say which run"),
-        (["fit", "--config=x", "--resume=mine"], "mine holds predictions.csv, but no run"),
-        (["fit", f"--resume={evaluation}"], "version_2 holds no run"),
-        (["test", "--resume", str(first)], "goes with `cbsa fit` only"),
-        (["fit", "--resume", str(first), "--ckpt_path=y"], "leave out --ckpt_path"),
+        (["fit", "--config=x", "--resume=runs"], "runs is not a run but contains runs, such as runs/cbsa/version_0"),
+        (["fit", "--config=x", "--resume"], "With --config, name the run"),
+        (["fit", "--config=x", "--resume=mine"], "mine has predictions.csv, but is not a run"),
+        (["fit", f"--resume={evaluation}"], "version_2 has no run"),
+        (["test", "--resume", str(first)], "works only with `cbsa fit`"),
+        (["fit", "--resume", str(first), "--ckpt_path=y"], "use either --ckpt_path"),
     ):
         with pytest.raises(ConfigError, match=message):
             words_of(*words)
@@ -455,7 +455,7 @@ def test_a_run_without_a_checkpoint_begins_anew_only_where_nothing_is_lost(tmp_p
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n")
     assert words_of("fit", f"--resume={run}").words == ["fit", f"--config={run}/config.yaml"]
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n1,3,0.5\n")
-    with pytest.raises(ConfigError, match="figures of finished epochs, but no checkpoint"):
+    with pytest.raises(ConfigError, match="metrics of finished epochs, but no checkpoint"):
         words_of("fit", f"--resume={run}")
 
 

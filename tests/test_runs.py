@@ -192,7 +192,7 @@ def test_fast_dev_run_writes_nothing(words, settings):
 def test_no_checkpoints_and_barebones(words):
     folder = folder_of(main([*words, "--trainer.enable_checkpointing=false", "--report.enabled=false"]).trainer)
     assert not list(Path().rglob("*.ckpt"))
-    with pytest.raises(ConfigError, match="figures of finished epochs, but no checkpoint"):
+    with pytest.raises(ConfigError, match="metrics of finished epochs, but no checkpoint"):
         main(["fit", f"--resume={folder}"])
     main([*words, "--trainer.barebones=true"])
     assert not list(Path().rglob("*.ckpt"))

@@ -26,11 +26,11 @@ def test_a_network_of_the_library_is_built_with_its_settings(clip_folder):
     ["os.system", "my_systems.LinearProbe", "cbsa_lightning.networks.base.gone", "cbsa_lightning.networks..os", 3],
 )
 def test_a_file_chooses_no_other_code(path):
-    with pytest.raises(CheckpointError, match=r"a\.ckpt has the network .*no network of this library"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt has the network .*not a network of this library"):
         stored_network(checkpoint(class_path=path))
 
 
 @pytest.mark.parametrize("text", [None, "[", "3", "{init_args: {}}", "{init_args: {network: null}}", "{init_args: 3}"])
 def test_a_checkpoint_that_does_not_say_is_refused(text):
-    with pytest.raises(CheckpointError, match="does not say which network"):
+    with pytest.raises(CheckpointError, match="does not name its network"):
         stored_network({SOURCE: "a.ckpt", MODEL: text})

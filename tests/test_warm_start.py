@@ -122,7 +122,7 @@ def test_classes_are_matched_by_name(earlier, clip_folder, classes):
         for k, each in enumerate(classes):
             source = there[weights.class_names.index(each)] if each in CLASSES else before[name][k]
             assert torch.equal(now[k], source)
-    assert ("new classes start afresh: pink" in told) == ("pink" in classes)
+    assert ("new classes start from initial values: pink" in told) == ("pink" in classes)
     gone = [name for name in weights.class_names if name not in classes]
     assert (f"classes dropped: {', '.join(gone)}" in told) == bool(gone)
     assert torch.equal(module.network.log_scale, averaged.log_scale)
@@ -198,7 +198,7 @@ def test_other_towers_are_refused(tmp_path, clip_folder):
 def test_another_class_of_network_is_refused(clip_folder):
     module = fresh(clip_folder)
     weights = earlier_of(module)._replace(network="DualCoOp")
-    with pytest.raises(CheckpointError, match="of a DualCoOp, this run trains a CBSANetwork"):
+    with pytest.raises(CheckpointError, match="from a DualCoOp; this run trains a CBSANetwork"):
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
@@ -206,7 +206,7 @@ def test_a_network_that_does_not_tell_its_class_tensors_needs_the_same_classes(c
     module = fresh(clip_folder, CLASSES[::-1])
     weights = earlier_of(fresh(clip_folder))
     monkeypatch.setattr(type(module.network), "class_tensors", lambda self: None)
-    with pytest.raises(CheckpointError, match="does not tell which of its weights belong to a class"):
+    with pytest.raises(CheckpointError, match="does not define which of its weights belong to a class"):
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
@@ -270,7 +270,7 @@ def test_a_network_without_trained_parts_takes_nothing_over(tmp_path, caplog, cl
     fit(tmp_path / "first", config)
     write_table(tmp_path / "photos.csv", source, 50)
     fit(tmp_path / "second", config, "--init_from", str(tmp_path / "first" / "version_0"))
-    assert "Nothing is trained here" in caplog.text
+    assert "Nothing is trained in this run" in caplog.text
     assert (tmp_path / "second" / "version_0" / "changes.csv").is_file()
 
 
@@ -308,7 +308,7 @@ def test_bad_places_are_refused_before_anything_is_written(tmp_path, clip_folder
     (tmp_path / "damaged" / "labeled.parquet").write_bytes(b"PAR1")
     for place, error, message in (
         ("nowhere", CheckpointError, "does not exist"),
-        ("empty", CheckpointError, "is no run"),
+        ("empty", CheckpointError, "is not a run"),
         ("torn.ckpt", CheckpointError, "damaged"),
         ("damaged", DataError, "labeled.parquet"),
     ):
@@ -322,7 +322,7 @@ def test_bad_places_are_refused_before_anything_is_written(tmp_path, clip_folder
 def test_a_checkpoint_without_its_run_is_taken_over_but_not_compared(tmp_path, clip_folder, source, earlier):
     shutil.copy(earlier / "checkpoints/last.ckpt", tmp_path / "alone.ckpt")
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
-    with pytest.warns(UserWarning, match="nothing says which images .* was trained on"):
+    with pytest.warns(UserWarning, match="it is unknown which images .* was trained on"):
         fit(tmp_path / "new", config, "--init_from", str(tmp_path / "alone.ckpt"))
     assert not (tmp_path / "new/version_0/changes.csv").exists()
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_without_its_run_is_taken_over_but_not_compared(tmp_path, c
 def test_images_of_another_size_are_refused(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
     config["data"]["image_size"] = 96
-    with pytest.raises(CheckpointError, match="images of 64 pixels, this run has 96"):
+    with pytest.raises(CheckpointError, match="images of 64 pixels; this run uses 96"):
         fit(tmp_path / "new", config, "--init_from", str(earlier))
 
 

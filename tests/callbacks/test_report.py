@@ -151,7 +151,7 @@ def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("report", "settings", "reason"),
-    [(RunReport(), {"fast_dev_run": True}, "fast_dev_run"), (RunReport(enabled=False), {}, "switched off")],
+    [(RunReport(), {"fast_dev_run": True}, "fast_dev_run"), (RunReport(enabled=False), {}, "report.enabled is false")],
 )
 def test_nothing_is_written(towers, digits, tmp_path, caplog, report, settings, reason):
     with caplog.at_level(logging.DEBUG, "cbsa_lightning"):

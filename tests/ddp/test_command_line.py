@@ -45,7 +45,7 @@ def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tup
 
 def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder: Path) -> None:
     said, _, folder = fit(tmp_path, clip_folder, [sys.executable], "--gain.folds=2", "--compare=true")
-    assert said.count("points of mAP on labeled images held out in turn") == 1
+    assert said.count("points of mAP in cross-validation") == 1
     for name in ("config.yaml", "split.json", "gain.csv", "gain.png", "comparison.csv", "checkpoints/last.ckpt"):
         assert (folder / name).is_file(), name
 

@@ -94,7 +94,7 @@ def refused(do, name, reason):
         do()
     text = str(error.value)
     assert re.search(f"{re.escape(name)}.*({reason})", text), text
-    assert re.search("[Mm]ake room|choose|no folder to write in", text), text
+    assert re.search("[Mm]ake room|choose|not a writable folder", text), text
 
 
 @writers
@@ -136,8 +136,8 @@ def test_a_folder_that_is_read_only(tmp_path, writer):
     write(tmp_path, 1)
     before = contents(tmp_path)
     with read_only(tmp_path):
-        refused(lambda: write(tmp_path, 2), name, f"{FIXED}|no folder to write in")
-        refused(lambda: write(tmp_path / "new", 2), name, f"{FIXED}|no folder to write in")
+        refused(lambda: write(tmp_path, 2), name, f"{FIXED}|not a writable folder")
+        refused(lambda: write(tmp_path / "new", 2), name, f"{FIXED}|not a writable folder")
     assert contents(tmp_path) == before
 
 
@@ -351,7 +351,7 @@ def test_predictions_of_the_command(tmp_path, words, whole, suffix):
         make_room(disk)
         with read_only(disk):
             assert in_a_process(partial(typed, words), log) == 9, log.read_text()
-            assert "no folder to write in" in log.read_text()
+            assert "not a writable folder" in log.read_text()
         assert in_a_process(partial(typed, words), log) == 0, log.read_text()
         assert contents(disk) == expected
         assert in_a_process(partial(typed, words), log) == 9, log.read_text()

@@ -66,10 +66,10 @@ def test_json_lines_hold_a_row_each(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("image,", "photo,", 1), "is no table of labels"),
+        (lambda text: text.replace("image,", "photo,", 1), "is not a table of labels"),
         (lambda text: text.replace("cat;sofa", "cat;sfoa", 1), "row 2 names 'sfoa'"),
         (lambda text: text.replace("0.95", "1.95", 1), r"not in \[0, 1\] in rows 2"),
-        (lambda text: text.replace("0.95", "high", 1), "is no number"),
+        (lambda text: text.replace("0.95", "high", 1), "is not a number"),
         (lambda text: "", "cannot be read as a table of labels"),
     ],
 )
@@ -85,7 +85,7 @@ def test_another_table_is_refused(tmp_path, change, message):
 def test_classes_that_a_table_could_not_hold_are_refused(tmp_path, name):
     images = np.array(["a.jpg"], np.dtypes.StringDType())
     found = ImageLabels.decided(images, ("cat", name), PROBABILITIES[:1, :2], THRESHOLDS[:2])
-    with pytest.raises(ConfigError, match=f"cannot hold these classes: '{name}'"):
+    with pytest.raises(ConfigError, match=f"cannot contain these classes: '{name}'"):
         write_labels(tmp_path / "labels.csv", found)
 
 

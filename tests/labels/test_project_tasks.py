@@ -60,7 +60,7 @@ def test_tasks_of_a_real_export_keep_their_ids(labels):
     ]
     assert [body["result"] for body in made if body["task"] not in beach] == [[]] * (len(made) - len(beach))
     text = "\n".join(notes)
-    assert f"{len(ids) - len(made)} tasks of images that are not among the labels of the run" in text
+    assert f"{len(ids) - len(made)} tasks of images without labels of the run" in text
     assert "1 image of the run without a task in the export" in text
     assert "'new.jpg'" in text
 
@@ -76,10 +76,8 @@ def test_names_come_from_the_labeling_interface(animals, tmp_path):
         == made[2]["result"]
         == [{"from_name": "tags", "to_name": "picture", "type": "choices", "value": {"choices": ["car", "dog"]}}]
     )
-    assert any(
-        "1 choice of the project that no class of the run stands for, never predicted: 'none'" in n for n in notes
-    )
-    assert any("1 task with an answer: predicted as well" in note for note in notes)
+    assert any("1 choice of the project without a class of the run, never predicted: 'none'" in n for n in notes)
+    assert any("1 task with an answer: also predicted" in note for note in notes)
     assert export.read_bytes() == before
 
 
@@ -87,24 +85,24 @@ def test_names_come_from_the_answers(animals, tmp_path):
     made, notes = predictions(animals, write(tmp_path, [task(1, "a.jpg"), task(2, "b.jpg", "dog")]))
     assert made[0]["result"][0]["from_name"] == "tags"
     assert made[0]["result"][0]["to_name"] == "picture"
-    assert any("no answer names 1 of the 2 classes" in note and "'car'" in note for note in notes)
+    assert any("no annotation uses 1 of the 2 classes" in note and "'car'" in note for note in notes)
 
 
 @pytest.mark.parametrize(("tasks", "config", "words"), [
-    ([task(1, "a.jpg")], None, "do not say which control and image predictions are for"),
-    ([task(1, "a.jpg", "horse")], None, r"choices that are no class of the run: 'horse' \(.*task 1\)"),
+    ([task(1, "a.jpg")], None, "do not define the control and image of predictions"),
+    ([task(1, "a.jpg", "horse")], None, r"choices that are not classes of the run: 'horse' \(.*task 1\)"),
     ([task(1, "a.jpg", "horse")], CONFIG, r"choices that are not in .*c.xml: 'horse'"),
     ([task(1, "a.jpg")], CONFIG.replace('alias="car"', ""), "no choice for these classes of the run: 'car'"),
-    ([task(1, "a.jpg")], CONFIG.replace("multiple", "single"), "gives 1 image more than one"),
+    ([task(1, "a.jpg")], CONFIG.replace("multiple", "single"), "more than one for 1 image"),
     ([task(1, "a.jpg", "dog")], CONFIG.replace('"tags"', '"other"'), "control 'tags' is not in label_config"),
     ([task(1, "a.jpg", "dog", kind="rectanglelabels")], None, "result of 'rectanglelabels'"),
-    ([task(1, "z.jpg", "dog")], None, "no task is of an image of the run"),
+    ([task(1, "z.jpg", "dog")], None, "no task has an image of the run"),
     ([task(1, "a.jpg", "dog"), task(1, "b.jpg")], None, "record 2 has the id of another task"),
     ([task(1, "a.jpg", "dog", project=1), task(2, "b.jpg", project=2)], None, "tasks of several projects"),
     ([task(None, "a.jpg", "dog")], None, "id must be an integer"),
     ([{"data": {"image": "elsewhere.jpg"}, "id": 1, "annotations": task(1, "", "dog")["annotations"]}], None,
      "'elsewhere.jpg'"),
-    ([{"id": 1, "annotation_id": 2}], None, "is an export as JSON_MIN"),
+    ([{"id": 1, "annotation_id": 2}], None, "is a JSON_MIN export"),
     ([], None, "has no task"),
 ])  # fmt: skip
 def test_tasks_of_another_project_are_refused(animals, tmp_path, tasks, config, words):

@@ -103,5 +103,5 @@ def test_fiftyone_names_images_without_their_suffix(labels):
 def test_fiftyone_cannot_tell_suffixes_apart():
     images = np.array(["a.jpg", "a.png"], np.dtypes.StringDType())
     labels = ImageLabels.decided(images, NAMES, np.zeros((2, 2), np.float32), np.ones(2))
-    with pytest.raises(DataError, match="cannot tell these apart: a"):
+    with pytest.raises(DataError, match="these are ambiguous: a"):
         fiftyone_labels(labels)

@@ -1,1 +1,1 @@
-"""What happens once an epoch, and what a run leaves behind."""
+"""Callbacks that run before training, once per epoch, or at the end of a run."""

@@ -1,4 +1,4 @@
-"""What classifiers on frozen features reach, measured before training on the images that training is measured on."""
+"""Baselines on frozen features, measured before training on the validation images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ZERO_SHOT, LINEAR_PROBE, STACKED_PROBES = "zero-shot", "linear probe", "stacked 
 
 
 class MeasureBaselines(L.Callback):
-    """Measures zero-shot CLIP, a linear probe and stacked probes of the labeled images on the validation images.
+    """Measures zero-shot CLIP, a linear probe and stacked probes on the validation images.
 
-    The linear probe takes the mean of the frozen features; the stack takes all descriptions and the unlabeled images.
-    A resumed run has the figures from its checkpoint, since a trained attention pool is not CLIP's own any more.
+    The linear probe uses the mean of the frozen features; the stack uses all descriptors and the unlabeled images. A
+    resumed run loads the results from its checkpoint, since a trained attention pool differs from CLIP's own.
 
     Args:
-        always_probes: Whether to measure the probes also where the labeler needs no descriptions of the training
-            images, which then takes a pass over these.
+        always_probes: Whether to measure the probes even if the labeler does not need features of the training images;
+            this takes an extra pass over them.
 
     Attributes:
-        results: mAP (0 to 1) by name; empty where the validation images are not all measured or the network has no
-            frozen tower, without zero-shot where it has no text tower, and without a probe where the labeled images
-            are too few for it.
+        results: mAP (0 to 1) by name. Empty if validation covers only a part of its images or the network has no frozen
+            tower; without zero-shot if the network has no text tower; without a probe if there are too few labeled
+            images for it.
     """
 
     def __init__(self, always_probes: bool = True) -> None:
@@ -40,15 +40,15 @@ class MeasureBaselines(L.Callback):
         self.results: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures."""
+        """Returns the results."""
         return {"results": self.results}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them from :meth:`state_dict`."""
+        """Restores the state of :meth:`state_dict`."""
         self.results = state_dict["results"]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fits and measures, unless the run is resumed."""
+        """Fits the probes and measures all baselines, unless the run is resumed."""
         table = validated_table(trainer)
         frozen = pl_module.network.frozen_weights is not None
         if trainer.fast_dev_run or trainer.ckpt_path is not None or table is None or not frozen:
@@ -70,7 +70,7 @@ class MeasureBaselines(L.Callback):
 
 
 def validated_table(trainer: Any) -> Any:
-    """The table of the images that validation measures; None where it measures none, or only a part of them."""
+    """Returns the table of the validation images; None if validation covers none or only a part of them."""
     every = trainer.limit_val_batches == 1.0 and isinstance(trainer.limit_val_batches, float)
     return trainer.datamodule.eval_table() if every and hasattr(trainer.datamodule, "eval_table") else None
 

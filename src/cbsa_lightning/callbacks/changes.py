@@ -1,4 +1,4 @@
-"""What has changed since the run that training started from."""
+"""Changes since the run that training started from."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from cbsa_lightning.reports.changes import Changes, class_AP, in_order_of, label
 
 
 class ReportChanges(L.Callback):
-    """Measures the model of an earlier run before training and the new one after it, on the same validation images.
+    """Measures the model of an earlier run before training and the new model after it, on the same validation images.
 
-    Images whose labels the earlier run has trained on are left out. Prints what has changed, and writes it to
-    ``changes.csv`` in the run's folder. A resumed run has the earlier figures from its checkpoint. Nothing is measured
-    where the validation images are not all measured, or nothing says which images the earlier run has trained on.
+    Skips images whose labels the earlier run has trained on. Prints the changes and writes them to ``changes.csv`` in
+    the run's folder. A resumed run loads the earlier metrics from its checkpoint. Nothing is measured if validation
+    covers only a part of its images, or if the training images of the earlier run are unknown.
 
     Args:
         earlier: The earlier run.
 
     Attributes:
-        told: What has changed, in sentences; empty until training has ended.
+        told: The changes, as sentences; empty until training has ended.
     """
 
     def __init__(self, earlier: EarlierRun) -> None:
@@ -46,52 +46,52 @@ class ReportChanges(L.Callback):
         self._before: Tensor | None = None  # (C',), AP of the earlier run's classes in the order of the new run's
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures of the earlier run."""
+        """Returns the metrics of the earlier run."""
         return {"before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them from :meth:`state_dict`."""
+        """Restores the state of :meth:`state_dict`."""
         self._before = state_dict["before"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Builds the earlier model before the work.
+        """Builds the earlier model before training.
 
         Raises:
-            CheckpointError: It cannot be built, or was trained on images of another size.
+            CheckpointError: If it cannot be built, or was trained on images of another size.
         """
         if stage != "fit" or trainer.ckpt_path is not None:
             return
         size, here = self.earlier.weights.image_size, trainer.datamodule.image_size
         if size not in (None, here):
             raise CheckpointError(
-                f"{self.earlier.file} was trained on images of {size} pixels, this run has {here}. Set data.image_size "
-                f"to {size}, or leave out --init_from."
+                f"{self.earlier.file} was trained on images of {size} pixels; this run uses {here}. Set "
+                f"data.image_size to {size}, or remove --init_from."
             )
         if reason := self._why_not(trainer):
             rank_zero_warn(f"The earlier run is not compared with this one: {reason}.")
             return
         if trained := int(self._trained(trainer).sum()):
             rank_zero_warn(
-                f"{self.earlier.file} was trained on the labels of {trained} validation images: they are left out "
-                "of the comparison with it, but not of this run's own figures, which may be too high."
+                f"{self.earlier.file} was trained on the labels of {trained} validation images: the comparison "
+                "with it skips them, but this run's own metrics do not and may be too high."
             )
-        with torch.random.fork_rng(devices=[]):  # a network is drawn before its weights are loaded
+        with torch.random.fork_rng(devices=[]):  # the network is initialized before its weights are loaded
             self._classifier = self._load(pl_module, here)
 
     def _why_not(self, trainer: Any) -> str:
         if trainer.fast_dev_run or validated_table(trainer) is None:
-            return "the validation images are not all measured"
+            return "validation covers only a part of its images"
         if self.earlier.labeled is None:
             return (
-                f"nothing says which images {self.earlier.file} was trained on, so this run's own figures may be too "
-                "high as well. Give --init_from the folder of the run, if it has a labeled.parquet"
+                f"it is unknown which images {self.earlier.file} was trained on, so this run's metrics may be too "
+                "high as well. Pass the run's folder to --init_from if it has a labeled.parquet"
             )
         data = trainer.datamodule
         tables = [table for table in (data.train_table, data.test_table) if table is not None]
         if not any(rows_among(table, self.earlier.labeled.trained()).any() for table in tables):
             return (
-                "none of the images that it was trained on is in this run's tables. If it is only their paths that "
-                "have changed, this run's own figures may be too high as well"
+                "none of the images that it was trained on is in this run's tables. If only their paths have "
+                "changed, this run's metrics may be too high as well"
             )
         return ""
 
@@ -102,7 +102,7 @@ class ReportChanges(L.Callback):
         return Classifier.load(self.earlier.file, image_size=size, network=pl_module.make_network)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measures the earlier model, with all processes."""
+        """Measures the earlier model on all processes."""
         if self._classifier is None:
             return
         classifier = self._classifier.to(pl_module.device)
@@ -113,7 +113,7 @@ class ReportChanges(L.Callback):
         self._classifier = None
 
     def _logits(self, trainer: Any, pl_module: Any, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits ``(n, C)`` of all validation images, on the CPU."""
+        """Returns logits ``(n, C)`` of all validation images, on the CPU."""
         data, parts = trainer.datamodule, list[Any]()
 
         def keep(batch: EvalBatch, _: Tensor, logits: Tensor) -> None:
@@ -123,7 +123,7 @@ class ReportChanges(L.Callback):
         return torch.from_numpy(in_table_order(len(data.eval_table()), parts[0][1].shape[1], gather(parts))[0])
 
     def _measured(self, trainer: Any, logits: Tensor) -> Any:
-        """AP ``(C,)`` on the images that the earlier run has not trained on; NaN where logits are NaN."""
+        """Returns AP ``(C,)`` on images that the earlier run has not trained on; NaN for classes with NaN logits."""
         table = trainer.datamodule.eval_table()
         rows = ~self._trained(trainer)
         known = ~logits.isnan().all(0)
@@ -134,12 +134,12 @@ class ReportChanges(L.Callback):
         return result
 
     def _trained(self, trainer: Any) -> Any:
-        """Which validation images ``(n,)`` the earlier run has trained on."""
+        """Returns which validation images ``(n,)`` the earlier run has trained on."""
         labeled = self.earlier.labeled
         return rows_among(trainer.datamodule.eval_table(), frozenset() if labeled is None else labeled.trained())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measures the new model; the first process tells and writes what has changed."""
+        """Measures the new model; the first process prints and writes the changes."""
         folder = folder_of(trainer)
         if folder is None or self._before is None or self.earlier.labeled is None:
             return

@@ -21,33 +21,33 @@ from cbsa_lightning.method.labelers import rounded
 
 
 class UpdateContexts(L.Callback):
-    """Partitions the classes by how their labels co-occur.
+    """Partitions the classes into contexts by the co-occurrence of their labels.
 
-    Before the first epoch the labeled images decide; in the second stage pseudo-labeled images count too, with
-    their weight. A new partition takes over the ids of the last by overlap, since the context head has learned them.
+    Before the first epoch, only labeled images are used; in the second stage, pseudo-labeled images contribute with
+    their weight. A new partition keeps the ids of the previous one by overlap, since the context head has learned them.
 
-    The context of a labeled image follows from its labels. An unlabeled image has the one that its weak view is sure
-    of, or none.
+    The context of a labeled image follows from its labels. The context of an unlabeled image is the one predicted for
+    its weak view with enough confidence; otherwise it has none.
 
-    Where too few classes of the labeled images occur together, the run trains without contexts: no partition is made,
-    and no image has a context.
+    If too few classes of the labeled images occur together, the run trains without contexts: there is no partition, and
+    no image has a context.
 
     Args:
-        thresholds: The callback before this one, which scores the weak views.
+        thresholds: The callback that scores the weak views and runs before this one.
     """
 
     def __init__(self, thresholds: UpdateThresholds) -> None:
         self._thresholds = thresholds
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """First partition, from the labeled images.
+        """Computes the first partition from the labeled images.
 
         Raises:
             ConfigError: If there are more contexts than classes.
         """
         k, c = pl_module.num_contexts, len(pl_module.class_names)
         if k > c:
-            raise ConfigError(f"{k} contexts cannot be made of {c} classes; choose num_contexts <= {c}.")
+            raise ConfigError(f"{k} contexts cannot be made from {c} classes. Choose num_contexts <= {c}.")
         data = data_of(trainer)
         labels = data.labeled_targets()
         if bool((pl_module.context_partition < 0).any()):
@@ -55,13 +55,13 @@ class UpdateContexts(L.Callback):
                 self._partition(pl_module, labels, None)
             except ConfigError as error:  # too few classes occur together
                 rank_zero_warn(
-                    f"This run trains without contexts, since its {len(labels)} labeled images do not suffice: "
-                    f"{error}. model.num_contexts 0 trains without them on purpose."
+                    f"This run trains without contexts, since its {len(labels)} labeled images are too few: "
+                    f"{error}. Set model.num_contexts to 0 to train without contexts."
                 )
         self._label(pl_module, data, labels)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Contexts of the unlabeled images, and the partition of the epoch from labels and pseudo-labels."""
+        """Updates the contexts of the unlabeled images, and the partition from labels and pseudo-labels."""
         if pl_module.stage != "semi-supervised" or bool((pl_module.context_partition < 0).any()):
             return
         data = data_of(trainer)
@@ -92,9 +92,9 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Targets of the labeled images under the present partition; all zero for an image without any label."""
+        """Sets the targets of the labeled images for the current partition; all zero for an image without a label."""
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
-        if bool((part < 0).any()):  # zeros have no loss, but a gradient of zero, which several processes wait for
+        if bool((part < 0).any()):  # zero targets have loss 0, but keep the gradient that DDP waits for
             targets = torch.zeros(len(labels), k).float()
         elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
@@ -108,7 +108,7 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label_unlabeled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
-        """Targets of the unlabeled images: the weak view's context where it is sure, else none (all zero)."""
+        """Sets the targets of the unlabeled images: a confident prediction on the weak view, otherwise all zero."""
         k = probabilities.shape[1]
         if pl_module.context_targets is None:
             pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)

@@ -1,4 +1,4 @@
-"""What a fit has read, in two sentences before its first step."""
+"""A summary of the data, printed before the first step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHOWN = 20  # classes
 class DataSummary(L.Callback):
     """Reports notes of the reader, the number of images of each kind, and the classes with the fewest positives.
 
-    Nothing is reported for a data module of one's own.
+    A custom data module is not summarized.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reports it on the first process."""
+        """Prints the summary on the first process."""
         data = trainer.datamodule
         if not all(hasattr(data, name) for name in ("split", "source", "labeled_targets")):
             return

@@ -1,4 +1,4 @@
-"""Features of the frozen tower, computed once before training where the data module keeps them."""
+"""Features of the frozen tower, computed once before training if the data module caches them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cbsa_lightning.data.caches.feature_cache import Tower
 
 
 class CacheFeatures(L.Callback):
-    """Fills ``data.feature_cache``, if there is one, before the first epoch; see :class:`FeatureCache`."""
+    """Fills ``data.feature_cache``, if set, before the first epoch; see :class:`FeatureCache`."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Before a fit, computes what is missing; before another pass, sees that no other tower's features are read.
+        """Computes missing features before a fit; before other passes, checks that the cache is from the same tower.
 
-        Here, since Lightning asks for the first loader as soon as it sets up the optimizer.
+        Runs in this hook because Lightning builds the first loader when it sets up the optimizer.
         """
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "feature_cache", None) is None:
@@ -26,8 +26,8 @@ class CacheFeatures(L.Callback):
         weights = pl_module.network.frozen_weights
         if weights is None:
             rank_zero_warn(
-                f"{type(pl_module.network).__name__} has no frozen image tower, so data.feature_cache keeps nothing: "
-                "images are read in every epoch, and strong views are ever new ones."
+                f"{type(pl_module.network).__name__} has no frozen image tower, so data.feature_cache has no effect: "
+                "images are read and strong views drawn in every epoch."
             )
             data.forget_features(None)
             return
@@ -35,7 +35,7 @@ class CacheFeatures(L.Callback):
         if stage != "fit":
             data.forget_features(tower)
             return
-        pl_module.to(trainer.strategy.root_device)  # where Lightning would move it a little later
+        pl_module.to(trainer.strategy.root_device)  # Lightning does this only later
         store, kept = data.compute_features(tower)
         trainer.strategy.barrier("features")  # each process computed its share
         data.use_features(tower, store, kept)

@@ -1,4 +1,4 @@
-"""Labels for the unlabeled images when training ends, and lists of what a person should look at."""
+"""Labels of the unlabeled images when training ends, and lists of images to label or check."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from cbsa_lightning.method.finite import refuse_scores
 class WriteLabels(L.Callback):
     """Writes labels of the unlabeled images into the run's folder when training ends.
 
-    - ``labels.csv``: a row for each unlabeled image; see
+    - ``labels.csv``: one row per unlabeled image; see
       :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
-    - ``next_to_label.csv``: the images whose labels would teach most.
+    - ``next_to_label.csv``: the images whose labels would help most.
     - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
-      since other models have no such probabilities.
+      since other models have no out-of-fold probabilities.
 
-    Where scores are not calibrated probabilities, without a ``stack_share``, no label is marked for review. Nothing is
-    written for a data module of one's own or in a ``fast_dev_run``.
+    Without a ``stack_share``, scores are not calibrated probabilities, and no label is marked for review. Nothing is
+    written for a custom data module or in a ``fast_dev_run``.
 
     Args:
-        enabled: False writes nothing, and saves the pass over the unlabeled images.
+        enabled: False writes nothing, and skips the pass over the unlabeled images.
         budget: Length of the list of images to label next.
-        sure: A decision that is right with a smaller probability is marked for review.
-        favor_rare: Whether classes with few labeled positives count more in the list of images to label next.
+        sure: Probability of being correct below which a decision is marked for review.
+        favor_rare: Whether classes with few labeled positives get more weight in the list of images to label next.
 
     Raises:
-        ConfigError: For a budget below 1, or a ``sure`` outside of [0, 1].
+        ConfigError: If ``budget`` is below 1, or ``sure`` is outside [0, 1].
     """
 
     def __init__(self, enabled: bool = True, budget: int = 200, sure: float = SURE, favor_rare: bool = False) -> None:
@@ -51,7 +51,7 @@ class WriteLabels(L.Callback):
         self.enabled, self.budget, self.sure, self.favor_rare = enabled, budget, sure, favor_rare
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses class names that the table could not hold, before the work.
+        """Refuses class names that the table cannot contain, before training.
 
         Raises:
             ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.
@@ -60,7 +60,7 @@ class WriteLabels(L.Callback):
             check_class_columns(pl_module.class_names)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the unlabeled images with all processes; the first one writes."""
+        """Scores the unlabeled images on all processes; the first process writes."""
         folder = folder_of(trainer) if self._has_unlabeled(trainer) else None
         if folder is None:
             return
@@ -73,7 +73,7 @@ class WriteLabels(L.Callback):
         return self.enabled and hasattr(data, "plain_dataloader") and len(data.split.unlabeled) > 0
 
     def _scores(self, trainer: Any, pl_module: Any) -> NDArray[np.float32]:
-        """Scores ``(n, C)`` of the plain views of the n unlabeled images."""
+        """Returns scores ``(n, C)`` of the plain views of the n unlabeled images."""
         data = trainer.datamodule
         rows = data.split.unlabeled
         images = data.train_table.paths

@@ -1,4 +1,4 @@
-"""What limits the result of a run, said once: unused images, few images to measure on, no gain over the baselines."""
+"""Warnings about what limits the result of a run: unused images, a small validation set, no gain over the baselines."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from cbsa_lightning.callbacks.baselines import (
 from cbsa_lightning.callbacks.stage_length import ends_in_warmup
 
 FEW_IMAGES = 50
-"""Validation images below which a run warns that its mAP says little."""
+"""Number of validation images below which a run warns that its mAP is imprecise."""
 
 FEW_STEPS = 100
-"""Optimizer steps of a stage below which a run warns; the shortest warm-up of the paper's configurations has 144."""
+"""Number of optimizer steps of a stage below which a run warns; the paper's shortest warm-up has 144 steps."""
 
 
 class ResultLimits(L.Callback):
-    """Warns at the start or the end of a fit about what makes its result worth less than it seems.
+    """Warns at the start or the end of a fit about what limits its result.
 
     - Training ends within the warm-up, so that unlabeled images are never used.
     - A stage has fewer than :data:`FEW_STEPS` optimizer steps.
-    - Fewer than :data:`FEW_IMAGES` images are validated on.
-    - The final mAP is not above that of every baseline.
+    - Fewer than :data:`FEW_IMAGES` images are used for validation.
+    - The final mAP is not above that of all baselines.
 
     Args:
-        baselines: Measures zero-shot CLIP, and probes where that is cheap.
+        baselines: Measures zero-shot CLIP, and probes if that is cheap.
     """
 
     def __init__(self, baselines: MeasureBaselines) -> None:
@@ -40,7 +40,7 @@ class ResultLimits(L.Callback):
         self._told_unused = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Says what is known before the first step."""
+        """Warns about what is known before the first step."""
         if trainer.fast_dev_run:
             return
         unused = _unlabeled(trainer, pl_module)
@@ -48,20 +48,20 @@ class ResultLimits(L.Callback):
             self._told_unused = True
             rank_zero_warn(
                 f"All of this training belongs to the warm-up (model.warmup_epochs is {pl_module.warmup_epochs}), so "
-                f"the {unused} unlabeled images are never used. Lower warmup_epochs or train longer; with the labeler "
-                "LabeledOnly the labels alone are meant."
+                f"the {unused} unlabeled images are never used. Lower warmup_epochs or train longer. To train on "
+                "labels only, use the labeler LabeledOnly."
             )
         table = validated_table(trainer)
         if table is not None and len(table) < FEW_IMAGES:
             measured = int((table.labels == 1).any(0).sum())
             rank_zero_warn(
                 f"val/mAP is measured on {len(table)} images, with positives of {measured} of {table.num_classes} "
-                "classes, so differences of several points are chance. Label more images, or give a test table "
+                "classes, so differences of several points may be chance. Label more images, or add a test table "
                 "(data.source.init_args.test)."
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Says at the start of a stage that it has few steps."""
+        """Warns if a stage starts that has few steps."""
         first, end = trainer.current_epoch, trainer.max_epochs
         enough = pl_module.scheduled_steps >= FEW_STEPS or not pl_module.trains
         if trainer.fast_dev_run or enough or first not in (0, pl_module.warmup_epochs):
@@ -69,14 +69,14 @@ class ResultLimits(L.Callback):
         stage, longer = "The second stage", "trainer.max_epochs"
         if pl_module.stage == "warm-up":
             stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
-        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: as long as max_steps says
+        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: max_steps sets the length
         rank_zero_warn(
-            f"{stage} has {pl_module.scheduled_steps} optimizer steps, which is few to learn from. Set "
+            f"{stage} has {pl_module.scheduled_steps} optimizer steps, which may be too few. Set "
             f"data.min_steps_per_epoch to {least} or more, or raise {longer}."
         )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says what only the end shows."""
+        """Warns about unused images and compares the result with the baselines."""
         if trainer.fast_dev_run:
             return
         unused = _unlabeled(trainer, pl_module)
@@ -100,17 +100,17 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
         rank_zero_info(f"{figures}.")
     elif best == ZERO_SHOT:
         rank_zero_warn(
-            f"Training has not helped: {figures}. Try --config methods/cbsa_safe.yaml, more labeled images or a "
+            f"Training did not help: {figures}. Try --config methods/cbsa_safe.yaml, more labeled images or a "
             "longer warm-up (docs/unlabeled.md)."
         )
     else:
         rank_zero_warn(
-            f"{names[best].capitalize()}, on frozen features: as good as this model or better. {figures}. --config "
-            f"methods/{best.replace(' ', '_')}.yaml after the other files fits that in seconds."
+            f"This model is not better than {names[best]} on frozen features: {figures}. --config "
+            f"methods/{best.replace(' ', '_')}.yaml after the other files trains it in seconds."
         )
 
 
 def _unlabeled(trainer: Any, pl_module: Any) -> int:
-    """Unlabeled images that training is to use."""
+    """Returns the number of unlabeled images that training uses."""
     split = getattr(trainer.datamodule, "split", None)
     return 0 if split is None or pl_module.second_stage != "semi-supervised" else len(split.unlabeled)

@@ -1,4 +1,4 @@
-"""What callbacks monitor must exist: a wrong name is refused before the first step, not after an epoch."""
+"""Checks the metrics that callbacks monitor before the first step, not after an epoch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _OURS = ("cbsa_lightning", "lightning")
 
 
 class CheckMonitors(L.Callback):
-    """Refuses metrics that nobody logs.
+    """Refuses to monitor metrics that are never logged.
 
-    Skipped where the module or a callback is of another package, since it may log metrics of its own.
+    Does nothing if the module or a callback is from another package, since it may log its own metrics.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Looks at ``monitor`` of all callbacks.
+        """Checks ``monitor`` of all callbacks.
 
         Raises:
-            ConfigError: Naming the metric, and similar ones.
+            ConfigError: If a metric does not exist; the message suggests similar names.
         """
         if any(type(part).__module__.split(".")[0] not in _OURS for part in (pl_module, *trainer.callbacks)):
             return
@@ -33,13 +33,13 @@ class CheckMonitors(L.Callback):
             if name is not None and name not in known:
                 similar = difflib.get_close_matches(name.replace("_", "/", 1), known, cutoff=0.4) or ["val/mAP"]
                 raise ConfigError(
-                    f"{type(callback).__name__} monitors {name!r}, which no training logs. Take one such as "
+                    f"{type(callback).__name__} monitors {name!r}, which this training does not log. Use one such as "
                     f"{listed(similar)}."
                 )
 
 
 def logged_names(pl_module: Any) -> list[str]:
-    """Names of all metrics that a training of ``pl_module`` may log."""
+    """Returns the names of all metrics that training of ``pl_module`` may log."""
     names = [f"val/{name}" for name in ("mAP", "mAP_raw", *REPORTED)]
     names += ["val/mAP_network"] if pl_module.stack_share else []
     names += [f"val/AP/{name}" for name in pl_module.class_names]

@@ -20,18 +20,18 @@ from cbsa_lightning.io.runs import PREDICTIONS, folder_of
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes what ``cbsa predict`` finds, one row an image, in the order of the images.
+    """Writes the output of ``cbsa predict``, one row per image, in the order of the images.
 
-    Files that are not predicted are listed beside it, in ``<output>_left_out.csv``: those in a folder whose suffix is
-    no image's, and images that cannot be read.
+    Skipped files are listed in ``<output>_left_out.csv`` in the same folder: files in the input folder without an image
+    suffix, and images that cannot be read.
 
     Args:
-        output: File to write, .csv or .parquet; None: ``predictions.csv`` in the run's folder.
-        on_error: What happens at an image that cannot be read: "stop" writes what was predicted so far and ends with
-            an error; "skip" predicts the others.
+        output: Output file, .csv or .parquet; None: ``predictions.csv`` in the run's folder.
+        on_error: How to handle an image that cannot be read: "stop" writes the predictions so far and raises an error;
+            "skip" predicts the other images.
 
     Attributes:
-        unread: Rows of images that could not be read, and why.
+        unread: Rows of images that could not be read, with the reason.
     """
 
     def __init__(self, output: str | None = None, on_error: Literal["stop", "skip"] = "stop") -> None:
@@ -44,29 +44,29 @@ class WritePredictions(BasePredictionWriter):
         self._parts: list[Part] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Has the loader go on behind images that cannot be read."""
+        """Makes the loader continue after images that cannot be read."""
         self.unread, self._parts = {}, []
         if stage == "predict" and hasattr(trainer.datamodule, "gives_unread"):
             trainer.datamodule.gives_unread = True
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses an impossible output before the work, not after it.
+        """Checks the output file before predicting.
 
         Raises:
-            ConfigError: An output that exists or cannot be written, or a data module without ``predict_table``.
+            ConfigError: If the output exists or cannot be written, or the data module has no ``predict_table``.
         """
         path = self._path(trainer)
         check_output(path, pl_module.class_names)
         for file in (path, self._listing(path)):
             if file.exists() and not trainer.fast_dev_run:
-                raise ConfigError(f"{file} exists already. Give another --predictions.output, or move that file away.")
+                raise ConfigError(f"{file} exists already. Give another --predictions.output, or move the file.")
         if not hasattr(getattr(trainer, "datamodule", None), "predict_table"):
             raise ConfigError(
-                "A table of predictions needs the images' names: call trainer.predict(module, "
-                "datamodule=SSMLLDataModule(..., predict=FOLDER_OR_TABLE)), or leave WritePredictions out."
+                "A table of predictions needs image names: call trainer.predict(module, "
+                "datamodule=SSMLLDataModule(..., predict=FOLDER_OR_TABLE)), or remove WritePredictions."
             )
         if names := self._other_files(trainer):
-            rank_zero_info(f"Left out, since they are no images that are read: {by_suffix(names)}.")
+            rank_zero_info(f"Skipped, since their suffix is not one of a supported image format: {by_suffix(names)}.")
 
     def write_on_batch_end(
         self,
@@ -78,10 +78,10 @@ class WritePredictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keeps the batch's predictions, and writes all so far where an image cannot be read.
+        """Keeps the batch's predictions; at an image that cannot be read, writes all predictions so far.
 
         Raises:
-            DataError: An image cannot be read, and ``on_error`` is "stop".
+            DataError: If an image cannot be read, and ``on_error`` is "stop".
         """
         unread = dict(prediction.get("unread", ()))
         self._parts.append(packed(prediction, without=unread))
@@ -91,18 +91,18 @@ class WritePredictions(BasePredictionWriter):
             if trainer.fast_dev_run:
                 raise DataError(f"{reason}.")
             path = self._path(trainer)
-            if trainer.world_size > 1:  # the others are at another image
+            if trainer.world_size > 1:  # the other processes are at other images
                 path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
             count = self._write(trainer, pl_module, path, self._parts)
             raise DataError(
-                f"{reason}. {path} holds the {count} images that were predicted before; --predictions.on_error skip "
-                "predicts all that can be read."
+                f"{reason}. {path} has the predictions of the {count} images before it; --predictions.on_error skip "
+                "predicts the images that can be read."
             )
 
     def write_on_epoch_end(
         self, trainer: Any, pl_module: Any, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Gathers the predictions of all processes; the first one writes them."""
+        """Gathers the predictions of all processes; the first process writes them."""
         path = self._path(trainer)
         parts = gather(self._parts)
         self.unread = dict(gather(list(self.unread.items())))
@@ -112,16 +112,16 @@ class WritePredictions(BasePredictionWriter):
         print(f"Predictions of {count} images: {path}")
         names = self._other_files(trainer)
         table = trainer.datamodule.predict_table()
-        left_out = [(name, "no image that is read, by its suffix") for name in names]
+        left_out = [(name, "suffix of no supported image format") for name in names]
         left_out += [(str(table.paths[row]), reason) for row, reason in sorted(self.unread.items())]
         if left_out:
             write_left_out(self._listing(path), left_out)
             counts = [by_suffix(names)] if names else []
-            counts += [f"{len(self.unread)} that cannot be read"] if self.unread else []
-            print(f"{len(left_out)} files were left out ({', '.join(counts)}): {self._listing(path)}")
+            counts += [f"{len(self.unread)} unreadable"] if self.unread else []
+            print(f"{len(left_out)} files were skipped ({', '.join(counts)}): {self._listing(path)}")
 
     def _write(self, trainer: Any, pl_module: Any, path: Path, parts: Sequence[Part]) -> int:
-        """Writes the predictions of ``parts``, all of the table but those unread; gives their number."""
+        """Writes the predictions of ``parts``, which cover the table except unread rows, and returns their number."""
         table, class_names = trainer.datamodule.predict_table(), pl_module.class_names
         missing = set(self.unread)
         if self.on_error == "stop" and missing:
@@ -142,14 +142,14 @@ class WritePredictions(BasePredictionWriter):
     def _path(self, trainer: Any) -> Path:
         if self.output is not None:
             return Path(self.output)
-        return (folder_of(trainer) or Path()) / PREDICTIONS  # without a folder nothing is written
+        return (folder_of(trainer) or Path()) / PREDICTIONS  # nothing is written without a folder
 
 
 Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
-    """Output of ``predict_step`` as numpy arrays: row, float32 scores and bool labels; ``without`` some rows."""
+    """Converts the output of ``predict_step`` to numpy (row, float32 scores, bool labels); skips rows ``without``."""
     index = output["index"].cpu().numpy()
     kept = ~np.isin(index, list(without))
     scores = output["scores"].float().cpu().numpy().astype(np.float32)
@@ -157,7 +157,7 @@ def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
 
 
 def gather(parts: list[Any]) -> list[Any]:
-    """The parts of all processes, on each of them; shards may differ in length."""
+    """Gathers the parts of all processes on each process; shards may differ in length."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return parts
     everyone: list[list[Any] | None] = [None] * torch.distributed.get_world_size()

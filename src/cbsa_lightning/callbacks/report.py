@@ -1,4 +1,4 @@
-"""What a finished run leaves behind for a person: predictions, pictures, and both at W&B."""
+"""Predictions and pictures of a finished run, as files and on W&B."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ PER_CLASS = ("AP", "precision", "recall", "support")
 class RunReport(L.Callback):
     """Writes ``predictions.csv``, ``thresholds.csv`` and ``pictures/*.png`` into the run's folder when training ends.
 
-    Where images are skipped, ``left_out.txt`` lists them from the start.
+    If images are skipped, ``left_out.txt`` lists them from the start.
 
-    The averaged weights score the validation images once more, a batch at a time; only the images that the pictures
-    show are kept. Pictures: predictions, attention (if the network has it), contexts (if there are any), average
-    precision by class, precision-recall curves, a reliability diagram, training curves. With a ``WandbLogger`` they go
-    there too, with tables of the classes and of the images shown. With ``limit_val_batches=0`` only contexts and
-    training curves are drawn; ``fast_dev_run`` leaves nothing.
+    The averaged weights score the validation images batch by batch; only the images for the pictures are kept. The
+    pictures show predictions, attention (if the network has it), contexts (if there are any), average precision by
+    class, precision-recall curves, a reliability diagram and training curves. With a ``WandbLogger``, they are also
+    logged to W&B, with tables of the classes and of the images in the pictures. With ``limit_val_batches=0``, only
+    contexts and training curves are drawn. ``fast_dev_run`` writes nothing.
 
     Args:
-        num_images: How many images the pictures show; taken evenly from the validation images.
+        num_images: Number of images in the pictures, evenly spaced over the validation images.
         enabled: False writes nothing.
 
     Raises:
@@ -69,25 +69,25 @@ class RunReport(L.Callback):
         self.history: dict[str, dict[int, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics so far, so that the curves of a resumed run begin at its beginning."""
+        """Returns the metrics so far, so that the curves of a resumed run are complete."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the metrics of :meth:`state_dict`."""
+        """Restores the metrics of :meth:`state_dict`."""
         self.history = state_dict["history"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses class names that the table of predictions could not hold, and lists images that are skipped.
+        """Refuses class names that the table of predictions cannot contain, and lists skipped images.
 
         Raises:
-            ConfigError: See :func:`~cbsa_lightning.inference.predictions.check_output`; or another run's report is
-            there.
+            ConfigError: See :func:`~cbsa_lightning.inference.predictions.check_output`; or the folder has another run's
+                report.
         """
         folder = self._folder(trainer)
         if folder is None:
             return
         check_output(PREDICTIONS, pl_module.class_names)
-        if trainer.ckpt_path is None:  # else the run may have been over, and these are its own
+        if trainer.ckpt_path is None:  # otherwise they may be the resumed run's own files
             refuse_taken(folder, WRITTEN)
         left_out = getattr(trainer.datamodule, "left_out", None)
         if left_out and trainer.is_global_zero:
@@ -95,7 +95,7 @@ class RunReport(L.Callback):
                 draft.write_text("\n".join([*left_out, ""]), encoding="utf-8")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keeps the validation metrics of the epoch; only now are those that the module logs last there."""
+        """Keeps the validation metrics of the epoch; the module logs the last ones just before this hook."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._keep(trainer, lambda name: name.startswith("val/"))
 
@@ -104,15 +104,15 @@ class RunReport(L.Callback):
         self._keep(trainer, lambda name: not name.startswith("val/"))
 
     def _keep(self, trainer: Any, wanted: Any) -> None:
-        # On every process, since reading a metric may reduce it over all of them.
+        # Runs on every process, since reading a metric may reduce it over all of them.
         for name, value in trainer.callback_metrics.items():
             if wanted(name):
                 self.history.setdefault(name, {})[trainer.current_epoch] = float(value)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the validation images with all processes; the first one writes.
+        """Scores the validation images on all processes; the first process writes.
 
-        Here and not at the end of training, which a run that was stopped right before it and is resumed never reaches.
+        Not in ``on_train_end``, which a run that was stopped just before its end and then resumed never reaches.
         """
         folder = self._folder(trainer)
         if folder is None:
@@ -135,9 +135,9 @@ class RunReport(L.Callback):
         print(f"Predictions and pictures of this run: {folder}")
 
     def _folder(self, trainer: Any) -> Path | None:
-        """Where to write, or None where there is nothing to write; to be called on all processes."""
+        """Returns the output folder, or None if nothing is written; must be called on all processes."""
         reasons = {
-            "it is switched off": not self.enabled,
+            "report.enabled is false": not self.enabled,
             "there is no data module with eval_table() and image_size": not (
                 hasattr(trainer.datamodule, "eval_table") and hasattr(trainer.datamodule, "image_size")
             ),
@@ -173,7 +173,7 @@ class RunReport(L.Callback):
                 shown.extend(zip(batch.index[here].tolist(), maps, strict=True))
 
         score_batches(trainer, pl_module, data.val_dataloader(), pl_module.final_logits, keep, "Report")
-        # torchmetrics squeezes results: those of one class are numbers.
+        # torchmetrics squeezes the results of a single class to scalars.
         figures = {k: v.reshape(-1).cpu().numpy() for k, v in metric.compute().items() if k in PER_CLASS}
         everything = in_table_order(len(table), len(pl_module.class_names), gather(parts))
         map_of = dict(gather(shown))
@@ -195,7 +195,7 @@ class RunReport(L.Callback):
             truths, scores = found.table.labels[found.rows], found.scores[found.rows]
             yield "predictions", prediction_gallery(found.images, truths, scores, found.thresholds, names)
             if found.maps is not None:
-                few = slice(8)  # a row an image: more would be too tall to look at
+                few = slice(8)  # one row per image: more would be too tall to read
                 yield (
                     "attention",
                     attention_gallery(
@@ -213,15 +213,15 @@ class RunReport(L.Callback):
 
 
 class _Evaluation(NamedTuple):
-    """The validation images as the averaged weights see them.
+    """Validation images, scored with the averaged weights.
 
     Attributes:
         table: The n images.
         scores: ``(n, C)``.
         labels: ``(n, C)`` bool.
         thresholds: ``(C,)``.
-        figures: Those of :data:`PER_CLASS`, each ``(C,)``.
-        rows: ``(m,)``, rows of the images that pictures show.
+        figures: Metrics of :data:`PER_CLASS`, each ``(C,)``.
+        rows: ``(m,)``, rows of the images in the pictures.
         images: ``(m, 3, S, S)`` uint8.
         maps: ``(m, C, h, w)`` or None.
     """
@@ -238,7 +238,7 @@ class _Evaluation(NamedTuple):
 
 def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluation | None) -> None:
     labels = trainer.datamodule.labeled_targets() if hasattr(trainer.datamodule, "labeled_targets") else None
-    if labels is None:  # a data module of one's own
+    if labels is None:  # a custom data module
         return
     thresholds = pl_module.decision_thresholds().cpu().numpy()
     expected = None if pl_module.expected is None else pl_module.expected.cpu().numpy()
@@ -256,7 +256,7 @@ def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluati
 
 
 def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:
-    """Pictures, average precision by class, and the shown images with truth and prediction."""
+    """Logs pictures, average precision by class, and the images in the pictures with truth and prediction."""
     import wandb
 
     for name, file in files.items():

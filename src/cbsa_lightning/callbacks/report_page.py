@@ -1,4 +1,4 @@
-"""`report.html` when training ends."""
+"""Writes `report.html` when training ends."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _IN_WORDS = {
 
 
 class WriteReportPage(L.Callback):
-    """Writes ``report.html`` into the run's folder when training ends: one page about the run, for a person.
+    """Writes ``report.html``, a summary of the run on one page, into the run's folder when training ends.
 
-    It shows what :class:`~cbsa_lightning.callbacks.report.RunReport` and
-    :class:`~cbsa_lightning.callbacks.labels.WriteLabels` have written, so it must stand behind them in the list of
-    callbacks; without the first nothing is written, without the second the unlabeled images are missing. Nothing is
-    written in a ``fast_dev_run``.
+    The page shows the files of :class:`~cbsa_lightning.callbacks.report.RunReport` and
+    :class:`~cbsa_lightning.callbacks.labels.WriteLabels`, so this callback must come after them in the list of
+    callbacks. Without the first, no page is written; without the second, the page has no unlabeled images. A
+    ``fast_dev_run`` writes nothing.
 
     Args:
         enabled: False writes nothing.
@@ -43,22 +43,22 @@ class WriteReportPage(L.Callback):
         self.enabled = enabled
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Writes the page; the first process does."""
+        """Writes the page on the first process."""
         self.write(trainer, pl_module)
 
     def write(self, trainer: Any, pl_module: Any, others: Mapping[str, float] | None = None) -> None:
         """Writes the page of a finished run.
 
         Args:
-            trainer: The run's.
-            pl_module: The run's.
-            others: mAP (0 to 1) of other models that the page names beside the run's own and those of the baselines.
+            trainer: The Trainer of the run.
+            pl_module: The module of the run.
+            others: mAP (0 to 1) of other models that the page compares with the run and the baselines.
         """
         folder = folder_of(trainer) if self.enabled else None
         if folder is None or not trainer.is_global_zero:
             return
         if not (folder / THRESHOLDS).is_file():
-            rank_zero_info(f"No {REPORT_PAGE}, since there is no {THRESHOLDS}; it needs --report.enabled true.")
+            rank_zero_info(f"{REPORT_PAGE} is not written, since there is no {THRESHOLDS}. Set --report.enabled true.")
             return
         page = build_page(_described(folder, trainer, pl_module, others or {}))
         with replacing(folder / REPORT_PAGE) as draft:

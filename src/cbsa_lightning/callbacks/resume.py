@@ -1,7 +1,7 @@
-"""What Lightning's own resume leaves out, so that a run goes on from any checkpoint as if it had never stopped.
+"""Restores what Lightning's own resume omits, so that a resumed run equals an uninterrupted one.
 
-Lightning restores weights, optimizer, schedule, callbacks and counters. Here are the rest: where in an epoch the
-run was, the epoch's figures so far, gradients that wait for a step, and what callbacks monitor.
+Lightning restores weights, optimizer, schedule, callbacks and counters. This module adds the position in the epoch, the
+metrics logged so far in the epoch, accumulated gradients, and the metrics that callbacks monitor.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from cbsa_lightning.checkpoints.writing import WholeCheckpointIO
 from cbsa_lightning.errors import CheckpointError, listed
 from cbsa_lightning.networks.compiled import plain_name
 
-_RUN = "cbsa_run"  # the key of a checkpoint that holds what this callback adds
+_RUN = "cbsa_run"  # checkpoint key of this callback's state
 
 
 class ExactResume(L.Callback):
-    """Saves and restores what makes a resumed run end with the same bits, from checkpoints of any moment.
+    """Saves and restores what is needed for bit-identical results after resuming from any checkpoint.
 
-    Also has checkpoints written as a whole or not at all, and one more written when a process is asked to end
-    (SIGTERM). Works on Lightning's private counters (``lightning_private.py``).
+    Also writes checkpoints atomically, and writes one more on SIGTERM. Relies on Lightning's private counters
+    (``lightning_private.py``).
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Replaces Lightning's default way of writing and reading checkpoints; one that a user chose stays.
+        """Replaces Lightning's default checkpoint IO; keeps one that the user has set.
 
-        Leaves checkpoints out of a ``fast_dev_run``: Lightning 2.6 writes one at its end.
+        Removes checkpoint callbacks in a ``fast_dev_run``, since Lightning 2.6 writes a checkpoint at its end.
         """
         if trainer.fast_dev_run:
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
@@ -50,7 +50,7 @@ class ExactResume(L.Callback):
     # Saving ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Runs on all processes."""
+        """Adds the state that resuming needs; runs on all processes."""
         if trainer.state.fn != "fit":
             return
         loops = checkpoint["loops"]["fit_loop"]
@@ -81,11 +81,11 @@ class ExactResume(L.Callback):
             kept["figures"] = _figures(trainer)
             kept["gradients"] = _gradients(trainer, pl_module)
         elif epoch["completed"] == epoch["processed"]:
-            # After an epoch is over; Lightning would take the next one for begun and empty.
+            # The epoch is over; Lightning would treat the next one as started and empty.
             for part in loops["epoch_progress"].values():
                 part["completed"] = max(0, part["completed"] - 1)
-        elif lightning_private.is_logging(trainer):  # else it is over, and nothing is left to log
-            # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
+        elif lightning_private.is_logging(trainer):  # otherwise training is over and nothing is left to log
+            # Lightning logs the epoch's metrics only after callbacks have written their checkpoints.
             figures = {name: float(value) for name, value in lightning_private.logged_values(trainer).items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
         if epoch["processed"] == epoch["ready"] and _epochs_are_over(trainer):
@@ -94,7 +94,7 @@ class ExactResume(L.Callback):
         checkpoint[_RUN] = kept
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Asked to end between two steps, on all processes alike: keeps what was done since the last checkpoint."""
+        """Saves a checkpoint on SIGTERM, which all processes handle between the same two steps."""
         callback = trainer.checkpoint_callback
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
             return
@@ -104,54 +104,54 @@ class ExactResume(L.Callback):
     # Restoring -------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps it for the start of training.
+        """Keeps the state until training starts.
 
         Raises:
-            CheckpointError: If it was written on other data.
+            CheckpointError: If the checkpoint was written with other data.
         """
         if trainer.state.fn != "fit":
             return
         file = checkpoint.get(SOURCE, trainer.ckpt_path)
         self._restored = checkpoint.get(_RUN, {})
-        if not self._restored.get("begun", True):  # a draft that a tuner wrote before training, with another batch size
+        if not self._restored.get("begun", True):  # temporary file of a tuner, with another batch size
             self._restored, trainer.ckpt_path = {}, None
             return
         now, then = _data_of(trainer), self._restored.get("data", {})
         if differing := sorted(name for name in now.keys() & then.keys() if now[name] != then[name]):
             raise CheckpointError(
-                f"{file} was written on other data; these differ: {listed(differing)}. Resume with the data and the "
-                "data settings that the run was begun with (config.yaml and split.json beside it)."
+                f"{file} was written with other data. These differ: {listed(differing)}. Resume with the data and the "
+                "data settings of the original run (config.yaml and split.json in its folder)."
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Runs before the optimizer's state is restored.
+        """Checks the optimizer class before Lightning restores its state.
 
         Raises:
-            CheckpointError: If the optimizer is of another class.
+            CheckpointError: If the optimizer class differs.
         """
         now, then = pl_module.optimizer_settings.get("class"), self._restored.get("optimizer", {}).get("class")
         if then not in (None, now):
             raise CheckpointError(
-                f"{trainer.ckpt_path} was trained with the optimizer {then}, and this module has {now}: its state does "
-                "not fit. Resume with the same optimizer."
+                f"{trainer.ckpt_path} was trained with the optimizer {then}, but this run uses {now}. Its state "
+                "does not fit. Resume with the same optimizer."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first hook that knows where the run is.
+        """Restores the position in the epoch, metrics and gradients; this is the first hook that knows the position.
 
         Raises:
-            CheckpointError: If the rest of the run would be of another length than its learning rate was laid out for.
+            CheckpointError: If the stage has another number of steps than its learning-rate schedule.
         """
         pl_module.asked_to_end = False
         if trainer.world_size > 1:
-            # Processes are to agree on the step after which they end. Lightning's own handler asks the others from
-            # wherever it is called, and they wait for each other for ever.
+            # All processes must stop after the same step. Lightning's handler synchronizes from wherever the signal
+            # arrives, which can deadlock.
             signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
         if trainer.ckpt_path is None:
             return
         lightning_private.reload_data(trainer)
         kept = self._restored
-        if kept:  # else a checkpoint of an earlier version, written at an epoch's end
+        if kept:  # otherwise from an earlier version, written at the end of an epoch
             pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
             done = trainer.fit_loop.epoch_progress.current.processed  # current_epoch may still be the epoch that ended
             begins = done == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
@@ -176,11 +176,11 @@ class ExactResume(L.Callback):
         self._restore_figures(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """After a run that was over already, whose training never started."""
+        """Restores metrics if the run had already finished, since training does not start then."""
         self._restore_figures(trainer)
 
     def _restore_figures(self, trainer: Any) -> None:
-        """What callbacks look at, and what the loggers may not have been given."""
+        """Restores callback metrics, and logs metrics that the loggers may have missed."""
         kept, self._restored = self._restored, {}
         metrics = {name: torch.tensor(value) for name, value in kept.get("callback_metrics", {}).items()}
         lightning_private.restore_callback_metrics(trainer, metrics)
@@ -191,7 +191,7 @@ class ExactResume(L.Callback):
 
 
 def _data_of(trainer: Any) -> dict[str, Any]:
-    """What the place in an epoch, pseudo-labels and context targets mean something for."""
+    """Returns the data settings that position, pseudo-labels and context targets depend on."""
     data = getattr(trainer, "datamodule", None)
     split = getattr(data, "split", None)
     if split is None:
@@ -201,7 +201,7 @@ def _data_of(trainer: Any) -> dict[str, Any]:
 
 
 def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
-    """Whether an epoch has ended before its last batch."""
+    """Returns whether an epoch ended before its last batch."""
     epoch, batches = loops["epoch_progress"]["total"], loops["epoch_loop.batch_progress"]
     ended = epoch["ready"] == epoch["processed"] > 0
     return bool(
@@ -210,34 +210,34 @@ def _cut_short(loops: dict[str, Any], trainer: Any) -> bool:
 
 
 def _take_new_settings(trainer: Any, pl_module: Any) -> None:
-    """Goes on with the present settings of optimizer and schedule; running averages and the schedule's place stay."""
+    """Applies the current optimizer and schedule settings; keeps running averages and the schedule's position."""
     state = trainer.optimizers[0].state_dict()["state"]
     trainer.strategy.setup_optimizers(trainer)
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that the schedule steps before the optimizer
+        warnings.simplefilter("ignore")  # torch: the schedule steps before the optimizer
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
 
 
 def _epochs_are_over(trainer: Any) -> bool:
-    """Whether ``max_epochs`` are done."""
+    """Returns whether ``max_epochs`` is reached."""
     limit = trainer.max_epochs
     return limit is not None and 0 <= limit <= trainer.fit_loop.epoch_progress.current.processed
 
 
 def _time_is_over(trainer: Any) -> bool:
-    """Whether ``max_time`` stops training; the run may be resumed with a larger limit."""
+    """Returns whether ``max_time`` stops training; the run may be resumed with a larger limit."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
     return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
 def _settle(loops: dict[str, Any], trainer: Any) -> None:
-    """Rewrites the counters of an unfinished epoch into the one form from which Lightning goes on rightly.
+    """Rewrites the counters of an unfinished epoch to the state "between two batches".
 
-    That form is "between two batches". From others, lightning 2.6 leaves out a validation that was due, or the end
-    of an epoch, or counts a step twice.
+    Lightning 2.6 resumes correctly only from this state. From others, it skips a due validation or the end of an epoch,
+    or counts a step twice.
     """
     loop = trainer.fit_loop.epoch_loop
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
@@ -253,12 +253,12 @@ def _settle(loops: dict[str, Any], trainer: Any) -> None:
     done = batches["current"]["processed"]
     last = batches["is_last_batch"] or done == trainer.num_training_batches
     accumulating = done % trainer.accumulate_grad_batches != 0 and not last
-    counted_again = due and not accumulating  # as the validation is run or passed over
+    counted_again = due and not accumulating  # whether the validation runs or is skipped
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = loop.global_step - int(counted_again)
 
 
 def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
-    """Whether a validation belongs after the last batch that is done, as the resumed loop will see it."""
+    """Returns whether a validation is due after the last completed batch, as the resumed loop will see it."""
     loop = trainer.fit_loop.epoch_loop
     before = loop.batch_progress.state_dict()
     loop.batch_progress.load_state_dict(batches)
@@ -269,7 +269,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
 
 
 def _figures(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged in this epoch, over all processes: value of each figure, and its weight if it is a mean."""
+    """Returns what was logged in this epoch, over all processes: the value of each metric, and the weight of a mean."""
     figures = []
     for metric in lightning_private.epoch_results(trainer).values():
         if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:
@@ -280,7 +280,7 @@ def _figures(trainer: Any) -> list[dict[str, Any]]:
             {
                 **{key: getattr(meta, key) for key in ("fx", "name", "prog_bar", "logger", "on_step")},
                 "reduce_fx": meta.reduce_fx.__name__,
-                "sync_dist": meta.sync.should if trainer.world_size > 1 else None,  # Lightning forgets it for one
+                "sync_dist": meta.sync.should if trainer.world_size > 1 else None,  # Lightning drops it for one process
                 "value": trainer.strategy.reduce(
                     metric.value.detach().clone(), reduce_op=meta.reduce_fx.__name__
                 ).cpu(),
@@ -307,7 +307,7 @@ def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> N
 
 
 def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-    """Gradients of the batches since the last optimizer step, where several make one step."""
+    """Returns accumulated gradients since the last optimizer step; empty without gradient accumulation."""
     done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     if done % trainer.accumulate_grad_batches == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return {}
@@ -319,7 +319,7 @@ def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
 
 
 def _prolonged(stage: str, steps: int, trainer: Any, pl_module: Any) -> bool:
-    """Whether ``max_steps``, where it alone decides the length of training, is larger than before."""
+    """Returns whether ``max_steps`` is larger than before and is the only limit on the length of training."""
     return bool(trainer.max_epochs == -1 and pl_module.stage == stage and pl_module.stage_steps() > steps)
 
 
@@ -327,7 +327,7 @@ def _check_length(stage: str, steps: int, trainer: Any, pl_module: Any) -> None:
     now = pl_module.stage_steps()
     if pl_module.stage == stage and now != steps:
         raise CheckpointError(
-            f"{trainer.ckpt_path}: the {stage} stage of this run was laid out for {steps} steps, and with the settings "
-            f"given now it has {now}. Resume with the max_epochs, warmup_epochs and batch sizes of the config.yaml "
-            "beside the checkpoint; to train longer, begin a new run."
+            f"{trainer.ckpt_path}: the {stage} stage of this run has a schedule of {steps} steps, but with the current "
+            f"settings it has {now}. Resume with the max_epochs, warmup_epochs and batch sizes of the config.yaml "
+            "in the run's folder. To train longer, start a new run."
         )

@@ -1,4 +1,4 @@
-"""The pass that several callbacks make: all batches of a loader through the module, in evaluation mode."""
+"""Scores all batches of a loader with the module in evaluation mode."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def score_batches(
     keep: Callable[[EvalBatch, Tensor, Output], None],
     title: str,
 ) -> None:
-    """Scores this process's share of some images; to be called on all processes.
+    """Scores this process's share of some images; must be called on all processes.
 
     Args:
-        trainer: A Trainer that fits.
+        trainer: The Trainer, while it fits.
         pl_module: The module.
         loader: The batches.
-        score: What is computed from the frozen features of a batch, in the precision of the trainer.
-        keep: Gets each batch on the device, its frozen features, and what was computed.
-        title: Of the progress bar.
+        score: Computes scores from the frozen features of a batch, in the precision of the trainer.
+        keep: Called with each batch on the device, its frozen features, and its scores.
+        title: Title of the progress bar.
     """
     show = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with pl_module.evaluating():

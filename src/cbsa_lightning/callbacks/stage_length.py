@@ -1,4 +1,4 @@
-"""How many optimizer steps a stage of training has, from the limits that the Trainer was given."""
+"""Number of optimizer steps of a training stage, derived from the Trainer's limits."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from cbsa_lightning.errors import ConfigError
 
 
 def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
-    """Returns the number of optimizer steps of the present stage, for its learning-rate schedule.
+    """Returns the number of optimizer steps of the current stage, for its learning-rate schedule.
 
-    ``max_epochs`` decides where it is given; ``max_steps`` and ``max_time`` beside it only end training earlier, so
-    that the same run can be continued with a larger limit. Otherwise ``max_steps`` decides.
+    ``max_epochs`` sets the length if it is given; ``max_steps`` and ``max_time`` then only end training earlier, so
+    that the run can be resumed with a larger limit. Otherwise ``max_steps`` sets the length.
 
     Args:
-        trainer: A Trainer that fits.
+        trainer: The Trainer, while it fits.
         warmup_epochs: Epochs of the first stage.
-        began_at: Optimizer steps that were done when the stage began.
+        began_at: Number of optimizer steps before the stage.
 
     Raises:
         ConfigError: If neither ``max_epochs`` nor ``max_steps`` is given.
     """
-    trainer.fit_loop.setup_data()  # else the number of batches is not known
+    trainer.fit_loop.setup_data()  # otherwise the number of batches is unknown
     batches = trainer.num_training_batches if trainer.limit_train_batches != 0 else 0
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         if trainer.max_steps < 0:
             raise ConfigError(
-                "The learning rate needs the length of training: give trainer.max_epochs or trainer.max_steps; "
-                "trainer.max_time may end training earlier."
+                "The learning rate needs the length of training. Set trainer.max_epochs or trainer.max_steps; "
+                "trainer.max_time can only end training earlier."
             )
         left = int(trainer.max_steps) - began_at
         if trainer.current_epoch >= warmup_epochs:
@@ -45,7 +45,7 @@ def ends_in_warmup(trainer: Any, warmup_epochs: int) -> bool:
     """Returns whether the limits of a Trainer end training no later than its warm-up.
 
     Args:
-        trainer: A Trainer whose training starts.
+        trainer: The Trainer, at the start of training.
         warmup_epochs: Epochs of the first stage.
     """
     if 0 <= trainer.max_epochs <= warmup_epochs:
@@ -58,10 +58,10 @@ def ends_in_warmup(trainer: Any, warmup_epochs: int) -> bool:
 def _steps_of(trainer: Any, batches: float, epochs: range) -> int:
     if math.isinf(batches):
         raise ConfigError(
-            "The training loader has no length, so the length of the learning-rate schedule is unknown: "
-            "set trainer.limit_train_batches to a number of batches."
+            "The training loader has no length, so the length of the learning-rate schedule is unknown. "
+            "Set trainer.limit_train_batches to a number of batches."
         )
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
-    # Lightning sets up a scheduler of its own for Trainer(accumulate_grad_batches).
+    # Lightning sets up its own scheduler for Trainer(accumulate_grad_batches).
     of = schedulers[0].get_accumulate_grad_batches if schedulers else lambda _: trainer.accumulate_grad_batches
     return sum(-(-int(batches) // of(epoch)) for epoch in epochs)

@@ -12,32 +12,32 @@ from cbsa_lightning.checkpoints.lean import TABLES
 
 
 class Stages(L.Callback):
-    """Changes stage when the warm-up ends: new loader, new optimizer and schedule, average started.
+    """Switches stages when the warm-up ends: new loader, new optimizer and schedule, and start of the weight average.
 
     As in CAP, the second stage starts from the warm-up's weights with a fresh optimizer, schedule and average.
-    It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank): a resumed run needs no
-    state of a random generator.
+    It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank). A resumed run therefore
+    needs no random generator state.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tables over training images come from the checkpoint of a resumed run, never from another run's data."""
+        """Clears tables of another run; a resumed run loads its tables over training images from the checkpoint."""
         resumed = trainer.ckpt_path is not None
         for name in TABLES:
             table = getattr(pl_module, name)
             setattr(pl_module, name, table.to(pl_module.device) if resumed and table is not None else None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first hook that knows the epoch of a resumed run."""
+        """Sets up the stage; this is the first hook that knows the epoch of a resumed run."""
         if trainer.current_epoch < pl_module.warmup_epochs:
-            pl_module.ema.started.fill_(False)  # set if these weights were trained before, in a run of their own
+            pl_module.ema.started.fill_(False)  # set if an earlier run trained these weights
         tuned = pl_module.lr is not None or pl_module.scheduled_steps != pl_module.stage_steps()
         if tuned and trainer.ckpt_path is None:
-            # A learning-rate or batch-size finder ran after the first set-up.
+            # A learning-rate or batch-size finder has run since the first setup.
             trainer.strategy.setup_optimizers(trainer)
         pl_module.set_average_decay()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Runs before thresholds are updated, since those are the average's."""
+        """Sets up a stage that starts; runs before thresholds are updated, since they use the averaged weights."""
         trainer.reload_dataloaders_every_n_epochs = 0
         if trainer.current_epoch != pl_module.warmup_epochs:
             return

@@ -1,4 +1,4 @@
-"""Class-wise thresholds and pseudo-labels, computed when an epoch starts (Eq. 6)."""
+"""Class-wise thresholds and pseudo-labels, computed at the start of an epoch (Eq. 6)."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from cbsa_lightning.networks.base import NetworkOutput
 
 
 class UpdateThresholds(L.Callback):
-    """Scores the weak view of all unlabeled images with the averaged weights, and labels them for the epoch.
+    """Scores the weak views of unlabeled images with the averaged weights, and computes the epoch's pseudo-labels.
 
-    Fills the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Where
-    the table knows the hidden truth, logs the quality of the pseudo-labels. An :class:`EvidenceLabeler` labels before
-    the first epoch, and those labels stay.
+    Sets the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Logs the
+    quality of the pseudo-labels if the data set knows the hidden labels. An :class:`EvidenceLabeler` labels before the
+    first epoch, and these labels do not change.
 
-    The scores of the next epoch are computed when an epoch ends, before its checkpoint is written, so that ``cut``
-    belongs to the weights that are saved with it. The next epoch takes them over; a resumed run computes them again.
-    Where labels are made once and there is no context head, scores set ``cut`` only. They are then computed before the
-    first epoch of the stage, before validations and checkpoints, and after training.
+    The scores of the next epoch are computed at the end of an epoch, before its checkpoint is written, so that ``cut``
+    matches the saved weights. The next epoch reuses them; a resumed run computes them again. If labels are made once
+    and there is no context head, scores only set ``cut``. They are then computed before the first epoch of the stage,
+    before validations and checkpoints, and after training.
 
     Attributes:
         weak_contexts: ``(n, K)`` context probabilities of the n unlabeled images in this epoch, for
-            :class:`~cbsa_lightning.callbacks.contexts.UpdateContexts`; None where they are not computed.
+            :class:`~cbsa_lightning.callbacks.contexts.UpdateContexts`; None if they are not computed.
     """
 
     weak_contexts: Tensor | None = None
 
-    _rates: Tensor  # float64: the module's float32 buffer could not give exact counts
+    _rates: Tensor  # float64: the module's float32 buffer cannot represent exact counts
     _ahead: _Scores | None = None
     _cut_at: int | None = None  # optimizer steps of the weights that ``cut`` belongs to
 
     def state_dict(self) -> dict[str, Any]:
-        """Which weights the decision thresholds belong to."""
+        """Returns which weights the decision thresholds belong to."""
         return {"cut_at": self._cut_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it from :meth:`state_dict`."""
+        """Restores the state of :meth:`state_dict`."""
         self._cut_at = state_dict["cut_at"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Class rates come from the labeled images alone; labels that are made once are made here."""
+        """Computes class rates from the labeled images, and labels that are made once."""
         data = data_of(trainer)
         self._rates = positive_rates(data.labeled_targets())
         pl_module.positive_rate.copy_(self._rates)
-        # A resumed run has them from its checkpoint, in floating point: its attention pool is no longer CLIP's own.
+        # A resumed run loads these labels, which are floating point, since its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
             pl_module.evidence = evidence_of(trainer, pl_module)
             self._fill(pl_module, data, pl_module.label_once(pl_module.evidence))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The pass of the epoch."""
+        """Scores the unlabeled images and computes the epoch's pseudo-labels."""
         pl_module.evidence = self.weak_contexts = None
         if pl_module.stage != "semi-supervised":
             return
@@ -84,17 +84,17 @@ class UpdateThresholds(L.Callback):
         self._log_quality(pl_module, labels.cpu(), truth)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Thresholds and scales of the weights to validate, also before checkpoints written after a validation."""
+        """Updates thresholds and scales for the weights to validate, and thus for checkpoints written afterwards."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Decision thresholds of the epoch's weights, before checkpoints that are written when an epoch ends."""
+        """Updates decision thresholds for the epoch's weights, before checkpoints at the end of the epoch."""
         if _trains_on_scores(pl_module) or _saves_when_epochs_end(trainer):
             self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Decision thresholds of the last weights, also of a run that was stopped within an epoch."""
+        """Updates decision thresholds for the last weights, also if training stopped within an epoch."""
         if self._cut_at != trainer.global_step:
             self._look_ahead(trainer, pl_module, trainer.fit_loop.epoch_progress.current.ready)  # epochs that began
 
@@ -103,7 +103,7 @@ class UpdateThresholds(L.Callback):
             self._scores_of(trainer, pl_module, epoch)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Scores of the unlabeled images for an epoch by the present weights; computed once, and ``cut`` with them."""
+        """Returns the current weights' scores of the unlabeled images for an epoch; computes them and ``cut`` once."""
         ahead = self._ahead
         if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
             data = data_of(trainer)
@@ -111,7 +111,7 @@ class UpdateThresholds(L.Callback):
             scores = logits.sigmoid()
             rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
             images = data.train_table.paths[data.split.unlabeled]
-            for found in (scores, contexts):  # before anything is changed by them
+            for found in (scores, contexts):  # check before using them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
             pl_module.set_decisions(logits, rows, self._rates)
@@ -121,7 +121,7 @@ class UpdateThresholds(L.Callback):
 
     @staticmethod
     def _fill(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """The table of pseudo-labels, -1 for images that are not unlabeled; soft ones take half precision."""
+        """Fills the table of pseudo-labels, with -1 for all other images; soft labels use half precision."""
         dtype = torch.float16 if labels.is_floating_point() else torch.int8
         table = torch.full((len(data.train_table), labels.shape[1]), -1, dtype=dtype, device=pl_module.device)
         rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
@@ -129,7 +129,7 @@ class UpdateThresholds(L.Callback):
         pl_module.pseudo_labels = table
 
     def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Logits ``(n, C)`` and context probabilities ``(n, K)`` or None of the n unlabeled images."""
+        """Returns logits ``(n, C)`` and context probabilities ``(n, K)`` or None for the n unlabeled images."""
         rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
@@ -144,7 +144,7 @@ class UpdateThresholds(L.Callback):
                 contexts[here] = cast(Tensor, output.context_logits).float().softmax(1)
 
         score_batches(trainer, pl_module, data.weak_dataloader(epoch), pl_module.score, keep, "Pseudo-labels")
-        # Each process filled its own rows, the others are zero there.
+        # Each process filled its own rows, which are zero on the others.
         logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
         return logits, contexts
@@ -159,12 +159,12 @@ class UpdateThresholds(L.Callback):
 
 
 def _trains_on_scores(pl_module: Any) -> bool:
-    """Whether what an epoch trains on depends on the scores of the weights that it starts with."""
+    """Returns whether the training targets of an epoch depend on scores of the weights at its start."""
     return not isinstance(pl_module.labeler, EvidenceLabeler) or pl_module.num_contexts > 0
 
 
 def _saves_when_epochs_end(trainer: L.Trainer) -> bool:
-    """Whether checkpoints may be written after an epoch without a validation."""
+    """Returns whether checkpoints may be written after an epoch without a validation."""
     return any(
         not isinstance(callback, ModelCheckpoint) or lightning_private.saves_at_epoch_end(callback, trainer)
         for callback in trainer.checkpoint_callbacks
@@ -172,12 +172,12 @@ def _saves_when_epochs_end(trainer: L.Trainer) -> bool:
 
 
 def _rows(pl_module: Any, n: int, width: int) -> Tensor:
-    """Zeros ``(n, width)`` to fill, in float32 whatever the precision of training or torch's default is."""
+    """Returns zeros ``(n, width)`` in float32, independent of training precision and torch's default dtype."""
     return torch.zeros(n, width, device=pl_module.device).float()
 
 
 class _Scores(NamedTuple):
-    """Scores of the unlabeled images for an epoch, by the weights after a number of optimizer steps."""
+    """Scores of the unlabeled images for an epoch, with the number of optimizer steps of the weights."""
 
     epoch: int
     step: int
@@ -186,5 +186,5 @@ class _Scores(NamedTuple):
 
 
 def data_of(trainer: L.Trainer) -> SemiSupervisedData:
-    """The data module that the epoch-wise passes need; see :func:`semi_supervised`."""
+    """Returns the data module that the epoch-wise passes need; see :func:`semi_supervised`."""
     return semi_supervised(getattr(trainer, "datamodule", None))

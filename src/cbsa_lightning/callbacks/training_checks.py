@@ -1,4 +1,4 @@
-"""Refusals and warnings before training: precision, processes, batch norms."""
+"""Checks before training: precision, processes, batch norms."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cbsa_lightning.errors import ConfigError
 
 
 class TrainingChecks(L.Callback):
-    """Says which weights CLIP has, and refuses settings with which training silently fails."""
+    """Prints which weights CLIP has, and refuses settings that would make training fail silently."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks precision and number of processes.
 
         Raises:
-            ConfigError: For weights in half precision, or several processes with nothing to train.
+            ConfigError: If weights are in half precision, or several processes have nothing to train.
         """
         weights = getattr(getattr(pl_module.network, "clip", None), "weights", None)
         if weights is not None:
@@ -29,7 +29,7 @@ class TrainingChecks(L.Callback):
             return
         if not pl_module.trains and trainer.world_size > 1:
             raise ConfigError(
-                f"{type(pl_module.network).__name__} has nothing to train; fit it in one process (--trainer.devices 1)."
+                f"{type(pl_module.network).__name__} has nothing to train. Use one process (--trainer.devices 1)."
             )
         if trainer.precision in ("16-true", "bf16-true"):
             mixed = str(trainer.precision).replace("true", "mixed")
@@ -44,7 +44,7 @@ class TrainingChecks(L.Callback):
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warns where the number of processes changes the outcome."""
+        """Warns if the number of processes affects the result."""
         layers = [layer for layer in pl_module.network.modules() if isinstance(layer, _BatchNorm)]
         own = [
             layer
@@ -53,6 +53,6 @@ class TrainingChecks(L.Callback):
         ]
         if trainer.world_size > 1 and own:
             rank_zero_warn(
-                f"{len(own)} batch norms are trained on each process's own images, so the outcome depends on how many "
-                "processes there are; with plain ResNets, sync_batchnorm=True has them share (docs/several_gpus.md)."
+                f"{len(own)} batch norms are trained on each process's own images, so the result depends on the number "
+                "of processes. With plain ResNets, sync_batchnorm=True synchronizes them (docs/several_gpus.md)."
             )

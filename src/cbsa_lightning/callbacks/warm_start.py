@@ -1,4 +1,4 @@
-"""Training that starts from the weights of an earlier run."""
+"""Training from the weights of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
 
 
 class StartFrom(L.Callback):
-    """Starts a new run from the averaged weights of a checkpoint; optimizer, epoch and tables are the new run's own.
+    """Starts a new run from the averaged weights of a checkpoint; optimizer, epoch and tables start fresh.
 
-    A network without trained parts takes nothing over. A resumed run goes on from its own checkpoint.
+    Has no effect on a network without trained parts. A resumed run continues from its own checkpoint.
 
     Args:
         earlier: The checkpoint.
@@ -24,7 +24,7 @@ class StartFrom(L.Callback):
         self.earlier = earlier
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks before the work that the weights fit.
+        """Checks before training that the weights fit.
 
         Raises:
             CheckpointError: See :func:`~cbsa_lightning.checkpoints.warm_start.check_fits`.
@@ -33,15 +33,15 @@ class StartFrom(L.Callback):
             check_fits(self.earlier, pl_module.network, _state(pl_module), pl_module.class_names)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Takes the weights over before the first step.
+        """Loads the weights before the first step.
 
-        Not earlier: labels that are made once, and what is measured before training, need CLIP's own attention pool.
-        Not later: the average starts from the weights.
+        Not earlier, because labels that are made once and the baselines need CLIP's own attention pool. Not later,
+        because the weight average starts from these weights.
         """
         if trainer.ckpt_path is not None or trainer.global_step or trainer.current_epoch:
             return
         if not pl_module.trains:
-            rank_zero_info(f"Nothing is trained here, so there are no weights to take over from {self.earlier.source}.")
+            rank_zero_info(f"Nothing is trained in this run, so it does not use the weights of {self.earlier.source}.")
             return
         own = _state(pl_module)
         partition = pl_module.context_partition.cpu()
@@ -49,6 +49,6 @@ class StartFrom(L.Callback):
 
 
 def _state(pl_module: Any) -> dict[str, Tensor]:
-    """State of the network without frozen weights; shares memory with it."""
+    """Returns the network's state without frozen weights; shares memory with the network."""
     state = pl_module.state_dict()
     return {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and how it is written and read."""
+"""Content, writing and reading of checkpoints."""

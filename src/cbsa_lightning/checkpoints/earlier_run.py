@@ -13,12 +13,12 @@ from cbsa_lightning.io import runs
 
 
 class EarlierRun(NamedTuple):
-    """What is left of an earlier run.
+    """An earlier run, as found on disk.
 
     Attributes:
         file: The checkpoint.
-        weights: What a new run takes over from it.
-        labeled: The images whose labels it used; None where no folder of the run is found that says so.
+        weights: The weights for a new run.
+        labeled: The images whose labels it used; None if no run folder with this list is found.
     """
 
     file: Path
@@ -30,18 +30,18 @@ def read_earlier(place: str) -> EarlierRun:
     """Reads the newest checkpoint of a run, or a checkpoint, and the run's list of labeled images.
 
     Args:
-        place: Folder of a run, or file of a checkpoint. The run of a checkpoint is the folder above it, if that holds
-            the run that wrote the checkpoint.
+        place: Folder of a run, or path of a checkpoint. The run of a checkpoint is the parent folder, if that is the
+            run that wrote the checkpoint.
 
     Raises:
-        CheckpointError: There is no checkpoint, or it cannot be used.
-        DataError: The list of labeled images is damaged.
+        CheckpointError: If there is no checkpoint, or it cannot be used.
+        DataError: If the list of labeled images is damaged.
     """
     path = local(place)
     if not path.exists():
         raise CheckpointError(
-            f"--init_from {place} does not exist. Give the folder of a finished run, such as runs/cbsa/version_0, or a "
-            "checkpoint; a run that has started from it needs it until it ends."
+            f"--init_from {place} does not exist. Use the folder of a finished run, such as runs/cbsa/version_0, or a "
+            "checkpoint. A run that starts from a checkpoint needs it until the run ends."
         )
     file = _newest(path) if path.is_dir() else path
     checkpoint = read_checkpoint(file, ("state_dict", "class_names"))
@@ -56,10 +56,10 @@ def read_earlier(place: str) -> EarlierRun:
 def _newest(folder: Path) -> Path:
     if not runs.is_run(folder):
         raise CheckpointError(
-            f"{folder} is no run: it has no {runs.RUN_ID}, which `cbsa fit` writes. Give --init_from the folder of a "
-            "finished run, such as runs/cbsa/version_0, or a checkpoint."
+            f"{folder} is not a run: it has no {runs.RUN_ID}, which `cbsa fit` writes. Set --init_from to the folder "
+            "of a finished run, such as runs/cbsa/version_0, or a checkpoint."
         )
     found = newest_checkpoint(*runs.checkpoint_folders(folder), run_id=runs.run_id(folder))
     if found is None:
-        raise CheckpointError(f"{folder} has no whole checkpoint of its run. Give --init_from another run.")
+        raise CheckpointError(f"{folder} has no complete checkpoint of its run. Set --init_from to another run.")
     return found

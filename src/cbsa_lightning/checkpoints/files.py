@@ -1,4 +1,4 @@
-"""Reading checkpoint files as data: nothing in them is run, and what is damaged or foreign is refused."""
+"""Reads checkpoint files without running code; refuses damaged files and files that are not from this library."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cbsa_lightning.io.reading import open_regular
 
 TORN = "written_within_a_step"
 VERSION = "cbsa_lightning_version"
-RUN = "run_id"  # of the run that wrote it
+RUN = "run_id"  # ID of the run that wrote the checkpoint
 MODEL = "model_config"  # the model's section of the configuration, as YAML
-SOURCE = "read_from"  # the file that a checkpoint was read from; not in the file
+SOURCE = "read_from"  # path of the file; added when reading
 
 
 def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("state_dict",)) -> dict[str, Any]:
@@ -26,13 +26,13 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
 
     Args:
         path: A local file.
-        needed: Entries that it must have.
+        needed: Required entries.
 
     Returns:
-        What it holds, on the CPU, and which file it is under :data:`SOURCE`.
+        The checkpoint on the CPU, with the path of the file under :data:`SOURCE`.
 
     Raises:
-        CheckpointError: If it cannot be opened, is damaged, is no checkpoint of this library, or was written
+        CheckpointError: If the file cannot be opened, is damaged, is not a checkpoint of this library, or was written
             during a step.
     """
     file = local(path)
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
             _check_whole(file, stream)
             stream.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, about files that are refused below
+                warnings.simplefilter("ignore")  # torch warns about files that are refused below
                 checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -54,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
     except Exception as error:  # changed bytes make torch's reader raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{file} is no checkpoint that can be read without running code from it, or is damaged ({reason}). Give "
+            f"{file} is damaged, or cannot be read without running code from it ({reason}). Use "
             "a .ckpt file that cbsa_lightning saved."
         ) from error
     _check_form(file, checkpoint, needed)
@@ -67,19 +67,19 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
 
 
 def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
-    """The whole checkpoint below ``folders`` in which the most steps were done; None if there is none.
+    """Returns the complete checkpoint below ``folders`` with the most optimizer steps, or None if there is none.
 
-    Those that are damaged, truncated or written during a step are skipped, with a warning that says why.
+    Skips files that are damaged, truncated or written during a step, with a warning that gives the reason.
 
     Args:
-        folders: Where to look.
-        run_id: Of the run that the checkpoint must belong to; None: any.
+        folders: Folders to search.
+        run_id: ID of the run that the checkpoint must belong to; None: any.
     """
     found: list[tuple[int, int, int, Path]] = []
     for file in checkpoint_files(*folders):
         try:
             checkpoint = read_checkpoint(file, ("state_dict", "loops", "epoch", "global_step"))
-            if "optimizer_states" not in checkpoint:  # the best weights, say: meant for something else
+            if "optimizer_states" not in checkpoint:  # for example, best weights only
                 continue
             if run_id is not None and checkpoint.get(RUN) != run_id:
                 continue
@@ -92,22 +92,22 @@ def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
 
 
 def checkpoint_files(*folders: Path) -> list[Path]:
-    """All checkpoints below ``folders``, without drafts that were never finished."""
+    """Returns all checkpoints below ``folders``, without temporary files."""
     files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("*.ckpt"))}
     return [file for file in files.values() if not file.name.startswith(".")]
 
 
 def remove_drafts(folder: Path) -> None:
-    """Removes what processes that were killed left of checkpoints that they were writing; of a run that nobody runs."""
+    """Deletes temporary checkpoint files left by killed processes; call it only if the run is not active."""
     for draft in folder.rglob(".*.ckpt"):
         draft.unlink(missing_ok=True)
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """A path of this machine; a URL is refused.
+    """Converts a local path; refuses a URL.
 
     Raises:
-        CheckpointError: For a URL.
+        CheckpointError: If the path is a URL.
     """
     if "://" in os.fspath(path):
         raise CheckpointError(f"{path}: checkpoints are read from and written to local files only; copy it first.")
@@ -115,18 +115,18 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_whole(file: Path, stream: BinaryIO) -> None:
-    """Compares every part with its checksum: torch's reader notices missing bytes, but not changed ones."""
+    """Compares every part with its checksum: torch's reader detects missing bytes, but not changed ones."""
     try:
         with zipfile.ZipFile(stream) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise CheckpointError(f"{file} is compressed, which torch never does: it is not a checkpoint.")
+                raise CheckpointError(f"{file} is compressed, so it is not a checkpoint written by torch.")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{file} is damaged or no checkpoint ({error}): it may have been cut off while it was written or copied. "
-            "Take an earlier one."
+            f"{file} is damaged or not a checkpoint ({error}). It may have been truncated while it was written or "
+            "copied. Use an earlier one."
         ) from error
     if damaged is not None:
         raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it again, or use another.")
@@ -134,12 +134,12 @@ def _check_whole(file: Path, stream: BinaryIO) -> None:
 
 def _check_form(file: Path, checkpoint: Any, needed: tuple[str, ...]) -> None:
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not a checkpoint.")
+        raise CheckpointError(f"{file} contains a {type(checkpoint).__name__}, not a checkpoint.")
     if lacking := [key for key in needed if key not in checkpoint]:
-        raise CheckpointError(f"{file} is no checkpoint of this library: it has no {listed(lacking)}.")
+        raise CheckpointError(f"{file} is not a checkpoint of this library: it has no {listed(lacking)}.")
     for key in ("state_dict", "hyper_parameters", "loops"):
         if key in checkpoint and not isinstance(checkpoint[key], dict):
             raise CheckpointError(f"{file}: {key} must be a mapping, found a {type(checkpoint[key]).__name__}.")
     names = checkpoint.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{file}: class_names must be a list of texts, found {names!r:.100}.")
+        raise CheckpointError(f"{file}: class_names must be a list of strings, found {names!r:.100}.")

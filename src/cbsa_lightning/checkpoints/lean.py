@@ -1,4 +1,4 @@
-"""Lean checkpoints: frozen weights are not stored, but a fingerprint of them is, and is checked at load."""
+"""Lean checkpoints: store a fingerprint of the frozen weights instead of the weights, and check it when loading."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FUSION = "fusion"
 
 
 class LeanCheckpoint(nn.Module):
-    """Mix-in of a LightningModule that holds ``self.network``; the network may have a frozen ``clip``."""
+    """Mix-in for a LightningModule with ``self.network``; the network may have a frozen ``clip``."""
 
     network: nn.Module
     fusion: Fusion | None = None
     class_names: list[str]
-    _source = "The checkpoint"  # for messages: which file it was read from, and by which version it was written
+    _source = "The checkpoint"  # for messages: the file, and the version that wrote it
 
     def _frozen_keys(self) -> set[str]:
-        """Keys of the state below ``network.clip`` that are not trained."""
+        """Returns the keys of the state below ``network.clip`` that are not trained."""
         clip = getattr(self.network, "clip", None)
         if clip is None:
             return set()
@@ -42,10 +42,10 @@ class LeanCheckpoint(nn.Module):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """As Lightning's, but never runs code from the file; a URL is refused.
+        """Loads a checkpoint as Lightning does, but never runs code from the file and refuses a URL.
 
         Raises:
-            CheckpointError: For a file that is damaged or foreign, or a URL.
+            CheckpointError: If the file is damaged, not a checkpoint of this library, or a URL.
         """
         if isinstance(checkpoint_path, (str, os.PathLike)):
             read_checkpoint(checkpoint_path, ("state_dict", "hyper_parameters"))
@@ -53,7 +53,7 @@ class LeanCheckpoint(nn.Module):
         return cast(Self, above.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True}))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All state but the frozen weights."""
+        """Returns all state except the frozen weights."""
         state = {plain_name(key): value for key, value in super().state_dict(*args, **kwargs).items()}
         frozen = self._frozen_keys()
         return {key: value for key, value in state.items() if key not in frozen}
@@ -61,10 +61,10 @@ class LeanCheckpoint(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Loads what :meth:`state_dict` gave.
+        """Loads the state of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: If keys or shapes differ from this module's, naming them.
+            CheckpointError: If keys or shapes differ from this module's; the message names them.
         """
         here: dict[str, Tensor] = nn.Module.state_dict(self)
         key_of = {plain_name(key): key for key in here}
@@ -83,31 +83,31 @@ class LeanCheckpoint(nn.Module):
         ]
         if strict and any(key.startswith("network.decoder.layers.") for key in extra):
             raise CheckpointError(
-                f"{self._source} was trained with an earlier form of the label decoder, which this version does not "
+                f"{self._source} was trained with an earlier label decoder, which this version does not "
                 "have (docs/choices.md, 'Label-specific features'). Train again, or use the version that wrote it."
             )
         if strict and problems:
             raise CheckpointError(
-                f"{self._source} belongs to another model; " + "; ".join(problems) + ". Build the module with the "
-                "settings that the checkpoint was made with (they are in the config.yaml beside it)."
+                f"{self._source} is from another model; " + "; ".join(problems) + ". Build the module with the "
+                "settings of the checkpoint (see config.yaml in the run's folder)."
             )
         if broken := _broken(state_dict):
             raise CheckpointError(
-                f"{self._source} holds weights that are not finite: {listed(broken, 5)}. Take another."
+                f"{self._source} has weights that are not finite: {listed(broken, 5)}. Use another one."
             )
         state = {key_of.get(key, key): value for key, value in state_dict.items()}
         loaded: _IncompatibleKeys = super().load_state_dict(state, strict=False, assign=assign)
         return loaded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the fingerprint of the frozen weights and the tables of the present epoch.
+        """Adds the fingerprint of the frozen weights and the tables of the current epoch.
 
         Raises:
-            NotFiniteError: Weights are NaN or infinite. Not saved, so that the last good checkpoint stays the last.
+            NotFiniteError: If weights are NaN or infinite. The checkpoint is not saved, which keeps the last good one.
         """
         if broken := _broken(checkpoint["state_dict"]):
             raise NotFiniteError(
-                f"Weights are not finite: {listed(broken, 5)}. They were not saved; earlier checkpoints are untouched. "
+                f"Weights are not finite: {listed(broken, 5)}. They were not saved; earlier checkpoints are unchanged. "
                 f"{REMEDY}."
             )
         checkpoint[VERSION] = version("cbsa-lightning")
@@ -118,7 +118,7 @@ class LeanCheckpoint(nn.Module):
         checkpoint["class_names"] = list(self.class_names)
         data = getattr(getattr(self, "_trainer", None), "datamodule", None)
         size = getattr(data, "image_size", None)
-        if size is not None:  # else predictions would be made at the tower's native size
+        if size is not None:  # otherwise predictions would use the tower's native size
             checkpoint["image_size"] = size
         if self.fusion is not None:
             checkpoint[FUSION] = {name: tensor.cpu() for name, tensor in self.fusion.tensors().items()}
@@ -128,10 +128,10 @@ class LeanCheckpoint(nn.Module):
                 checkpoint[name] = table.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other classes or other frozen weights.
+        """Refuses a checkpoint with other classes or other frozen weights.
 
         Raises:
-            CheckpointError: Naming both sides.
+            CheckpointError: If they differ; the message names both.
         """
         self._source = checkpoint.get(SOURCE, "The checkpoint")
         written, here = checkpoint.get(VERSION), version("cbsa-lightning")
@@ -139,21 +139,21 @@ class LeanCheckpoint(nn.Module):
             self._source += f" (written by cbsa_lightning {written}, read by {here})"
         trainer = getattr(self, "_trainer", None)
         if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
-            raise CheckpointError(f"{self._source} holds weights only: training cannot go on from it.")
+            raise CheckpointError(f"{self._source} has weights only, so training cannot be resumed from it.")
         clip = getattr(self.network, "clip", None)
         if clip is not None and FINGERPRINT not in checkpoint:
-            raise CheckpointError(f"{self._source} has no {FINGERPRINT}: nothing tells which frozen weights it needs.")
+            raise CheckpointError(f"{self._source} has no {FINGERPRINT}: it is unknown which frozen weights it needs.")
         stored = checkpoint.get("class_names", self.class_names)
         if list(stored) != list(self.class_names):
             raise CheckpointError(
-                f"{self._source} knows the classes {listed(stored)}; this module has {listed(self.class_names)}. "
-                "Use the data settings that the checkpoint was made with."
+                f"{self._source} has the classes {listed(stored)}; this module has {listed(self.class_names)}. "
+                "Use the data settings of the checkpoint."
             )
         if clip is not None and checkpoint[FINGERPRINT] != clip.fingerprint:
             stored = str(checkpoint[FINGERPRINT])[:12]
             raise CheckpointError(
-                f"{self._source} was trained on other frozen weights (sha256 {stored}...) than "
-                f"those loaded now ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
+                f"{self._source} was trained with other frozen weights (sha256 {stored}...) than "
+                f"the current ones ({clip.fingerprint[:12]}...). Load the model and weights that its config.yaml names."
             )
         self.fusion = None if FUSION not in checkpoint else self._read_fusion(checkpoint[FUSION])
         for name in TABLES:
@@ -169,14 +169,14 @@ class LeanCheckpoint(nn.Module):
                 if name[:5] not in ("means", "limit", "share", "bound")
             }
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Take another.") from error
+            raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Use another one.") from error
         if not fits or classes != {len(self.class_names)} or len(fusion.means) != len(fusion.weights):
-            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Take another checkpoint.")
+            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Use another one.")
         return fusion
 
 
 def _broken(state: Mapping[str, Any]) -> list[str]:
-    """Weights and averages that hold NaN or infinity; thresholds may."""
+    """Returns the names of weights and averages with NaN or infinity; thresholds may have them."""
     return _sorted(
         not_finite({k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)})
     )
@@ -190,5 +190,5 @@ def _form(value: Any) -> str:
 
 
 def _sorted(keys: Iterable[str]) -> list[str]:
-    """The network's own first: its averages, whose names are harder to read, only repeat them."""
+    """Sorts the network's own keys first, since the averages only repeat them under less readable names."""
     return sorted(keys, key=lambda key: (key.startswith("ema."), key))

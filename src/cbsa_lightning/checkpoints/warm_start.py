@@ -1,4 +1,4 @@
-"""Weights of an earlier run for a new one, whose classes may differ; see ``cbsa fit --init_from``."""
+"""Initial weights from an earlier run whose classes may differ; see ``cbsa fit --init_from``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cbsa_lightning.method.finite import not_finite
 from cbsa_lightning.networks.base import Network
 from cbsa_lightning.networks.compiled import class_of
 
-REMEDY = "Train with the model settings of its config.yaml, or leave out --init_from"
+REMEDY = "Train with the model settings of its config.yaml, or remove --init_from"
 
 
 class Earlier(NamedTuple):
-    """What a new run takes over from a checkpoint.
+    """What a new run takes from a checkpoint.
 
     Attributes:
         source: The file, for messages.
         class_names: Its C classes.
-        weights: State of its network with averaged weights, by name in the network, without frozen weights.
-        partition: ``(C,)``, the context of each class; -1 where there is none.
-        network: Name of the network's class; None where the checkpoint does not say.
-        fingerprint: Of the frozen weights; None where there are none.
-        image_size: Side of its images in pixels; None where the checkpoint does not say.
+        weights: State of its network with averaged weights, by parameter name, without frozen weights.
+        partition: ``(C,)``, the context of each class; -1 if there is none.
+        network: Name of the network's class; None if the checkpoint does not have it.
+        fingerprint: Fingerprint of the frozen weights; None if there are none.
+        image_size: Side of its images in pixels; None if the checkpoint does not have it.
     """
 
     source: str
@@ -42,10 +42,10 @@ class Earlier(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> Earlier:
-        """The averaged weights of a checkpoint; before the average has started, the weights themselves.
+        """Reads the averaged weights of a checkpoint, or the raw weights if the average has not started.
 
         Raises:
-            CheckpointError: Weights are missing, are no tensors, or are not finite.
+            CheckpointError: If weights are missing, are not tensors, or are not finite.
         """
         state, source = checkpoint["state_dict"], str(checkpoint[SOURCE])
         weights = {name.removeprefix("network."): w for name, w in state.items() if name.startswith("network.")}
@@ -54,44 +54,44 @@ class Earlier(NamedTuple):
             weights.update({name: average for name, average in averages.items() if average is not None})
         names, partition = list(checkpoint["class_names"]), state.get("context_partition")
         if not isinstance(partition, Tensor) or partition.shape != (len(names),):
-            raise CheckpointError(f"{source}: its context_partition does not fit its classes. Take another checkpoint.")
+            raise CheckpointError(f"{source}: its context_partition does not fit its classes. Use another one.")
         if wrong := [name for name, weight in weights.items() if not isinstance(weight, Tensor)]:
-            raise CheckpointError(f"{source}: {listed(wrong, 5)} are no tensors. Take another checkpoint.")
+            raise CheckpointError(f"{source}: {listed(wrong, 5)} are not tensors. Use another checkpoint.")
         if broken := not_finite(weights):
-            raise CheckpointError(f"{source} holds weights that are not finite: {listed(broken, 5)}. Take another.")
+            raise CheckpointError(f"{source} has weights that are not finite: {listed(broken, 5)}. Use another one.")
         about = (checkpoint.get(key) for key in (NETWORK, FINGERPRINT, "image_size"))
         return cls(source, names, weights, partition, *about)
 
 
 def check_fits(earlier: Earlier, network: Network, own: Mapping[str, Tensor], class_names: Sequence[str]) -> None:
-    """Refuses a checkpoint whose weights do not fit a network with other classes.
+    """Checks that the weights of a checkpoint fit a network that may have other classes.
 
     Args:
         earlier: The checkpoint.
         network: The network of the new run.
-        own: Its state without frozen weights, by name.
-        class_names: Its classes.
+        own: The network's state without frozen weights, by name.
+        class_names: The network's classes.
 
     Raises:
-        CheckpointError: Another class of network, other frozen weights, or other settings; names both sides.
+        CheckpointError: If network class, frozen weights or settings differ; the message names both sides.
     """
     source = earlier.source
     if earlier.network not in (None, class_of(network)):
-        raise CheckpointError(f"{source} is of a {earlier.network}, this run trains a {class_of(network)}. {REMEDY}.")
+        raise CheckpointError(f"{source} is from a {earlier.network}; this run trains a {class_of(network)}. {REMEDY}.")
     clip = getattr(network, "clip", None)
     here = None if clip is None else clip.fingerprint
     if earlier.fingerprint != here:
         raise CheckpointError(
-            f"{source} was trained on the frozen weights {_short(earlier.fingerprint)}, this run has "
-            f"{_short(here)}. Take the same CLIP model and weights (model.clip, model.pretrained), or leave out "
+            f"{source} was trained with the frozen weights {_short(earlier.fingerprint)}; this run has "
+            f"{_short(here)}. Use the same CLIP model and weights (model.clip, model.pretrained), or remove "
             "--init_from."
         )
     by_class = network.class_tensors()
     if by_class is None and earlier.class_names != list(class_names):
         raise CheckpointError(
-            f"{source} has the classes {listed(earlier.class_names)}, this run {listed(class_names)}, and "
-            f"{class_of(network)} does not tell which of its weights belong to a class (class_tensors). Take the same "
-            "classes, or leave out --init_from."
+            f"{source} has the classes {listed(earlier.class_names)}, this run has {listed(class_names)}, and "
+            f"{class_of(network)} does not define which of its weights belong to a class (class_tensors). Use the same "
+            "classes, or remove --init_from."
         )
     if problems := list(_differences(earlier, network, own)):
         raise CheckpointError(f"The weights of {source} do not fit this run: {listed(problems, 5)}. {REMEDY}.")
@@ -107,7 +107,7 @@ def _differences(earlier: Earlier, network: Network, own: Mapping[str, Tensor]) 
     for name in sorted(here & there):
         old, new = earlier.weights[name].shape, own[name].shape
         if name in by_class and len(old) > 0 and old[0] == len(earlier.class_names):
-            old, new = old[1:], new[1:]  # classes are matched by name
+            old, new = old[1:], new[1:]  # rows of classes are matched by name
         if old != new:
             yield f"{name} is {tuple(earlier.weights[name].shape)} there and {tuple(own[name].shape)} here" + (
                 _of_prompts(earlier.weights[name], own[name]) if name.endswith("words") else ""
@@ -126,18 +126,18 @@ def take_over(
 ) -> str:
     """Copies the weights of an earlier run into a network that :func:`check_fits` has accepted.
 
-    Rows of classes are matched by name; those of new classes stay as they are. The context head is taken over where
-    the classes and their partition are the same; the numbers of the contexts may differ.
+    Rows of classes are matched by name; rows of new classes keep their initial values. The context head is copied if
+    the classes and their partition are the same, even if the ids of the contexts differ.
 
     Args:
         earlier: The checkpoint.
         network: The network of the new run.
-        own: Its state without frozen weights, by name; shares memory with the network.
-        class_names: Its C classes.
-        partition: ``(C,)``, the context of each class in the new run; -1 where there is none.
+        own: The network's state without frozen weights, by name; shares memory with the network.
+        class_names: The network's C classes.
+        partition: ``(C,)``, the context of each class in the new run; -1 if there is none.
 
     Returns:
-        A sentence about what was taken over, and what was not.
+        A sentence that says what was copied, and what was not.
     """
     by_class, contexts = network.class_tensors() or set(), set(network.context_tensors)
     rows = {name: row for row, name in enumerate(earlier.class_names)}
@@ -148,7 +148,7 @@ def take_over(
             own[name][common] = earlier.weights[name][from_rows].to(own[name])
         else:
             own[name].copy_(earlier.weights[name])
-    told = [f"the weights of {len(common)} classes" if by_class else "all weights, of which no class has its own"]
+    told = [f"the weights of {len(common)} classes" if by_class else "all weights, none of them class-specific"]
     heads = [name for name in network.context_tensors if name in own]
     if heads:
         there = earlier.weights.get(heads[0])
@@ -162,7 +162,7 @@ def take_over(
             told.append("not the context head, since the partition of the classes differs")
     new = [name for name in class_names if name not in rows]
     gone = [name for name in earlier.class_names if name not in set(class_names)]
-    told += [f"new classes start afresh: {listed(new)}"] if new else []
+    told += [f"new classes start from initial values: {listed(new)}"] if new else []
     told += [f"classes dropped: {listed(gone)}"] if gone else []
     return f"Training starts from the averaged weights of {earlier.source}: {'; '.join(told)}."
 
@@ -170,7 +170,7 @@ def take_over(
 def _same_contexts(
     earlier: Earlier, class_names: Sequence[str], partition: Tensor, num_contexts: int
 ) -> list[int] | None:
-    """The earlier number of each of the K contexts; None where the classes, K or the partition differ."""
+    """Returns the earlier id of each of the K contexts, or None if the classes, K or the partition differ."""
     if set(earlier.class_names) != set(class_names) or bool((partition < 0).any()):
         return None
     before = dict(zip(earlier.class_names, earlier.partition.tolist(), strict=True))

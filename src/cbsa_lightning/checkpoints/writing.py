@@ -1,4 +1,4 @@
-"""How Lightning writes and reads checkpoints: atomically, and as data, never as code."""
+"""Atomic writing of checkpoints, and reading without running code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cbsa_lightning.io.files import replacing
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically; Lightning's own writer can leave a partial file.
 
-    Reads without running code from the file, and refuses what is damaged, saying how. Local files only.
+    Reads without running code from the file, and refuses damaged files with the reason. Supports local files only.
 
     Two consecutive checkpoints of the same state, such as the newest epoch's and ``last.ckpt``, share one file through
     a hard link if the file system supports it.
@@ -30,7 +30,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._former: tuple[Path, Any] | None = None  # the last file that was written, and of which moment it is
+        self._former: tuple[Path, Any] | None = None  # the last written file, and the step that it belongs to
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -41,20 +41,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the disk is full or the folder is not writable; existing files are unchanged.
         """
         file = local(path)
-        if checkpoint.get(TORN):  # weights, average and counters do not belong together, now
+        if checkpoint.get(TORN):  # weights, average and counters are inconsistent now
             rank_zero_warn(f"{file} is not written during a step; resume from an earlier checkpoint.")
             return
         try:
             with replacing(file) as draft, draft.open("wb") as stream:
                 torch.save(checkpoint, stream)
             self._share(file, checkpoint)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             cause = next((cause for cause in causes(error) if isinstance(cause, OSError)), None)
             if cause is None:
                 raise
             raise CheckpointError(
-                f"{file}: the checkpoint could not be written ({cause.strerror or cause}). Earlier checkpoints are "
-                "untouched. Make room or choose another folder, then resume with `cbsa fit --resume`."
+                f"{file}: the checkpoint could not be written ({cause.strerror or cause}). Earlier checkpoints "
+                "are unchanged. Free disk space or choose another folder, then resume with `cbsa fit --resume`."
             ) from error
 
     def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         former, self._former = self._former, (file, moment)
         if former is None or former[0] == file or former[1] != moment:
             return
-        with suppress(OSError):  # the former file is gone, or there are no such links here: then there are two files
+        with suppress(OSError):  # if the previous file is gone or hard links are unsupported, keep two files
             if _tensors_of(former[0]) == _tensors_of(file):
                 with replacing(former[0]) as draft:
                     os.link(file, draft)
@@ -80,6 +80,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def _tensors_of(file: Path) -> dict[str, tuple[int, int]]:
-    """Checksum and size of each tensor in a checkpoint."""
+    """Returns checksum and size of each tensor in a checkpoint."""
     with zipfile.ZipFile(file) as archive:
         return {part.filename: (part.CRC, part.file_size) for part in archive.infolist() if "/data/" in part.filename}

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Earlier versions had them here. By name, since __main__ imports this folder.
+    # Names of earlier versions; imported lazily, since __main__ imports this folder.
     if name in ("main", "entry_point"):
         return getattr(importlib.import_module("cbsa_lightning.__main__"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``cbsa check``: what a data set holds and what is wrong with it, before any training."""
+"""``cbsa check``: reports the content and the problems of a data set before training."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _READERS = "cbsa_lightning.data.readers"
 
 
 def check_command(args: Sequence[str] | None = None) -> Report:
-    """Checks a data set and prints what was found.
+    """Checks a data set and prints the report.
 
     Args:
-        args: Arguments instead of those of the process; ``--help`` lists them.
+        args: Arguments; None: those of the process. ``--help`` lists them.
 
     Returns:
-        The report, where nothing stops a fit.
+        The report, if nothing prevents a fit.
 
     Raises:
-        ConfigError: The command line or a configuration cannot be understood.
-        SystemExit: With status 1, after the report, where ``cbsa fit`` would refuse the data set.
+        ConfigError: If the command line or a configuration is invalid.
+        SystemExit: With status 1, after the report, if ``cbsa fit`` would refuse the data set.
     """
     options = _parser().parse_args(args)
     recipe = _recipe(options)
-    with redirect_stdout(sys.stderr):  # of bars and messages: standard output is for the report alone
+    with redirect_stdout(sys.stderr):  # progress bars and messages; standard output is only for the report
         report = _checked(recipe, _comparison(options))
         if options.time and report.plan is not None and not report.errors:
             print("Measuring a few images and training steps ...")
@@ -62,42 +62,42 @@ def check_command(args: Sequence[str] | None = None) -> Report:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa check",
-        description="Says what a data set holds, what is wrong with it, and what a run would do with it. Every image "
-        "file is read once; nothing is written. Ends with status 1 where `cbsa fit` would refuse the data set, or a "
-        "test image is a training image too.",
+        description="Reports what is in a data set, its problems, and how a run would use it. Reads every image "
+        "file once and writes nothing. Exits with status 1 if `cbsa fit` would refuse the data set or a "
+        "test image is also a training image.",
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
         help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json), a CVAT export (.xml); or "
-        "configurations of `cbsa fit` (.yaml), merged from left to right. Without, settings are those of photos.yaml",
+        "configurations of `cbsa fit` (.yaml), merged from left to right. Default settings: photos.yaml",
     )
     parser.add_argument("--test", metavar="FILE", help="annotations of the test images")
     parser.add_argument("--root", metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--class-file", metavar="FILE", help="class file with prompt names")
-    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the labeled images, for validation")
+    parser.add_argument("--held-out", type=float, metavar="SHARE", help="fraction of the labeled images for validation")
     parser.add_argument("--batch-size", type=int, metavar="B", help="images a step")
     parser.add_argument(
         "--near-duplicates",
         metavar="CLIP",
-        help="compare images by this model: a name of open_clip, a folder, embedded",
+        help="model to compare images with: an open_clip name, a folder, or embedded",
     )
-    parser.add_argument("--pretrained", metavar="TAG", help="its weights: a tag of open_clip or a file")
+    parser.add_argument("--pretrained", metavar="TAG", help="its weights: an open_clip tag or a file")
     parser.add_argument(
-        "--time", action="store_true", help="measure a few images and training steps, and say what a run takes here"
+        "--time", action="store_true", help="measure a few images and training steps, and estimate the time of a run"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all paths")
     return parser
 
 
 def _recipe(options: argparse.Namespace) -> Settings:
-    """The configuration of the run that is meant: of files, with what the options say over it."""
+    """Returns the configuration of the run: that of the files, overridden by options."""
     configs = [name for name in options.files if Path(name).suffix.lower() in (".yaml", ".yml")]
     annotations = [name for name in options.files if name not in configs]
     if len(annotations) > 1:
         raise ConfigError(
-            f"{listed(annotations)}: give one file of training images; --test FILE names the test images."
+            f"{listed(annotations)}: pass one file of training images, and the test images with --test FILE."
         )
     recipe = merged(map(read, map(find_config, configs) if configs else [shipped_configs() / "photos.yaml"]))
     data = recipe.get("data") or {}
@@ -112,9 +112,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
         source = source if isinstance(source, dict) else {"class_path": source}
         data["source"] = {**source, "init_args": {**_section(source, "init_args"), **given}}
     if not data.get("source"):
-        raise ConfigError(
-            f"{listed(configs)}: no data.source, so no data set; add a configuration or a table with one."
-        )
+        raise ConfigError(f"{listed(configs)}: no data.source. Add a configuration that has one, or a table.")
     for name, value in (("held_out_fraction", options.held_out), ("batch_size", options.batch_size)):
         if value is not None:
             data[name] = value
@@ -122,7 +120,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
 
 
 def _source_of(file: str, given: dict[str, str]) -> Settings:
-    """The source that reads a file of annotations, as a configuration names it."""
+    """Returns the source that reads a file of annotations, as in a configuration."""
     suffix = Path(file).suffix.lower()
     if suffix == ".xml":
         return _tool(file, "cvat", "CVAT", given)
@@ -143,14 +141,14 @@ def _source_of(file: str, given: dict[str, str]) -> Settings:
 
 
 class TrainingCOCO(COCO):
-    """A COCO file of training images, without one of test images."""
+    """A COCO file of training images, without test images."""
 
-    def test(self) -> None:  # type: ignore[override]  # what each source may give
-        """None."""
+    def test(self) -> None:  # type: ignore[override]  # a source may return None
+        """Returns None."""
 
 
 def _tool(file: str, module: str, name: str, given: dict[str, str]) -> Settings:
-    """The source of an export of a labeling tool."""
+    """Returns the source for an export of a labeling tool."""
     return {"class_path": f"{_READERS}.{module}.{name}", "init_args": {"train": file, **given}}
 
 
@@ -163,10 +161,10 @@ def _first_character(file: str) -> bytes:
 
 
 def _comparison(options: argparse.Namespace) -> Callable[[Sequence[Path]], Similar] | None:
-    """The function that compares images; None without ``--near-duplicates``."""
+    """Returns the function that compares images; None without ``--near-duplicates``."""
     if options.near_duplicates is None:
         if options.pretrained is not None:
-            raise ConfigError("--pretrained says which weights the model of --near-duplicates has: give both.")
+            raise ConfigError("--pretrained sets the weights of the model of --near-duplicates. Pass both.")
         return None
     from cbsa_lightning.clip import FrozenCLIP
     from cbsa_lightning.data.checks.near_duplicates import near_duplicates
@@ -189,21 +187,21 @@ def _checked(recipe: Settings, near_duplicates: Callable[[Sequence[Path]], Simil
 
 
 def _built(recipe: Settings) -> tuple[Any, RunSettings]:
-    """The source and the settings, built as `cbsa fit` builds them."""
+    """Builds the source and the settings like `cbsa fit`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--source", type=Source)
     parser.add_argument("--run", type=RunSettings)
     plain = expand_paths({"source": recipe["data"]["source"], "run": _run_settings(recipe)})
     try:
         with warnings.catch_warnings():
-            # Renamed in jsonargparse 4.49; the oldest release that we take has only this name.
+            # Renamed in jsonargparse 4.49; the oldest supported release has only this name.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|cbsa_lightning")
             built = parser.instantiate_classes(parser.parse_object(plain))
     except Exception as error:
         if own := [cause for cause in causes(error) if isinstance(cause, CBSAError)]:
             raise own[0] from None
         if isinstance(error, (TypeError, ValueError)) or type(error).__name__ == "ArgumentError":
-            raise ConfigError(f"The configuration: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"Invalid configuration: {' '.join(str(error).split())}") from error
         raise
     return built.source, built.run
 

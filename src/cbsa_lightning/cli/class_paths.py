@@ -1,6 +1,6 @@
-"""Classes that a configuration names: by their full path, or, for those of this library, by their name alone.
+"""Finds classes of a configuration by their full path or, for this library's classes, by name only.
 
-jsonargparse finds a class by its name alone once its module is imported, so this module imports them.
+jsonargparse finds a class by name once its module is imported, so this module imports all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MODULES: tuple[ModuleType, ...] = (
 
 
 def class_named(name: str) -> Any:
-    """The class that a configuration means.
+    """Returns the class with a name.
 
     Args:
-        name: Such as ``DualCoOp`` or ``my_package.MyNetwork``.
+        name: For example, ``DualCoOp`` or ``my_package.MyNetwork``.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: If there is none.
     """
     if "." not in name:
         found: Any = next((vars(place)[name] for place in _MODULES if name in vars(place)), None)
@@ -38,5 +38,5 @@ def class_named(name: str) -> Any:
         except pydoc.ErrorDuringImport as error:
             raise ConfigError(f"{name} cannot be imported: {error}") from error
     if not callable(found):
-        raise ConfigError(f"There is no class {name}; is its module on PYTHONPATH?")
+        raise ConfigError(f"There is no class {name}. Check its name, and that its module is on PYTHONPATH.")
     return found

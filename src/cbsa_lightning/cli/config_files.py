@@ -17,26 +17,26 @@ from cbsa_lightning.cli.renamed import current
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.reading import read_text
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # jsonargparse's, which takes a little less than the other
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # same as jsonargparse; it accepts slightly less
 
 
 _PATH = re.compile(r"~(?=/|$)|\$(\w+|\{\w+\})(?=/|$)")  # at the start of a value
 
 
 def shipped_configs() -> Path:
-    """Folder of the configurations that come with the library; an editable install has them in its checkout."""
+    """Returns the folder of the configurations in the package, or in the checkout of an editable install."""
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
 
 
 def find_config(name: str | os.PathLike[str]) -> Path:
-    """Finds a configuration file: a path, or the name of one that comes with the library.
+    """Finds a configuration file: a path, or the name of a configuration of the library.
 
     Args:
-        name: Such as ``mine.yaml``, ``methods/cbsa.yaml`` or ``configs/methods/cbsa.yaml``.
+        name: For example, ``mine.yaml``, ``methods/cbsa.yaml`` or ``configs/methods/cbsa.yaml``.
 
     Raises:
-        ConfigError: If there is none; names similar ones.
+        ConfigError: If there is none; the message suggests similar names.
     """
     file = Path(expanded(os.fspath(name)))
     shipped = shipped_configs()
@@ -47,12 +47,12 @@ def find_config(name: str | os.PathLike[str]) -> Path:
         return inside
     names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
     similar = difflib.get_close_matches(file.as_posix().removeprefix("configs/"), names)
-    hint = f"Similar ones are {listed(similar)}" if similar else f"Those below {shipped} are found by name"
-    raise ConfigError(f"{name}: there is no such configuration file. {hint}.")
+    hint = f"Similar ones are {listed(similar)}" if similar else f"Files below {shipped} are found by name"
+    raise ConfigError(f"{name}: configuration file not found. {hint}.")
 
 
 def find_configs(words: Sequence[str]) -> list[str]:
-    """Replaces the names after ``--config`` in a command line by the files that they mean; see :func:`find_config`."""
+    """Replaces the names after ``--config`` in a command line by file paths; see :func:`find_config`."""
     found = list(words)
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -66,7 +66,7 @@ def find_configs(words: Sequence[str]) -> list[str]:
 
 
 def expanded(value: str) -> str:
-    """Replaces ``~`` or an environment variable with which a path begins.
+    """Expands ``~`` or an environment variable at the start of a path.
 
     Raises:
         ConfigError: If the variable is not set.
@@ -75,12 +75,12 @@ def expanded(value: str) -> str:
         return value
     path = os.path.expanduser(os.path.expandvars(value))
     if path == value:
-        raise ConfigError(f"{value}: {start.group()} is not set. Set it, or write the path out.")
+        raise ConfigError(f"{value}: {start.group()} is not set. Set it, or use the full path.")
     return path
 
 
 def expand_paths(config: Any) -> Any:
-    """Expands all values of a parsed configuration that begin like a path; see :func:`expanded`."""
+    """Expands all values of a parsed configuration that start like a path; see :func:`expanded`."""
     if isinstance(config, str):
         return expanded(config)
     if isinstance(config, Namespace):
@@ -94,10 +94,10 @@ def expand_paths(config: Any) -> Any:
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Refuses files after ``--config`` that are no YAML mapping; what they set is not looked at.
+    """Checks that files after ``--config`` are YAML mappings; does not check the settings in them.
 
     Raises:
-        ConfigError: Naming the file, and the line of its mistake.
+        ConfigError: If a file is not; the message names the file and line.
     """
     for file in _named(words):
         try:
@@ -105,7 +105,7 @@ def check_configs(words: Sequence[str]) -> None:
             node = yaml.compose(text, Loader=_LOADER)
             events = list(yaml.parse(text, Loader=_LOADER))
         except FileNotFoundError:
-            raise ConfigError(f"{file}: there is no such configuration file; correct the path.") from None
+            raise ConfigError(f"{file}: configuration file not found; correct the path.") from None
         except DataError as error:
             raise ConfigError(str(error)) from error
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
@@ -116,7 +116,7 @@ def check_configs(words: Sequence[str]) -> None:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{file}: must map settings to values, as in 'trainer: {{max_epochs: 2}}'.")
         if nul := [e.start_mark.line + 1 for e in events if "\0" in (getattr(e, "value", None) or "")]:
-            raise ConfigError(f"{file}: line {nul[0]} has a NUL character, which no setting takes; remove it.")
+            raise ConfigError(f"{file}: line {nul[0]} has a NUL character, which is not allowed; remove it.")
         for event in events:
             if isinstance(event, yaml.ScalarEvent) and (new := current(event.value)) != event.value:
                 raise ConfigError(
@@ -127,10 +127,10 @@ def check_configs(words: Sequence[str]) -> None:
 
 @contextmanager
 def naming_files(words: Sequence[str]) -> Iterator[None]:
-    """Adds to a refused setting the configuration files that mention it, unless a flag does.
+    """Adds the configuration files that mention a refused setting to the error, unless a flag sets it.
 
     Raises:
-        ConfigError: The refusal, with the files.
+        ConfigError: The original error, with the files.
     """
     try:
         yield
@@ -146,12 +146,12 @@ def naming_files(words: Sequence[str]) -> Iterator[None]:
 
 
 def config_values(words: Sequence[str]) -> Iterator[str]:
-    """Yields what ``--config`` is given in a command line: names of files, or YAML itself."""
+    """Yields the values of ``--config`` in a command line: file names, or YAML text."""
     return option_values(words, "--config", "-c")
 
 
 def option_values(words: Sequence[str], *options: str) -> Iterator[str]:
-    """Yields the values that one of ``options`` is given in a command line."""
+    """Yields the values of ``options`` in a command line."""
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option in options:
@@ -163,5 +163,5 @@ def _named(words: Sequence[str]) -> Iterator[Path]:
 
 
 def is_file_name(value: str) -> bool:
-    """Whether a value of ``--config`` names a file."""
-    return bool(value) and "\n" not in value and ": " not in value  # jsonargparse takes YAML itself as well
+    """Returns whether a value of ``--config`` is a file name."""
+    return bool(value) and "\n" not in value and ": " not in value  # jsonargparse also accepts YAML text

@@ -1,4 +1,4 @@
-"""`cbsa label`: labels of a run, or of new images, as a file that a labeling tool imports."""
+"""`cbsa label`: writes labels of a run, or of new images, as a file for a labeling tool."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def label(words: Sequence[str]) -> Path:
     """Runs `cbsa label`.
 
     Args:
-        words: The words of the command line after ``label``.
+        words: Command-line arguments after ``label``.
 
     Returns:
-        The file that was written.
+        The output file.
 
     Raises:
-        ConfigError: For an output that exists, or a suffix that does not fit the tool.
-        DataError: For a run without labels, or images that cannot be read.
+        ConfigError: If the output exists, or its suffix does not fit the tool.
+        DataError: If the run has no labels, or images cannot be read.
     """
     args = _parser().parse_args(words)
     output = Path(args.output)
     if output.suffix.lower() != SUFFIXES[args.to]:
-        raise ConfigError(f"{output}: a file for {args.to} ends in {SUFFIXES[args.to]}; change --output.")
+        raise ConfigError(f"{output}: files for {args.to} end in {SUFFIXES[args.to]}; change --output.")
     if output.exists():
-        raise ConfigError(f"{output} exists already. Give another --output, or move that file away.")
+        raise ConfigError(f"{output} exists already. Give another --output, or move the file.")
     _refuse_unused(args)
     labels = _labels(args)
     if args.tasks is not None:
@@ -71,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/cbsa/version_0")
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="tool or format")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--images", help="label these instead: a folder of images, by the run's checkpoint")
+    parser.add_argument("--images", help="folder of images to label with the run's checkpoint instead")
     parser.add_argument("--root", type=Path, help="folder of the run's images, for --to cvat and --tasks")
     studio = parser.add_argument_group("Label Studio")
-    studio.add_argument("--url", help=f"what stands before the path of an image (default: {URL}, its local storage)")
+    studio.add_argument("--url", help=f"prefix of the path of an image (default: {URL}, its local storage)")
     studio.add_argument(
         "--control", help=f"name of the Choices control (default: {CONTROL}; with --tasks, the only one)"
     )
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:
-    """Refuses options that another option leaves without effect."""
+    """Refuses options that have no effect because of another option."""
     studio, tasks = args.to == "label-studio", args.tasks is not None
     effective = {
         "--url": studio and not tasks,
@@ -99,19 +99,19 @@ def _refuse_unused(args: argparse.Namespace) -> None:
     }
     for option, has_effect in effective.items():
         if getattr(args, option[2:]) is not None and not has_effect:
-            raise ConfigError(f"{option} has no effect here; see `cbsa label --help`, and leave it out.")
+            raise ConfigError(f"{option} has no effect here. Remove it; see `cbsa label --help`.")
 
 
 def _labels(args: argparse.Namespace) -> ImageLabels:
     if args.images is not None:
-        from cbsa_lightning.inference.labels.new_images import label_images  # takes torch along
+        from cbsa_lightning.inference.labels.new_images import label_images  # imports torch
 
         return label_images(checkpoint_of(args.run), Path(args.images))
     file = args.run / LABELS
     if not file.is_file():
         raise ConfigError(
-            f"{file} does not exist: {args.run} is no finished run with unlabeled images, or was made with "
-            "--labels.enabled false. Give --images FOLDER to label images by its checkpoint."
+            f"{file} does not exist: {args.run} is not a finished run with unlabeled images, or was run with "
+            "--labels.enabled false. Use --images FOLDER to label images with its checkpoint."
         )
     return read_labels(file)
 
@@ -143,7 +143,7 @@ def _write_predictions(args: argparse.Namespace, labels: ImageLabels, output: Pa
 
 
 def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int] | None] | None:
-    """Sizes of the images, and a line about those that are not known."""
+    """Returns the sizes of the images, and prints a note about unknown ones."""
     root = _root(args)
     if root is None:
         print("The file has no width and height; add --root FOLDER, the folder of the photos, to write them.")
@@ -151,13 +151,13 @@ def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int
     sizes = upright_sizes([root / path for path in labels.images.tolist()])
     if unknown := [path for path, size in zip(labels.images.tolist(), sizes, strict=True) if size is None]:
         print(
-            f"{len(unknown)} images below {root} are missing or unreadable: no width and height: {listed(unknown, 5)}"
+            f"{len(unknown)} images below {root} are missing or unreadable; their size is omitted: {listed(unknown, 5)}"
         )
     return sizes
 
 
 def _root(args: argparse.Namespace) -> Path | None:
-    """Folder that the paths of the labels are relative to, where the options say it."""
+    """Returns the folder that the labels' paths are relative to, if an option sets it."""
     root: Path | None = args.root
     if root is None and args.images is not None:
         images = Path(args.images)

@@ -1,4 +1,4 @@
-"""Configurations as plain mappings: read from YAML and merged, one over the other."""
+"""Configurations as plain mappings: read from YAML, and merged."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ Settings = dict[str, Any]
 
 
 def read(file: Path) -> Settings:
-    """An overlay.
+    """Reads an overlay.
 
     Raises:
-        ConfigError: It is not there, or no mapping.
+        ConfigError: If it does not exist or is not a mapping.
     """
     if not file.is_file():
         raise ConfigError(
-            f"There is no overlay {file}. Correct its name, or say where the folder of overlays is with --configs."
+            f"There is no overlay {file}. Correct its name, or set the folder of overlays with --configs."
         )
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML: {error}") from error
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file} must be a mapping such as 'trainer: {{max_epochs: 40}}', not {found!r}.")
     return found
 
 
 def merged(overlays: Iterable[Settings]) -> Settings:
-    """Overlays one over the other, as the command line merges ``--config`` files.
+    """Merges overlays from left to right, as the command line merges ``--config`` files.
 
-    But for one thing: another class begins with no arguments here, while the command line hands on those of the class
-    below that it has too.
+    There is one difference: here, another class starts without arguments, while the command line keeps the previous
+    class's arguments that it also has.
     """
     return reduce(_over, overlays, {})
 
 
 def _over(below: Settings, above: Settings) -> Settings:
-    """``above`` over ``below``; another class begins with no arguments."""
+    """Merges ``above`` over ``below``; another class starts without arguments."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
         if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
-            old = {"class_path": old}  # a class by its path alone
+            old = {"class_path": old}  # a class given only by its path
         if isinstance(old, dict) and "class_path" in old and _same_class(value, old["class_path"]):
-            continue  # the same class by its path alone keeps its arguments
+            continue  # the same class, given only by its path, keeps its arguments
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
             result[key] = _over(old, value)
         else:
@@ -64,7 +64,7 @@ def _other_class(old: Settings, new: Settings) -> bool:
 
 
 def _same_class(one: Any, other: Any) -> bool:
-    """Whether two class paths mean the same class; either may be its name alone."""
+    """Returns whether two class paths mean the same class; either may be only a name."""
     if isinstance(one, str) and isinstance(other, str) and not ("." in one and "." in other):
         return one.rpartition(".")[2] == other.rpartition(".")[2]
     return bool(one == other)

@@ -1,4 +1,4 @@
-"""Command-line errors in a sentence: what is wrong, and the names that are right."""
+"""Command-line errors as one sentence, with suggestions."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from lightning.pytorch.cli import LightningArgumentParser
 from cbsa_lightning.arguments import constructor_arguments
 from cbsa_lightning.errors import CBSAError, ConfigError, causes, listed
 
-# Without it a callback whose default is an enum, such as lightning's Timer, cannot be saved in config.yaml.
+# Without this, callbacks with an enum as default, such as Lightning's Timer, cannot be saved in config.yaml.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 _STRUCTURE = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given value", "Problem with given class_path")
 
 
 class PlainParser(LightningArgumentParser):
-    """LightningCLI's parser; it takes no abbreviated options, and says in a sentence what it cannot read."""
+    """LightningCLI's parser without abbreviated options, and with errors of one sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Refuses a command line.
+        """Raises an error about the command line.
 
         Raises:
-            ConfigError: With the setting, the reason and similar names.
+            ConfigError: Always; the message has the setting, the reason and similar names.
         """
-        if not self.exit_on_error:  # a parser of jsonargparse's own, for a part of the configuration
+        if not self.exit_on_error:  # a nested parser of jsonargparse
             super().error(message, ex)
         raise ConfigError(self._sentence(message)) from None
 
     def _sentence(self, message: str) -> str:
         if unknown := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
             option = unknown.group(1).partition("=")[0]
-            return f"{option} is no option.{_similar(option, list(self._option_string_actions))}"
-        if unknown := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", message):  # of a file
-            return f"--{unknown.group(1)} is no option."
+            return f"{option} is not an option.{_similar(option, list(self._option_string_actions))}"
+        if unknown := re.match(r"Subcommand '\w+' does not accept option '([^']+)'", message):  # from a file
+            return f"--{unknown.group(1)} is not an option."
         keys = [key.removeprefix("--") for key in re.findall(r'Parser key "([^"]+)"', message)]
         setting = f"--{'.'.join(keys)}" if keys else "The command line"
         given = re.findall(r"(?:Given value|Got value): (.*)", message)
         if name := re.search(r"Expected a dot import path string: (\S+)", message):
-            return f"{setting}: no class {name.group(1)!r} fits. Give its full name, as in package.module.Class."
+            return f"{setting}: no class {name.group(1)!r} fits. Use its full name, as in package.module.Class."
         if option := re.search(r"Option '([^']+)' is not accepted", message):
             return (
                 f"{setting} has no setting {option.group(1)!r}.{_similar(option.group(1), _settings_named_in(message))}"
@@ -59,18 +59,18 @@ class PlainParser(LightningArgumentParser):
         if specific := [reason for reason in reasons if not reason.startswith("Expected a")]:
             return f"{setting}: {'; '.join(dict.fromkeys(specific))}."
         value = given[0] if given else "of another type"
-        return f"{setting} is {value:.80}; it takes {' or '.join(_types(reasons))}."
+        return f"{setting} is {value:.80}; it must be {' or '.join(_types(reasons))}."
 
 
 def _types(reasons: list[str]) -> list[str]:
-    """The types of "Expected a <class 'int'>. Got value: x", as a person would write them."""
+    """Returns the types in "Expected a <class 'int'>. Got value: x", as readable text."""
     found = [re.match(r"Expected an? (.*?)(?:\. Got value.*)?$", reason) for reason in reasons]
     names = [re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", kind.group(1)) for kind in found if kind]
     return [name for name in dict.fromkeys(names) if name != "NoneType"]
 
 
 def _settings_named_in(message: str) -> list[str]:
-    """Arguments of the class that the message is about."""
+    """Returns the arguments of the class that the message is about."""
     owner = re.findall(r"given class_path '([^']+)'", message)
     found: Any = pydoc.locate(owner[-1]) if owner else None
     try:
@@ -80,11 +80,11 @@ def _settings_named_in(message: str) -> list[str]:
 
 
 def plain_cause(error: BaseException) -> CBSAError | None:
-    """The error to tell instead of one that arose while objects were built from the configuration.
+    """Returns the error to show for one raised while building objects from the configuration.
 
     Returns:
-        Our own error, or that of a library that a setting caused, as a :class:`ConfigError`; None for anything else,
-        which may be a bug and keeps its trace.
+        An error of this library, or a library's error that a setting caused, as a :class:`ConfigError`; None for
+        others, which may be bugs and keep their traceback.
     """
     chain = list(causes(error))
     for cause in chain:

@@ -19,15 +19,15 @@ MODULES = {
     "schedules": "training.schedules",
     "stacking": "method.stacking",
 }
-"""New home of each module whose classes configurations name, by its name in version 0.1."""
+"""New path of each module with classes for configurations, by its name in version 0.1."""
 
 
 CLASSES = {"LabelledOnly": "LabeledOnly"}
-"""New name of each class that has another one since."""
+"""New name of each renamed class."""
 
 
 def current(value: Any) -> Any:
-    """The same settings with class paths of this version.
+    """Returns the same settings with class paths of this version.
 
     Args:
         value: A setting, or mappings and lists of settings.
@@ -43,7 +43,7 @@ def current(value: Any) -> Any:
 
 
 def current_words(words: Sequence[str]) -> list[str]:
-    """The same command line with the option names and class paths of this version; names what it replaces."""
+    """Returns the command line with option names and class paths of this version; prints replaced options."""
     found = []
     for word in words:
         option, equals, value = word.partition("=")

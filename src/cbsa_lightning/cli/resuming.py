@@ -18,12 +18,12 @@ _FLAG = "--resume"
 
 
 class Resumed(NamedTuple):
-    """A run that goes on.
+    """A run to be resumed.
 
     Attributes:
-        words: The command line without ``--resume``: with the run's configuration and checkpoint.
-        folder: The run's folder, made if it is new; None without ``--resume``.
-        wandb_id: Id of its W&B run, if it has one.
+        words: The command line without ``--resume``, with the run's configuration and checkpoint.
+        folder: The run's folder, created if it is new; None without ``--resume``.
+        wandb_id: ID of its W&B run, if it has one.
     """
 
     words: list[str]
@@ -35,24 +35,25 @@ class Resumed(NamedTuple):
 def resumed(words: Sequence[str]) -> Iterator[Resumed]:
     """Replaces ``--resume [FOLDER]`` in a command line, and locks the run against other jobs.
 
-    Without ``--config``, the run's own ``config.yaml`` is used; FOLDER is a run, or a folder of several runs, of which
-    the newest is taken (default ``runs``). With ``--config``, FOLDER is the folder of the run: the same command starts
+    Without ``--config``, the run's own ``config.yaml`` is used; FOLDER is a run, or a folder of runs; then the newest
+    one is used (default ``runs``). With ``--config``, FOLDER is the folder of the run: the same command starts
     it and later resumes it.
 
     Raises:
-        ConfigError: If there is nothing to resume, another process trains the run, or the words contradict each other.
+        ConfigError: If there is nothing to resume, another process trains the run, or the arguments contradict each
+            other.
     """
     rest, found, folder = _taken_out(list(words))
     if not found:
         yield Resumed(rest)
         return
     if rest[:1] != ["fit"]:
-        raise ConfigError(f"{_FLAG} goes with `cbsa fit` only.")
+        raise ConfigError(f"{_FLAG} works only with `cbsa fit`.")
     if any(word.split("=")[0] == "--ckpt_path" for word in rest):
-        raise ConfigError(f"{_FLAG} finds the checkpoint itself; leave out --ckpt_path, or {_FLAG}.")
+        raise ConfigError(f"{_FLAG} finds the checkpoint itself; use either --ckpt_path or {_FLAG}.")
     if any(word.split("=")[0] == "--init_from" for word in rest):
         raise ConfigError(
-            f"--init_from starts a new run, {_FLAG} resumes one from its own weights; give only one of them."
+            f"--init_from starts a new run, {_FLAG} resumes one from its own weights; use only one of them."
         )
     if any(word.split("=")[0] in ("--config", "-c") for word in rest):
         run = _named_run(folder)
@@ -62,7 +63,7 @@ def resumed(words: Sequence[str]) -> Iterator[Resumed]:
     with runs.hold(run):
         checkpoint = _place_to_go_on(run)
         if checkpoint is not None:
-            _tell(f"Going on with the run in {run}, from {_within(checkpoint, run)}.")
+            _tell(f"Resuming the run in {run}, from {_within(checkpoint, run)}.")
             rest.append(f"--ckpt_path={checkpoint}")
         else:
             _tell(f"The run in {run} has no complete checkpoint yet: starting from the beginning.")
@@ -73,7 +74,7 @@ def _place_to_go_on(run: Path) -> Path | None:
     """Returns the run's newest checkpoint, or None if the run can restart without losing anything.
 
     Raises:
-        ConfigError: If the run has weights or figures, but no checkpoint that training can go on from.
+        ConfigError: If the run has weights or metrics, but no checkpoint to resume from.
     """
     if not runs.is_run(run):
         return None
@@ -82,19 +83,19 @@ def _place_to_go_on(run: Path) -> Path | None:
     checkpoint = newest_checkpoint(*folders, run_id=runs.run_id(run))
     if checkpoint is None and (files := checkpoint_files(*folders)):
         raise ConfigError(
-            f"{run} has no checkpoint to go on from: {listed((str(_within(file, run)) for file in files), 3)} hold "
-            "weights only, are damaged, or belong to another run. Begin a new run."
+            f"{run} has no checkpoint to resume from: {listed((str(_within(file, run)) for file in files), 3)} have "
+            "weights only, are damaged, or belong to another run. Start a new run."
         )
     if checkpoint is None and _has_finished_an_epoch(run):
         raise ConfigError(
-            f"{run} has figures of finished epochs, but no checkpoint to go on from. Begin a new run, or put its "
+            f"{run} has metrics of finished epochs, but no checkpoint to resume from. Start a new run, or put its "
             "checkpoints back."
         )
     return checkpoint
 
 
 def _has_finished_an_epoch(run: Path) -> bool:
-    """As far as its files tell without a checkpoint."""
+    """Returns whether the files of a run without a checkpoint show a finished epoch."""
     rows = MetricsFile(run).metrics
     return (run / runs.PREDICTIONS).exists() or any(float(row.get("epoch", 0)) >= 1 for row in rows)
 
@@ -119,16 +120,16 @@ def _taken_out(words: list[str]) -> tuple[list[str], bool, Path | None]:
 
 
 def _named_run(folder: Path | None) -> Path:
-    """The folder that goes with ``--config``: of a run, or of nothing that a new run would write over."""
+    """Returns the folder for ``--config``: that of a run, or one without files that a new run would overwrite."""
     if folder is None:
-        raise ConfigError(f"With --config say which run is meant: {_FLAG} FOLDER.")
+        raise ConfigError(f"With --config, name the run: {_FLAG} FOLDER.")
     if not runs.is_run(folder):
         if others := runs.runs_below(folder):
-            raise ConfigError(f"{folder} is no run but holds some, such as {others[0]}: say which one is meant.")
+            raise ConfigError(f"{folder} is not a run but contains runs, such as {others[0]}. Name one of them.")
         if found := runs.taken(folder):
             raise ConfigError(
-                f"{folder} holds {listed(found)}, but no run that `cbsa fit` began: it has no {runs.RUN_ID}. "
-                f"Give {_FLAG} a folder of its own."
+                f"{folder} has {listed(found)}, but is not a run of `cbsa fit`: it has no {runs.RUN_ID}. "
+                f"Use another folder for {_FLAG}."
             )
     return folder
 
@@ -137,7 +138,7 @@ def _newest_run(folder: Path) -> Path:
     found = [folder] if runs.is_run(folder) else runs.runs_below(folder)
     if not found:
         raise ConfigError(
-            f"{folder} holds no run: no folder in it has a {runs.CONFIG} and a {runs.RUN_ID}, which `cbsa fit` "
-            "writes. Give the folder of a run, such as runs/cbsa/version_0."
+            f"{folder} has no run: no folder in it has a {runs.CONFIG} and a {runs.RUN_ID}, which `cbsa fit` "
+            "writes. Use the folder of a run, such as runs/cbsa/version_0."
         )
     return max(found, key=runs.last_written)

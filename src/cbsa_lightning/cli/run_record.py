@@ -1,4 +1,4 @@
-"""What a run was made of: its configuration, its split, its folder and its lock."""
+"""Records of a run: its configuration, split, folder and lock."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from cbsa_lightning.io.runs import folder_of, refuse_taken
 
 
 class RunRecord(SaveConfigCallback):
-    """Saves what a run was made of: the resolved configuration, beside it and at W&B, and the labeled split.
+    """Saves the resolved configuration, in the run's folder and to W&B, and the labeled split.
 
-    A new run gets its folder here and keeps it locked during training. A resumed run updates these files only when its
-    first epoch begins, so a refused checkpoint or setting leaves the folder unchanged.
+    Creates the folder of a new run and locks it during training. A resumed run updates these files only when its first
+    epoch starts, so a refused checkpoint or setting leaves the folder unchanged.
     """
 
     def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._resumed = resumed
         self._lock = ExitStack()
-        self._folder = Path()  # known once the run is set up
+        self._folder = Path()  # set in setup()
         self._id = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on all processes."""
+        """Locks the run's folder and saves the records; runs on all processes."""
         if self.already_saved:
             return
-        self._folder = cast(Path, folder_of(trainer))  # Lightning calls no such callback in a fast_dev_run
+        self._folder = cast(Path, folder_of(trainer))  # Lightning does not call this callback in a fast_dev_run
         if not self._resumed:
             self._claim(trainer, stage)
         self._id = trainer.strategy.broadcast(runs.run_id(self._folder) or runs.new_id())
@@ -47,7 +47,7 @@ class RunRecord(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def _claim(self, trainer: Any, stage: str) -> None:
-        """All processes refuse together, else some would wait for the others."""
+        """Claims the folder; all processes raise together, since otherwise some would wait for the others."""
         problem = None
         if trainer.is_global_zero:
             try:
@@ -60,33 +60,33 @@ class RunRecord(SaveConfigCallback):
             raise ConfigError(problem)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first hook after the last check of a checkpoint."""
+        """Saves the records; this is the first hook after all checks of a checkpoint."""
         super().setup(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """After a run that was over already."""
+        """Saves the records of a run that had already finished."""
         super().setup(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds which run it is of, and the model's section of the configuration, which decides what it belongs to."""
+        """Adds the run's ID, and the model's section of the configuration."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
         checkpoint[RUN] = self._id
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lets another process go on."""
+        """Releases the lock."""
         self._lock.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lets another process go on."""
+        """Releases the lock."""
         self._lock.close()
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Runs on the first process."""
+        """Saves the configuration on the first process."""
         if stage == "fit":
             runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
         plain = self.parser.dump(self.config, skip_none=False)
-        # Not by Lightning, which would leave a resumed run half a file on a full disk.
+        # Lightning's own method can leave a truncated file on a full disk.
         runs.note(self._folder / runs.CONFIG, plain)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""Classifier: a trained checkpoint as a function from images to labels. Needs torch, not Lightning."""
+"""Classifier: labels images with a trained checkpoint. Needs torch, but not Lightning."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from cbsa_lightning.networks.prompted import PromptedCLIP
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
 """Any iterable of files, Pillow images, uint8 arrays (gray ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
-tensors ``(3, H, W)``, mixed at will: a list, a generator, a column of pandas; or one ``(n, 3, H, W)`` uint8 tensor."""
+tensors ``(3, H, W)``, also mixed (for example, a list, a generator or a pandas column), or one ``(n, 3, H, W)`` uint8
+tensor."""
 
 
 class Prediction(NamedTuple):
-    """What an image shows.
+    """Prediction for an image.
 
     Attributes:
-        labels: Names of the classes whose score reaches the class's threshold.
+        labels: Names of the classes with a score at or above their threshold.
         scores: Score in [0, 1] of every class.
     """
 
@@ -49,12 +50,12 @@ class Classifier:
     """Labels images with a trained network.
 
     Args:
-        network: Holding the weights to use; is set to evaluation.
+        network: Network with its weights; switched to evaluation mode.
         class_names: The C class names.
-        thresholds: ``(C,)``, score from which a class is given.
-        image_size: Side of the square that images are resized to, in pixels; that of the training.
-        device: Where to compute.
-        fusion: What the network's scores are fused with, and a module that describes images for it.
+        thresholds: ``(C,)``, decision threshold of each class.
+        image_size: Side of the square that images are resized to, in pixels; same as in training.
+        device: Device for the computation.
+        fusion: The stack to fuse with the network's scores, and a module that computes its inputs from images.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class Classifier:
         device: str | torch.device = "cpu",
         fusion: tuple[Fusion, nn.Module] | None = None,
     ) -> None:
-        check_kind("network", network, nn.Module, "the network; Classifier.load(PATH) reads a checkpoint")
+        check_kind("network", network, nn.Module, "a network; Classifier.load(PATH) reads a checkpoint")
         check_kind("thresholds", thresholds, Tensor, "a tensor with one threshold for each class name")
         check_number("image_size", image_size, 1, whole=True)
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
         self.class_names = tuple(check_names("class_names", class_names))
         if tuple(thresholds.shape) != (len(self.class_names),):
-            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
+            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one per class name.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
         self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
@@ -93,25 +94,25 @@ class Classifier:
         pretrained: str | None = None,
         network: Callable[[Sequence[str]], Network] | None = None,
     ) -> Self:
-        """Rebuilds the network of a checkpoint, with its averaged weights.
+        """Loads a checkpoint and rebuilds its network with averaged weights.
 
-        The checkpoint of a :class:`~cbsa_lightning.training.cbsa.CBSAModule`, and of any network of this library that
-        `cbsa fit` has trained, says how it is made; for another one give ``network``. Before the average has started,
-        in the warm-up, the plain weights are taken, as the module does.
+        Checkpoints of :class:`~cbsa_lightning.training.cbsa.CBSAModule`, and of any network of this library trained by
+        `cbsa fit`, describe their network. For other checkpoints, pass ``network``. If the average has not started, in
+        the warm-up, the raw weights are used, as in the module.
 
         Args:
-            path: The checkpoint. It is read without running code from it.
-            device: Where to compute.
-            image_size: Side of the views in pixels; None: as in the checkpoint, or, where it does not say, the
-                native size of the towers.
-            clip: Where the towers are now, if not where they were at training. Other weights are refused.
-            pretrained: The same for their weights.
-            network: Makes another network from the prompt names, as at training:
-                ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then not looked at.
+            path: The checkpoint. Reading it does not run code from the file.
+            device: Device for the computation.
+            image_size: Side of the views in pixels; None: as in the checkpoint, or the native size of the towers if the
+                checkpoint does not have it.
+            clip: Location of the towers, if it has changed since training. Other weights are refused.
+            pretrained: Location of their weights, likewise.
+            network: Builds another network from the prompt names, as in training:
+                ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then ignored.
 
         Raises:
-            CheckpointError: Not a checkpoint of this library, of another network, damaged, or made on other frozen
-                weights.
+            CheckpointError: If the file is damaged or not a checkpoint of this library, or has another network or other
+                frozen weights.
             WeightsError: If the CLIP weights are not available.
         """
         checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
@@ -120,12 +121,12 @@ class Classifier:
         make = network if network is not None else _network_of(checkpoint, moved)
         try:
             built = make(list(checkpoint["hyper_parameters"].get("prompt_names") or default_prompts(class_names)))
-        except WeightsError:  # which says where they were looked for
+        except WeightsError:  # its message lists the searched places
             raise
         except CBSAError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        except Exception as error:  # a setting of another type or range can fail anywhere
-            if network is not None:  # the caller's own
+        except Exception as error:  # an invalid setting can fail anywhere
+            if network is not None:  # built by the caller's function
                 raise
             raise CheckpointError(
                 f"{path}: the network cannot be built from its settings ({error}); they were changed, or belong to "
@@ -133,27 +134,27 @@ class Classifier:
             ) from error
         trained = _Trained(built, class_names)
         towers = getattr(built, "clip", None)
-        # Before the trained attention pool replaces CLIP's own.
+        # Runs before the trained attention pool replaces CLIP's own.
         describe = built.describer(keep=True) if FUSION in checkpoint and isinstance(built, PromptedCLIP) else None
         trained.on_load_checkpoint(checkpoint)
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
         size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
         if size is None:
-            raise CheckpointError(f"{path} does not say at which size it was trained: give image_size.")
-        # In the warm-up, the scale of the network's logits is not known yet, and the module does not fuse them either.
+            raise CheckpointError(f"{path} has no image size: pass image_size.")
+        # In the warm-up, the scale of the network's logits is unknown, so scores are not fused, as in the module.
         ready = trained.fusion is not None and trained.fusion.ready
         fusion = (trained.fusion, describe) if ready and trained.fusion and describe else None
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
-        """Labels and scores of images, in their order.
+        """Predicts labels and scores of images, in their order.
 
         Args:
-            images: See :data:`Images`; resized to the square of the training, as in validation.
-            batch_size: How many are in memory at a time.
+            images: See :data:`Images`; resized to the training size, as in validation.
+            batch_size: Number of images per forward pass.
 
         Raises:
-            DataError: An image that cannot be read or has another form, saying which.
+            DataError: If an image cannot be read or has the wrong format; the message names it.
         """
         scores = self.scores(images, batch_size)
         given = scores >= self.thresholds
@@ -166,27 +167,27 @@ class Classifier:
         ]
 
     def scores(self, images: Images, batch_size: int = 64) -> Tensor:
-        """Scores ``(n, C)`` in [0, 1], float32 on the CPU; see :meth:`__call__`."""
+        """Returns scores ``(n, C)`` in [0, 1], float32 on the CPU; see :meth:`__call__`."""
         parts = [output.logits.float().sigmoid().cpu() for output in self._outputs(images, batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.class_names))
 
     def attention(self, images: Images, batch_size: int = 64) -> Tensor:
-        """Where each class looked: ``(n, C, h, w)``, each map summing to 1; see :meth:`__call__`.
+        """Returns attention maps of all classes, ``(n, C, h, w)``, each summing to 1; see :meth:`__call__`.
 
         Raises:
-            DataError: No images, or a network without attention.
+            DataError: If there are no images, or the network has no attention.
         """
         maps = [output.attention for output in self._outputs(images, batch_size, attention=True)]
         if not maps or any(part is None for part in maps):
             raise DataError(
-                "There are no attention maps: " + ("no image was given." if not maps else "the network has no decoder.")
+                "There are no attention maps: " + ("no images given." if not maps else "the network has no decoder.")
             )
         return torch.cat([part.float().cpu() for part in maps if part is not None])
 
     def _outputs(self, images: Images, batch_size: int, **options: Any) -> Iterator[NetworkOutput]:
         if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}; give 1 or more.")
-        start, rest = 0, iter(_each(images))  # by iteration, never by index: pandas would look an index up as a label
+            raise DataError(f"batch_size is {batch_size}; use 1 or more.")
+        start, rest = 0, iter(_each(images))  # iterate, since pandas treats an index as a label
         while batch := list(islice(rest, batch_size)):
             views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
             names = [_name(image, start + i) for i, image in enumerate(batch)]
@@ -197,7 +198,7 @@ class Classifier:
             start += len(batch)
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves everything to a device."""
+        """Moves the classifier to a device."""
         self.device = torch.device(device)
         self.network = self.network.to(self.device)
         if self._fusion is not None:
@@ -207,7 +208,7 @@ class Classifier:
         return self
 
     def logits_of(self, features: Tensor) -> Tensor:
-        """Final logits ``(B, C)`` of features that the frozen part of a network with the same towers gave."""
+        """Returns final logits ``(B, C)`` from frozen features of a network with the same towers."""
         with torch.no_grad():
             logits: Tensor = self._output_of(features).logits
         return logits
@@ -221,7 +222,7 @@ class Classifier:
         return output._replace(logits=fusion.fused(output.logits, stack))
 
     def _prepared(self, image: Any, position: int) -> Tensor:
-        """The view of one image, ``(3, S, S)`` uint8."""
+        """Returns the view of one image, ``(3, S, S)`` uint8."""
         if isinstance(image, (str, os.PathLike)):
             return self._view(decode(image))
         try:
@@ -232,14 +233,14 @@ class Classifier:
                     return image.cpu()
                 image = image.permute(1, 2, 0).cpu().numpy()
             elif not isinstance(image, (Image.Image, np.ndarray)):
-                raise DataError(f"a {type(image).__name__} is no image; give a path, a Pillow image or an array.")
+                raise DataError(f"a {type(image).__name__} is not an image; pass a path, a Pillow image or an array.")
             return self._view(as_rgb(image))
         except DataError as error:
             raise DataError(f"image {position}: {error}") from None
 
 
 class _Trained(LeanCheckpoint):
-    """The part of a module's state that predictions need, loaded and checked as the module does it."""
+    """Loads and checks the part of a module's state that predictions need, as the module does."""
 
     cut: Tensor
 
@@ -266,18 +267,18 @@ class _Trained(LeanCheckpoint):
 
 
 def _each(images: Images) -> Iterable[Any]:
-    """The images one by one.
+    """Iterates over the images.
 
     Raises:
-        DataError: A single image, a mapping or a table instead of images.
+        DataError: If the input is a single image, a mapping or a table.
     """
     single = isinstance(images, (str, os.PathLike, Image.Image)) or (
         isinstance(images, (np.ndarray, Tensor)) and images.dtype != object and images.ndim in (2, 3)
     )
     if single or not isinstance(images, Iterable):
-        raise DataError(f"Give a list of images, also for a single one; got {type(images).__name__}.")
+        raise DataError(f"Pass a list of images, even for a single one; got {type(images).__name__}.")
     if isinstance(images, Mapping) or hasattr(images, "columns"):
-        raise DataError(f"A {type(images).__name__} is no list of images; give its values or one column.")
+        raise DataError(f"A {type(images).__name__} is not a list of images; pass its values or one column.")
     return images
 
 
@@ -286,7 +287,7 @@ def _name(image: Any, position: int) -> str:
 
 
 def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Callable[[Sequence[str]], Network]:
-    """What makes the network of a checkpoint: of a CBSAModule, or of another module that `cbsa fit` has trained."""
+    """Returns a function that builds the network of a checkpoint of a CBSAModule or of `cbsa fit`."""
     source = checkpoint[SOURCE]
     if not SETTINGS.keys() & checkpoint["hyper_parameters"].keys():
         return stored_network(checkpoint, **moved)
@@ -294,8 +295,8 @@ def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Call
     lacking = [f"setting {name}" for name in SETTINGS if name not in stored]
     if lacking:
         raise CheckpointError(
-            f"{source} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say "
-            "how it is made: Classifier.load(path, network=...)."
+            f"{source} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, "
+            "specify how to build it: Classifier.load(path, network=...)."
         )
     for name, default in SETTINGS.items():
         if name == "decoder" and stored[name] is not None:

@@ -1,4 +1,4 @@
-"""Tables of predictions: one row an image, with its labels and the score of every class."""
+"""Tables of predictions, with one row per image: its labels and the score of every class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.files import replacing
 
 SEPARATOR = ";"
-NOTHING = "none"  # in the column of labels: the image is given no class
+NOTHING = "none"  # in the column of labels: the image has no class
 COLUMNS = ("image", "labels")
 
 WRITERS: dict[str, Callable[[Any, str], None]] = {
@@ -28,24 +28,24 @@ WRITERS: dict[str, Callable[[Any, str], None]] = {
 
 
 def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> None:
-    """Refuses, before any work is done, what :func:`write_predictions` could not write.
+    """Checks, before any work is done, that :func:`write_predictions` can write its output.
 
     Raises:
-        ConfigError: Another suffix than .csv or .parquet, a place where no file can be written, or a class name that
-            would make the table ambiguous.
+        ConfigError: If the suffix is not .csv or .parquet, the file cannot be written there, or a class name would make
+            the table ambiguous.
     """
     if Path(path).suffix.lower() not in WRITERS:
         raise ConfigError(f"{path}: predictions are written as {' or '.join(WRITERS)}; choose one of these suffixes.")
     if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder; give the name of a file for the predictions.")
+        raise ConfigError(f"{path}: is a folder; use a file name.")
     folder = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path}: predictions cannot be written below {folder}, which is no folder to write in.")
+        raise ConfigError(f"{path}: predictions cannot be written below {folder}, which is not a writable folder.")
     ambiguous = [repr(name) for name in class_names if name in (*COLUMNS, NOTHING) or SEPARATOR in name]
     if ambiguous:
         raise ConfigError(
-            f"A table of predictions has the columns {' and '.join(COLUMNS)}, joins labels with '{SEPARATOR}' and "
-            f"writes '{NOTHING}' for no label, so it cannot tell these classes apart: {listed(ambiguous)}. Rename them "
+            f"A table of predictions has the columns {' and '.join(COLUMNS)}, separates labels by '{SEPARATOR}' and "
+            f"writes '{NOTHING}' for no label, so these class names are ambiguous: {listed(ambiguous)}. Rename them "
             "in the annotations."
         )
 
@@ -59,20 +59,20 @@ def write_predictions(
 ) -> None:
     """Writes predictions as CSV or Parquet, in the order of the table.
 
-    The columns are ``image`` (the path as in the table), ``labels`` (names joined with ";", or "none"), and a float32
-    score for every class, under its name. The file appears whole or not at all; one that is there is replaced.
+    The columns are ``image`` (the path as in the table), ``labels`` (names joined by ";", or "none"), and a float32
+    score for every class, under its name. The file is written atomically and replaces an existing one.
 
     Args:
-        path: Where to; the suffix, .csv or .parquet, decides the format. Folders are made.
+        path: Output file; the suffix, .csv or .parquet, sets the format. Folders are created.
         table: The n images.
         class_names: The C class names.
-        scores: ``(n, C)`` in [0, 1], a row for each image of ``table``.
-        labels: ``(n, C)``, whether the image is given the label.
+        scores: ``(n, C)`` in [0, 1], one row per image of ``table``.
+        labels: ``(n, C)``, whether the image has the label.
 
     Raises:
         ConfigError: See :func:`check_output`.
-        DataError: Images without a prediction, or arrays that do not fit the table.
-        OutputError: The file cannot be written.
+        DataError: If images have no prediction, or arrays do not fit the table.
+        OutputError: If the file cannot be written.
     """
     path = Path(path)
     check_output(path, class_names)
@@ -106,22 +106,21 @@ def write_thresholds(
     expected: NDArray[np.floating] | None,
     measured: Mapping[str, NDArray[np.floating]],
 ) -> None:
-    """Writes a CSV with a row for each class: its threshold, and the precision and recall of the labels it gives.
+    """Writes a CSV with one row per class: its threshold, and the precision and recall of its labels.
 
     Args:
-        path: Where to.
+        path: Output file.
         class_names: The C class names.
-        prompt_names: How prompts spell them.
-        thresholds: ``(C,)``, score from which the class is given; inf where no score reaches the objective.
-        positives: ``(C,)``, labeled images that have the class.
-        expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities,
-        which leaves
-            these columns empty.
+        prompt_names: Class names in prompts.
+        thresholds: ``(C,)``, decision threshold of each class; inf if no score reaches the objective.
+        positives: ``(C,)``, number of labeled images with the class.
+        expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities, which
+            leaves these columns empty.
         measured: ``precision``, ``recall`` and ``positives``, each ``(C,)``, on the validation images; empty without
-            any.
+            validation images.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     columns: dict[str, Any] = {"class": class_names, "prompt": prompt_names, "threshold": thresholds}
     columns["labeled_positives"] = positives
@@ -129,7 +128,9 @@ def write_thresholds(
     values = np.full((len(class_names), len(bounds)), np.nan) if expected is None else expected
     columns.update(zip(bounds, values.T, strict=True))
     columns.update({f"validation_{name}": values for name, values in measured.items()})
-    table = {name: pa.array(list(values), from_pandas=True) for name, values in columns.items()}  # NaN: an empty cell
+    table = {
+        name: pa.array(list(values), from_pandas=True) for name, values in columns.items()
+    }  # NaN becomes an empty cell
     with replacing(path) as draft:
         pyarrow.csv.write_csv(pa.table(table), str(draft))
 
@@ -138,10 +139,10 @@ def write_left_out(path: Path, files: Sequence[tuple[str, str]]) -> None:
     """Writes a CSV with the columns ``image`` and ``reason``, for files that were not predicted.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     names, reasons = zip(*files, strict=True)
-    texts = [name.encode("utf-8", "replace").decode() for name in names]  # a name on disk need not be UTF-8
+    texts = [name.encode("utf-8", "replace").decode() for name in names]  # file names may not be valid UTF-8
     with replacing(path) as draft:
         pyarrow.csv.write_csv(pa.table({"image": pa.array(texts), "reason": pa.array(list(reasons))}), str(draft))
 
@@ -152,20 +153,20 @@ def in_table_order(
     parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
     missing: Collection[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Puts predictions that came in any order, from any process, in the order of their table.
+    """Sorts predictions from all processes into the order of their table.
 
     Args:
-        num_rows: n, rows of the table.
+        num_rows: n, number of rows of the table.
         num_classes: C.
-        parts: ``(index (B,), scores (B, C), labels (B, C))``, the index being rows of the table. An image may come
-            twice; the last counts.
-        missing: Rows that have no prediction; they come out as 0 and False.
+        parts: ``(index (B,), scores (B, C), labels (B, C))``; the index is the row of the table. If an image occurs
+            twice, the last prediction is used.
+        missing: Rows without a prediction; they get 0 and False.
 
     Returns:
         Scores ``(n, C)`` and labels ``(n, C)``.
 
     Raises:
-        DataError: Rows that no part holds.
+        DataError: If rows are missing from all parts.
     """
     scores = np.zeros((num_rows, num_classes), dtype=np.float32)
     labels = np.zeros((num_rows, num_classes), dtype=np.bool_)
@@ -177,6 +178,6 @@ def in_table_order(
         rows = np.flatnonzero(~seen)
         raise DataError(
             f"{len(rows)} of {num_rows} images have no prediction: rows {listed(rows.tolist())}. A table of "
-            "predictions is complete: run over all batches, without limits on their number."
+            "predictions must be complete. Run over all batches, without limits on their number."
         )
     return scores, labels

@@ -1,4 +1,4 @@
-"""The network of a checkpoint that `cbsa fit` has written, from the configuration in it."""
+"""Builds the network of a checkpoint written by `cbsa fit`, from the configuration in the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _OURS = "cbsa_lightning.networks."  # no other module is imported, so a file can
 
 
 def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[Sequence[str]], Network]:
-    """What makes the network of a checkpoint from prompt names.
+    """Returns a function that builds the network of a checkpoint from prompt names.
 
     Args:
-        checkpoint: As :func:`~cbsa_lightning.checkpoints.files.read_checkpoint` reads it.
+        checkpoint: Result of :func:`~cbsa_lightning.checkpoints.files.read_checkpoint`.
         **changed: Settings of the network to use instead of the stored ones.
 
     Raises:
-        CheckpointError: It does not say which network it has, or one of another package.
+        CheckpointError: If it does not name its network, or the network is from another package.
     """
     source = checkpoint[SOURCE]
     try:
@@ -32,7 +32,7 @@ def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[S
         path, settings = network["class_path"], dict(network.get("init_args") or {})
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(
-            f"{source} does not say which network it has. Say how it is made: Classifier.load(path, network=...)."
+            f"{source} does not name its network. Specify how to build it: Classifier.load(path, network=...)."
         ) from error
     built = {name: _object(value, source) for name, value in settings.items()}
     make: Callable[[Sequence[str]], Network] = partial(_class(path, source), **{**built, **changed})
@@ -40,7 +40,7 @@ def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[S
 
 
 def _object(value: Any, source: Any) -> Any:
-    """A setting; a class of ours, alone or with arguments, becomes what makes its objects."""
+    """Converts a setting; a class of this library, with or without arguments, becomes a function that builds it."""
     if isinstance(value, dict) and "class_path" in value:
         return partial(_class(value["class_path"], source), **(value.get("init_args") or {}))
     return _class(value, source) if isinstance(value, str) and value.startswith(_OURS) else value
@@ -56,6 +56,6 @@ def _class(path: Any, source: Any) -> Any:
         if isinstance(found, type):
             return found
     raise CheckpointError(
-        f"{source} has the network {path!s:.200}, which is no network of this library. Say how it is made: "
+        f"{source} has the network {path!s:.200}, which is not a network of this library. Specify how to build it: "
         "Classifier.load(path, network=...)."
     )

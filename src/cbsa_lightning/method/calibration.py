@@ -1,8 +1,8 @@
-"""Class-wise calibration of logits, fitted to scores of labeled images that were left out.
+"""Class-wise calibration of logits, fitted to out-of-fold scores of the labeled images.
 
-The stack is calibrated over all classes together. Each class then gets an offset and a slope of its own (Platt scaling
-with a prior at "no change"), so that a class with few labeled positives keeps the common calibration. The covariance
-of both is kept for the intervals of estimated precision and recall.
+The stack is calibrated over all classes together. Each class then gets its own offset and slope (Platt scaling with a
+prior at "no change"), so that a class with few labeled positives keeps the common calibration. The covariance of
+offset and slope is kept for the intervals of estimated precision and recall.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 OFFSET_DEVIATION, SLOPE_DEVIATION = 1.0, 0.5
-"""Standard deviations of the prior of a class's offset and of the logarithm of its slope; chosen on the digits."""
+"""Standard deviations of the prior on a class's offset and on the logarithm of its slope; chosen on the digits."""
 STEPS = 50
 
 
@@ -23,32 +23,32 @@ class Calibration(NamedTuple):
 
     Attributes:
         mode: ``(C, 2)``, offset and logarithm of the slope.
-        covariance: ``(C, 2, 2)``, of both.
+        covariance: ``(C, 2, 2)``, of offset and log-slope.
     """
 
     mode: NDArray[np.float64]
     covariance: NDArray[np.float64]
 
     def packed(self) -> NDArray[np.float64]:
-        """Both as ``(6, C)``, for a checkpoint."""
+        """Returns mode and covariance as ``(6, C)``, for a checkpoint."""
         return np.concatenate([self.mode.T, self.covariance.reshape(len(self.mode), 4).T])
 
     @classmethod
     def unpacked(cls, values: NDArray[np.floating]) -> Self:
-        """The opposite of :meth:`packed`."""
+        """Inverts :meth:`packed`."""
         exact = values.astype(np.float64)
         return cls(exact[:2].T, exact[2:].T.reshape(-1, 2, 2))
 
 
 def fit_calibration(logits: NDArray[np.floating], labels: NDArray[np.int8]) -> Calibration:
-    """Fits each class by Newton's method to its maximum of the posterior.
+    """Fits the calibration of each class by maximum a posteriori with Newton's method.
 
     Args:
-        logits: ``(m, C)``, of the labeled images, each by a classifier that was not fitted to it.
-        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry is left out of its class.
+        logits: ``(m, C)``, of the labeled images, out-of-fold.
+        labels: ``(m, C)`` in {1, 0, -1}; unknown entries are ignored.
 
     Returns:
-        The posterior; the prior itself for a class of which no entry is known.
+        The posterior; the prior itself for a class without a known entry.
     """
     found = [_fit(z[y >= 0].astype(np.float64), y[y >= 0] == 1) for z, y in zip(logits.T, labels.T, strict=True)]
     mode, covariance = zip(*found, strict=True)
@@ -61,7 +61,7 @@ def _fit(z: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[NDArray[np.float
     for _ in range(STEPS):
         derivatives = np.stack([np.ones_like(z), np.exp(mode[1]) * z])  # of the logit, by offset and log-slope
         p = expit(mode[0] + np.exp(mode[1]) * z)
-        # Gauss-Newton: the exact second derivative by the log-slope can make the step point uphill.
+        # Gauss-Newton: the exact second derivative in the log-slope can give an ascent direction.
         hessian = (derivatives * (p * (1 - p))) @ derivatives.T + np.diag(prior)
         step = np.linalg.solve(hessian, derivatives @ (y - p) - prior * mode)
         mode = mode + np.clip(step, -1, 1)

@@ -50,19 +50,21 @@ class NormalizedCut(Partition):
 
 
 class ContextTask:
-    """How contexts are made from labels, and how much their loss weighs.
+    """Settings of context identification: how contexts are made from labels, and the weight of their loss.
 
     Args:
         weight: Factor of the context loss in Eq. 12.
-        confidence: tau of Eq. 11; an unlabeled image counts once its weak view is surer than this of its context.
-        soft_targets: Counts of the labels' contexts as a distribution, instead of the majority's context.
+        confidence: tau of Eq. 11; an unlabeled image gets a context target only if the context probability of its weak
+            view exceeds tau.
+        soft_targets: Use the distribution over the contexts of an image's labels as target, instead of the majority
+            context.
         partition: Groups the classes; None: ``NormalizedCut()``.
-        power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's.
-        pseudo_weight: How much a pseudo-labeled image counts in the co-occurrence that is recomputed each epoch,
-            beside 1 for a labeled image; 0 keeps the partition of the labeled images.
+        power: Exponent of the co-occurrence before it is made symmetric; CPSD uses 0.5.
+        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrence that is recomputed in each epoch, relative
+            to 1 for a labeled image; 0 keeps the partition of the labeled images.
 
     Raises:
-        ConfigError: For an option of another type or outside its range.
+        ConfigError: If an option has the wrong type or is outside its range.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""From calibrated probabilities to labels: a threshold for each class, chosen by an objective.
+"""Turns calibrated probabilities into labels, with a threshold for each class that is chosen by an objective.
 
 Precision and recall at a threshold are expected values over the unlabeled images, computed from their probabilities.
-Their 90 % intervals cover the uncertainty of the calibration, and the sampling noise that remains when the
-probabilities are right.
+The 90 % intervals include the uncertainty of the calibration and the sampling noise of the labels.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ QUANTILES = (0.05, 0.95)
 
 
 class Curve(NamedTuple):
-    """Expected quality of a class's labels when the images with the highest scores get them.
+    """Expected quality of a class's labels if the images with the highest scores get them.
 
     Attributes:
-        counts: ``(r,)``, how many images get the label, increasing.
+        counts: ``(r,)``, number of images with the label, increasing.
         precision: ``(r,)``, expected.
         recall: ``(r,)``, expected.
         f1: ``(r,)``, expected.
@@ -44,7 +43,7 @@ class Curve(NamedTuple):
 
 
 class Objective(ABC):
-    """Chooses how many images get the label of a class."""
+    """Chooses the number of images that get the label of a class."""
 
     @abstractmethod
     def choose(self, curve: Curve, share: int) -> int:
@@ -52,13 +51,13 @@ class Objective(ABC):
 
         Args:
             curve: See :class:`Curve`.
-            share: Number of images that gives the class its share among the labeled images.
+            share: Number of images that matches the fraction of positives among the labeled images.
         """
 
 
 @dataclass(frozen=True)
 class Share(Objective):
-    """Each class is given to the share of images that has it among the labeled ones. Needs no probabilities."""
+    """Matches each class's fraction of positives among the labeled images; needs no probabilities."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
@@ -67,7 +66,7 @@ class Share(Objective):
 
 @dataclass(frozen=True)
 class F1(Objective):
-    """The highest expected F1."""
+    """Maximizes the expected F1."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
@@ -87,7 +86,7 @@ class _Target(Objective):
 
 @dataclass(frozen=True)
 class Precision(_Target):
-    """As many images as possible with at least this expected precision; none if even the best one has less.
+    """Labels as many images as possible with at least the target expected precision; none if that is not possible.
 
     Args:
         target: In (0, 1).
@@ -101,7 +100,7 @@ class Precision(_Target):
 
 @dataclass(frozen=True)
 class Recall(_Target):
-    """As few images as possible with at least this expected recall.
+    """Labels as few images as possible with at least the target expected recall.
 
     Args:
         target: In (0, 1).
@@ -114,12 +113,12 @@ class Recall(_Target):
 
 
 class Decisions(NamedTuple):
-    """Thresholds, and the expected quality of the labels that they give.
+    """Thresholds, and the expected quality of the labels.
 
     Attributes:
-        thresholds: ``(C,)``, probability from which a class is given; inf where it is given to no image.
-        expected: ``(C, 6)``: precision, its lower and upper bound, then the same of recall; the precision of a class
-            that is given to no image is NaN.
+        thresholds: ``(C,)``, probability at and above which an image gets the class; inf if no image gets it.
+        expected: ``(C, 6)``: precision with its lower and upper bound, then recall likewise; precision is NaN for a
+            class that no image gets.
     """
 
     thresholds: Array
@@ -127,13 +126,13 @@ class Decisions(NamedTuple):
 
 
 def decide(logits: Array, calibration: Calibration, rates: Array, objective: Objective) -> Decisions:
-    """Chooses thresholds.
+    """Chooses the threshold of each class.
 
     Args:
         logits: ``(n, C)`` of the n > 0 unlabeled images, before the calibration.
         calibration: Of each class.
-        rates: ``(C,)``, share of positives among the labeled images.
-        objective: Chooses.
+        rates: ``(C,)``, fraction of positives among the labeled images.
+        objective: Chooses the number of images with each class.
     """
     rng = np.random.default_rng(0)
     shares = positive_counts(len(logits), torch.from_numpy(rates)).tolist()
@@ -150,7 +149,7 @@ def _decide_class(
 ) -> tuple[float, list[float]]:
     ordered = np.sort(logits.astype(np.float64))[::-1]
     n = len(ordered)
-    # Thresholds are looked for at counts that grow by a constant factor: near the top, each image is one of them.
+    # Candidate counts grow by a constant factor; the smallest ones include every count.
     counts = np.unique(np.geomspace(1, n, CANDIDATES).round().astype(np.int64))
     group = np.diff(counts, prepend=0)
     means = np.add.reduceat(ordered, counts - group) / group
@@ -163,7 +162,7 @@ def _decide_class(
     count = objective.choose(Curve(counts, precision, recall, f1), share)
     if count < 1:
         return np.inf, [np.nan, np.nan, np.nan, 0.0, 0.0, 0.0]
-    # Between two images, so that rounding moves none of them to the other side.
+    # Halfway between two images, so that rounding does not move one to the other side.
     between = ordered[count - 1 : count + 1].mean() if count < n else -np.inf
     threshold = expit(mode[0] + np.exp(mode[1]) * between)
     hits_expected = np.array([np.interp(count, counts, row) for row in positives])

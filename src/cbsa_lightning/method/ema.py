@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable weights (CAP keeps one for pseudo-labels)."""
+"""Exponential moving average of the trainable weights (CAP uses one for pseudo-labels)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cbsa_lightning.networks.compiled import plain_name
 
 
 class ParameterEMA(nn.Module):
-    """Average of the trainable parameters of a module, and of the running statistics that go with them.
+    """Averages the trainable parameters of a module and the running statistics of trained normalization layers.
 
-    CAP averages the whole state. Frozen weights and all other buffers are left out here: with a frozen CLIP
-    they are most of the memory and never change. A trained BatchNorm also updates its running means and
-    variances, and those of the raw weights do not match averaged weights, so they are averaged too. The averages are
-    buffers: they are saved in checkpoints and moved to devices with their owner.
+    CAP averages the whole state. This class skips frozen weights and all other buffers, since a frozen CLIP makes up
+    most of the memory and never changes. A trained BatchNorm also updates its running means and variances, and those of
+    the raw weights do not match averaged weights, so they are averaged too. The averages are buffers: they are saved in
+    checkpoints and move to devices with the parent module.
 
     Args:
-        module: Whose weights are averaged, if any are trainable; which ones are must not change afterwards.
-        decay: Share of the old average that each :meth:`update` keeps.
+        module: Module to average; which parameters are trainable must not change afterwards.
+        decay: Weight of the old average in each :meth:`update`.
 
     Attributes:
-        names: What is averaged, by its names in ``module``.
+        names: Names of the averaged tensors in ``module``.
     """
 
     started: Tensor
@@ -32,7 +32,7 @@ class ParameterEMA(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.exchanged = False  # whether ``module`` holds the averages now
+        self.exchanged = False  # whether the averages are currently swapped into ``module``
         moving = _moving_statistics(module)
         self._moving = list(moving)
         averaged = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad} | moving
@@ -43,8 +43,8 @@ class ParameterEMA(nn.Module):
 
     @staticmethod
     def key(name: str) -> str:
-        """Name of the buffer that holds the average of what is called ``name`` in the module."""
-        return "average_of_" + name.replace(".", "__")  # a buffer's name cannot hold a dot
+        """Returns the name of the buffer for the average of the tensor ``name``."""
+        return "average_of_" + name.replace(".", "__")  # a buffer's name must not contain a dot
 
     def _pairs(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         named = [*module.named_parameters(), *module.named_buffers()]
@@ -53,7 +53,7 @@ class ParameterEMA(nn.Module):
         return averages, [state[name] for name in self.names]
 
     def statistics(self, module: nn.Module) -> list[Tensor]:
-        """The running statistics among what is averaged, of ``module`` itself."""
+        """Returns the running statistics of ``module`` that are averaged."""
         state = {plain_name(name): value for name, value in module.named_buffers()} if self._moving else {}
         return [state[name] for name in self._moving]
 
@@ -67,7 +67,7 @@ class ParameterEMA(nn.Module):
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """One step: ``average <- decay * average + (1 - decay) * weight``."""
+        """Performs one step: ``average <- decay * average + (1 - decay) * weight``."""
         averages, current = self._pairs(module)
         if averages:
             torch._foreach_lerp_(averages, [p.detach() for p in current], 1.0 - self.decay)
@@ -76,7 +76,7 @@ class ParameterEMA(nn.Module):
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Swaps the averages into ``module`` for the duration of the context, without copying memory.
 
-        Before :meth:`start` the module keeps its own weights, since there is no average yet.
+        Before :meth:`start`, the module keeps its own weights, since there is no average yet.
         """
         if not bool(self.started):
             yield
@@ -98,7 +98,7 @@ class ParameterEMA(nn.Module):
 
 
 def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances, by name, of the normalization layers that are trained; not their counters."""
+    """Returns the running means and variances of the trained normalization layers by name, without their counters."""
     return {
         plain_name(name): value
         for prefix, layer in module.named_modules()

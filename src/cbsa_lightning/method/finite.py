@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: noticed before they do harm, and named."""
+"""Detects and names values that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REMEDY = (
 
 
 def all_finite(values: Sequence[Tensor | None]) -> Tensor:
-    """Whether all of them are, as a bool tensor; a sum keeps NaN and infinity, so no mask of each is needed."""
+    """Returns whether all values are finite, as a bool tensor; needs no mask, since a sum keeps NaN and infinity."""
     return torch.stack([value.detach().float().sum() for value in values if value is not None]).isfinite().all()
 
 
 def not_finite(values: Mapping[str, Tensor]) -> list[str]:
-    """Names of the floating-point tensors that hold NaN or infinity; waits for a device once."""
+    """Returns the names of the floating-point tensors that contain NaN or infinity; synchronizes with a device once."""
     floating = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
     if not floating:
         return []
@@ -30,41 +30,41 @@ def not_finite(values: Mapping[str, Tensor]) -> list[str]:
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Rows of ``(B, ...)`` in which a value is NaN or infinite."""
+    """Returns the rows of ``(B, ...)`` with a NaN or infinite value."""
     wrong = ~values.detach().isfinite().flatten(1).all(1)
     return wrong.nonzero()[:, 0].tolist()
 
 
 def refuse_scores(scores: Tensor, name_of: Callable[[int], object], what: str) -> None:
-    """Refuses scores ``(n, C)`` that are not finite.
+    """Raises if scores ``(n, C)`` are not finite.
 
     Args:
-        scores: Any floating type.
-        name_of: Name of the image of a row.
-        what: The scores, for the message.
+        scores: Scores of any floating type.
+        name_of: Returns the name of the image in a row.
+        what: Name of the scores for the message.
 
     Raises:
-        NotFiniteError: Naming the images.
+        NotFiniteError: If a score is not finite; the message names the images.
     """
     if bool(all_finite([scores])):
         return
     found = [name_of(row) for row in rows_not_finite(scores)]
-    if found:  # none: the sum alone was too large
+    if found:  # otherwise only the sum overflowed
         raise NotFiniteError(f"{what} of {len(found)} image(s) are not finite: {listed(found, 5)}. {REMEDY}.")
 
 
 def problem_of_step(values: Mapping[str, Tensor], name_of: Callable[[int], object], weights: Sequence[str]) -> str:
-    """Says what is wrong in a step: which terms, of which images, and which weights.
+    """Describes which loss terms, images and weights of a step are not finite.
 
     Args:
-        values: Terms of the loss, each a number, and what is there for each image, each ``(B, ...)``.
-        name_of: Name of the image of a row.
+        values: Loss terms, each a scalar, and per-image tensors, each ``(B, ...)``.
+        name_of: Returns the name of the image in a row.
         weights: Names of the weights that are not finite.
     """
     rows = sorted({row for value in values.values() if value.ndim > 1 for row in rows_not_finite(value)})
     images = [name_of(row) for row in rows]
     return (
-        f"not finite are {listed(not_finite(values)) or 'values on another process, or a sum'}"
+        f"not finite: {listed(not_finite(values)) or 'values on another process, or a sum'}"
         + (f", of {len(images)} image(s): {listed(images, 5)}" if images else "")
         + (f"; so are the weights {listed(weights, 5)}" if weights else "")
     )

@@ -1,9 +1,9 @@
 """Late fusion of the trained network with stacked probes: final scores that are probabilities.
 
-The network's logits rank images well but are far from probabilities, since ASL pushes them up. The stack's are
-calibrated, since they are fitted to scores of labeled images that were left out. Both are brought to the stack's mean
-and deviation of each class, measured on the unlabeled images, and averaged. The average is bounded to what so many
-labels can support, and then calibrated class by class.
+The network's logits rank images well but are far from probabilities, since ASL shifts them up. The stack's logits are
+calibrated, since they are fitted to out-of-fold scores of the labeled images. Both are scaled to the stack's mean and
+standard deviation for each class, measured on the unlabeled images, and averaged. The average is bounded according to
+the number of labels, and then calibrated class by class.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from torch import Tensor
 from cbsa_lightning.method.calibration import fit_calibration
 from cbsa_lightning.networks.base import Description
 
-if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do without it
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do not need it
     from cbsa_lightning.method.stacking import Array, Stack
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A stack, and the scales on which its logits and a network's are averaged.
+    """A stack, and the scales for averaging its logits with those of a network.
 
     Attributes:
-        means: Of the inputs of the k opinions, each ``(D,)``.
-        weights: Of the k opinions, each ``(D, C)``.
+        means: Means of the inputs of the k opinions, each ``(D,)``.
+        weights: Weights of the k opinions, each ``(D, C)``.
         offsets: ``(k, C)``.
         slopes: ``(k, C)``, weight of each opinion in the stack's logits.
         offset: ``(C,)``, of the stack's logits.
-        limit: ``()``, standard deviations beyond which an opinion gets no stronger.
-        stack_mean: ``(C,)``, of the stack's logits over the unlabeled images.
-        stack_deviation: ``(C,)``.
-        mean: ``(C,)``, of the network's logits over the same images; NaN until :meth:`adapted`.
-        deviation: ``(C,)``.
-        share: ``()``, of the stack's logits in the average.
-        bound: ``()``, what averages stay below: the logit of the rule of succession after as many labels as there are.
-            A regression often separates few labels without error, and is then overconfident.
+        limit: ``()``, standard deviations at which an opinion is clipped.
+        stack_mean: ``(C,)``, mean of the stack's logits over the unlabeled images.
+        stack_deviation: ``(C,)``, standard deviation of the same logits.
+        mean: ``(C,)``, mean of the network's logits over the same images; NaN before :meth:`adapted`.
+        deviation: ``(C,)``, standard deviation of the same logits.
+        share: ``()``, weight of the stack's logits in the average.
+        bound: ``()``, bound on the absolute average: the logit of the rule of succession for the number of labels. A
+            regression often separates few labels without error, and is then overconfident.
         calibration: ``(6, C)``, see :meth:`~cbsa_lightning.method.calibration.Calibration.packed`.
     """
 
@@ -61,13 +61,13 @@ class Fusion:
 
     @classmethod
     def of(cls, stack: Stack, inputs: list[Array], labels: NDArray[np.int8], share: float) -> Self:
-        """Takes over a fitted stack.
+        """Builds the fusion from a fitted stack.
 
         Args:
             stack: The stack.
-            inputs: What its opinions take, for the unlabeled images, each ``(n, D)``.
+            inputs: Inputs of the stack's opinions for the unlabeled images, each ``(n, D)``.
             labels: ``(m, C)`` in {1, 0, -1}, of the images that the stack was fitted to.
-            share: Of the stack's logits in the average, in (0, 1].
+            share: Weight of the stack's logits in the average, in (0, 1].
         """
 
         def tensor(array: Array) -> Tensor:
@@ -94,19 +94,19 @@ class Fusion:
 
     @property
     def ready(self) -> bool:
-        """Whether the scale of the network's logits is known."""
+        """True once the scale of the network's logits is known."""
         return not bool(self.mean.isnan().any())
 
     def adapted(self, logits: Tensor) -> Self:
-        """The same with the scale of the present network.
+        """Returns a copy with the scale of the current network.
 
         Args:
-            logits: ``(n, C)``, the network's, of the unlabeled images.
+            logits: ``(n, C)``, the network's logits of the unlabeled images.
         """
         return replace(self, mean=logits.float().mean(0), deviation=logits.float().std(0, correction=0))
 
     def stack_logits(self, description: Description) -> Tensor:
-        """Logits ``(B, C)`` of the stack."""
+        """Returns the stack's logits ``(B, C)``."""
         parts = [*description.descriptors, *description.scores]
         opinions = zip(parts, self.means, self.weights, self.offsets, self.slopes, strict=True)
         said = [
@@ -116,18 +116,18 @@ class Fusion:
         return torch.stack(said).sum(0) + self.offset
 
     def fused(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
-        """Calibrated average of logits ``(B, C)`` of the network and of the stack."""
+        """Returns the calibrated average ``(B, C)`` of the network's and the stack's logits."""
         return self._calibrated(self.averaged(logits, stack_logits))
 
     def calibrated(self, stack_logits: Tensor) -> Tensor:
-        """Calibrated logits ``(B, C)`` of the stack alone."""
+        """Returns the stack's calibrated logits ``(B, C)``, without the network."""
         return self._calibrated(bounded(stack_logits, self.bound))
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         return self.calibration[0] + self.calibration[1].exp() * logits
 
     def averaged(self, logits: Tensor, stack_logits: Tensor) -> Tensor:
-        """The bounded average on the stack's scale, ``(B, C)``, before the calibration."""
+        """Returns the bounded average ``(B, C)`` on the stack's scale, before calibration."""
         varies = self.deviation > 1e-6
         own = torch.where(varies, (logits.float() - self.mean) / self.deviation.clamp(min=1e-6), 0.0)
         average = torch.lerp(self.stack_mean + self.stack_deviation * own, stack_logits, self.share)
@@ -135,13 +135,13 @@ class Fusion:
         return result
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
+        """Returns a copy on a device."""
         if self.mean.device == torch.device(device):
             return self
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for a checkpoint."""
+        """Returns all tensors by name, for a checkpoint."""
         return {
             name: tensor
             for name, value in vars(self).items()
@@ -150,7 +150,7 @@ class Fusion:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The opposite of :meth:`tensors`."""
+        """Inverts :meth:`tensors`."""
 
         def several(part: str) -> tuple[Tensor, ...]:
             count = sum(name.startswith(f"{part}.") for name in tensors)
@@ -161,7 +161,7 @@ class Fusion:
 
 
 def bounded(logits: Any, bound: float | Tensor) -> Any:
-    """Logits in their order, brought between -bound and bound; small ones hardly change."""
+    """Squashes logits monotonically to (-bound, bound); small ones hardly change."""
     return logits / (1 + (logits / bound) ** 2) ** 0.5
 
 

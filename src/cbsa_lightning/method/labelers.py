@@ -1,7 +1,7 @@
-"""Labelers: weak-view scores of a whole epoch in, pseudo-labels in {1, 0, -1 ignored} out.
+"""Labelers: turn weak-view scores of a whole epoch into pseudo-labels in {1, 0, -1 ignored}.
 
-Scores are probabilities, one row an image and one column a class. They are compared in float32: half
-precision saturates and ties at its ends.
+Scores are probabilities, with one row per image and one column per class. They are compared in float32, since half
+precision saturates and ties near 0 and 1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cbsa_lightning.method.thresholds import class_thresholds as class_threshold
 
 
 class PseudoLabels(NamedTuple):
-    """What a labeler returns.
+    """Output of a labeler.
 
     Attributes:
         labels: ``(n, C)`` int8: 1 positive, 0 negative, -1 ignored.
-        tau_pos: ``(C,)`` float32, scores at or above it are positive; NaN where no class threshold exists.
-        tau_neg: ``(C,)`` float32, scores at or below it are negative; NaN where no class threshold exists.
+        tau_pos: ``(C,)`` float32, scores at or above it are positive; NaN if there is no class threshold.
+        tau_neg: ``(C,)`` float32, scores at or below it are negative; NaN if there is no class threshold.
     """
 
     labels: Tensor
@@ -34,14 +34,13 @@ class PseudoLabels(NamedTuple):
 
 
 def positive_rates(labels: Tensor) -> Tensor:
-    """Share of positives of each class among its known entries: the gamma_k of CAT.
+    """Returns the fraction of positives of each class among its known entries: the gamma_k of CAT.
 
     Args:
         labels: ``(m, C)`` in {1, 0, -1 unknown}, any integer type.
 
     Returns:
-        ``(C,)`` float64 on the CPU; 0 for a class of which no entry is known, so that it gets no
-        pseudo-positives.
+        ``(C,)`` float64 on the CPU; 0 for a class without a known entry, so that it gets no pseudo-positives.
     """
     if labels.ndim != 2:
         raise DataError(f"positive rates: labels must be (m, C), got {tuple(labels.shape)}")
@@ -51,12 +50,11 @@ def positive_rates(labels: Tensor) -> Tensor:
 
 
 def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
-    """Pseudo-labels from class thresholds (Eq. 6).
+    """Computes pseudo-labels from class thresholds (Eq. 6).
 
-    A score at or above ``tau_pos`` is positive, else one at or below ``tau_neg`` is negative, else the entry
-    is ignored. So a score that meets both is positive, images that tie with a threshold are labeled alike
-    (there can be more of them than the count behind the threshold), and a NaN threshold, one never set,
-    labels nothing.
+    A score at or above ``tau_pos`` is positive. Otherwise, a score at or below ``tau_neg`` is negative. All other
+    entries are ignored. Images with equal scores are therefore labeled alike, so that ties can exceed the count behind
+    a threshold. A NaN threshold labels nothing.
 
     Args:
         scores: ``(n, C)``.
@@ -67,7 +65,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
         ``(n, C)`` int8 in {1, 0, -1}, on the scores' device.
 
     Raises:
-        DataError: for scores that are not finite, or thresholds of another shape.
+        DataError: If scores are not finite, or thresholds have the wrong shape.
     """
     check_scores(scores)
     expected = (scores.shape[1],)
@@ -99,13 +97,13 @@ class Labeler(ABC):
 
 
 class Evidence(NamedTuple):
-    """What is known of N training images before training, m of them labeled.
+    """Inputs of an :class:`EvidenceLabeler`: N training images, m of them labeled.
 
     Attributes:
-        descriptors: frozen descriptions of the images, each ``(N, D)`` with a D of its own.
-        scores: scores that no label went into, such as zero-shot ones, each ``(N, C)``.
-        labeled: ``(m,)`` int64, which of the N images are labeled.
-        labels: ``(m, C)`` in {1, 0, -1 unknown}, of those.
+        descriptors: frozen features of the images, each ``(N, D)``; D may differ.
+        scores: scores computed without labels, such as zero-shot scores, each ``(N, C)``.
+        labeled: ``(m,)`` int64, indices of the labeled images.
+        labels: ``(m, C)`` in {1, 0, -1 unknown}, of the labeled images.
     """
 
     descriptors: list[Tensor]
@@ -122,13 +120,13 @@ class EvidenceLabeler(ABC):
         """Labels every entry.
 
         Returns:
-            ``(N - m, C)`` float32, of the images without labels in their order: the probability of the label, to be
-            learned as a soft target, or -1 where the entry is to be ignored.
+            ``(N - m, C)`` float32, for the unlabeled images in their order: the probability of the label, used as a
+            soft target, or -1 if the entry is ignored.
         """
 
 
 def rounded(targets: Tensor) -> Tensor:
-    """Soft targets in [0, 1], -1 ignored, as int8 labels in {1, 0, -1}: positive from one half on."""
+    """Rounds soft targets in [0, 1], -1 ignored, to int8 labels in {1, 0, -1}; 0.5 and above is positive."""
     return torch.where(targets < 0, -1, (targets >= 0.5).to(torch.int8)).to(torch.int8)
 
 
@@ -137,8 +135,8 @@ class ClassDistributionAware(Labeler):
     """CAT, the class-distribution-aware labeler of CAP and CBSA: :func:`class_thresholds`, then Eq. 6.
 
     Args:
-        eta_pos: share of the expected positives that are labeled, in [0, 1].
-        eta_neg: share of the expected negatives that are labeled, in [0, 1].
+        eta_pos: fraction of the expected positives that are labeled, in [0, 1].
+        eta_neg: fraction of the expected negatives that are labeled, in [0, 1].
     """
 
     eta_pos: float = 1.0
@@ -155,7 +153,7 @@ class ClassDistributionAware(Labeler):
 
 @dataclass(frozen=True)
 class LabeledOnly(Labeler):
-    """Labels nothing: training continues on the labeled images alone, for as many steps as with a labeler."""
+    """Labels nothing: training continues on labeled images only, for as many steps as with a labeler."""
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; every entry is ignored."""
@@ -166,13 +164,12 @@ class LabeledOnly(Labeler):
 
 @dataclass(frozen=True)
 class TopK(Labeler):
-    """The k classes with the highest scores of an image are positive, all others negative.
+    """Labels the k classes with the highest scores of an image positive, and all others negative.
 
-    Equal scores go to the class that comes first. The compared work takes k = 2 on VOC and NUS-WIDE, 3 on
-    COCO.
+    Among equal scores, the first class wins. The compared work uses k = 2 on VOC and NUS-WIDE, and 3 on COCO.
 
     Args:
-        k: number of positives an image, >= 1.
+        k: number of positives per image, >= 1.
     """
 
     k: int
@@ -187,7 +184,7 @@ class TopK(Labeler):
 
 @dataclass(frozen=True)
 class TopOne(Labeler):
-    """The class with the highest score of an image (at a tie the first) is positive, all others negative."""
+    """Labels the class with the highest score of an image positive (the first of a tie), and all others negative."""
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; the rates are not used."""
@@ -196,13 +193,13 @@ class TopOne(Labeler):
 
 @dataclass(frozen=True)
 class InstanceAware(Labeler):
-    """IAT: one cut for every class, judged image by image; by default every entry is labeled.
+    """IAT: applies one threshold to all classes; by default every entry is labeled.
 
-    The paper gives no value for the cut; 0.5 is this library's reading.
+    The paper does not give the threshold; this library uses 0.5.
 
     Args:
-        pos: scores at or above it are positive, in [0, 1].
-        neg: other scores at or below it are negative, in [0, 1], at most ``pos``.
+        pos: scores at or above this value are positive, in [0, 1].
+        neg: other scores at or below this value are negative, in [0, 1], at most ``pos``.
     """
 
     pos: float = 0.5
@@ -218,11 +215,11 @@ class InstanceAware(Labeler):
 
 @dataclass(frozen=True)
 class Fixed(Labeler):
-    """FixMatch-style pair of confidence thresholds, the same for every class; what lies between is ignored.
+    """Applies one pair of confidence thresholds to all classes, as FixMatch does; scores in between are ignored.
 
     Args:
-        tau_pos: scores at or above it are positive, in [0, 1].
-        tau_neg: other scores at or below it are negative, in [0, 1], at most ``tau_pos``.
+        tau_pos: scores at or above this value are positive, in [0, 1].
+        tau_neg: other scores at or below this value are negative, in [0, 1], at most ``tau_pos``.
     """
 
     tau_pos: float = 0.95
@@ -249,7 +246,7 @@ def _top(scores: Tensor, k: int) -> PseudoLabels:
         raise ConfigError(f"top-k labeler: k = {k}, but there are only {num_classes} classes")
     labels = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
     for rows, strip in row_strips(scores):
-        # A stable sort, because topk promises no order among equal scores.
+        # topk does not define the order of equal scores, so this uses a stable sort.
         best = strip.sort(dim=1, descending=True, stable=True).indices[:, :k]
         labels[rows].scatter_(1, best, 1)
     none = torch.full((num_classes,), torch.nan, device=scores.device).float()
@@ -260,4 +257,4 @@ def _check_cuts(pos: float, neg: float) -> None:
     for name, value in (("positive", pos), ("negative", neg)):
         check_number(f"the {name} threshold", value, 0, 1)
     if neg > pos:
-        raise ConfigError(f"the negative threshold {neg} exceeds the positive threshold {pos}; make it lower.")
+        raise ConfigError(f"the negative threshold {neg} exceeds the positive threshold {pos}; choose a lower one.")

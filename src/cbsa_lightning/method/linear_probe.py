@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: what a user would try first, and the baseline to beat."""
+"""Logistic regression on frozen features, the simplest baseline."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from cbsa_lightning.method.labelers import Evidence
 from cbsa_lightning.method.stacking import Array, Opinion, Stack, StackLabeler
 
 PENALTIES = tuple(10.0**power for power in range(-4, 1))
-"""Inverse penalties C to choose from, for descriptors of unit variance."""
+"""Inverse penalties C to select from, for descriptors of unit variance."""
 FOLDS = 5
 MOST = 500
-"""Labeled images that C is chosen on, at most; all of them are fitted with it."""
+"""Maximum number of labeled images used to select C; the final fit uses all of them."""
 
 
 @dataclass(frozen=True)
 class LinearProbe(StackLabeler):
-    """One logistic regression a class on the mean of the frozen features.
+    """Fits one logistic regression per class to the mean of the frozen features.
 
-    All classes share one C, that with the lowest log-loss on images left out in five folds. An unknown entry is left
-    out of its class. A class without a positive or without a negative label gets one logit for all images, that of its
-    share of positives with half a positive and half a negative added.
+    All classes share one C, selected by five-fold cross-validated log-loss. Unknown entries are ignored. A class
+    without a positive or without a negative label gets the same logit for all images: that of its rate of positives,
+    smoothed with half a positive and half a negative.
     """
 
     def fit(self, evidence: Evidence) -> Stack:
-        """See :class:`StackLabeler`; the stack gives no weight to all but the first descriptor."""
+        """See :class:`StackLabeler`; only the first descriptor gets a weight."""
         labels = evidence.labels.cpu().numpy()
         x = evidence.descriptors[0][evidence.labeled].cpu().numpy()
         scaler = StandardScaler().fit(x)
@@ -67,7 +67,7 @@ def _choose_penalty(x: Array, labels: NDArray[np.int8]) -> float:
 
 
 def _left_out(x: Array, labels: NDArray[np.int8], c: float) -> Array:
-    """Logits ``(m, C)`` of the images, each by probes of the other folds."""
+    """Returns out-of-fold logits ``(m, C)``."""
     if len(x) < 2:
         return np.tile(_fit(x, labels, c).offset, (len(x), 1))
     logits = np.empty(labels.shape)

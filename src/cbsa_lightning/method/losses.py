@@ -1,6 +1,6 @@
-"""Losses: element-wise over images and classes, in float32, with unknown entries contributing exactly 0.
+"""Element-wise losses over images and classes, in float32; unknown entries contribute exactly 0.
 
-No function here reduces over images: the training loop owns the reduction (sum / batch size for every term).
+No function here reduces over images: the training loop does the reduction (sum / batch size for every term).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from cbsa_lightning.errors import ConfigError, DataError
 def asymmetric_loss(
     logits: Tensor, targets: Tensor, gamma_pos: float = 0.0, gamma_neg: float = 4.0, clip: float = 0.05
 ) -> Tensor:
-    """Asymmetric loss (ASL; Eq. 7-8 of the paper, with the margin of CAP's protocol), element-wise.
+    """Computes the asymmetric loss (ASL; Eq. 7-8 of the paper, with the margin of CAP's protocol), element-wise.
 
     With ``p = sigmoid(logit)`` and the shifted ``p_m = max(p - clip, 0)``:
 
     - positive entries: ``(1 - p) ** gamma_pos * -log(p)``
     - negative entries: ``p_m ** gamma_neg * -log(1 - p_m)``
 
-    The focal weights (the powers) are constants for the gradient. With a margin the gradient of a badly wrong
-    negative is about ``(1 - p) / clip``: it fades as ``p`` nears 1, which is ASL's way to distrust such
-    labels. With both gammas and the margin 0 this is binary cross-entropy on logits.
+    The focal weights (the powers) have no gradient. With a margin, the gradient of a badly misclassified negative is
+    about ``(1 - p) / clip``. It vanishes as ``p`` approaches 1, which is how ASL discounts labels that are probably
+    wrong. With both gammas and the margin 0, this is binary cross-entropy on logits.
 
     Args:
-        logits: ``(B, C)``, any floating type; computed in float32 whatever the surrounding autocast says.
+        logits: ``(B, C)``, any floating type; computed in float32, also under autocast.
         targets: ``(B, C)``, integer or bool: 1 positive, 0 negative, -1 unknown.
         gamma_pos: focusing power of positives, >= 0.
         gamma_neg: focusing power of negatives, >= 0.
@@ -40,8 +40,8 @@ def asymmetric_loss(
         ``(B, C)`` float32, 0 at unknown entries.
 
     Raises:
-        ConfigError: for a negative gamma or a margin outside [0, 1).
-        DataError: when shapes differ or targets are floating (soft labels have no meaning here).
+        ConfigError: If a gamma is negative or the margin is outside [0, 1).
+        DataError: If shapes differ or targets are floating; use :func:`soft_target_loss` for soft targets.
     """
     _check_asymmetric(gamma_pos, gamma_neg, clip)
     _check_entries(logits, targets)
@@ -51,9 +51,8 @@ def asymmetric_loss(
         positive = -F.logsigmoid(x)
         if gamma_pos > 0:
             positive = positive * torch.sigmoid(-fixed) ** gamma_pos
-        # sigmoid(-x) keeps 1 - p, and so its gradient, to full precision where 1 - sigmoid(x) is already 0.
-        # With a margin the logarithm's argument is at least `clip`; without one, log-space does the same
-        # service.
+        # sigmoid(-x) keeps 1 - p and its gradient at full precision even if 1 - sigmoid(x) is already 0. With a margin,
+        # the argument of the logarithm is at least `clip`; without one, the loss is computed in log-space.
         negative = -torch.log((torch.sigmoid(-x) + clip).clamp(max=1.0)) if clip > 0 else -F.logsigmoid(-x)
         if gamma_neg > 0:
             negative = negative * (torch.sigmoid(fixed) - clip).clamp(min=0.0) ** gamma_neg
@@ -61,7 +60,7 @@ def asymmetric_loss(
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy on logits, element-wise, in float32, 0 at unknown entries.
+    """Computes binary cross-entropy on logits, element-wise, in float32, 0 at unknown entries.
 
     Args:
         logits: ``(B, C)``, any floating type.
@@ -71,7 +70,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         ``(B, C)`` float32.
 
     Raises:
-        DataError: when shapes differ or targets are floating.
+        DataError: If shapes differ or targets are floating.
     """
     _check_entries(logits, targets)
     with torch.autocast(logits.device.type, enabled=False):
@@ -80,15 +79,15 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
-    """An element-wise loss for soft targets: ``t * loss(positive) + (1 - t) * loss(negative)``.
+    """Applies an element-wise loss to soft targets: ``t * loss(positive) + (1 - t) * loss(negative)``.
 
     Args:
-        loss: of logits ``(B, C)`` and int targets ``(B, C)``, element-wise.
+        loss: function of logits ``(B, C)`` and int targets ``(B, C)``, element-wise.
         logits: ``(B, C)``, any floating type.
         targets: ``(B, C)`` floating, the probability t of the label in [0, 1], or -1 unknown.
 
     Returns:
-        ``(B, C)``, 0 at unknown entries; for targets of 0, 1 and -1 what ``loss`` gives.
+        ``(B, C)``, 0 at unknown entries; equal to ``loss`` for targets of 0, 1 and -1.
     """
     known = targets >= 0
     yes, no = (torch.where(known, answer, -1).to(torch.int8) for answer in (1, 0))
@@ -98,18 +97,18 @@ def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, t
 
 
 def context_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the context head (Eq. 11), one value an image.
+    """Computes the cross-entropy of the context head (Eq. 11), one value per image.
 
     Args:
         logits: ``(B, K)``, any floating type; computed in float32.
-        targets: ``(B,)`` int64 context ids with -1 for images that have none, or ``(B, K)`` floating
-            distributions over contexts, where a row of zeros says the same.
+        targets: ``(B,)`` int64 context ids with -1 for images without a context, or ``(B, K)`` floating distributions
+            over contexts with rows of zeros for such images.
 
     Returns:
         ``(B,)`` float32, 0 for images without a context.
 
     Raises:
-        DataError: when the shapes do not fit, or ``(B, K)`` targets are integers.
+        DataError: If the shapes do not fit, or ``(B, K)`` targets are integers.
     """
     batch = logits.shape[0] if logits.ndim == 2 else -1
     hard = targets.ndim == 1 and not targets.is_floating_point() and targets.shape[0] == batch
@@ -127,15 +126,15 @@ def context_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class ElementwiseLoss(nn.Module):
-    """Base of the losses that a configuration may choose: ``loss(logits, targets) -> (B, C)`` float32."""
+    """Base class of the losses that a configuration can choose: ``loss(logits, targets) -> (B, C)`` float32."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Computes the loss of every entry; ``targets`` holds 1, 0 and -1 (unknown, loss 0)."""
+        """Computes the loss of every entry; ``targets`` are 1, 0 and -1 (unknown, loss 0)."""
         raise NotImplementedError
 
 
 class AsymmetricLoss(ElementwiseLoss):
-    """:func:`asymmetric_loss` with its settings, as an object.
+    """Module form of :func:`asymmetric_loss`.
 
     Args:
         gamma_pos: focusing power of positives, >= 0.
@@ -143,7 +142,7 @@ class AsymmetricLoss(ElementwiseLoss):
         clip: probability margin of negatives, in [0, 1).
 
     Raises:
-        ConfigError: for a negative gamma or a margin outside [0, 1).
+        ConfigError: If a gamma is negative or the margin is outside [0, 1).
     """
 
     def __init__(self, gamma_pos: float = 0.0, gamma_neg: float = 4.0, clip: float = 0.05) -> None:
@@ -158,12 +157,12 @@ class AsymmetricLoss(ElementwiseLoss):
         return asymmetric_loss(logits, targets, self.gamma_pos, self.gamma_neg, self.clip)
 
     def extra_repr(self) -> str:
-        """The settings, for ``print(module)``."""
+        """Returns the settings, for ``print(module)``."""
         return f"gamma_pos={self.gamma_pos}, gamma_neg={self.gamma_neg}, clip={self.clip}"
 
 
 class BinaryCrossEntropy(ElementwiseLoss):
-    """:func:`binary_cross_entropy` as an object."""
+    """Module form of :func:`binary_cross_entropy`."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See :func:`binary_cross_entropy`."""
@@ -171,7 +170,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
 
 
 def _choose(positive: Tensor, negative: Tensor, targets: Tensor) -> Tensor:
-    """The loss that belongs to each entry's target; a plain 0, with gradient 0, where it is unknown."""
+    """Selects the loss of each entry by its target; unknown entries get a constant 0 with gradient 0."""
     known = torch.where(targets == 1, positive, negative)
     return torch.where(targets >= 0, known, torch.zeros_like(known))
 
@@ -188,4 +187,4 @@ def _check_entries(logits: Tensor, targets: Tensor) -> None:
     if logits.shape != targets.shape:
         raise DataError(f"loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape")
     if targets.is_floating_point():
-        raise DataError(f"loss: targets hold the integers 1, 0 and -1 (unknown), got {targets.dtype}")
+        raise DataError(f"loss: targets must be the integers 1, 0 and -1 (unknown), got {targets.dtype}")

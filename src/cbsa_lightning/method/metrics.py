@@ -11,49 +11,49 @@ from torchmetrics.utilities import dim_zero_cat
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 REPORTED = ("mAP_with_zeros", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
-"""Figures of a :class:`MultilabelReport` that are logged beside mAP and the average precision of each class."""
+"""Metrics of a :class:`MultilabelReport` that are logged in addition to mAP and the average precision of each class."""
 
 
 def mean_pairwise_cosine(features: Tensor) -> Tensor:
-    """Mean cosine ``(B,)`` over all pairs of an image's C label features ``(B, C, d)``; NaN if C is 1."""
+    """Returns the mean cosine ``(B,)`` over all pairs of an image's C label features ``(B, C, d)``; NaN if C is 1."""
     unit = torch.nn.functional.normalize(features.detach().float(), dim=-1)
     count = unit.shape[1]
-    # The squared norm of the sum holds each pair twice, and C ones.
+    # The squared norm of the sum contains each pair twice, plus C ones.
     return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1) or float("nan"))
 
 
 class MultilabelReport(Metric):
-    """The evaluation of a multi-label classifier, exact, over any number of batches and processes.
+    """Evaluates a multi-label classifier exactly, over any number of batches and processes.
 
-    Non-interpolated average precision per class as torchmetrics and scikit-learn define it (equal scores are
-    one threshold), taken over the entries whose truth is known. Classes are ranked by float32 logits,
-    because a sigmoid in float32 already calls all logits above about 17 equal.
+    Computes non-interpolated average precision per class as torchmetrics and scikit-learn define it (equal scores are
+    one threshold), over the entries with known truth. Classes are ranked by float32 logits, because a sigmoid in
+    float32 maps all logits above about 17 to the same value.
 
     ``compute`` returns a dict:
 
     - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives;
-    - ``mAP``: mean over the other classes; NaN when there is none;
-    - ``mAP_with_zeros``: mean over all C classes, a class without positives counting 0 (the convention of
-      CAP and of torchmetrics' macro average);
-    - ``precision``, ``recall`` ``(C,)``: of the labels given from ``thresholds`` on, an undefined ratio counting 0;
-    - ``support`` ``(C,)``: positives;
-    - ``CF1``, ``OF1``: the harmonic means of the class-averaged and of the pooled precision and recall, over all C
+    - ``mAP``: mean over the other classes; NaN if there are none;
+    - ``mAP_with_zeros``: mean over all C classes, with 0 for a class without positives (the convention of CAP and of
+      torchmetrics' macro average);
+    - ``precision``, ``recall`` ``(C,)``: at the decision ``thresholds``; an undefined ratio is 0;
+    - ``support`` ``(C,)``: number of positives;
+    - ``CF1``, ``OF1``: harmonic means of class-averaged and of pooled precision and recall, over all C
       classes;
-    - ``CF1_at_half``, ``OF1_at_half``: the same at probability 0.5 (logit >= 0) for all classes, the convention of the
+    - ``CF1_at_half``, ``OF1_at_half``: F1 at probability 0.5 (logit >= 0) for all classes, the convention of the
       paper;
     - ``ECE``: expected calibration error of the probabilities, in 15 equal bins over all known entries;
     - ``Brier``: mean squared error of the probabilities;
-    - ``num_classes_used``: how many classes ``mAP`` averages.
+    - ``num_classes_used``: number of classes that ``mAP`` averages.
 
     Args:
-        num_classes: C, also 1.
-        min_positives: how many positives a class needs for ``mAP``, >= 1.
+        num_classes: C, at least 1.
+        min_positives: number of positives that a class needs to be part of ``mAP``, >= 1.
 
     Attributes:
-        thresholds: ``(C,)``, probability from which a class is given; None: 0.5.
+        thresholds: ``(C,)``, decision thresholds on the probabilities; None: 0.5.
 
     Raises:
-        ConfigError: for numbers below 1.
+        ConfigError: If a number is below 1.
     """
 
     full_state_update = False
@@ -69,19 +69,19 @@ class MultilabelReport(Metric):
         self.num_classes = num_classes
         self.min_positives = min_positives
         self._thresholds: Tensor | None = None
-        # One flat float32 state: a process that saw no image is then gathered like any other, which
-        # torchmetrics cannot do for matrices or integers.
+        # One flat float32 state, so that a process without images is gathered like any other. torchmetrics cannot do
+        # this for matrices or integers.
         self.add_state("entries", default=[], dist_reduce_fx="cat")
 
     @property
     def thresholds(self) -> Tensor | None:
-        """See the class."""
+        """Decision thresholds; see the class."""
         return self._thresholds
 
     @thresholds.setter
     def thresholds(self, values: Tensor | None) -> None:
         self._thresholds = values
-        self._computed = None  # torchmetrics would return the report at the former ones
+        self._computed = None  # otherwise torchmetrics returns the cached report
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch.
@@ -91,7 +91,7 @@ class MultilabelReport(Metric):
             targets: ``(B, C)`` in {1, 0, -1 unknown}, any integer type.
 
         Raises:
-            DataError: when shapes do not fit, or a logit is not finite.
+            DataError: If shapes do not fit, or a logit is not finite.
         """
         expected = (len(logits), self.num_classes)
         if logits.shape != expected or targets.shape != expected:
@@ -109,7 +109,7 @@ class MultilabelReport(Metric):
         self.entries.append(torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten())
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Logits and targets ``(n, C)`` float32 on the CPU of everything added so far, by all processes."""
+        """Returns logits and targets ``(n, C)`` added so far by all processes, as float32 on the CPU."""
         with self.sync_context():
             return self._unpacked()
 
@@ -119,10 +119,10 @@ class MultilabelReport(Metric):
         return logits, targets
 
     def compute(self) -> dict[str, Tensor]:
-        """The report over everything added so far; see the class."""
+        """Computes the report over everything added so far; see the class."""
         logits, targets = self._unpacked()
         if not len(logits):
-            raise DataError("report: nothing was added, so there is nothing to evaluate")
+            raise DataError("report: no batch was added before compute()")
         positives = (targets == 1).sum(dim=0)
         ap = torch.zeros(self.num_classes).float()
         for k in positives.nonzero()[:, 0].tolist():
@@ -130,7 +130,7 @@ class MultilabelReport(Metric):
             ap[k] = _average_precision(logits[known, k], targets[known, k])
         used = positives >= self.min_positives
         half = _Counts((logits >= 0).to(torch.int8), targets)
-        # Compared as probabilities, since predictions are.
+        # Predictions are compared as probabilities, so the report does the same.
         given = logits >= 0 if self.thresholds is None else logits.sigmoid() >= self.thresholds.cpu()
         counts = _Counts(given.to(torch.int8), targets)
         report = {
@@ -160,11 +160,11 @@ def _calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """How good pseudo-labels are, against labels that training never saw (Fig. 6 of the paper).
+    """Measures pseudo-labels against labels that training never uses (Fig. 6 of the paper).
 
-    Entries whose truth is unknown are left out, except from ``coverage``, which needs no truth. An ignored entry
-    (-1) is no prediction: it costs recall if it is a positive in truth. An undefined ratio (a class never
-    predicted, or without positives) counts 0.
+    Entries with unknown truth are excluded, except from ``coverage``, which needs no truth. An ignored entry (-1) is
+    not a prediction; if it is truly positive, it lowers recall. An undefined ratio (a class that is never predicted, or
+    has no positives) is 0.
 
     Args:
         pseudo: ``(n, C)`` in {1, 0, -1 ignored}.
@@ -172,15 +172,15 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``precision`` and ``recall``: means over classes (CP, CR); ``CF1``: their harmonic mean; ``OF1``: the
-        harmonic mean of pooled precision and recall; ``coverage``: share of all entries that are not ignored;
-        ``class_precision``, ``class_recall``, ``positive_rate`` ``(C,)``: per class, the last one the share
-        of images that are pseudo-positive. Float32 on the CPU.
+        harmonic mean of pooled precision and recall; ``coverage``: fraction of all entries that are not ignored;
+        ``class_precision``, ``class_recall``, ``positive_rate`` ``(C,)``: per class; the last is the fraction of
+        images with a positive pseudo-label. Float32 on the CPU.
 
     Raises:
-        DataError: when the shapes differ or are not (n, C).
+        DataError: If the shapes differ or are not (n, C).
     """
     if pseudo.ndim != 2 or pseudo.shape != truth.shape:
-        raise DataError(f"pseudo-labels {tuple(pseudo.shape)} and truth {tuple(truth.shape)} must be (n, C) alike")
+        raise DataError(f"pseudo-labels {tuple(pseudo.shape)} and truth {tuple(truth.shape)} must both be (n, C)")
     pseudo, truth = pseudo.cpu(), truth.cpu()
     counts = _Counts(pseudo, truth)
     known = (truth >= 0).sum(dim=0)
@@ -197,7 +197,7 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 class _Counts:
-    """Hits, predicted and actual positives per class, over entries of known truth; and F1 from them."""
+    """Counts hits, predicted and actual positives per class over entries with known truth, and computes F1."""
 
     def __init__(self, predicted: Tensor, truth: Tensor) -> None:
         self.hits = ((predicted == 1) & (truth == 1)).sum(dim=0)
@@ -217,8 +217,7 @@ class _Counts:
 
 
 def _average_precision(logits: Tensor, targets: Tensor) -> Tensor:
-    # torchmetrics squashes scores that are no probabilities, which would tie large logits: hand it their
-    # ranks.
+    # torchmetrics applies a sigmoid to scores outside [0, 1], which would tie large logits. Ranks avoid this.
     rank = torch.unique(logits, return_inverse=True)[1]
     return binary_average_precision(rank.double() / len(rank), targets.long(), validate_args=False)
 

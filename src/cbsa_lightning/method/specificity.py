@@ -9,18 +9,18 @@ from torchmetrics import MeanMetric
 from cbsa_lightning.method.metrics import MultilabelReport, mean_pairwise_cosine
 
 COLLAPSED_COSINE = 0.99
-"""Mean cosine between the features of two labels in one image, above which they count as one feature."""
+"""Mean cosine between the features of two labels in one image, above which they are considered identical."""
 COLLAPSED_GAIN = 0.01
-"""Gain in mAP (in [0, 1]) over the mean feature, below which label-specific features count as useless."""
+"""Gain in mAP (in [0, 1]) over the mean feature, below which label-specific features are considered useless."""
 
 
 class Specificity(nn.Module):
     """Compares label-specific features with their mean, over the images of one evaluation pass.
 
-    A decoder can collapse: it then returns the same feature for every label, and only the text features tell the
-    labels apart. Neither the loss nor mAP shows it. Two figures do: the *feature cosine*, the mean cosine between
-    the features of two labels in one image, and the *specific gain*, mAP minus the mAP that remains when every label
-    gets the mean of an image's features.
+    A decoder can collapse: it then returns the same feature for every label, and only the text features distinguish the
+    labels. Neither the loss nor mAP reveals this. Two metrics do: the *feature cosine*, the mean cosine between the
+    features of two labels in one image, and the *specific gain*, the drop in mAP if every label gets the mean of an
+    image's features.
 
     Args:
         num_classes: C.
@@ -37,7 +37,7 @@ class Specificity(nn.Module):
 
         Args:
             label_features: ``(B, C, d)``.
-            mean_logits: ``(B, C)``, logits when each image's features are replaced by their mean.
+            mean_logits: ``(B, C)``, logits after each image's features are replaced by their mean.
             targets: ``(B, C)`` in {1, 0, -1}, -1 for unknown.
         """
         self.shared.update(mean_logits, targets)
@@ -49,12 +49,12 @@ class Specificity(nn.Module):
         return {"specific_gain": gain, "feature_cosine": self.cosine.compute()}
 
     def reset(self) -> None:
-        """Forgets the pass."""
+        """Resets the metrics."""
         self.shared.reset()
         self.cosine.reset()
 
     def warn_if_collapsed(self, figures: dict[str, Tensor]) -> None:
-        """Warns once in the life of a module."""
+        """Warns if the decoder has collapsed, at most once per instance."""
         gain, cosine = float(figures["specific_gain"]), float(figures["feature_cosine"])
         if self._warned or not (cosine > COLLAPSED_COSINE and gain < COLLAPSED_GAIN):
             return

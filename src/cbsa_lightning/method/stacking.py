@@ -1,8 +1,8 @@
-"""Stacked probes: what cheap classifiers on frozen features and CLIP's text know together, before any training.
+"""Stacked probes: cheap classifiers on frozen features and CLIP's text, combined without training a network.
 
-Stacked generalization (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. The opinion on a
-labeled image comes from probes that were not fitted to it, so how far each kind of opinion may be trusted is learned
-from the labeled images themselves. The unlabeled images lend their statistics.
+Stacked generalization (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. Labeled images are
+scored by probes that were not fitted to them, so the weight of each opinion is learned from the labeled images
+themselves. The unlabeled images contribute means and standard deviations.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler
 Array = NDArray[np.floating]
 
 ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
-LIMIT = 6.0  # standard deviations beyond which an opinion gets no stronger
+LIMIT = 6.0  # standard deviations at which an opinion is clipped
 
 
 class Opinion(NamedTuple):
-    """A linear classifier's scores, each class on the scale of its own mean and deviation over the images.
+    """Scores of a linear classifier, standardized per class over the images.
 
     Attributes:
-        mean: ``(D,)``, of the inputs; taken away first, since it can be large beside their deviations.
+        mean: ``(D,)``, of the inputs; subtracted first, since it can be large relative to their standard deviations.
         weight: ``(D, C)``.
         offset: ``(C,)``.
-        left_out: ``(m, C)``, scores of the labeled images, each by a classifier that was not fitted to it.
+        left_out: ``(m, C)``, out-of-fold scores of the labeled images.
     """
 
     mean: Array
@@ -45,19 +45,19 @@ class Opinion(NamedTuple):
     left_out: Array
 
     def __call__(self, inputs: Array) -> Array:
-        """Scores ``(n, C)`` of any images, from their descriptors or ready scores ``(n, D)``."""
+        """Returns scores ``(n, C)`` of images from their descriptors, or from given scores ``(n, D)``."""
         scores: Array = (inputs - self.mean) @ self.weight + self.offset
         return scores
 
 
 class Stack(NamedTuple):
-    """The fitted combination of opinions.
+    """A fitted combination of opinions.
 
     Attributes:
-        opinions: One for each descriptor, then one for each set of ready scores.
+        opinions: One for each descriptor, then one for each set of given scores.
         slopes: ``(k, C)``, weight of each opinion in the logit of each class.
-        offset: ``(C,)``, the logit of an image about which the opinions say nothing.
-        limit: Standard deviations beyond which an opinion gets no stronger.
+        offset: ``(C,)``, the logit if all opinions are 0.
+        limit: Standard deviations at which an opinion is clipped.
     """
 
     opinions: list[Opinion]
@@ -66,11 +66,11 @@ class Stack(NamedTuple):
     limit: float = LIMIT
 
     def logits(self, inputs: Sequence[Array]) -> Array:
-        """Logits ``(n, C)`` of any images, from what each opinion takes."""
+        """Returns logits ``(n, C)`` of images, from one input per opinion."""
         return self._combined([opinion(x) for opinion, x in zip(self.opinions, inputs, strict=True)])
 
     def left_out(self) -> Array:
-        """Logits ``(m, C)`` of the labeled images, each by opinions that were not fitted to it."""
+        """Returns out-of-fold logits ``(m, C)`` of the labeled images."""
         return self._combined([opinion.left_out for opinion in self.opinions])
 
     def _combined(self, scores: list[Array]) -> Array:
@@ -80,14 +80,14 @@ class Stack(NamedTuple):
 
 
 class StackLabeler(EvidenceLabeler):
-    """Soft pseudo-labels by a :class:`Stack`, whose logits final scores can be fused with (``stack_share``)."""
+    """Computes soft pseudo-labels with a :class:`Stack`; final scores can include its logits (``stack_share``)."""
 
     @abstractmethod
     def fit(self, evidence: Evidence) -> Stack:
         """Fits the stack.
 
         Raises:
-            DataError: For too few labeled images.
+            DataError: If there are too few labeled images.
         """
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -97,20 +97,20 @@ class StackLabeler(EvidenceLabeler):
 
 @dataclass(frozen=True)
 class StackedProbes(StackLabeler):
-    """Soft pseudo-labels, made once: the probability of a label that linear probes and CLIP's text agree on.
+    """Computes soft pseudo-labels once, as probabilities from linear probes and CLIP's text combined.
 
-    A ridge probe on each descriptor and the ready (zero-shot) scores are weighed by a logistic regression over all
-    known entries of the labeled images, with :func:`leave-one-out <probe>` scores. One weight serves all classes, but
-    it may grow with the number n of a class's labeled positives, as n / (n + trust): a probe of two positives is not
-    worth one of fifty. A class's rate is shrunk towards one half by half a positive (Jeffreys' prior), so that a class
-    without any labeled positive gets small probabilities and neither all nor none. A class of which no entry is known
-    is ignored.
+    A ridge probe on each descriptor and the zero-shot scores are weighted by a logistic regression over all known
+    entries of the labeled images, with :func:`leave-one-out <probe>` scores. All classes share one weight per opinion,
+    except that a probe's weight may grow with the number n of a class's labeled positives, as n / (n + trust): a probe
+    of two positives is less reliable than one of fifty. A class's rate is shrunk towards one half by half a positive
+    (Jeffreys' prior), so that a class without labeled positives gets small but nonzero probabilities. A class without a
+    known entry is ignored.
 
     Args:
-        trust: number of labeled positives at which a class's probe has half of its full say, > 0.
+        trust: number of labeled positives at which a class's probe gets half of its maximum weight, > 0.
 
     Raises:
-        ConfigError: for a ``trust`` of 0 or less.
+        ConfigError: If ``trust`` is 0 or less.
     """
 
     trust: float = 4.0
@@ -121,16 +121,16 @@ class StackedProbes(StackLabeler):
             raise ConfigError(f"stacked probes: trust must be above 0, got {self.trust}")
 
     def fit(self, evidence: Evidence) -> Stack:
-        """Fits the probes and what each of them counts.
+        """Fits the probes and their weights.
 
         Raises:
-            DataError: For too few labeled images.
+            DataError: If there are too few labeled images.
         """
         labels = evidence.labels.cpu().numpy()
         known, positive = labels >= 0, labels == 1
         if len(labels) < 2 or not positive.any() or not (known & ~positive).any():
             raise DataError(
-                "Stacked probes need two labeled images or more, with a positive and a negative entry among them; the "
+                "Stacked probes need at least two labeled images with a positive and a negative entry; the "
                 f"{len(labels)} labeled images have {positive.sum()} positives. Label more images, or choose another "
                 "labeler (cbsa_lightning.method.labelers)."
             )
@@ -141,7 +141,7 @@ class StackedProbes(StackLabeler):
         say = n / (n + self.trust)
         rate = (n + 0.5) / (known.sum(0) + 1.0)
         prior = np.log(rate / (1 - rate))
-        # Of each opinion a plain and a scaled copy, and the class's prior: what the regression weighs.
+        # Inputs of the regression: a plain and a scaled copy of each opinion, and the class's prior.
         inputs = [z.left_out for z in opinions]
         columns = [*inputs, *(z * say for z in inputs), np.broadcast_to(prior, known.shape)]
         design = np.stack([column[known] for column in columns], axis=1)
@@ -151,12 +151,12 @@ class StackedProbes(StackLabeler):
 
 
 def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
-    """Ridge regression of all classes at once, its penalty chosen by leave-one-out error.
+    """Fits a ridge regression to all classes at once, with the penalty selected by leave-one-out error.
 
     Args:
-        descriptors: ``(N, D)``, one row an image.
-        labeled: ``(m,)``, which of the rows are labeled.
-        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry counts as the class's mean.
+        descriptors: ``(N, D)``, one row per image.
+        labeled: ``(m,)``, indices of the labeled rows.
+        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry is replaced by the class's mean.
     """
     mean, scale = _moments(descriptors)
     x = (descriptors - mean.astype(descriptors.dtype)) * scale.astype(descriptors.dtype)
@@ -165,13 +165,13 @@ def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int
     deviation = np.sqrt(rate * (1 - rate))
     # Unit variance, so that the penalty suits rare classes as well as frequent ones.
     y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
-    # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe knows.
+    # No intercept: a leave-one-out mean reveals the label of the image, more so the less informative the probe is.
     ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
     fit = ridge.fit(x[labeled].astype(np.float64), y)
     chosen = ALPHAS.index(float(fit.alpha_))
     left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
     coefficients = fit.coef_.reshape(y.shape[1], -1).T
-    # The fit to its own images is better than to others: those set the scale, if there are any.
+    # Training scores are too good, so the scale comes from the other images if there are any.
     others = np.delete(x, labeled, axis=0)
     mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
     weight = scale[:, None] * coefficients * score_scale
@@ -180,7 +180,7 @@ def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int
 
 
 def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
-    """Scores ``(N, C)`` that no label went into."""
+    """Returns scores ``(N, C)`` that were computed without labels, as an opinion."""
     mean, scale = _moments(scores)
     nothing = np.zeros(len(mean))
     opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
@@ -188,21 +188,21 @@ def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
 
 
 def _moments(values: Array) -> tuple[Array, Array]:
-    """Mean of each column, and 1 / its deviation; 0 where it does not vary."""
+    """Returns the mean of each column and 1 / its standard deviation, or 0 if the column is constant."""
     mean, deviation = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     varies = deviation > 1e-8
     return mean, varies / np.where(varies, deviation, 1.0)
 
 
 def soft_labels(stack: Stack, evidence: Evidence) -> Tensor:
-    """What a fitted stack says of the unlabeled images; see :class:`EvidenceLabeler`."""
+    """Returns a fitted stack's probabilities for the unlabeled images; see :class:`EvidenceLabeler`."""
     probabilities = expit(stack.logits(unlabeled_inputs(evidence)))
     probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
     return torch.from_numpy(probabilities).float()
 
 
 def unlabeled_inputs(evidence: Evidence) -> list[Array]:
-    """What the opinions of a :class:`Stack` take, for the images that are not labeled."""
+    """Returns the inputs of a :class:`Stack`'s opinions for the unlabeled images."""
     rows = evidence.labeled.cpu().numpy()
     return [np.delete(_array(part), rows, axis=0) for part in (*evidence.descriptors, *evidence.scores)]
 

@@ -1,4 +1,4 @@
-"""Class-wise thresholds at scale: exact, linear in the number of scores, with little memory beyond them."""
+"""Exact class-wise thresholds in time linear in the number of scores, with little extra memory."""
 
 from __future__ import annotations
 
@@ -10,44 +10,43 @@ from torch import Tensor
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import DataError, listed
 
-# Scores in the copy of a block of columns, in which columns are contiguous: 512 MiB in float32. A class with more
-# scores is a block of its own.
+# Scores in the copy of a block of columns, which is contiguous by column: 512 MiB in float32. A class with more
+# scores is a block by itself.
 BLOCK = 2**27
-# Scores that are treated at a time otherwise: they and their temporaries fit the cache of a core.
+# Scores per chunk elsewhere: they and their temporaries fit in the cache of a core.
 STRIP = 2**15
 
 
 def class_thresholds(
     scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
 ) -> tuple[Tensor, Tensor]:
-    """Class-wise thresholds (CAT): the quantiles at which pseudo-labels take the labeled set's proportions.
+    """Computes class-wise thresholds (CAT): quantiles at which pseudo-labels have the labeled set's class proportions.
 
     Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
-    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score, ``tau_neg`` the
-    r_neg-th smallest. ``r_pos = 0`` gives ``tau_pos = +inf`` (no positives) and ``r_neg = 0`` gives
-    ``tau_neg = -inf``. Always ``tau_neg <= tau_pos``.
+    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score and ``tau_neg`` the r_neg-th
+    smallest. ``r_pos = 0`` sets ``tau_pos = +inf`` (no positives), and ``r_neg = 0`` sets ``tau_neg = -inf``.
+    ``tau_neg <= tau_pos`` always holds.
 
-    A rate is a count divided by a count, so the product may land a rounding error below a whole number
-    (0.29 * 100 = 28.999...). The product is therefore raised by four rounding steps of the rate's own type
-    before it is cut: pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` gives, to have the
-    counts exact.
+    A rate is a quotient of counts, so the product can be a rounding error below a whole number (0.29 * 100 =
+    28.999...). The product is therefore increased by four rounding steps of the rate's dtype before it is truncated.
+    Pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` returns, for exact counts.
 
-    Time is linear in ``n * C``. Memory beyond the scores is a block of columns (512 MiB, or one class where that is
-    more) on the CPU, and a few times that for the sort on an accelerator. A threshold whose eta is 0 costs no
-    selection on the CPU.
+    Time is linear in ``n * C``. On the CPU, extra memory is one block of columns (512 MiB, or one class if that is
+    larger); the sort on an accelerator needs a few times as much. On the CPU, a threshold with eta = 0 needs no
+    selection.
 
     Args:
         scores: ``(n, C)`` on any device; compared in float32.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labeled, in [0, 1].
-        eta_neg: share of the expected negatives that are labeled, in [0, 1].
+        eta_pos: fraction of the expected positives that are labeled, in [0, 1].
+        eta_neg: fraction of the expected negatives that are labeled, in [0, 1].
 
     Returns:
         ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
 
     Raises:
-        DataError: for scores that are not finite, an empty score matrix, or rates that do not fit it.
-        ConfigError: for an eta outside [0, 1].
+        DataError: If scores are not finite or empty, or the rates do not fit them.
+        ConfigError: If an eta is outside [0, 1].
     """
     check_etas(eta_pos, eta_neg)
     check_scores(scores)
@@ -62,28 +61,28 @@ def class_thresholds(
 
 
 def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tensor:
-    """``r_pos`` of :func:`class_thresholds`, int64 on the CPU: how many of n images get each class.
+    """Returns ``r_pos`` of :func:`class_thresholds`, int64 on the CPU: the number of positives per class.
 
     Args:
         n: Number of images.
         positive_rate: ``(C,)`` in [0, 1].
-        eta_pos: share of the expected positives that are labeled, in [0, 1].
+        eta_pos: fraction of the expected positives that are labeled, in [0, 1].
 
     Raises:
-        DataError: for rates outside [0, 1].
+        DataError: If a rate is outside [0, 1].
     """
     rate = _checked_rate(positive_rate, len(positive_rate))
     return _whole(eta_pos * rate * n, _slack(positive_rate)).clamp(max=n)
 
 
 def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Goes through scores a few rows at a time, so that temporaries stay small.
+    """Iterates over scores a few rows at a time, so that temporaries stay small.
 
     Args:
         scores: ``(n, C)``, any type.
 
     Yields:
-        The rows as a slice, and their scores in float32.
+        Slices of rows with their scores in float32.
     """
     n, num_classes = scores.shape
     step = max(1, STRIP // max(1, num_classes))
@@ -93,19 +92,19 @@ def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Refuses what is not a matrix of finite scores.
+    """Checks that scores are a matrix of finite values.
 
     Args:
         scores: ``(n, C)``.
 
     Raises:
-        DataError: for another shape, or scores that are not finite in float32, with their number a class.
+        DataError: If scores have another shape, or are not finite in float32; the message counts them per class.
     """
     if scores.ndim != 2:
         raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
     if scores.numel() == 0:
         return
-    # NaN and infinity show in the least or the greatest score; both come in one pass without a mask.
+    # NaN and infinity appear in the minimum or maximum; aminmax finds both in one pass without a mask.
     extremes = torch.stack([torch.stack(torch.aminmax(strip)) for _, strip in row_strips(scores)])
     if not extremes.isfinite().all():
         per_class = torch.stack([(~strip.isfinite()).sum(dim=0) for _, strip in row_strips(scores)]).sum(dim=0).cpu()
@@ -116,19 +115,19 @@ def check_scores(scores: Tensor) -> None:
 
 
 def check_etas(eta_pos: float, eta_neg: float) -> None:
-    """Refuses shares outside [0, 1].
+    """Checks that both fractions are in [0, 1].
 
     Raises:
-        ConfigError: for an eta outside [0, 1].
+        ConfigError: If an eta is outside [0, 1].
     """
     check_number("eta_pos", eta_pos, 0, 1)
     check_number("eta_neg", eta_neg, 0, 1)
 
 
 def _counts(n: int, num_classes: int, positive_rate: Tensor, eta_pos: float, eta_neg: float) -> tuple[Tensor, Tensor]:
-    """``r_pos`` and ``r_neg`` of :func:`class_thresholds`, int64 on the CPU; ``r_pos + r_neg <= n``."""
+    """Returns ``r_pos`` and ``r_neg`` of :func:`class_thresholds`, int64 on the CPU; ``r_pos + r_neg <= n``."""
     if n == 0:
-        raise DataError("class thresholds: there are no scores (n = 0), so there is no quantile to take")
+        raise DataError("class thresholds: there are no scores (n = 0)")
     rate = _checked_rate(positive_rate, num_classes)
     r_pos = positive_counts(n, positive_rate, eta_pos)
     return r_pos, torch.minimum(_whole(eta_neg * (1 - rate) * n, _slack(positive_rate)), n - r_pos)
@@ -139,18 +138,18 @@ def _slack(positive_rate: Tensor) -> float:
 
 
 def _whole(expected: Tensor, slack: float) -> Tensor:
-    """The expected count cut to a whole number, forgiving rounding errors of relative size ``slack``."""
+    """Truncates expected counts to whole numbers, allowing for rounding errors of relative size ``slack``."""
     return (expected * (1 + slack)).floor().long()
 
 
 def _checked_rate(positive_rate: Tensor, num_classes: int) -> Tensor:
     rate = positive_rate.detach().cpu().double()
     if rate.shape != (num_classes,):
-        raise DataError(f"class thresholds: {num_classes} classes need as many rates, got {tuple(rate.shape)}")
+        raise DataError(f"class thresholds: {num_classes} classes need one rate each, got {tuple(rate.shape)}")
     wrong = ~((rate >= 0) & (rate <= 1))
     if wrong.any():
         found = [f"class {k}: {float(rate[k])}" for k in wrong.nonzero()[:, 0].tolist()]
-        raise DataError(f"class thresholds: positive rates must lie in [0, 1]; {listed(found)}")
+        raise DataError(f"class thresholds: positive rates must be in [0, 1]; {listed(found)}")
     return rate
 
 
@@ -159,16 +158,16 @@ def _with_counts(per_class: Tensor) -> str:
 
 
 def _column_blocks(n: int, num_classes: int, size: int) -> Iterator[slice]:
-    """Slices of the classes with at most ``size`` scores in each, or one class."""
+    """Yields slices of the classes with at most ``size`` scores each, or with one class."""
     width = max(1, size // max(1, n))
     for start in range(0, num_classes, width):
         yield slice(start, start + width)
 
 
 def _columns(scores: Tensor, block: slice) -> Tensor:
-    """A float32 copy of some columns, ``(width, n)``.
+    """Returns a float32 copy of some columns, ``(width, n)``.
 
-    Transposed strip by strip: read column by column, each cache line would come from memory once for every column.
+    Transposed in chunks of rows: a pass column by column would load each cache line once per column.
     """
     columns = scores.detach()[:, block]
     n, width = columns.shape
@@ -180,9 +179,9 @@ def _columns(scores: Tensor, block: slice) -> Tensor:
 
 
 def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds by selection, for the CPU; changes the order within ``columns (width, n)``.
+    """Computes thresholds by selection, for the CPU; reorders ``columns (width, n)`` in place.
 
-    By NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on falling scores.
+    Uses NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on decreasing scores.
     """
     tau_pos = torch.full((len(columns),), torch.inf).float()
     tau_neg = torch.full_like(tau_pos, -torch.inf)
@@ -191,14 +190,14 @@ def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor,
             column.partition(bottom - 1)
             tau_neg[k] = float(column[bottom - 1])
         if top:
-            above = column[bottom:]  # the greater scores: mostly few, since a class is absent from most images
+            above = column[bottom:]  # the larger scores, usually few, since most images lack the class
             above.partition(len(above) - top)
             tau_pos[k] = float(above[-top])
     return tau_pos, tau_neg
 
 
 def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds by sorting, for accelerators: their radix sort is linear, and all classes go at once."""
+    """Computes thresholds by sorting, for accelerators: radix sort is linear and handles all classes at once."""
     ascending = columns.sort(dim=1).values
     n = columns.shape[1]
     r_pos, r_neg = r_pos.to(columns.device), r_neg.to(columns.device)
@@ -208,5 +207,5 @@ def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tens
 
 
 def _or_infinite(largest: Tensor, smallest: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected scores, infinite where none was asked for."""
+    """Returns the selected scores, or an infinity if the count is 0."""
     return largest.masked_fill(r_pos == 0, torch.inf), smallest.masked_fill(r_neg == 0, -torch.inf)

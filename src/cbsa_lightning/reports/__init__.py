@@ -1,1 +1,1 @@
-"""Figures and the page of a run."""
+"""Pictures and the report page of a run."""

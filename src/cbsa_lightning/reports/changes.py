@@ -1,4 +1,4 @@
-"""What has changed from an earlier run to a new one: average precision on the same images, and labels."""
+"""Changes from an earlier run to a new one: average precision on the same images, and labels."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Changes:
-    """Classes of both runs, in the order of the new run, those of the earlier run alone behind them.
+    """Classes of both runs, in the order of the new run, followed by those only in the earlier run.
 
     Attributes:
         class_names: The C classes.
-        before: ``(C,)`` average precision of the earlier run's model; NaN where it is not measured.
-        after: ``(C,)`` that of the new model, on the same images.
+        before: ``(C,)`` average precision of the earlier run's model; NaN if not measured.
+        after: ``(C,)`` average precision of the new model, on the same images.
         positives: ``(C,)`` positives among these images.
-        labeled: ``(C, 4)`` labeled positives before and now, and how many were added and removed; None where
-            the labels of the earlier run are not known.
-        num_images: Images that both models are measured on.
-        left_out: Images of the validation set that are left out, since the earlier run has trained on their labels.
+        labeled: ``(C, 4)`` labeled positives before and now, and the numbers added and removed; None if the labels of
+            the earlier run are unknown.
+        num_images: Number of images that both models are measured on.
+        left_out: Number of validation images that are skipped, since the earlier run has trained on their labels.
     """
 
     class_names: list[str]
@@ -59,7 +59,7 @@ class Changes:
 
     @property
     def measured(self) -> NDArray[np.bool_]:
-        """Which classes ``(C,)`` are measured before and after."""
+        """Mask ``(C,)`` of the classes that are measured before and after."""
         return ~(np.isnan(self.before) | np.isnan(self.after))
 
     @property
@@ -68,19 +68,19 @@ class Changes:
         return 100 * (self.after - self.before)
 
     def sentences(self) -> list[str]:
-        """What a person should know, a line each."""
+        """Describes the changes, one sentence per line."""
         told = [f"Measured on {self.num_images} validation images that neither run has trained on"]
         if self.left_out:
-            told[0] += f" ({self.left_out} are left out, since the earlier run has trained on their labels)"
+            told[0] += f" ({self.left_out} are skipped, since the earlier run has trained on their labels)"
         told[0] += "."
         found = self.measured
         if not found.any():
-            told.append(f"mAP is not measured: no class of both runs has {FEWEST_POSITIVES} positives among them.")
+            told.append(f"mAP is not measured: no class of both runs has {FEWEST_POSITIVES} positives.")
         else:
             before, after = 100 * self.before[found].mean(), 100 * self.after[found].mean()
             told.append(
                 f"mAP {before:.1f} before, {after:.1f} after, over the "
-                f"{found.sum()} of {len(found)} classes with {FEWEST_POSITIVES} or more positives among them."
+                f"{found.sum()} of {len(found)} classes with at least {FEWEST_POSITIVES} positives."
             )
             order = sorted(np.flatnonzero(found).tolist(), key=lambda k: -self.points[k])
             told += _most("Gained most", self, [k for k in order if self.points[k] > 0][:_SHOWN])
@@ -97,7 +97,7 @@ def _most(what: str, changes: Changes, rows: Sequence[int]) -> list[str]:
 
 
 def class_AP(logits: Tensor, targets: Tensor) -> Floats:
-    """Average precision of each class ``(C,)``; NaN for fewer than :data:`FEWEST_POSITIVES` positives.
+    """Computes the average precision of each class ``(C,)``; NaN for fewer than :data:`FEWEST_POSITIVES` positives.
 
     Args:
         logits: ``(n, C)``.
@@ -113,7 +113,7 @@ def class_AP(logits: Tensor, targets: Tensor) -> Floats:
 
 
 def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tensor:
-    """Columns ``(n, C)`` of ``values (n, len(of))`` for ``names``; NaN for names that ``of`` does not have."""
+    """Returns columns ``(n, C)`` of ``values (n, len(of))`` for ``names``; NaN for names that are not in ``of``."""
     place = {name: k for k, name in enumerate(of)}
     result = torch.full((len(values), len(names)), math.nan)
     common = [k for k, name in enumerate(names) if name in place]
@@ -122,10 +122,10 @@ def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tens
 
 
 def label_changes(names: Sequence[str], before: LabeledImages, now: LabeledImages) -> Counts:
-    """Labeled positives before and now, and how many were added and removed: ``(C, 4)`` for the classes ``names``.
+    """Returns labeled positives before and now, added and removed, ``(C, 4)`` for the classes ``names``.
 
-    An image is the same where its path in the table or its full path is. A positive is added where it was not one
-    before, also on an image that was not labeled then, and removed where it is none any more.
+    Images are matched by path in the table or full path. A positive is added if it was not one before (even on
+    an image that was unlabeled then), and removed if it is no longer one.
     """
     old, new = (in_order_of(names, torch.from_numpy(x.labels == 1).float(), x.class_names) for x in (before, now))
     old, new = old.nan_to_num().bool(), new.nan_to_num().bool()
@@ -140,10 +140,10 @@ def label_changes(names: Sequence[str], before: LabeledImages, now: LabeledImage
 
 
 def write_changes(path: Path, changes: Changes) -> None:
-    """Writes a row for each class; empty cells are not measured or not known.
+    """Writes one row per class; empty cells are not measured or unknown.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

@@ -1,7 +1,7 @@
 """Pictures of a run, as matplotlib figures: predictions, attention, contexts, curves, classes.
 
-No window system is needed. Right and wrong are told by a sign as well as by a color, and the colors are those of
-Okabe and Ito, which color-blind people can tell apart.
+Works without a display. Correct and wrong labels differ by a sign as well as by color; the colors of Okabe and Ito are
+distinguishable for color-blind people.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ History = Mapping[str, Mapping[int, float]]
 
 
 class _Mark(NamedTuple):
-    """One label of one image, as it is to be shown."""
+    """One label of one image, as displayed."""
 
     text: str
     color: str
@@ -48,19 +48,19 @@ def prediction_gallery(
     columns: int = 4,
     max_labels: int = 6,
 ) -> Figure:
-    """Images with their predicted and missed labels beneath.
+    """Draws images with their predicted and missed labels underneath.
 
     Args:
         images: ``(n, 3, S, S)`` uint8.
         truths: ``(n, C)`` in {1, 0, -1 unknown}.
         scores: ``(n, C)`` in [0, 1].
-        thresholds: ``(C,)``, score from which a label is given.
+        thresholds: ``(C,)``, decision threshold of each class.
         class_names: The C class names.
-        columns: Images in a row.
-        max_labels: Lines under an image; what is left over is counted.
+        columns: Images per row.
+        max_labels: Lines under an image; further labels are only counted.
 
     Raises:
-        DataError: No images.
+        DataError: If there are no images.
     """
     truths, scores, thresholds = np.asarray(truths), np.asarray(scores), np.asarray(thresholds)
     pictures = _as_arrays(images)
@@ -70,7 +70,7 @@ def prediction_gallery(
         if len(found) > max_labels:
             rest = len(found) - max_labels + 1
             found = [*found[: max_labels - 1], _Mark(f"… and {rest} more", GREY)]
-        marks.append(found or [_Mark("no label, and none predicted", GREY)])
+        marks.append(found or [_Mark("no label, none predicted", GREY)])
     columns = min(columns, len(pictures))
     rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
     side, gap, line, head = 2.2, 0.3, 0.18, 0.85
@@ -106,21 +106,21 @@ def attention_gallery(
     class_names: Sequence[str],
     max_labels: int = 4,
 ) -> Figure:
-    """Where the network looked for each label that it gave: one image a row, one label a column.
+    """Draws the attention map of each predicted label: one image per row, one label per column.
 
-    An image that was given no label shows the map of the class with the highest score.
+    An image without a predicted label shows the map of the class with the highest score.
 
     Args:
         images: ``(n, 3, S, S)`` uint8.
-        maps: ``(n, C, h, w)``, not negative; shown is what exceeds the map's mean, up to its peak.
+        maps: ``(n, C, h, w)``, non-negative; values from the map's mean to its peak are shown.
         truths: ``(n, C)`` in {1, 0, -1 unknown}.
         scores: ``(n, C)`` in [0, 1].
-        thresholds: ``(C,)``, score from which a label is given.
+        thresholds: ``(C,)``, decision threshold of each class.
         class_names: The C class names.
-        max_labels: Most labels an image; those with the highest scores are shown.
+        max_labels: Maximum number of labels per image; those with the highest scores are shown.
 
     Raises:
-        DataError: No images.
+        DataError: If there are no images.
     """
     truths, scores, thresholds = np.asarray(truths), np.asarray(scores), np.asarray(thresholds)
     maps, pictures = np.asarray(maps, dtype=np.float32), _as_arrays(images)
@@ -134,8 +134,8 @@ def attention_gallery(
     width = max(columns * (side + gap) + 0.6 - gap, 5.6)
     height = head + len(pictures) * (side + title + gap)
     figure = Figure(figsize=(width, height))
-    _heading(figure, "Where each label looked", height)
-    note = "✓ right  ✗ wrong  ? truth unknown  ○ below its threshold; bright: much attention"
+    _heading(figure, "Attention of each label", height)
+    note = "✓ right  ✗ wrong  ? truth unknown  ○ below its threshold; bright: high attention"
     figure.text(0.3 / width, 1 - 0.6 / height, note, color=GREY, size=9)
     for i, classes in enumerate(chosen):
         bottom = height - head - (i + 1) * (side + title + gap) + gap
@@ -152,11 +152,11 @@ def attention_gallery(
 
 
 def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) -> Figure:
-    """Co-occurrence of the classes, sorted by context, with each context framed and its classes listed.
+    """Draws the co-occurrence of the classes, sorted by context, with each context framed and its classes listed.
 
     Args:
-        S: ``(C, C)``, row k: share of the images with class k that show the column's class too. The diagonal is
-            left out.
+        S: ``(C, C)``, row k: fraction of the images with class k that also show the column's class. The diagonal is
+            ignored.
         partition: ``(C,)`` context of each class.
         class_names: The C class names.
     """
@@ -168,7 +168,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     color = {k: CONTEXT_COLOURS[i % len(CONTEXT_COLOURS)] for i, k in enumerate(ids)}
     classes = len(order)
     cell = float(np.clip(6.5 / classes, min(0.15, 14 / classes), 0.5))
-    named = cell >= 0.11  # smaller names could not be read
+    named = cell >= 0.11  # smaller names would be illegible
     size, font = cell * classes, min(cell * 72 * 0.72, 9.0)
     longest = max(len(_short(name, 20)) for name in class_names)
     margin = 0.25 + (longest * font * 0.0088 if named else 0.0)
@@ -179,7 +179,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     width, height = margin + size + 0.45 + panel, head + max(size + margin, needed + 1.0) + 0.15
     figure = Figure(figsize=(width, height))
     _heading(figure, f"{len(ids)} contexts of {classes} classes", height)
-    subtitle = "Share of the images with the row's class that also show the column's class"
+    subtitle = "Fraction of the images with the row's class that also show the column's class"
     figure.text(0.3 / width, 1 - 0.6 / height, subtitle, color=GREY, size=9)
     axes = figure.add_axes((margin / width, 1 - (head + size) / height, size / width, size / height))
     cmap = colormaps["Greys"].with_extremes(bad="#FFFFFF")
@@ -260,27 +260,27 @@ _PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
 
 
 def training_curves(history: History | str | os.PathLike[str], warmup_epochs: int = 0) -> Figure:
-    """Validation mAP, what label-specific features add to it, quality of the pseudo-labels, and losses over the epochs.
+    """Plots validation mAP, the gain of label-specific features, pseudo-label quality, and losses over the epochs.
 
-    Panels without values are left out.
+    Panels without values are omitted.
 
     Args:
         history: Values by metric and epoch, or the ``metrics.csv`` of a Lightning ``CSVLogger``.
-        warmup_epochs: Where the epochs with unlabeled images begin; marked where it lies within the run.
+        warmup_epochs: First epoch with unlabeled images; marked if it is within the run.
 
     Raises:
-        DataError: None of the metrics is there.
+        DataError: If there is none of the metrics.
     """
     values = read_history(history) if isinstance(history, (str, os.PathLike)) else history
     panels = [panel for panel in _PANELS if any(values.get(curve.metric) for curve in panel[2])]
     if not panels:
-        raise DataError("There is no curve to draw: the history has no val/mAP, pseudo/... or train/loss_... value.")
+        raise DataError("The history has no curve to draw: no val/mAP, pseudo/... or train/loss_... value.")
     figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
     figure.suptitle("Training", x=0.01, ha="left", size=14, weight="bold")
     for axes, (title, percent, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         for metric, name, color, style in curves:
             points = sorted(values.get(metric, {}).items())
-            if metric == "train/loss_unsup":  # before, it is 0 since there are no such images
+            if metric == "train/loss_unsup":  # 0 in the warm-up, without unlabeled images
                 points = [(epoch, value) for epoch, value in points if epoch >= warmup_epochs]
             if not points:
                 continue
@@ -300,10 +300,10 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
 
 
 def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
-    """Values by metric and epoch from the ``metrics.csv`` of a Lightning ``CSVLogger``; the last of an epoch counts.
+    """Reads values by metric and epoch (the last in each) from the ``metrics.csv`` of a Lightning ``CSVLogger``.
 
     Raises:
-        DataError: The file is missing or has no epochs.
+        DataError: If the file is missing or has no epochs.
     """
     try:
         with Path(file).open(newline="", encoding="utf-8") as lines:
@@ -311,7 +311,7 @@ def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}.") from error
     if not rows or "epoch" not in rows[0]:
-        raise DataError(f"{file} has no column 'epoch'; give the metrics.csv of a CSVLogger.")
+        raise DataError(f"{file} has no column 'epoch'; use the metrics.csv of a CSVLogger.")
     history: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, text in row.items():
@@ -321,12 +321,12 @@ def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
 
 
 def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) -> Figure:
-    """Average precision of every class, best first; classes without a positive image stand last.
+    """Plots the average precision of every class, best first; classes without a positive image are last.
 
     Args:
-        AP: ``(C,)`` in [0, 1]; NaN where there is none.
+        AP: ``(C,)`` in [0, 1]; NaN if undefined.
         class_names: The C class names.
-        column: Most bars above each other; more classes make more columns.
+        column: Maximum number of bars per column; more classes need more columns.
     """
     values = 100 * np.asarray(AP, dtype=np.float64)
     order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
@@ -346,7 +346,7 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
             text = "no positive image" if missing else f"{values[k]:.1f}"
             color = GREY if missing else DARK
             label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=color)
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # over the line of the mean
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # drawn over the line of the mean
         axes.set_yticks(range(len(some)), [_short(class_names[k], 24) for k in some], fontsize=8.5, parse_math=False)
         axes.set(xlim=(0, 112), ylim=(tall - 0.4, -0.6), xticks=[0, 25, 50, 75, 100])
         if len(known):
@@ -362,7 +362,7 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
 def _marks(
     scores: NDArray[Any], truths: NDArray[Any], thresholds: NDArray[Any], class_names: Sequence[str]
 ) -> list[_Mark]:
-    """Predicted labels, highest score first, then missed ones."""
+    """Returns predicted labels, highest score first, then missed ones."""
     given = scores >= thresholds
     order = np.argsort(-scores, kind="stable")
     shown = [k for k in order if given[k]] + [k for k in order if truths[k] == 1 and not given[k]]
@@ -382,9 +382,9 @@ def _short(name: str, limit: int) -> str:
 
 
 def _as_arrays(images: Tensor) -> NDArray[np.uint8]:
-    """Images ``(n, S, S, 3)`` of views ``(n, 3, S, S)``."""
+    """Converts views ``(n, 3, S, S)`` to images ``(n, S, S, 3)``."""
     if not len(images):
-        raise DataError("There is no image to show.")
+        raise DataError("There are no images to show.")
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -396,11 +396,12 @@ def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None
     else:
         gray = image.astype(np.float32).mean(axis=2)
         axes.imshow(gray, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
-        # Above an even spread; a map without a clear peak stays faint instead of being blown up to full strength.
+        # Relative to uniform attention; a map without a clear peak stays faint instead of being scaled to full
+        # strength.
         excess = np.maximum(heat / max(float(heat.mean()), 1e-12) - 1, 0)
         strength = excess / max(float(excess.max()), 2.0)
         layer = colormaps["inferno"](0.25 + 0.75 * strength)
-        layer[..., 3] = 0.85 * np.sqrt(strength)  # what got no attention stays as it is
+        layer[..., 3] = 0.85 * np.sqrt(strength)  # places without attention stay unchanged
         axes.imshow(layer, extent=extent, interpolation="bilinear")
     axes.set_axis_off()
 

@@ -12,13 +12,13 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from cbsa_lightning.reports.pictures import CONTEXT_COLOURS, DARK
 
 LOWEST = 5
-"""Classes that the picture shows beside the mean."""
+"""Number of classes in the picture in addition to the mean."""
 _GRID = np.linspace(0, 1, 101)
 _COLOURS = CONTEXT_COLOURS[:LOWEST]
 
 
 def average_precisions(scores: ArrayLike, truths: ArrayLike) -> NDArray[np.float64]:
-    """Average precision ``(C,)`` of each class over its known entries; NaN for a class without positives.
+    """Computes the average precision ``(C,)`` of each class over its known entries; NaN without positives.
 
     Args:
         scores: ``(n, C)``.
@@ -33,9 +33,9 @@ def average_precisions(scores: ArrayLike, truths: ArrayLike) -> NDArray[np.float
 
 
 def precision_recall_curves(scores: ArrayLike, truths: ArrayLike, class_names: Sequence[str]) -> Figure:
-    """Precision against recall when the threshold moves from high to low.
+    """Plots precision against recall over all thresholds.
 
-    The mean is over the precision that each class reaches at that recall or a higher one.
+    The mean averages the best precision of each class at that recall or a higher one.
 
     Args:
         scores: ``(n, C)`` in [0, 1].
@@ -51,13 +51,13 @@ def precision_recall_curves(scores: ArrayLike, truths: ArrayLike, class_names: S
     for k in np.flatnonzero(~np.isnan(values)):
         known = truths[:, k] >= 0
         precision, recall, _ = precision_recall_curve(truths[known, k], scores[known, k])
-        best = np.maximum.accumulate(precision)  # recall falls along the arrays
+        best = np.maximum.accumulate(precision)  # recall decreases along the arrays
         total += best[::-1][np.searchsorted(recall[::-1], _GRID)]
         if k in lowest:
             shown[int(k)] = (recall, precision)
     for k, color in zip(lowest.tolist(), _COLOURS, strict=False):
         name = class_names[k] if len(class_names[k]) <= 30 else f"{class_names[k][:29]}…"
-        # The name comes last, since matplotlib leaves out labels with a leading underscore.
+        # The name comes last, since matplotlib hides labels with a leading underscore.
         label = f"AP {100 * values[k]:.0f} %: {name}"
         axes.step(*shown[k], where="post", color=color, linewidth=1, label=label)
     if len(lowest):

@@ -1,4 +1,4 @@
-"""Reliability diagram: whether scores are probabilities."""
+"""Reliability diagram: shows whether scores are calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from numpy.typing import ArrayLike
 from cbsa_lightning.reports.pictures import BLUE, GREY
 
 BINS = 15
-"""Equal bins of the score, as many as the expected calibration error has (``val/ECE``)."""
+"""Number of equal score bins, the same as in the expected calibration error (``val/ECE``)."""
 
 
 def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
-    """Share of positives against score, over all classes, and how many entries have such a score.
+    """Plots the fraction of positives against the score over all classes, with the number of entries per score.
 
     Args:
         scores: ``(n, C)`` in [0, 1].
-        truths: ``(n, C)`` in {1, 0, -1 unknown}; unknown entries are left out.
+        truths: ``(n, C)`` in {1, 0, -1 unknown}; unknown entries are ignored.
     """
     known = np.asarray(truths) >= 0
     score, positive = np.asarray(scores)[known], np.asarray(truths)[known] == 1
@@ -46,7 +46,7 @@ def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
     )
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="fraction of positives")
     above.set_title(f"Expected calibration error {error:.3f}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # covers no curve
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # does not cover a curve
     below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, color=BLUE, alpha=0.6)
     below.set_yscale("log")
     below.set(xlabel="score", ylabel="entries")

@@ -1,1 +1,1 @@
-"""The training loop, ready modules, schedules, and comparisons of trained models."""
+"""The training loop, modules, schedules, and comparisons of trained models."""

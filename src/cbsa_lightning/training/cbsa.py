@@ -1,4 +1,4 @@
-"""CBSAModule: the paper's method, ready to import."""
+"""CBSAModule: the paper's method with its defaults."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from cbsa_lightning.training.schedules import SchedulerCallable
 class CBSAModule(SSMLLModule):
     """Context-based semantic-aware alignment, with the paper's settings as defaults.
 
-    Where the paper is silent or contradicts itself, the default and its reason stand in ``docs/choices.md``.
+    If the paper is silent or contradicts itself, ``docs/choices.md`` lists the default and its reason.
 
     Args:
         class_names: The C class names.
-        prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
+        prompt_names: Class names in prompts; None: ``class_names`` with "_" replaced by a space.
         contexts: Options of context identification.
-        labeler: Makes pseudo-labels; None: CAT. ``StackedProbes()`` makes safer ones where labels are few,
-            ``LabeledOnly()`` trains on the labels alone.
+        labeler: Computes pseudo-labels; None: CAT. ``StackedProbes()`` is more robust with few labels,
+            ``LabeledOnly()`` trains on labeled images only.
         loss: Element-wise loss; None: ASL(0, 4, 0.05).
         warmup_epochs: Epochs on labeled images only.
         unsup_weight: Factor of the loss on pseudo-labels.
-        ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers; None: it looks back over
-            a seventh of the second stage's steps, about as 0.9997 does in the paper's VOC runs.
-        average: Makes that average from the network and the decay.
-        optimizer: Makes the optimizer from parameter groups.
-        scheduler: Makes the schedule of a stage; None: one cycle.
-        max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
-        stack_share: Share of the labeler's stack in the final scores; above 0 it needs ``StackedProbes()``.
+        ema_decay: Decay of the weight average behind pseudo-labels and reported metrics; None: averages over a seventh
+            of the second stage's steps, similar to 0.9997 in the paper's VOC runs.
+        average: Builds that average from the network and the decay.
+        optimizer: Builds the optimizer from parameter groups.
+        scheduler: Builds the schedule of a stage; None: one-cycle.
+        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite; 0 stops at
+            the first.
+        stack_share: Weight of the labeler's stack in the final scores; a value above 0 needs ``StackedProbes()``.
         objective: Chooses the decision thresholds; None: ``Share()``.
         **network: Settings of :class:`~cbsa_lightning.networks.cbsa.CBSANetwork`, such as ``clip`` and
             ``num_contexts``.
 
     Raises:
-        ConfigError: If settings do not fit each other or the towers.
+        ConfigError: If settings are inconsistent with each other or the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -84,19 +85,20 @@ class CBSAModule(SSMLLModule):
             stack_share=stack_share,
             objective=objective,
         )
-        # A checkpoint holds plain types only, so that it loads without running code; it only names an own decoder.
-        # Defaults go in, so that the checkpoint describes the same network if they change.
+        # Objects are excluded: a checkpoint contains only plain types, so that it loads without running code; it only
+        # names a custom decoder. Defaults are included, so that a checkpoint still describes the same network if they
+        # change.
         plain = {name: repr(value) if callable(value) else value for name, value in network.items()}
         self.save_hyperparameters(SETTINGS | plain)
 
 
 def _whole_signature() -> inspect.Signature:
-    """The constructor's parameters, with the network's settings in the place of ``**network``."""
+    """Returns the constructor's signature with the network's settings in place of ``**network``."""
     *own, _ = inspect.signature(CBSAModule).parameters.values()
     of_network = inspect.signature(CBSANetwork).parameters
     settings = [of_network[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in SETTINGS]
     return inspect.Signature([*own, *settings])
 
 
-# What `help` shows, and what hints on misspelled settings are taken from.
+# Used by `help`, and for hints on misspelled settings.
 CBSAModule.__signature__ = _whole_signature()  # type: ignore[attr-defined]

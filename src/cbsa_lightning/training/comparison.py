@@ -1,4 +1,4 @@
-"""What a run brought, beside what its user could have had instead: zero-shot CLIP, probes, training on labels alone."""
+"""Compares a run with zero-shot CLIP, probes, and training on labeled images only."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ def compare(
     settings: dict[str, Any],
     baselines: Mapping[str, float],
 ) -> dict[str, float]:
-    """Trains the labeled-only twin of a finished run and sets its mAP beside those of the baselines and of the run.
+    """Trains a labeled-only version of a finished run, and compares its mAP with those of the baselines and of the run.
 
-    The twin starts from the same weights, with the same stages, schedule and number of steps; only its second stage
-    uses labeled images alone. Each number is the last epoch's average of weights, on the validation images.
+    The labeled-only version starts from the same weights, with the same stages, schedule and number of steps; its
+    second stage uses labeled images only. Each mAP is that of the averaged weights after the last epoch, on the
+    validation images.
 
     Args:
-        trainer: The finished run's.
-        data: The finished run's.
-        untrained: The run's module as it was before training.
+        trainer: The Trainer of the finished run.
+        data: The data module of the finished run.
+        untrained: The run's module before training.
         settings: Arguments of the finished run's Trainer.
-        baselines: mAP (0 to 1) of further classifiers; see
+        baselines: mAP (0 to 1) of other classifiers; see
             :class:`~cbsa_lightning.callbacks.baselines.MeasureBaselines`.
 
     Returns:
-        mAP (0 to 1) of the baselines, "labeled only", where scores are fused with a stack "network alone", and
-        "semi-supervised"; also written to ``comparison.csv`` in the run's folder and logged as ``compare/...``.
+        mAP (0 to 1) of the baselines, "labeled only", "network alone" if scores are fused with a stack, and
+        "semi-supervised". Also written to ``comparison.csv`` in the run's folder, and logged as ``compare/...``.
     """
     folder = folder_of(trainer)
     if folder is None:
-        raise ConfigError("There is nothing to compare in a fast_dev_run.")
+        raise ConfigError("A fast_dev_run has no result to compare.")
     results = dict(baselines)
     own = {
         "callbacks": [],
@@ -91,8 +92,8 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     console = Console()
     console.print(table)
     gain = 100 * (results["semi-supervised"] - results["labeled only"])
-    console.print(f"Against training on the labels alone: {gain:+.1f} points. Everything of this run is in {folder}.")
+    console.print(f"Gain over training on labels only: {gain:+.1f} points. All files of this run are in {folder}.")
     best = max(results, key=lambda name: results[name])
     if best != "semi-supervised":
         lost = 100 * (results[best] - results["semi-supervised"])
-        console.print(f"The best row is {best!r}, {lost:.1f} points above this run's model.")
+        console.print(f"The best row is {best!r}, {lost:.1f} points above the model of this run.")

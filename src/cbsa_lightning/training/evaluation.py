@@ -1,4 +1,4 @@
-"""Validation, test and prediction: scores of the averaged weights, and the figures that are logged of them."""
+"""Validation, test and prediction: scores of the averaged weights, and the logged metrics."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Stage = Literal["warm-up", "semi-supervised", "labeled-only"]
 
 
 class Evaluation(FinalScores, L.LightningModule):
-    """Passes without gradient of a module that holds ``network`` and its average ``ema``.
+    """Evaluation passes of a module with ``network`` and its weight average ``ema``.
 
-    Prompts are encoded once a pass. Each pass measures the averaged weights, validation the raw ones as well.
+    Prompts are encoded once per pass. Each pass evaluates the averaged weights; validation also evaluates the raw
+    weights.
     """
 
     network: Network
@@ -37,25 +38,25 @@ class Evaluation(FinalScores, L.LightningModule):
 
     @property
     def stage(self) -> Stage:
-        """What the present epoch trains on."""
+        """Which images the current epoch trains on."""
         raise NotImplementedError
 
     def prepare_evaluation(self) -> None:
-        """Makes the metrics; the module calls it when its network is there."""
+        """Creates the metrics; the module calls it once its network exists."""
         reports = {k: MultilabelReport(len(self.class_names)) for k in ("ema", "raw", "fused", "test")}
         self.metrics = nn.ModuleDict(reports)
         self.specificity = Specificity(len(self.class_names)) if self.network.has_label_features else None
         self._text: dict[str, Any] = {}
 
     def features_of(self, batch: TrainBatch | EvalBatch) -> Tensor:
-        """Frozen features ``(B, ...)`` of a batch: computed from its images, unless it brings them from a cache."""
-        features: Tensor | None = getattr(batch, "features", None)  # a data module of one's own may know of none
+        """Returns the frozen features ``(B, ...)`` of a batch, from its cache or computed from its images."""
+        features: Tensor | None = getattr(batch, "features", None)  # a custom data module may have none
         if features is not None:
             return features
         return self.network.features(cast(Tensor, batch.images))
 
     def cache_text(self) -> None:
-        """Encodes the prompts once, for the passes without gradient that follow; see :meth:`score`."""
+        """Encodes the prompts once for the following passes without gradient; see :meth:`score`."""
         with torch.no_grad():
             self._text = {"raw": self.network.encode_text()}
             with self.ema.applied_to(self.network):
@@ -63,7 +64,7 @@ class Evaluation(FinalScores, L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A pass without gradient during training: evaluation mode, and prompts encoded once."""
+        """Runs a pass without gradient during training, in evaluation mode and with prompts encoded once."""
         training = self.training
         self.eval()
         self.cache_text()
@@ -74,7 +75,7 @@ class Evaluation(FinalScores, L.LightningModule):
             self.train(training)
 
     def score(self, features: Tensor, weights: Literal["ema", "raw"] = "ema", **options: Any) -> NetworkOutput:
-        """Output of the averaged or the raw weights on frozen features, text taken from the cache if there is one."""
+        """Computes the output of the averaged or raw weights on frozen features; uses cached text if available."""
         with torch.no_grad():
             if weights == "raw":
                 return cast(NetworkOutput, self.network(features, self._text.get("raw"), **options))
@@ -82,11 +83,11 @@ class Evaluation(FinalScores, L.LightningModule):
                 return cast(NetworkOutput, self.network(features, self._text.get("ema"), **options))
 
     def on_validation_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
+        """Encodes the prompts once per pass."""
         self.cache_text()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """One pass of the frozen tower serves both the averaged and the raw weights."""
+        """Scores a batch with the averaged and the raw weights in one pass of the frozen tower."""
         features = self.features_of(batch)
         for weights in ("ema", "raw"):
             output = self.score(features, weights)
@@ -104,7 +105,7 @@ class Evaluation(FinalScores, L.LightningModule):
             return self.network.mean_feature_logits(label_features, self._text.get("ema"))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw ones beside it."""
+        """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw weights."""
         if self.trainer.state.fn == "fit" and self.stage != "semi-supervised" and self.tells_limits:
             self._decide_by_validated(self._report("ema").gathered()[0])
         report = self._computed("ema")
@@ -123,38 +124,38 @@ class Evaluation(FinalScores, L.LightningModule):
         self._end_pass("ema", "raw", "fused")
 
     def on_test_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
+        """Encodes the prompts once per pass."""
         self.cache_text()
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        """As validation, with the averaged weights only."""
+        """Scores a batch with the averaged weights."""
         logits = self.final_logits(self.features_of(batch))
         self._refuse(logits, batch, "Test scores")
         self._report("test").update(logits, batch.targets)
 
     def on_test_epoch_end(self) -> None:
-        """Logs as validation does, under ``test/``."""
+        """Logs the same metrics as validation, under ``test/``."""
         self._log_report("test", self._computed("test"))
         self._end_pass("test")
 
     def on_predict_epoch_start(self) -> None:
-        """Prompts do not change within a pass."""
+        """Encodes the prompts once per pass."""
         self.cache_text()
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Any]:
-        """Gives ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool, and ``unread`` of the batch."""
+        """Returns ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool, and ``unread`` of the batch."""
         scores = self(batch.images)
         self._refuse(scores, batch, "Scores", "predict_table")
         labels = scores >= self.decision_thresholds()
-        # A data module of one's own may know of no images that cannot be read.
+        # A custom data module may not report unreadable images.
         return {"index": batch.index, "scores": scores, "labels": labels, "unread": getattr(batch, "unread", ())}
 
     def on_predict_epoch_end(self) -> None:
-        """Prompts may change again."""
+        """Clears the encoded prompts."""
         self._end_pass()
 
     def _decide_by_validated(self, logits: Tensor) -> None:
-        """Where no unlabeled image is scored, the scores of the validated ones set the thresholds, without labels."""
+        """Sets thresholds from scores (not labels) of the validation images, if no unlabeled images are scored."""
         if len(logits) and not bool(self.positive_rate.isnan().any()):
             self._give_shares(logits, self.positive_rate)
 
@@ -162,14 +163,14 @@ class Evaluation(FinalScores, L.LightningModule):
         return cast(MultilabelReport, self.metrics[name])
 
     def _computed(self, name: str) -> dict[str, Any]:
-        """A report at the decision thresholds."""
+        """Computes a report at the decision thresholds."""
         self._report(name).thresholds = self.decision_thresholds()
         return self._report(name).compute()
 
     def _log_report(self, prefix: str, report: dict[str, Any]) -> None:
         self.log(f"{prefix}/mAP", report["mAP"], prog_bar=True)
         self.log_dict({f"{prefix}/{key}": report[key] for key in REPORTED})
-        per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # of one class: a number
+        per_class = zip(self.class_names, report["AP"].reshape(-1).tolist(), strict=True)  # a scalar for one class
         self.log_dict({f"{prefix}/AP/{name}": value for name, value in per_class})
 
     def _end_pass(self, *reports: str) -> None:
@@ -178,7 +179,7 @@ class Evaluation(FinalScores, L.LightningModule):
         self._text = {}
 
     def _refuse(self, scores: Tensor, batch: EvalBatch, what: str, table: str = "") -> None:
-        """Refuses scores that are not finite, naming images of a table that the data module can give."""
+        """Raises if scores are not finite; names the images if the data module has a table of them."""
 
         def name_of(row: int) -> str:
             find = getattr(getattr(self.trainer, "datamodule", None), table, lambda: None)

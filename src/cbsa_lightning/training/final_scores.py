@@ -1,4 +1,4 @@
-"""Final scores of a module: its network alone, or fused with the labeler's stack, and the decision thresholds."""
+"""Final scores of a module, from its network or fused with the labeler's stack, and the decision thresholds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from cbsa_lightning.networks.prompted import Describer, PromptedCLIP
 
 
 class FinalScores(nn.Module):
-    """Mix-in of a LightningModule whose ``score`` gives the logits of its averaged weights.
+    """Mix-in for a LightningModule whose ``score`` returns the logits of its averaged weights.
 
     Attributes:
         cut: ``(C,)`` decision thresholds, NaN until they are set.
-        fusion: What combines the network with the stack, fitted when training starts; None without a stack.
-        expected: ``(C, 6)``, what to expect of the thresholds; see :class:`~cbsa_lightning.method.decisions.Decisions`.
-        left_out: ``(m, C)`` probabilities of the labeled images, each by probes that were not fitted to it.
+        fusion: Combines the network with the stack; fitted when training starts. None without a stack.
+        expected: ``(C, 6)``, expected precision and recall at the thresholds; see
+            :class:`~cbsa_lightning.method.decisions.Decisions`.
+        left_out: ``(m, C)`` out-of-fold probabilities of the labeled images.
     """
 
     network: Any
@@ -42,33 +43,33 @@ class FinalScores(nn.Module):
     _describer: tuple[Describer, ...]
 
     def prepare_scores(self, stack_share: float, objective: Objective | None) -> None:
-        """Checks the settings and makes the state; the module calls it when its network and labeler are there.
+        """Checks the settings and creates the state; the module calls it once its network and labeler exist.
 
         Raises:
-            ConfigError: The network, the labeler or the objective does not fit a stack's share.
+            ConfigError: If the network, the labeler or the objective does not fit ``stack_share``.
         """
         check_number("stack_share", stack_share, 0, 1)
         check_kind("objective", objective, Objective, "an object such as Precision(0.9)")
         if not stack_share and objective is not None and not isinstance(objective, Share):
             raise ConfigError(
-                f"objective {type(objective).__name__} needs probabilities: set stack_share to 0.5, and labeler to "
-                "StackedProbes(). Share() does without."
+                f"objective {type(objective).__name__} needs probabilities. Set stack_share to 0.5 and labeler to "
+                "StackedProbes(). Share() does not need them."
             )
         if stack_share and not isinstance(self.labeler, StackLabeler):
-            raise ConfigError("stack_share is that of the labeler's stack: set labeler to StackedProbes().")
+            raise ConfigError("stack_share needs a labeler with a stack. Set labeler to StackedProbes().")
         if stack_share and not isinstance(self.network, PromptedCLIP):
             raise ConfigError(
                 f"stack_share needs a network with frozen CLIP towers, not {type(self.network).__name__}."
             )
         self.stack_share = stack_share
         self.objective = objective if objective is not None else Share()
-        # In a tuple, since it is no part of the state: the towers as they were loaded give it again.
+        # In a tuple to keep it out of the state dict: it is rebuilt from the towers as loaded.
         self._describer = (self.network.describer(keep=True),) if stack_share else ()
         self.register_buffer("cut", torch.full((len(self.class_names),), torch.nan).float())
         self.fusion = self.expected = self.left_out = None
 
     def label_once(self, evidence: Evidence) -> Tensor:
-        """Labels of an evidence labeler; keeps the stack behind them where final scores are fused with it."""
+        """Returns the labels of an evidence labeler; keeps its stack if final scores are fused with it."""
         if not self._describer or len(evidence.labeled) == len(evidence.descriptors[0]):
             return cast(EvidenceLabeler, self.labeler)(evidence)
         stack = cast(StackLabeler, self.labeler).fit(evidence)
@@ -78,18 +79,18 @@ class FinalScores(nn.Module):
         return soft_labels(stack, evidence)
 
     def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
-        """Sets the decision thresholds, and the scale on which logits are fused.
+        """Sets the decision thresholds, and the scale for fusing logits.
 
         Args:
-            logits: ``(n, C)``, the network's, of the unlabeled images.
-            rows: ``(n,)``, their rows in the train table.
-            rates: ``(C,)``, share of positives among the labeled images.
+            logits: ``(n, C)``, the network's logits of the unlabeled images.
+            rows: ``(n,)``, rows of the images in the train table.
+            rates: ``(C,)``, fraction of positives among the labeled images.
         """
         if self.fusion is None:
             self._give_shares(logits, rates)
             return
         self.fusion = self.fusion.to(logits.device).adapted(logits)
-        # The soft pseudo-labels are the stack's probabilities; -1 where it knows nothing of a class.
+        # The soft pseudo-labels are the stack's probabilities, or -1 for a class without known labels.
         soft = cast(Tensor, self.pseudo_labels)[rows].float()
         stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
         averaged = self.fusion.averaged(logits, stack).cpu().numpy()
@@ -99,28 +100,28 @@ class FinalScores(nn.Module):
         self.expected = torch.from_numpy(found.expected).float()
 
     def final_logits(self, features: Tensor) -> Tensor:
-        """Logits ``(B, C)`` behind predictions: those of the averaged weights, fused with the stack's if asked for."""
+        """Returns the logits ``(B, C)`` of predictions, by the averaged weights and the stack, if there is one."""
         return self.fused_logits(features, self.score(features).logits)
 
     def fused_logits(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Final logits ``(B, C)`` from frozen features and the network's logits of them."""
+        """Returns final logits ``(B, C)`` from frozen features and the network's logits of these features."""
         if self.fusion is None or not self.fusion.ready:
             return logits
-        self.fusion = self.fusion.to(features.device)  # from a checkpoint it comes on the CPU
+        self.fusion = self.fusion.to(features.device)  # a checkpoint loads it on the CPU
         describe = self._describer[0].to(features.device)
         return self.fusion.fused(logits, self.fusion.stack_logits(describe(features)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
+        """Returns probabilities ``(B, C)`` of uint8 images ``(B, 3, S, S)``; see :meth:`final_logits`."""
         return self.final_logits(self.network.features(images)).float().sigmoid()
 
     def decision_thresholds(self) -> Tensor:
-        """Score from which a label is given, ``(C,)``; see :meth:`set_decisions`.
+        """Returns the decision thresholds ``(C,)``; see :meth:`set_decisions`.
 
-        0.5 where no thresholds were ever set, as after training without validation on labeled images alone.
+        They are 0.5 if never set, as after training without validation on labeled images only.
         """
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
     def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
-        """Sets the thresholds that give each class its labeled share of the images behind ``logits (n, C)``."""
+        """Sets thresholds that give each class its labeled fraction of the images in ``logits (n, C)``."""
         self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])

@@ -1,4 +1,4 @@
-"""Whether the unlabeled images help: estimated from the labeled images alone, by cross-fitting."""
+"""Estimates by cross-validation on the labeled images whether the unlabeled images help."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run estimates the gain"."""
+"""How often the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
 LEAST = 3
-"""Labeled positives that a class needs, so that its average precision says anything."""
+"""Number of labeled positives that a class needs for a meaningful average precision."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
-    """What the unlabeled images are estimated to bring, in points of average precision (0 to 100).
+    """Estimated gain from the unlabeled images, in points of average precision (0 to 100).
 
     Attributes:
         class_names: the C classes.
-        positives: ``(C,)``, labeled positives of each.
-        by_class: ``(C, 3)``: estimate, lower and upper end of the range over draws of the images; NaN for a class with
-            too few positives.
-        overall: ``(3,)``, the same for the mean over the other classes.
-        images: labeled images it rests on.
-        trained_on: labeled images that the networks learned from each time; the others were held out.
+        positives: ``(C,)``, labeled positives per class.
+        by_class: ``(C, 3)``: estimate, lower and upper end of the bootstrap interval; NaN for a class with too few
+            positives.
+        overall: ``(3,)``, the same for the mean over the remaining classes.
+        images: number of labeled images behind the estimate.
+        trained_on: number of labeled images in each training fold.
     """
 
     class_names: Sequence[str]
@@ -55,27 +55,27 @@ class Gain:
 
     @property
     def hurts(self) -> bool:
-        """Whether training on the labeled images alone is estimated to be better."""
+        """Whether training on labeled images only is estimated to be better."""
         return bool(self.overall[0] < 0)
 
     def sentence(self) -> str:
-        """What to tell the user."""
+        """Returns the estimate as a sentence for the user."""
         estimate, low, high = self.overall
         if low > 0:
             verdict = "The unlabeled images help"
         elif high < 0:
-            verdict = "The unlabeled images do harm"
+            verdict = "The unlabeled images hurt"
         else:
-            verdict = f"{self.images} labeled images do not tell for sure whether the unlabeled ones help"
+            verdict = f"{self.images} labeled images are too few to tell whether the unlabeled images help"
         counted = int(np.isfinite(self.by_class[:, 0]).sum())
         return (
-            f"{verdict}: {estimate:+.1f} points of mAP on labeled images held out in turn, with {self.trained_on} of "
-            f"{self.images} to learn from; mean of {counted} of {len(self.class_names)} classes. {LEVEL:.0%} of the "
-            f"draws of these images give {low:+.1f} to {high:+.1f}; the true gain lay in such a range in {HELD}."
+            f"{verdict}: {estimate:+.1f} points of mAP in cross-validation, training on {self.trained_on} of "
+            f"{self.images} labeled images; mean of {counted} of {len(self.class_names)} classes. {LEVEL:.0%} "
+            f"bootstrap interval: {low:+.1f} to {high:+.1f}; such intervals contained the true gain in {HELD}."
         )
 
     def save(self, folder: Path) -> None:
-        """Writes ``gain.csv``, one row a class, and ``gain.png``."""
+        """Writes ``gain.csv``, one row per class, and ``gain.png``."""
         with replacing(folder / "gain.csv") as draft, draft.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "labeled_positives", "gain", "low", "high"])
@@ -100,26 +100,26 @@ class Gain:
         axes.scatter(rows[:, 0], places, color=colors, s=[60, *[25] * len(told)], zorder=3)
         axes.set_yticks(places, ["mean", *names])
         axes.axvline(0, color="gray", linewidth=0.8)
-        axes.set_xlabel(f"points of average precision that the unlabeled images bring, {LEVEL:.0%} of draws")
-        axes.set_title(f"Estimated on {self.images} labeled images (positives in brackets)", fontsize=10)
+        axes.set_xlabel(f"gain in average precision from unlabeled images (points), {LEVEL:.0%} bootstrap interval")
+        axes.set_title(f"Estimated on {self.images} labeled images (number of positives in brackets)", fontsize=10)
         figure.savefig(file, dpi=120)
 
 
 @dataclass(frozen=True)
 class GainCheck:
-    """Asks, before a fit, whether the unlabeled images will help.
+    """Estimates, before a fit, whether the unlabeled images will help.
 
-    The labeled images are dealt into folds. With each fold held out in turn, the module is trained twice from the
-    same weights, both times for equally many steps: as it is, and on the labeled images alone. So it costs
-    ``2 * folds`` fits more.
+    The labeled images are split into folds. For each held-out fold, the module is trained twice from the same weights,
+    for the same number of steps: as it is, and on labeled images only. The check therefore takes ``2 * folds`` extra
+    fits.
 
     Args:
-        folds: how many, at least 2. The arms learn from (folds - 1) / folds of the labeled images, so with few folds
-            the estimate is that of a smaller labeled set, where unlabeled images tend to help more.
-        keep_labeled_only: whether to train on the labeled images alone if that is estimated to be better.
+        folds: number of folds, at least 2. The networks train on (folds - 1) / folds of the labeled images, so with few
+            folds the estimate is that for a smaller labeled set, for which unlabeled images tend to help more.
+        keep_labeled_only: whether to train on labeled images only if that is estimated to be better.
 
     Raises:
-        ConfigError: for fewer than 2 folds.
+        ConfigError: If there are fewer than 2 folds.
     """
 
     folds: int = 2
@@ -127,35 +127,35 @@ class GainCheck:
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise ConfigError(f"gain check: the labeled images are dealt into 2 folds or more, got {self.folds}")
+            raise ConfigError(f"gain check: there must be at least 2 folds, got {self.folds}")
 
     def __call__(self, untrained: SSMLLModule, data: SSMLLDataModule, settings: dict[str, Any]) -> Gain:
-        """Estimates the gain; neither ``untrained`` nor ``data`` is changed, and no test image is looked at.
+        """Estimates the gain; does not change ``untrained`` or ``data``, and uses no test image.
 
         Args:
             untrained: the module before training.
-            data: its data; set up here if it is not.
-            settings: arguments of the run's Trainer; logger, checkpoints and callbacks, early stopping among them, are
-                left out.
+            data: its data; set up here if necessary.
+            settings: arguments of the run's Trainer; logger, checkpoints and callbacks (including early stopping) are
+                ignored.
 
         Raises:
-            ConfigError: the module learns from labeled images alone, or the Trainer is not told how many epochs, or
-                stops before the last one.
-            DataError: no unlabeled images, or too few labeled ones or positives.
+            ConfigError: If the module trains on labeled images only, or the Trainer has no number of epochs or stops
+                before the last one.
+            DataError: If there are no unlabeled images, or too few labeled images or positives.
         """
         if isinstance(untrained.labeler, LabeledOnly):
             raise ConfigError(
-                "gain check: this run trains on the labeled images alone, so there is no gain to estimate. Choose "
-                "another labeler, or no gain check."
+                "gain check: this run trains on labeled images only, so there is no gain to estimate. Choose "
+                "another labeler, or disable the gain check."
             )
         if (settings.get("max_epochs") or 0) < 1:
-            raise ConfigError("gain check: say for how many epochs the run trains (trainer.max_epochs), 1 or more.")
+            raise ConfigError("gain check: set trainer.max_epochs to 1 or more.")
         data.prepare_data()
         data.setup("fit")
         if not len(data.split.unlabeled):
-            raise DataError("gain check: there is no unlabeled image, so nothing to gain. Leave the check out.")
+            raise DataError("gain check: there are no unlabeled images. Disable the check.")
         labels = data.labeled_targets().numpy()
-        _told(labels)  # refused now, not after hours
+        _told(labels)  # raise now, not after hours
         fold_of = deal(labels, self.folds, data.seed)
         hidden = getattr(rank_zero_only, "rank", 0) != 0
         with tqdm(total=2 * self.folds, desc="Do unlabeled images help?", unit="fit", disable=hidden) as bar:
@@ -177,12 +177,12 @@ class GainCheck:
 
 
 def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
-    """Tells, at the end of a fit, what was estimated before it: a sentence, ``gain.csv``, ``gain.png``, the loggers.
+    """Reports the estimate at the end of a fit: a sentence, ``gain.csv``, ``gain.png`` and the loggers.
 
     Args:
         gain: the estimate.
-        trainer: of the fit.
-        left_out: whether the unlabeled images were left out because of it.
+        trainer: the Trainer of the fit.
+        left_out: whether the unlabeled images were not used because of it.
     """
     folder = folder_of(trainer)
     if folder is None or not trainer.is_global_zero:
@@ -197,7 +197,7 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
         logger.save()
     print(gain.sentence())
     if left_out:
-        print("So this run left them out: its weights are those of training on the labeled images alone.")
+        print("This run therefore did not use them: its weights are from training on labeled images only.")
 
 
 def gain_of(
@@ -208,27 +208,27 @@ def gain_of(
     trained_on: int,
     seed: int = 0,
 ) -> Gain:
-    """Gain from scores of held-out images, with its range over 1,000 bootstrap draws of the images.
+    """Computes the gain from held-out scores, with an interval over 1,000 bootstrap draws of the images.
 
-    The scores of each fold come from networks of its own, so they are compared by their rank within it. The range
-    holds the chance of which images the networks were measured on, not of which they were trained on, nor of training:
-    it is narrower than an interval of the true gain.
+    Each fold is scored by different networks, so scores are compared by their rank within the fold. The interval covers
+    the sampling of the images for measurement, but not that of the training images, nor randomness of training. It is
+    therefore narrower than an interval of the true gain.
 
     Args:
-        without: scores ``(m_f, C)`` of each fold's images without unlabeled images.
-        with_: scores of the same images with them.
+        without: scores ``(m_f, C)`` of each fold's images from training without unlabeled images.
+        with_: scores of the same images from training with unlabeled images.
         targets: ``(m_f, C)`` in {1, 0, -1}.
         class_names: the C names.
-        trained_on: labeled images that each network learned from.
-        seed: of the draws.
+        trained_on: number of labeled images in each training fold.
+        seed: seed of the draws.
 
     Raises:
-        DataError: no class has enough labeled positives.
+        DataError: If no class has enough labeled positives.
     """
     truth = np.concatenate(targets)
     told = _told(truth)
     rng = np.random.default_rng(seed)
-    # The first draw is the images themselves, each once.
+    # The first draw is the original sample, each image once.
     draws = np.concatenate(
         [np.ones((1, len(truth))), rng.multinomial(len(truth), [1 / len(truth)] * len(truth), DRAWS)]
     )
@@ -238,37 +238,37 @@ def gain_of(
     by_class = np.full((len(class_names), 3), np.nan)
     by_class[told] = np.stack([_interval(row) for row in gains])
     drawn = np.isfinite(gains)
-    with np.errstate(invalid="ignore"):  # a draw without any positive is left out
+    with np.errstate(invalid="ignore"):  # a draw without a positive is ignored
         overall = np.where(drawn, gains, 0).sum(0) / drawn.sum(0)
     return Gain(class_names, (truth == 1).sum(0), by_class, _interval(overall), len(truth), trained_on)
 
 
 def _told(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Classes of which labels ``(m, C)`` are enough to tell anything."""
+    """Returns the classes with enough labels ``(m, C)`` for an estimate."""
     told = np.flatnonzero(((labels == 1).sum(0) >= LEAST) & ((labels == 0).sum(0) > 0))
     if not len(told):
         raise DataError(
-            f"gain check: no class has {LEAST} labeled positives (and a negative), so nothing can be told from the "
-            f"{len(labels)} labeled images. Label more of them, or leave the check out."
+            f"gain check: no class has {LEAST} labeled positives (and a negative), so the gain cannot be estimated "
+            f"from {len(labels)} labeled images. Label more images, or disable the check."
         )
     return told
 
 
 def average_precision(scores: Array, targets: NDArray[np.int64], weights: Array) -> Array:
-    """Average precision of one class under many weightings of the images, as scikit-learn defines it.
+    """Computes the average precision of one class under several image weightings, as scikit-learn defines it.
 
     Args:
-        scores: ``(m,)``; equal ones are one threshold.
-        targets: ``(m,)`` in {1, 0, -1}; unknown entries are left out.
-        weights: ``(draws, m)``, how often each image counts.
+        scores: ``(m,)``; equal scores are one threshold.
+        targets: ``(m,)`` in {1, 0, -1}; unknown entries are ignored.
+        weights: ``(draws, m)``, weight of each image.
 
     Returns:
-        ``(draws,)``, NaN where no positive is drawn.
+        ``(draws,)``, NaN if no positive is drawn.
     """
     known = targets >= 0
     order = np.argsort(-scores[known], kind="stable")
     scores, positive, weights = scores[known][order], (targets[known] == 1)[order], weights[:, known][:, order]
-    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # of each group of equal scores
+    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # last of each group of equal scores
     hits = np.cumsum(weights * positive, axis=1)[:, last]
     drawn = np.cumsum(weights, axis=1)[:, last]
     precision = hits / np.maximum(drawn, 1e-12)
@@ -278,21 +278,21 @@ def average_precision(scores: Array, targets: NDArray[np.int64], weights: Array)
 
 
 def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
-    """Deals images into folds, those with the same rarest label one after another, so that each gets its share.
+    """Assigns images to folds, stratified by each image's rarest label.
 
     Args:
         labels: ``(m, C)`` in {1, 0, -1}.
-        folds: how many.
-        seed: of the order among images with the same rarest label.
+        folds: number of folds.
+        seed: seed of the order among images with the same rarest label.
 
     Returns:
         ``(m,)``, the fold of each image.
 
     Raises:
-        DataError: fewer than two images a fold.
+        DataError: If there are fewer than two images per fold.
     """
     if len(labels) < 2 * folds:
-        raise DataError(f"gain check: {len(labels)} labeled images cannot be dealt into {folds} folds; label more.")
+        raise DataError(f"gain check: {len(labels)} labeled images cannot be split into {folds} folds. Label more.")
     number = np.where(labels == 1, (labels == 1).sum(0), len(labels) + 1)
     rarest = np.where((labels == 1).any(1), number.argmin(1), labels.shape[1])
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -303,13 +303,13 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
 
 
 class _KeepScores(L.Callback):
-    """The averaged weights' logits of the validation images, from all processes."""
+    """Keeps the averaged weights' logits of the validation images from all processes."""
 
     logits: Array | None = None
     targets: NDArray[np.int64] | None = None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Before the module evaluates and forgets them."""
+        """Keeps the logits before the module evaluates and resets them."""
         logits, targets = pl_module.metrics["ema"].gathered()
         self.logits, self.targets = logits.double().numpy(), targets.long().numpy()
 
@@ -331,18 +331,18 @@ def _held_out_scores(
     L.Trainer(**{**settings, **own}).fit(module, datamodule=data)
     if keep.logits is None or keep.targets is None:
         raise ConfigError(
-            "gain check: no scores of the last epoch came back. Let the Trainer reach max_epochs (no max_steps or "
+            "gain check: the last epoch has no scores. Let the Trainer reach max_epochs (no max_steps or "
             "max_time before it), and use a strategy that trains in this process (ddp, not ddp_spawn)."
         )
     return keep.logits, keep.targets
 
 
 def _ranks(scores: Array) -> Array:
-    """Ranks of each column's scores from 0 to 1, equal scores alike."""
+    """Ranks each column's scores from 0 to 1; equal scores get equal ranks."""
     return np.stack([np.searchsorted(np.sort(c), c) / len(c) for c in scores.T], axis=1)
 
 
 def _interval(draws: Array) -> Array:
-    """The first draw, and the ends of the interval that holds the middle of the others."""
+    """Returns the first draw, and the ends of the central interval of the others."""
     tails = (1 - LEVEL) / 2
     return np.array([draws[0], *np.nanquantile(draws[1:], [tails, 1 - tails])])

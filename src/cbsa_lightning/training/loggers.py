@@ -1,4 +1,4 @@
-"""RunLogger: Lightning's CSVLogger, with a file that goes on where a resumed run goes on."""
+"""RunLogger: Lightning's CSVLogger, which continues the file of a resumed run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from cbsa_lightning.io.runs import METRICS, next_version, rank
 
 
 class MetricsFile:
-    """``metrics.csv`` of a run, a row for each time that metrics were logged; at any time whole on the disk.
+    """Writes ``metrics.csv`` of a run, with one row per logged set of metrics; every write is atomic.
 
-    Opened again, it drops the rows of later steps than the first one that is logged now: the part of the run that was
-    cut off wrote them, and the resumed run writes them again. A row that was there, of the same step and with a name in
-    common, is replaced.
+    When a run is resumed, rows from the first newly logged step on are dropped, since the resumed run logs them again.
+    A row of the same step that shares a metric name is replaced.
 
     Args:
         folder: Folder of the run.
 
     Raises:
-        DataError: If there is a file that is no such table.
+        DataError: If there is a file that is not such a table.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +37,7 @@ class MetricsFile:
         self.hparams: dict[str, Any] = {}
         self.metrics = self._read()
         self._opened_again = bool(self.metrics)
-        self._earlier = len(self.metrics)  # rows that were read from the file
+        self._earlier = len(self.metrics)  # rows read from the file
         self._logged = self._new_hparams = False
 
     def _read(self) -> list[dict[str, Any]]:
@@ -50,11 +49,11 @@ class MetricsFile:
             return [{**row, "step": int(row["step"])} for row in rows]
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise DataError(
-                f"{self.file}: is no table of metrics with a column step ({error}); move it out of the run's folder"
+                f"{self.file}: is not a table of metrics with a column step ({error}). Move it out of the run's folder"
             ) from error
 
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
-        """Adds a row, or replaces the one that it repeats."""
+        """Adds a row, or replaces the row that it repeats."""
         self._logged = True
         if self._opened_again:
             self.metrics = [row for row in self.metrics if row["step"] <= step]
@@ -71,12 +70,12 @@ class MetricsFile:
         self.metrics.append(new)
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Keeps them for ``hparams.yaml``."""
+        """Keeps hyper-parameters for ``hparams.yaml``."""
         self.hparams.update(params)
         self._new_hparams = True
 
     def save(self) -> None:
-        """Writes both files once something was logged: a resumed run that is refused leaves them as they are."""
+        """Writes both files if anything was logged, so that a resumed run that is refused leaves them unchanged."""
         if not self._logged:
             return
         if self._new_hparams and self.hparams:
@@ -90,14 +89,14 @@ class MetricsFile:
 
 
 class RunLogger(CSVLogger):
-    """Lightning's CSVLogger; but in a folder that has a ``metrics.csv`` already it goes on, instead of deleting it.
+    """Lightning's CSVLogger, which continues an existing ``metrics.csv`` instead of deleting it.
 
     The folder of a new run is created when its version is first requested, so that no other process takes it.
     """
 
     @property
     def version(self) -> int | str:
-        """The version that was given, else the next free one."""
+        """The given version, or the next free one."""
         if self._version is None and rank() == 0:
             self._version = int(next_version(Path(self.root_dir)).name.removeprefix("version_"))
         return super().version
@@ -105,7 +104,7 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The file, for the first process."""
+        """The metrics file; only on the first process."""
         if self._experiment is None:
             folder = Path(self.log_dir)
             with writing(folder):
@@ -114,7 +113,7 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Writes the file; where a run has failed and this fails too, the error stays that of the run."""
+        """Writes the file; if the run has failed and this also fails, the run's error is kept."""
         try:
             super().finalize(status)
         except OutputError as error:
@@ -123,13 +122,13 @@ class RunLogger(CSVLogger):
             rank_zero_warn(str(error))
 
 
-_BEGUN: WeakSet[Any] = WeakSet()  # runs at W&B that trainings of this process began
+_BEGUN: WeakSet[Any] = WeakSet()  # W&B runs that this process has started
 
 
 def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
-    """Gives each new ``WandbLogger`` a run of its own, where Lightning would go on in that of the training before.
+    """Starts a separate W&B run for each new ``WandbLogger``; Lightning would continue that of the previous training.
 
-    A run that the user began with ``wandb.init``, as in a sweep, is used as it is.
+    A run that the user started with ``wandb.init``, as in a sweep, is used as it is.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger) and not lightning_private.has_begun(logger) and rank() == 0:
@@ -142,7 +141,7 @@ def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
 
 
 def going_on(logger: Logger, folder: Path) -> Logger:
-    """In the place of a run's logger, one that goes on in the run's folder; other loggers have their own way."""
+    """Returns a copy of a run's logger that continues in the run's folder; other loggers are returned unchanged."""
     if isinstance(logger, TensorBoardLogger):
         lightning_private.log_into(logger, folder)
     if not isinstance(logger, CSVLogger):

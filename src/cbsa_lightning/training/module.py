@@ -1,4 +1,4 @@
-"""The training loop: any network, any labeler, one way through (Eqs. 6-8, 11, 12)."""
+"""The training loop for any network and labeler (Eqs. 6-8, 11, 12)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 
 NetworkCallable = Callable[[Sequence[str]], Network]
-"""Makes a network for given prompt names."""
+"""Builds a network for given prompt names."""
 AverageCallable = Callable[[nn.Module, float], ParameterEMA]
-"""Makes the average of a network's weights with a given decay."""
+"""Builds the average of a network's weights with a given decay."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 """Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
 
@@ -51,37 +51,38 @@ LossCallable = Callable[[Tensor, Tensor], Tensor]
 class SSMLLModule(LeanCheckpoint, Evaluation):
     """Semi-supervised multi-label training of a network.
 
-    The first ``warmup_epochs`` see labeled images only. Then, at each epoch's start, the averaged weights score the
-    weak view of every unlabeled image, ``labeler`` turns the scores into pseudo-labels, and each step trains on the
-    strong views of labeled and unlabeled images together. What is learned once an epoch lives in buffers, NaN or -1
-    until first set, so a checkpoint alone is enough to predict.
+    The first ``warmup_epochs`` train on labeled images only. Then, at the start of each epoch, the averaged weights
+    score the weak view of every unlabeled image, ``labeler`` turns the scores into pseudo-labels, and each step trains
+    on strong views of labeled and unlabeled images. State that is learned once per epoch is stored in buffers, NaN or
+    -1 until first set, so that a checkpoint is enough to predict.
 
     Args:
         class_names: The C class names.
-        prompt_names: How prompts spell them; None: as ``class_names``, "_" read as a space.
-        network: Makes the network from the prompt names.
+        prompt_names: Class names in prompts; None: ``class_names`` with "_" replaced by a space.
+        network: Builds the network from the prompt names.
         labeler: Computes pseudo-labels in each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
-            paper's CAT. ``LabeledOnly()`` trains on the labels alone.
+            paper's CAT. ``LabeledOnly()`` trains on labeled images only.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
-        contexts: Options of context identification; used when the network has a context head.
+        contexts: Options of context identification; used if the network has a context head.
         warmup_epochs: Epochs of the first stage; a network without trainable parameters has none.
         unsup_weight: Factor of the loss on pseudo-labels.
-        max_skipped_steps: Steps in a row that may be left out because their loss is not finite; the next one stops the
-            run. 0 stops it at the first.
-        ema_decay: Share of the old average that an optimizer step keeps. The average starts from the raw weights
-            when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
-            steps, about as 0.9997 does in the paper's VOC runs.
-        average: Makes the average from the network and the decay.
-        stack_share: Share of the labeler's stack in the final scores, in [0, 1]. They average its logits and the
-            network's, and are calibrated probabilities; see :mod:`~cbsa_lightning.method.fusion`. 0: the network
-            alone, 1: the stack alone. Above 0 it needs a :class:`~cbsa_lightning.method.stacking.StackLabeler` such as
-            ``StackedProbes``, and the network's own mAP is ``val/mAP_network``.
-        objective: Chooses the score from which a class is given, see :mod:`~cbsa_lightning.method.decisions`; None: the
-            share of images that has the class among the labeled ones. Others than ``Share()`` need a ``stack_share``.
-        optimizer: Makes the optimizer from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
+        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite; one more
+            stops the run. 0 stops it at the first.
+        ema_decay: Weight of the old average in each optimizer step. The average starts from the raw weights when the
+            warm-up ends; until then, the raw weights are used. None: averages over a seventh of the second stage's
+            steps, similar to 0.9997 in the paper's VOC runs.
+        average: Builds the average from the network and the decay.
+        stack_share: Weight of the labeler's stack in the final scores, in [0, 1]. The scores are then calibrated
+            probabilities from the averaged logits of stack and network; see :mod:`~cbsa_lightning.method.fusion`. 0:
+            only the network, 1: only the stack. A value above 0 needs a
+            :class:`~cbsa_lightning.method.stacking.StackLabeler` such as ``StackedProbes``, and the network's own mAP
+            is then ``val/mAP_network``.
+        objective: Chooses the decision thresholds, see :mod:`~cbsa_lightning.method.decisions`; None: ``Share()``, each
+            class's fraction of the labeled images. Objectives other than ``Share()`` need a ``stack_share``.
+        optimizer: Builds the optimizer from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
             CAP's weight decay, since the paper states none.
-        scheduler: Makes the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
-            torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. None: one cycle.
+        scheduler: Builds the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
+            torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. None: one-cycle.
     """
 
     network: Network
@@ -89,7 +90,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
     tau_neg: Tensor
     positive_rate: Tensor
     context_partition: Tensor
-    tells_limits = True  # off in fits that are made to measure something only
+    tells_limits = True  # off in fits that only measure something
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         unsup_weight: float = 1.0,
         ema_decay: float | None = 0.9997,
         average: AverageCallable = ParameterEMA,
-        # A lambda in the signature, since jsonargparse reads its settings: --model.optimizer.lr 0.01 changes one.
+        # A lambda in the signature lets jsonargparse read its settings, for example --model.optimizer.lr 0.01.
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
@@ -120,14 +121,14 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         for name, value in made.items():
             if value is not None and not callable(value):
                 raise ConfigError(
-                    f"{name} cannot be a {type(value).__name__} ({value!r:.60}); give a function or class."
+                    f"{name} cannot be a {type(value).__name__} ({value!r:.60}); pass a function or class."
                 )
         check_number("warmup_epochs", warmup_epochs, 0, whole=True)
         check_number("unsup_weight", unsup_weight, 0)
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
-        # Objects stay out: a checkpoint holds plain types only, so that it loads without running code.
+        # Objects are excluded: a checkpoint contains only plain types, so that it loads without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
         self.prompt_names = list(prompt_names if prompt_names is not None else default_prompts(class_names))
@@ -144,8 +145,8 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema_decay = ema_decay
         self.ema = average(self.network, 0.0 if ema_decay is None else ema_decay)
-        # Every process makes the same averages, so DDP need not send them at each step; running statistics that are
-        # not synchronized are each process's own.
+        # All processes compute the same averages, so DDP need not broadcast them in each step. Running statistics that
+        # are not synchronized differ between processes.
         self._ddp_params_and_buffers_to_ignore = [
             f"ema.{name}" for name, _ in self.ema.named_buffers() if "__running_" not in name
         ]
@@ -156,26 +157,26 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.register_buffer("tau_neg", unset.clone())
         self.register_buffer("positive_rate", unset.clone())
         self.register_buffer("context_partition", torch.full((num_classes,), -1))
-        # Tables over the rows of the train table, filled once an epoch by the callbacks.
+        # Tables over the rows of the train table, filled once per epoch by the callbacks.
         self.pseudo_labels: Tensor | None = None
         self.context_targets: Tensor | None = None
         self.prepare_scores(stack_share, objective)
         self.prepare_evaluation()
-        self.lr: float | None = None  # set by learning-rate finders: replaces that of the optimizer
-        self.optimizer_settings: dict[str, Any] = {}  # as it was made, before any schedule
-        self.scheduled_steps = 0  # length of the present schedule
-        self.stage_began_at = 0  # optimizer steps that were done when the present stage began
-        self.asked_to_end = False  # this process was, by a signal; see ExactResume
+        self.lr: float | None = None  # set by learning-rate finders; overrides the optimizer's
+        self.optimizer_settings: dict[str, Any] = {}  # at construction, before any schedule
+        self.scheduled_steps = 0  # length of the current schedule
+        self.stage_began_at = 0  # optimizer steps before the current stage
+        self.asked_to_end = False  # set by a signal to this process; see ExactResume
         self.nonfinite = NonFiniteSteps(self, max_skipped_steps)
 
     @property
     def stage(self) -> Stage:
-        """What the present epoch trains on."""
+        """Which images the current epoch trains on."""
         return "warm-up" if self.current_epoch < self.warmup_epochs else self.second_stage
 
     @property
     def second_stage(self) -> Stage:
-        """What training uses after the warm-up."""
+        """Which images training uses after the warm-up."""
         return "labeled-only" if isinstance(self.labeler, LabeledOnly) else "semi-supervised"
 
     @property
@@ -184,9 +185,9 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return self.network.num_contexts
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """The epoch-wise parts of the method come along with it; their order matters.
+        """Returns the callbacks of the method; their order matters.
 
-        Lightning asks for them right before it starts the loggers.
+        Lightning calls this right before it starts the loggers.
         """
         begin_wandb_runs(self.trainer.loggers)
         thresholds = UpdateThresholds()
@@ -207,7 +208,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return [*callbacks, DataSummary(), baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule of the current stage; :class:`Stages` calls it again when the stage changes."""
+        """Builds optimizer and schedule of the current stage; :class:`Stages` calls it again when the stage changes."""
         if not self.trains:
             self.scheduled_steps = self.stage_steps()
             return None
@@ -229,11 +230,11 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def stage_steps(self) -> int:
-        """Optimizer steps of the present stage; see :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`."""
+        """Optimizer steps of the current stage; see :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`."""
         return stage_steps(self.trainer, self.warmup_epochs, self.stage_began_at)
 
     def set_average_decay(self) -> None:
-        """Sets the decay of the average from the present stage's length, unless it was given."""
+        """Sets the decay of the average from the length of the current stage, unless it was given."""
         if self.ema_decay is None:
             self.ema.decay = max(0.0, 1 - 7 / max(self.stage_steps(), 1))
 
@@ -243,10 +244,10 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
     # Training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor | None:
-        """One step on strong views (Eq. 12).
+        """Computes the loss of a step on strong views (Eq. 12).
 
-        Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
-        weights that the paper's sums have.
+        Every term is a sum over images (and classes) divided by the batch size B. This keeps the relative weights of
+        the paper's sums.
         """
         if not self.trains:
             self.trainer.should_stop = True
@@ -268,12 +269,12 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         if not self.nonfinite.is_finite(loss, output):
             return self.nonfinite.left_out({**terms, "features": features}, output, batch)
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
-        # Each step counts alike in the epoch's mean: weights by share of the batch would differ among processes.
+        # Each step has equal weight in the epoch's mean, since weights by batch size would differ among processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
 
     def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
-        """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
+        """Returns the loss ``(B, C)`` on labels and pseudo-labels; pseudo-labels may be soft."""
         if self.pseudo_labels is None:
             return self.loss(logits, batch.targets)
         targets = torch.where(batch.labeled[:, None], batch.targets, self.pseudo_labels[batch.index])
@@ -282,9 +283,9 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return self.loss(logits, targets)
 
     def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
-        """Images of this step a process: shares differ by two at most; divided by their mean, gradients average right.
+        """Returns the mean number of images per process; dividing by it makes DDP's gradient average exact.
 
-        A number where there is one process: no tensor of it has to reach the device.
+        With one process it is a number, which need not be copied to the device.
         """
         size = float(len(batch.index))
         if self.trainer.world_size == 1:
@@ -292,7 +293,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="mean")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """An optimizer step, then one of the average once it has started."""
+        """Takes an optimizer step, then updates the average if it has started."""
         super().optimizer_step(*args, **kwargs)
         if self.current_epoch >= self.warmup_epochs and not self.nonfinite.leaves_out:
             self.ema.update(self.network)

@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite: found, named, and left out on all processes alike."""
+"""Detects steps with a non-finite loss, names the cause, and skips them on all processes."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 
 
 class NonFiniteSteps:
-    """Decides whether a step is taken.
+    """Decides whether a step is taken or skipped.
 
     Args:
-        module: The module that trains; not registered as a part of it.
-        most: Steps in a row that may be left out; the next one stops the run.
+        module: The trained module; not registered as a submodule.
+        most: Number of consecutive steps that may be skipped; one more stops the run.
 
     Attributes:
-        leaves_out: Whether the optimizer step to come changes nothing.
+        leaves_out: Whether the next optimizer step is skipped.
     """
 
     def __init__(self, module: SSMLLModule, most: int) -> None:
         self._module = module
         self.most = most
-        self.skipped = 0  # batches in a row without a finite loss, up to the present one
+        self.skipped = 0  # consecutive batches without a finite loss, including the current one
         self.leaves_out = False
         self._statistics: list[Tensor] = []
 
     def remember(self) -> None:
-        """Keeps the running statistics, which a forward pass moves."""
+        """Stores the running statistics, which a forward pass changes."""
         self._statistics = [value.clone() for value in self._module.ema.statistics(self._module.network)]
 
     def is_finite(self, loss: Tensor, output: NetworkOutput) -> bool:
-        """Whether loss and logits are finite on all processes; the only synchronization of a step with its device.
+        """Returns whether loss and logits are finite on all processes; the step's only synchronization with the device.
 
-        Logits too: those of labels that are ignored have no loss, but a gradient that is not finite.
+        Logits are checked too: those of ignored labels have no loss, but a gradient that is not finite.
         """
         trainer: Any = self._module.trainer
         finite = all_finite([loss, output.logits, output.context_logits])
@@ -53,7 +53,7 @@ class NonFiniteSteps:
         else:
             going_on = finite.new_tensor(not self._module.asked_to_end)
             both = trainer.strategy.reduce(torch.stack([finite, going_on]).float(), reduce_op="min").tolist()
-            if not both[1]:  # Lightning ends after this step, on all processes now
+            if not both[1]:  # makes Lightning stop after this step on all processes
                 lightning_private.end_after_step(trainer)
             every = bool(both[0])
         if every:
@@ -61,10 +61,10 @@ class NonFiniteSteps:
         return every
 
     def left_out(self, terms: dict[str, Tensor], output: NetworkOutput, batch: TrainBatch) -> Tensor:
-        """A loss whose step changes nothing.
+        """Returns a loss whose step changes nothing.
 
         Raises:
-            NotFiniteError: More steps in a row than may be left out; names terms, images and weights.
+            NotFiniteError: If too many consecutive steps are skipped; names terms, images and weights.
         """
         module = self._module
         trainer: Any = module.trainer
@@ -80,21 +80,19 @@ class NonFiniteSteps:
         problem = problem_of_step(values, lambda i: name_of_image(table, batch.index[i]), weights)
         problem = f"Epoch {module.current_epoch}, step {trainer.fit_loop.epoch_loop.batch_idx}: {problem}"
         if self.skipped > self.most or weights:
-            raise NotFiniteError(
-                f"{problem}. {REMEDY}; look at the images; max_skipped_steps lets such steps be left out."
-            )
-        rank_zero_warn(f"{problem}. The step is left out ({self.skipped} of {self.most} in a row).")
-        # Gradients of all weights, since processes wait for each other's. A gradient scaler passes over a step with
-        # NaN; without one, the callback Stages clears the gradients.
+            raise NotFiniteError(f"{problem}. {REMEDY}. Check the images, or set max_skipped_steps to skip such steps.")
+        rank_zero_warn(f"{problem}. The step is skipped ({self.skipped} of {self.most} in a row).")
+        # Gradients of all weights, since DDP waits for each of them. A gradient scaler skips a step with NaN; without
+        # one, the callback Stages clears the gradients.
         every = torch.stack([p.sum() for p in module.network.parameters() if p.requires_grad]).sum()
         return every * (math.nan if self.scaled else 0.0)
 
     @property
     def scaled(self) -> bool:
-        """Whether a gradient scaler passes such a step over by itself."""
+        """Whether a gradient scaler skips such a step by itself."""
         return getattr(self._module.trainer.precision_plugin, "scaler", None) is not None
 
 
 def name_of_image(table: Any, row: Tensor) -> str:
-    """Path of a row of a table, for a message; its number where there is no table."""
+    """Returns the path in a row of a table for a message, or the row number without a table."""
     return f"row {int(row)}" if table is None else f"{table.paths[int(row)]} (row {int(row)})"

@@ -13,25 +13,25 @@ from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
-"""Makes a scheduler from an optimizer and the number of steps of the stage; stepped once a step."""
+"""Builds a scheduler, stepped once per optimizer step, from an optimizer and the number of steps of the stage."""
 
 
-_LENGTHS = ("total_steps", "T_max")  # what torch's schedulers call the number of steps
+_LENGTHS = ("total_steps", "T_max")  # names of the number of steps in torch's schedulers
 
 
 def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Makes the schedule of a stage.
+    """Builds the schedule of a stage.
 
     Args:
-        make: A :data:`SchedulerCallable`; or makes a scheduler of torch from the optimizer, with settings of its own.
-            ``T_max`` or ``total_steps``, where such a scheduler has it and it is not set, is the stage's length.
+        make: A :data:`SchedulerCallable`, or a function that builds a torch scheduler from the optimizer. ``T_max`` or
+            ``total_steps``, if such a scheduler has it and it is not set, is the stage's length.
         optimizer: The optimizer.
         total_steps: Optimizer steps of the stage.
 
     Raises:
         ConfigError: If a scheduler lacks a setting, or needs a metric.
     """
-    parts = (getattr(make, "func", None), *getattr(make, "args", ()))  # a configuration gives a partial of its class
+    parts = (getattr(make, "func", None), *getattr(make, "args", ()))  # a configuration yields a partial of its class
     kind = next((part for part in parts if isinstance(part, type)), make)
     name = getattr(kind, "__name__", type(kind).__name__)
     parameters = list(inspect.signature(kind).parameters.values())
@@ -44,20 +44,20 @@ def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) 
         schedule = make(optimizer, **length)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scheduler {name} cannot be made: {error}. Set what it needs below scheduler.init_args."
+            f"scheduler {name} cannot be created: {error}. Set the missing arguments below scheduler.init_args."
         ) from error
     if isinstance(schedule, ReduceLROnPlateau):
         raise ConfigError(
-            "scheduler ReduceLROnPlateau follows a metric, but schedules here follow steps. Take another."
+            "scheduler ReduceLROnPlateau follows a metric, but schedules here follow steps. Use another one."
         )
     return cast(LRScheduler, schedule)
 
 
 class OneCycle:
-    """The one-cycle policy, true to the stage's length, with each group's learning rate as its peak.
+    """One-cycle policy over the stage's exact length, with each group's learning rate as its peak.
 
     Args:
-        pct_start: Share of the stage in which the rate rises (CAP: 0.2).
+        pct_start: Fraction of the stage in which the rate increases (CAP: 0.2).
     """
 
     def __init__(self, pct_start: float = 0.2) -> None:
@@ -67,13 +67,13 @@ class OneCycle:
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Schedules ``total_steps`` optimizer steps."""
         peaks = [group["lr"] for group in optimizer.param_groups]
-        # Rise and fall take a step each at least: torch divides by zero where a phase has no length.
+        # Rise and fall have at least one step each, since torch divides by zero for a phase without steps.
         steps = max(total_steps, 3)
         return _OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
 
 
 class _OneCycleLR(OneCycleLR):
-    """Keeps its last rate beyond its end, where torch raises an error: Lightning's batch-size finder steps on."""
+    """Keeps its last rate after its end instead of raising an error, since Lightning's batch-size finder continues."""
 
     def get_lr(self) -> list[Any]:
         if self.last_epoch > self.total_steps:

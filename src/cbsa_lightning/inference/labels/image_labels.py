@@ -1,4 +1,4 @@
-"""Labels of images as a model gives them, as a table that people correct and the reader of tables takes back."""
+"""Predicted labels of images, as a table that people can correct and read again as annotations."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _WRITERS: dict[str, Callable[[Any, str], None]] = {**WRITERS, ".jsonl": _write_j
 
 @dataclass(frozen=True)
 class ImageLabels:
-    """Probabilities of n images, and what follows from them.
+    """Probabilities of n images, with decisions and review marks.
 
     Attributes:
-        images: ``(n,)`` paths, as in the table that they come from.
+        images: ``(n,)`` paths, as in their table.
         class_names: The C class names.
         probabilities: ``(n, C)`` float32 in [0, 1].
-        given: ``(n, C)`` bool, whether the image is given the class.
-        review: ``(n, C)`` bool, whether a person should look at this decision.
+        given: ``(n, C)`` bool, whether the image has the class.
+        review: ``(n, C)`` bool, whether a person should review the decision.
     """
 
     images: NDArray[Any]
@@ -61,15 +61,15 @@ class ImageLabels:
         thresholds: NDArray[np.floating],
         sure: float | None = SURE,
     ) -> Self:
-        """Decides by thresholds.
+        """Decides by thresholds, and marks uncertain decisions for review.
 
         Args:
             images: ``(n,)`` paths.
             class_names: The C class names.
             probabilities: ``(n, C)``.
-            thresholds: ``(C,)``, probability from which a class is given.
-            sure: A decision that is right with a smaller probability is to be reviewed; None: no decision is, as for
-                scores that are not probabilities.
+            thresholds: ``(C,)``, decision threshold of each class.
+            sure: Probability of being correct below which a decision is marked for review; None: no decision is marked,
+                for scores that are not probabilities.
         """
         given = probabilities >= thresholds
         right = np.where(given, probabilities, 1 - probabilities)
@@ -83,23 +83,23 @@ class ImageLabels:
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
-        """Place ``(n,)`` of each image in the order of review, from 1; the most doubtful image comes first."""
+        """Position ``(n,)`` of each image in the order of review, starting at 1; the most uncertain image is first."""
         places = np.empty(len(self.images), np.int64)
         places[np.argsort(-self.doubt, kind="stable")] = np.arange(1, len(self.images) + 1)
         return places
 
     def names(self, chosen: NDArray[np.bool_]) -> list[list[str]]:
-        """Class names of each row of ``chosen (n, C)``."""
+        """Returns the class names in each row of ``chosen (n, C)``."""
         names = np.array(self.class_names, dtype=object)
         return [names[row].tolist() for row in chosen]
 
 
 def doubt_of(probabilities: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
-    """Sum over the classes of the binary entropies, in bits.
+    """Returns the sum over the classes of the binary entropies, in bits.
 
     Args:
         probabilities: ``(n, C)`` in [0, 1].
-        weights: ``(C,)`` factors of the classes.
+        weights: ``(C,)`` weights of the classes.
     """
     p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
     entropies = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
@@ -108,32 +108,32 @@ def doubt_of(probabilities: NDArray[np.floating], weights: NDArray[np.floating] 
 
 
 def check_class_columns(class_names: Sequence[str]) -> None:
-    """Refuses class names that a table of labels could not hold.
+    """Refuses class names that a table of labels cannot contain.
 
     Raises:
-        ConfigError: A class is named like a column, or its name contains the separator.
+        ConfigError: If a class is named like a column, or its name contains the separator.
     """
     ambiguous = [repr(n) for n in class_names if n in (*COLUMNS, NOTHING) or SEPARATOR in n]
     if ambiguous:
         raise ConfigError(
-            f"A table of labels has the columns {', '.join(COLUMNS)}, joins names with '{SEPARATOR}' and writes "
-            f"'{NOTHING}' for no class, so it cannot hold these classes: {listed(ambiguous)}. Rename them in the "
-            "annotations, or switch the table off (--labels.enabled false)."
+            f"A table of labels has the columns {', '.join(COLUMNS)}, separates names by '{SEPARATOR}' and writes "
+            f"'{NOTHING}' for no class, so it cannot contain these classes: {listed(ambiguous)}. Rename them in the "
+            "annotations, or disable the table (--labels.enabled false)."
         )
 
 
 def write_labels(path: Path, labels: ImageLabels) -> None:
-    """Writes a row for each image: path, given labels, labels to review, place in the review order, probabilities.
+    """Writes one row per image: path, labels, labels to review, position in the review order, probabilities.
 
-    The reader of tables takes the file back: classes in ``review`` are then unknown, all others are known.
+    The table reader can read this file: classes in ``review`` are then unknown, and all others are known.
 
     Args:
-        path: Where to; the suffix, .csv, .parquet or .jsonl, decides the format. The file appears whole or not at all.
-        labels: What to write.
+        path: Output file, written atomically; the suffix, .csv, .parquet or .jsonl, sets the format.
+        labels: The labels.
 
     Raises:
-        ConfigError: For another suffix; or see :func:`check_class_columns`.
-        OutputError: The file cannot be written.
+        ConfigError: For another suffix, and see :func:`check_class_columns`.
+        OutputError: If the file cannot be written.
     """
     check_class_columns(labels.class_names)
     if path.suffix.lower() not in _WRITERS:
@@ -151,10 +151,10 @@ def write_labels(path: Path, labels: ImageLabels) -> None:
 
 
 def read_labels(path: str | os.PathLike[str]) -> ImageLabels:
-    """Reads what :func:`write_labels` wrote as CSV or Parquet, with the changes that a person made since.
+    """Reads a CSV or Parquet file of :func:`write_labels`, including a person's changes.
 
     Raises:
-        DataError: For another form, or a name that is no class, naming the row.
+        DataError: If the format is wrong or a name is not a class; the message names the row.
     """
     try:
         table = _table(Path(path))
@@ -162,14 +162,14 @@ def read_labels(path: str | os.PathLike[str]) -> ImageLabels:
         raise DataError(f"{path}: cannot be read as a table of labels ({error}).") from error
     if tuple(table.column_names[: len(COLUMNS)]) != COLUMNS:
         raise DataError(
-            f"{path}: is no table of labels, which begins with the columns {', '.join(COLUMNS)}; found "
-            f"{listed(table.column_names, 4)}. Give the labels.csv of a run."
+            f"{path}: is not a table of labels, whose first columns are {', '.join(COLUMNS)}; found "
+            f"{listed(table.column_names, 4)}. Use the labels.csv of a run."
         )
     class_names = tuple(table.column_names[len(COLUMNS) :])
     try:
         parts = [pc.cast(table.column(name), pa.float32()).to_numpy() for name in class_names]
     except pa.ArrowException as error:
-        raise DataError(f"{path}: a probability is no number ({error}).") from error
+        raise DataError(f"{path}: a probability is not a number ({error}).") from error
     probabilities = np.stack(parts, 1) if parts else np.zeros((table.num_rows, 0), np.float32)
     if wrong := np.flatnonzero(~((probabilities >= 0) & (probabilities <= 1)).all(1)).tolist():
         raise DataError(f"{path}: probabilities are not in [0, 1] in rows {listed([row + 2 for row in wrong])}.")
@@ -187,14 +187,14 @@ def _table(path: Path) -> pa.Table:
 
 
 def _members(cells: list[str | None], class_names: tuple[str, ...], path: Any) -> NDArray[np.bool_]:
-    """Whether each class stands in each cell, ``(n, C)``."""
+    """Returns whether each class is named in each cell, ``(n, C)``."""
     position = {name: k for k, name in enumerate(class_names)}
     found = np.zeros((len(cells), len(class_names)), dtype=np.bool_)
     for row, cell in enumerate(cells):
         names = [name.strip() for name in (cell or "").split(SEPARATOR) if name.strip() not in ("", NOTHING)]
         if unknown := [name for name in names if name not in position]:
             raise DataError(
-                f"{path}: row {row + 2} names {listed(map(repr, unknown))}, which is no class of the table."
+                f"{path}: row {row + 2} names {listed(map(repr, unknown))}, which is not a class of the table."
             )
         found[row, [position[name] for name in names]] = True
     return found

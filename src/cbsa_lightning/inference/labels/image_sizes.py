@@ -1,4 +1,4 @@
-"""Sizes of images as CVAT counts them, from their headers."""
+"""Sizes of images as CVAT defines them, from the file headers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cbsa_lightning.io.reading import open_regular
 
 
 def upright_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """Width and height of each image after its EXIF orientation is applied; decodes nothing.
+    """Returns width and height of each image after applying its EXIF orientation; decodes no pixels.
 
     Args:
         files: n image files.
 
     Returns:
-        n pairs (width, height); None for a file that is missing, or whose header cannot be read.
+        n pairs (width, height); None if the file is missing or its header cannot be read.
     """
     return [_upright_size(file) for file in files]
 
@@ -25,6 +25,6 @@ def _upright_size(file: Path) -> tuple[int, int] | None:
     try:
         with open_regular(file) as stream:
             header = read_header(stream, file)
-    except Exception:  # Pillow's plugins raise errors of nearly any kind
+    except Exception:  # Pillow's plugins raise many kinds of errors
         return None
     return (header.height, header.width) if header.turned else (header.width, header.height)

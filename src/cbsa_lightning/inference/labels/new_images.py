@@ -1,4 +1,4 @@
-"""Labels of new images by a checkpoint, without the data of its training."""
+"""Labels of new images from a checkpoint, without the training data."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def label_images(checkpoint: Path, images: Path) -> ImageLabels:
     """Labels images with the network of a CBSAModule.
 
     Args:
-        checkpoint: Of the run.
+        checkpoint: Checkpoint of the run.
         images: A folder, an image, or a list or table of paths.
 
     Raises:
-        CheckpointError: For the checkpoint of another network; see :meth:`Classifier.load`.
-        DataError: An image cannot be read, or there is none.
+        CheckpointError: If the checkpoint is of another network; see :meth:`Classifier.load`.
+        DataError: If an image cannot be read, or there are none.
     """
     classifier, table, scores = _scored(checkpoint, images)
     sure = SURE if classifier.calibrated else None
@@ -39,23 +39,23 @@ def label_images(checkpoint: Path, images: Path) -> ImageLabels:
 
 
 def predict(words: Sequence[str]) -> Path:
-    """Runs `cbsa predict` without a configuration: writes a table of predictions by a checkpoint alone.
+    """Runs `cbsa predict` without a configuration: writes a table of predictions from a checkpoint.
 
     Args:
-        words: The words of the command line after ``predict``.
+        words: Command-line arguments after ``predict``.
 
     Returns:
-        The file that was written.
+        The output file.
 
     Raises:
-        ConfigError: For an output that exists or cannot be written.
+        ConfigError: If the output exists or cannot be written.
         CheckpointError: See :func:`label_images`.
         DataError: See :func:`label_images`.
     """
     parser = argparse.ArgumentParser(
         prog="cbsa predict",
         allow_abbrev=False,
-        description="Labels images by a checkpoint of CBSA. Further options, and other systems, need --config "
+        description="Labels images with a checkpoint of CBSA. More options, and other systems, need --config "
         "RUN/config.yaml.",
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, help="the checkpoint")
@@ -67,7 +67,7 @@ def predict(words: Sequence[str]) -> Path:
     )
     args = parser.parse_args(words)
     if args.output.exists():
-        raise ConfigError(f"{args.output} exists already. Give another --predictions.output, or move that file away.")
+        raise ConfigError(f"{args.output} exists already. Give another --predictions.output, or move the file.")
     classifier, table, scores = _scored(args.ckpt_path, args.images)
     write_predictions(args.output, table, classifier.class_names, scores, scores >= classifier.thresholds.numpy())
     print(f"Predictions of {len(table)} images: {args.output}")
@@ -76,7 +76,7 @@ def predict(words: Sequence[str]) -> Path:
 
 
 def _scored(checkpoint: Path, images: Path) -> tuple[Classifier, AnnotationTable, NDArray[np.float32]]:
-    """The classifier, the images, and their scores ``(n, C)``."""
+    """Returns the classifier, the images, and their scores ``(n, C)``."""
     classifier = Classifier.load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     table = read_images(images, classifier.class_names)
     files = [table.file(row) for row in range(len(table))]

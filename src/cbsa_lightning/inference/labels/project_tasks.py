@@ -1,8 +1,8 @@
-"""Predictions for tasks that a Label Studio project has already.
+"""Predictions for existing tasks of a Label Studio project.
 
 The server imports predictions by the id of their task: `POST /api/projects/ID/import/predictions` with a list of
-predictions. Data, meta and annotations of the tasks stay as they are; an import of whole tasks would make new ones.
-The server drops predictions with other names or choices than its own without a word, so both are checked here.
+predictions. Data, meta and annotations of the tasks do not change; importing whole tasks would create new ones.
+The server silently drops predictions with unknown names or choices, so both are checked here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from cbsa_lightning.io.reading import brief
 
 
 class Project(NamedTuple):
-    """A Label Studio project, as far as files say what it holds.
+    """A Label Studio project, as described by its exported files.
 
     Attributes:
-        export: Its tasks, exported as JSON. The export of the server has open tasks only with
-            ``download_all_tasks=true``.
-        label_config: XML of its labeling interface. None: its annotations name the control and the image.
-        control: Name of the control of choices, where there are several.
+        export: Its tasks, exported as JSON. The server exports open tasks only with ``download_all_tasks=true``.
+        label_config: XML of its labeling interface. None: control and image are taken from its annotations.
+        control: Name of the Choices control, if there are several.
         root: Folder that the paths of the labels are relative to.
         prefix: Path or URL of ``root`` in the project; see :class:`LabelStudio`.
     """
@@ -42,21 +41,21 @@ class Project(NamedTuple):
 
 
 def predictions_for_tasks(labels: ImageLabels, project: Project, model_version: str) -> tuple[list[Json], list[str]]:
-    """Predictions for the tasks of a project, each with the id of its ``task``, in the order of the export.
+    """Creates predictions for the tasks of a project, each with the id of its ``task``, in the order of the export.
 
     Args:
-        labels: Of the images.
-        project: Where the tasks are.
-        model_version: Name of the model, shown beside its predictions.
+        labels: Labels of the images.
+        project: The project with the tasks.
+        model_version: Name of the model, shown with its predictions.
 
     Returns:
-        The predictions, and notes that count what the export holds beside: tasks of other images, images without a
-        task, annotations.
+        The predictions, and notes that count other content of the export: tasks of other images, images without a task,
+        annotations.
 
     Raises:
-        DataError: The export is no JSON export of one project about choices; tasks have no id, or one that another has;
-            an image is not found; the choices of the project are not the classes of ``labels``, or its names are not
-            known; no task is of an image of ``labels``.
+        DataError: If the export is not a JSON export of one project with choices; tasks have no id or the id of another
+            task; an image is not found; the project's choices are not the classes of ``labels``, or its names are
+            unknown; no task has an image of ``labels``.
     """
     file = project.export
     tasks = _tasks(file)
@@ -77,22 +76,22 @@ def predictions_for_tasks(labels: ImageLabels, project: Project, model_version: 
     made = [{"task": number, **of_image[path]} for number, path in zip(ids, paths, strict=True) if path in of_image]
     if not made:
         raise DataError(
-            f"{file}: no task is of an image of the run; the tasks are of {listed(map(brief, paths), 3)}, the run's "
-            f"images are {listed(map(brief, of_image), 3)}; give the export of the project with the run's images"
+            f"{file}: no task has an image of the run. The tasks have {listed(map(brief, paths), 3)}; the run's "
+            f"images are {listed(map(brief, of_image), 3)}. Use the export of the project with the run's images"
         )
     notes += _unmatched(paths, of_image)
     if answered := sum(path in of_image and bool(task.answers) for path, task in zip(paths, read, strict=True)):
-        notes.append(f"{counted(answered, 'task')} with an answer: predicted as well, its annotations are not touched")
+        notes.append(f"{counted(answered, 'task')} with an answer: also predicted; annotations do not change")
     return made, notes
 
 
 def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
-    """Notes on tasks without an image of the run, and on images without a task."""
+    """Returns notes on tasks without an image of the run, and on images without a task."""
     notes = []
     if other := [path for path in paths if path not in of_image]:
         notes.append(
-            f"{counted(len(other), 'task')} of images that are not among the labels of the run, such as labeled ones: "
-            f"without a prediction: {listed(map(brief, other), 5)}"
+            f"{counted(len(other), 'task')} of images without labels of the run (for example, labeled images) get "
+            f"no prediction: {listed(map(brief, other), 5)}"
         )
     if alone := list(of_image.keys() - set(paths)):
         notes.append(
@@ -104,13 +103,13 @@ def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
 
 def _tasks(file: Path) -> list[dict[str, Any]]:
     if file.suffix.lower() != ".json":
-        raise DataError(f"{file}: is no JSON file; export the project as JSON")
+        raise DataError(f"{file}: is not a JSON file; export the project as JSON")
     tasks: list[dict[str, Any]] = typed(read_json(file), (list,), f"{file}: an export")
     if not tasks:
-        raise DataError(f"{file}: has no task; export some")
+        raise DataError(f"{file}: has no tasks; export some")
     for i, task in enumerate(tasks):
         if "annotation_id" in typed(task, (dict,), f"{file}, record {i + 1}"):
-            raise DataError(f"{file}: is an export as JSON_MIN, which has no names of controls; export as JSON")
+            raise DataError(f"{file}: is a JSON_MIN export, which has no names of controls; export as JSON")
     return tasks
 
 
@@ -125,7 +124,7 @@ def _ids(tasks: list[dict[str, Any]], read: list[Task]) -> list[int]:
 
 
 def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config: Choices | None) -> tuple[str, str]:
-    """Names of the control of choices and of its image; the types of the fields are checked already."""
+    """Returns the names of the Choices control and of its image; the types of the fields have been checked."""
     if config is not None:
         return config.name, config.image
     pairs = {
@@ -137,10 +136,10 @@ def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config:
         if result.get("type") == "choices" and control in (None, result["from_name"])
     }
     if len(pairs) != 1:
-        found = f"they name several: {listed(pairs)}" if pairs else "there is none with choices"
+        found = f"several: {listed(pairs)}" if pairs else "none with choices"
         raise DataError(
-            f"{file}: its annotations do not say which control and image predictions are for ({found}); save the "
-            "labeling interface of the project (Settings, Code) and give it with --label_config"
+            f"{file}: its annotations do not define the control and image of predictions ({found}). Save the "
+            "labeling interface of the project (Settings, Code) and pass it with --label_config"
         )
     return next(iter(pairs))
 
@@ -148,7 +147,7 @@ def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config:
 def _choices(
     labels: ImageLabels, read: list[Task], project: Project, config: Choices | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """How the project spells each class, and notes on classes and choices that have no counterpart."""
+    """Returns the project's spelling of each class, and notes on classes and choices without a counterpart."""
     used = {choice: task.where for task in read for answer in task.answers for choice in answer}
     listing = used if config is None else config.classes
     spelled = {clean_name(choice): choice for choice in listing}
@@ -159,25 +158,25 @@ def _choices(
         if further:
             found = listed(f"{brief(choice)} ({used[choice]})" for choice in further)
             raise DataError(
-                f"{project.export}: has choices that are no class of the run: {found}; give the export of the run's "
-                "project, or its labeling interface with --label_config"
+                f"{project.export}: has choices that are not classes of the run: {found}. Use the export of the run's "
+                "project, or pass its labeling interface with --label_config"
             )
-        unchecked = f"no answer names {len(missing)} of the {len(names)} classes, so nothing says that they are choices"
-        return names, [f"{unchecked} of the project (--label_config does): {listed(missing, 5)}"] if missing else []
+        unchecked = f"no annotation uses {len(missing)} of the {len(names)} classes, which may not be choices"
+        return names, [f"{unchecked} of the project (--label_config checks): {listed(missing, 5)}"] if missing else []
     if missing:
         raise DataError(
-            f"{project.label_config}: has no choice for these classes of the run: {listed(missing)}; the server would "
-            "drop predictions that name them: add the choices to the project, or give the files of the run's project"
+            f"{project.label_config}: has no choice for these classes of the run: {listed(missing)}. The server would "
+            "drop their predictions. Add the choices to the project, or use the files of the run's project"
         )
     if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
         raise DataError(
-            f"{project.label_config}: Choices {brief(config.name)} takes one choice for an image, and the run gives "
-            f'{counted(several, "image")} more than one: write choice="multiple" in the labeling interface'
+            f"{project.label_config}: Choices {brief(config.name)} allows one choice per image, but the run predicts "
+            f'more than one for {counted(several, "image")}. Set choice="multiple" in the labeling interface'
         )
     if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
         raise DataError(
-            f"{project.export}: has choices that are not in {project.label_config}: {listed(strange)}; take both from "
+            f"{project.export}: has choices that are not in {project.label_config}: {listed(strange)}; use both from "
             "one project"
         )
-    note = f"{counted(len(further), 'choice')} of the project that no class of the run stands for, never predicted: "
+    note = f"{counted(len(further), 'choice')} of the project without a class of the run, never predicted: "
     return names, [note + listed(map(brief, further), 5)] if further else []

@@ -14,20 +14,21 @@ from cbsa_lightning.inference.labels.image_labels import ImageLabels, doubt_of
 from cbsa_lightning.inference.predictions import SEPARATOR
 from cbsa_lightning.io.files import replacing
 
-SHOWN = 5  # classes that a row of a list names at most
+SHOWN = 5  # maximum number of classes in a row of a list
 
 
 def next_to_label(labels: ImageLabels, budget: int, positives: NDArray[np.integer] | None = None) -> pa.Table:
-    """The images whose labels would teach most, most doubtful first.
+    """Lists the images whose labels would help most, most uncertain first.
 
     Columns: ``image``, ``doubt`` (sum over the classes of the binary entropies, in bits), ``classes`` (the most
-    doubtful ones) and ``labels`` (those that the model gives).
+        uncertain
+    ones) and ``labels`` (those predicted).
 
     Args:
-        labels: Of the unlabeled images.
+        labels: Labels of the unlabeled images.
         budget: Number of images.
-        positives: ``(C,)`` labeled positives of each class; the entropy of a class is then divided by the square root
-            of one more, so that rare classes count more. None: all classes count alike.
+        positives: ``(C,)`` labeled positives of each class. The entropy of a class is then divided by the square root
+            of this number plus one, so that rare classes get more weight. None: all classes have equal weight.
     """
     weights = None if positives is None else (positives + 1.0) ** -0.5
     doubt = doubt_of(labels.probabilities, weights)
@@ -52,16 +53,16 @@ def suspicious_labels(
     left_out: NDArray[np.floating],
     at_least: float = 0.5,
 ) -> pa.Table:
-    """Given labels that probabilities of models not fitted to them contradict, the most doubtful first.
+    """Lists given labels that out-of-fold probabilities contradict, least probable first.
 
-    Columns: ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that this is wrong.
+    Columns: ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that the label is wrong.
 
     Args:
         images: ``(m,)`` paths of the labeled images.
         class_names: The C class names.
-        labels: ``(m, C)`` in {1, 0, -1}; unknown entries are not judged.
-        left_out: ``(m, C)`` probabilities, each image by models that were not fitted to it.
-        at_least: Smallest probability of being wrong that is listed.
+        labels: ``(m, C)`` in {1, 0, -1}; unknown entries are ignored.
+        left_out: ``(m, C)`` out-of-fold probabilities.
+        at_least: Minimum probability of being wrong.
     """
     wrong = np.where(labels == 1, 1 - left_out, np.where(labels == 0, left_out, 0.0))
     rows, classes = np.nonzero(wrong >= at_least)
@@ -78,10 +79,10 @@ def suspicious_labels(
 
 
 def write_list(path: Path, table: pa.Table) -> None:
-    """Writes a list as CSV, whole or not at all.
+    """Writes a list as CSV, atomically.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with replacing(path) as draft:
         pyarrow.csv.write_csv(table, str(draft))

@@ -1,7 +1,7 @@
-"""Files of labels that labeling tools import: Label Studio, CVAT and FiftyOne.
+"""Label files for import into labeling tools: Label Studio, CVAT and FiftyOne.
 
-The servers accept labels and control names that they do not know and drop them without a word, so names are checked
-here. Confidence orders the images for review: Label Studio's uncertainty sampling starts with the lowest.
+The servers silently drop unknown labels and control names, so names are checked here. Confidence orders the images for
+review: Label Studio's uncertainty sampling starts with the lowest.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Json = dict[str, Any]
 def label_studio_tasks(
     labels: ImageLabels, model_version: str, url: str = "/data/local-files/?d=", control: str = "labels"
 ) -> list[Json]:
-    """Tasks with predictions, to be imported into a project whose configuration :func:`label_studio_config` gives.
+    """Creates tasks with predictions, for a project with the configuration of :func:`label_studio_config`.
 
-    Each task's ``data`` holds the image's ``path``, by which an export is matched, ``doubt`` in bits, by which the
-    server's data manager can sort, and ``scores`` to show.
+    Each task's ``data`` has the image's ``path``, which identifies it in an export, ``doubt`` in bits, by which the
+    server's data manager can sort, and ``scores`` for display.
 
     Args:
-        labels: Of the images.
-        model_version: Name of the model, shown beside its predictions.
-        url: What stands before the quoted path of an image.
+        labels: Labels of the images.
+        model_version: Name of the model, shown with its predictions.
+        url: Prefix of the quoted path of an image.
         control: Name of the Choices control.
     """
     predictions = label_studio_predictions(labels, model_version, control)
@@ -57,13 +57,13 @@ def label_studio_tasks(
 def label_studio_predictions(
     labels: ImageLabels, model_version: str, control: str = "labels", image: str = "image"
 ) -> list[Json]:
-    """The prediction for each image: its given labels, and as ``score`` the confidence of all decisions in [0, 1].
+    """Creates the prediction for each image: its labels, and the confidence of all decisions in [0, 1] as ``score``.
 
     Args:
-        labels: Of the images.
+        labels: Labels of the images.
         model_version: Name of the model.
         control: Name of the Choices control.
-        image: Name of the image that the control is about.
+        image: Name of the control's image.
     """
     confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
     return [
@@ -77,7 +77,7 @@ def label_studio_predictions(
 
 
 def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
-    """Labeling interface of a Label Studio project for these classes, as XML."""
+    """Returns the labeling interface of a Label Studio project for these classes, as XML."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name="image", value="$image")
     choices = ElementTree.SubElement(view, "Choices", name=control, toName="image", choice="multiple")
@@ -91,11 +91,11 @@ def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
 def cvat_xml(
     labels: ImageLabels, sizes: Sequence[tuple[int, int] | None] | None = None
 ) -> ElementTree.ElementTree[Any]:
-    """Annotations in the format "CVAT for images 1.1": one tag for each given label, in the order of review.
+    """Creates annotations in the format "CVAT for images 1.1": one tag per label, in the order of review.
 
     Args:
-        labels: Of n images.
-        sizes: n pairs (width, height) of the upright images; None where one is not known, or for all.
+        labels: Labels of n images.
+        sizes: n pairs (width, height) of the upright images; None for an unknown size, or instead of the list.
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
@@ -120,16 +120,15 @@ def cvat_xml(
 
 
 def fiftyone_labels(labels: ImageLabels) -> Json:
-    """``labels.json`` of a FiftyOneImageClassificationDataset, which names images by their path without suffix.
+    """Returns ``labels.json`` of a FiftyOneImageClassificationDataset, which names images by path without suffix.
 
     Raises:
-        DataError: Images that differ in their suffix only.
+        DataError: If images differ only in their suffix.
     """
     keys = [str(PurePosixPath(path).with_suffix("")) for path in labels.images.tolist()]
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise DataError(
-            f"FiftyOne names images without their suffix, so it cannot tell these apart: {listed(twice)}. Rename the "
-            "files."
+            f"FiftyOne names images without their suffix, so these are ambiguous: {listed(twice)}. Rename the files."
         )
     found = {
         key: [
@@ -142,33 +141,33 @@ def fiftyone_labels(labels: ImageLabels) -> Json:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all.
+    """Writes JSON, atomically.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with replacing(path) as draft:
         draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def write_xml(path: Path, tree: ElementTree.ElementTree[Any]) -> None:
-    """Writes XML, whole or not at all.
+    """Writes XML, atomically.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with replacing(path) as draft:
         tree.write(draft, encoding="utf-8", xml_declaration=True)
 
 
 def _choices(names: list[str], control: str, image: str) -> list[Json]:
-    """The result of a prediction; empty where no class is given."""
+    """Returns the result of a prediction; empty if it has no class."""
     if not names:
         return []
     return [{"from_name": control, "to_name": image, "type": "choices", "value": {"choices": names}}]
 
 
 def _shown(labels: ImageLabels, row: int, number: int = 5) -> str:
-    """The most probable classes of an image with their probabilities, for a person."""
+    """Formats the most probable classes of an image with their probabilities."""
     best = np.argsort(-labels.probabilities[row], kind="stable")[:number]
     return ", ".join(f"{labels.class_names[k]} {labels.probabilities[row, k]:.2f}" for k in best)

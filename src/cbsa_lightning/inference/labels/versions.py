@@ -1,4 +1,4 @@
-"""The checkpoint of a run, and a name for the model that it holds."""
+"""The checkpoint of a run, and a version name for its model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ NAME = "last.ckpt"
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The last checkpoint of a run.
+    """Returns the last checkpoint of a run.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: If there is none.
     """
     file = run / CHECKPOINTS / NAME
     if not file.is_file():
-        raise ConfigError(f"{file} does not exist. Give the folder of a finished run, such as runs/cbsa/version_0.")
+        raise ConfigError(f"{file} does not exist. Use the folder of a finished run, such as runs/cbsa/version_0.")
     return file
 
 
 def version_of(run: Path) -> str:
-    """Name of the run and the start of its checkpoint's SHA-256, for example "cbsa-version_0-1a2b3c4d"."""
+    """Returns the name of the run with the start of its checkpoint's SHA-256, such as "cbsa-version_0-1a2b3c4d"."""
     with checkpoint_of(run).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = run.resolve()

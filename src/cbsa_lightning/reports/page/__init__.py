@@ -1,1 +1,1 @@
-"""`report.html`: one self-contained page about a run, for the person who owns the photos."""
+"""`report.html`: one self-contained page that summarizes a run."""

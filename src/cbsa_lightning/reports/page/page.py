@@ -1,4 +1,4 @@
-"""The page of a run: its files and what its Trainer knows, as one HTML text."""
+"""Builds the report page of a run as HTML from its files and its Trainer."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ PACKAGES = ("cbsa-lightning", "torch", "lightning", "open_clip_torch", "numpy")
 
 @dataclass(frozen=True)
 class Run:
-    """What the page needs beside the files of a run.
+    """Inputs of the page in addition to the files of a run.
 
     Attributes:
-        folder: Of the run.
+        folder: Folder of the run.
         class_names: The C class names.
         root: Folder of the training images.
-        counts: Number of images by their kind, in words.
+        counts: Number of images by kind, as text.
         validation: The validation images with their labels; None if none were scored.
         baselines: mAP (0 to 1) by the name of a simpler classifier.
         partition: ``(C,)`` context of each class; None without contexts.
-        few_images: Number of validation images below which figures say little.
-        changes: What has changed since the run that training started from, in sentences.
+        few_images: Number of validation images below which metrics are imprecise.
+        changes: Changes since the run that training started from, as sentences.
     """
 
     folder: Path
@@ -60,10 +60,10 @@ class Run:
 
 
 def build_page(run: Run) -> str:
-    """The page as HTML. It shows a bounded number of images, however many images and classes there are.
+    """Builds the page as HTML. The number of images on it is bounded for any number of images and classes.
 
     Raises:
-        DataError: ``predictions.csv`` is of other images than ``run.validation``, or ``labels.csv`` of other classes.
+        DataError: If ``predictions.csv`` has other images than ``run.validation``, or ``labels.csv`` other classes.
     """
     thumbnail.cache_clear()  # the files of an earlier run may have changed
     folder, names = run.folder, run.class_names
@@ -104,7 +104,7 @@ def build_page(run: Run) -> str:
 
 
 def _pictures(folder: Path, **names: str) -> dict[str, str]:
-    """Pictures of the run by their titles, as data URIs."""
+    """Returns pictures of the run by title, as data URIs."""
     found = {title: picture(folder / PICTURES / f"{name}.png") for name, title in names.items()}
     return {title: uri for title, uri in found.items() if uri is not None}
 

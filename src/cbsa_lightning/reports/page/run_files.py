@@ -1,4 +1,4 @@
-"""Reads what a finished run has written, no more of it than the page shows."""
+"""Reads the part of a finished run's files that the page shows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cbsa_lightning.io.runs import LABELS, PREDICTIONS, THRESHOLDS
 
 @dataclass(frozen=True)
 class Validation:
-    """The images that a run was measured on.
+    """Validation images with their scores.
 
     Attributes:
         table: The n images with their labels.
         scores: ``(n, C)`` float32 in [0, 1].
-        given: ``(n, C)`` bool, whether the model gives the class.
+        given: ``(n, C)`` bool, whether the model predicts the class.
     """
 
     table: AnnotationTable
@@ -36,13 +36,13 @@ class Validation:
 
 @dataclass(frozen=True)
 class Unlabeled:
-    """The labels that the model gives to the m unlabeled images.
+    """Predicted labels of the m unlabeled images.
 
     Attributes:
         images: ``(m,)`` paths.
-        labels: ``(m,)`` given classes of each image, joined with ";".
-        counts: ``(C,)``, how many images are given the class.
-        scores: ``(m,)`` scores in [0, 1] by class, of some classes.
+        labels: ``(m,)`` predicted classes of each image, joined by ";".
+        counts: ``(C,)``, number of images with each predicted class.
+        scores: ``(m,)`` scores in [0, 1] by class, for some classes.
     """
 
     images: pa.ChunkedArray
@@ -59,31 +59,31 @@ class Listing(NamedTuple):
 
 
 def read_thresholds(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Threshold and number of labeled positives of each class, both ``(C,)``."""
+    """Reads threshold and number of labeled positives of each class, both ``(C,)``."""
     types = {"threshold": pa.float32(), "labeled_positives": pa.int64()}
     table = _read(folder / THRESHOLDS, types)
     return table["threshold"].to_numpy(), table["labeled_positives"].to_numpy()
 
 
 def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np.float32]) -> Validation:
-    """Scores of the validation images.
+    """Reads the scores of the validation images.
 
     Raises:
-        DataError: The file is of other images than ``table``.
+        DataError: If the file has other images than ``table``.
     """
     path = folder / PREDICTIONS
     found = _read(path, {"image": pa.string(), **dict.fromkeys(table.class_names, pa.float32())})
     if found["image"].to_pylist() != table.paths.tolist():
-        raise DataError(f"{path}: does not hold the validation images of this run; delete the file and fit again.")
+        raise DataError(f"{path}: does not have the validation images of this run; delete the file and fit again.")
     scores = np.stack([found[name].to_numpy() for name in table.class_names], axis=1)
     return Validation(table, scores, scores >= thresholds)
 
 
 def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabeled:
-    """Labels of the unlabeled images, with the scores of the classes ``shown``; others are not kept in memory.
+    """Reads labels of the unlabeled images, with scores of the classes ``shown``; other scores are not kept in memory.
 
     Raises:
-        DataError: The file names a class that the run does not have.
+        DataError: If the file has a class that the run does not have.
     """
     names = [class_names[k] for k in shown]
     table = _read(folder / LABELS, {"image": pa.string(), "labels": pa.string(), **dict.fromkeys(names, pa.float32())})
@@ -92,7 +92,7 @@ def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int
     for entry in pc.value_counts(pc.list_flatten(pc.split_pattern(table["labels"], SEPARATOR))).to_pylist():
         name = entry["values"]
         if name != NOTHING and name not in position:
-            raise DataError(f"{folder / LABELS}: names {name!r}, which is no class of this run; correct the file.")
+            raise DataError(f"{folder / LABELS}: names {name!r}, which is not a class of this run; correct the file.")
         if name != NOTHING:
             counts[position[name]] = entry["counts"]
     scores = {k: table[class_names[k]].to_numpy() for k in shown}
@@ -100,7 +100,7 @@ def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int
 
 
 def read_listing(path: Path, first: int) -> Listing | None:
-    """The first rows of a list for review; None if the run has none."""
+    """Reads the first rows of a list for review; returns None if the run has none."""
     if not path.is_file():
         return None
     table = _read(path, None)
@@ -108,7 +108,7 @@ def read_listing(path: Path, first: int) -> Listing | None:
 
 
 def _read(path: Path, types: dict[str, Any] | None) -> pa.Table:
-    """Some columns of a CSV file; None: all columns, as text."""
+    """Reads some columns of a CSV file; None reads all columns, as text."""
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     try:
         if types is None:
@@ -117,4 +117,4 @@ def _read(path: Path, types: dict[str, Any] | None) -> pa.Table:
         convert = pyarrow.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=False)
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: is not as this run writes it ({error}); delete it and fit again.") from error
+        raise DataError(f"{path}: does not have the expected format ({error}); delete it and fit again.") from error

@@ -1,4 +1,4 @@
-"""What the sections of the page show: rows of the table of classes, and images with captions."""
+"""Content of the page's sections: rows of the table of classes, and images with captions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cbsa_lightning.reports.page.run_files import Listing, Unlabeled, Validation
 from cbsa_lightning.reports.page.thumbnails import thumbnail
 from cbsa_lightning.reports.precision_recall import average_precisions
 
-CLASSES = 30  # that are shown with images, at most
-EXAMPLES = 4  # images of a kind of example
-LISTED = 24  # images of a list
+CLASSES = 30  # maximum number of classes with images
+EXAMPLES = 4  # images per kind of example
+LISTED = 24  # images per list
 CONTEXTS = 12
-_NAMES = 12  # labels that a caption names
+_NAMES = 12  # labels in a caption
 
 
 class ClassRow(NamedTuple):
-    """A row of the table of classes; NaN where a figure is not defined, None where it was not measured."""
+    """A row of the table of classes; NaN if a metric is undefined, None if it was not measured."""
 
     name: str
     labeled: int
@@ -45,14 +45,14 @@ class Shown(NamedTuple):
 
 
 class ClassExamples(NamedTuple):
-    """Images of a class, each kind with its title; kinds without images are left out."""
+    """Images of a class by title of their kind; kinds without images are omitted."""
 
     row: ClassRow
     kinds: list[tuple[str, list[Shown]]]
 
 
 class Context(NamedTuple):
-    """Classes that often occur together, and images with many of them."""
+    """Classes that often occur together, with images that show many of them."""
 
     classes: list[str]
     images: list[Shown]
@@ -64,7 +64,7 @@ def class_rows(
     thresholds: NDArray[np.float32],
     validation: Validation | None,
 ) -> list[ClassRow]:
-    """A row for each class, without the counts of unlabeled images."""
+    """Creates one row per class, without the counts of unlabeled images."""
     columns: list[list[float | None]] = [[None] * len(class_names) for _ in range(5)]
     if validation is not None:
         truth, given = validation.table.labels, validation.given
@@ -83,7 +83,7 @@ def class_rows(
 
 
 def chosen_classes(rows: Sequence[ClassRow]) -> list[int]:
-    """Classes that are shown with images: lowest AP first, then those without one, fewest labeled images first."""
+    """Returns the classes with images: lowest AP first, then classes without AP, fewest labeled images first."""
     AP = np.array([np.nan if row.AP is None else row.AP for row in rows])
     order: list[int] = np.lexsort((np.array([row.labeled for row in rows]), AP)).tolist()
     return order[:CLASSES]
@@ -92,13 +92,13 @@ def chosen_classes(rows: Sequence[ClassRow]) -> list[int]:
 def class_examples(
     k: int, row: ClassRow, validation: Validation | None, unlabeled: Unlabeled | None, root: Path
 ) -> ClassExamples:
-    """The worst, the most doubtful and the most typical images of class ``k``.
+    """Selects the worst, the most uncertain and the most typical images of class ``k``.
 
-    The worst are validation images; the others are unlabeled images, or validation images where there are none.
+    The worst are validation images; the others are unlabeled images, or validation images if there are none.
 
     Args:
         k: Class.
-        row: Its row.
+        row: Row of the class.
         validation: The validation images.
         unlabeled: The unlabeled images, with the scores of class ``k``.
         root: Folder of the unlabeled images.
@@ -113,7 +113,7 @@ def class_examples(
         scores = unlabeled.scores[k]
     else:
         scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
-    cut = min(row.threshold, 1.0)  # infinite where no image is given the class
+    cut = min(row.threshold, 1.0)  # infinite if no image gets the class
     for title, order in (("Most doubtful", np.abs(scores - cut)), ("Most typical", -scores)):
         places = _first(order, len(scores))
         if unlabeled is not None:
@@ -124,7 +124,7 @@ def class_examples(
 
 
 def next_images(listing: Listing, root: Path) -> list[Shown]:
-    """Images to label next."""
+    """Returns the images to label next."""
     return [
         _shown(
             root / row["image"], row["image"], f"model: {_joined(row['labels'])}", f"unsure: {_joined(row['classes'])}"
@@ -134,13 +134,13 @@ def next_images(listing: Listing, root: Path) -> list[Shown]:
 
 
 def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
-    """Given labels that may be wrong."""
+    """Returns the given labels that may be wrong."""
     return [
         _shown(
             root / row["image"],
             row["image"],
             f"{'labeled' if row['given'] == 'yes' else 'labeled without'} {row['class']}",
-            f"looks wrong ({100 * float(row['wrong']):.0f} %)",
+            f"may be wrong ({100 * float(row['wrong']):.0f} %)",
         )
         for row in listing.rows
     ]
@@ -149,7 +149,7 @@ def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
 def context_sections(
     partition: NDArray[np.int64], class_names: Sequence[str], validation: Validation | None
 ) -> list[Context]:
-    """Contexts with their classes and the validation images that show most of these, the largest contexts first."""
+    """Returns the contexts, largest first, each with its classes and the validation images that show most of them."""
     groups = sorted((np.flatnonzero(partition == k) for k in np.unique(partition)), key=len, reverse=True)
     found = []
     for members in groups[:CONTEXTS]:
@@ -162,7 +162,7 @@ def context_sections(
 
 
 def _first(order: NDArray[np.floating], count: int) -> list[int]:
-    """Places of the smallest values, at most ``count``."""
+    """Returns the indices of the smallest values, at most ``count``."""
     places: list[int] = np.argsort(order, kind="stable")[: min(EXAMPLES, count)].tolist()
     return places
 

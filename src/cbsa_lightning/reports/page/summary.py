@@ -1,4 +1,4 @@
-"""The first paragraphs of the page: how good the model is, for which classes it is not, and what to do next."""
+"""The first paragraphs of the page: quality of the model, its weak classes, and next steps."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from cbsa_lightning.reports.page.sections import ClassRow
 
 LOW_AP = 0.5
 FEW_POSITIVES = 10
-_NAMED = 5  # classes that a sentence names
+_NAMED = 5  # maximum number of classes in a sentence
 
 
 def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: Mapping[str, float], few: int) -> str:
-    """How good the model is.
+    """Describes the quality of the model.
 
     Args:
-        rows: Of the table of classes.
+        rows: Rows of the table of classes.
         validation: The validation images; None if nothing was measured.
         baselines: mAP (0 to 1) by the name of a simpler classifier.
-        few: Number of validation images below which figures say little.
+        few: Number of validation images below which metrics are imprecise.
     """
     if validation is None:
-        return "No images were kept back to measure on, so this page cannot say how good the model is."
+        return "There are no validation images, so the quality of the model is unknown."
     count = len(validation.table)
     known = [row.AP for row in rows if row.AP is not None and not np.isnan(row.AP)]
     if not known:
-        return f"None of the {count:,} validation images shows any class, so nothing can be said of the model."
+        return f"None of the {count:,} validation images shows any class, so the quality of the model is unknown."
     text = (
-        f"On {count:,} validation images, which it did not learn from, the model has a mean average precision (mAP) of "
-        f"{_percent(np.mean(known))}: it tells how well images with a class are ranked above images without it; 100 % "
-        "is perfect. "
+        f"On {count:,} validation images, not used for training, the model has a mean average precision (mAP) "
+        f"of {_percent(np.mean(known))}. mAP measures how well images with a class are ranked above images without it; "
+        "100 % is perfect. "
     )
     if baselines:
         text += f"For comparison: {_listed([f'{name} has {_percent(value)}' for name, value in baselines.items()])}. "
         best = max(baselines, key=lambda name: baselines[name])
         if baselines[best] > np.mean(known):
-            text += f"So on these images {best} is better than this model. "
+            text += f"On these images, {best} is better than this model. "
     truth, given = validation.table.labels, validation.given
     hits = int((given & (truth == 1)).sum())
     text += (
-        f"With the thresholds in use, {_percent(hits / max(int((given & (truth >= 0)).sum()), 1))} of the labels that "
-        f"the model gives are right (precision), and it finds {_percent(hits / int((truth == 1).sum()))} of the labels "
-        "that it should give (recall)."
+        f"At the decision thresholds, {_percent(hits / max(int((given & (truth >= 0)).sum()), 1))} of the labels that "
+        f"the model predicts are correct (precision), and it finds {_percent(hits / int((truth == 1).sum()))} of the "
+        "labels that are present (recall)."
     )
     if count < few:
-        text += f" {count} images are few: differences of several points may be chance."
+        text += f" With only {count} images, differences of several points may be chance."
     return text
 
 
 def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
-    """For which classes the model is not good, or not known to be."""
+    """Lists classes for which the model is poor or its quality unknown."""
     low = sorted((r for r in rows if r.AP is not None and r.AP < LOW_AP), key=lambda row: row.AP or 0.0)
     scarce = sorted((r for r in rows if r.labeled < FEW_POSITIVES), key=lambda row: row.labeled)
     unmeasured = [row.name for row in rows if row.validation == 0]
@@ -65,12 +65,12 @@ def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
         names = [f"{row.name} ({row.labeled})" for row in scarce]
         found.append(f"Fewer than {FEW_POSITIVES} labeled images show {_some(names)}.")
     if unmeasured:
-        found.append(f"No validation image shows {_some(unmeasured, 'or')}, so nothing is known of the quality there.")
+        found.append(f"No validation image shows {_some(unmeasured, 'or')}, so their quality is unknown.")
     return found
 
 
 def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str:
-    """What to do next; empty if nothing is known."""
+    """Describes what to do next; empty if nothing is known."""
     steps = []
     if next_to_label is not None and next_to_label.total:
         steps.append(
