@@ -20,6 +20,7 @@ from cbsa_lightning.training.gain import Gain
 from layouts import make_coco, make_cvat, make_label_studio, make_nuswide_list, make_table, make_voc
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUN_IN = ("test_configs", "networks/test_resnet", "networks/test_partial_systems")
 LAYOUTS = {"voc": make_voc, "coco": make_coco, "nuswide": make_nuswide_list}
 
 
@@ -338,7 +339,7 @@ def test_photos_of_ones_own(
 def test_every_overlay_is_run() -> None:
     """A new overlay must be named in a file that runs it."""
     tests = Path(__file__).parent
-    here = "".join((tests / f"{name}.py").read_text() for name in ("test_configs", "networks/test_resnet"))
+    here = "".join((tests / f"{name}.py").read_text() for name in RUN_IN)
     overlays = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "class_files"]
     special = [f"{p.parent.name}/{p.stem}" for p in overlays if len(p.parts) == 3]
     names = [p.stem for p in overlays if len(p.parts) < 3]

@@ -17,6 +17,7 @@ from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.data_summary import DataSummary
 from cbsa_lightning.callbacks.epoch_timer import EpochTimer
 from cbsa_lightning.callbacks.features import CacheFeatures
+from cbsa_lightning.callbacks.hooks import RunHooks
 from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.monitors import CheckMonitors
 from cbsa_lightning.callbacks.resume import ExactResume
@@ -32,13 +33,14 @@ from cbsa_lightning.method.context_task import ContextTask
 from cbsa_lightning.method.decisions import Objective
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, LabeledOnly, Labeler
-from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
+from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss
 from cbsa_lightning.networks.base import Network
 from cbsa_lightning.training.evaluation import Evaluation, Stage
 from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
+from cbsa_lightning.training.step_loss import step_loss
 
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
@@ -197,6 +199,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             CacheFeatures(),
             Stages(),
             thresholds,
+            RunHooks(),
         ]
         callbacks += [UpdateContexts(thresholds)] if self.num_contexts else []
         callbacks.append(EpochTimer())
@@ -243,53 +246,20 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
     # Training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor | None:
-        """One step on strong views (Eq. 12).
-
-        Every term is a sum over its images, and classes, divided by the batch size B: that keeps the relative
-        weights that the paper's sums have.
-        """
+        """One step on strong views; see :func:`~cbsa_lightning.training.step_loss.step_loss`."""
         if not self.trains:
             self.trainer.should_stop = True
             return None
-        size = self._mean_batch_size(batch)
         features = self.features_of(batch)
         self.nonfinite.remember()
         output = self.network(features, self.network.encode_text())
-        known = batch.labeled.to(torch.float32)
-        per_image = self._label_loss(output.logits, batch).sum(1)
-        sup = (per_image * known).sum() / size
-        unsup = (per_image * (1 - known)).sum() / size
-        loss = sup + self.unsup_weight * unsup
-        terms = {"loss_sup": sup, "loss_unsup": unsup}
-        if output.context_logits is not None and self.context_targets is not None:
-            aux = context_loss(output.context_logits, self.context_targets[batch.index]).sum() / size
-            loss = loss + self.contexts.weight * aux
-            terms["loss_aux"] = aux
+        loss, terms = step_loss(self, output, batch, batch_idx)
         if not self.nonfinite.is_finite(loss, output):
             return self.nonfinite.left_out({**terms, "features": features}, output, batch)
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
         # Each step counts alike in the epoch's mean: weights by share of the batch would differ among processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
-
-    def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
-        """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
-        if self.pseudo_labels is None:
-            return self.loss(logits, batch.targets)
-        targets = torch.where(batch.labeled[:, None], batch.targets, self.pseudo_labels[batch.index])
-        if targets.is_floating_point():
-            return soft_target_loss(self.loss, logits, targets)
-        return self.loss(logits, targets)
-
-    def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
-        """Images of this step a process: shares differ by two at most; divided by their mean, gradients average right.
-
-        A number where there is one process: no tensor of it has to reach the device.
-        """
-        size = float(len(batch.index))
-        if self.trainer.world_size == 1:
-            return size
-        return self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="mean")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """An optimizer step, then one of the average once it has started."""

@@ -1,0 +1,128 @@
+"""The parts of SSGRL against slow re-computations: values, gradients, and what the parts never hold in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cbsa_lightning.errors import ConfigError
+from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
+from cbsa_lightning.networks import decoupling
+from cbsa_lightning.networks.decoupling import SemanticDecoupling
+from cbsa_lightning.networks.gated_graph import conditional_cooccurrence
+from cbsa_lightning.networks.ssgrl import SSGRL
+from partial import SMALL, TinyWords
+from reference import semantic
+from reference.resnet import slope
+from tiny_data import CLASSES, SIZE
+
+LABELS = torch.tensor([[1, 1, 0, -1, 0], [1, -1, 0, 1, 0], [0, 1, 1, -1, 0], [1, 0, -1, 0, -1]], dtype=torch.int8)
+
+
+def arrays(module):
+    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+
+
+def check_gradients(found, wanted, value):
+    """Of a weighted sum of ``found`` by ``wanted``, against central differences of ``value``."""
+    weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        expected = slope(lambda: (value() * weighing.numpy()).sum(), x.detach().numpy())
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7, err_msg=name)
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return SSGRL(CLASSES, **{**SMALL, "words": TinyWords, "attention_width": 7, **settings})
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Parts that ask for float32 get float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 1 << 18])
+def test_decoupling_by_hand(at_once, in_double, monkeypatch):
+    """However few products are held at a time."""
+    monkeypatch.setitem(decoupling._AT_ONCE, "cpu", at_once)
+    torch.manual_seed(0)
+    part = SemanticDecoupling(4, 3, 5).double()
+    features = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    found, attention = part(features, words)
+    weights = arrays(part)
+
+    def value():
+        return semantic.decouple(features.detach().numpy(), words.detach().numpy(), weights)[0]
+
+    np.testing.assert_allclose(found.detach().numpy(), value(), atol=1e-12)
+    expected = semantic.decouple(features.detach().numpy(), words.detach().numpy(), weights)[1]
+    np.testing.assert_allclose(attention.detach().numpy(), expected, atol=1e-12)
+    check_gradients(found, {"features": features, "words": words, **dict(part.named_parameters())}, value)
+
+
+def test_graph_of_known_positives():
+    found = conditional_cooccurrence(LABELS)
+    np.testing.assert_allclose(found.numpy(), semantic.cooccurrence(LABELS.numpy()), rtol=1e-6)
+    assert found.isfinite().all()
+    assert not found[4].any()  # a class without a known positive
+
+
+def test_classification_by_hand():
+    net = network(steps=2).double()
+    net.trunk.width = None
+    torch.manual_seed(1)
+    net.decouple, net.merge = None, torch.nn.Linear(8, 4).double()
+    net.spread = type(net.spread)(4, 2).double()
+    net.weight = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+    net.graph.copy_(conditional_cooccurrence(LABELS))
+    own = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    weights = {name: value for name, value in arrays(net).items() if not name.startswith("trunk.")}
+    logits = net.classify(own)
+
+    def value():
+        return semantic.classify(own.detach().numpy(), net.graph.numpy(), weights, steps=2)
+
+    np.testing.assert_allclose(logits.detach().numpy(), value(), atol=1e-12)
+    parts = {n: p for n, p in net.named_parameters() if not n.startswith("trunk.")}
+    check_gradients(logits, {"own": own, **parts}, value)
+
+
+def test_mean_over_known_entries():
+    logits = torch.randn(LABELS.shape, dtype=torch.float64, requires_grad=True)
+    loss = MeanBinaryCrossEntropy()(logits, LABELS).sum() / len(LABELS)
+    assert float(loss.detach()) == pytest.approx(semantic.mean_bce(logits.detach().numpy(), LABELS.numpy()), rel=1e-6)
+    assert not torch.autograd.grad(loss, logits)[0][LABELS < 0].any()
+    assert float(MeanBinaryCrossEntropy()(logits, torch.full_like(LABELS, -1)).sum()) == 0
+
+
+def test_the_last_stage_is_trained_and_the_others_stay():
+    net = network().train()
+    images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    output = net(net.features(images), attention=True)
+    output.logits.square().sum().backward()
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("trunk.frozen") for name in trained)
+    assert any(name.startswith("trunk.last") for name in trained)
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("trunk.last") for name in moved)
+    torch.testing.assert_close(output.attention.sum((2, 3)), torch.ones(3, 5))
+    assert output.label_features.shape == (3, 5, net.dim)
+    assert not net.features(images).requires_grad
+
+
+def test_other_backbones_are_refused():
+    with pytest.raises(ConfigError, match=r"test_vit has no conv1.*resnet101"):
+        network(backbone="test_vit")
+
+
+def test_one_fingerprint_a_frozen_part():
+    assert network().frozen_weights == network().frozen_weights
+    other = network()
+    next(iter(other.trunk.frozen.parameters())).data.add_(1)
+    assert other.frozen_weights != network().frozen_weights

@@ -1,0 +1,47 @@
+"""Partly labeled squares and small networks on them, for tests of the systems for partial labels."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbsa_lightning import SSMLLModule
+from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.splits import known_mask
+from cbsa_lightning.method.labelers import LabeledOnly
+from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
+from cbsa_lightning.networks.word_vectors import WordVectors
+from tiny_data import CLASSES, Squares
+
+SMALL = {"backbone": "test_resnet.r160_in1k", "pretrained": "random"}
+
+
+class TinyWords(WordVectors):
+    """Six fixed numbers a class."""
+
+    def __init__(self, class_names):
+        rng = np.random.default_rng(5)
+        self.vectors = torch.from_numpy(rng.normal(size=(len(class_names), 6))).float()
+
+
+class PartialSquares(Squares):
+    """Squares of which a share of the labels is known."""
+
+    def __init__(self, folder: Path, share: float = 0.6, **settings: Any) -> None:
+        super().__init__(folder, **settings)
+        labels = self._train.labels.copy()
+        known = known_mask(*labels.shape, share, 0)
+        known[np.arange(len(labels)), np.arange(len(labels)) % len(CLASSES)] = True  # at least one of each image
+        labels[~known] = -1
+        self._train = AnnotationTable(self._train.root, self._train.paths, labels, CLASSES)
+
+
+def tiny_system(network: Any, **settings: Any) -> SSMLLModule:
+    """A module as the overlays of the partial systems make it; its weights are a function of these arguments alone."""
+    torch.manual_seed(0)
+    plain = {"labeler": LabeledOnly(), "loss": MeanBinaryCrossEntropy(), "warmup_epochs": 0, "ema_decay": 0.0}
+    return SSMLLModule(CLASSES, partial(network, words=TinyWords, **SMALL), **{**plain, **settings})
