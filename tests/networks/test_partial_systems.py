@@ -13,13 +13,14 @@ from cbsa_lightning import SSMLLModule
 from cbsa_lightning.__main__ import main
 from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
+from cbsa_lightning.networks.gcn_ml import GCNML
 from cbsa_lightning.networks.ssgrl import SSGRL
 from partial import SMALL, PartialSquares, TinyWords, tiny_system
 from tiny_data import CLASSES, SIZE, differences, tiny_data, tiny_trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SYSTEMS = {"SSGRL": partial(SSGRL, attention_width=8)}
-OVERLAYS = {"ssgrl": SSGRL}
+SYSTEMS = {"SSGRL": partial(SSGRL, attention_width=8), "GCN-ML": partial(GCNML, hidden=8)}
+OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML}
 
 
 def fit(folder, squares, network, epochs=2, ckpt_path=None, **settings):

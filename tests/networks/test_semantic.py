@@ -11,6 +11,7 @@ from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
 from cbsa_lightning.networks import decoupling
 from cbsa_lightning.networks.decoupling import SemanticDecoupling
 from cbsa_lightning.networks.gated_graph import conditional_cooccurrence
+from cbsa_lightning.networks.gcn_ml import GCNML, GraphClassifiers, neighbor_graph
 from cbsa_lightning.networks.ssgrl import SSGRL
 from partial import SMALL, TinyWords
 from reference import semantic
@@ -126,3 +127,39 @@ def test_one_fingerprint_a_frozen_part():
     other = network()
     next(iter(other.trunk.frozen.parameters())).data.add_(1)
     assert other.frozen_weights != network().frozen_weights
+
+
+# GCN-ML ------------------------------------------------------------------------------------------------------------
+
+
+def test_neighbor_graph_by_hand():
+    together = conditional_cooccurrence(LABELS).double()
+    expected = semantic.neighbor_graph(together.numpy(), 0.5, 0.25)
+    np.testing.assert_allclose(neighbor_graph(together, 0.5, 0.25).numpy(), expected, rtol=1e-6)
+    assert (expected[4] == [0, 0, 0, 0, 1]).all()  # a class without a known positive stands alone
+
+
+def test_graph_classifiers_by_hand():
+    torch.manual_seed(0)
+    head = GraphClassifiers(4, 5, torch.randn(5, 3), 6).double()
+    head.graph.copy_(torch.rand(5, 5))
+    features = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    logits, weights = head(features).logits, arrays(head)
+
+    def value():
+        return semantic.graph_classifiers(features.detach().numpy(), weights)
+
+    np.testing.assert_allclose(logits.detach().numpy(), value(), atol=1e-12)
+    check_gradients(logits, {"features": features, **dict(head.named_parameters())}, value)
+
+
+def test_gcn_ml_trains_its_trunk_slowly():
+    net = GCNML(CLASSES, **SMALL, words=TinyWords, hidden=8)
+    rest, trunk = net.parameter_groups()
+    assert (rest["lr_scale"], trunk["lr_scale"]) == (1.0, 0.1)
+    assert {id(p) for p in trunk["params"]} == {id(p) for p in net.trunk.parameters()}
+    net.hooks.before_training(net, LABELS)
+    together = conditional_cooccurrence(LABELS)
+    torch.testing.assert_close(net.head.graph, neighbor_graph(together, 0.4, 0.25))
+    with pytest.raises(ConfigError, match="threshold must be a number"):
+        GCNML(CLASSES, **SMALL, words=TinyWords, threshold=2.0)

@@ -77,3 +77,33 @@ def mean_bce(logits, targets):
         if t >= 0:
             losses.append(-np.log(sigmoid(x)) if t == 1 else -np.log(1 - sigmoid(x)))
     return sum(losses) / max(len(losses), 1)
+
+
+def neighbor_graph(together, threshold, share):
+    """Adjacency of GCN-ML from conditional co-occurrence."""
+    number = len(together)
+    joined = np.zeros((number, number))
+    for i in range(number):
+        for j in range(number):
+            joined[i, j] = i != j and together[i, j] >= threshold
+    for j in range(number):
+        joined[:, j] *= share / (joined[:, j].sum() + 1e-6)
+    joined += np.eye(number)
+    degrees = joined.sum(1)
+    graph = np.zeros_like(joined)
+    for i in range(number):
+        for j in range(number):
+            graph[i, j] = joined[j, i] / np.sqrt(degrees[i]) / np.sqrt(degrees[j])
+    return graph
+
+
+def graph_classifiers(features, w):
+    """Logits ``(B, C)`` of maps ``(B, D, h, w)``."""
+
+    def convolve(nodes, weight):
+        return np.array([sum(w["graph"][i, j] * (weight @ node) for j, node in enumerate(nodes)) for i in range(count)])
+
+    count = len(w["words"])
+    hidden = convolve(w["words"], w["first.weight"])
+    classifiers = convolve(np.where(hidden > 0, hidden, 0.2 * hidden), w["second.weight"])
+    return np.array([[c @ image.reshape(len(image), -1).max(1) for c in classifiers] for image in features])
