@@ -15,6 +15,7 @@ from cbsa_lightning.data.splits import known_mask
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
 from cbsa_lightning.networks.word_vectors import WordVectors
+from reference.resnet import slope
 from tiny_data import CLASSES, Squares
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "pretrained": "random"}
@@ -45,3 +46,16 @@ def tiny_system(network: Any, **settings: Any) -> SSMLLModule:
     torch.manual_seed(0)
     plain = {"labeler": LabeledOnly(), "loss": MeanBinaryCrossEntropy(), "warmup_epochs": 0, "ema_decay": 0.0}
     return SSMLLModule(CLASSES, partial(network, words=TinyWords, **SMALL), **{**plain, **settings})
+
+
+def arrays(module):
+    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
+
+
+def check_gradients(found, wanted, value):
+    """Of a weighted sum of ``found`` by ``wanted``, against central differences of ``value``."""
+    weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        expected = slope(lambda: (value() * weighing.numpy()).sum(), x.detach().numpy())
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7, err_msg=name)

@@ -15,12 +15,18 @@ from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
 from cbsa_lightning.networks.gcn_ml import GCNML
 from cbsa_lightning.networks.ssgrl import SSGRL
+from cbsa_lightning.networks.sst import SST
 from partial import SMALL, PartialSquares, TinyWords, tiny_system
 from tiny_data import CLASSES, SIZE, differences, tiny_data, tiny_trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SYSTEMS = {"SSGRL": partial(SSGRL, attention_width=8), "GCN-ML": partial(GCNML, hidden=8)}
-OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML}
+NARROW = {"dim": 8, "attention_width": 6}
+SYSTEMS = {
+    "SSGRL": partial(SSGRL, attention_width=8),
+    "GCN-ML": partial(GCNML, hidden=8),
+    "SST": partial(SST, start_epoch=1, bank=4, **NARROW),
+}
+OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST}
 
 
 def fit(folder, squares, network, epochs=2, ckpt_path=None, **settings):

@@ -13,36 +13,16 @@ from cbsa_lightning.networks.decoupling import SemanticDecoupling
 from cbsa_lightning.networks.gated_graph import conditional_cooccurrence
 from cbsa_lightning.networks.gcn_ml import GCNML, GraphClassifiers, neighbor_graph
 from cbsa_lightning.networks.ssgrl import SSGRL
-from partial import SMALL, TinyWords
+from partial import SMALL, TinyWords, arrays, check_gradients
 from reference import semantic
-from reference.resnet import slope
 from tiny_data import CLASSES, SIZE
 
 LABELS = torch.tensor([[1, 1, 0, -1, 0], [1, -1, 0, 1, 0], [0, 1, 1, -1, 0], [1, 0, -1, 0, -1]], dtype=torch.int8)
 
 
-def arrays(module):
-    return {name: value.detach().numpy() for name, value in module.state_dict().items()}
-
-
-def check_gradients(found, wanted, value):
-    """Of a weighted sum of ``found`` by ``wanted``, against central differences of ``value``."""
-    weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
-    gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
-    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
-        expected = slope(lambda: (value() * weighing.numpy()).sum(), x.detach().numpy())
-        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7, err_msg=name)
-
-
 def network(**settings):
     torch.manual_seed(0)
     return SSGRL(CLASSES, **{**SMALL, "words": TinyWords, "attention_width": 7, **settings})
-
-
-@pytest.fixture
-def in_double(monkeypatch):
-    """Parts that ask for float32 get float64."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.mark.parametrize("at_once", [1, 30, 1 << 18])

@@ -107,3 +107,92 @@ def graph_classifiers(features, w):
     hidden = convolve(w["words"], w["first.weight"])
     classifiers = convolve(np.where(hidden > 0, hidden, 0.2 * hidden), w["second.weight"])
     return np.array([[c @ image.reshape(len(image), -1).max(1) for c in classifiers] for image in features])
+
+
+# Terms of the systems for partial labels ---------------------------------------------------------------------------
+
+
+def cosine(a, b):
+    return a @ b / max(np.linalg.norm(a), 1e-9) / max(np.linalg.norm(b), 1e-9)
+
+
+def contrast(features, targets, orders):
+    """``orders`` gives a random order of the pairs of a kind that has more than one: for (+, -), then for (-, -)."""
+    kinds = {"alike": [], "unlike": [], "neither": []}
+    for i in range(len(features)):
+        for j in range(i + 1, len(features)):
+            for k in range(features.shape[1]):
+                c, both = cosine(features[i, k], features[j, k]), {targets[i, k], targets[j, k]}
+                if both == {1}:
+                    kinds["alike"].append(1 - c)
+                elif both == {0, 1}:
+                    kinds["unlike"].append(1 + c)
+                elif both == {0}:
+                    kinds["neither"].append(1 + c)
+    number = len(kinds["alike"])
+    counted = list(kinds["alike"])
+    for kind in ("unlike", "neither"):
+        costs = kinds[kind]
+        if number:
+            order = orders(len(costs))
+            counted += [costs[i] for i in order[: 2 * number]] + sorted(costs, reverse=True)[:number]
+        else:
+            counted += costs
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def pair_logits(features, w):
+    """Logits ``(B, pairs)`` as the released code computes them, pair by pair."""
+    number, rows = features.shape[1], []
+    for image in features:
+        row, p = [], 0
+        for i in range(number):
+            for j in range(i + 1, number):
+                ends = [w["project.weight"] @ image[k] + w["project.bias"] for k in (i, j)]
+                hidden = np.maximum(w["join.weight"] @ np.concatenate(ends) + w["join.bias"], 0)
+                row.append(w["weight"][p] @ (w["mix.weight"] @ hidden + w["mix.bias"]) + w["bias"][p])
+                p += 1
+        rows.append(row)
+    return np.array(rows)
+
+
+def pair_loss(logits, targets):
+    """Mean over pairs, of label targets ``(B, C)``."""
+    losses = []
+    for row, labels in zip(logits, targets, strict=True):
+        p = 0
+        for i in range(len(labels)):
+            for j in range(i + 1, len(labels)):
+                s = sigmoid(row[p])
+                q = max(s - 0.05, 0)
+                both = labels[i] == 1 and labels[j] == 1
+                losses.append(-(1 - s) * np.log(s) if both else -(q**2) * np.log(1 - q))
+                p += 1
+    return sum(losses) / len(losses)
+
+
+def given_known(logits, targets):
+    """Mean probability of each label with the known positives of its image."""
+    found = np.zeros(targets.shape)
+    number = targets.shape[1]
+    place = {}
+    for i in range(number):
+        for j in range(i + 1, number):
+            place[i, j] = place[j, i] = len(place) // 2
+    for b, labels in enumerate(targets):
+        have = [j for j in range(number) if labels[j] == 1]
+        for k in range(number):
+            probabilities = [1.0 if j == k else sigmoid(logits[b, place[k, j]]) for j in have]
+            found[b, k] = sum(probabilities) / max(len(have), 1)
+    return found
+
+
+def mean_cosine(features, examples):
+    return np.array([[np.mean([cosine(f, e) for e in examples[k]]) for k, f in enumerate(image)] for image in features])
+
+
+def soft_bce(logits, targets, counted):
+    """Mean over counted entries of soft targets."""
+    p, targets = sigmoid(logits), targets * 1.0
+    losses = -targets * np.log(p) - (1 - targets) * np.log(1 - p)
+    return losses[counted].mean() if counted.any() else 0.0

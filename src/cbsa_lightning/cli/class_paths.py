@@ -19,6 +19,7 @@ from cbsa_lightning.networks import (
     resnet,
     scpnet,
     ssgrl,
+    sst,
     tai,
     word_vectors,
     zero_shot,
@@ -28,7 +29,7 @@ from cbsa_lightning.training import cbsa, loggers, module, schedules
 _MODULES: tuple[ModuleType, ...] = (
     *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
-    *(ssgrl, gcn_ml, word_vectors, schedules),
+    *(ssgrl, gcn_ml, sst, word_vectors, schedules),
 )
 
 

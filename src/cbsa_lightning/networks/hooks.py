@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ class Batch(NamedTuple):
     output: NetworkOutput
     targets: Tensor
     whole: WholeBatch
+
+    @property
+    def features(self) -> Tensor:
+        """Label features ``(B, C, d)`` of the output."""
+        return cast(Tensor, self.output.label_features)
 
 
 class TrainingHooks(nn.Module):

@@ -1,0 +1,136 @@
+"""Terms of the loss of the systems for partial labels against slow re-computations: values and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cbsa_lightning.networks.base import NetworkOutput
+from cbsa_lightning.networks.contrast import contrast
+from cbsa_lightning.networks.hooks import Batch, Moment
+from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
+from cbsa_lightning.networks.processes import WholeBatch
+from cbsa_lightning.networks.sst import Transfer
+from cbsa_lightning.networks.transfer import mean_cosine, remember
+from partial import arrays, check_gradients
+from reference import semantic
+
+pytestmark = pytest.mark.usefixtures("in_double")
+TARGETS = torch.tensor([[1, 1, 0, -1], [1, -1, 0, 1], [0, 1, 1, -1], [1, 0, -1, 0]], dtype=torch.int8)
+BATCH, CLASSES, DIM = 4, 4, 3
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def a_batch(logits, features, targets=TARGETS, notes=None):
+    output = NetworkOutput(logits, label_features=features, notes=notes)
+    return Batch(output, targets, WholeBatch(torch.ones(len(targets), dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("targets", [TARGETS, TARGETS.clamp(max=0), torch.full_like(TARGETS, -1)])
+def test_contrast(targets):
+    """With pairs of labels that both images have, without any, and with nothing known."""
+    features, moment = drawn(BATCH, CLASSES, DIM), Moment(2, 1, 5, 3)
+    found = contrast(features, targets, moment.generator())
+
+    def value():
+        stream = moment.generator()
+        orders = lambda number: torch.randperm(number, generator=stream).tolist()  # noqa: E731
+        return np.array(semantic.contrast(features.detach().numpy(), targets.numpy(), orders))
+
+    np.testing.assert_allclose(found.detach().numpy(), value(), atol=1e-12)
+    check_gradients(found, {"features": features}, value)
+
+
+def test_label_pairs():
+    torch.manual_seed(0)
+    pairs, features = LabelPairs(CLASSES, DIM, 5).double(), drawn(BATCH, CLASSES, DIM)
+    logits, weights = pairs(features), arrays(pairs)
+
+    def value():
+        return semantic.pair_logits(features.detach().numpy(), weights)
+
+    np.testing.assert_allclose(logits.detach().numpy(), value(), atol=1e-12)
+    check_gradients(logits, {"features": features, **dict(pairs.named_parameters())}, value)
+    expected = semantic.given_known(logits.detach().numpy(), TARGETS.numpy())
+    np.testing.assert_allclose(pairs.given_known(logits.detach(), TARGETS).numpy(), expected, atol=1e-12)
+
+
+def test_pair_loss():
+    pairs, logits = LabelPairs(CLASSES, DIM, 5), drawn(BATCH, 6)
+    found = pair_loss(logits, pairs.targets(TARGETS)).mean()
+
+    def value():
+        return np.array(semantic.pair_loss(logits.detach().numpy(), TARGETS.numpy()))
+
+    np.testing.assert_allclose(found.detach().numpy(), value(), atol=1e-12)
+    check_gradients(found, {"logits": logits}, value)
+
+
+def test_bank_of_known_positives():
+    bank, features = torch.zeros(CLASSES, 3, DIM, dtype=torch.float64), drawn(BATCH, CLASSES, DIM).detach()
+    remember(bank, features, TARGETS)
+    assert torch.equal(bank[0], features[[0, 1, 3], 0])  # the oldest falls out
+    assert torch.equal(bank[3], torch.stack([features[1, 3], bank[3, 1], bank[3, 1]]))
+    assert not bank[3, 1:].any()
+    newer = features + 1
+    newer[1, 3] = torch.nan
+    remember(bank, newer, TARGETS)
+    assert torch.equal(bank[3, 0], features[1, 3])
+    assert torch.equal(bank[2, :2], torch.stack([newer[2, 2], features[2, 2]]))
+    expected = semantic.mean_cosine(features.numpy(), bank.numpy())
+    np.testing.assert_allclose(mean_cosine(features, bank).numpy(), expected, atol=1e-12)
+
+
+class Parts(torch.nn.Module):
+    """What the hooks need of a network."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pairs = LabelPairs(CLASSES, DIM, 5).double()
+        with torch.no_grad():
+            self.pairs.bias.uniform_(1, 5)  # so that some pairs are sure
+
+
+@pytest.mark.parametrize("epoch", [0, 5, 7])
+def test_terms_of_sst(epoch):
+    """All terms at once, by the labels, logits and features of a batch."""
+    network, moment = Parts(), Moment(epoch, 2, 4, 0)
+    logits = drawn(BATCH, CLASSES, seed=1)
+    features = (1 + 0.7 * drawn(BATCH, CLASSES, DIM, seed=2).detach()).requires_grad_()
+    hooks = Transfer(CLASSES, DIM, 5, 3).double()
+    remember(hooks.bank, features + 0.01 * drawn(BATCH, CLASSES, DIM, seed=3), torch.ones_like(TARGETS))
+    hooks.highest_margin, hooks.lowest_margin = 0.9, 0.5
+    hooks.margin_step = 0.2
+    terms = hooks.terms(network, a_batch(logits, features), moment)
+    bank, weights = hooks.bank.numpy().copy(), arrays(network.pairs)
+    margin = {0: 2, 5: 0.9, 7: 0.5}[epoch]
+    unknown = TARGETS.numpy() < 0
+    seen = semantic.pair_logits(features.detach().numpy(), weights)
+    within = (semantic.given_known(seen, TARGETS.numpy()) >= margin) & unknown
+    across = (semantic.mean_cosine(features.detach().numpy(), bank) >= margin) & unknown
+    if epoch == 7:
+        assert within.any()
+        assert across.any()
+
+    def value():
+        x, z = logits.detach().numpy(), features.detach().numpy()
+        ramp = min(epoch + 0.5, 1)
+        stream = moment.generator()
+        orders = lambda number: torch.randperm(number, generator=stream).tolist()  # noqa: E731
+        found = 10 * ramp * semantic.pair_loss(semantic.pair_logits(z, weights), TARGETS.numpy())
+        found += 0.05 * ramp * semantic.contrast(z, TARGETS.numpy(), orders)
+        if epoch >= 5:
+            labels = TARGETS.numpy() == 1
+            found += semantic.soft_bce(x, labels | within, ~unknown | within)
+            found += semantic.soft_bce(x, labels | across, ~unknown | across)
+        return np.array(found)
+
+    total = sum(terms.values())
+    np.testing.assert_allclose(total.detach().numpy(), value(), atol=1e-12)
+    wanted = {"features": features, **dict(network.pairs.named_parameters())}
+    check_gradients(total, {**wanted, "logits": logits} if epoch >= 5 else wanted, value)
