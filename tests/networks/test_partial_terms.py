@@ -8,9 +8,11 @@ import torch
 
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.contrast import contrast
-from cbsa_lightning.networks.hooks import Batch, Moment
+from cbsa_lightning.networks.hooks import Batch, Moment, Seen
 from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
 from cbsa_lightning.networks.processes import WholeBatch
+from cbsa_lightning.networks.prototypes import clustered, due, quadrant_means, sampled_positives
+from cbsa_lightning.networks.sarb import ClusterBlending
 from cbsa_lightning.networks.sst import Transfer
 from cbsa_lightning.networks.transfer import mean_cosine, remember
 from partial import arrays, check_gradients
@@ -134,3 +136,121 @@ def test_terms_of_sst(epoch):
     np.testing.assert_allclose(total.detach().numpy(), value(), atol=1e-12)
     wanted = {"features": features, **dict(network.pairs.named_parameters())}
     check_gradients(total, {**wanted, "logits": logits} if epoch >= 5 else wanted, value)
+
+
+# Prototypes and blending -------------------------------------------------------------------------------------------
+
+
+def test_when_prototypes_are_due():
+    assert [epoch for epoch in range(17) if due(Moment(epoch), 5, 5)] == [5, 10, 15]
+
+
+def test_a_sample_of_the_known_positives():
+    labels = torch.randint(-1, 2, (50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    labels[:, 2] = -1
+    labels[4:, 1] = 0
+    chosen = sampled_positives(labels, 5, Moment(5, seed=1))
+    assert chosen.sum(0).tolist() == [5, int((labels[:4, 1] == 1).sum()), 0]
+    assert not (chosen & (labels != 1)).any()
+    assert torch.equal(chosen, sampled_positives(labels, 5, Moment(5, seed=1)))
+    assert not torch.equal(chosen, sampled_positives(labels, 5, Moment(10, seed=1)))
+
+
+def seen_of(classes, features, notes=None):
+    return Seen(torch.arange(len(classes)), torch.tensor(classes), features, notes)
+
+
+def test_centers_of_k_means():
+    features = torch.cat([torch.zeros(3, 2), torch.ones(3, 2) * 5, torch.tensor([[1.0, 2.0]])])
+    features[:6] += 0.01 * torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    found = clustered(seen_of([0] * 6 + [1], features), 3, 2, Moment(5))
+    means = torch.stack([features[:3].mean(0), features[3:6].mean(0)])
+    torch.testing.assert_close(found[0][found[0][:, 0].argsort()], means)
+    assert found[1].tolist() == [[1, 2], [1, 2]]  # fewer features than centers
+    assert not found[2].any()  # no known positive
+
+
+def test_means_of_quadrants():
+    features = drawn(5, 2).detach()
+    found = quadrant_means(seen_of([0, 0, 0, 0, 1], features, torch.tensor([1, 1, 2, 2, 3])), 3)
+    torch.testing.assert_close(found[0, 1], (features[0] + features[1]) / 2)
+    torch.testing.assert_close(found[0, 2], (features[2] + features[3]) / 2)
+    torch.testing.assert_close(found[0, 0], features[:4].mean(0))
+    torch.testing.assert_close(found[1], features[4].expand(4, 2))
+    assert not found[2].any()
+
+
+class Linear(torch.nn.Module):
+    """Classifies label features by a vector a class and their sum over the other classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(drawn(CLASSES, DIM, seed=8).detach())
+
+    def classify(self, own):
+        return ((own + 0.3 * own.sum(1, keepdim=True).tanh()) * self.weight).sum(-1)
+
+    def by_hand(self, own):
+        return ((own + 0.3 * np.tanh(own.sum(1, keepdims=True))) * self.weight.detach().numpy()).sum(-1)
+
+
+def check_blending(hooks, network, batch, moment, others, chosen_of):
+    """Values and gradients of the terms, given the drawn prototypes and which labels they go to."""
+    targets, features = batch.targets.numpy(), batch.features
+    terms = hooks.terms(network, batch, moment)
+    unknown = targets < 0
+    partners = features.detach().numpy()[::-1]
+    mixed = unknown & (targets[::-1] == 1)
+    assert mixed.any()
+
+    def value():
+        z = features.detach().numpy()
+        stream = moment.generator()
+        orders = lambda number: torch.randperm(number, generator=stream).tolist()  # noqa: E731
+        found = 0.05 * semantic.contrast(z, targets, orders)
+        chosen = chosen_of(stream)
+        assert (chosen.sum(1) == unknown.any(1)).all()
+        alpha, beta = float(hooks.alpha.detach()), float(hooks.beta.detach())
+        partners = z[::-1]
+        found += semantic.blended(z, targets, partners, mixed, alpha, network.by_hand)
+        return np.array(found + semantic.blended(z, targets, others(stream), chosen, beta, network.by_hand))
+
+    assert partners.shape == features.shape
+    total = sum(terms.values())
+    np.testing.assert_allclose(total.detach().numpy(), value(), atol=1e-12)
+    wanted = {"features": features, "weight": network.weight, "alpha": hooks.alpha, "beta": hooks.beta}
+    check_gradients(total, wanted, value)
+
+
+FULL = torch.tensor([[1, 1, 0, -1], [1, -1, 0, 1], [0, 1, 1, 1], [-1, 0, -1, 1]], dtype=torch.int8)
+
+
+def first_choice(targets):
+    def chosen(stream):
+        priority = torch.rand(len(targets), CLASSES, generator=stream) * (targets < 0)
+        return (torch.nn.functional.one_hot(priority.argmax(1), CLASSES).bool() & (targets < 0)).numpy()
+
+    return chosen
+
+
+def test_terms_of_sarb():
+    """The third image has no unknown label, so it is not blended."""
+    hooks, network = ClusterBlending(CLASSES, DIM, 3, 5, 5, 10).double(), Linear()
+    hooks.prototypes.copy_(drawn(CLASSES, 3, DIM, seed=4).detach())
+    features = drawn(BATCH, CLASSES, DIM, seed=5)
+
+    def others(stream):
+        which = int(torch.randint(3, (1,), generator=stream))
+        return np.broadcast_to(hooks.prototypes[:, which].numpy(), (BATCH, CLASSES, DIM))
+
+    batch = a_batch(network.classify(features), features, FULL)
+    check_blending(hooks, network, batch, Moment(6, 1, 4, 2), others, first_choice(FULL))
+
+
+def test_blending_waits_and_passes_over_classes_without_prototypes():
+    hooks, network, features = ClusterBlending(CLASSES, DIM, 3, 5, 5, 10).double(), Linear(), drawn(4, 4, DIM)
+    batch = a_batch(network.classify(features), features, FULL)
+    assert set(hooks.terms(network, batch, Moment(4))) == {"contrast"}
+    found = hooks.terms(network, batch, Moment(5))
+    plain = semantic.mean_bce(batch.output.logits.detach().numpy(), FULL.numpy())
+    assert float(found["prototype"].detach()) == pytest.approx(plain)

@@ -196,3 +196,12 @@ def soft_bce(logits, targets, counted):
     p, targets = sigmoid(logits), targets * 1.0
     losses = -targets * np.log(p) - (1 - targets) * np.log(1 - p)
     return losses[counted].mean() if counted.any() else 0.0
+
+
+def blended(features, targets, others, chosen, share, classify):
+    """Loss with the features of chosen labels blended with those of ``others``."""
+    mixed, soft = features.copy(), (targets == 1) * 1.0
+    for b, k in zip(*np.nonzero(chosen), strict=True):
+        mixed[b, k] = share * features[b, k] + (1 - share) * others[b, k]
+        soft[b, k] = 1 - share
+    return soft_bce(classify(mixed), soft, (targets >= 0) | chosen)

@@ -17,6 +17,7 @@ from cbsa_lightning.networks import (
     dualcoop_plus,
     gcn_ml,
     resnet,
+    sarb,
     scpnet,
     ssgrl,
     sst,
@@ -29,7 +30,7 @@ from cbsa_lightning.training import cbsa, loggers, module, schedules
 _MODULES: tuple[ModuleType, ...] = (
     *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
-    *(ssgrl, gcn_ml, sst, word_vectors, schedules),
+    *(ssgrl, gcn_ml, sst, sarb, word_vectors, schedules),
 )
 
 
