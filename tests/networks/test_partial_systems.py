@@ -14,6 +14,7 @@ from cbsa_lightning.__main__ import main
 from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
 from cbsa_lightning.networks.gcn_ml import GCNML
+from cbsa_lightning.networks.hst import HST
 from cbsa_lightning.networks.sarb import SARB
 from cbsa_lightning.networks.ssgrl import SSGRL
 from cbsa_lightning.networks.sst import SST
@@ -27,8 +28,9 @@ SYSTEMS = {
     "GCN-ML": partial(GCNML, hidden=8),
     "SST": partial(SST, start_epoch=1, bank=4, **NARROW),
     "SARB": partial(SARB, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
+    "HST": partial(HST, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
 }
-OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST, "sarb": SARB}
+OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST, "sarb": SARB, "hst": HST}
 
 
 def fit(folder, squares, network, epochs=2, ckpt_path=None, **settings):

@@ -9,6 +9,7 @@ import torch
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.contrast import contrast
 from cbsa_lightning.networks.hooks import Batch, Moment, Seen
+from cbsa_lightning.networks.hst import LearnedTransfer
 from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
 from cbsa_lightning.networks.processes import WholeBatch
 from cbsa_lightning.networks.prototypes import clustered, due, quadrant_means, sampled_positives
@@ -254,3 +255,58 @@ def test_blending_waits_and_passes_over_classes_without_prototypes():
     found = hooks.terms(network, batch, Moment(5))
     plain = semantic.mean_bce(batch.output.logits.detach().numpy(), FULL.numpy())
     assert float(found["prototype"].detach()) == pytest.approx(plain)
+
+
+# HST ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epoch", "margin"), [(1, 1.0), (6, 0.6), (6, 1.0)])
+def test_terms_of_hst(epoch, margin):
+    network, moment = Parts(), Moment(epoch, 2, 4, 0)
+    logits = drawn(BATCH, CLASSES, seed=1)
+    features = (1 + 0.7 * drawn(BATCH, CLASSES, DIM, seed=2).detach()).requires_grad_()
+    hooks = LearnedTransfer(CLASSES, DIM, 2, 5, 5, 10).double()
+    with torch.no_grad():
+        hooks.prototypes.copy_(1 + 0.5 * drawn(CLASSES, 2, DIM, seed=3))
+        hooks.within_margin.fill_(margin)
+        hooks.across_margin.fill_(margin + 0.05)
+    terms = hooks.terms(network, a_batch(logits, features), moment)
+    weights, targets = arrays(network.pairs), TARGETS.numpy()
+    unknown, labels = targets < 0, targets == 1
+    side = np.where(unknown, 0, 2 * targets.astype(int) - 1)
+
+    def value():
+        x, z = logits.detach().numpy(), features.detach().numpy()
+        stream = moment.generator()
+        orders = lambda number: torch.randperm(number, generator=stream).tolist()  # noqa: E731
+        pairs = semantic.pair_logits(z, weights)
+        found = 10 * semantic.pair_loss(pairs, targets) + 0.05 * semantic.contrast(z, targets, orders)
+        if epoch < 5:
+            return np.array(found)
+        cosine = semantic.mean_cosine(z, hooks.prototypes.numpy())
+        margins = [float(p.detach()) for p in (hooks.within_margin, hooks.across_margin)]
+        for known, at in zip((semantic.given_known(pairs, targets), cosine), margins, strict=True):
+            score = np.clip(known - at, 0, 1)
+            positive = (score > 0) & unknown
+            found += semantic.soft_bce(x, labels | positive, ~unknown | positive)
+            found += 0.1 * semantic.soft_bce(score, labels, ~unknown)
+            assert positive.any() == (margin < 1)
+        return np.array(found + 0.05 * (1 - side * cosine).mean())
+
+    total = sum(terms.values())
+    np.testing.assert_allclose(total.detach().numpy(), value(), atol=1e-12)
+    if margin < 1:
+        wanted = {"features": features, **dict(network.pairs.named_parameters())}
+        margins = {"within": hooks.within_margin, "across": hooks.across_margin}
+        check_gradients(total, {**wanted, "logits": logits, **margins}, value)
+
+
+def test_positives_are_drawn_to_their_prototypes():
+    """The released code has the opposite sign."""
+    hooks, features = LearnedTransfer(CLASSES, DIM, 2, 5, 5, 10).double(), drawn(BATCH, CLASSES, DIM)
+    hooks.prototypes.copy_(drawn(CLASSES, 2, DIM, seed=3).detach())
+    term = hooks.terms(Parts(), a_batch(drawn(BATCH, CLASSES, seed=1), features), Moment(5))["prototype"]
+    (gradient,) = torch.autograd.grad(term, features)
+    nearer = mean_cosine(features - 0.1 * gradient, hooks.prototypes) > mean_cosine(features, hooks.prototypes)
+    assert nearer[TARGETS == 1].all()
+    assert not nearer[TARGETS == 0].any()

@@ -16,6 +16,7 @@ from cbsa_lightning.networks import (
     dualcoop,
     dualcoop_plus,
     gcn_ml,
+    hst,
     resnet,
     sarb,
     scpnet,
@@ -30,7 +31,7 @@ from cbsa_lightning.training import cbsa, loggers, module, schedules
 _MODULES: tuple[ModuleType, ...] = (
     *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
-    *(ssgrl, gcn_ml, sst, sarb, word_vectors, schedules),
+    *(ssgrl, gcn_ml, sst, sarb, hst, word_vectors, schedules),
 )
 
 
