@@ -13,6 +13,7 @@ from cbsa_lightning.data import augmentations, readers
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method import context_task, decisions, labelers, linear_probe, losses, stacking
 from cbsa_lightning.networks import (
+    dsrb,
     dualcoop,
     dualcoop_plus,
     gcn_ml,
@@ -31,7 +32,7 @@ from cbsa_lightning.training import cbsa, loggers, module, schedules
 _MODULES: tuple[ModuleType, ...] = (
     *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
-    *(ssgrl, gcn_ml, sst, sarb, hst, word_vectors, schedules),
+    *(ssgrl, gcn_ml, sst, sarb, hst, dsrb, word_vectors, schedules),
 )
 
 
