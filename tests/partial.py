@@ -14,11 +14,27 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.splits import known_mask
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
+from cbsa_lightning.networks.dsrb import DSRB
+from cbsa_lightning.networks.gcn_ml import GCNML
+from cbsa_lightning.networks.hst import HST
+from cbsa_lightning.networks.sarb import SARB
+from cbsa_lightning.networks.ssgrl import SSGRL
+from cbsa_lightning.networks.sst import SST
 from cbsa_lightning.networks.word_vectors import WordVectors
 from reference.resnet import slope
 from tiny_data import CLASSES, Squares
 
 SMALL = {"backbone": "test_resnet.r160_in1k", "pretrained": "random"}
+
+NARROW = {"dim": 8, "attention_width": 6}
+SYSTEMS = {
+    "SSGRL": partial(SSGRL, attention_width=8),
+    "GCN-ML": partial(GCNML, hidden=8),
+    "SST": partial(SST, start_epoch=1, bank=4, **NARROW),
+    "SARB": partial(SARB, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
+    "DSRB": partial(DSRB, start_epoch=1, every=1, samples=6, **NARROW),
+    "HST": partial(HST, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
+}
 
 
 class TinyWords(WordVectors):
@@ -30,14 +46,16 @@ class TinyWords(WordVectors):
 
 
 class PartialSquares(Squares):
-    """Squares of which a share of the labels is known."""
+    """Squares of which a share of the labels is known, and what ``change`` makes of them."""
 
-    def __init__(self, folder: Path, share: float = 0.6, **settings: Any) -> None:
+    def __init__(self, folder: Path, share: float = 0.6, change: Any = None, **settings: Any) -> None:
         super().__init__(folder, **settings)
         labels = self._train.labels.copy()
         known = known_mask(*labels.shape, share, 0)
         known[np.arange(len(labels)), np.arange(len(labels)) % len(CLASSES)] = True  # at least one of each image
         labels[~known] = -1
+        if change is not None:
+            change(labels)
         self._train = AnnotationTable(self._train.root, self._train.paths, labels, CLASSES)
 
 

@@ -5,39 +5,36 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cbsa_lightning import SSMLLModule
 from cbsa_lightning.__main__ import main
+from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.inference.classifier import Classifier
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
+from cbsa_lightning.networks.dsrb import DSRB
 from cbsa_lightning.networks.gcn_ml import GCNML
 from cbsa_lightning.networks.hst import HST
 from cbsa_lightning.networks.sarb import SARB
 from cbsa_lightning.networks.ssgrl import SSGRL
 from cbsa_lightning.networks.sst import SST
-from partial import SMALL, PartialSquares, TinyWords, tiny_system
+from partial import SMALL, SYSTEMS, PartialSquares, TinyWords, tiny_system
 from tiny_data import CLASSES, SIZE, differences, tiny_data, tiny_trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NARROW = {"dim": 8, "attention_width": 6}
-SYSTEMS = {
-    "SSGRL": partial(SSGRL, attention_width=8),
-    "GCN-ML": partial(GCNML, hidden=8),
-    "SST": partial(SST, start_epoch=1, bank=4, **NARROW),
-    "SARB": partial(SARB, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
-    "HST": partial(HST, start_epoch=1, prototypes=3, every=1, samples=6, **NARROW),
-}
-OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST, "sarb": SARB, "hst": HST}
+OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST, "sarb": SARB, "hst": HST, "dsrb": DSRB}
 
 
-def fit(folder, squares, network, epochs=2, ckpt_path=None, **settings):
+def fit(folder, squares, network, epochs=2, ckpt_path=None, change=None, **settings):
     module = tiny_system(network, **settings)
     saver = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
     trainer = tiny_trainer(folder, epochs, callbacks=[saver], enable_checkpointing=True)
-    trainer.fit(module, datamodule=tiny_data(PartialSquares(squares), labeled_fraction=None), ckpt_path=ckpt_path)
+    trainer.fit(
+        module, datamodule=tiny_data(PartialSquares(squares, change=change), labeled_fraction=None), ckpt_path=ckpt_path
+    )
     return module, trainer
 
 
@@ -103,3 +100,37 @@ def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
     assert (folder / "predictions.csv").is_file()
     found = Classifier.load(folder / "checkpoints" / "last.ckpt")([next((tmp_path / "digits").rglob("*.png"))])
     assert len(found[0].scores) == 10
+
+
+def forget_a_class(labels):
+    """Of one class nothing is known, and of another no positive."""
+    labels[:, 0] = -1
+    labels[:, 1][labels[:, 1] == 1] = -1
+    labels[:, 2] = np.arange(len(labels)) % 2  # some label of each image is known
+
+
+def keep_positives(labels):
+    """No negative is known at all."""
+    labels[labels == 0] = -1
+    labels[np.arange(len(labels)), np.arange(len(labels)) % 5] = 1
+
+
+def keep_negatives(labels):
+    labels[labels == 1] = 0
+
+
+@pytest.mark.parametrize("change", [forget_a_class, keep_positives])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_labels_with_gaps(name, change, tmp_path, squares_folder):
+    module, trainer = fit(tmp_path, squares_folder, SYSTEMS[name], change=change)
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert all(value.isfinite().all() for value in module.network.state_dict().values())
+    prototypes = getattr(module.network.hooks, "prototypes", None)
+    if change is forget_a_class and prototypes is not None:
+        assert prototypes.any(-1).any(-1).tolist()[:3] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["SARB", "HST", "DSRB"])
+def test_prototypes_need_a_known_positive(name, tmp_path, squares_folder):
+    with pytest.raises(ConfigError, match=rf"{name} computes prototypes from 0 image\(s\) .*Label more images"):
+        fit(tmp_path, squares_folder, SYSTEMS[name], change=keep_negatives)

@@ -8,6 +8,7 @@ import torch
 
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.contrast import contrast
+from cbsa_lightning.networks.dsrb import DSRB, QuadrantBlending
 from cbsa_lightning.networks.hooks import Batch, Moment, Seen
 from cbsa_lightning.networks.hst import LearnedTransfer
 from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
@@ -310,3 +311,33 @@ def test_positives_are_drawn_to_their_prototypes():
     nearer = mean_cosine(features - 0.1 * gradient, hooks.prototypes) > mean_cosine(features, hooks.prototypes)
     assert nearer[TARGETS == 1].all()
     assert not nearer[TARGETS == 0].any()
+
+
+# DSRB --------------------------------------------------------------------------------------------------------------
+
+
+def test_terms_of_dsrb_are_those_of_blended_maps():
+    """Maps are blended and then summed, as in the released code; here sums are blended."""
+    torch.manual_seed(0)
+    hooks, network = QuadrantBlending(CLASSES, DIM, 5, 5, 10).double(), Linear()
+    found = torch.randn(BATCH, DIM, 4, 4, dtype=torch.float64)
+    attention = torch.randn(BATCH, CLASSES, 16, dtype=torch.float64).mul(3).softmax(-1)
+    notes = DSRB.notes(None, found, attention)
+    maps, quadrants = semantic.maps_of(found.numpy(), attention.numpy())
+    assert (notes.numpy() == quadrants).all()
+    assert len(set(quadrants.flatten())) == 4
+    features = torch.from_numpy(maps.sum((1, 2))).requires_grad_()
+    rows, classes = (FULL == 1).nonzero(as_tuple=True)
+    with torch.no_grad():
+        hooks.before_epoch(Seen(rows, classes, features[rows, classes], notes[rows, classes]), Moment(5))
+    prototypes = semantic.map_prototypes(maps, quadrants, FULL.numpy())
+
+    def others(stream):
+        turn = torch.randint(1, 4, (BATCH, CLASSES), generator=stream).numpy()
+        other = (quadrants - turn) % 4
+        assert (other != quadrants).all()
+        whole = [[prototypes[k, other[b, k]] for k in range(CLASSES)] for b in range(BATCH)]
+        return np.array(whole).sum((2, 3))
+
+    batch = a_batch(network.classify(features), features, FULL, notes)
+    check_blending(hooks, network, batch, Moment(6, 1, 4, 2), others, first_choice(FULL))

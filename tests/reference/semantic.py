@@ -205,3 +205,33 @@ def blended(features, targets, others, chosen, share, classify):
         mixed[b, k] = share * features[b, k] + (1 - share) * others[b, k]
         soft[b, k] = 1 - share
     return soft_bce(classify(mixed), soft, (targets >= 0) | chosen)
+
+
+def maps_of(features, attention):
+    """Maps ``(B, h, w, C, D)``, the attention times the features of the places, and the quadrants of their peaks."""
+    batch, dim, rows, columns = features.shape
+    number = attention.shape[1]
+    maps, quadrants = np.zeros((batch, rows, columns, number, dim)), np.zeros((batch, number), dtype=int)
+    for b in range(batch):
+        for k in range(number):
+            best = -np.inf
+            for i in range(rows):
+                for j in range(columns):
+                    maps[b, i, j, k] = attention[b, k].reshape(rows, columns)[i, j] * features[b, :, i, j]
+                    if maps[b, i, j, k].sum() > best:
+                        best = maps[b, i, j, k].sum()
+                        quadrants[b, k] = 2 * (i >= rows // 2) + (j >= columns // 2)
+    return maps, quadrants
+
+
+def map_prototypes(maps, quadrants, targets):
+    """Mean map ``(C, 4, h, w, D)`` of the positives in each quadrant; of all of them where a quadrant has none."""
+    number = targets.shape[1]
+    found = np.zeros((number, 4, *maps.shape[1:3], maps.shape[4]))
+    for k in range(number):
+        for quadrant in range(4):
+            own = [b for b in range(len(maps)) if targets[b, k] == 1]
+            here = [b for b in own if quadrants[b, k] == quadrant]
+            if own:
+                found[k, quadrant] = np.mean([maps[b, :, :, k] for b in here or own], axis=0)
+    return found
