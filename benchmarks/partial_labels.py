@@ -1,4 +1,4 @@
-"""A training step of the systems for partial labels: processor time and memory, beside the form in which their programs compute it.
+"""A training step of the systems for partial labels, and the same step as their released programs compute it.
 
     python benchmarks/partial_labels.py --systems SSGRL SST HST SARB DSRB --batch 4
 
@@ -191,9 +191,8 @@ def main() -> None:
         rows.append([*row, f"{difference:.0e}"])
         print(rows[-1], file=sys.stderr, flush=True)
     header = ["system", "ms/image", "written out", "ratio", "GB a step", "written out", "loss differs by"]
-    print(
-        f"{where()}. Batches of {args.batch}, {SIZE} px, {CLASSES} classes, float32, processor time of one thread.\n\n{markdown(header, rows)}"
-    )
+    about = f"Batches of {args.batch}, {SIZE} px, {CLASSES} classes, float32, processor time of one thread"
+    print(f"{where()}. {about}.\n\n{markdown(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,13 @@ class RunHooks(L.Callback):
         if wanted is not None:
             hooks.before_epoch(self._seen(trainer, pl_module, data, wanted), moment)
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Takes idle parameters out of the step; their gradient of zero is what several processes waited for."""
+        hooks = pl_module.network.hooks
+        if hooks is not None and hooks.idle(moment_of(trainer, 0)):
+            for parameter in hooks.parameters():
+                parameter.grad = None
+
     @staticmethod
     def _seen(trainer: L.Trainer, pl_module: Any, data: Any, wanted: Tensor) -> Seen:
         chosen = wanted.any(1)

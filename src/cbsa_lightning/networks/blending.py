@@ -51,6 +51,10 @@ class Blending(LabelGraph):
         self.alpha = nn.Parameter(torch.tensor(0.5))
         self.beta = nn.Parameter(torch.tensor(0.5))
 
+    def idle(self, moment: Moment) -> bool:
+        """Before the first epoch with prototypes."""
+        return moment.epoch < self.start_epoch
+
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
         """Known positives, when prototypes are due."""
         if not due(moment, self.start_epoch, self.every):

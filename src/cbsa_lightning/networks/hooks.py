@@ -91,6 +91,13 @@ class TrainingHooks(nn.Module):
             labels: ``(m, C)`` int8 in {1, 0, -1} of the labeled images, on the CPU.
         """
 
+    def idle(self, moment: Moment) -> bool:
+        """Whether no term uses the parameters of the hooks in this step; they then keep their values.
+
+        An optimizer would otherwise move them by its weight decay.
+        """
+        return False
+
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
         """Chooses the labels whose features :meth:`before_epoch` gets; None where it needs no pass over images.
 

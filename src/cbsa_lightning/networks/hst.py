@@ -95,6 +95,10 @@ class LearnedTransfer(LabelGraph):
         self.within_margin = nn.Parameter(torch.tensor(1.0))
         self.across_margin = nn.Parameter(torch.tensor(1.0))
 
+    def idle(self, moment: Moment) -> bool:
+        """Before the first epoch with prototypes."""
+        return moment.epoch < self.start_epoch
+
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
         """Known positives, when prototypes are due."""
         if not due(moment, self.start_epoch, self.every):
