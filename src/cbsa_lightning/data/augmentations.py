@@ -1,4 +1,4 @@
-"""Augmentations: the random transforms of weak and strong views, as objects that a configuration chooses.
+"""Augmentations: the random transforms of weak and strong views, which a configuration can choose.
 
 albumentations draws all random numbers; :mod:`cbsa_lightning.data.views` seeds it for each view.
 """
@@ -28,7 +28,7 @@ class Augmentation(ABC):
     """Random transforms of an image that is already resized to a square. Subclass it to try your own.
 
     Attributes:
-        name: Names the augmentation and its settings in the key of a cached feature. Two augmentations that can
+        name: Identifies the augmentation and its settings in the keys of cached features. Two augmentations that can
             produce different views must have different names.
     """
 
@@ -60,7 +60,7 @@ class CutoutRandAugment(Augmentation):
         cutout: Side of the cut-out rectangle as a fraction of the image's side; 0 disables Cutout.
 
     Raises:
-        ConfigError: The fraction is outside [0, 1].
+        ConfigError: If the fraction is not between 0 and 1.
     """
 
     def __init__(self, cutout: float = 0.5) -> None:
@@ -81,7 +81,7 @@ class Albumentations(Augmentation):
         transforms: The transforms, in order. They must keep the size of the image.
 
     Raises:
-        ConfigError: An entry is not an albumentations transform, or cannot be serialized and so not be named.
+        ConfigError: If an entry is not an albumentations transform, or cannot be serialized.
 
     Example:
         In a configuration::
@@ -103,8 +103,8 @@ class Albumentations(Augmentation):
             self.name = json.dumps(A.Compose(self._transforms).to_dict()["transform"]["transforms"], sort_keys=True)
         except (NotImplementedError, TypeError) as error:
             raise ConfigError(
-                f"transforms: albumentations cannot serialize them ({error}), so cached features cannot be told "
-                "apart. Subclass Augmentation and give it a name."
+                f"transforms: albumentations cannot serialize them ({error}), so cached features would be "
+                "ambiguous. Subclass Augmentation and give it a name."
             ) from error
 
     def transforms(self) -> list[A.BasicTransform]:
@@ -115,8 +115,8 @@ class Albumentations(Augmentation):
 class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
     """Paints one rectangle in one random color.
 
-    Its sides are int(share * side + 0.5), its center is uniform over the image, and what lies outside is
-    cut off. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
+    Its sides are int(share * side + 0.5) and its center is uniform over the image; parts outside the image are
+    clipped. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
     """
 
     def __init__(self, share: float) -> None:
@@ -136,7 +136,7 @@ class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
     def apply(self, img: np.ndarray, area: tuple[slice, slice], color: tuple[int, ...], **params: Any) -> np.ndarray:
         img = img.copy()
         rows, columns = area
-        # Both corners are painted; an assignment of the color to the slices gives the same, ten times slower.
+        # Both corners are painted. Assigning the color to slices gives the same result, ten times slower.
         cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), color, cv2.FILLED)
         return img
 

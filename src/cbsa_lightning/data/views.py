@@ -1,8 +1,8 @@
 """Weak and strong views of an image.
 
-albumentations gives every worker process of a loader the same random stream (measured with 2.0.8). Here each
-call gets a stream of its own, a function of (seed, epoch, visit, index, view), so the number of workers, the
-number of ranks and a restart change no pixel.
+albumentations uses the same random stream in every worker of a loader (observed with 2.0.8). Here, each call has its
+own stream, a function of (seed, epoch, visit, index, view). Views therefore do not depend on the number of workers or
+ranks, or on restarts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cbsa_lightning.errors import ConfigError
 __all__ = ["PlainView", "StrongView", "WeakView", "squash"]
 
 _WEAK, _STRONG = 0, 1  # separate random streams of one seed
-_LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an image that tells whether it was mirrored
+_LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an image that shows whether it was mirrored
 
 
 class _RandomView:
-    """A squash, then transforms that are reseeded for every call. Not thread-safe.
+    """Resizes the image, then applies transforms that are reseeded for every call. Not thread-safe.
 
-    The squash comes first, so that a squashed image kept from before gives the same view as its file.
+    Resizing comes first, so that a cached resized image gives the same view as its file.
     """
 
     def __init__(self, size: int, seed: int, stream: int, augmentation: Augmentation) -> None:
@@ -37,18 +37,18 @@ class _RandomView:
         self._pipeline = augmentation.pipeline()
 
     def __call__(self, image: np.ndarray, draw: Draw) -> torch.Tensor:
-        """Makes the view of one draw.
+        """Computes the view for a draw.
 
         Args:
             image: (H, W, 3) uint8, RGB; not changed.
-            draw: Which image this is, in which epoch, and for which time in it.
+            draw: Image index, epoch, and repeat within the epoch.
 
         Returns:
             (3, S, S) uint8, contiguous.
 
         Raises:
-            DataError: The array is not of that form.
-            ConfigError: The augmentation changes the size of the image.
+            DataError: If the array has the wrong form.
+            ConfigError: If the augmentation changes the size or type of the image.
         """
         return self._as_tensor(self._transformed(squash(image, self.size), draw))
 
@@ -63,8 +63,8 @@ class _RandomView:
     def _transformed(self, image: np.ndarray, draw: Draw) -> np.ndarray:
         key = (self._stream, draw.epoch, draw.visit, draw.index)
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-        # One stream for the whole pipeline. Its set_random_seed would start every transform at the same
-        # point, and tie, say, the place of the cutout to the choice of the flip.
+        # One stream for the whole pipeline: set_random_seed of albumentations would start all transforms at the same
+        # point, which would correlate, for example, the position of the cutout with the choice of the flip.
         self._pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))  # noqa: S311
         transformed: np.ndarray = self._pipeline(image=image)["image"]
         return transformed
@@ -79,7 +79,7 @@ class WeakView(_RandomView):
         augmentation: The random transforms; None: :class:`Flip`, so that the view is the plain one or its mirror image.
 
     Raises:
-        ConfigError: A size below 1 or a negative seed.
+        ConfigError: If the size is below 1 or the seed is negative.
     """
 
     def __init__(self, size: int, seed: int, augmentation: Augmentation | None = None) -> None:
@@ -91,7 +91,7 @@ class WeakView(_RandomView):
         return type(self.augmentation) is Flip
 
     def flips(self, draw: Draw) -> bool:
-        """Whether the view of a draw is mirrored, for a view that :attr:`only_flips`; needs no image."""
+        """Returns whether the view of a draw is mirrored, without computing it. Valid if :attr:`only_flips`."""
         return bool(self._transformed(_LEFT_TO_RIGHT, draw)[0, 0, 0])
 
 
@@ -104,7 +104,7 @@ class StrongView(_RandomView):
         augmentation: The random transforms; None: :class:`CutoutRandAugment`.
 
     Raises:
-        ConfigError: A size below 1 or a negative seed.
+        ConfigError: If the size is below 1 or the seed is negative.
     """
 
     def __init__(self, size: int, seed: int, augmentation: Augmentation | None = None) -> None:

@@ -1,6 +1,6 @@
 """A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows.
 
-Sources: CAP's repository (xiemk/SSMLL-CAP) for what is trained and on which images; timm for the ResNet and its
+Sources: CAP's repository (xiemk/SSMLL-CAP) for the trained layers and the images; timm for the ResNet and its
 ImageNet weights; "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., repository
 Alibaba-MIIL/ML_Decoder) for the decoder head.
 """
@@ -22,22 +22,22 @@ from cbsa_lightning.networks.imagenet_weights import TIMM, channels, load_trunk,
 
 
 class Head(nn.Module):
-    """Base of the heads: from the trunk's map to logits. Made by ``head(D, C)``; see :data:`HeadCallable`."""
+    """Base class of the heads, which map the trunk's output to logits. See :data:`HeadCallable`."""
 
     class_tensors: tuple[str, ...] | None = None  # see Network.class_tensors
 
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
-        """Judges every class.
+        """Computes the logits.
 
         Args:
             features: ``(B, D, h, w)``, the last map of the trunk.
-            attention: Whether to give attention maps too, if the head has any.
+            attention: Whether to return attention maps too, if the head has any.
         """
         raise NotImplementedError
 
 
 HeadCallable = Callable[[int, int], Head]
-"""Makes a head from D, the number of channels of the trunk's map, and C, the number of classes."""
+"""Creates a head from D, the number of channels of the trunk's map, and C, the number of classes."""
 
 
 class LinearHead(Head):
@@ -60,7 +60,7 @@ class LinearHead(Head):
 
 
 class CrossAttentionBlock(nn.Module):
-    """The standard post-norm decoder block without self-attention, which can return its attention weights."""
+    """Standard post-norm decoder block without self-attention that can return its attention weights."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CrossAttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)`` and attention ``(B, C, HW)``."""
+        """Maps ``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)``, attention ``(B, C, HW)``."""
         seen, weights = attend(self.multihead_attn, queries, tokens, tokens, len(tokens), attention)
         x = self.norm2(queries + self.dropout(seen))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
@@ -80,13 +80,13 @@ class CrossAttentionBlock(nn.Module):
 
 
 class MLDecoderHead(Head):
-    """ML-Decoder as CAP uses it: one fixed random query a class looks at the map, and is read out by its own weights.
+    """ML-Decoder as used by CAP: each class has a fixed random query, which attends to the map, and its own weights.
 
-    One decoder block without self-attention, as the queries are the same for every image. Three things differ from the
-    published code. There the place of self-attention is taken by ``x + dropout(x)``, which the norm behind it undoes
-    up to the noise of dropout; here that norm alone remains, without the noise. Each class has a query of its own
-    however many there are, which is CAP's setting; the published default shares 100 among more classes. And the
-    read-out is one product with a ``(C, width)`` matrix, not a loop over classes.
+    It has one decoder block without self-attention, since the queries are the same for every image. It differs from the
+    published code in three ways. The published code replaces self-attention by ``x + dropout(x)``, which the following
+    norm reduces to dropout noise; here, only the norm remains. Each class always has its own query, as in CAP;
+    the published default shares 100 queries among more classes. The logits are one product with a ``(C, width)``
+    matrix instead of a loop over classes.
 
     Args:
         num_features: D, channels of the map.
@@ -116,7 +116,7 @@ class MLDecoderHead(Head):
         self.embed = nn.Linear(num_features, width)
         self.register_buffer("queries", torch.randn(num_classes, width))
         self.norm = nn.LayerNorm(width)
-        # Nested so that checkpoints written when the head had a decoder of several blocks still load.
+        # Nested so that checkpoints from versions with several decoder blocks still load.
         self.decoder = nn.ModuleDict(
             {"layers": nn.ModuleList([CrossAttentionBlock(width, heads, feedforward, dropout)])}
         )
@@ -133,24 +133,24 @@ class MLDecoderHead(Head):
 
 
 class ImageNetNetwork(Network):
-    """An ImageNet ResNet of timm with a head, all of it trained, BatchNorm statistics included.
+    """A timm ImageNet ResNet with a head, trained as a whole, including BatchNorm statistics.
 
-    Nothing is frozen: :meth:`features` hands on the images, the trunk runs in :meth:`forward`, and neither a feature
-    cache nor a labeler that needs frozen features can be used with it.
+    Nothing is frozen: :meth:`features` returns the images and the trunk runs in :meth:`forward`. The network therefore
+    supports neither a feature cache nor a labeler that needs frozen features.
 
     Args:
-        class_names: The C class names; only their number counts.
+        class_names: The C class names; only their number is used.
         backbone: Name of a timm model whose last map is ``(B, D, h, w)``, with the tag of its weights. The default is
             torchvision's first ImageNet ResNet-50, which CAP starts from.
-        pretrained: "timm" for the weights of the tag, fetched by timm; a .safetensors or .pth file of weights, whose
-            classifier is ignored; "random" for random weights.
-        head: Makes the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
-        image_mean: Three channel means, for images in [0, 1]; None: 0. CAP does not normalize.
-        image_std: Three channel deviations above 0, likewise; None: 1.
+        pretrained: "timm" for the weights of the tag, downloaded by timm; a .safetensors or .pth file of weights, whose
+            classifier is ignored; or "random" for random weights.
+        head: Creates the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
+        image_mean: Three channel means for images in [0, 1]; None uses 0. CAP does not normalize.
+        image_std: Three channel standard deviations above 0; None uses 1.
 
     Raises:
-        ConfigError: If timm has no such model, or means and deviations are no three numbers.
-        WeightsError: If the weights are not available or do not fit; lists the ways to get them.
+        ConfigError: If timm has no such model, or means or standard deviations are not three numbers.
+        WeightsError: If the weights are not available or do not fit. The message lists the ways to get them.
     """
 
     mean: Tensor
@@ -168,56 +168,56 @@ class ImageNetNetwork(Network):
         super().__init__()
         self.trunk = load_trunk(backbone, pretrained)
         self.head = head(width(self.trunk), len(class_names))
-        # Buffers that a checkpoint holds: weights go with the images that they were trained on.
+        # Buffers of the checkpoint: weights belong with the normalization that they were trained with.
         self.register_buffer("mean", channels("image_mean", image_mean, 0.0))
         self.register_buffer("std", channels("image_std", image_std, 1.0))
         if not bool((self.std > 0).all()):
             raise ConfigError(f"image_std must be three numbers above 0, got {image_std}")
 
     def class_tensors(self) -> set[str] | None:
-        """Those of the head."""
+        """Names of the head's class tensors."""
         own = self.head.class_tensors
         return None if own is None else {f"head.{name}" for name in own}
 
     def features(self, images: Tensor) -> Tensor:
-        """The images ``(B, 3, H, W)`` themselves, as floats in [0, 1]: no part of the tower is frozen.
+        """Returns the images ``(B, 3, H, W)`` as floats in [0, 1]: no part of the network is frozen.
 
         Args:
             images: uint8, or float in [0, 1].
 
         Raises:
-            DataError: Another shape or type.
+            DataError: If shape or type is wrong.
         """
         return as_float(images, self.mean.dtype)
 
     def describer(self) -> Callable[[Tensor], Description]:
-        """There is none: before training, a tower that is trained has nothing to say that will stay true.
+        """Not available: a network that is trained as a whole has no frozen features.
 
         Raises:
             ConfigError: Always.
         """
         raise ConfigError(
-            "ImageNetNetwork trains its whole tower, so there are no frozen features that labels could be made from "
-            "before training: choose a labeler that works on each epoch's scores, such as "
+            "ImageNetNetwork trains its whole backbone, so there are no frozen features to compute labels from before "
+            "training: choose a labeler that works on each epoch's scores, such as "
             "cbsa_lightning.method.labelers.ClassDistributionAware, or a network with frozen towers."
         )
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """Trunk and head.
+        """Runs trunk and head.
 
         Args:
-            features: Images as :meth:`features` gives them.
-            text: Not used; there is no text tower.
-            attention: Whether to give the head's attention maps, if it has any.
+            features: Images as returned by :meth:`features`.
+            text: Ignored; there is no text tower.
+            attention: Whether to return the head's attention maps, if it has any.
 
         Raises:
-            ConfigError: If the backbone gives no map.
+            ConfigError: If the output of the backbone is not a map.
         """
         found = self.trunk((features - self.mean) / self.std)
         channels_out = width(self.trunk)
         if found.ndim != 4 or found.shape[1] != channels_out:
             raise ConfigError(
-                f"the backbone {type(self.trunk).__name__} gives {tuple(found.shape)} where a map "
+                f"the backbone {type(self.trunk).__name__} returns {tuple(found.shape)}, but a map "
                 f"(B, {channels_out}, h, w) is needed; choose a convolutional one, such as resnet50.tv_in1k"
             )
         return cast(NetworkOutput, self.head(found, attention))

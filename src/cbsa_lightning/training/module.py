@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.contexts import UpdateContexts
@@ -38,7 +39,6 @@ from cbsa_lightning.networks.base import Network
 from cbsa_lightning.training.evaluation import Evaluation, Stage
 from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
-from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 from cbsa_lightning.training.step_loss import step_loss
 
@@ -222,7 +222,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] *= scale
         if self._clips_under_mixed_precision():
-            unfuse(optimizer)
+            lightning_private.unfuse(optimizer)
         self.optimizer_settings = {
             "class": type(optimizer).__name__,
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
