@@ -22,7 +22,7 @@ from cbsa_lightning.networks.sarb import SARB
 from cbsa_lightning.networks.ssgrl import SSGRL
 from cbsa_lightning.networks.sst import SST
 from partial import SMALL, SYSTEMS, PartialSquares, TinyWords, tiny_system
-from tiny_data import CLASSES, SIZE, differences, tiny_data, tiny_trainer
+from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 OVERLAYS = {"ssgrl": SSGRL, "gcn_ml": GCNML, "sst": SST, "sarb": SARB, "hst": HST, "dsrb": DSRB}
@@ -134,3 +134,14 @@ def test_labels_with_gaps(name, change, tmp_path, squares_folder):
 def test_prototypes_need_a_known_positive(name, tmp_path, squares_folder):
     with pytest.raises(ConfigError, match=rf"{name} computes prototypes from 0 image\(s\) .*Label more images"):
         fit(tmp_path, squares_folder, SYSTEMS[name], change=keep_negatives)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_pseudo_labels_of_unlabeled_images_in_half_precision(name, tmp_path, squares_folder):
+    """Some images without labels, CAT's pseudo-labels for them, bfloat16."""
+    module = tiny_system(SYSTEMS[name], labeler=None, warmup_epochs=1)
+    trainer = tiny_trainer(tmp_path, 3, precision="bf16-mixed")
+    trainer.fit(module, datamodule=tiny_data(Squares(squares_folder)))
+    metrics = trainer.callback_metrics
+    assert metrics["train/loss_unsup"] > 0
+    assert torch.isfinite(metrics["train/loss"])

@@ -181,7 +181,7 @@ class MeanBinaryCrossEntropy(ElementwiseLoss):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See :class:`ElementwiseLoss`."""
         known = targets >= 0
-        images, entries = total(torch.stack([known.new_tensor(len(known), dtype=torch.float64), known.sum().double()]))
+        images, entries = total(torch.stack([torch.ones_like(known[:, 0]).sum(), known.sum()])).float()
         scale: Tensor = images / entries.clamp(min=1)
         each = binary_cross_entropy(logits, targets)
         return each * scale.to(each.dtype)
