@@ -1,4 +1,4 @@
-"""Calls the training hooks of a network before training and before epochs; their terms are part of each step's loss."""
+"""Calls the training hooks of a network before training, before epochs and before optimizer steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from cbsa_lightning.networks.processes import number
 
 
 class RunHooks(L.Callback):
-    """Does nothing for networks without hooks; see :class:`~cbsa_lightning.networks.hooks.TrainingHooks`."""
+    """Runs the training hooks of networks that have them; see :class:`~cbsa_lightning.networks.hooks.TrainingHooks`."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Shows the hooks the labels."""
+        """Passes the labels to the hooks."""
         if (hooks := pl_module.network.hooks) is not None:
             hooks.before_training(pl_module.network, data_of(trainer).labeled_targets())
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Shows the hooks the features that they want, by the raw weights."""
+        """Passes the features that the hooks select, computed with the raw weights."""
         if (hooks := pl_module.network.hooks) is None:
             return
         data, moment = data_of(trainer), moment_of(trainer, 0)
@@ -36,7 +36,7 @@ class RunHooks(L.Callback):
             hooks.before_epoch(self._seen(trainer, pl_module, data, wanted), moment)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Takes idle parameters out of the step; their gradient of zero is what several processes waited for."""
+        """Excludes idle parameters from the step; their zero gradients are needed for DDP only."""
         hooks = pl_module.network.hooks
         if hooks is not None and hooks.idle(moment_of(trainer, 0)):
             for parameter in hooks.parameters():
@@ -79,6 +79,6 @@ class RunHooks(L.Callback):
 
 
 def moment_of(trainer: Any, step: int) -> Moment:
-    """The present epoch and a step of it."""
+    """Returns the current epoch and one of its steps."""
     seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
     return Moment(trainer.current_epoch, step, max(int(trainer.num_training_batches), 1), seed)

@@ -1,4 +1,4 @@
-"""Label features blended into images where the label is unknown, with softened targets; shared by SARB and DSRB.
+"""Blends label features where the label is unknown, with soft targets; shared by SARB and DSRB.
 
 Source: as :mod:`~cbsa_lightning.networks.prototypes`.
 """
@@ -20,22 +20,22 @@ from cbsa_lightning.networks.prototypes import due, sampled_positives
 
 
 class Blending(LabelGraph):
-    """The terms that SARB and DSRB add to the loss; subclasses compute the prototypes.
+    """The loss terms of SARB and DSRB; subclasses compute the prototypes.
 
-    - *instance*: where a label is unknown and the image at the same place from the batch's end has it, the feature
+    - *instance*: if a label is unknown and known positive in the image at the mirrored place of the batch, the feature
       becomes ``alpha * own + (1 - alpha) * other``, and the target ``1 - alpha``;
     - *prototype*: one random unknown label of each image is blended with a prototype, by ``beta``.
 
-    All labels of the blended images are classified again, and known and blended ones have a loss. An image without
-    unknown labels is not blended. Before the first epoch with prototypes there is only the contrast of label features.
+    The blended features are classified again; known and blended labels have a loss. An image without unknown labels is
+    not blended. Before the first epoch with prototypes, the contrast of label features is the only term.
 
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        number: Prototypes a class.
+        number: Prototypes per class.
         start_epoch: First epoch with blending.
-        every: Epochs from one computation of the prototypes to the next.
-        samples: Known positives of a class, at most, from which its prototypes are computed.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes.
     """
 
     prototypes: Tensor
@@ -52,17 +52,17 @@ class Blending(LabelGraph):
         self.beta = nn.Parameter(torch.tensor(0.5))
 
     def idle(self, moment: Moment) -> bool:
-        """Before the first epoch with prototypes."""
+        """Returns whether the epoch is before the first one with prototypes."""
         return moment.epoch < self.start_epoch
 
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
-        """Known positives, when prototypes are due."""
+        """Selects known positives in epochs that compute prototypes."""
         if not due(moment, self.start_epoch, self.every):
             return None
         return sampled_positives(labels, self.samples, moment)
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """One prototype ``(B, C, d)`` for each label of this process's images; the generator is that of the step."""
+        """Returns a prototype ``(B, C, d)`` for each label of the images of this process, drawn with ``generator``."""
         raise NotImplementedError
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class Blending(LabelGraph):
 
     @staticmethod
     def _loss(network: Any, batch: Batch, other: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
-        """Cross-entropy where the features of ``chosen (B, C)`` labels are blended with ``other (B, C, d)``."""
+        """Returns the cross-entropy after blending the features of ``chosen (B, C)`` with ``other (B, C, d)``."""
         own = batch.features
         blended = torch.where(chosen[..., None], share * own + (1 - share) * other.to(own.dtype), own)
         logits = network.classify(blended)

@@ -12,20 +12,19 @@ from torch import Tensor
 
 
 def contrast(features: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Brings features of a label closer where both images have it, and apart where one or both do not.
+    """Contrastive loss of the features of a label in two images.
 
-    With c the cosine of the features of a label in two images, a pair costs ``1 - c`` where both have the label, and
-    ``1 + c`` where one has it and the other not, or neither has it; pairs with an unknown label cost nothing. Where
-    there are p pairs of the first kind, of each other kind 2p random ones and the p that cost most count, and one may
-    count twice. The mean is over all labels and pairs that count.
+    With c the cosine of the two features, the loss of a pair is ``1 - c`` if both images have the label, and ``1 + c``
+    if only one or none has it. Pairs with an unknown label are ignored. With p > 0 pairs of the first kind, only 2p
+    random pairs and the p pairs with the highest loss are kept of each other kind, where a pair may be kept twice.
 
     Args:
         features: ``(B, C, d)`` of the whole batch.
         targets: ``(B, C)`` in {1, 0, -1 unknown}.
-        generator: Chooses the random pairs; of the CPU.
+        generator: A CPU generator that selects the random pairs.
 
     Returns:
-        A scalar in float32, 0 where no pair is known.
+        The mean over all kept labels and pairs, a float32 scalar; 0 if there are none.
     """
     first, second = torch.triu_indices(len(features), len(features), 1, device=features.device)
     with torch.autocast(features.device.type, enabled=False):
@@ -41,6 +40,6 @@ def contrast(features: Tensor, targets: Tensor, generator: torch.Generator) -> T
 
 
 def _some(costs: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Twice ``number`` random entries and the ``number`` highest."""
+    """Returns ``2 * number`` random entries and the ``number`` highest."""
     chosen = torch.randperm(len(costs), generator=generator)[: 2 * number].to(costs.device)
     return torch.cat([costs[chosen], costs.topk(min(number, len(costs))).values])

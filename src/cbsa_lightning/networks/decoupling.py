@@ -4,12 +4,12 @@ Source: "Learning Semantic-Specific Graph Representation for Multi-Label Image R
 2019), repository HCPLab-SYSU/SSGRL.
 
 A place with feature f and a class with word vector w have the score ``a . W tanh(U f * V w)``, * element-wise.
-The released code materializes ``(B, H, W, C, m)`` tensors for it, twice, and ``(B, H, W, C, D)`` ones for the
+The released code materializes ``(B, H, W, C, m)`` tensors for it, several times, and ``(B, H, W, C, D)`` ones for the
 attended features. Here
 
-- the two linear maps behind tanh are one vector, ``u = W^T a``: a dot product takes the place of an m x m product for
-  every place and class, and biases behind tanh are left out, since softmax takes no notice of them;
-- ``u . tanh(x * y)`` is computed a few classes at a time, again in the backward pass;
+- the two linear maps behind tanh are one vector, ``u = W^T a``: a dot product replaces an m x m product for every
+  place and class. Biases behind tanh are omitted, since softmax is invariant to them;
+- ``u . tanh(x * y)`` is computed for a few classes at a time, and recomputed in the backward pass;
 - attended features are one matrix product.
 """
 
@@ -25,12 +25,12 @@ _ELSEWHERE = 1 << 25
 
 
 class SemanticDecoupling(nn.Module):
-    """One image feature a class, the mean of a map under the class's attention.
+    """One image feature per class: the mean of a map weighted by the attention of the class.
 
     Args:
         num_features: D, channels of the map.
         word_dim: Size of a word vector.
-        width: m, size of the space in which both meet.
+        width: m, the size of the space that both are projected to.
     """
 
     def __init__(self, num_features: int, word_dim: int, width: int) -> None:
@@ -41,7 +41,7 @@ class SemanticDecoupling(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Decouples a batch.
+        """Computes the features of a batch.
 
         Args:
             features: ``(B, D, h, w)``.
@@ -51,7 +51,7 @@ class SemanticDecoupling(nn.Module):
             Features ``(B, C, D)``, and the attention ``(B, C, h * w)``, whose rows sum to 1.
         """
         places = features.flatten(2).transpose(1, 2)
-        # One vector in the place of two layers; both remain parameters, as their product is trained otherwise.
+        # One vector replaces two layers; both stay parameters, so that their product is trained as in the original.
         u = (self.score.weight @ self.mix.weight)[0]
         scores = gated_scores(self.image(places), self.word(words), u)
         attention = scores.transpose(1, 2).softmax(-1)
@@ -66,7 +66,7 @@ def gated_scores(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
 
 
 class _GatedScores(torch.autograd.Function):
-    """Never holds more than a few classes' products; the backward pass computes them again."""
+    """Stores the products of a few classes at a time only; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, y: Tensor) -> list[tuple[slice, slice]]:
-    """Images and classes to do at a time."""
+    """Returns the slices of images and classes to process at a time."""
     room = _AT_ONCE.get(x.device.type, _ELSEWHERE)
     of_class = x[0].numel()
     classes = max(1, min(len(y), room // max(of_class, 1)))

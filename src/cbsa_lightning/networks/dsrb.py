@@ -4,7 +4,7 @@ It blends maps of label features where SARB blends their sums, and takes the pro
 image than the label's own. A map ``(h, w, C, D)`` is the attention times the features of the places. After blending,
 the released code sums it over the places. Blending is linear, so here the sums are blended: the label features of
 :class:`~cbsa_lightning.networks.ssgrl.SSGRL`, and as prototypes their means over the images that have the label in a
-quadrant. The outcome is the same, and no map is held.
+quadrant. The result is the same, and no map is stored.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class DSRB(SSGRL):
     """SSGRL on a narrower map, with features of other images and of other places blended in where labels are unknown.
 
     Source: repository HCPLab-SYSU/HCP-MLR-PL, whose code for it does not run; see
-    :class:`~cbsa_lightning.networks.blending.Blending`. Other than there: an image without unknown labels is left as it
-    is (there its first label is overwritten), and prototypes are means of a random sample, not of the first images.
+    :class:`~cbsa_lightning.networks.blending.Blending`. Differences: an image without unknown labels is not changed
+    (the released code overwrites its first label), and prototypes are means of a random sample.
 
     Args:
         class_names: The C class names, for word vectors.
@@ -36,14 +36,14 @@ class DSRB(SSGRL):
         pretrained: See :class:`SSGRL`.
         words: See :class:`SSGRL`.
         dim: Size of a label feature.
-        attention_width: Size of the space in which map and word vectors meet.
-        steps: Updates of the graph network.
+        attention_width: Size of the space that map and word vectors are projected to.
+        steps: Number of updates of the graph network.
         start_epoch: First epoch with blending.
-        every: Epochs from one computation of the prototypes to the next.
-        samples: Known positives of a class, at most, from which its prototypes are computed; 400 is 100 a quadrant.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes; 400 is about 100 per quadrant.
 
     Raises:
-        ConfigError: The backbone is no ResNet, or a setting is outside of its bounds.
+        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
         WeightsError: Weights or word vectors are not available.
     """
 
@@ -64,7 +64,7 @@ class DSRB(SSGRL):
         self.hooks = QuadrantBlending(len(class_names), dim, start_epoch, every, samples)
 
     def notes(self, found: Tensor, weights: Tensor) -> Tensor:
-        """Quadrant ``(B, C)`` of each label, 0 to 3 row by row: where its map has the highest sum over channels."""
+        """Returns the quadrant ``(B, C)``, 0 to 3 row by row, of the highest channel sum in the map of each label."""
         rows, columns = found.shape[2:]
         peak = (weights * found.sum(1).flatten(1)[:, None]).argmax(-1)
         return 2 * (peak // columns >= rows // 2) + (peak % columns >= columns // 2)
@@ -89,7 +89,7 @@ class QuadrantBlending(Blending):
         self.prototypes.copy_(quadrant_means(seen, len(self.prototypes)))
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The mean of a random quadrant other than the label's own, for each image and label."""
+        """Returns, for each image and label, the mean of a random quadrant other than the label's own."""
         own = cast(Tensor, batch.output.notes)
         turn = torch.randint(1, 4, (len(batch.whole), own.shape[1]), generator=generator).to(own.device)
         other = (own - turn[batch.whole.places]) % 4

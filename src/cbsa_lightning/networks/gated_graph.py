@@ -9,13 +9,13 @@ from cbsa_lightning.networks.hooks import TrainingHooks
 
 
 def conditional_cooccurrence(labels: Tensor) -> Tensor:
-    """Share of the images with class i that also have class j, from known positives alone.
+    """Returns the fraction of the images with class i that also have class j, from known positives only.
 
     Args:
         labels: ``(m, C)`` in {1, 0, -1 unknown}.
 
     Returns:
-        ``(C, C)`` float32, the diagonal 1; a class without a known positive has a row and a column of zeros.
+        ``(C, C)`` float32 with a diagonal of 1; a class without known positives has a row and a column of zeros.
     """
     positive = (labels == 1).double()
     together = positive.T @ positive
@@ -23,7 +23,7 @@ def conditional_cooccurrence(labels: Tensor) -> Tensor:
 
 
 class LabelGraph(TrainingHooks):
-    """Fills ``network.graph`` from the labels that a run starts with; see :func:`conditional_cooccurrence`."""
+    """Computes ``network.graph`` from the training labels; see :func:`conditional_cooccurrence`."""
 
     def before_training(self, network: nn.Module, labels: Tensor) -> None:
         """See :class:`TrainingHooks`."""
@@ -34,8 +34,8 @@ class GatedGraph(nn.Module):
     """Gated recurrent updates of the features of the classes by messages along the graph, in both directions.
 
     Source: as :mod:`~cbsa_lightning.networks.decoupling`; the gates are those of "Gated Graph Sequence Neural Networks"
-    (Li et al., ICLR 2016). The weights of the three gates are stored together, with one bias where the released code
-    adds two.
+    (Li et al., ICLR 2016). The weights of the three gates are stored together, with one bias instead of two
+    that are added in the released code.
 
     Args:
         dim: Size of a feature.
@@ -50,7 +50,7 @@ class GatedGraph(nn.Module):
         self.candidate = nn.Linear(dim, dim, bias=False)
 
     def forward(self, features: Tensor, graph: Tensor) -> Tensor:
-        """Features ``(B, C, dim)`` after all updates, along ``graph (C, C)``."""
+        """Returns the features ``(B, C, dim)`` after all updates along ``graph (C, C)``."""
         x, graph = features, graph.to(features.dtype)
         for _ in range(self.steps):
             sent = self.message(torch.cat([graph @ x, graph.T @ x], -1))

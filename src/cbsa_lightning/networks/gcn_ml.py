@@ -1,4 +1,4 @@
-"""GCN-ML: classifiers made of word vectors by graph convolutions (Chen et al., CVPR 2019)."""
+"""GCN-ML: graph convolutions turn word vectors into classifiers (Chen et al., CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class GraphClassifiers(Head):
-    """Global maximum of the map times classifiers that two graph convolutions make of word vectors.
+    """Dot products of the max-pooled map with classifiers that two graph convolutions compute from word vectors.
 
     Args:
         num_features: D, channels of the map.
         num_classes: C.
         vectors: ``(C, d)`` word vectors.
-        hidden: Width between the convolutions.
+        hidden: Width between the two convolutions.
     """
 
     words: Tensor
@@ -42,7 +42,7 @@ class GraphClassifiers(Head):
         self.second = _convolution(hidden, num_features)
 
     def classifiers(self) -> Tensor:
-        """Weights ``(C, D)`` of the classes."""
+        """Returns the weights ``(C, D)`` of the classes."""
         hidden = F.leaky_relu(self.graph @ self.first(self.words), 0.2)
         return self.graph.to(hidden.dtype) @ cast(Tensor, self.second(hidden))
 
@@ -54,18 +54,18 @@ class GraphClassifiers(Head):
 class GCNML(ImageNetNetwork):
     """An ImageNet ResNet, all of it trained, with :class:`GraphClassifiers`.
 
-    Source: repository megvii-research/ML-GCN. Other than there: the graph is counted from the known positives of the
-    run, not read from a file; a class without any is joined to no other, where the original divides by zero; and
+    Source: repository megvii-research/ML-GCN. Differences: the graph is computed from the known positives of the run,
+    not read from a file; a class without known positives has no neighbors, where the original divides by zero; and
     unknown labels have no loss (``MeanBinaryCrossEntropy``), as in the comparisons for partial labels.
 
     Args:
         class_names: The C class names, for word vectors.
         backbone: Name of a timm model, with the tag of its weights.
         pretrained: "timm" for the weights of the tag, a file of weights, or "random".
-        words: Makes the word vectors: ``GloVe`` with a file, or ``ClipWords``.
+        words: Creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
         hidden: Width between the graph convolutions.
-        threshold: Share of the images of a class from which on another counts as its neighbor.
-        neighbor_share: What the neighbors of a class weigh together, beside 1 of the class itself.
+        threshold: Conditional co-occurrence at or above which a class is a neighbor of another.
+        neighbor_share: Total weight of the neighbors of a class; the class itself has weight 1.
         trunk_lr_scale: Factor of the learning rate for the ResNet.
 
     Raises:
@@ -92,12 +92,12 @@ class GCNML(ImageNetNetwork):
         self.hooks = NeighborGraph(threshold, neighbor_share)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The ResNet in a group of its own with its factor of the learning rate."""
+        """Returns the ResNet in a separate group with its own learning-rate factor."""
         return parameter_groups(self, self.trunk, self.trunk_lr_scale)
 
 
 class NeighborGraph(TrainingHooks):
-    """Fills the graph of :class:`GraphClassifiers` from the labels that a run starts with.
+    """Computes the graph of :class:`GraphClassifiers` from the training labels.
 
     Args:
         threshold: See :class:`GCNML`.
@@ -115,10 +115,10 @@ class NeighborGraph(TrainingHooks):
 
 
 def neighbor_graph(cooccurrence: Tensor, threshold: float, neighbor_share: float) -> Tensor:
-    """Normalized adjacency ``(C, C)`` of conditional co-occurrence ``(C, C)``.
+    """Returns the normalized adjacency ``(C, C)`` of conditional co-occurrence ``(C, C)``.
 
-    Pairs at or above the threshold count alike. Each column of them is scaled to ``neighbor_share``, a self-loop of 1
-    is added, and the transpose is divided by the square roots of both degrees.
+    Pairs at or above the threshold are 1, others 0. Each column is scaled to a sum of ``neighbor_share``, the
+    identity is added, and the transpose is divided by the square roots of both degrees.
     """
     joined = (cooccurrence >= threshold).to(cooccurrence.dtype).fill_diagonal_(0)
     joined = joined * neighbor_share / (joined.sum(0, keepdim=True) + 1e-6) + torch.eye(len(joined))
@@ -127,7 +127,7 @@ def neighbor_graph(cooccurrence: Tensor, threshold: float, neighbor_share: float
 
 
 def _convolution(before: int, after: int) -> nn.Linear:
-    """Weights of a graph convolution; they start as the original's do."""
+    """Returns the weights of a graph convolution, initialized as in the original."""
     layer = nn.Linear(before, after, bias=False)
     nn.init.uniform_(layer.weight, -(after**-0.5), after**-0.5)
     return layer

@@ -1,4 +1,4 @@
-"""Training hooks: what a network brings along when its training needs more than logits and labels."""
+"""Training hooks: extend the training of a network that needs more than logits and labels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Moment(NamedTuple):
     """When a hook is called.
 
     Attributes:
-        epoch: The present epoch, from 0.
-        step: Step of the epoch, from 0.
-        steps: Steps of an epoch.
+        epoch: The current epoch, from 0.
+        step: The step within the epoch, from 0.
+        steps: Steps per epoch.
         seed: Seed of the run.
     """
 
@@ -29,11 +29,11 @@ class Moment(NamedTuple):
 
     @property
     def passed(self) -> float:
-        """Epochs since training began, with the share of the present one."""
+        """Returns the epochs since training began, including the fraction of the current one."""
         return self.epoch + self.step / max(self.steps, 1)
 
     def generator(self) -> torch.Generator:
-        """Random numbers that are a function of (seed, epoch, step), the same on all processes; on the CPU."""
+        """Returns a CPU generator seeded by (seed, epoch, step), the same on all processes."""
         stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, self.step, _STREAM))
         return torch.Generator().manual_seed(int(stream.generate_state(1)[0]))
 
@@ -42,13 +42,13 @@ _STREAM = 7  # apart from that of the steps' dropout, whose third number is the 
 
 
 class Seen(NamedTuple):
-    """What a network makes of chosen labels of the training images, the same on all processes.
+    """Label features of selected entries of the training labels, the same on all processes.
 
     Attributes:
         rows: ``(n,)`` int64, rows of the labeled images, ascending.
         classes: ``(n,)`` int64.
-        features: ``(n, d)``, the label's feature in the image.
-        notes: ``(n,)`` what the output's ``notes`` say, or None.
+        features: ``(n, d)``, the feature of the label in the image.
+        notes: ``(n,)``, the corresponding ``notes`` of the output, or None.
     """
 
     rows: Tensor
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
     """A training step as the hooks see it.
 
     Attributes:
-        output: What the network made of this process's images.
+        output: The network's output for the images of this process.
         targets: ``(B, C)`` int8 in {1, 0, -1}, labels and pseudo-labels of this process's images.
         whole: Joins rows over the processes.
     """
@@ -77,14 +77,14 @@ class Batch(NamedTuple):
 
 
 class TrainingHooks(nn.Module):
-    """Base of the objects that a network may have as ``network.hooks``; each method is called at its moment.
+    """Base class of ``network.hooks``. The training loop calls each method at a fixed point.
 
-    State belongs in buffers, and what is learned in parameters: as a part of the network they are saved, resumed, and
-    kept the same on all processes. The methods run on all processes and must leave the same state on each.
+    Keep state in buffers and learned values in parameters: as part of the network, they are saved and restored. The
+    methods run on all processes and must produce the same state on each.
     """
 
     def before_training(self, network: Any, labels: Tensor) -> None:
-        """Runs once before the first step of a fit, resumed ones too.
+        """Runs once before the first step of a fit, also of a resumed one.
 
         Args:
             network: The network that has these hooks.
@@ -92,26 +92,26 @@ class TrainingHooks(nn.Module):
         """
 
     def idle(self, moment: Moment) -> bool:
-        """Whether no term uses the parameters of the hooks in this step; they then keep their values.
+        """Returns whether no term uses the parameters of the hooks in this epoch; the optimizer then skips them.
 
-        An optimizer would otherwise move them by its weight decay.
+        Weight decay would otherwise change them.
         """
         return False
 
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
-        """Chooses the labels whose features :meth:`before_epoch` gets; None where it needs no pass over images.
+        """Selects the labels whose features :meth:`before_epoch` receives.
 
         Args:
             labels: As in :meth:`before_training`.
             moment: The start of an epoch.
 
         Returns:
-            ``(m, C)`` bool, or None.
+            ``(m, C)`` bool, or None if no pass over the images is needed.
         """
         return None
 
     def before_epoch(self, seen: Seen, moment: Moment) -> None:
-        """Runs before the first step of an epoch for which :meth:`wanted` chose labels.
+        """Runs before the first step of an epoch for which :meth:`wanted` selected labels.
 
         Args:
             seen: Their features in the undistorted images by the present weights, without gradient.
@@ -119,7 +119,7 @@ class TrainingHooks(nn.Module):
         """
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """Gives the terms that are added to the loss of a step, weights included, by the name they are logged under.
+        """Returns the terms to add to the loss of a step, including their weights, by the name for logging.
 
         Args:
             network: The network.
@@ -127,7 +127,7 @@ class TrainingHooks(nn.Module):
             moment: Its place in the run.
 
         Returns:
-            Scalars. What counts is their mean over the processes; see
+            Scalars. Their mean over the processes counts; see
             :func:`~cbsa_lightning.networks.processes.mean_over`.
         """
         return {}

@@ -22,16 +22,16 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class HST(SSGRL):
-    """SST with prototypes in the place of its bank, and margins that are learned.
+    """SST with prototypes instead of its bank, and with learned margins.
 
-    What lies above a margin is a soft score of an unknown label; where it is positive, the label counts as positive.
-    The scores of known labels have a cross-entropy of their own, which trains the margins, the pairs and the features.
+    The probability or cosine minus its margin, clamped to [0, 1], is the score of a label. An unknown label with a
+    score above 0 counts as positive. A cross-entropy on the scores of known labels trains margins, pairs and features.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL. Other than there: the loss on prototypes is ``1 - cosine`` for known
+    Source: repository HCPLab-SYSU/HCP-MLR-PL. Differences: the loss on prototypes is ``1 - cosine`` for known
     positives and ``1 + cosine`` for known negatives, where the released code has the opposite signs, which push
     positives away from their own prototypes; and prototypes are computed from a sample of the known positives. As
-    there, the scores, within [0, 1], enter their cross-entropy as logits. Weights of the terms are constants of
-    :class:`LearnedTransfer`.
+    in the original, the scores, within [0, 1], enter their cross-entropy as logits. The weights of the terms are
+    constants of :class:`LearnedTransfer`.
 
     Args:
         class_names: The C class names, for word vectors.
@@ -39,15 +39,15 @@ class HST(SSGRL):
         pretrained: See :class:`SSGRL`.
         words: See :class:`SSGRL`.
         dim: Size of a label feature.
-        attention_width: Size of the space in which map and word vectors meet, and of the projections of pairs.
-        steps: Updates of the graph network.
+        attention_width: Size of the projections of map, word vectors and pairs.
+        steps: Number of updates of the graph network.
         start_epoch: First epoch with pseudo-positives.
-        prototypes: Prototypes a class, the centers of k-means.
-        every: Epochs from one computation of the prototypes to the next.
-        samples: Known positives of a class, at most, from which its prototypes are computed.
+        prototypes: Prototypes per class, the centers of k-means.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes.
 
     Raises:
-        ConfigError: The backbone is no ResNet, or a setting is outside of its bounds.
+        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
         WeightsError: Weights or word vectors are not available.
     """
 
@@ -76,7 +76,7 @@ class LearnedTransfer(LabelGraph):
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        number: Prototypes a class.
+        number: Prototypes per class.
         start_epoch: See :class:`HST`.
         every: See :class:`HST`.
         samples: See :class:`HST`.
@@ -96,11 +96,11 @@ class LearnedTransfer(LabelGraph):
         self.across_margin = nn.Parameter(torch.tensor(1.0))
 
     def idle(self, moment: Moment) -> bool:
-        """Before the first epoch with prototypes."""
+        """Returns whether the epoch is before the first one with prototypes."""
         return moment.epoch < self.start_epoch
 
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
-        """Known positives, when prototypes are due."""
+        """Selects known positives in epochs that compute prototypes."""
         if not due(moment, self.start_epoch, self.every):
             return None
         return sampled_positives(labels, self.samples, moment)

@@ -1,12 +1,12 @@
-"""Which labels occur together in an image, judged from their features.
+"""Predicts from label features which labels co-occur in an image.
 
 Source: as :mod:`~cbsa_lightning.networks.contrast`. For labels i < j with features f the released code passes the
-joined projections ``[P f_i, P f_j]`` of every pair through two layers and a classifier of the pair's own. Here
+concatenated projections ``[P f_i, P f_j]`` of every pair through two layers and a classifier of the pair's own. Here
 
 - the first layer is applied to each label, as ``A P f_i + B P f_j``, not to each pair;
-- the second layer and the classifier, both linear, are one vector a pair: a dot product takes the place of a product
-  with a matrix for each image and pair;
-- one image's pairs are held at a time, and computed again in the backward pass.
+- the second layer and the classifier, both linear, are one vector per pair: a dot product replaces a matrix product
+  for each image and pair;
+- the pairs of one image are stored at a time, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LabelPairs(nn.Module):
-    """A logit for each pair of labels: whether an image has both.
+    """Computes a logit for each pair of labels: whether an image has both.
 
     Args:
         num_classes: C.
@@ -42,7 +42,7 @@ class LabelPairs(nn.Module):
         self.bias = nn.Parameter(torch.empty(pairs.shape[1]).uniform_(-bound, bound))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits ``(B, C (C - 1) / 2)`` of label features ``(B, C, dim)``, pairs in the order of ``first``."""
+        """Returns logits ``(B, C (C - 1) / 2)`` of label features ``(B, C, dim)``, pairs in the order of ``first``."""
         x = self.project(features)
         left, right = self.join.weight.chunk(2, 1)
         a, b = F.linear(x, left, self.join.bias), F.linear(x, right)
@@ -58,14 +58,14 @@ class LabelPairs(nn.Module):
         return ((a[self.first] + b[self.second]).relu() * vectors).sum(-1)
 
     def targets(self, targets: Tensor) -> Tensor:
-        """Whether both labels are known to be there, ``(B, pairs)`` int8; unknown ones count as absent."""
+        """Returns ``(B, pairs)`` int8, whether both labels are known positives; unknown labels count as absent."""
         have = targets == 1
         return (have[:, self.first] & have[:, self.second]).to(torch.int8)
 
     def given_known(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean probability ``(B, C)`` that a label occurs with the known positives of its image, 0 without any.
+        """Returns the mean probability ``(B, C)`` that a label co-occurs with the known positives of its image.
 
-        A label occurs with itself for certain.
+        It is 0 without known positives. A label co-occurs with itself with probability 1.
 
         Args:
             logits: ``(B, pairs)``.
@@ -81,9 +81,9 @@ class LabelPairs(nn.Module):
 
 
 def pair_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Asymmetric loss of pairs, element-wise: ``-(1 - p) log p`` where both labels are there, else ``-q^2 log(1 - q)``.
+    """Asymmetric loss of pairs, element-wise: ``-(1 - p) log p`` if both labels are present, else ``-q^2 log(1 - q)``.
 
-    With ``q = max(p - 0.05, 0)``. The factors before the logarithms have gradients, as in the released code.
+    With ``q = max(p - 0.05, 0)``. The focal factors have gradients, as in the released code.
 
     Args:
         logits: ``(B, pairs)``; computed in float32.

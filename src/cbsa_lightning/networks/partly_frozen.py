@@ -1,4 +1,4 @@
-"""An ImageNet ResNet of which the last stage is trained and the others are frozen."""
+"""An ImageNet ResNet whose last stage is trained and whose other stages are frozen."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PartlyFrozenResNet(nn.Module):
         width: Channels of the last map.
 
     Raises:
-        ConfigError: timm has no such model, or it is no ResNet with four stages.
+        ConfigError: timm has no such model, or it is not a ResNet with four stages.
         WeightsError: The weights are not available.
     """
 
@@ -48,7 +48,7 @@ class PartlyFrozenResNet(nn.Module):
         parts = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [name for name in parts if not hasattr(trunk, name)]:
             raise ConfigError(
-                f"{backbone} has no {', '.join(missing)}: only a ResNet's last stage can be trained alone. Choose one, "
+                f"{backbone} has no {', '.join(missing)}: the frozen stages must be those of a ResNet. Choose one, "
                 "such as resnet101.tv_in1k."
             )
         self.frozen = nn.ModuleDict({name: getattr(trunk, name) for name in parts[:-1]}).requires_grad_(False)
@@ -60,17 +60,17 @@ class PartlyFrozenResNet(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that :meth:`features` depends on."""
+        """Fingerprint of everything that :meth:`features` depends on."""
         return fingerprint(nn.ModuleDict({"frozen": self.frozen})) + str(self.mean.tolist() + self.std.tolist())
 
     def train(self, mode: bool = True) -> Self:
-        """The frozen stages stay in evaluation mode, whatever ``mode``."""
+        """Sets the mode of the trained stage; the frozen stages stay in evaluation mode."""
         super().train(mode)
         self.frozen.train(False)
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """Map ``(B, c, H / 16, W / 16)`` of the third stage, without gradient, of images uint8 or in [0, 1]."""
+        """Returns map ``(B, c, H / 16, W / 16)`` of the third stage, without gradient, of uint8 or [0, 1] images."""
         with torch.no_grad():
             x = (as_float(images, self.mean.dtype) - self.mean) / self.std
             for part in self.frozen.values():
@@ -78,5 +78,5 @@ class PartlyFrozenResNet(nn.Module):
         return x
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map ``(B, D, h, w)`` of the last stage, of what :meth:`features` gave."""
+        """Returns the map ``(B, D, h, w)`` of the last stage from the output of :meth:`features`."""
         return cast(Tensor, self.last(features.to(self.mean.dtype)))

@@ -1,4 +1,4 @@
-"""Sums and batches over all training processes; in one process each function returns what it was given."""
+"""Sums and batches over all training processes; with one process each function returns its input."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.distributed.nn.functional import all_gather
 
 
 def number() -> int:
-    """Number of training processes."""
+    """Returns the number of training processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, without gradient."""
+    """Returns the sum of a tensor over the processes, without gradient."""
     x = x.detach().clone()
     if number() > 1:
         dist.all_reduce(x)
@@ -22,24 +22,24 @@ def total(x: Tensor) -> Tensor:
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of the chosen entries of all processes.
+    """Returns the mean of the selected entries of all processes.
 
     Args:
-        values: Any shape, this process's.
+        values: The values of this process, of any shape.
         chosen: bool, of the same shape.
 
     Returns:
-        A scalar whose mean over the processes is the mean over all chosen entries, 0 where there are none; since DDP
-        averages gradients, its gradient is right as well.
+        A scalar whose mean over the processes is the mean over all selected entries, or 0 if there are none. DDP
+        averages gradients, so the gradient is the one of that mean.
     """
     count = total(chosen.sum()).clamp(min=1)
     return torch.where(chosen, values, torch.zeros_like(values)).sum() * number() / count
 
 
 class WholeBatch:
-    """Joins the rows of a step's batch over the processes, in the order that one process would have.
+    """Joins the rows of a batch over the processes, in the order of a run with one process.
 
-    Each process has every n-th image of the labeled and of the unlabeled part (:mod:`cbsa_lightning.data.samplers`).
+    Each process has every n-th image of the labeled and of the unlabeled images (:mod:`cbsa_lightning.data.samplers`).
 
     Args:
         labeled: ``(B,)`` bool, labeled images first.
@@ -67,14 +67,14 @@ class WholeBatch:
         self.places = self._order.argsort()[first : first + own]
 
     def __len__(self) -> int:
-        """Images of the joined batch."""
+        """Returns the number of images in the joined batch."""
         return sum(self._sizes)
 
     def join(self, x: Tensor) -> Tensor:
-        """Rows ``(B, ...)`` of this process as those of all ``(n, ...)``, with gradients to each process's own.
+        """Returns the rows of all processes ``(n, ...)``, from the rows ``(B, ...)`` of this one; differentiable.
 
-        A loss that every process computes on the joined rows has the gradient that one process would have: gradients
-        of all processes are summed here, and DDP divides them by their number.
+        A loss that every process computes from the joined rows has the same gradient as with one process: the backward
+        pass sums the gradients of all processes, and DDP divides them by the number of processes.
         """
         if self._order is None:
             return x

@@ -18,8 +18,8 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 class SARB(SSGRL):
     """SSGRL on a narrower map, with features of other images and prototypes blended in where labels are unknown.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL; see :class:`~cbsa_lightning.networks.blending.Blending`. Other than
-    there: an image without unknown labels is left as it is (there its first label is overwritten), and prototypes are
+    Source: repository HCPLab-SYSU/HCP-MLR-PL; see :class:`~cbsa_lightning.networks.blending.Blending`. Differences: an
+    image without unknown labels is not changed (the released code overwrites its first label), and prototypes are
     computed from a sample of the known positives.
 
     Args:
@@ -28,15 +28,15 @@ class SARB(SSGRL):
         pretrained: See :class:`SSGRL`.
         words: See :class:`SSGRL`.
         dim: Size of a label feature.
-        attention_width: Size of the space in which map and word vectors meet.
-        steps: Updates of the graph network.
+        attention_width: Size of the space that map and word vectors are projected to.
+        steps: Number of updates of the graph network.
         start_epoch: First epoch with blending.
-        prototypes: Prototypes a class, the centers of k-means.
-        every: Epochs from one computation of the prototypes to the next.
-        samples: Known positives of a class, at most, from which its prototypes are computed.
+        prototypes: Prototypes per class, the centers of k-means.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes.
 
     Raises:
-        ConfigError: The backbone is no ResNet, or a setting is outside of its bounds.
+        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
         WeightsError: Weights or word vectors are not available.
     """
 
@@ -67,6 +67,6 @@ class ClusterBlending(Blending):
         self.prototypes.copy_(clustered(seen, len(self.prototypes), number, moment))
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The same random center of each class for all images, as in the released code."""
+        """Returns one random center per class, the same for all images, as in the released code."""
         which = int(torch.randint(self.prototypes.shape[1], (1,), generator=generator))
         return self.prototypes[:, which].expand_as(batch.features)

@@ -22,21 +22,21 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 class SSGRL(Network):
     """Semantic decoupling, a gated graph network, and a linear classifier for each class.
 
-    Source: repository HCPLab-SYSU/SSGRL. Other than there: the graph is counted from the known positives of the run,
-    not read from a file, and unknown labels have no loss (``MeanBinaryCrossEntropy``), as in the comparisons for
+    Source: repository HCPLab-SYSU/SSGRL. Differences: the graph is computed from the known positives of the run, not
+    read from a file, and unknown labels have no loss (``MeanBinaryCrossEntropy``), as in the comparisons for
     partial labels.
 
     Args:
         class_names: The C class names, for word vectors.
         backbone: Name of a ResNet of timm, with the tag of its weights; its last stage is trained.
         pretrained: "timm" for the weights of the tag, a file of weights, or "random".
-        words: Makes the word vectors: ``GloVe`` with a file, or ``ClipWords``.
-        dim: Channels to which a 1 x 1 convolution and a batch norm bring the map; None: it stays as it is.
-        attention_width: Size of the space in which map and word vectors meet.
-        steps: Updates of the graph network.
+        words: Creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
+        dim: Channels of the map after a 1 x 1 convolution with batch norm; None leaves the map unchanged.
+        attention_width: Size of the space that map and word vectors are projected to.
+        steps: Number of updates of the graph network.
 
     Raises:
-        ConfigError: The backbone is no ResNet.
+        ConfigError: The backbone is not a ResNet.
         WeightsError: Weights or word vectors are not available.
     """
 
@@ -77,22 +77,22 @@ class SSGRL(Network):
         return self.trunk.fingerprint
 
     def features(self, images: Tensor) -> Tensor:
-        """Map of the third stage, without gradient; see :meth:`PartlyFrozenResNet.features`."""
+        """Returns the map of the third stage, without gradient; see :meth:`PartlyFrozenResNet.features`."""
         return self.trunk.features(images)
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`; label features are the decoupled ones, before the graph."""
+        """See :class:`Network`; the label features are the decoupled ones, before the graph."""
         found = self.narrow(self.trunk(features))
         own, weights = self.decouple(found, self.words)
         maps = weights.unflatten(-1, found.shape[2:]) if attention else None
         return NetworkOutput(self.classify(own), attention=maps, label_features=own, notes=self.notes(found, weights))
 
     def notes(self, found: Tensor, weights: Tensor) -> Tensor | None:
-        """What the hooks need beside the features, of a map ``(B, D, h, w)`` and attention ``(B, C, h * w)``."""
+        """Returns ``notes`` of the output from a map ``(B, D, h, w)`` and attention ``(B, C, h * w)``; None here."""
         return None
 
     def classify(self, own: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of decoupled features ``(B, C, dim)``: graph, merging layer, one classifier a class."""
+        """Returns logits ``(B, C)`` of decoupled features ``(B, C, dim)``, by graph, merging layer and classifiers."""
         merged: Tensor = self.merge(torch.cat([self.spread(own, self.graph), own], -1)).tanh()
         return (merged * self.weight).sum(-1) + self.bias
 

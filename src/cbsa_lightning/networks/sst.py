@@ -23,9 +23,9 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 class SST(SSGRL):
     """SSGRL on a narrower map, with pseudo-positives for unknown labels.
 
-    An unknown label becomes positive in a second and a third cross-entropy where it occurs often enough with the known
-    positives of its image (:class:`~cbsa_lightning.networks.label_pairs.LabelPairs`), or where its feature is similar
-    enough to the latest known positives of other images.
+    An unknown label becomes positive in a second cross-entropy if it is likely enough to co-occur with the known
+    positives of its image (:class:`~cbsa_lightning.networks.label_pairs.LabelPairs`), and in a third one if its feature
+    is similar enough to recent known positives of other images.
 
     Source: repository HCPLab-SYSU/HCP-MLR-PL. Weights of the terms are constants of :class:`Transfer`.
 
@@ -35,13 +35,13 @@ class SST(SSGRL):
         pretrained: See :class:`SSGRL`.
         words: See :class:`SSGRL`.
         dim: Size of a label feature.
-        attention_width: Size of the space in which map and word vectors meet, and of the projections of pairs.
-        steps: Updates of the graph network.
+        attention_width: Size of the projections of map, word vectors and pairs.
+        steps: Number of updates of the graph network.
         start_epoch: First epoch with pseudo-positives.
-        bank: Known positives of each label that are remembered.
+        bank: Number of stored known positives per label.
 
     Raises:
-        ConfigError: The backbone is no ResNet, or a setting is outside of its bounds.
+        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
         WeightsError: Weights or word vectors are not available.
     """
 
@@ -74,7 +74,7 @@ class Transfer(LabelGraph):
 
     bank: Tensor
     cooccurrence_weight, contrast_weight = 10.0, 0.05
-    highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # it falls by a step an epoch
+    highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # decreases by one step per epoch
 
     def __init__(self, num_classes: int, dim: int, start_epoch: int, bank: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Transfer(LabelGraph):
         self.register_buffer("bank", torch.zeros(num_classes, bank, dim))
 
     def margin(self, epoch: int) -> float:
-        """Probability and cosine from which on an unknown label is positive."""
+        """Returns the probability and cosine at or above which an unknown label counts as positive."""
         return max(self.lowest_margin, self.highest_margin - self.margin_step * (epoch - self.start_epoch))
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:

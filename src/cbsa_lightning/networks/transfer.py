@@ -1,4 +1,4 @@
-"""Pseudo-labels for unknown labels from what is known of the same image and of others; shared by SST and HST."""
+"""Pseudo-labels for unknown labels from known labels of the same and of other images; shared by SST and HST."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cbsa_lightning.networks.processes import mean_over
 
 
 def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) -> Tensor:
-    """Mean binary cross-entropy of a batch over its known labels and pseudo-positives.
+    """Returns the mean binary cross-entropy over the known labels and pseudo-positives of a batch.
 
     Args:
-        logits: ``(B, C)``, this process's images.
+        logits: ``(B, C)``, of the images of this process.
         targets: ``(B, C)`` in {1, 0, -1 unknown}.
         positive: ``(B, C)`` bool, unknown labels that count as positive; None: none.
     """
@@ -25,9 +25,9 @@ def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) 
 
 
 def mean_cosine(features: Tensor, examples: Tensor) -> Tensor:
-    """Mean cosine ``(B, C)`` of label features ``(B, C, d)`` with the label's examples ``(C, n, d)``; float32.
+    """Returns the mean cosine ``(B, C)`` of label features ``(B, C, d)`` with examples ``(C, n, d)``; float32.
 
-    It is the dot product with the mean of the normalized examples; an example of zeros counts as 0.
+    Computed as the dot product with the mean of the normalized examples. The cosine with a zero vector is 0.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.float(), dim=-1, eps=1e-9)
@@ -36,11 +36,11 @@ def mean_cosine(features: Tensor, examples: Tensor) -> Tensor:
 
 
 def remember(bank: Tensor, features: Tensor, targets: Tensor) -> None:
-    """Puts the features of a batch's positives in front of a bank, in place.
+    """Inserts the features of known positives at the front of a bank, in place.
 
     Args:
-        bank: ``(C, n, d)``, latest examples of each label first.
-        features: ``(B, C, d)`` of the whole batch; those that are not finite are left out.
+        bank: ``(C, n, d)``, the most recent examples of each label first.
+        features: ``(B, C, d)`` of the whole batch; features that are not finite are skipped.
         targets: ``(B, C)`` in {1, 0, -1}.
     """
     features = features.detach().to(bank.dtype)

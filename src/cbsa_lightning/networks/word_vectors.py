@@ -1,4 +1,4 @@
-"""Vectors of the class names: GloVe's from a file, or CLIP's text features in their place."""
+"""Word vectors of the class names: GloVe vectors from a file, or CLIP text features as a substitute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENTRY = 0.35  # root mean square of the entries of GloVe's 300-dimensional vecto
 
 
 class WordVectors:
-    """Base: one vector a class.
+    """Base class: one vector per class.
 
     Attributes:
         vectors: ``(C, d)`` float32.
@@ -26,20 +26,20 @@ class WordVectors:
 
 
 WordVectorsCallable = Callable[[Sequence[str]], WordVectors]
-"""Makes the vectors from the class names."""
+"""Creates the vectors from the class names."""
 
 
 class GloVe(WordVectors):
-    """Vectors of a GloVe text file; a name of several words has the mean of theirs.
+    """Reads the vectors from a GloVe text file; a name of several words gets the mean of their vectors.
 
-    Words are looked up as they are written, then in lower case.
+    Words are looked up as written, then in lower case.
 
     Args:
         class_names: The C class names.
-        file: A text file with a word and its numbers in each line, such as ``glove.840B.300d.txt``.
+        file: A text file with a word and its numbers on each line, such as ``glove.840B.300d.txt``.
 
     Raises:
-        WeightsError: The file is not there, is no such file, or lacks words; names them and their classes.
+        WeightsError: The file does not exist, is not a GloVe file, or lacks words; names the words and their classes.
     """
 
     def __init__(self, class_names: Sequence[str], file: str) -> None:
@@ -62,10 +62,10 @@ class GloVe(WordVectors):
 
 
 class ClipWords(WordVectors):
-    """CLIP's text features of "a photo of a ..." in the place of word vectors.
+    """CLIP text features of "a photo of a ..." as word vectors.
 
-    A substitute where no GloVe file is at hand; no compared system uses it. The features are scaled to the size of
-    GloVe's entries, for which the layers behind them were designed.
+    A substitute if no GloVe file is available; none of the original systems uses it. The features are scaled to the
+    size of GloVe's entries, for which the following layers were designed.
 
     Args:
         class_names: The C class names.
@@ -86,7 +86,7 @@ class ClipWords(WordVectors):
 
 
 def _read(file: Path, needed: set[str]) -> dict[str, Tensor]:
-    """Vectors of the needed words that a file has, read line by line: it may be larger than memory."""
+    """Reads the needed vectors line by line, since the file may be larger than memory."""
     found: dict[str, Tensor] = {}
     wanted, size = {word.encode() for word in needed}, 0
     try:
@@ -111,7 +111,7 @@ def _vector(numbers: list[bytes], where: str) -> Tensor:
     try:
         vector = torch.tensor([float(x) for x in numbers], dtype=torch.float32)
     except ValueError as error:
-        raise WeightsError(f"{where}: {error}; a line must hold a word and its numbers.") from error
+        raise WeightsError(f"{where}: {error}; a line must contain a word and its numbers.") from error
     if not len(vector) or not bool(vector.isfinite().all()):
         raise WeightsError(f"{where}: the vector is empty or not finite; get the file again.")
     return vector

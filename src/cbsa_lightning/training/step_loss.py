@@ -25,16 +25,16 @@ def step_loss(
     """Computes the loss of a step and its terms.
 
     Every term of the paper is a sum over its images, and classes, divided by the batch size B: that keeps the relative
-    weights that the paper's sums have. What the network's training hooks give is added as it is.
+    weights that the paper's sums have. Terms of the training hooks are added without scaling.
 
     Args:
         module: The module that trains.
-        output: What its network made of the batch.
+        output: The output of its network for the batch.
         batch: The batch.
         step: Its number within the epoch.
 
     Returns:
-        The loss, and its terms by the name that they are logged under.
+        The loss, and its terms by their name for logging.
     """
     size = _mean_batch_size(module, batch)
     targets = _targets(module, batch)
@@ -57,7 +57,7 @@ def step_loss(
         hard = rounded(targets) if targets.is_floating_point() else targets
         added = _added(module, Batch(output, hard, WholeBatch(batch.labeled)), step)
         terms |= {f"loss_{name}": value for name, value in added.items()}
-        # Parameters that no term uses yet: processes wait for each other's gradient of all of them.
+        # DDP waits for a gradient of every parameter, also of those that no term uses yet.
         unused = sum((p.sum() for p in module.network.hooks.parameters() if p.requires_grad), torch.zeros(()).to(loss))
         loss = sum(added.values(), loss) + 0.0 * unused
     return loss, terms
@@ -69,7 +69,7 @@ def _added(module: SSMLLModule, batch: Batch, step: int) -> dict[str, Tensor]:
 
 
 def _targets(module: SSMLLModule, batch: TrainBatch) -> Tensor:
-    """Labels and pseudo-labels ``(B, C)``; the latter may be soft."""
+    """Returns labels and pseudo-labels ``(B, C)``; the latter may be soft."""
     if module.pseudo_labels is None:
         return batch.targets
     return torch.where(batch.labeled[:, None], batch.targets, module.pseudo_labels[batch.index])
