@@ -45,3 +45,11 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder shared by tests with ``tiny_data.Squares``, so that its images are written once."""
     return tmp_path_factory.mktemp("squares")
+
+
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that ask for float32 get float64."""
+    import torch
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.training.schedules import OneCycle, scheduled
+from cbsa_lightning.training.schedules import OneCycle, StepDecay, scheduled
 
 
 def rates(schedule, steps, peaks=(1e-3, 1e-4)):
@@ -83,3 +83,17 @@ def test_the_stages_length_never_becomes_another_setting(make):
 def test_schedules_that_follow_a_metric_are_refused():
     with pytest.raises(ConfigError, match="follows a metric"):
         scheduled(ReduceLROnPlateau, optimizer_of(), 37)
+
+
+@pytest.mark.parametrize(("at", "expected"), [([], [1e-3] * 4), ([0.5], [1e-3, 1e-3, 1e-4, 1e-4])])
+def test_step_decay_at_shares_of_the_stage(at, expected):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = scheduled(partial(StepDecay, at=at), optimizer, 4)
+    found = []
+    for _ in range(4):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="StepDecay: at must be a number"):
+        StepDecay(optimizer, 4, [2.0])

@@ -31,6 +31,7 @@ from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.views import PlainView
 from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.dualcoop import DualCoOp
@@ -38,6 +39,8 @@ from cbsa_lightning.networks.dualcoop_plus import DualCoOpPlusPlus
 from cbsa_lightning.networks.resnet import ImageNetNetwork
 from cbsa_lightning.networks.scpnet import SCPNet
 from cbsa_lightning.networks.tai import TaI
+from partial import SYSTEMS as PARTIAL
+from partial import PartialSquares, tiny_system
 from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_module, tiny_trainer
 
 TRAIN = 21  # 8 labeled, 13 unlabeled
@@ -148,6 +151,7 @@ def fit(
     callbacks=(),
     ckpt_path=None,
     within=None,
+    source=None,
     **settings,
 ):
     """A run in float64, with the plain gradient step: Adam's would make of rounding a step of full size."""
@@ -162,7 +166,7 @@ def fit(
         precision="64-true",
         **strategy(place),
     )
-    source = Squares(place.squares, train=TRAIN)
+    source = source if source is not None else Squares(place.squares, train=TRAIN)
     trainer.fit(module, datamodule=tiny_data(source, **{**DATA, **(data or {})}), ckpt_path=ckpt_path)
     place.save(name, record.found)
     return record.found
@@ -261,11 +265,30 @@ def system(place: Place, name: str) -> None:
     fit(place, name, epochs=2, module=SSMLLModule(CLASSES, network, warmup_epochs=WARMUP, ema_decay=0.8, optimizer=sgd))
 
 
+def partial_system(place: Place, name: str) -> None:
+    """Two epochs on partial labels; batch norms, whose statistics are of a process's own images, are replaced."""
+    module = tiny_system(PARTIAL[name], optimizer=sgd)
+    for parent in list(module.network.modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.BatchNorm2d) and layer.weight.requires_grad:
+                setattr(parent, child, torch.nn.GroupNorm(1, layer.num_features))
+    module.ema = ParameterEMA(module.network, 0.0)
+    fit(
+        place,
+        name,
+        epochs=2,
+        module=module,
+        source=PartialSquares(place.squares, train=TRAIN),
+        data={"labeled_fraction": None},
+    )
+
+
 BOTH: dict[str, Callable[[Place], None]] = {
     "predictions": predictions,
     "kept": kept_features,
     "once": labels_made_once,
     **{name: partial(system, name=name) for name in SYSTEMS},
+    **{name: partial(partial_system, name=name) for name in PARTIAL},
 }
 PAIR = {
     "run": whole_run,

@@ -285,3 +285,16 @@ def test_every_system(both, name):
         return  # batch norm takes its statistics of a process's own images: docs/several_gpus.md
     for run in two:
         same_run(run, one)
+
+
+@pytest.mark.parametrize("name", runs.PARTIAL)
+def test_every_system_for_partial_labels(both, name):
+    """Pairs of images, prototypes and banks are those of the whole batch, in its order."""
+    one, *two = both(name)
+    sizes = [[len(step["index"]) for step in run["steps"]] for run in (one, *two)]
+    assert sizes == [[5] * 6, [3] * 6, [2] * 6]
+    processes_agree(*two)
+    start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
+    assert max(float((end[weight] - start[weight]).abs().max()) for weight in start) > 0.001
+    for run in two:
+        same_run(run, one)

@@ -12,12 +12,27 @@ from typing import Any
 from cbsa_lightning.data import augmentations, readers
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method import context_task, decisions, labelers, linear_probe, losses, stacking
-from cbsa_lightning.networks import dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot
-from cbsa_lightning.training import cbsa, loggers, module
+from cbsa_lightning.networks import (
+    dsrb,
+    dualcoop,
+    dualcoop_plus,
+    gcn_ml,
+    hst,
+    resnet,
+    sarb,
+    scpnet,
+    ssgrl,
+    sst,
+    tai,
+    word_vectors,
+    zero_shot,
+)
+from cbsa_lightning.training import cbsa, loggers, module, schedules
 
 _MODULES: tuple[ModuleType, ...] = (
     *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
+    *(ssgrl, gcn_ml, sst, sarb, hst, dsrb, word_vectors, schedules),
 )
 
 

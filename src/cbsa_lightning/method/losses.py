@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.networks.processes import total
 
 
 def asymmetric_loss(
@@ -167,6 +168,22 @@ class BinaryCrossEntropy(ElementwiseLoss):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """See :func:`binary_cross_entropy`."""
         return binary_cross_entropy(logits, targets)
+
+
+class MeanBinaryCrossEntropy(ElementwiseLoss):
+    """Binary cross-entropy, scaled so that a step's loss is its mean over the known entries of the batch.
+
+    The training loop sums over entries and divides by the number of images; the systems for partial labels take the
+    mean over known entries, on which the weights of their other terms rest.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See :class:`ElementwiseLoss`."""
+        known = targets >= 0
+        images, entries = total(torch.stack([torch.ones_like(known[:, 0]).sum(), known.sum()])).float()
+        scale: Tensor = images / entries.clamp(min=1)
+        each = binary_cross_entropy(logits, targets)
+        return each * scale.to(each.dtype)
 
 
 def _choose(positive: Tensor, negative: Tensor, targets: Tensor) -> Tensor:

@@ -16,12 +16,15 @@ class NetworkOutput(NamedTuple):
         context_logits: ``(B, K)`` over the contexts, or None without a context head.
         attention: ``(B, C, h, w)``, attention of each label over the grid, which sums to 1, or None.
         label_features: ``(B, C, d)``, one image feature for each label, or None if all labels share one.
+        notes: ``(B, C)`` int64, what the training hooks of the network need to know about each label besides its
+            feature, or None.
     """
 
     logits: Tensor
     context_logits: Tensor | None = None
     attention: Tensor | None = None
     label_features: Tensor | None = None
+    notes: Tensor | None = None
 
 
 class Description(NamedTuple):
@@ -41,11 +44,21 @@ class Network(nn.Module):
 
     A forward pass has three parts, so that each runs only when its inputs change: ``features`` (frozen, never in the
     graph), ``encode_text`` (changes with each optimizer step, shared by all images) and ``forward``.
+
+    Attributes:
+        hooks: A :class:`~cbsa_lightning.networks.hooks.TrainingHooks` if training needs more than logits and labels,
+            else None.
     """
+
+    hooks: Any
 
     num_contexts: int = 0
     has_label_features: bool = False
     context_tensors: tuple[str, ...] = ()  # names of the parameters whose first dimension is the contexts
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks = None
 
     @property
     def frozen_weights(self) -> str | None:

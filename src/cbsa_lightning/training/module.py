@@ -18,6 +18,7 @@ from cbsa_lightning.callbacks.contexts import UpdateContexts
 from cbsa_lightning.callbacks.data_summary import DataSummary
 from cbsa_lightning.callbacks.epoch_timer import EpochTimer
 from cbsa_lightning.callbacks.features import CacheFeatures
+from cbsa_lightning.callbacks.hooks import RunHooks
 from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.monitors import CheckMonitors
 from cbsa_lightning.callbacks.resume import ExactResume
@@ -33,12 +34,13 @@ from cbsa_lightning.method.context_task import ContextTask
 from cbsa_lightning.method.decisions import Objective
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import ClassDistributionAware, Evidence, EvidenceLabeler, LabeledOnly, Labeler
-from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss, context_loss, soft_target_loss
+from cbsa_lightning.method.losses import AsymmetricLoss, ElementwiseLoss
 from cbsa_lightning.networks.base import Network
 from cbsa_lightning.training.evaluation import Evaluation, Stage
 from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
+from cbsa_lightning.training.step_loss import step_loss
 
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Builds a network for given prompt names."""
@@ -198,6 +200,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             CacheFeatures(),
             Stages(),
             thresholds,
+            RunHooks(),
         ]
         callbacks += [UpdateContexts(thresholds)] if self.num_contexts else []
         callbacks.append(EpochTimer())
@@ -244,53 +247,20 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
     # Training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor | None:
-        """Computes the loss of a step on strong views (Eq. 12).
-
-        Every term is a sum over images (and classes) divided by the batch size B. This keeps the relative weights of
-        the paper's sums.
-        """
+        """Computes the loss of a step on strong views; see :func:`~cbsa_lightning.training.step_loss.step_loss`."""
         if not self.trains:
             self.trainer.should_stop = True
             return None
-        size = self._mean_batch_size(batch)
         features = self.features_of(batch)
         self.nonfinite.remember()
         output = self.network(features, self.network.encode_text())
-        known = batch.labeled.to(torch.float32)
-        per_image = self._label_loss(output.logits, batch).sum(1)
-        sup = (per_image * known).sum() / size
-        unsup = (per_image * (1 - known)).sum() / size
-        loss = sup + self.unsup_weight * unsup
-        terms = {"loss_sup": sup, "loss_unsup": unsup}
-        if output.context_logits is not None and self.context_targets is not None:
-            aux = context_loss(output.context_logits, self.context_targets[batch.index]).sum() / size
-            loss = loss + self.contexts.weight * aux
-            terms["loss_aux"] = aux
+        loss, terms = step_loss(self, output, batch, batch_idx)
         if not self.nonfinite.is_finite(loss, output):
             return self.nonfinite.left_out({**terms, "features": features}, output, batch)
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
         # Each step has equal weight in the epoch's mean, since weights by batch size would differ among processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
-
-    def _label_loss(self, logits: Tensor, batch: TrainBatch) -> Tensor:
-        """Returns the loss ``(B, C)`` on labels and pseudo-labels; pseudo-labels may be soft."""
-        if self.pseudo_labels is None:
-            return self.loss(logits, batch.targets)
-        targets = torch.where(batch.labeled[:, None], batch.targets, self.pseudo_labels[batch.index])
-        if targets.is_floating_point():
-            return soft_target_loss(self.loss, logits, targets)
-        return self.loss(logits, targets)
-
-    def _mean_batch_size(self, batch: TrainBatch) -> float | Tensor:
-        """Returns the mean number of images per process; dividing by it makes DDP's gradient average exact.
-
-        With one process it is a number, which need not be copied to the device.
-        """
-        size = float(len(batch.index))
-        if self.trainer.world_size == 1:
-            return size
-        return self.trainer.strategy.reduce(torch.tensor(size, device=self.device), reduce_op="mean")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes an optimizer step, then updates the average if it has started."""

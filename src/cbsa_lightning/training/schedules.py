@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError
@@ -70,6 +70,28 @@ class OneCycle:
         # Rise and fall have at least one step each, since torch divides by zero for a phase without steps.
         steps = max(total_steps, 3)
         return _OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
+
+
+class StepDecay(MultiStepLR):
+    """Divides the learning rate at given places of the stage.
+
+    Args:
+        optimizer: The optimizer.
+        total_steps: Optimizer steps of the stage.
+        at: Shares of the stage after which the rate falls, each in [0, 1]; none keeps it constant.
+        factor: What it is multiplied with each time, in [0, 1].
+
+    Raises:
+        ConfigError: A share or the factor is outside of its bounds.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, at: Sequence[float] = (0.5,), factor: float = 0.1
+    ) -> None:
+        for share in at:
+            check_number("StepDecay: at", share, 0, 1)
+        check_number("StepDecay: factor", factor, 0, 1)
+        super().__init__(optimizer, [round(share * total_steps) for share in at], factor)
 
 
 class _OneCycleLR(OneCycleLR):

@@ -1,0 +1,100 @@
+"""Blends label features where the label is unknown, with soft targets; shared by SARB and DSRB.
+
+Source: as :mod:`~cbsa_lightning.networks.prototypes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.networks.contrast import contrast
+from cbsa_lightning.networks.gated_graph import LabelGraph
+from cbsa_lightning.networks.hooks import Batch, Moment
+from cbsa_lightning.networks.processes import mean_over
+from cbsa_lightning.networks.prototypes import due, sampled_positives
+
+
+class Blending(LabelGraph):
+    """The loss terms of SARB and DSRB; subclasses compute the prototypes.
+
+    - *instance*: if a label is unknown and known positive in the image at the mirrored place of the batch, the feature
+      becomes ``alpha * own + (1 - alpha) * other``, and the target ``1 - alpha``;
+    - *prototype*: one random unknown label of each image is blended with a prototype, by ``beta``.
+
+    The blended features are classified again; known and blended labels have a loss. An image without unknown labels is
+    not blended. Before the first epoch with prototypes, the contrast of label features is the only term.
+
+    Args:
+        num_classes: C.
+        dim: Size of a label feature.
+        number: Prototypes per class.
+        start_epoch: First epoch with blending.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes.
+    """
+
+    prototypes: Tensor
+    contrast_weight = 0.05
+
+    def __init__(self, num_classes: int, dim: int, number: int, start_epoch: int, every: int, samples: int) -> None:
+        super().__init__()
+        for name, value, least in (("start_epoch", start_epoch, 0), ("every", every, 1), ("samples", samples, 1)):
+            check_number(name, value, least, whole=True)
+        check_number("prototypes", number, 1, whole=True)
+        self.start_epoch, self.every, self.samples = start_epoch, every, samples
+        self.register_buffer("prototypes", torch.zeros(num_classes, number, dim))
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.beta = nn.Parameter(torch.tensor(0.5))
+
+    def idle(self, moment: Moment) -> bool:
+        """Returns whether the epoch is before the first one with prototypes."""
+        return moment.epoch < self.start_epoch
+
+    def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
+        """Selects known positives in epochs that compute prototypes."""
+        if not due(moment, self.start_epoch, self.every):
+            return None
+        return sampled_positives(labels, self.samples, moment)
+
+    def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Returns a prototype ``(B, C, d)`` for each label of the images of this process, drawn with ``generator``."""
+        raise NotImplementedError
+
+    def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """See :class:`TrainingHooks`."""
+        generator = moment.generator()
+        whole, labels = batch.whole.join(batch.features), batch.whole.join(batch.targets)
+        ramp = min(moment.passed, 1.0)
+        terms = {"contrast": self.contrast_weight * ramp * contrast(whole, labels, generator)}
+        if moment.epoch < self.start_epoch:
+            return terms
+        with torch.no_grad():
+            self.alpha.clamp_(0, 1)
+            self.beta.clamp_(0, 1)
+        unknown = batch.targets < 0
+        partner = len(batch.whole) - 1 - batch.whole.places
+        mixed = unknown & (labels[partner] == 1)
+        terms["instance"] = self._loss(network, batch, whole[partner], mixed, self.alpha)
+        priority = torch.rand(len(batch.whole), batch.targets.shape[1], generator=generator).to(unknown.device)
+        free = unknown & self.prototypes.any(-1).any(-1)
+        priority = priority[batch.whole.places] * free
+        chosen = F.one_hot(priority.argmax(1), free.shape[1]).bool() & free
+        terms["prototype"] = self._loss(network, batch, self.drawn(batch, generator), chosen, self.beta)
+        return terms
+
+    @staticmethod
+    def _loss(network: Any, batch: Batch, other: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+        """Returns the cross-entropy after blending the features of ``chosen (B, C)`` with ``other (B, C, d)``."""
+        own = batch.features
+        blended = torch.where(chosen[..., None], share * own + (1 - share) * other.to(own.dtype), own)
+        logits = network.classify(blended)
+        with torch.autocast(logits.device.type, enabled=False):
+            x = logits.float()
+            targets = torch.where(chosen, (1 - share).to(x.dtype), (batch.targets == 1).to(x.dtype))
+            each = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
+        return mean_over(each, (batch.targets >= 0) | (chosen & (share < 1)))

@@ -1,0 +1,108 @@
+"""SST: structured semantic transfer within an image and across images (Chen et al., AAAI 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.networks.contrast import contrast
+from cbsa_lightning.networks.gated_graph import LabelGraph
+from cbsa_lightning.networks.hooks import Batch, Moment
+from cbsa_lightning.networks.imagenet_weights import TIMM
+from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
+from cbsa_lightning.networks.processes import mean_over
+from cbsa_lightning.networks.ssgrl import SSGRL
+from cbsa_lightning.networks.transfer import known_loss, mean_cosine, remember
+from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
+
+
+class SST(SSGRL):
+    """SSGRL on a narrower map, with pseudo-positives for unknown labels.
+
+    An unknown label becomes positive in a second cross-entropy if it is likely enough to co-occur with the known
+    positives of its image (:class:`~cbsa_lightning.networks.label_pairs.LabelPairs`), and in a third one if its feature
+    is similar enough to recent known positives of other images.
+
+    Source: repository HCPLab-SYSU/HCP-MLR-PL. Weights of the terms are constants of :class:`Transfer`.
+
+    Args:
+        class_names: The C class names, for word vectors.
+        backbone: See :class:`SSGRL`.
+        pretrained: See :class:`SSGRL`.
+        words: See :class:`SSGRL`.
+        dim: Size of a label feature.
+        attention_width: Size of the projections of map, word vectors and pairs.
+        steps: Number of updates of the graph network.
+        start_epoch: First epoch with pseudo-positives.
+        bank: Number of stored known positives per label.
+
+    Raises:
+        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
+        WeightsError: Weights or word vectors are not available.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        backbone: str = "resnet101.tv_in1k",
+        pretrained: str | None = TIMM,
+        words: WordVectorsCallable = ClipWords,
+        dim: int = 1024,
+        attention_width: int = 512,
+        steps: int = 3,
+        start_epoch: int = 5,
+        bank: int = 100,
+    ) -> None:
+        super().__init__(class_names, backbone, pretrained, words, dim, attention_width, steps)
+        self.pairs = LabelPairs(len(class_names), dim, attention_width)
+        self.hooks = Transfer(len(class_names), dim, start_epoch, bank)
+
+
+class Transfer(LabelGraph):
+    """The terms that SST adds to the loss, and its bank of known positives.
+
+    Args:
+        num_classes: C.
+        dim: Size of a label feature.
+        start_epoch: See :class:`SST`.
+        bank: See :class:`SST`.
+    """
+
+    bank: Tensor
+    cooccurrence_weight, contrast_weight = 10.0, 0.05
+    highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # decreases by one step per epoch
+
+    def __init__(self, num_classes: int, dim: int, start_epoch: int, bank: int) -> None:
+        super().__init__()
+        check_number("start_epoch", start_epoch, 0, whole=True)
+        check_number("bank", bank, 1, whole=True)
+        self.start_epoch = start_epoch
+        self.register_buffer("bank", torch.zeros(num_classes, bank, dim))
+
+    def margin(self, epoch: int) -> float:
+        """Returns the probability and cosine at or above which an unknown label counts as positive."""
+        return max(self.lowest_margin, self.highest_margin - self.margin_step * (epoch - self.start_epoch))
+
+    def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
+        """See :class:`TrainingHooks`."""
+        logits, features, targets = batch.output.logits, batch.features, batch.targets
+        whole, labels = batch.whole.join(features), batch.whole.join(targets)
+        remember(self.bank, whole, labels)
+        found = network.pairs(features)
+        together = pair_loss(found, network.pairs.targets(targets))
+        ramp = min(moment.passed, 1.0)
+        terms = {
+            "cooccurrence": self.cooccurrence_weight * ramp * mean_over(together, torch.ones_like(together).bool()),
+            "contrast": self.contrast_weight * ramp * contrast(whole, labels, moment.generator()),
+        }
+        if moment.epoch >= self.start_epoch:
+            margin = self.margin(moment.epoch)
+            within = network.pairs.given_known(found.detach(), targets) >= margin
+            across = mean_cosine(features.detach(), self.bank) >= margin
+            terms["within"] = known_loss(logits, targets, within)
+            terms["across"] = known_loss(logits, targets, across)
+        return terms

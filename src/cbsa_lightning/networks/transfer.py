@@ -1,0 +1,49 @@
+"""Pseudo-labels for unknown labels from known labels of the same and of other images; shared by SST and HST."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbsa_lightning.networks.processes import mean_over
+
+
+def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) -> Tensor:
+    """Returns the mean binary cross-entropy over the known labels and pseudo-positives of a batch.
+
+    Args:
+        logits: ``(B, C)``, of the images of this process.
+        targets: ``(B, C)`` in {1, 0, -1 unknown}.
+        positive: ``(B, C)`` bool, unknown labels that count as positive; None: none.
+    """
+    positive = torch.zeros_like(targets, dtype=torch.bool) if positive is None else positive & (targets < 0)
+    with torch.autocast(logits.device.type, enabled=False):
+        x = logits.float()
+        each = F.binary_cross_entropy_with_logits(x, ((targets == 1) | positive).to(x.dtype), reduction="none")
+    return mean_over(each, (targets >= 0) | positive)
+
+
+def mean_cosine(features: Tensor, examples: Tensor) -> Tensor:
+    """Returns the mean cosine ``(B, C)`` of label features ``(B, C, d)`` with examples ``(C, n, d)``; float32.
+
+    Computed as the dot product with the mean of the normalized examples. The cosine with a zero vector is 0.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.float(), dim=-1, eps=1e-9)
+        center = F.normalize(examples.float(), dim=-1, eps=1e-9).mean(1)
+        return (unit * center).sum(-1)
+
+
+def remember(bank: Tensor, features: Tensor, targets: Tensor) -> None:
+    """Inserts the features of known positives at the front of a bank, in place.
+
+    Args:
+        bank: ``(C, n, d)``, the most recent examples of each label first.
+        features: ``(B, C, d)`` of the whole batch; features that are not finite are skipped.
+        targets: ``(B, C)`` in {1, 0, -1}.
+    """
+    features = features.detach().to(bank.dtype)
+    chosen = (targets == 1) & features.isfinite().all(-1)
+    for k in chosen.any(0).nonzero()[:, 0].tolist():
+        bank[k] = torch.cat([features[chosen[:, k], k], bank[k]])[: bank.shape[1]]
