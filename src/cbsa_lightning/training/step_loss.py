@@ -24,8 +24,8 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Computes the loss of a step and its terms.
 
-    Every term of the paper is a sum over its images, and classes, divided by the batch size B: that keeps the relative
-    weights that the paper's sums have. Terms of the training hooks are added without scaling.
+    Every term of the paper is a sum over images (and classes) divided by the batch size B. This keeps the relative
+    weights of the paper's sums. Terms of the training hooks are added without scaling.
 
     Args:
         module: The module that trains.
@@ -76,9 +76,9 @@ def _targets(module: SSMLLModule, batch: TrainBatch) -> Tensor:
 
 
 def _mean_batch_size(module: SSMLLModule, batch: TrainBatch) -> float | Tensor:
-    """Images of this step a process: shares differ by two at most; divided by their mean, gradients average right.
+    """Returns the mean number of images per process; dividing by it makes DDP's gradient average exact.
 
-    A number where there is one process: no tensor of it has to reach the device.
+    With one process it is a number, which need not be copied to the device.
     """
     size = float(len(batch.index))
     if module.trainer.world_size == 1:
