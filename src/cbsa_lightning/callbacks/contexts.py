@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds, data_of
+from cbsa_lightning.data.incomplete import IncompleteImages
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.contexts import (
     context_targets,
@@ -18,7 +19,7 @@ from cbsa_lightning.method.contexts import (
     partition,
     soft_context_targets,
 )
-from cbsa_lightning.method.labelers import rounded
+from cbsa_lightning.method.labelers import positive_rates, rounded
 
 
 class UpdateContexts(L.Callback):
@@ -27,8 +28,9 @@ class UpdateContexts(L.Callback):
     Before the first epoch the labeled images decide; in the second stage pseudo-labeled images count too, with
     their weight. A new partition takes over the ids of the last by overlap, since the context head has learned them.
 
-    The context of a labeled image follows from its labels. An unlabeled image has the one that its weak view is sure
-    of, or none.
+    The context of a labeled image follows from its known labels. An unlabeled image, or a partly labeled one without a
+    known positive, has the one that its weak view is sure of, or none. Unknown entries of labeled images do not count
+    in the co-occurrence; in the second stage their pseudo-labels do.
 
     Where too few classes of the labeled images occur together, the run trains without contexts: no partition is made,
     and no image has a context.
@@ -71,9 +73,12 @@ class UpdateContexts(L.Callback):
         if not pl_module.contexts.pseudo_weight:
             return
         labels = data.labeled_targets()
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        pseudo = rounded(pl_module.pseudo_labels[rows]).cpu()
-        self._partition(pl_module, labels, pseudo)
+        pseudo, filled = (
+            rounded(pl_module.pseudo_labels[torch.as_tensor(rows, device=pl_module.device)]).cpu()
+            for rows in (data.split.unlabeled, data.split.labeled)
+        )
+        # An ignored entry of an unlabeled image counts as absent, as in the paper: it is not unknown at random.
+        self._partition(pl_module, torch.where(labels >= 0, labels, filled), pseudo.clamp(min=0))
         self._label(pl_module, data, labels)
 
     @staticmethod
@@ -93,33 +98,45 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Targets of the labeled images under the present partition; all zero for an image without any label."""
+        """Targets of the labeled images under the present partition; all zero for an image without any label.
+
+        Those that the weak view decides are left as they are.
+        """
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
         if bool((part < 0).any()):  # zeros have no loss, but a gradient of zero, which several processes wait for
             targets = torch.zeros(len(labels), k).float()
         elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
         else:
-            context = context_targets(labels, part, k)
+            context = context_targets(labels, part, k, positive_rates(labels))
             targets = torch.nn.functional.one_hot(context.clamp(min=0), k) * (context >= 0)[:, None]
         if pl_module.context_targets is None:
             pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device).float()
-        rows = torch.as_tensor(data.split.labeled, device=pl_module.device)
-        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+        told = ~_undecided(labels)
+        rows = torch.as_tensor(data.split.labeled[told.numpy()], device=pl_module.device)
+        pl_module.context_targets[rows] = targets[told].to(pl_module.context_targets)
 
     @staticmethod
     def _label_unlabeled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
-        """Targets of the unlabeled images: the weak view's context where it is sure, else none (all zero)."""
+        """Targets of images without a known positive: the weak view's context where it is sure, else all zero."""
         k = probabilities.shape[1]
         if pl_module.context_targets is None:
             pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)
         confidence, context = probabilities.max(1)
         sure = confidence > pl_module.contexts.confidence
         targets = torch.nn.functional.one_hot(context, k).to(probabilities) * sure[:, None]
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+        images = IncompleteImages.of(data)
+        unlabeled = torch.ones(len(images.unlabeled), dtype=torch.bool)
+        mine = torch.cat([unlabeled, _undecided(images.known)]).to(targets.device)
+        rows = torch.as_tensor(images.rows, device=targets.device)[mine]
+        pl_module.context_targets[rows] = targets[mine].to(pl_module.context_targets)
         pl_module.log("context/coverage", sure.float().mean())
         true_context = context_targets(data.hidden_targets(), pl_module.context_partition.cpu(), k)
         known = true_context >= 0
         if bool(known.any()):
             pl_module.log("context/accuracy", (context.cpu() == true_context)[known].float().mean())
+
+
+def _undecided(labels: Tensor) -> Tensor:
+    """Partly labeled images ``(n,)`` without a known positive, whose context their labels do not tell."""
+    return ~(labels == 1).any(1) & (labels < 0).any(1)

@@ -11,15 +11,18 @@ PLAIN, MIRRORED, STRONG = 0, 1, 2
 """Columns of a table of views: the plain view, its mirror image, then the strong ones."""
 
 
-def needed_views(split: Split, images: int, strong_views: int, labels_alone: bool) -> NDArray[np.bool_]:
+def needed_views(
+    split: Split, images: int, partly: NDArray[np.int64], strong_views: int, labels_alone: bool
+) -> NDArray[np.bool_]:
     """Returns which views of the training table are kept, ``(images, 2 + strong_views)`` bool.
 
-    Plain views of all images that the run uses, mirrored ones of the unlabeled images, and strong ones of those that
-    it trains on. Of a test table the plain views are kept.
+    Plain views of all images that the run uses, mirrored ones of the images with unknown labels, and strong ones of
+    those that it trains on. Of a test table the plain views are kept.
 
     Args:
         split: Rows of the training table.
         images: Rows that the table has.
+        partly: Labeled rows with unknown entries.
         strong_views: Strong views kept of each image.
         labels_alone: Whether the run has no use for unlabeled images.
     """
@@ -28,5 +31,6 @@ def needed_views(split: Split, images: int, strong_views: int, labels_alone: boo
     needed = np.zeros((images, STRONG + strong_views), dtype=bool)
     needed[trained, STRONG:] = True
     needed[unlabeled, MIRRORED] = True
+    needed[partly, MIRRORED] = not labels_alone
     needed[np.concatenate([trained, split.held_out]), PLAIN] = True
     return needed

@@ -34,7 +34,7 @@ class SemiSupervisedData(Protocol):
         """Plain views of the images to measure on."""
 
     def weak_dataloader(self, epoch: int) -> Iterable[EvalBatch]:
-        """Weak views of all unlabeled images, each process its share."""
+        """Weak views of all images with unknown labels, unlabeled or partly labeled, each process its share."""
 
     def plain_dataloader(self, rows: np.ndarray) -> Iterable[EvalBatch]:
         """Plain views of these rows of ``train_table``, each process its share."""
@@ -43,7 +43,11 @@ class SemiSupervisedData(Protocol):
         """Labels ``(n_labeled, C)`` of the labeled rows, in {1, 0, -1 unknown}."""
 
     def hidden_targets(self) -> Tensor:
-        """What is known of the unlabeled rows, ``(n_unlabeled, C)``; for figures only, -1 where nothing is."""
+        """The true labels ``(n, C)`` of the n images with unknown labels; for figures only, -1 where there are none.
+
+        Their order is that of :class:`~cbsa_lightning.data.incomplete.IncompleteImages`: unlabeled images, then partly
+        labeled ones.
+        """
 
 
 _NAMES = [*SemiSupervisedData.__annotations__, *(name for name in vars(SemiSupervisedData) if name[0] != "_")]

@@ -23,11 +23,12 @@ Assignment = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
 
 
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
-    """Co-occurrence matrix ``S_kl = (e_kl / n_k) ** power``.
+    """Co-occurrence matrix ``S_kl = (e_kl / n_kl) ** power``.
 
-    ``e_kl`` counts the images with both classes, ``n_k`` all images with class k. (The paper's "only the
-    k-th label" would divide by zero; the work that it follows counts all.) An unknown entry counts as absent.
-    Row k is 0 where no image has class k. The diagonal is kept, 1 for every class that is present;
+    ``e_kl`` counts the images with both classes, ``n_kl`` those with class k of which l is known. Without unknown
+    entries this is the paper's ``e_kl / n_k``. (The paper's "only the k-th label" would divide by zero; the work that
+    it follows counts all.) With entries that are unknown at random, ``S_kl`` still estimates the share of the images
+    of class k that have class l; it is 0 where ``n_kl`` is. The diagonal is kept, 1 for every class that is present;
     :func:`partition` does not look at it.
 
     Args:
@@ -52,12 +53,14 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
     if weights.shape != (len(labels),) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise DataError(f"co-occurrence: {len(labels)} images need as many finite weights >= 0")
     both = torch.zeros(labels.shape[1], labels.shape[1], dtype=torch.float64)
+    counts = torch.zeros_like(both)
     for start in range(0, len(labels), _ROWS):
         rows = slice(start, start + _ROWS)
-        present = (labels[rows] == 1).cpu().double()
-        both += (present * weights[rows, None]).T @ present
-    counts = both.diagonal()
-    return torch.where(counts[:, None] > 0, both / counts[:, None], 0.0) ** power
+        present, known = (labels[rows] == 1).cpu().double(), (labels[rows] >= 0).cpu().double()
+        weighted = (present * weights[rows, None]).T
+        both += weighted @ present
+        counts += weighted @ known
+    return torch.where(counts > 0, both / counts, 0.0) ** power
 
 
 def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", seed: int = 0) -> Tensor:

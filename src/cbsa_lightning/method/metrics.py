@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-REPORTED = ("mAP_with_zeros", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
+REPORTED = ("mAP_with_zeros", "mAP_envelope", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
 """Figures of a :class:`MultilabelReport` that are logged beside mAP and the average precision of each class."""
 
 
@@ -31,10 +31,13 @@ class MultilabelReport(Metric):
 
     ``compute`` returns a dict:
 
-    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives;
+    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives, and for one of which only positives
+      are known and other entries are not, since any order of the images would have an AP of 1;
     - ``mAP``: mean over the other classes; NaN when there is none;
     - ``mAP_with_zeros``: mean over all C classes, a class without positives counting 0 (the convention of
       CAP and of torchmetrics' macro average);
+    - ``mAP_envelope``: as ``mAP``, of the area under the precision envelope (the highest precision at the same or a
+      higher recall), the interpolated AP of VOC 2010 and of the conventional systems of Table 5. It is never lower;
     - ``precision``, ``recall`` ``(C,)``: of the labels given from ``thresholds`` on, an undefined ratio counting 0;
     - ``support`` ``(C,)``: positives;
     - ``CF1``, ``OF1``: the harmonic means of the class-averaged and of the pooled precision and recall, over all C
@@ -124,11 +127,13 @@ class MultilabelReport(Metric):
         if not len(logits):
             raise DataError("report: nothing was added, so there is nothing to evaluate")
         positives = (targets == 1).sum(dim=0)
-        ap = torch.zeros(self.num_classes).float()
-        for k in positives.nonzero()[:, 0].tolist():
+        told = ((targets == 0).any(dim=0) | (targets >= 0).all(dim=0)) & (positives > 0)
+        ap, envelope = torch.zeros(2, self.num_classes).float()
+        for k in told.nonzero()[:, 0].tolist():
             known = targets[:, k] >= 0
             ap[k] = _average_precision(logits[known, k], targets[known, k])
-        used = positives >= self.min_positives
+            envelope[k] = _envelope_precision(logits[known, k], targets[known, k])
+        used = told & (positives >= self.min_positives)
         half = _Counts((logits >= 0).to(torch.int8), targets)
         # Compared as probabilities, since predictions are.
         given = logits >= 0 if self.thresholds is None else logits.sigmoid() >= self.thresholds.cpu()
@@ -137,6 +142,7 @@ class MultilabelReport(Metric):
             "AP": torch.where(used, ap, torch.nan),
             "mAP": ap[used].mean(),
             "mAP_with_zeros": ap.mean(),
+            "mAP_envelope": envelope[used].mean(),
             "precision": counts.class_precision,
             "recall": counts.class_recall,
             "support": counts.actual,
@@ -152,6 +158,8 @@ class MultilabelReport(Metric):
 
 def _calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     known = targets >= 0
+    if not known.any():
+        return dict.fromkeys(("ECE", "Brier"), torch.tensor(torch.nan))
     scores, truth = logits[known].sigmoid(), targets[known].long()
     return {
         "ECE": binary_calibration_error(scores, truth, n_bins=15),
@@ -221,6 +229,16 @@ def _average_precision(logits: Tensor, targets: Tensor) -> Tensor:
     # ranks.
     rank = torch.unique(logits, return_inverse=True)[1]
     return binary_average_precision(rank.double() / len(rank), targets.long(), validate_args=False)
+
+
+def _envelope_precision(logits: Tensor, targets: Tensor) -> Tensor:
+    order = logits.argsort(descending=True)
+    ranked, hits = logits[order], (targets[order] == 1).double().cumsum(0)
+    last = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool)])  # of equal scores: one threshold
+    found, given = hits[last], torch.arange(1, len(hits) + 1)[last]
+    envelope = (found / given).flip(0).cummax(0).values.flip(0)
+    gained = found.diff(prepend=torch.zeros(1, dtype=torch.float64)) / found[-1]
+    return (gained * envelope).sum()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -250,10 +250,10 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         features = self.features_of(batch)
         self.nonfinite.remember()
         output = self.network(features, self.network.encode_text())
-        known = batch.labeled.to(torch.float32)
-        per_image = self._label_loss(output.logits, batch).sum(1)
-        sup = (per_image * known).sum() / size
-        unsup = (per_image * (1 - known)).sum() / size
+        known = (batch.targets >= 0).to(torch.float32)
+        per_entry = self._label_loss(output.logits, batch)
+        sup = (per_entry * known).sum(1).sum() / size
+        unsup = (per_entry * (1 - known)).sum(1).sum() / size
         loss = sup + self.unsup_weight * unsup
         terms = {"loss_sup": sup, "loss_unsup": unsup}
         if output.context_logits is not None and self.context_targets is not None:
@@ -271,7 +271,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         """Loss ``(B, C)`` on labels and pseudo-labels; the latter may be soft."""
         if self.pseudo_labels is None:
             return self.loss(logits, batch.targets)
-        targets = torch.where(batch.labeled[:, None], batch.targets, self.pseudo_labels[batch.index])
+        targets = torch.where(batch.targets >= 0, batch.targets, self.pseudo_labels[batch.index])
         if targets.is_floating_point():
             return soft_target_loss(self.loss, logits, targets)
         return self.loss(logits, targets)
