@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -101,7 +101,7 @@ class Plan:
     validated_classes: int
     warmup: Stage
     second: Stage
-    partly: NDArray[np.int64]
+    partly: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 NOTHING_UNKNOWN = (
