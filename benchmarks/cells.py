@@ -87,8 +87,8 @@ def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, 
     }
     if cell.data == "digits":
         source = Digits(root=str(args.out / "digits"), seed=args.drawing)
-        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **common, **changes)
-    return SSMLLDataModule(VOC(args.photos), **common, **changes)
+        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **{**common, **changes})
+    return SSMLLDataModule(VOC(args.photos), **{**common, **changes})
 
 
 def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **changes: Any) -> CBSAModule:
