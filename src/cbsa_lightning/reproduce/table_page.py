@@ -142,8 +142,8 @@ def _envelope(
     """Both definitions of AP stand in Table 5 of the paper: the interpolated one in the rows without a CLIP."""
     if table.setting == "known_fraction":
         yield (
-            "## Interpolated AP\n\nThe area under the precision envelope (VOC 2010), which SSGRL, SST, SARB, HST and "
-            "DSRB report. The AP of the first table, which the rows with a CLIP report, is never higher."
+            "## Interpolated AP\n\nThe area under the precision envelope (VOC 2010), which the paper's rows without a "
+            "CLIP have. The AP of the first table, which its rows with a CLIP have, is never higher."
         )
         yield _grid(table, rows, columns, Means(finished, Finished.envelope).text)
 
