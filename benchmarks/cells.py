@@ -19,7 +19,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning import CBSAModule, SSMLLDataModule, SSMLLModule
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
@@ -118,10 +118,10 @@ def trainer_settings(cell: Cell) -> dict[str, Any]:
     }
 
 
-def train(cell: Cell, module: CBSAModule, data: SSMLLDataModule) -> dict[str, Any]:
+def train(cell: Cell, module: SSMLLModule, data: SSMLLDataModule, **changes: Any) -> dict[str, Any]:
     """Trains and tests; gives mAP in %, AP of each class, quality of the pseudo-labels and processor seconds."""
     begun = time.process_time()
-    trainer = L.Trainer(**trainer_settings(cell))
+    trainer = L.Trainer(**{**trainer_settings(cell), **changes})
     trainer.fit(module, datamodule=data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     ap = {name: metrics[f"val/AP/{name}"] for name in data.class_names}

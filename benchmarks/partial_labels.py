@@ -11,6 +11,7 @@ are read from ``partial_labels.jsonl`` and not made again.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from cells import LABELED_PER_BATCH, Cell, Results, arguments, cells, make_data,
 from measuring import markdown, where
 from numpy.typing import NDArray
 
+from cbsa_lightning import SSMLLModule
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.label_masks import LabelMask
 from cbsa_lightning.method.labelers import ClassDistributionAware
 from cbsa_lightning.method.stacking import StackedProbes
+from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 
 PARTLY = 4  # times as many images as are fully labeled
 STEPS = 27  # an epoch, at least: as many as the unlabeled photographs of p = 0.05 make
+PROBES = "probes"  # stacked probes alone, without a network
 METHODS: dict[str, dict[str, Any]] = {
     "CAT": {"labeler": ClassDistributionAware()},
     "safe": {"labeler": StackedProbes(), "stack_share": 0.5},
@@ -70,7 +74,19 @@ def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     data = make_data(cell, args, LABELED_PER_BATCH, labeled_fraction=None, **changes)
     data.prepare_data()
     data.setup("fit")
-    figures = train(cell, make_module(cell, args, data, **METHODS[method]), data)
+    if method == PROBES:
+        clip = args.clip if cell.data == "photos" else "embedded"
+        module = SSMLLModule(
+            data.class_names,
+            partial(ZeroShotCLIP, clip=clip),
+            data.prompt_names,
+            labeler=StackedProbes(),
+            stack_share=1.0,
+            warmup_epochs=0,
+        )
+        figures = train(cell, module, data, max_epochs=1, check_val_every_n_epoch=1, limit_train_batches=1)
+    else:
+        figures = train(cell, make_module(cell, args, data, **METHODS[method]), data)
     rates = dict(zip(data.class_names, (data.labeled_targets() == 1).float().mean(0).tolist(), strict=True))
     return {**figures, "labeled": len(data.split.labeled), "rates": rates}
 
@@ -79,7 +95,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     print(where(), flush=True)
     results = Results("partial_labels.jsonl", args)
-    names = [f"{method}: {variant}" for method in METHODS for variant in KNOWN]
+    names = [f"{method}: {variant}" for method in (PROBES, *METHODS) for variant in KNOWN]
     for cell in cells(args):
         for name in args.only or names:
             if not results.has(name, cell):
