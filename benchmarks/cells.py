@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule, SSMLLModule
+from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
@@ -87,7 +88,8 @@ def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, 
     }
     if cell.data == "digits":
         source = Digits(root=str(args.out / "digits"), seed=args.drawing)
-        return SSMLLDataModule(source, image_size=160, cutout=0.25, warmup_batch_size=16, **{**common, **changes})
+        own = {"image_size": 160, "strong_view": CutoutRandAugment(0.25), "warmup_batch_size": 16}
+        return SSMLLDataModule(source, **{**own, **common, **changes})
     return SSMLLDataModule(VOC(args.photos), **{**common, **changes})
 
 

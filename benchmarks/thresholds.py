@@ -2,12 +2,10 @@
 
     uv run python benchmarks/thresholds.py [--images 100000 ...] [--classes 20 ...] [--max-gb 12] [--out FILE]
 
-Three ways to the same thresholds, on the CPU:
+Two ways to the same thresholds, on the CPU:
 
 - *sort*: every class sorted in full, as the library did it first; only here, for comparison.
 - *select*: class_thresholds on float32 scores.
-- *histogram*: ScoreHistogram, float16 scores in batches of 8,192 that are never held together: a few batches, made
-  beforehand, are taken in turn. Time is that of all updates and of the thresholds.
 
 Each cell runs in a process of its own. Time is the least of up to three repeats (no further one once --patience
 seconds are used up), since others may share the machine. Memory is how far the process's peak (VmHWM of Linux's /proc;
@@ -30,12 +28,11 @@ import numpy as np
 import torch
 from measuring import markdown, where
 
-from cbsa_lightning.method.thresholds import ScoreHistogram, class_thresholds
+from cbsa_lightning.method.thresholds import class_thresholds
 
-BATCH, BATCHES = 8192, 16
 REPEATS = 3
 # Bytes a score in memory at the peak: itself, and for the sort a transposed copy and sorted values with their indices.
-BYTES = {"sort": 4 + 4 + 4 + 8, "select": 4, "histogram": 0}
+BYTES = {"sort": 4 + 4 + 4 + 8, "select": 4}
 
 
 def positives(num_classes):
@@ -98,25 +95,10 @@ def measure_held(way, n, num_classes, patience):
     return seconds, beyond
 
 
-def measure_streamed(n, num_classes, patience):
-    batches = [new_scores(BATCH, num_classes).half() for _ in range(BATCHES)]
-
-    def pass_and_thresholds():
-        histogram = ScoreHistogram(num_classes)
-        for start, batch in zip(range(0, n, BATCH), itertools.cycle(batches), strict=False):
-            histogram.update(batch[: n - start])
-        histogram.thresholds(rates(num_classes), 1.0, 1.0)
-
-    before = peak()
-    return least(pass_and_thresholds, patience), peak() - before
-
-
 def measure(way, n, num_classes, patience, threads):
     """Seconds, and MiB beyond the scores, of one cell."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if way == "histogram":
-        return measure_streamed(n, num_classes, patience)
     return measure_held(way, n, num_classes, patience)
 
 

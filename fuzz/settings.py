@@ -56,7 +56,7 @@ class DataSettings(Target):
             "labeled_per_batch": whole,
             "warmup_batch_size": whole,
             "eval_batch_size": whole,
-            "cutout": real,
+            "strong_view": real,
             "num_workers": lambda: int(pick(rng, (0, -1))),
             "predict": lambda: odd_text(rng).lstrip("/."),  # or it would search the whole disk
             "split_file": lambda: odd_text(rng).lstrip("/."),
@@ -90,7 +90,7 @@ class DataSettings(Target):
 
 # An error about settings may speak of what they mean; the places are checked loosely here.
 _WORDS = (
-    "image_size", "fraction", "held", "seed", "batch", "cutout", "num_workers", "limit_gb", "strong_views", "labeled",
+    "image_size", "fraction", "held", "seed", "batch", "strong_view", "num_workers", "limit_gb", "labeled",
     "there is no split file", "no table here", "correct the path", "size of a view", "cannot be read as a split",
 )  # fmt: skip
 
@@ -133,7 +133,8 @@ class Configs(Target):
                     "class_path": "cbsa_lightning.data.readers.table.Table",
                     "init_args": {"train": "t.csv"},
                 },
-                "image_size": 64, "batch_size": 4, "cutout": 0.25, "num_workers": 0,
+                "image_size": 64, "batch_size": 4, "num_workers": 0,
+                "strong_view": {"class_path": "CutoutRandAugment", "init_args": {"cutout": 0.25}},
                 "image_cache": {"folder": "cache", "limit_gb": 1.0},
             },
             "trainer": {

@@ -20,7 +20,7 @@ COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69,
 
 
 def draw_labels(num_images: int, num_classes: int, seed: int, per_image: int = 2) -> np.ndarray:
-    """(n, C) int8 of 0 and 1: every image has a class, and every class an image if there are enough."""
+    """Draws (n, C) int8 of 0 and 1: every image has a class, and every class an image if there are enough."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((num_images, num_classes), dtype=np.int8)
     for i in range(num_images):
@@ -30,7 +30,7 @@ def draw_labels(num_images: int, num_classes: int, seed: int, per_image: int = 2
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 32)) -> None:
-    """A small image, width x height, in the format that its suffix says."""
+    """Writes a small image, width x height, in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     cells = rng.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
@@ -46,11 +46,11 @@ def make_voc(
     difficult: Sequence[tuple[int, str]] = (),
     empty: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """VOCdevkit under ``root``; lines are written out of order.
+    """Writes VOCdevkit under ``root``, with lines in reverse order.
 
     Args:
         difficult: (training image, class) pairs that get flag 0.
-        empty: So many training images more, with no flag 1.
+        empty: Number of additional training images with no flag 1.
 
     Returns:
         The (n, 20) flags of the training and test images, by sorted name, without the empty ones.
@@ -85,7 +85,7 @@ def make_coco(
     seed: int = 0,
     unannotated: int = 2,
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Annotations and images under ``root``; ids of several lengths, so that their string order differs.
+    """Writes annotations and images under ``root``, with ids of several lengths, so that their string order differs.
 
     Returns:
         For train and val: file name -> its class names, for the annotated images in string order of ids.
@@ -138,7 +138,7 @@ def _nuswide_labels(count: int, seed: int, unlabeled: int) -> np.ndarray:
 def make_nuswide_official(
     root: str | Path, n_train: int = 90, n_test: int = 20, seed: int = 0, unlabeled: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ImageList, TrainTestLabels and Flickr under ``root``; the last images of each part show nothing."""
+    """Writes ImageList, TrainTestLabels and Flickr under ``root``; the last images of each part show no class."""
     root, result = Path(root), []
     (root / "ImageList").mkdir(parents=True, exist_ok=True)
     (root / "TrainTestLabels").mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def make_nuswide_list(
     unlabeled: int = 3,
     text: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``formatted_{train,val}_{images,labels}.npy`` (or .txt and .csv) and Flickr under ``root``."""
+    """Writes ``formatted_{train,val}_{images,labels}.npy`` (or .txt and .csv) and Flickr under ``root``."""
     root, result = Path(root), []
     root.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", n_train), ("val", n_test)):
@@ -179,7 +179,7 @@ def make_nuswide_list(
 
 
 def write_rows(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    """A CSV or Parquet file, by the suffix of ``path``."""
+    """Writes a CSV or Parquet file, depending on the suffix of ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
@@ -192,11 +192,11 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Sequence[Sequence[
 
 
 def make_label_studio(root: str | Path, n: int = 24, unlabeled: int = 12, seed: int = 0) -> np.ndarray:
-    """``export.json`` and ``label_config.xml`` of Label Studio with ``n`` images under ``root/photos``.
+    """Writes Label Studio's ``export.json`` and ``label_config.xml`` with ``n`` images under ``root/photos``.
 
     Returns:
         The (n, 3) labels of cat, dog and zebra: 0 for the first image, which shows none of them; -1 for the
-        ``unlabeled`` last tasks, every second of which is skipped.
+        last ``unlabeled`` tasks, every second of which is skipped.
     """
     root, names = Path(root), ("cat", "dog", "zebra")
     labels = draw_labels(n, len(names), seed)
@@ -218,10 +218,10 @@ def make_label_studio(root: str | Path, n: int = 24, unlabeled: int = 12, seed: 
 
 
 def make_cvat(root: str | Path, n: int = 24, unlabeled: int = 12, seed: int = 0) -> np.ndarray:
-    """``annotations.xml`` of a CVAT task with ``n`` images under ``root/images``; the last ones have no tag.
+    """Writes ``annotations.xml`` of a CVAT task with ``n`` images under ``root/images``; the last ones have no tag.
 
     Returns:
-        The (n, 3) labels of cat, dog and zebra; -1 for the ``unlabeled`` last images.
+        The (n, 3) labels of cat, dog and zebra; -1 for the last ``unlabeled`` images.
     """
     root, names = Path(root), ("cat", "dog", "zebra")
     labels = draw_labels(n, len(names), seed)
@@ -247,12 +247,12 @@ def make_table(
     unlabeled: int = 0,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``train`` and ``test`` tables with their images under ``root/images``.
+    """Writes ``train`` and ``test`` tables with their images under ``root/images``.
 
     Args:
-        form: "names" (a column labels) or "columns" (one a class).
+        form: "names" (a column labels) or "columns" (one per class).
         suffix: ".csv" or ".parquet".
-        unlabeled: So many training rows, the last ones, have no labels.
+        unlabeled: Number of training rows, the last ones, without labels.
 
     Returns:
         The (n, C) label matrices of train and test; -1 for unlabeled rows.

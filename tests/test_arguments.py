@@ -1,4 +1,4 @@
-"""Wrong arguments are refused where they are given, by name."""
+"""Wrong arguments raise errors that name them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.caches.image_cache import ImageCache
 from cbsa_lightning.data.readers import COCO, NUSWIDE, VOC, Digits, Table
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method.context_task import ContextTask
+from cbsa_lightning.method.context_task import ContextTask, NormalizedCut
 from cbsa_lightning.method.labelers import ClassDistributionAware, Fixed, InstanceAware, TopK
 from cbsa_lightning.method.losses import AsymmetricLoss
 from cbsa_lightning.method.stacking import StackedProbes
@@ -47,15 +47,15 @@ MODULE = [
 
 
 @pytest.mark.parametrize(("settings", "message"), MODULE, ids=str)
-def test_of_the_module(clip_folder, settings, message):
+def test_arguments_of_the_module(clip_folder, settings, message):
     with pytest.raises(ConfigError, match=message):
         tiny_module(clip_folder, **settings)
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    ("sky", "class_names must be a list of texts, got 'sky'"), ([], "class_names is empty"),
-    (["sky", "sky"], "class_names has 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
-    ([1, 2], "class_names must be a list of texts"), (None, "class_names must be a list of texts"),
+    ("sky", "class_names must be a list of strings, got 'sky'"), ([], "class_names is empty"),
+    (["sky", "sky"], "class_names contains 'sky' more than once"), (["sky", ""], "class_names: number 1 is empty"),
+    ([1, 2], "class_names must be a list of strings"), (None, "class_names must be a list of strings"),
 ])  # fmt: skip
 def test_class_names(clip_folder, names, message):
     for make in (partial(SSMLLModule, network=partial(DualCoOp, clip=str(clip_folder))),):
@@ -68,7 +68,7 @@ def test_class_names(clip_folder, names, message):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"source": "photos.csv"}, r"source cannot be a str \('photos\.csv'\); give a source of .*Table\(train=FILE\)"),
     ({"labeled_fraction": 1.5}, "labeled_fraction must be a number of at least 0 and at most 1, got 1.5"),
-    ({"held_out_fraction": -0.1}, "held_out_fraction"), ({"cutout": 3}, "cutout"),
+    ({"held_out_fraction": -0.1}, "held_out_fraction"), ({"strong_view": 3}, "strong_view"),
     ({"batch_size": 8.5}, "batch_size must be an integer"), ({"image_size": "64"}, "image_size"),
     ({"eval_batch_size": 0}, "eval_batch_size"), ({"num_workers": -1}, "num_workers"),
     ({"on_error": "ignore"}, r"data\.on_error must be 'stop' or 'skip', got 'ignore'"),
@@ -77,7 +77,7 @@ def test_class_names(clip_folder, names, message):
     ({"predict": ["a.jpg"]}, "predict cannot be a list"), ({"split_file": {}}, "split_file cannot be a dict"),
     ({"fast_decode": "no"}, "fast_decode must be True or False"),
 ])  # fmt: skip
-def test_of_the_data_module(tmp_path, settings, message):
+def test_arguments_of_the_data_module(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         SSMLLDataModule(**{"source": Digits(str(tmp_path)), **settings})
 
@@ -86,7 +86,7 @@ def test_of_the_data_module(tmp_path, settings, message):
     (partial(ContextTask, weight=-1), r"contexts\.weight must be a number of at least 0, got -1"),
     (partial(ContextTask, confidence=2), r"contexts\.confidence .*at most 1, got 2"),
     (partial(ContextTask, soft_targets="no"), "soft_targets must be True or False"),
-    (partial(ContextTask, assign="qr"), r"contexts\.assign must be 'cluster_qr' or .*, got 'qr'"),
+    (partial(NormalizedCut, "qr"), r"assign must be 'cluster_qr' or .*, got 'qr'"),
     (partial(ContextTask, pseudo_weight=float("inf")), r"contexts\.pseudo_weight .*got inf"),
     (partial(TopK, k=0), "TopK: k must be an integer of at least 1, got 0"),
     (partial(TopK, k=2.0), r"TopK: k must be an integer of at least 1, got 2\.0"),
@@ -108,7 +108,7 @@ def test_of_the_data_module(tmp_path, settings, message):
     (partial(Table, type("DataFrame", (), {})()), "Table: train cannot be a DataFrame .*write a DataFrame with to_csv"),
     (partial(Table, None), "Table: train is None"),
     (partial(Table, "a.csv", test=["b.csv"]), "Table: test cannot be a list"),
-    (partial(Table, "a.csv", separator=""), "Table: separator must be a text that is not empty, got ''"),
+    (partial(Table, "a.csv", separator=""), "Table: separator must be a nonempty string, got ''"),
     (partial(Table, "a.csv", allow_outside="yes"), "Table: allow_outside must be True or False"),
     (partial(COCO, "coco", year=2014), "COCO: year cannot be a int"),
     (partial(VOC, "voc", year="2010"), "VOC: year must be '2012' or '2007', got '2010'"),
@@ -120,11 +120,11 @@ def test_of_the_data_module(tmp_path, settings, message):
     (partial(Classifier, "last.ckpt", ["a"], torch.zeros(1), 64), r"network cannot be a str .*Classifier\.load"),
     (partial(Classifier, torch.nn.Identity(), ["a"], [0.5], 64), "thresholds cannot be a list"),
 ], ids=lambda value: getattr(getattr(value, "func", None), "__name__", ""))  # fmt: skip
-def test_of_other_objects(make, message):
+def test_arguments_of_other_objects(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_any_iterable_of_names(clip_folder):
+def test_names_may_be_any_iterable(clip_folder):
     module = SSMLLModule((name for name in CLASSES), partial(DualCoOp, clip=str(clip_folder)))
     assert module.class_names == list(CLASSES)

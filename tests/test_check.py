@@ -1,4 +1,4 @@
-"""`cbsa check`: what it finds, how it says so, and with which status it ends."""
+"""`cbsa check`: findings, messages and exit status."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tiny_data import Squares, tiny_data
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound data set: 40 images, half of them labeled, in `photos.csv`."""
+    """A valid data set: 40 images, half of them labeled, in `photos.csv`."""
     monkeypatch.chdir(tmp_path)
     rows = [[f"{i}.png", ("cat;dog", "cat", "sofa;dog", "none")[i % 4] if i < 20 else ""] for i in range(40)]
     for i in range(40):
@@ -44,7 +44,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dict:
-    """The JSON report of a command that ends with ``status``."""
+    """Returns the JSON report of a command that exits with ``status``."""
     if status:
         with pytest.raises(SystemExit) as stop:
             cli.main(["check", "--json", *words])
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> dic
 
 
 def finding(report: dict, kind: str, among: str) -> dict:
-    """The one finding of a kind."""
+    """Returns the only finding of a kind."""
     (found,) = [entry for entry in report[among] if entry["kind"] == kind]
     assert found["count"] == len(found["items"])
     return found
@@ -67,7 +67,7 @@ def names(found: dict) -> list[list[str]]:
     return [item["names"] for item in found["items"]]
 
 
-def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_valid_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(capsys, "photos.csv")
     assert list(report) == ["ok", "notes", "classes", "train", "test", "run", "time", "errors", "warnings"]
     assert report["train"] == {"images": 40, "labeled": 20, "empty": 5, "partly": 0, "unlabeled": 20}
@@ -81,13 +81,13 @@ def test_a_sound_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not report["errors"] + report["warnings"]
 
 
-def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_report_names_the_same_findings(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "photos.csv"])
     out = capsys.readouterr().out
     assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
     assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
     assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
-    assert out.endswith("No fault was found.\n")
+    assert out.endswith("No faults found.\n")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_text_names_the_same(photos: Path, capsys: pytest.CaptureFixture[str
         ({"labeled_fraction": 0.5, "batch_size": 6, "labeled_per_batch": 4, "warmup_batch_size": 3}, 0),
     ],
 )
-def test_the_plan_is_what_the_data_module_does(tmp_path: Path, settings: dict, test: int) -> None:
+def test_the_plan_equals_the_data_module(tmp_path: Path, settings: dict, test: int) -> None:
     source = Squares(tmp_path, test=test)
     data = tiny_data(source, **settings)
     data.setup("fit")
@@ -133,7 +133,7 @@ def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
     assert ("neither a test table", "No image is left to validate on")[part] in found.message
 
 
-def test_a_split_file_decides(tmp_path: Path) -> None:
+def test_a_split_file_is_used(tmp_path: Path) -> None:
     table = Squares(tmp_path).train()
     for name, split in (("some", Split(range(5), range(5, 20), [20, 21])), ("none", Split([], range(20), [20, 21]))):
         split.save(tmp_path / name, table)
@@ -144,7 +144,7 @@ def test_a_split_file_decides(tmp_path: Path) -> None:
     assert "no labeled image" in found.message
 
 
-def test_settings_have_the_defaults_of_the_data_module() -> None:
+def test_settings_have_the_data_modules_defaults() -> None:
     of_module = inspect.signature(SSMLLDataModule).parameters
     for field in fields(RunSettings):
         if field.name not in ("labeled_only", "warmup_epochs", "max_epochs"):
@@ -208,7 +208,7 @@ def test_equal_images_are_found_by_content(photos: Path, capsys: pytest.CaptureF
     assert names(found) == [["24.png", "25.png", "39.png"], ["30.png", "31.png"]]
 
 
-def test_equal_images_with_contradicting_labels_say_so(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_images_with_contradictory_labels(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rows(photos / "two.csv", ["image", "cat", "dog"], [[f"{i}.png", i % 2, ""] for i in range(20)])
     (photos / "two.csv").write_text((photos / "two.csv").read_text() + "20.png,,\n")
     (photos / "1.png").write_bytes((photos / "0.png").read_bytes())
@@ -218,7 +218,7 @@ def test_equal_images_with_contradicting_labels_say_so(photos: Path, capsys: pyt
     assert found["items"] == [{"names": ["0.png", "1.png"], "note": "labels differ"}]
 
 
-def test_a_held_out_image_that_is_trained_on_under_another_name(
+def test_a_held_out_image_used_for_training_under_another_name(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = AnnotationTable(photos, [f"{i}.png" for i in range(40)], np.full((40, 1), 1, np.int8), ("cat",))
@@ -248,7 +248,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["0.png", "cat"], ["../0.png", "dog"]], "lies outside"),
+        ([["0.png", "cat"], ["../0.png", "dog"]], "is outside"),
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),
@@ -256,7 +256,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
         ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
     ],
 )
-def test_what_a_fit_refuses_is_an_error(
+def test_errors_of_a_fit_are_errors(
     photos: Path, capsys: pytest.CaptureFixture[str], rows: list[list[str]], message: str
 ) -> None:
     write_rows(photos / "bad.csv", ["image", "labels"], rows)
@@ -269,7 +269,7 @@ def test_a_table_without_a_labeled_image(photos: Path, capsys: pytest.CaptureFix
     write_rows(photos / "bad.csv", ["image", "cat"], [["0.png", ""], ["1.png", ""]])
     report = run(capsys, "bad.csv", status=1)
     assert "all 2 rows" in finding(report, "refused", "errors")["message"]
-    assert report["train"]["unlabeled"] == 2  # all else is said nevertheless
+    assert report["train"]["unlabeled"] == 2  # the rest is still reported
 
 
 def test_options_of_the_command_line(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_options_of_the_command_line(photos: Path, capsys: pytest.CaptureFixture
     assert names(finding(report, "class_without_positive", "warnings")) == [["dog"], ["sofa"], ["zebra"]]
 
 
-def test_configurations_of_a_fit(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configurations_of_a_fit_are_accepted(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "mine.yaml").write_text(
         "data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {train: photos.csv}}, batch_size: 8}"
     )
@@ -311,14 +311,14 @@ def test_configurations_of_a_fit(photos: Path, capsys: pytest.CaptureFixture[str
         ),
     ],
 )
-def test_a_configuration_that_cannot_be_used(photos: Path, setting: str, message: str) -> None:
+def test_invalid_configurations(photos: Path, setting: str, message: str) -> None:
     (photos / "bad.yaml").write_text(setting)
     with pytest.raises(ConfigError, match=message):
         cli.main(["check", "bad.yaml"])
 
 
 def coco(file: str, images: list[str]) -> str:
-    """Writes a COCO file whose images show a cat and a dog in turn."""
+    """Writes a COCO file whose images alternately show a cat and a dog."""
     content = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(images)],
         "annotations": [{"image_id": i, "category_id": i % 2} for i in range(len(images))],
@@ -345,7 +345,7 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("file", "content", "source"),
     [("tasks.json", "\ufeff [{}]", "label_studio.LabelStudio"), ("job.xml", "<annotations/>", "cvat.CVAT")],
 )
-def test_exports_of_labeling_tools_are_told_by_their_content(
+def test_exports_of_labeling_tools_are_recognized_by_their_content(
     photos: Path, file: str, content: str, source: str
 ) -> None:
     (photos / file).write_text(content, encoding="utf-8")
@@ -355,13 +355,13 @@ def test_exports_of_labeling_tools_are_told_by_their_content(
 
 
 class Noted(Squares):
-    """A source that says something of its files."""
+    """A source with a note about its files."""
 
     def describe(self) -> list[str]:
         return ["names are separated by ';'", "names are separated by ';'"]
 
 
-def test_what_a_reader_says_of_its_files(
+def test_notes_of_a_reader_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -397,12 +397,12 @@ def test_similar_names(pair: tuple[str, str], similar: bool) -> None:
     assert similar_names(["other", *pair]) == ([pair] if similar else [])
 
 
-def test_similar_names_of_many_classes_are_found_in_time() -> None:
+def test_similar_names_of_many_classes_are_found_fast() -> None:
     words = ["".join(word) for word in np.random.default_rng(0).choice(list("abcdefghij"), (20_000, 12))]
     assert similar_names([*words, f"{words[7]}s"]) == [(words[7], f"{words[7]}s")]
 
 
-def test_equal_rows_against_a_dictionary() -> None:
+def test_equal_rows_match_a_dictionary() -> None:
     rng = np.random.default_rng(0)
     digest = rng.integers(0, 7, (60, 2)).astype(np.uint64)
     rows = np.sort(rng.permutation(60)[:50])
@@ -423,7 +423,7 @@ def test_a_check_imports_neither_torch_nor_lightning(photos: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_nothing_but_json_is_written_to_standard_output(
+def test_standard_output_contains_only_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "{class_path: cbsa_lightning.data.readers.Digits, init_args: {root: ., num_train: 30, num_test: 10}}"
@@ -433,7 +433,7 @@ def test_nothing_but_json_is_written_to_standard_output(
 
 
 class Pixels:
-    """In the place of a CLIP: features are the 4 x 5 cells of an image."""
+    """Replaces a CLIP: features are the 4 x 5 cells of an image."""
 
     image_size, embed_dim = 20, 60
 
@@ -442,8 +442,8 @@ class Pixels:
         return ImageTokens(cells, cells[:, None], (1, 1))
 
 
-def test_near_duplicates_are_each_image_and_the_most_similar_one_before_it(tmp_path: Path) -> None:
-    for i in range(1100):  # more than are compared at a time
+def test_near_duplicates_pair_each_image_with_the_most_similar_earlier_one(tmp_path: Path) -> None:
+    for i in range(1100):  # more than one block
         write_image(tmp_path / f"{i}.png", seed=i)
     for copy, original, size in ((30, 24, (80, 64)), (1090, 24, (400, 320)), (1050, 7, (45, 30))):
         with Image.open(tmp_path / f"{original}.png") as image:
@@ -458,16 +458,14 @@ def test_near_duplicates_are_each_image_and_the_most_similar_one_before_it(tmp_p
 def test_near_duplicates_of_a_data_set(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(photos / "24.png") as image:
         image.point(lambda value: 0.97 * value).save(photos / "0.png")
-    (photos / "31.png").write_bytes((photos / "32.png").read_bytes())  # equal ones are not told again
+    (photos / "31.png").write_bytes((photos / "32.png").read_bytes())  # equal images are not reported again
     found = finding(run(capsys, "photos.csv", "--near-duplicates", "embedded"), "near_duplicate", "warnings")
     assert ["0.png", "24.png"] in names(found)
     assert not any("32.png" in pair for pair in names(found))
     assert all(item["note"].startswith("similarity ") for item in found["items"])
 
 
-def test_damage_within_a_file_is_found_where_images_are_decoded(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_within_a_file_is_found_if_images_are_decoded(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray((photos / "8.png").read_bytes())
     content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
     (photos / "8.png").write_bytes(content)

@@ -40,12 +40,12 @@ def arguments(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_more_contexts_than_classes(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match="7 contexts cannot be made of 3 classes"):
+    with pytest.raises(ConfigError, match="7 contexts cannot be formed from 3 classes"):
         cli.main([*arguments, "--model.init_args.num_contexts=7"])
 
 
 def test_share_of_a_table_that_says_itself_what_is_labeled(arguments: list[str]) -> None:
-    with pytest.raises(DataError, match=r"6 of 12 training images have none. Leave it out"):
+    with pytest.raises(DataError, match=r"6 of 12 training images have none. Omit it"):
         cli.main([*arguments, "--data.labeled_fraction=0.5"])
 
 
@@ -74,7 +74,7 @@ def test_the_command_tells_an_error_in_a_sentence(arguments: list[str], monkeypa
     monkeypatch.setattr("sys.argv", ["cbsa", *arguments, "--model.init_args.num_contexts=7"])
     with pytest.raises(SystemExit) as stop:
         cli.entry_point()
-    assert str(stop.value).startswith("ConfigError: 7 contexts cannot be made of 3 classes")
+    assert str(stop.value).startswith("ConfigError: 7 contexts cannot be formed from 3 classes")
 
 
 @pytest.mark.parametrize("callback", ["LearningRateMonitor", "DeviceStatsMonitor"])

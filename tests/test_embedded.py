@@ -1,4 +1,4 @@
-"""The CLIP that ships inside the package loads offline, is small, and knows the digits a little."""
+"""The CLIP inside the package loads offline, is small, and recognizes some digits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cbsa_lightning.errors import WeightsError
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """So small a model gains nothing from more, and they wait for each other on a busy machine."""
+    """More threads do not speed up such a small model, and they wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def test_is_small():
     assert sum(file.stat().st_size for file in embedded.folder().iterdir() if file.is_file()) < 8e6
 
 
-def test_says_what_is_missing(monkeypatch):
+def test_missing_files_are_named(monkeypatch):
     monkeypatch.setattr(embedded, "FILES", ("open_clip_config.json", "no_such.safetensors"))
     with pytest.raises(WeightsError, match=r"lacks no_such\.safetensors"):
         embedded.folder()
@@ -61,7 +61,7 @@ def test_loads_every_weight(loaded):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_has_the_parts_that_dense_features_need(loaded):
+def test_has_the_parts_for_dense_features(loaded):
     model, _, _ = loaded
     config = json.loads((embedded.folder() / "open_clip_config.json").read_text())["model_cfg"]
     assert isinstance(model.visual.attnpool, open_clip.modified_resnet.AttentionPool2d)
@@ -90,4 +90,4 @@ def test_zero_shot_beats_permuted_names(loaded):
     permuted = [average_precision_score(labels, np.roll(scores, k, axis=1)) for k in range(1, 10)]
     assert right > max(permuted) + 0.03
     assert right > labels.mean() + 0.08
-    assert right < 0.9  # a quickstart with nothing left to learn would show nothing
+    assert right < 0.9  # a quickstart needs something to learn

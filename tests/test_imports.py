@@ -10,10 +10,11 @@ import pytest
 import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
-# From bottom to top; ARCHITECTURE.md says what each folder holds.
+# From bottom to top; ARCHITECTURE.md describes each folder.
 ORDER = (
     "errors",
     "arguments",
+    "lightning_private",
     "io",
     "clip",
     "networks",
@@ -32,7 +33,7 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path
 
 
 def imported(tree):
-    """Full names of all modules that a file imports, those for type checks only and those in functions too."""
+    """Returns full names of all modules that a file imports, including those in functions and for type checks."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -55,7 +56,7 @@ def test_every_top_level_entry_has_a_place():
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_imports_lead_downwards(file):
+def test_imports_point_downwards(file):
     own = ORDER.index(part(file))
     for name in imported(FILES[file]):
         if name.startswith("cbsa_lightning.") and name != "cbsa_lightning.__version__":
@@ -63,18 +64,18 @@ def test_imports_lead_downwards(file):
 
 
 @pytest.mark.parametrize("folder", [entry for entry in ORDER if (ROOT / entry).is_dir()])
-def test_every_folder_says_what_it_holds(folder):
+def test_every_folder_is_documented(folder):
     assert ast.get_docstring(FILES[f"{folder}/__init__.py"])
     assert f"`{folder}/`" in (ROOT.parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 
 def reached(file, seen=None):
-    """All files of the library that importing ``file`` runs, and all foreign packages on the way."""
+    """Returns all files of the library that importing ``file`` runs, and all other packages."""
     seen = {} if seen is None else seen
     if file in seen:
         return seen
     seen[file] = set()
-    for node in FILES[file].body:  # top level only: what a function imports waits until it is called
+    for node in FILES[file].body:  # only the top level: imports in functions run when they are called
         if isinstance(node, ast.Import | ast.ImportFrom):
             for name in imported(ast.Module([node], [])):
                 if not name.startswith("cbsa_lightning"):
@@ -106,7 +107,33 @@ def test_pure_torch_never_reaches_lightning(start):
         assert not foreign & {"lightning", "pytorch_lightning", "lightning_fabric"}, f"{start} reaches it in {file}"
 
 
-def test_albumentations_lives_in_one_place():
+def test_albumentations_is_imported_in_one_module():
     users = {file for file, tree in FILES.items() if any(n.split(".")[0] == "albumentations" for n in imported(tree))}
-    assert users <= {"data/views.py", "data/randaugment.py"}
-    assert "data/views.py" in users
+    assert users <= {"data/augmentations.py", "data/randaugment.py"}
+    assert "data/augmentations.py" in users
+
+
+def foreign_private_attributes(file):
+    """Private attributes of other objects that a file reads or writes."""
+    for node in ast.walk(FILES[file]):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+            continue
+        if node.attr in ("_replace", "_asdict"):  # public in a named tuple
+            continue
+        own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        if not own and not (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()"):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "lightning_private.py"])
+def test_no_file_uses_private_attributes_of_others(file):
+    nodes = list(ast.walk(FILES[file]))
+    defined = {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_set_on_self(node)}
+    defined |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    found = [name for name in foreign_private_attributes(file) if name.rpartition(".")[2] not in defined]
+    # torch has no public form of its fused operations over lists of tensors.
+    assert [name for name in found if not name.startswith("torch._foreach_")] == []
+
+
+def is_set_on_self(node):
+    return isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.readers.digits import Digits
 from tiny_data import tiny_trainer
 
@@ -45,7 +46,7 @@ def test_both_stages_give_the_weights_of_the_module(tmp_path):
         batch_size=48,
         labeled_per_batch=16,
         warmup_batch_size=16,
-        cutout=0.25,
+        strong_view=CutoutRandAugment(0.25),
         num_workers=0,
     )
     trainer = tiny_trainer(tmp_path, max_epochs=3)

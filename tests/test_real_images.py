@@ -1,4 +1,4 @@
-"""Real photographs through the COCO reader and the table reader: a short run, then predictions."""
+"""A short run on real photographs with the COCO reader and the table reader, then predictions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = {
 
 
 def twenty_rows(photos: Path, folder: Path) -> Table:
-    """A CSV of twenty photographs, the first ten labeled."""
+    """Returns a table of twenty photographs, the first ten labeled."""
     content = json.loads((photos / PARTS["train_annotations"]).read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     labels: dict[int, set[str]] = {}

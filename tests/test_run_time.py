@@ -1,4 +1,4 @@
-"""`cbsa check --time`: what it counts is what a run does, and what it multiplies is measured."""
+"""`cbsa check --time`: its counts are those of a run, and its unit times are measured."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PLAN = Plan(
 )
 
 
-def test_an_estimate_by_hand() -> None:
+def test_estimate_by_hand() -> None:
     found = estimate(PLAN, UNITS)
     # Plain views of 5 + 10 + 2 images and 7 test images, 10 mirrored ones, two strong ones of 15 images.
     assert found.views == 24 + 10 + 30
@@ -82,13 +82,13 @@ def test_without_a_cache_images_are_read_for_each_step_and_pass() -> None:
     assert found.passes == kept.passes + found.scored * (2.0 + 0.75 / 2)
 
 
-def test_labels_of_images_without_kept_features_cost_the_tower() -> None:
+def test_labels_of_images_without_cached_features_need_the_tower() -> None:
     found = estimate(replace(PLAN, second=Stage(3, 4, 0, 5)), UNITS)
     assert found.scored == 2 * 2 + 2 + 2 + 10
     assert found.passes == (found.scored + 2 * 2) * 0.125 + 10 * (2.0 + 0.75 / 2)
 
 
-def test_a_device_of_its_own_computes_while_images_are_read() -> None:
+def test_a_separate_device_computes_while_images_are_read() -> None:
     beside = replace(UNITS, overlaps=True)
     assert beside.together(10.0, 6.0) == 10.0
     assert beside.together(10.0, 30.0) == 15.0
@@ -105,7 +105,7 @@ def test_a_system_that_trains_nothing_has_no_steps() -> None:
     assert found.scored == 2 + 2 * 10 + 17 + 12
 
 
-def test_the_sentence() -> None:
+def test_sentence_with_the_estimate() -> None:
     found = RunTime(480.2, 130.0, 59.6, 8480, 480, 900, 8, 3, ("the start", "the report"))
     assert found.sentence() == (
         "A run takes about 11 min here: 8 min for the features of 8,480 views, 2 min for 480 training steps, 60 s for "
@@ -121,7 +121,7 @@ def test_the_sentence() -> None:
     ("settings", "strong", "test", "alone"),
     [({}, 0, 7, False), ({"held_out_fraction": 0.3}, 3, 7, False), ({}, 2, 0, False), ({}, 2, 7, True)],
 )
-def test_kept_views_are_those_that_a_feature_cache_is_filled_with(
+def test_kept_views_are_the_views_in_a_feature_cache(
     tmp_path: Path, settings: dict[str, Any], strong: int, test: int, alone: bool
 ) -> None:
     source = Squares(tmp_path, test=test)
@@ -139,18 +139,18 @@ def test_kept_views_are_those_that_a_feature_cache_is_filled_with(
     run = RunSettings(seed=data.seed, labeled_fraction=0.4, batch_size=8, labeled_only=alone, **settings)
     plan = make_plan(source.train(), source.test(), run)
     views, _ = kept_views(plan, replace(UNITS, strong_views=strong))
-    assert views == sum(computed) - 1  # one to learn the shape
+    assert views == sum(computed) - 1  # one to determine the shape
 
 
 class Doubtful(EvidenceLabeler):
-    """One half for every label."""
+    """Returns one half for every label."""
 
     def __call__(self, evidence: Evidence) -> torch.Tensor:
         return torch.full((len(evidence.descriptors[0]) - len(evidence.labeled), evidence.labels.shape[1]), 0.5)
 
 
 class CountImages(L.Callback):
-    """Images that the frozen tower is given in a fit."""
+    """Counts images in the frozen tower during a fit."""
 
     number = 0
 
@@ -169,11 +169,11 @@ class CountImages(L.Callback):
     ("labeler", "contexts", "epochs", "every"),
     [(None, 2, 3, 1), (Doubtful(), 0, 4, 2), (Doubtful(), 0, 4, 3), (Doubtful(), 2, 3, 3), (LabeledOnly(), 0, 3, 1)],
 )
-def test_passes_are_those_of_a_fit(
+def test_passes_equal_those_of_a_fit(
     tmp_path: Path, clip_folder: Path, labeler: Any, contexts: int, epochs: int, every: int
 ) -> None:
     count, source = CountImages(), Squares(tmp_path)
-    sizes = {"batch_size": 11, "labeled_per_batch": 4, "warmup_batch_size": 8}  # the last batches are full ones
+    sizes = {"batch_size": 11, "labeled_per_batch": 4, "warmup_batch_size": 8}  # the last batches are full
     settings: dict[str, Any] = {"labeler": labeler, "num_contexts": contexts, "data": sizes}
     trainer = {"callbacks": [count], "check_val_every_n_epoch": every}
     tiny_fit(tmp_path, clip_folder, source, max_epochs=epochs, trainer=trainer, **settings)
@@ -205,11 +205,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_check_says_what_a_run_takes(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_reports_the_time_of_a_run(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", "small.yaml", "photos.csv", "--time", "--json"])
     found = json.loads(capsys.readouterr().out)
     time, run = found["time"], found["run"]
-    assert time["views"] == 40 + 20 + 36  # plain, mirrored of the unlabeled, strong of those that are trained on
+    assert time["views"] == 40 + 20 + 36  # plain, mirrored for unlabeled images, strong for training images
     steps = run["first_stage"]["steps_per_epoch"] + 2 * run["second_stage"]["steps_per_epoch"]
     assert time["training_steps"] == steps
     assert (time["measured_images"], time["measured_steps"]) == (8, 3)
@@ -275,12 +275,12 @@ def test_images_that_a_run_skips_are_not_measured(photos: Path) -> None:
         ({"loss": "no.loss"}, "no"),
     ],
 )
-def test_a_configuration_that_cannot_be_built(photos: Path, network: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(photos: Path, network: dict[str, Any], message: str) -> None:
     with pytest.raises(CBSAError, match=message):
         unit_times(Request(recipe(photos, **network), [0], [4], 1))
 
 
-def test_what_was_refused_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_measurement_are_reported(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = subprocess.CompletedProcess([], 0, 'Seed set to 1\n{"refused": "no such model"}\n', "")
     monkeypatch.setattr(run_time.subprocess, "run", lambda *_, **__: said)
     with pytest.raises(ConfigError, match="The time of a run could not be measured: no such model"):
@@ -306,14 +306,14 @@ def test_a_run_of_unknown_length_or_model(
         cli.main(["check", *words])
 
 
-def test_nothing_is_measured_where_a_fit_would_be_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_measured_if_a_fit_would_be_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "3.png").unlink()
     with pytest.raises(SystemExit):
         cli.main(["check", "small.yaml", "photos.csv", "--time", "--json"])
     assert json.loads(capsys.readouterr().out)["time"] is None
 
 
-def test_images_to_measure_lie_all_over_the_table(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_images_are_spread_over_the_table(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Request] = []
 
     def measured(request: Request) -> Units:

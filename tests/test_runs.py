@@ -1,4 +1,4 @@
-"""Every run has a folder of its own, whatever its loggers, and nothing that another run or the user wrote is lost."""
+"""Every run has its own folder with any loggers, and existing files are never lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WANDB = "lightning.pytorch.loggers.WandbLogger"
 
 
 class Silent(Logger):
-    """A logger of one's own: the same name and version for each run, and no folder."""
+    """A custom logger with the same name and version for each run, and no folder."""
 
     name = version = "mine"
 
@@ -45,7 +45,7 @@ class Look(L.Callback):
 
 @pytest.fixture
 def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A configuration of a run of two epochs, in a working folder of its own."""
+    """Returns arguments of a run of two epochs in a separate working folder."""
     make_table(tmp_path / "data", n_train=12, unlabeled=6)
     table = {"train": str(tmp_path / "data" / "train.csv")}
     model = {"clip": str(clip_folder), "num_contexts": 0, "prompt_length": 2, "decoder_feedforward": 8}
@@ -61,7 +61,7 @@ def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    wandb.finish()  # of another test
+    wandb.finish()  # from another test
     yield ["fit", f"--config={tmp_path / 'tiny.yaml'}"]
     wandb.finish()
 
@@ -96,16 +96,16 @@ def test_each_run_has_its_own_folder(words, logger, place):
         assert folder.resolve() == Path(place, f"version_{number}").resolve()
         assert whole <= {file.name for file in folder.iterdir()}
         assert (folder / "checkpoints" / "last.ckpt").is_file()
-        assert before.items() <= content(Path()).items()  # nothing that was there has changed
+        assert before.items() <= content(Path()).items()  # existing files are unchanged
         folders.append(folder)
         before = {file: text for file, text in content(Path(place)).items() if folder in file.parents} | own
     assert len({(folder / "run_id.txt").read_text() for folder in folders}) == 2
-    if "Wandb" in logger:  # each training has a run of its own there, though one process did both
+    if "Wandb" in logger:  # each training has its own W&B run, although both are in one process
         assert len({(folder / "wandb_id.txt").read_text() for folder in folders}) == 2
     assert {file: file.read_bytes() for file in own} == own
 
 
-def test_a_wandb_run_of_the_user_is_used_as_it_is(words, tmp_path):
+def test_a_wandb_run_of_the_user_is_used_unchanged(words, tmp_path):
     run = wandb.init(project="sweep", dir=tmp_path, mode="offline")
     logger = f"--trainer.logger={{class_path: {WANDB}, init_args: {{project: mine, save_dir: out}}}}"
     for _ in range(2):
@@ -114,19 +114,19 @@ def test_a_wandb_run_of_the_user_is_used_as_it_is(words, tmp_path):
     run.finish()
 
 
-def test_a_named_version_that_is_taken_is_refused(words):
+def test_an_existing_version_is_refused(words):
     named = (
         "--trainer.logger={class_path: cbsa_lightning.training.loggers.RunLogger, init_args: {save_dir: a, version: b}}"
     )
     words = [*words, "--trainer.max_epochs=1", named]
     folder = folder_of(main(words).trainer)
     before = content(Path())
-    with pytest.raises(ConfigError, match=rf"{folder} holds config.yaml, .*--resume {folder}"):
+    with pytest.raises(ConfigError, match=rf"{folder} contains config.yaml, .*--resume {folder}"):
         main(words)
     assert content(Path()) == before
 
 
-def test_evaluations_have_folders_of_their_own_and_are_not_resumed(words, tmp_path):
+def test_evaluations_have_their_own_folders_and_are_not_resumed(words, tmp_path):
     folder = folder_of(main(words).trainer)
     before, last = content(folder), folder / "checkpoints" / "last.ckpt"
     for verb in ("validate", "predict"):
@@ -155,7 +155,7 @@ def test_a_refused_resume_changes_nothing(words, tmp_path):
     main(["fit", f"--resume={folder}"])
 
 
-def test_a_run_that_is_trained_is_locked(words):
+def test_a_run_in_training_is_locked(words):
     Look.seen.clear()
     main([*words, "--trainer.callbacks=[{class_path: test_runs.Look}]", "--trainer.max_epochs=1"])
     assert Look.seen == [None]
@@ -164,7 +164,7 @@ def test_a_run_that_is_trained_is_locked(words):
     after.close()
 
 
-def test_without_a_logger_a_run_goes_on_in_its_folder(words):
+def test_a_run_without_a_logger_resumes_in_its_folder(words):
     words += ["--trainer.logger=false", "--report.enabled=false"]
     folder = folder_of(main([*words, "--trainer.max_steps=1"]).trainer)
     again = main(["fit", "--resume", "--trainer.max_steps=-1"]).trainer
@@ -198,7 +198,7 @@ def test_no_checkpoints_and_barebones(words):
         main([*words, "--trainer.barebones=true", "--compare=true"])
 
 
-def test_no_two_runs_get_the_same_version(tmp_path):
+def test_concurrent_runs_get_different_versions(tmp_path):
     (tmp_path / "version_3").mkdir()
     assert [next_version(tmp_path).name for _ in range(2)] == ["version_4", "version_5"]
     loggers = [RunLogger(tmp_path, ""), RunLogger(tmp_path, "")]

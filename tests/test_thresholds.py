@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cbsa_lightning.errors import ConfigError, DataError
+from cbsa_lightning.errors import DataError
 from cbsa_lightning.method import thresholds
 from cbsa_lightning.method.labelers import TopOne, pseudo_labels
-from cbsa_lightning.method.thresholds import ScoreHistogram, class_thresholds
+from cbsa_lightning.method.thresholds import class_thresholds
 from reference import labelers as reference
 
 HALF = [torch.float16, torch.bfloat16]
-ONE = {torch.float16: 0x3C00, torch.bfloat16: 0x3F80}
 
 
 @pytest.fixture(params=["one block", "many blocks"])
@@ -26,13 +25,6 @@ def blocks(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(thresholds, "BLOCK", 250)
         monkeypatch.setattr(thresholds, "STRIP", 12)
-
-
-def histogram_of(scores, shards=1):
-    histogram = ScoreHistogram(scores.shape[1], scores.dtype)
-    for shard in scores.chunk(shards):
-        histogram.update(shard)
-    return histogram
 
 
 def assert_equal(found, expected):
@@ -54,8 +46,6 @@ def test_thresholds_equal_the_sorted_definition(blocks, n, dtype, levels):
         rates, numbers = positives.double() / 100, [float(eta) for eta in etas]
         found = class_thresholds(scores, rates, *numbers)
         assert_equal(found, expected)
-        if dtype in HALF:
-            assert_equal(histogram_of(scores, shards=3).thresholds(rates, *numbers), expected)
     assert torch.equal(scores, before)
     labels = pseudo_labels(scores, *found)
     np.testing.assert_array_equal(labels.numpy(), reference.label(scores.float().numpy(), *expected))
@@ -65,13 +55,9 @@ def test_counts_are_exact_for_every_possible_rate():
     m, n = 285, 1000
     counts = torch.arange(m + 1)
     scores = (torch.arange(n) / 1024).half()[:, None].expand(n, m + 1)  # exact in float16, no ties
-    for tau in (
-        class_thresholds(scores, counts.double() / m, 1.0, 1.0),
-        histogram_of(scores).thresholds(counts.double() / m, 1.0, 1.0),
-    ):
-        labels = pseudo_labels(scores, *tau)
-        assert (labels == 1).sum(dim=0).tolist() == [count * n // m for count in range(m + 1)]
-        assert (labels == 0).sum(dim=0).tolist() == [(m - count) * n // m for count in range(m + 1)]
+    labels = pseudo_labels(scores, *class_thresholds(scores, counts.double() / m, 1.0, 1.0))
+    assert (labels == 1).sum(dim=0).tolist() == [count * n // m for count in range(m + 1)]
+    assert (labels == 0).sum(dim=0).tolist() == [(m - count) * n // m for count in range(m + 1)]
 
 
 def test_any_layout_gives_the_same_and_stays_as_it_is(blocks):
@@ -87,8 +73,6 @@ def test_any_layout_gives_the_same_and_stays_as_it_is(blocks):
         assert not found[0].requires_grad
         assert torch.equal(other, before)
         assert torch.equal(pseudo_labels(other, *found), pseudo_labels(scores, *expected))
-    half = scores.half()
-    assert torch.equal(histogram_of(half.T.contiguous().T).counts, histogram_of(half).counts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,57 +94,6 @@ def test_falling_scores_are_selected_in_linear_time():
     assert torch.equal(tau_neg, scores[30_000])
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_every_half_precision_probability_is_kept_exactly(dtype):
-    """From 0 over the denormal numbers to 1: each as a threshold, in its place."""
-    every = torch.arange(ONE[dtype] + 1, dtype=torch.int16).view(dtype)
-    assert every[0] == 0
-    assert every[-1] == 1
-    rates = torch.linspace(0, 1, 64, dtype=torch.float64)
-    scores = every[torch.randperm(len(every))][:, None].expand(-1, 64)
-    histogram = histogram_of(scores, shards=5)
-    assert (histogram.counts[:, : len(every)] == 1).all()
-    assert histogram.counts.sum() == scores.numel()
-    assert_equal(histogram.thresholds(rates, 0.9, 0.9), class_thresholds(scores, rates, 0.9, 0.9))
-
-
-@st.composite
-def half_scores(draw):
-    """Any bit patterns from 0 to 1, or a few of them often, -0.0 among them."""
-    dtype = draw(st.sampled_from(HALF))
-    ends = [0, 1, 2, 0x3FF, 0x400, ONE[dtype] - 1, ONE[dtype], -0x8000]
-    elements = st.one_of(st.integers(0, ONE[dtype]), st.sampled_from(ends))
-    shape = draw(st.tuples(st.integers(1, 30), st.integers(1, 4)))
-    return torch.from_numpy(draw(hnp.arrays(np.int16, shape, elements=elements))).view(dtype)
-
-
-@settings(max_examples=60, deadline=None)
-@given(half_scores(), st.data())
-def test_histogram_equals_held_scores(scores, data):
-    n, num_classes = scores.shape
-    rates = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=num_classes, max_size=num_classes))).double()
-    etas = data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1))
-    whole = histogram_of(scores, shards=data.draw(st.integers(1, n)))
-    for k, counts in enumerate(reference.pattern_counts(scores.view(torch.int16).numpy())):
-        assert {int(p): int(whole.counts[k, p]) for p in whole.counts[k].nonzero()} == counts
-    assert_equal(whole.thresholds(rates, *etas), class_thresholds(scores, rates, *etas))
-    cut = data.draw(st.integers(0, n))
-    merged, rest = histogram_of(scores[:cut]), histogram_of(scores[cut:])
-    summed = merged.counts + rest.counts
-    merged.merge(rest)
-    assert torch.equal(merged.counts, whole.counts)
-    assert torch.equal(summed, whole.counts)
-
-
-def test_a_histogram_can_be_asked_again_and_go_on():
-    scores, rates = torch.rand(500, 3).half(), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    histogram = histogram_of(scores[:200])
-    for n in (200, 500):
-        for eta in (0.5, 1.0):
-            assert_equal(histogram.thresholds(rates, eta, eta), class_thresholds(scores[:n], rates, eta, eta))
-        histogram.update(scores[n:])
-
-
 def test_scores_that_are_not_finite_are_counted_over_all_strips(blocks):
     scores = torch.rand(50, 3, dtype=torch.float64)
     scores[2, 1] = scores[43, 1] = math.nan
@@ -168,47 +101,6 @@ def test_scores_that_are_not_finite_are_counted_over_all_strips(blocks):
     for call in (lambda: class_thresholds(scores, torch.zeros(3)), lambda: TopOne()(scores, torch.zeros(3))):
         with pytest.raises(DataError, match=r"3 of 150 scores are not finite, in class 1 \(2\), 2 \(1\)"):
             call()
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_a_histogram_refuses_at_the_end_what_is_no_probability(dtype):
-    scores = torch.rand(50, 4).to(dtype)
-    scores[2, 1], scores[13, 1], scores[44, 1] = math.nan, math.inf, -math.inf
-    scores[0, 3], scores[1, 3] = 1 + torch.finfo(dtype).eps, -torch.finfo(dtype).smallest_normal
-    good, bad = histogram_of(scores[3:13]), histogram_of(scores)
-    good.thresholds(torch.zeros(4))
-    good.merge(bad)
-    with pytest.raises(
-        DataError, match=r"5 of 240 scores are not finite or not in \[0, 1\], in class 1 \(3\), 3 \(2\)"
-    ):
-        good.thresholds(torch.zeros(4))
-
-
-def test_what_does_not_fit_a_histogram_is_refused():
-    histogram = ScoreHistogram(3)
-    with pytest.raises(DataError, match="no scores"):
-        histogram.thresholds(torch.zeros(3))
-    with pytest.raises(DataError, match=r"must be torch\.float16, got torch\.float32"):
-        histogram.update(torch.rand(5, 3))
-    with pytest.raises(DataError, match=r"\(images, 3\), got \(5, 4\)"):
-        histogram.update(torch.rand(5, 4).half())
-    with pytest.raises(DataError, match=r"\(images, 3\), got \(3,\)"):
-        histogram.update(torch.rand(3).half())
-    with pytest.raises(
-        ConfigError, match=r"3 classes in torch\.bfloat16 cannot be added to 3 classes in torch\.float1"
-    ):
-        histogram.merge(ScoreHistogram(3, torch.bfloat16))
-    with pytest.raises(ConfigError, match="2 classes"):
-        histogram.merge(ScoreHistogram(2))
-    histogram.update(torch.rand(5, 3).half())
-    with pytest.raises(DataError, match="3 classes need as many rates"):
-        histogram.thresholds(torch.zeros(2))
-    with pytest.raises(ConfigError, match="eta"):
-        histogram.thresholds(torch.zeros(3), 1.1)
-    with pytest.raises(ConfigError, match=r"torch\.float32"):
-        ScoreHistogram(3, torch.float32)
-    with pytest.raises(ConfigError, match="at least one class"):
-        ScoreHistogram(0)
 
 
 MEMORY = """
@@ -248,9 +140,6 @@ def test_memory_beyond_the_scores_is_bounded():
 def test_an_accelerator_gives_the_same():
     scores, rates = torch.rand(100_000, 30).square().half(), torch.linspace(0, 1, 30, dtype=torch.float64)
     expected = class_thresholds(scores, rates)
-    histogram = ScoreHistogram(30, device="cuda")
-    for shard in scores.cuda().chunk(7):
-        histogram.update(shard)
-    for found in (class_thresholds(scores.cuda(), rates), histogram.thresholds(rates)):
-        assert_equal([tau.cpu() for tau in found], expected)
+    found = class_thresholds(scores.cuda(), rates)
+    assert_equal([tau.cpu() for tau in found], expected)
     assert torch.equal(pseudo_labels(scores.cuda(), *found).cpu(), pseudo_labels(scores, *expected))

@@ -1,4 +1,4 @@
-"""Loader processes change speed and nothing else: the same views, bit for bit, and the same run."""
+"""Loader workers change only the speed: views are bit-identical, and so is the run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def squares(squares_folder):
 
 
 def views(source, workers):
-    """All batches of two passes of each loader: strong views, weak ones and plain ones."""
+    """Returns all batches of two passes of each loader: strong, weak and plain views."""
     data = tiny_data(source, num_workers=workers, eval_batch_size=4)
     data.setup("fit")
-    torch.manual_seed(workers)  # views must not depend on it, nor move it
+    torch.manual_seed(workers)  # views must not depend on the global state, nor change it
     before = torch.get_rng_state()
     train, plain = data.train_dataloader(), data.val_dataloader()
     found = []
     for epoch in (0, 3):
-        train.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does; persistent workers are told with each draw
+        train.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does; draws tell persistent workers the epoch
         for loader in (train, data.weak_dataloader(epoch), plain, data.plain_dataloader(data.split.labeled)):
             found.append([(batch.index, batch.images, batch.targets) for batch in loader])
     assert torch.equal(torch.get_rng_state(), before)
@@ -47,11 +47,11 @@ def test_views(squares, alone, workers):
         for expected, batch in zip(one, other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
     strong = [torch.cat([batch[1] for batch in alone[i]]) for i in (0, 4)]
-    assert not torch.equal(*strong), "epochs have the same strong views"
+    assert not torch.equal(*strong), "the strong views of both epochs are equal"
 
 
 class Steps(L.Callback):
-    """Images of each step, and figures of each epoch."""
+    """Records images of each step and metrics of each epoch."""
 
     def __init__(self):
         self.images, self.figures = [], []
@@ -65,7 +65,7 @@ class Steps(L.Callback):
 
 
 def run(folder, clip_folder, squares, workers, **data):
-    """The paper's method with dropout and contexts, so that whoever moves the global random state is found out."""
+    """Runs the paper's method with dropout and contexts, which detects changes of the global random state."""
     spy = Steps()
     module, _ = tiny_fit(
         folder,
@@ -109,8 +109,8 @@ def test_a_run(tmp_path, clip_folder, squares, run_alone, workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_run_on_kept_features(tmp_path, clip_folder, squares, workers):
-    """Workers read the images that the cache is made of, and then the cache; each run fills one of its own."""
+def test_a_run_on_cached_features(tmp_path, clip_folder, squares, workers):
+    """Workers read the images to fill the cache, and then the cache; each run has a separate cache."""
     first, second = (
         run(tmp_path, clip_folder, squares, w, feature_cache=FeatureCache(str(tmp_path / str(w)), strong_views=2))
         for w in (0, workers)

@@ -1,4 +1,4 @@
-"""Tiny random CLIP models of every supported kind, as folders that open_clip and FrozenCLIP load."""
+"""Writes tiny random CLIP models of every supported kind, as folders for open_clip and FrozenCLIP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def tiny_config(kind: Kind = "resnet", **changes: Any) -> dict[str, Any]:
-    """open_clip model config; ``changes`` are top-level keys, ``vision_cfg`` and ``text_cfg`` are merged."""
+    """Returns an open_clip model config; ``changes`` are top-level keys, ``vision_cfg`` and ``text_cfg`` are merged."""
     config: dict[str, Any] = {
         "embed_dim": 24,
         "vision_cfg": dict(VISION[kind]),
@@ -49,8 +49,8 @@ def tiny_config(kind: Kind = "resnet", **changes: Any) -> dict[str, Any]:
 def tiny_clip(folder: Path, kind: Kind = "resnet", seed: int = 0, **changes: Any) -> Path:
     """Writes a tiny random model into ``folder`` as open_clip's local-dir format and returns ``folder``.
 
-    Weights and BatchNorm statistics are random and away from their trivial initial values, so that a layer
-    left out, or run in training mode, shows. Mean and std are MEAN and STD, not CLIP's.
+        Weights and BatchNorm statistics are random and away from their trivial initial values, so that a layer
+    omitted, or run in training mode, changes outputs. Mean and std are MEAN and STD, not CLIP's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(kind, **changes)

@@ -18,17 +18,17 @@ CLASSES = ("red", "green", "blue", "yellow", "cyan")
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200))
 GROUPS = ((0, 1), (2, 3, 4))  # classes that occur together
 SIZE = 64
-torch.set_num_threads(1)  # faster than two for such small things
+torch.set_num_threads(1)  # faster than two for such small models
 
 
 class Squares(Source):
     """Gray images with squares in the colors of their classes, written into a folder once.
 
     Args:
-        folder: Where images are written.
+        folder: Folder of the images.
         train: Number of training images.
-        test: Number of test images; 0 gives no test table.
-        hidden: Rows of the training table whose labels are replaced by 1 - label: what training must not see.
+        test: Number of test images; 0 means no test table.
+        hidden: Rows of the training table whose labels are replaced by 1 - label, since training must not see them.
     """
 
     class_names = CLASSES
@@ -59,7 +59,7 @@ class Squares(Source):
         return AnnotationTable(folder, np.array(paths, dtype=np.dtypes.StringDType()), labels, CLASSES)
 
     def prepare(self) -> None:
-        """Everything is there."""
+        """Does nothing."""
 
     def train(self) -> AnnotationTable:
         return self._train
@@ -69,13 +69,13 @@ class Squares(Source):
 
 
 def tiny_data(source: Source, **settings: Any) -> SSMLLDataModule:
-    """8 labeled of 22 training images, batches of 8."""
+    """Returns a data module with 8 labeled of 22 training images and batches of 8."""
     plain = {"image_size": SIZE, "labeled_fraction": 0.4, "batch_size": 8, "num_workers": 0, "seed": 3}
     return SSMLLDataModule(source, **{**plain, **settings})
 
 
 def tiny_module(clip: Path, **settings: Any) -> CBSAModule:
-    """The paper's method with small parts; its weights are a function of these arguments alone."""
+    """Returns the paper's method with small parts; its weights depend only on these arguments."""
     torch.manual_seed(0)
     plain = {
         "clip": str(clip),
@@ -91,7 +91,7 @@ def tiny_module(clip: Path, **settings: Any) -> CBSAModule:
 
 
 def tiny_trainer(folder: Path, max_epochs: int = 2, **settings: Any) -> L.Trainer:
-    """A quiet Trainer on the CPU."""
+    """Returns a quiet Trainer on the CPU."""
     plain = {
         "accelerator": "cpu",
         "logger": False,
@@ -116,7 +116,7 @@ def tiny_fit(
     ckpt_path: str | None = None,
     **module: Any,
 ) -> tuple[CBSAModule, L.Trainer]:
-    """A whole run; its outcome is a function of the arguments alone."""
+    """Runs a whole fit, whose result depends only on the arguments."""
     model = tiny_module(clip, **module)
     run = tiny_trainer(folder, max_epochs, **(trainer or {}))
     run.fit(model, datamodule=tiny_data(source, **(data or {})), ckpt_path=ckpt_path)
@@ -124,7 +124,7 @@ def tiny_fit(
 
 
 def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
-    """Keys that both states have and whose values are not equal bit for bit; NaN equals NaN."""
+    """Returns the common keys whose values are not bit-identical; NaN equals NaN."""
     return [
         key
         for key in first.keys() & second.keys()

@@ -1,4 +1,4 @@
-"""Zero-shot CLIP on the validation images, image by image from their pixels."""
+"""Zero-shot CLIP on the validation images, computed image by image from their pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cbsa_lightning.method.metrics import MultilabelReport
 
 @torch.no_grad()
 def zero_shot_mAP(clip, data) -> float:
-    """mAP of the scaled cosine of image and "a photo of a ...", by towers as they were loaded."""
+    """Returns the mAP of the scaled cosine of image and "a photo of a ...", with unchanged towers."""
     text = torch.nn.functional.normalize(clip.encode_texts([f"a photo of a {n}." for n in data.prompt_names]), dim=-1)
     report = MultilabelReport(len(text))
     for batch in data.val_images():

@@ -1,7 +1,8 @@
-"""Checks of constructor arguments: a wrong one is refused by name, where it was given."""
+"""Checks of constructor arguments. The error message names the argument."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -14,40 +15,40 @@ from cbsa_lightning.errors import ConfigError, listed
 
 
 def check_names(name: str, values: Any, count: int | None = None) -> list[str]:
-    """Class or prompt names as a list.
+    """Returns class or prompt names as a list.
 
     Args:
-        name: Of the argument.
-        values: Any iterable of texts but a text itself.
-        count: How many there must be; None: one or more.
+        name: Name of the argument.
+        values: Any iterable of strings except a single string.
+        count: Required number of names; None requires at least one.
 
     Raises:
-        ConfigError: They are no texts, are empty or repeated, or another number.
+        ConfigError: If a value is not a string, is empty or repeated, or if the number of values is wrong.
     """
     try:
         names = None if isinstance(values, (str, bytes)) else list(values)
     except TypeError:
         names = None
     if names is None or not all(isinstance(value, str) for value in names):
-        raise ConfigError(f"{name} must be a list of texts, got {values!r:.100}.")
+        raise ConfigError(f"{name} must be a list of strings, got {values!r:.100}.")
     if not names:
-        raise ConfigError(f"{name} is empty; give one or more.")
+        raise ConfigError(f"{name} is empty; give at least one.")
     if blank := [k for k, value in enumerate(names) if not value.strip()]:
-        raise ConfigError(f"{name}: number {listed(blank)} is empty; name it.")
+        raise ConfigError(f"{name}: number {listed(blank)} is empty; give it a name.")
     if repeated := sorted({value for value in names if names.count(value) > 1} if count is None else ()):
-        raise ConfigError(f"{name} has {listed(map(repr, repeated))} more than once; keep one of each.")
+        raise ConfigError(f"{name} contains {listed(map(repr, repeated))} more than once; remove the duplicates.")
     if count is not None and len(names) != count:
-        raise ConfigError(f"{name} has {len(names)} entries for {count} classes; give one for each.")
+        raise ConfigError(f"{name} has {len(names)} entries for {count} classes; give one per class.")
     return names
 
 
 def check_number(
     name: str, value: Any, least: float | None = None, most: float | None = None, *, whole: bool = False
 ) -> None:
-    """Refuses what is no finite number, or outside of its bounds.
+    """Checks that a value is a finite number within its bounds.
 
     Raises:
-        ConfigError: Naming the argument, its bounds and its value.
+        ConfigError: If it is not. The message names the argument, its bounds and its value.
     """
     number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     if whole:
@@ -60,10 +61,10 @@ def check_number(
 
 
 def check_kind(name: str, value: Any, kinds: type | Sequence[type], remedy: str) -> None:
-    """Refuses an object of another class; None passes.
+    """Checks the class of an object; None is allowed.
 
     Raises:
-        ConfigError: Naming the argument, the class of the value, and what to give.
+        ConfigError: If the class is wrong. The message names the argument, its value and a valid alternative.
     """
     kinds = (kinds,) if isinstance(kinds, type) else tuple(kinds)
     if value is not None and not isinstance(value, kinds):
@@ -71,10 +72,10 @@ def check_kind(name: str, value: Any, kinds: type | Sequence[type], remedy: str)
 
 
 def check_flags(**flags: Any) -> None:
-    """Refuses what is neither True nor False: the text "false" would count as True.
+    """Checks that values are True or False; the string "false" would be true.
 
     Raises:
-        ConfigError: Naming the argument and its value.
+        ConfigError: If one is not. The message names the argument and its value.
     """
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
@@ -82,20 +83,37 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuses what is none of the choices.
+    """Checks that a value is one of the choices.
 
     Raises:
-        ConfigError: Naming the argument, its choices and its value.
+        ConfigError: If it is not. The message names the argument, its choices and its value.
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r:.100}.")
 
 
 def check_paths(**paths: Any) -> None:
-    """Refuses what is no path; None passes.
+    """Checks that values are paths; None is allowed.
 
     Raises:
-        ConfigError: Naming the argument and its value.
+        ConfigError: If one is not. The message names the argument and its value.
     """
     for name, value in paths.items():
         check_kind(name, value, (str, os.PathLike), "a path")
+
+
+def constructor_arguments(kind: Any) -> list[str]:
+    """Returns the names of the arguments of a class or function.
+
+    If a constructor has ``**settings``, the arguments of its base class are included, unless the class
+    defines its own signature.
+
+    Raises:
+        TypeError: If ``kind`` cannot be called.
+        ValueError: If ``kind`` is written in C and has no signature.
+    """
+    parameters = inspect.signature(kind).parameters
+    names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(parameters) and isinstance(kind, type):
+        names += [name for name in constructor_arguments(kind.__base__) if name not in names]
+    return names

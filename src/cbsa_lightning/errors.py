@@ -1,4 +1,4 @@
-"""The errors that this library raises: each says what was found, where, and what to do about it."""
+"""Errors raised by this library. Each message says what was found, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -8,59 +8,59 @@ _LONGEST = 5000
 
 
 class CBSAError(Exception):
-    """Base of all errors that this library raises on purpose; a long text from a file is cut out of the message."""
+    """Base class of all errors that this library raises on purpose. Very long messages are shortened."""
 
     def __str__(self) -> str:
         text = super().__str__()
-        # The beginning has the place, the end the remedy.
+        # The location comes first in a message and the remedy last, so keep both ends.
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 3 // 5]} ... {text[-_LONGEST // 5 :]}"
 
 
 class DataError(CBSAError, ValueError):
-    """An image, annotation file, table or split that cannot be used as it is."""
+    """An image, annotation file, table or split that cannot be used."""
 
 
 class ConfigError(CBSAError, ValueError):
-    """Settings that do not fit each other or the data."""
+    """Settings that contradict each other or do not fit the data."""
 
 
 class WeightsError(CBSAError, RuntimeError):
-    """Pretrained weights that are missing, or not what the settings expect."""
+    """Pretrained weights that are missing or do not match the settings."""
 
 
 class CheckpointError(CBSAError, RuntimeError):
-    """A checkpoint that does not belong to this model, or cannot be read."""
+    """A checkpoint that does not match the model or cannot be read."""
 
 
 class NotFiniteError(CBSAError, ArithmeticError):
-    """A loss, score or weight that is NaN or infinite: training has diverged."""
+    """A loss, score or weight that is NaN or infinite, because training has diverged."""
 
 
 class OutputError(CBSAError, OSError):
-    """A file that the system refuses to write: a full disk, or a folder that is read-only.
+    """A file that cannot be written, for example because the disk is full or the folder is read-only.
 
     Args:
-        errno: The system's number of the reason, or None.
-        strerror: The system's words for it.
-        filename: The file; what it was before, it still is.
+        errno: Error number of the operating system, or None.
+        strerror: Error message of the operating system.
+        filename: The file. Its previous content is unchanged.
     """
 
     def __str__(self) -> str:
         return (
-            f"{self.filename}: cannot be written ({self.strerror}). What was there before is untouched. Make room, or "
-            "choose a folder that can be written to, then start again; `cbsa fit --resume` resumes a run."
+            f"{self.filename}: cannot be written ({self.strerror}). The previous content is unchanged. Free some space "
+            "or choose a writable folder, then start again; `cbsa fit --resume` resumes a run."
         )
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error, the one that it was raised from, and so on."""
+    """Yields an error and then, one after another, the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def listed(items: Iterable[object], limit: int = 20) -> str:
-    """Joins ``items`` for a message: at most ``limit`` of them, then how many more there are."""
+    """Joins ``items`` for a message. Shows at most ``limit`` of them, followed by the number of the others."""
     texts = [str(item) for item in items]
     shown = ", ".join(texts[:limit])
     return shown if len(texts) <= limit else f"{shown} ... and {len(texts) - limit} more"

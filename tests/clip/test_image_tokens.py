@@ -36,7 +36,7 @@ def normalized(images):
     return (images.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def test_global_token_is_encode_image_to_the_last_bit(pair):
+def test_global_token_is_bit_identical_to_encode_image(pair):
     kind, clip, reference = pair
     images = pictures(kind)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_global_token_is_encode_image_to_the_last_bit(pair):
 
 
 def test_local_tokens_are_all_outputs_of_the_attention(pair):
-    """An independent way to the same: numpy attention for the pools, open_clip's own tokens for the ViT."""
+    """Compares with independent results: numpy attention for the pools, open_clip's own tokens for the ViT."""
     kind, clip, reference = pair
     images = pictures(kind)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_local_tokens_are_all_outputs_of_the_attention(pair):
         elif kind == "resnet":
             maps = reference.visual.forward_intermediates(normalized(images))["image_intermediates"][-1]
             expected = resnet_attention(reference.visual.attnpool, maps)[:, 1:]
-        else:  # timm's pool itself can hand out the spatial tokens, though not together with token 0
+        else:  # timm's pool can return the spatial tokens itself, but not together with token 0
             head = copy.deepcopy(reference.visual.head)
             head.pool.pool_type = ""
             spatial = head.pool(reference.visual.trunk(normalized(images))).flatten(2).transpose(1, 2)
@@ -90,8 +90,8 @@ def resnet_attention(pool, maps):
     return linear(pool.c_proj, out)
 
 
-def test_twice_the_native_size(pair):
-    """Positions are resized; where open_clip has a rule for that (timm, ViT), g still equals its embedding."""
+def test_images_of_twice_the_native_size(pair):
+    """Positions are resized. If open_clip does so too (timm, ViT), g still equals its embedding."""
     kind, clip, reference = pair
     images = pictures(kind, factor=2)
     tokens = clip.image_tokens(images)
@@ -121,7 +121,7 @@ def test_resized_positions_keep_the_class_row_and_carry_gradients():
     assert larger.shape == (1 + 24, 4)
     assert torch.equal(larger[0], positions[0])
     larger.sum().backward()
-    # Bicubic weights of one output sum to 1, so all gradients of the grid rows together are its 24 outputs.
+    # Bicubic weights of one output sum to 1, so the gradients of all grid rows sum to the 24 outputs.
     assert positions.grad is not None
     torch.testing.assert_close(positions.grad[1:].sum(0), torch.full((4,), 24.0))
     torch.testing.assert_close(positions.grad[0], torch.ones(4))
@@ -141,10 +141,10 @@ def test_frozen_in_every_mode(pair):
         assert any("running_mean" in key for key in after)
     assert {key.split(".")[0] for key in after} == {"mean", "std", "tower", "pool", "text"}
     tensors = [value.untyped_storage().data_ptr() for value in after.values()]
-    assert len(tensors) == len(set(tensors)), "a weight is under two keys"
+    assert len(tensors) == len(set(tensors)), "a weight has two keys"
 
 
-def test_only_the_pool_gets_gradients_and_fingerprint_stays(pair):
+def test_only_the_pool_gets_gradients_and_the_fingerprint_is_unchanged(pair):
     kind, clip, _ = pair
     clip, fingerprint = copy.deepcopy(clip), pair[1].fingerprint
     clip.pool.requires_grad_(True)
@@ -223,8 +223,8 @@ def test_towers_without_joint_space_tokens_are_refused(tmp_path, kind, vision, f
     assert "abs_attn" in str(raised.value)
 
 
-def test_separate_projections_of_a_timm_pool(tmp_path):
-    """open_clip builds fused ones; a pool with the same weights in three layers gives the same tokens."""
+def test_timm_pool_with_separate_projections(tmp_path):
+    """open_clip builds a fused layer; a pool with the same weights in three layers returns the same tokens."""
     from timm.layers import AttentionPool2d
 
     clip = FrozenCLIP.load(str(tiny_clip(tmp_path, "timm")))
@@ -244,7 +244,7 @@ def test_separate_projections_of_a_timm_pool(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sped_up_towers_give_the_same_features(pair, dtype):
+def test_fused_towers_return_the_same_features(pair, dtype):
     kind, clip, _ = pair
     plain, fast = copy.deepcopy(clip).to(dtype), copy.deepcopy(clip).to(dtype)
     fast.speed_up()

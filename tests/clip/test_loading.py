@@ -1,4 +1,4 @@
-"""Where weights come from, and what is said when they do not come."""
+"""Sources of weights, and errors if they are missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def builtin(tmp_path, monkeypatch):
-    """Makes tiny configs known to open_clip under a name, plain and with -quickgelu, for one test."""
+    """Registers tiny configs with open_clip under a name, plain and with -quickgelu, for one test."""
     for name, changes in (("tiny-RN", {}), ("tiny-RN-quickgelu", {"quick_gelu": True})):
         config = tiny_config("resnet", **changes)
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
@@ -42,7 +42,7 @@ def assert_statistics(clip, mean, std):
     assert statistics(clip) == (pytest.approx(mean), pytest.approx(std))
 
 
-def test_a_folder_brings_weights_and_statistics(folder):
+def test_folder_with_weights_and_statistics(folder):
     weights = load_file(folder / WEIGHTS)
     for model in (str(folder), f"local-dir:{folder}"):
         clip = FrozenCLIP.load(model)
@@ -54,7 +54,7 @@ def test_a_folder_brings_weights_and_statistics(folder):
         assert clip.name == f"{model}/openai"
 
 
-def test_fingerprint_is_that_of_the_weights(folder, tmp_path):
+def test_fingerprint_depends_on_the_weights(folder, tmp_path):
     clip = FrozenCLIP.load(str(folder))
     assert len(clip.fingerprint) == 64
     assert clip.fingerprint == FrozenCLIP.load(str(folder)).fingerprint
@@ -69,7 +69,7 @@ def test_fingerprint_is_that_of_the_weights(folder, tmp_path):
     assert other_mean.fingerprint != clip.fingerprint
 
 
-def test_a_json_config_and_a_file(folder, tmp_path):
+def test_json_config_and_weights_file(folder, tmp_path):
     shutil.copy(folder / WEIGHTS, tmp_path / "mini.safetensors")
     (tmp_path / "mini.json").write_text(json.dumps(tiny_config("resnet")))
     model, file = str(tmp_path / "mini.json"), str(tmp_path / "mini.safetensors")
@@ -77,7 +77,7 @@ def test_a_json_config_and_a_file(folder, tmp_path):
     assert_statistics(FrozenCLIP.load(model, file), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     given = FrozenCLIP.load(model, file, image_mean=[0.5, 0.5, 0.5], image_std=[0.1, 0.2, 0.3])
     assert_statistics(given, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
-    # An open_clip_config.json beside it is heard if it is for the same architecture, else it is another model's.
+    # An open_clip_config.json next to it is used if its architecture is the same.
     shutil.copy(folder / "open_clip_config.json", tmp_path)
     clip = FrozenCLIP.load(model, file)
     assert_statistics(clip, MEAN, STD)
@@ -85,22 +85,22 @@ def test_a_json_config_and_a_file(folder, tmp_path):
     other = {"model_cfg": tiny_config("vit"), "preprocess_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(other))
     assert_statistics(FrozenCLIP.load(model, file), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    assert open_clip.list_models() == names, "open_clip's registry was touched"
+    assert open_clip.list_models() == names, "open_clip's registry was changed"
 
 
 @pytest.mark.parametrize("model", ["folder", "RN50-quickgelu", "embedded"])
-def test_no_weights_named_is_refused(folder, model):
+def test_pretrained_none_is_refused(folder, model):
     with pytest.raises(ConfigError, match=r"pretrained of CLIP .* is null.*'random' for random weights"):
         FrozenCLIP.load(str(folder) if model == "folder" else model, None)
 
 
-def test_the_origin_of_the_weights_is_told(folder):
+def test_origin_of_the_weights_is_described(folder):
     assert FrozenCLIP.load(str(folder)).weights == str(folder)
     assert FrozenCLIP.load(str(folder), str(folder / WEIGHTS)).weights == str(folder / WEIGHTS)
     assert FrozenCLIP.load(str(folder), "random").weights == "random"
 
 
-def test_random_weights_only_on_purpose(folder, tmp_path):
+def test_random_weights_only_on_request(folder, tmp_path):
     torch.manual_seed(0)
     first = FrozenCLIP.load(str(folder), "random")
     assert first.fingerprint != FrozenCLIP.load(str(folder)).fingerprint
@@ -112,7 +112,7 @@ def test_random_weights_only_on_purpose(folder, tmp_path):
     assert FrozenCLIP.load(str(tmp_path), "random").embed_dim == 24
 
 
-def test_offline_says_which_ways_there_are(monkeypatch):
+def test_offline_error_lists_the_ways_to_get_weights(monkeypatch):
     def unreachable(*args, **kwargs):
         raise FileNotFoundError("the hub cannot be reached")
 
@@ -141,9 +141,9 @@ def test_names_that_cannot_be_loaded(model, pretrained, error, found):
 
 
 def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
-    with pytest.raises(WeightsError, match="tags belong to open_clip's own model names"):
+    with pytest.raises(WeightsError, match="tags exist only for open_clip's own model names"):
         FrozenCLIP.load(str(folder), "laion2b")
-    with pytest.raises(WeightsError, match="tags belong"):
+    with pytest.raises(WeightsError, match="tags exist only"):
         FrozenCLIP.load(str(folder / "open_clip_config.json"))
     with pytest.raises(ConfigError, match=r"needs open_clip_config\.json"):
         FrozenCLIP.load(str(tmp_path))
@@ -163,7 +163,7 @@ def test_folders_and_configs_that_cannot_be_loaded(folder, tmp_path):
         FrozenCLIP.load(str(folder), image_std=(0.0, 1.0, 1.0))
 
 
-def test_quick_gelu_of_a_file(folder, tmp_path, builtin):
+def test_weights_file_with_quick_gelu(folder, tmp_path, builtin):
     file = str(shutil.copy(folder / WEIGHTS, tmp_path / "weights.safetensors"))
     with pytest.warns(UserWarning, match="tiny-RN-quickgelu"):
         plain = FrozenCLIP.load(builtin, file)
@@ -172,15 +172,15 @@ def test_quick_gelu_of_a_file(folder, tmp_path, builtin):
         quick = FrozenCLIP.load(f"{builtin}-quickgelu", file)
     assert plain.fingerprint == quick.fingerprint
     difference = plain.encode_texts(["cat"]) - quick.encode_texts(["cat"])
-    assert difference.abs().max() > 1e-5, "the activation made no difference, so this test shows nothing"
+    assert difference.abs().max() > 1e-5, "the activation made no difference, so this test is void"
     content = {"model_cfg": tiny_config("resnet", quick_gelu=True)}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="trained with QuickGELU"):
         FrozenCLIP.load(builtin, file)
 
 
-def test_statistics_of_a_bare_file_are_those_of_the_names_tags(folder, builtin):
-    """Stands for names such as MobileCLIP-S1, whose tags all have other statistics than CLIP's."""
+def test_bare_file_uses_the_statistics_of_the_names_tags(folder, builtin):
+    """Simulates names such as MobileCLIP-S1, whose tags all have other statistics than CLIP."""
     name, file = f"{builtin}-quickgelu", str(folder / WEIGHTS)
     with pytest.MonkeyPatch.context() as patch:
         tag = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -197,7 +197,7 @@ def test_statistics_of_a_bare_file_are_those_of_the_names_tags(folder, builtin):
 
 
 def test_openai_archives(folder, tmp_path, builtin):
-    """OpenAI's .pt files are TorchScript: readable without running pickled code, and known to be QuickGELU."""
+    """OpenAI's .pt files are TorchScript, which needs no pickled code, and use QuickGELU."""
 
     class Archive(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of the attention pools' weights and positions, against autograd through the plain sum."""
+"""Compares gradients of the attention pools' weights and positions with autograd through the plain sum."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def gradients(pool, features):
 
 
 @pytest.mark.parametrize("grid", [(5, 5), (2, 2)])
-def test_gradients_are_those_of_the_plain_sum(pool, grid, monkeypatch):
+def test_gradients_equal_those_of_the_plain_sum(pool, grid, monkeypatch):
     if grid == (2, 2) and type(pool).__name__ == "TimmPool" and hasattr(pool.attention, "feat_size"):
-        pytest.skip("this pool takes its native grid only")
+        pytest.skip("this pool supports only its native grid")
     features = torch.randn(3, 256, *grid, dtype=torch.float64, generator=torch.manual_seed(0))
     tokens, found = gradients(pool, features)
     monkeypatch.setattr(_Positioned, "through", lambda self, layer: layer(self.sum))
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_the_plain_sum(pool, grid, monkeypatch):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_features_that_need_a_gradient_get_one(pool, monkeypatch):
+def test_features_get_a_gradient_if_required(pool, monkeypatch):
     def by_features():
         features = torch.randn(2, 256, 5, 5, dtype=torch.float64, generator=torch.manual_seed(1)).requires_grad_()
         pool(features).l.square().sum().backward()
@@ -52,7 +52,7 @@ def test_features_that_need_a_gradient_get_one(pool, monkeypatch):
     assert found.abs().sum() > 0
 
 
-def test_backward_leaves_out_the_product_for_the_tokens():
+def test_backward_omits_the_product_for_the_tokens():
     layer, positions = nn.Linear(8, 24), torch.randn(5, 8, requires_grad=True)
 
     def products_of(images):

@@ -1,4 +1,4 @@
-"""The text tower on prompt embeddings against open_clip's encode_text."""
+"""Compares the text tower on prompt embeddings with open_clip's encode_text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIANTS = {
 def pair(request, tmp_path_factory):
     folder = tiny_clip(tmp_path_factory.mktemp("text"), "resnet", **VARIANTS[request.param])
     reference = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
-    # torch's attention picks its kernel by requires_grad, even where no gradient is taken.
+    # torch's attention selects its kernel by requires_grad, even if no gradient is computed.
     reference.requires_grad_(False)
     expected = open_clip.CustomTextCLIP if "ustom" in request.param else open_clip.CLIP
     assert type(reference) is expected
@@ -45,7 +45,7 @@ def test_equals_encode_text(pair):
         expected = reference.encode_text(tokens)
     eot = clip.eot(tokens)
     assert torch.equal(eot, (tokens == 49407).nonzero()[:, 1])
-    # The same mathematics in another order: equal to float32's rounding, and in float64 to that type's.
+    # The same operations in another order: equal up to rounding in float32 and in float64.
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
         tower, plain = copy.deepcopy(clip).to(dtype), copy.deepcopy(reference).to(dtype)
         with torch.no_grad():
@@ -57,14 +57,14 @@ def test_equals_encode_text(pair):
     assert (clip.text_width, clip.context_length) == (16, 77)
 
 
-def test_cropped_prompts_give_the_same_features_and_gradients(pair):
+def test_truncated_prompts_have_the_same_features_and_gradients(pair):
     clip = pair[0]
     tokens = clip.tokenize(TEXTS)
     eot = clip.eot(tokens)
     length = int(eot.max()) + 1
     assert length < 20
     direction = torch.randn(3, 24, generator=torch.manual_seed(0))
-    # In float64 the two are the same up to rounding; in float32, to 1e-5 of the largest entry.
+    # In float64 they are equal up to rounding, in float32 up to 1e-5 of the largest entry.
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
         tower = copy.deepcopy(clip).to(dtype)
         full = tower.embed_tokens(tokens).requires_grad_(True)
@@ -80,7 +80,7 @@ def test_cropped_prompts_give_the_same_features_and_gradients(pair):
         assert full.grad[:, length:].abs().max() == 0
 
 
-def test_a_common_prefix_is_encoded_once_at_the_same_features_and_gradients(pair):
+def test_encoding_a_common_prefix_once_does_not_change_features_and_gradients(pair):
     clip = copy.deepcopy(pair[0]).double()
     generator = torch.manual_seed(0)
     prefix = torch.randn(2, 5, 16, generator=generator, dtype=torch.double).requires_grad_(True)
@@ -102,7 +102,7 @@ def assert_close_to_largest(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, atol=tolerance * float(expected.detach().abs().max()), rtol=0)
 
 
-def test_one_call_for_many_prompts_equals_single_ones(pair):
+def test_one_call_for_many_prompts_equals_single_calls(pair):
     clip, _ = pair
     together = clip.encode_texts(TEXTS)
     alone = torch.cat([clip.encode_texts([text]) for text in TEXTS])
@@ -122,7 +122,7 @@ def test_under_autocast(pair):
     assert F.cosine_similarity(full, half.float()).min() > 0.99
 
 
-def test_refuses_what_does_not_fit(pair):
+def test_prompts_that_are_too_long_are_refused(pair):
     clip, _ = pair
     exactly = " ".join(["cat"] * 75)  # 75 + start and end
     assert clip.tokenize([exactly]).shape == (1, 77)
@@ -139,14 +139,14 @@ def test_refuses_what_does_not_fit(pair):
         ({"no_causal_mask": True}, "not causal"),
         ({"embed_cls": True}, "not causal"),
         ({"pool_type": "last"}, "pooling 'last'"),
-        ({"block_type": "custom"}, "attend through Attention"),
+        ({"block_type": "custom"}, "use the attention Attention"),
     ],
 )
-def test_text_towers_that_prompts_cannot_use_are_refused(tmp_path, text, found):
+def test_unsupported_text_towers_are_refused(tmp_path, text, found):
     folder = tiny_clip(tmp_path, "resnet", custom_text=True, text_cfg=text)
     with pytest.raises(ConfigError, match=found):
         FrozenCLIP.load(str(folder))
 
 
-def test_the_tokenizer_is_shared_by_copies(pair):
+def test_copies_share_the_tokenizer(pair):
     assert copy.deepcopy(pair[0]).tokenizer is pair[0].tokenizer

@@ -1,4 +1,4 @@
-"""Tokens that no attention mixed, and tokens without positions, against loops over open_clip's own layers."""
+"""Compares value-path tokens and tokens without positions with loops over open_clip's own layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.clip import FrozenCLIP
 from reference.regions import assert_near, attended, resnet_weights, timm_weights, values
 from tiny_clip import VISION, tiny_clip
 
-# The native grid, and one with sides of its own. timm resizes absolute positions in another way than CLIP.
+# The native grid and another one. timm resizes absolute positions differently from CLIP.
 GRIDS = {"resnet": [(2, 2), (3, 4)], "timm": [(5, 5)], "rot": [(5, 5), (2, 3)]}
 
 
@@ -37,7 +37,7 @@ def pictures(kind):
 
 
 @pytest.mark.parametrize("positions", [True, False])
-def test_values_by_loops(pair, positions):
+def test_values_equal_loops(pair, positions):
     kind, clip, reference = pair
     for grid in GRIDS.get(kind, []):
         maps = random_maps(grid)
@@ -56,9 +56,9 @@ def test_values_by_loops(pair, positions):
         assert tokens.grid == plain.grid == (4, 4)
 
 
-@pytest.mark.parametrize("pair", ["resnet", "timm", "rot"], indirect=True)  # a ViT's have mixed below the pool
-def test_a_region_is_its_own_place_only(pair):
-    """Changing one place changes its token and the mean's, and no other; not so behind an attention."""
+@pytest.mark.parametrize("pair", ["resnet", "timm", "rot"], indirect=True)  # a ViT mixes tokens earlier
+def test_a_token_depends_only_on_its_own_place(pair):
+    """Changing one place changes only its token and the mean token, unlike after attention."""
     kind, clip, _ = pair
     maps = random_maps((5, 5) if kind == "timm" else (2, 2))
     other = maps.clone()
@@ -72,7 +72,7 @@ def test_a_region_is_its_own_place_only(pair):
 
 
 @pytest.mark.parametrize("pair", ["timm", "rot"], indirect=True)
-def test_separate_projections_of_a_timm_pool(pair):
+def test_timm_pool_with_separate_projections(pair):
     _, clip, _ = pair
     maps, pool = random_maps((5, 5)), copy.deepcopy(clip.pool)
     parts = zip("qkv", pool.attention.qkv.weight.chunk(3), pool.attention.qkv.bias.chunk(3), strict=True)
@@ -84,17 +84,17 @@ def test_separate_projections_of_a_timm_pool(pair):
     torch.testing.assert_close(pool.values(maps).l, clip.pool.values(maps).l, atol=1e-5, rtol=0)
 
 
-def test_positions_are_in_the_values_by_default(pair):
+def test_values_include_positions_by_default(pair):
     kind, clip, _ = pair
     features = clip.features(pictures(kind))
     default, without = clip.pool.values(features), clip.pool.values(features, positions=False)
     assert torch.equal(default.l, clip.pool.values(features, positions=True).l)
     assert torch.equal(default.l, without.l) == (kind in ("rot", "vit"))
-    if kind != "vit":  # a mean's projection is the projections' mean, unless it has a position of its own
+    if kind != "vit":  # the projection of the mean is the mean of the projections, unless the mean has its own position
         torch.testing.assert_close(without.g, without.l.mean(1), atol=1e-5, rtol=0)
 
 
-def test_the_ordinary_pool_stays_as_it_was_and_can_leave_positions_out(pair):
+def test_forward_with_and_without_positions(pair):
     kind, clip, reference = pair
     images = pictures(kind)
     features = clip.features(images)
@@ -106,7 +106,7 @@ def test_the_ordinary_pool_stays_as_it_was_and_can_leave_positions_out(pair):
     without = clip.pool(features, positions=False)
     assert torch.equal(without.l, tokens.l) == (kind == "vit")
     for grid in GRIDS.get(kind, []):
-        maps = random_maps(grid, seed=2) * 3  # large enough for an attention that is far from even
+        maps = random_maps(grid, seed=2) * 3  # large enough for an attention that is far from uniform
         with torch.no_grad():
             without = clip.pool(maps, positions=False)
         expected = torch.stack([torch.stack(attended(m, weights_of(kind, reference), False)) for m in maps.double()])

@@ -1,4 +1,4 @@
-"""cbsa-mini, a small real CLIP-style model, on real photographs: tokens, and scores that mean something."""
+"""cbsa-mini, a small real CLIP-style model, on real photographs: tokens and meaningful scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def voc(realbench) -> Path:
 
 
 def center(path: Path, side: int = 224) -> torch.Tensor:
-    """Shorter side to ``side``, center crop: open_clip's evaluation preprocessing, as uint8."""
+    """Resizes the shorter side to ``side`` and crops the center, as in open_clip's evaluation, in uint8."""
     with Image.open(path) as image:
         rgb = image.convert("RGB")
     scale = side / min(rgb.size)
@@ -37,7 +37,7 @@ def center(path: Path, side: int = 224) -> torch.Tensor:
 
 
 def scores(clip: FrozenCLIP, voc: Path, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and truth (n, 20) of every ``step``-th validation image, prompts "a photo of a {name}"."""
+    """Returns cosines and labels (n, 20) of every ``step``-th validation image, for "a photo of a {name}"."""
     names = (voc / "ImageSets" / "Main" / "val.txt").read_text().split()[::step]
     lists = sorted((voc / "ImageSets" / "Main").glob("*_val.txt"))
     classes = [path.name.removesuffix("_val.txt") for path in lists]
@@ -66,21 +66,21 @@ def test_tokens_of_real_images(clip, voc, realbench):
         assert tokens.l.shape == (2, grid[0] * grid[1], 256)
 
 
-def test_json_config_and_file_are_the_folder(clip, realbench):
+def test_json_config_and_file_equal_the_folder(clip, realbench):
     folder = realbench / "cbsa-mini"
     same = FrozenCLIP.load(str(folder / "cbsa-mini.json"), str(folder / "cbsa-mini.safetensors"))
     assert same.fingerprint == clip.fingerprint
     assert clip.mean.flatten().tolist() == clip.std.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_the_best_text_is_often_right(clip, voc):
-    """The model's README gives 0.451 on all 1,729 images; with shuffled classes it would be below 0.1."""
+def test_the_best_text_is_often_correct(clip, voc):
+    """The model's README states 0.451 on all 1,729 images; with shuffled classes it would be below 0.1."""
     cosines, truth = scores(clip, voc, step=30)
     assert truth[np.arange(len(truth)), cosines.argmax(1)].mean() > 0.35
 
 
 @pytest.mark.slow
-def test_zero_shot_map_is_that_of_the_models_readme(clip, voc):
+def test_zero_shot_map_equals_the_models_readme(clip, voc):
     cosines, truth = scores(clip, voc, step=1)
     seen = truth.sum(0) >= 5
     assert seen.sum() == 15

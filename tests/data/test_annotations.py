@@ -1,4 +1,4 @@
-"""AnnotationTable and class files: what they hold and what they refuse."""
+"""AnnotationTable and class files: contents and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table(paths=("a.jpg", "b/c.png"), labels=((1, 0), (-1, 1)), names=("cat", "t
     return AnnotationTable(Path("/images"), np.array(paths), np.array(labels), names, **more)
 
 
-def test_columns_have_their_types():
+def test_types_of_columns():
     t = table()
     assert isinstance(t.paths.dtype, np.dtypes.StringDType)
     assert t.labels.dtype == np.int8
@@ -82,7 +82,7 @@ def test_select():
         table().select([0, 0])
 
 
-def test_digest_depends_on_content_and_not_on_place():
+def test_digest_depends_on_content_and_not_on_root():
     a = table()
     assert AnnotationTable(Path("/other"), a.paths, a.labels, a.class_names).digest() == a.digest()
     others = [
@@ -95,7 +95,7 @@ def test_digest_depends_on_content_and_not_on_place():
 
 
 @given(st.lists(st.text(min_size=1).filter(lambda s: "\0" not in s), min_size=1, max_size=6, unique=True))
-def test_any_text_is_a_path_and_has_a_digest(paths):
+def test_any_text_can_be_a_path_and_has_a_digest(paths):
     t = AnnotationTable(Path(), np.array(paths, dtype=np.dtypes.StringDType()), np.zeros((len(paths), 1)), ("a",))
     assert t.paths.tolist() == paths
     assert t.digest() == t.select(np.arange(len(paths))).digest()
@@ -103,7 +103,7 @@ def test_any_text_is_a_path_and_has_a_digest(paths):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Columns are gone through two rows at a time, so that a few rows show what happens at the seams."""
+    """Uses blocks of two rows, so that a few rows suffice to test block boundaries."""
     monkeypatch.setattr(annotations, "_ROWS", 2)
 
 
@@ -113,21 +113,21 @@ def any_paths(alphabet=None, **sizes):
 
 
 def test_a_column_of_strings_is_not_copied():
-    # Ten million paths take 0.6 GB. A new instance of the type is another type to numpy, which then copies.
+    # Ten million paths need 0.6 GB, and numpy would copy for another instance of the type.
     paths = np.array(["a.jpg", "b.jpg"], dtype=np.dtypes.StringDType())
     assert AnnotationTable(Path("/images"), paths, np.zeros((2, 1)), ("a",)).paths is paths
     assert as_strings(["a", "\U0001f600"]).tolist() == ["a", "\U0001f600"]
 
 
 @given(st.data())
-def test_repeated_rows_are_those_of_the_plain_search(data):
-    # Equal to the eye is not equal: composed and decomposed letters, an embedded NUL, a space at the end.
+def test_repeated_rows_equal_those_of_a_plain_search(data):
+    # Texts that look equal differ: composed and decomposed letters, an embedded NUL, a trailing space.
     texts = st.sampled_from(["a", "A", "caf\u00e9", "cafe\u0301", "\U0001f600", "a\0", "a\0b", "a ", "x" * 40])
     paths = data.draw(st.lists(texts | st.text(st.characters(exclude_categories=("Cs",))), max_size=12))
     assert repeated_rows(as_strings(paths)) == duplicates(paths)
 
 
-def test_paths_with_one_hash_are_told_apart(monkeypatch):
+def test_paths_with_equal_hashes_are_distinguished(monkeypatch):
     monkeypatch.setattr(annotations, "hash", lambda text: 7, raising=False)
     assert repeated_rows(as_strings(["a", "b", "c"])) == []
     assert repeated_rows(as_strings(["a", "b", "c", "b", "a", "b"])) == [(1, 3), (0, 4), (1, 5)]
@@ -144,7 +144,7 @@ def test_digest_is_pinned(small_blocks):
 @pytest.mark.usefixtures("small_blocks")
 @settings(deadline=None)
 @given(any_paths(max_size=7, unique=True), st.booleans())
-def test_digest_is_that_of_whole_columns(paths, by_column):
+def test_digest_does_not_depend_on_blocks(paths, by_column):
     labels = np.arange(3 * len(paths)).reshape(len(paths), 3).astype(np.int8) % 3 - 1
     t = table(paths=as_strings(paths), labels=np.asfortranarray(labels) if by_column else labels, names=("a", "b", "c"))
     plain = hashlib.sha256()
@@ -161,7 +161,7 @@ def test_digest_is_that_of_whole_columns(paths, by_column):
     any_paths("ab./\\:", max_size=6, unique=True),
     *[st.sampled_from(["", ".", "/", "//a", "a", "/a", "/a/b/", "/a/./b", "a/../b"])] * 2,
 )
-def test_shared_files_are_those_with_equal_full_paths(ours, theirs, our_root, their_root):
+def test_shared_files_have_equal_full_paths(ours, theirs, our_root, their_root):
     def one(root, paths):
         return AnnotationTable(Path(root), as_strings(paths), np.zeros((len(paths), 1)), ("a",))
 
@@ -181,7 +181,7 @@ def test_shared_files_across_roots():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_missing_files_of_interleaved_folders(tmp_path):
+def test_missing_files_in_interleaved_folders(tmp_path):
     rng = np.random.default_rng(0)
     paths = [f"{folder}{i}.jpg" for folder in ("", "a/", "a/b/", "a//") for i in range(12)]
     paths = [paths[i] for i in rng.permutation(len(paths))]
@@ -247,7 +247,7 @@ def test_class_file_json(tmp_path):
         ("cat: {synonyms: [pet]}\ndog: {synonyms: [pet]}\n", "'pet'"),
         ("cat: {promt: pet}\n", "promt"),
         ("cat: {prompt: a, prompt: b}\n", "prompt"),
-        ("cat: [a, b]\n", "prompt must be a text"),
+        ("cat: [a, b]\n", "prompt must be a string"),
         ("cat: {synonyms: kitty}\n", "synonyms a list"),
         ("- cat\n- dog\n", "maps class names"),
         ("cat: {a: b\n", "cannot be read"),
@@ -264,7 +264,7 @@ def test_class_file_refused(tmp_path, text, word):
     assert str(path) in str(error.value)
 
 
-def test_class_file_json_key_twice(tmp_path):
+def test_class_file_json_with_a_repeated_key(tmp_path):
     with pytest.raises(DataError, match="classes 0 and 1"):
         read_class_file(write(tmp_path / "c.json", '{"cat": "a", "cat": "b"}'))
 
@@ -277,14 +277,14 @@ def test_class_file_missing(tmp_path):
 def test_prompts_for_a_data_set(tmp_path):
     f = read_class_file(write(tmp_path / "c.yaml", "sofa: couch\ntv: {prompt: television, synonyms: [tvmonitor]}\n"))
     assert f.prompts_for(["tvmonitor", "dining_table", "sofa"]) == ("television", "dining table", "couch")
-    with pytest.raises(DataError, match=r"'sofa' is none of the 2 classes.*did you mean 'sofas'"):
+    with pytest.raises(DataError, match=r"'sofa' is not one of the 2 classes.*did you mean 'sofas'"):
         f.prompts_for(["sofas", "tv"])
     with pytest.raises(DataError, match="same prompt text"):
         f.prompts_for(["tv", "tvmonitor", "sofa"])
 
 
 def laughs(depth, form):
-    """Aliases of aliases: the last of ``depth`` lines stands for 9 ** depth names."""
+    """Returns aliases of aliases: the last of ``depth`` lines expands to 9 ** depth names."""
     lines = ["a0: &a0 lol"]
     for i in range(1, depth):
         names = ", ".join([f"*a{i - 1}"] * 9)
@@ -293,7 +293,7 @@ def laughs(depth, form):
 
 
 @pytest.mark.parametrize("form", ["[#]", "{prompt: x, synonyms: [#]}"])
-def test_class_file_of_a_billion_laughs_is_refused_at_once(tmp_path, form):
+def test_class_file_with_a_billion_laughs_is_refused_at_once(tmp_path, form):
     file = tmp_path / "c.yaml"
     file.write_text(laughs(12, form))
     with pytest.raises(DataError, match=r"c\.yaml, line \d+: .*alias"):
@@ -320,7 +320,7 @@ def test_class_file_of_a_billion_laughs_is_refused_at_once(tmp_path, form):
         ("&a cat: *a", "alias"),
     ],
 )
-def test_class_file_with_more_than_texts(tmp_path, monkeypatch, text, words):
+def test_class_file_with_values_other_than_strings(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "c.yaml"
     file.write_text(text)
@@ -331,17 +331,17 @@ def test_class_file_with_more_than_texts(tmp_path, monkeypatch, text, words):
 
 
 def test_class_file_too_large(tmp_path):
-    """COCO's annotations in the place of a class file would take hours to read as YAML."""
+    """COCO's annotations, given as a class file, would take hours to read as YAML."""
     file = tmp_path / "instances.json"
     with file.open("wb") as stream:
         stream.truncate(330_000_000)
     with pytest.raises(
-        DataError, match=r"instances\.json: has 330\.0 MB where at most 4\.2 are read; correct the path"
+        DataError, match=r"instances\.json: has 330\.0 MB, but at most 4\.2 MB are allowed; correct the path"
     ):
         read_class_file(file)
 
 
-def test_class_file_json_deeper_than_any_stack(tmp_path):
+def test_class_file_json_that_is_too_deep(tmp_path):
     file = tmp_path / "c.json"
     file.write_text('{"a": ' + "[" * 100_000)
     with pytest.raises(DataError, match=r"c\.json: cannot be read .*recursion"):
@@ -349,17 +349,17 @@ def test_class_file_json_deeper_than_any_stack(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("cat", "\ud800"), ("\udcff",)])
-def test_names_that_no_file_can_hold(names):
+def test_names_that_no_file_can_store(names):
     with pytest.raises(DataError, match=r"lone surrogate.*\\ud[8c]"):
         AnnotationTable(Path("x"), as_strings([]), np.zeros((0, len(names)), np.int8), names)
 
 
-def test_paths_that_no_table_can_hold():
-    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is no Unicode text"):
+def test_paths_that_no_table_can_store():
+    with pytest.raises(DataError, match=r"row 1 of an annotation table: the path 'b\\udcff\.jpg' is not valid Unicode"):
         AnnotationTable(Path("x"), np.array(["a.jpg", "b\udcff.jpg"], object), np.zeros((2, 1), np.int8), ("cat",))
 
 
-def test_a_nul_in_a_folder_is_a_missing_file(tmp_path):
+def test_a_path_with_a_nul_is_a_missing_file(tmp_path):
     table = AnnotationTable(tmp_path, as_strings(["a\0b/c.jpg", "d\0.jpg"]), np.zeros((2, 1), np.int8), ("cat",))
     assert len(table.missing_files()) == 2
 

@@ -1,4 +1,4 @@
-"""The data module: what is in a batch, what is refused, and when."""
+"""The data module: contents of batches, errors, and when they are raised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ready(source, **settings):
 
 
 class Sized(Squares):
-    """As many training rows as asked for, without images: enough for what counts rows only."""
+    """A given number of training rows without images, for code that only counts rows."""
 
     def __init__(self, number):
         paths = np.array([f"{i}.png" for i in range(number)], dtype=np.dtypes.StringDType())
@@ -46,14 +46,14 @@ def shares(number, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize(("number", "size"), [(82081, 64), (5717, 8), (150000, 64), (5717, 64)])
-def test_batches_of_the_papers_data_sets(number, size, monkeypatch):
-    """4, 8, 12, 16 of 64 as in CAP, and 1, 1, 2, 2 of 8 for VOC; the warm-up's are CAP's, at most B."""
+def test_batch_sizes_for_the_papers_data_sets(number, size, monkeypatch):
+    """4, 8, 12, 16 of 64 as in CAP, and 1, 1, 2, 2 of 8 for VOC; warm-up batches as in CAP, at most B."""
     found = [shares(number, monkeypatch, labeled_fraction=p, batch_size=size) for p in (0.05, 0.1, 0.15, 0.2)]
     expected = [(4, 16), (8, 32), (12, 48), (16, 64)] if size == 64 else [(1, 8), (1, 8), (2, 8), (2, 8)]
     assert found == expected
 
 
-def test_own_batches(monkeypatch):
+def test_custom_batch_sizes(monkeypatch):
     own = {"labeled_per_batch": 3, "warmup_batch_size": 5}
     assert shares(100, monkeypatch, batch_size=8, **own) == (3, 5)
     for wrong in (0, 8):
@@ -67,15 +67,15 @@ def test_own_batches(monkeypatch):
     ("setting", "values"),
     [
         ("image_size", (0, -1, 10**6)),
-        ("seed", (-1, 2**32)),  # numpy's generator of splits takes no other
-        ("batch_size", (2**31, 2**63)),  # which would have filled batches of labeled images for hours
+        ("seed", (-1, 2**32)),  # the range of numpy's generator for splits
+        ("batch_size", (2**31, 2**63)),  # would fill batches with labeled images for hours
         ("labeled_per_batch", (2**31,)),
         ("warmup_batch_size", (0, -1, 2**31)),
         ("eval_batch_size", (0, -1, 2**63)),
         ("num_workers", (-1, 10**6)),
     ],
 )
-def test_settings_that_fit_nothing_are_refused_by_name(squares, setting, values):
+def test_invalid_settings_are_named(squares, setting, values):
     for value in values:
         with pytest.raises(ConfigError, match=f"{setting} must be .*, got {value}"):
             tiny_data(squares, **{setting: value})
@@ -83,12 +83,12 @@ def test_settings_that_fit_nothing_are_refused_by_name(squares, setting, values)
 
 @pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, 1.5])
 @pytest.mark.parametrize("setting", ["held_out_fraction", "labeled_fraction"])
-def test_shares_that_are_none_are_refused(squares, setting, share):
+def test_invalid_fractions_are_refused(squares, setting, share):
     with pytest.raises(ConfigError, match=f"{share}"):
         tiny_data(squares, **{setting: share}).setup("fit")
 
 
-def test_the_share_of_a_table_that_says_itself_what_is_known(squares, monkeypatch):
+def test_labeled_share_of_a_partly_labeled_table(squares, monkeypatch):
     class Partly(Sized):
         def __init__(self):
             super().__init__(40)
@@ -104,7 +104,7 @@ def test_the_share_of_a_table_that_says_itself_what_is_known(squares, monkeypatc
     assert data.labeled_per_batch == 20
 
 
-def test_what_a_batch_holds(squares):
+def test_contents_of_batches(squares):
     data = ready(squares)
     table, split = squares.train(), data.split
     assert (len(split.labeled), len(split.unlabeled), len(split.held_out)) == (8, 14, 0)
@@ -154,7 +154,7 @@ class Photographs(Squares):
 
 
 @pytest.mark.parametrize(("fast", "at_least"), [(False, None), (True, SIZE)])
-def test_every_loader_decodes_as_asked(tmp_path, squares, fast, at_least):
+def test_every_loader_uses_fast_decode(tmp_path, squares, fast, at_least):
     source = Photographs(tmp_path, squares)
     data = ready(source, fast_decode=fast, held_out_fraction=0.25, predict=str(tmp_path))
     files = [decode(source.train().file(row), at_least) for row in range(22)]
@@ -171,12 +171,12 @@ def test_every_loader_decodes_as_asked(tmp_path, squares, fast, at_least):
     assert torch.equal(batch.images[0], PlainView(SIZE)(decode(data.predict_table().file(0), at_least)))
 
 
-def test_a_leak_between_training_and_test_is_refused(squares_folder):
+def test_leak_between_training_and_test_is_refused(squares_folder):
     class Leaky(Squares):
         def test(self):
             return self.train().select([3, 5])
 
-    with pytest.raises(DataError, match=r"2 test image.*train/3.png, .*train/5.png.*take them out"):
+    with pytest.raises(DataError, match=r"2 test image.*train/3.png, .*train/5.png.*remove them"):
         ready(Leaky(squares_folder))
 
 
@@ -193,7 +193,7 @@ def test_missing_images_are_named_before_training(squares_folder):
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 3])
-def test_without_unlabeled_images_training_does_not_begin(tmp_path, clip_folder, squares, warmup_epochs):
+def test_training_requires_unlabeled_images(tmp_path, clip_folder, squares, warmup_epochs):
     module = tiny_module(clip_folder, warmup_epochs=warmup_epochs)
     before = module.network.log_scale.detach().clone()
     trainer = tiny_trainer(tmp_path, max_epochs=5)
@@ -203,22 +203,22 @@ def test_without_unlabeled_images_training_does_not_begin(tmp_path, clip_folder,
     assert torch.equal(module.network.log_scale, before)
 
 
-def test_what_is_held_out(squares, squares_folder):
+def test_held_out_images(squares, squares_folder):
     data = ready(squares, held_out_fraction=0.25)
     assert len(data.split.held_out) == 2
     assert data.eval_table().paths.tolist() == squares.train().paths[data.split.held_out].tolist()
     assert not set(data.split.held_out) & {*data.split.labeled, *data.split.unlabeled}
     assert [batch.index.tolist() for batch in data.val_dataloader()] == [[0, 1]]
-    assert [len(batch.index) for batch in data.test_dataloader()] == [7], "the test is on the source's test images"
+    assert [len(batch.index) for batch in data.test_dataloader()] == [7], "the test uses the source's test images"
 
     alone = ready(Squares(squares_folder, test=0))
     assert len(alone.split.held_out) == 1  # int(0.2 * 8), since there is no test table
     assert [len(batch.index) for batch in alone.test_dataloader()] == [1]
-    with pytest.raises(ConfigError, match="neither a test table nor a held-out share"):
+    with pytest.raises(ConfigError, match="neither a test table nor a held-out fraction"):
         ready(Squares(squares_folder, test=0), held_out_fraction=0.0).val_dataloader()
 
 
-def test_a_saved_split_is_used_again(tmp_path, squares):
+def test_saved_split_is_reused(tmp_path, squares):
     first = ready(squares, held_out_fraction=0.25)
     first.split.save(tmp_path / "split.json", first.train_table)
     again = ready(squares, seed=99, split_file=str(tmp_path / "split.json"))
@@ -227,14 +227,14 @@ def test_a_saved_split_is_used_again(tmp_path, squares):
     assert isinstance(again.split, Split)
 
 
-def test_classes_are_known_before_anything_is_read(squares):
+def test_classes_are_known_before_tables_are_read(squares):
     data = tiny_data(squares)
     assert data.class_names == list(CLASSES) == data.prompt_names
-    with pytest.raises(ConfigError, match="Say which images to predict"):
+    with pytest.raises(ConfigError, match="Set the images to predict"):
         data.predict_dataloader()
 
 
-def test_lightnings_own_sampler_is_refused(tmp_path, squares):
+def test_lightnings_distributed_sampler_is_refused(tmp_path, squares):
     data = ready(squares)
     data.trainer = tiny_trainer(tmp_path, use_distributed_sampler=True)
     data.train_dataloader()

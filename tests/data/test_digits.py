@@ -1,4 +1,4 @@
-"""The generated digits data set: deterministic, complete or absent, and labeled with what was drawn."""
+"""The generated digits data set: deterministic, complete or absent, and correctly labeled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return source
 
 
-def test_is_a_source_whose_names_need_no_files(tmp_path):
+def test_class_names_need_no_files(tmp_path):
     source = Digits(root=str(tmp_path))
     assert isinstance(source, Source)
     assert source.class_names == source.prompt_names == NAMES
@@ -42,7 +42,7 @@ def test_is_a_source_whose_names_need_no_files(tmp_path):
         source.train()
 
 
-def test_same_seed_same_bytes_and_other_seed_differs(drawn, tmp_path):
+def test_images_depend_on_the_seed(drawn, tmp_path):
     again = dataclasses.replace(drawn, root=str(tmp_path))
     again.prepare()
     other = dataclasses.replace(again, seed=1)
@@ -73,10 +73,10 @@ def test_tables_and_images(drawn):
             with Image.open(table.file(i)) as image:
                 assert image.mode == "RGB"
                 assert image.size == (64, 64)
-                assert np.asarray(image).std() > 5  # something is on it
+                assert np.asarray(image).std() > 5  # the image is not empty
 
 
-def test_labels_are_the_digits_that_were_drawn(monkeypatch, tmp_path):
+def test_labels_are_the_drawn_digits(monkeypatch, tmp_path):
     asked: list[tuple[set[int], list[int]]] = []
 
     def recorded(rng, size, scene, digits: Sequence[int], source):
@@ -90,7 +90,7 @@ def test_labels_are_the_digits_that_were_drawn(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(canvases, "_glyph", watched)
             image = canvases.draw_canvas(rng, size, scene, digits, source)
-        asked.append((set(digits), pasted[-len(digits) :]))  # scraps come first
+        asked.append((set(digits), pasted[-len(digits) :]))  # scraps are drawn first
         return image
 
     monkeypatch.setattr(digits_module, "draw_canvas", recorded)
@@ -103,8 +103,8 @@ def test_labels_are_the_digits_that_were_drawn(monkeypatch, tmp_path):
         assert 1 <= len(digits) == len(pasted) <= 4
 
 
-def test_boxes_hold_the_ink_of_their_digits(tmp_path):
-    """Most of what two canvases, drawn with and without a digit, differ in lies in its box."""
+def test_boxes_contain_their_digits(tmp_path):
+    """Most differences between canvases with and without a digit are in its box."""
     source = canvases.exemplars("train")
     bare = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [], source).image).astype(int)
     for digit in range(10):
@@ -123,7 +123,7 @@ def test_boxes_hold_the_ink_of_their_digits(tmp_path):
         assert [sorted(boxes) for boxes in digits.boxes(part)] == [np.flatnonzero(row).tolist() for row in table.labels]
 
 
-def test_a_drawn_digit_changes_the_canvas_and_only_around_itself():
+def test_a_drawn_digit_changes_the_canvas_only_around_itself():
     source = canvases.exemplars("train")
     bare = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [], source).image).astype(int)
     inked = np.asarray(canvases.draw_canvas(np.random.default_rng(3), 160, "meadow", [8], source).image).astype(int)
@@ -132,7 +132,7 @@ def test_a_drawn_digit_changes_the_canvas_and_only_around_itself():
     assert max(np.ptp(ys), np.ptp(xs)) < 0.42 * 160
 
 
-def test_groups_share_images_and_frequencies_have_a_tail():
+def test_groups_share_images_and_some_digits_are_rare():
     labels = np.zeros((3000, 10), dtype=int)
     scenes = []
     for i in range(len(labels)):
@@ -140,7 +140,7 @@ def test_groups_share_images_and_frequencies_have_a_tail():
         assert len(set(digits)) == len(digits)
         labels[i, digits] = 1
         scenes.append(scene)
-    pairs = labels.T @ labels / labels.sum(0)  # column k: how often others are there when k is
+    pairs = labels.T @ labels / labels.sum(0)  # column k: how often other digits occur with k
     group = np.empty(10, dtype=int)
     for number, members in enumerate(GROUPS.values()):
         group[list(members)] = number
@@ -150,12 +150,12 @@ def test_groups_share_images_and_frequencies_have_a_tail():
     assert within.mean() > 5 * across.mean()
     share = labels.mean(0)
     assert share.max() > 2.5 * share.min() > 0.2
-    # The scene hints at the group but does not tell it.
+    # The scene depends on the group but does not determine it.
     expected = np.array(list(GROUPS))[group[labels.argmax(1)]]
     assert 0.5 < np.mean(expected == np.array(scenes)) < 0.75
 
 
-def test_parts_share_no_exemplar_and_use_all():
+def test_parts_use_all_exemplars_and_share_none():
     parts = [canvases.exemplars(part) for part in ("train", "test", "pretrain")]
     assert sum(len(part.digits) for part in parts) == 1797
     for part in parts:
@@ -165,12 +165,12 @@ def test_parts_share_no_exemplar_and_use_all():
     assert all(images[a].isdisjoint(images[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_prepare_reuses_what_is_complete(drawn, monkeypatch):
+def test_prepare_reuses_a_complete_data_set(drawn, monkeypatch):
     monkeypatch.setattr(digits_module, "draw_canvas", lambda *_: pytest.fail("drew again"))
     drawn.prepare()
 
 
-def test_prepare_names_what_is_missing(tmp_path):
+def test_prepare_names_missing_files(tmp_path):
     source = Digits(root=str(tmp_path), num_train=3, num_test=2, image_size=64)
     source.prepare()
     source.train().file(1).unlink()
@@ -178,7 +178,7 @@ def test_prepare_names_what_is_missing(tmp_path):
         source.prepare()
     table = source.folder / "test.csv"
     table.write_text(table.read_text().rsplit("\n", 2)[0] + "\n")
-    with pytest.raises(DataError, match=r"test\.csv is not the table of 2 images"):
+    with pytest.raises(DataError, match=r"test\.csv is not the generated table of 2 images"):
         source.test()
 
 
@@ -199,7 +199,7 @@ def test_a_second_process_that_finishes_later_keeps_the_first_result(drawn, tmp_
 
     def slow_draw(self, draft, part):
         draw(self, draft, part)
-        if part == "test":  # meanwhile the other process is done
+        if part == "test":  # meanwhile the other process has finished
             monkeypatch.setattr(Digits, "_draw", draw)
             source.prepare()
 
@@ -210,6 +210,6 @@ def test_a_second_process_that_finishes_later_keeps_the_first_result(drawn, tmp_
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_test": -1}, {"image_size": 32}, {"seed": -1}])
-def test_settings_that_cannot_be(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Digits(**wrong)

@@ -1,4 +1,4 @@
-"""Kept features against those computed from the images, and what must make them anew."""
+"""Compares cached features with those computed from images, and tests when they are recomputed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.caches.feature_cache import FeatureCache, KeptViews, StrongInTurn, Tower
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.samplers import Draw
@@ -23,7 +24,7 @@ from zero_shot import zero_shot_mAP
 
 
 class Count(L.Callback):
-    """How many images the frozen tower was given: before training, in steps, and in passes without gradient."""
+    """Counts images in the frozen tower: before training, in steps, and in passes without gradient."""
 
     def __init__(self):
         self.before = self.steps = self.passes = 0
@@ -55,15 +56,15 @@ def cached_fit(folder, clip, source, strong=0, cache=None, **settings):
     return module, trainer, count
 
 
-def test_kept_views_are_the_views_of_training(squares):
+def test_cached_views_equal_the_views_of_training(squares):
     files, contents = ImageFiles(squares.train()), [bytes([i]) * 32 for i in range(22)]
-    views = KeptViews(files, contents, np.ones((22, 4), dtype=bool), SIZE, 0.5)
+    views = KeptViews(files, contents, np.ones((22, 4), dtype=bool), SIZE, CutoutRandAugment())
     plain, mirrored, first, second = views.make(3, [0, 1, 2, 3])
     assert torch.equal(plain, PlainView(SIZE)(files[3]))
     assert torch.equal(mirrored, plain.flip(-1))
     place = int.from_bytes(contents[3][:4], "little")
     for v, view in enumerate((first, second)):
-        assert torch.equal(view, StrongView(SIZE, 0, 0.5)(files[3], Draw(place, v, 0)))
+        assert torch.equal(view, StrongView(SIZE, 0)(files[3], Draw(place, v, 0)))
     assert not torch.equal(first, second)
     weak = WeakView(SIZE, 5)
     flips = set()
@@ -73,7 +74,7 @@ def test_kept_views_are_the_views_of_training(squares):
         assert torch.equal(weak(files[3], draw), (plain, mirrored)[weak.flips(draw)])
     assert flips == {True, False}
     assert len({views.key(row, column) for row in range(22) for column in range(4)}) == 88
-    other = KeptViews(files, contents, views.needed, SIZE, 0.25)
+    other = KeptViews(files, contents, views.needed, SIZE, CutoutRandAugment(0.25))
     assert other.key(3, 0) == views.key(3, 0)
     assert other.key(3, 2) != views.key(3, 2)
 
@@ -85,8 +86,8 @@ def test_strong_views_take_turns():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_kept_features_are_those_of_the_images(tmp_path, clip_folder, squares, precision):
-    """In value, in the loss and in its gradients, up to float16's rounding of the features."""
+def test_cached_features_equal_those_of_the_images(tmp_path, clip_folder, squares, precision):
+    """Features, loss and gradients are equal up to float16 rounding of the features."""
     settings = {"decoder_dropout": 0.0, "warmup_epochs": 0, "trainer": {"precision": precision}, "max_epochs": 1}
     cached, trainer, _ = cached_fit(tmp_path, clip_folder, squares, **settings)
     data, plain_data = trainer.datamodule, tiny_data(squares)
@@ -101,7 +102,7 @@ def test_kept_features_are_those_of_the_images(tmp_path, clip_folder, squares, p
             assert torch.equal(batch.index, expected.index)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 features = cached.network.features(expected.images)
-            # bfloat16 values lie in float16 but for the smallest; float32 ones are rounded to 11 bits.
+            # float16 contains all but the smallest bfloat16 values; float32 values are rounded to 11 bits.
             torch.testing.assert_close(batch.features.float(), features.float(), rtol=2**-11, atol=1e-7)
             found = []
             for given in (batch.features, features):
@@ -117,18 +118,18 @@ def test_kept_features_are_those_of_the_images(tmp_path, clip_folder, squares, p
     assert seen == 14 + 7
 
 
-def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
+def test_passes_without_gradient_read_no_images(tmp_path, clip_folder, squares):
     plain_count = Count()
     plain_module, plain = tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [plain_count]})
     assert plain_count.before == 0
     assert plain_count.passes == 2 * 7 + 2 * 14  # weak views: for the labels of an epoch, and for the final thresholds
     module, trainer, count = cached_fit(tmp_path, clip_folder, squares)
     assert count.passes == 0
-    assert count.steps == plain_count.steps - 7 > 0  # without a cache, zero-shot CLIP sees the test images once more
+    assert count.steps == plain_count.steps - 7 > 0  # without a cache, zero-shot CLIP also sees the test images
     assert (
         count.before == 14 * 2 + 8 + 7 + 1
-    )  # two flips of the unlabeled, the labeled and test images, and one to learn the shape
-    # Both had the same weights when thresholds were taken. (Later ones differ: a pseudo-label may tie within rounding.)
+    )  # two flips of the unlabeled images, the labeled and test images, and one to determine the shape
+    # Thresholds used the same weights. (Later weights differ, since rounding may change pseudo-labels at ties.)
     assert module.tau_pos.isfinite().any()
     torch.testing.assert_close(module.tau_pos, plain_module.tau_pos, atol=5e-4, rtol=0)
     torch.testing.assert_close(module.tau_neg, plain_module.tau_neg, atol=5e-4, rtol=0)
@@ -136,23 +137,23 @@ def test_passes_without_gradient_cost_no_image(tmp_path, clip_folder, squares):
     assert zero_shot_mAP(module.network.clip, trainer.datamodule) == pytest.approx(
         expected, abs=0.05
     )  # of seven images
-    # A second run finds everything.
+    # A second run finds all features.
     again, _, count = cached_fit(tmp_path, clip_folder, squares)
     assert count.before == 1
     assert differences(module.state_dict(), again.state_dict()) == []
 
 
-def test_kept_strong_views_spare_the_tower_altogether(tmp_path, clip_folder, squares):
+def test_cached_strong_views_replace_the_tower(tmp_path, clip_folder, squares):
     settings = {"data": {"held_out_fraction": 0.25, "num_workers": 2}}
     module, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=3, **settings)
     assert count.steps == count.passes == 0
     assert count.before == 14 * 2 + 8 + 7 + 3 * (6 + 14) + 1
     assert len(trainer.datamodule.split.held_out) == 2
     other, _, _ = cached_fit(tmp_path, clip_folder, squares, strong=3, data={"held_out_fraction": 0.25})
-    assert differences(module.state_dict(), other.state_dict()) == [], "workers changed something"
+    assert differences(module.state_dict(), other.state_dict()) == [], "the weights depend on the number of workers"
 
 
-def test_labels_alone_need_no_view_of_the_unlabeled(tmp_path, clip_folder, squares):
+def test_training_on_labels_only_caches_no_unlabeled_views(tmp_path, clip_folder, squares):
     _, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabeledOnly(), num_contexts=0)
     assert count.before == 3 * 8 + 7 + 1
     assert count.steps == 0
@@ -164,18 +165,18 @@ def test_labels_alone_need_no_view_of_the_unlabeled(tmp_path, clip_folder, squar
     assert batch.images is None
 
 
-def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
+def test_stale_features_are_never_used(tmp_path, clip_folder, squares):
     own = tmp_path / "own"
     shutil.copytree(squares.train().root, own)
     source = Squares(own)
     fit = {"max_epochs": 1, "warmup_epochs": 0}
     cache = FeatureCache(str(tmp_path / "cache"))
     assert cached_fit(tmp_path, clip_folder, source, cache=cache, **fit)[2].before == 44
-    # The same files under other names: known by their content.
+    # The same files under other names: identified by their content.
     moved = tmp_path / "moved"
     shutil.copytree(own, moved)
     assert cached_fit(tmp_path, clip_folder, Squares(moved), cache=cache, **fit)[2].before == 1
-    # One file with other content, of an unlabeled image: its two views.
+    # One unlabeled image with other content: its two views.
     data = tiny_data(source)
     data.setup("fit")
     row = int(data.split.unlabeled[0])
@@ -189,7 +190,7 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
     expected = module.network.features(image[None])[0]
     torch.testing.assert_close(batch.features[0].float(), expected, rtol=2**-11, atol=1e-7)
     before.save(file)
-    # Other weights, size or precision: everything anew.
+    # Other weights, size or precision: all views are recomputed.
     other = tiny_clip(tmp_path / "other", "resnet", seed=1)
     assert cached_fit(tmp_path, other, source, cache=cache, **fit)[2].before == 44
     sized = cached_fit(tmp_path, clip_folder, source, cache=cache, data={"image_size": 96}, **fit)
@@ -200,7 +201,7 @@ def test_nothing_stale_is_ever_used(tmp_path, clip_folder, squares):
 
 
 def test_another_activation_is_another_tower(tmp_path):
-    """The same weights: only the fingerprint of the tower's structure tells them apart."""
+    """The weights are equal, so only the fingerprint of the tower's structure distinguishes the towers."""
     found = set()
     for name, changes in (("gelu", {}), ("quick", {"quick_gelu": True}), ("heads", {"vision_cfg": {"head_width": 8}})):
         network = tiny_module(tiny_clip(tmp_path / name, "vit", **changes)).network
@@ -209,7 +210,7 @@ def test_another_activation_is_another_tower(tmp_path):
     assert len(found) == 3
 
 
-def test_another_module_gets_images(tmp_path, clip_folder, squares):
+def test_another_module_receives_images(tmp_path, clip_folder, squares):
     _, trainer, _ = cached_fit(tmp_path, clip_folder, squares, max_epochs=1)
     data = trainer.datamodule
     assert next(iter(data.val_dataloader())).images is None
@@ -220,8 +221,8 @@ def test_another_module_gets_images(tmp_path, clip_folder, squares):
     assert results == expected
 
 
-def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, squares, monkeypatch):
-    """As after a crash, and as with two processes that take a share each."""
+def test_features_are_not_computed_twice(tmp_path, clip_folder, squares, monkeypatch):
+    """As after a crash, and as with two processes that each compute a share."""
     cache = FeatureCache(str(tmp_path / "cache"), strong_views=1)
     shares = [{"local_rank": rank, "num_devices": 2} for rank in range(2)]
     counts = []
@@ -234,7 +235,7 @@ def test_a_part_that_was_computed_is_not_computed_again(tmp_path, clip_folder, s
         tower = Tower(module.network.features, module.network.frozen_weights, "32-true")
         store, kept = data.compute_features(tower)
         counts.append(count.before)
-        if len(counts) == 1:  # the other has not come to its share
+        if len(counts) == 1:  # the other process has not computed its share yet
             with pytest.raises(DataError, match="features are missing"):
                 data.use_features(tower, store, kept)
     assert sum(counts) == 14 * 2 + 8 + 22 + 7 + 2
@@ -250,8 +251,8 @@ def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
         cached_fit(tmp_path, clip_folder, squares, cache=small)
 
 
-def test_a_tower_that_is_trained_reads_images(tmp_path, clip_folder, squares, monkeypatch):
-    """Said, not refused: overlays of a machine go over all systems of a table, also those without a frozen tower."""
+def test_a_trained_tower_reads_images(tmp_path, clip_folder, squares, monkeypatch):
+    """Reported, not refused: a machine's overlays apply to all systems of a table, even without a frozen tower."""
     monkeypatch.setattr(type(tiny_module(clip_folder).network), "frozen_weights", None)
     with pytest.warns(UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views are ever new"):
         cached_fit(tmp_path, clip_folder, squares)

@@ -1,4 +1,4 @@
-"""The image cache: the same views as from files, each file decoded once, and nothing stale."""
+"""The image cache: views equal those from files, each file is decoded once, and no image is stale."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cbsa_lightning.data.views import squash
 from cbsa_lightning.errors import ConfigError, DataError
 from tiny_data import CLASSES, Squares, tiny_data, tiny_module, tiny_trainer
 
-SIZE = 40  # not that of the images, so that there is something to squash
+SIZE = 40  # differs from the images, so that they are resized
 
 
 def photographs(folder, number):
-    """Different images of many shapes, as JPEG."""
+    """Writes different JPEG images of many shapes."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(number):
@@ -54,7 +54,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Names of the files that were decoded."""
+    """Returns the names of decoded files."""
     names, original = [], images_module.decode
     monkeypatch.setattr(images_module, "decode", lambda path, *rest: names.append(path.name) or original(path, *rest))
     return names
@@ -75,12 +75,12 @@ def test_images_are_decoded_once(tmp_path, cache, decoded):
     photographs(tmp_path / "other", 2)
     mixed = table_of(tmp_path, ["moved/3.jpg", "moved/9.jpg", "other/1.jpg", "images/7.jpg"])
     require_equal(cache.images(ImageFiles(mixed), SIZE), mixed)
-    assert decoded == [], "these contents were there"
+    assert decoded == [], "these contents were cached already"
     (store,) = (tmp_path / "cache").glob("images-*")
     assert (store / "rows.bin").stat().st_size == 70 * SIZE**2 * 3
 
 
-def test_a_changed_file_is_decoded_anew(tmp_path, cache, decoded):
+def test_a_changed_file_is_decoded_again(tmp_path, cache, decoded):
     table = photographs(tmp_path / "images", 4)
     before = cache.images(ImageFiles(table), SIZE)[2].copy()
     del decoded[:]
@@ -100,7 +100,7 @@ def test_equal_files_share_a_row(tmp_path, cache, decoded):
     assert len(cached.store) == len(decoded) == 3
 
 
-def test_size_and_way_of_decoding_are_kept_apart(tmp_path, cache):
+def test_sizes_and_decoding_settings_are_separate(tmp_path, cache):
     table = photographs(tmp_path / "images", 12)
     for at_least in (None, SIZE):
         require_equal(cache.images(ImageFiles(table, at_least), SIZE), table, at_least)
@@ -112,11 +112,11 @@ def test_size_and_way_of_decoding_are_kept_apart(tmp_path, cache):
         "images-40-fast",
         "images-8",
     ]
-    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(asked for: 80"):
+    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(requested: 80"):
         cache.images(ImageFiles(table, 80), SIZE)
 
 
-def test_a_cache_that_would_grow_too_large_is_refused_before_decoding(tmp_path, cache, decoded):
+def test_the_limit_is_checked_before_decoding(tmp_path, cache, decoded):
     table = photographs(tmp_path / "images", 9)
     small = replace(cache, limit_gb=8 * SIZE**2 * 3 / 1e9)
     with pytest.raises(ConfigError, match=r"9 more decoded images need 0\.0 GB.*Raise data\.image_cache\.limit_gb"):
@@ -126,7 +126,7 @@ def test_a_cache_that_would_grow_too_large_is_refused_before_decoding(tmp_path, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_file_is_named_and_those_before_it_are_kept(tmp_path, cache, num_workers):
+def test_a_broken_file_is_named_and_earlier_ones_are_cached(tmp_path, cache, num_workers):
     table = photographs(tmp_path / "images", 130)
     content = table.file(100).read_bytes()
     table.file(100).write_bytes(content[: len(content) // 2])
@@ -138,7 +138,7 @@ def test_a_broken_file_is_named_and_those_before_it_are_kept(tmp_path, cache, nu
     require_equal(cache.images(ImageFiles(table), SIZE, num_workers), table)
 
 
-@pytest.mark.slow  # imports torch afresh, twice
+@pytest.mark.slow  # imports torch in two new processes
 def test_two_processes_fill_the_same_cache(tmp_path, cache):
     table = photographs(tmp_path / "images", 150)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -175,31 +175,31 @@ def batches_of(data):
 @pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"held_out_fraction": 0.4}, {"fast_decode": True}])
 def test_batches_from_the_cache_equal_those_from_files(squares, cache, settings):
     plain = batches_of(ready(squares, **settings))
-    for _ in range(2):  # made, and found
+    for _ in range(2):  # filled, then reused
         for one, other in zip(plain, batches_of(ready(squares, image_cache=cache, **settings)), strict=True):
             assert len(one.images) == len(other.images) > 0
             assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("images", "targets", "index"))
 
 
-def test_prepare_data_fills_the_cache_and_loaders_decode_nothing(squares, cache, decoded):
+def test_prepare_data_fills_the_cache_for_the_loaders(squares, cache, decoded):
     data = tiny_data(squares, image_size=SIZE, image_cache=cache, batch_size=8)
     state = torch.get_rng_state()
     data.prepare_data()
     assert len(decoded) == 22 + 7
-    assert torch.equal(torch.get_rng_state(), state), "a run with a cache would not be the run without"
+    assert torch.equal(torch.get_rng_state(), state), "the cache changes the random state and thus the run"
     del decoded[:]
     data.setup("fit")
     assert sum(len(batch.images) for batch in batches_of(data)) > 0
     assert decoded == []
 
 
-def test_setup_alone_fills_the_cache_too(squares, cache, decoded):
+def test_setup_without_prepare_data_fills_the_cache(squares, cache, decoded):
     data = tiny_data(squares, image_size=SIZE, image_cache=cache)
     data.setup("fit")
     assert len(decoded) == 22 + 7
 
 
-def test_prediction_fills_no_cache(tmp_path, clip_folder, squares, squares_folder, cache, decoded):
+def test_prediction_does_not_fill_the_cache(tmp_path, clip_folder, squares, squares_folder, cache, decoded):
     data = tiny_data(squares, image_cache=cache, predict=str(squares_folder / "test"))
     data.trainer = tiny_trainer(tmp_path)
     data.trainer.predicting = True
@@ -209,7 +209,7 @@ def test_prediction_fills_no_cache(tmp_path, clip_folder, squares, squares_folde
     assert not (tmp_path / "cache").exists()
 
 
-def test_missing_images_are_named_before_anything_is_decoded(squares_folder, cache, decoded):
+def test_missing_images_are_named_before_decoding(squares_folder, cache, decoded):
     class Missing(Squares):
         def test(self):
             table = super().test()
@@ -219,7 +219,7 @@ def test_missing_images_are_named_before_anything_is_decoded(squares_folder, cac
         ready(Missing(squares_folder), image_cache=cache)
 
 
-def test_training_from_the_cache_is_training_from_files(tmp_path, clip_folder, squares, cache):
+def test_training_from_the_cache_equals_training_from_files(tmp_path, clip_folder, squares, cache):
     states = []
     for settings in ({}, {"image_cache": cache}):
         module = tiny_module(clip_folder)

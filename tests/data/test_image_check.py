@@ -1,4 +1,4 @@
-"""Images that cannot be read: found before the first step, or skipped and listed."""
+"""Unreadable images are found before the first step, or skipped and listed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table_of(folder, names):
 
 
 @pytest.mark.parametrize("kind", SUFFIXES)
-def test_what_is_cut_off_is_found_and_what_is_whole_is_not(tmp_path, kind, monkeypatch):
+def test_truncated_images_are_found_and_intact_ones_are_not(tmp_path, kind, monkeypatch):
     names = [f"{what}.{SUFFIXES[kind]}" for what in ("whole", "half", "almost", "empty", "text", "padded")]
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / names[0], kind)
@@ -37,7 +37,7 @@ def test_what_is_cut_off_is_found_and_what_is_whole_is_not(tmp_path, kind, monke
     decode = images.decode
     monkeypatch.setattr(image_check, "decode", lambda file: decoded.append(file.stem) or decode(file))
     found = unreadable(table_of(tmp_path, names), np.arange(6)).tolist()
-    for row, name in enumerate(names):  # decode says the truth
+    for row, name in enumerate(names):  # decode is the ground truth
         try:
             decode(tmp_path / name)
             assert row not in found, name
@@ -48,7 +48,7 @@ def test_what_is_cut_off_is_found_and_what_is_whole_is_not(tmp_path, kind, monke
 
 
 def broken(folder, *files):
-    """The squares, with some of their files cut off."""
+    """Returns the squares with some truncated files."""
     source = Squares(folder)
     for file in files:
         content = (folder / file).read_bytes()
@@ -69,7 +69,7 @@ def test_a_fit_stops_before_its_first_step(tmp_path, clip_folder):
     assert all(f"{file}.png" in str(refused.value) for file in ("train/3", "train/4", "test/0"))
 
 
-def test_images_that_a_fit_does_not_read_do_not_stop_it(tmp_path, clip_folder):
+def test_a_fit_ignores_broken_images_that_it_does_not_read(tmp_path, clip_folder):
     unlabeled = split_of(Squares(tmp_path / "images")).unlabeled[0]
     source = broken(tmp_path / "images", f"train/{unlabeled}.png")
     _, trainer = tiny_fit(tmp_path, clip_folder, source, labeler=LabeledOnly())

@@ -25,7 +25,7 @@ def saved(path, image, **options):
     return path
 
 
-def test_rgb_comes_back_as_it_was(tmp_path):
+def test_rgb_is_unchanged(tmp_path):
     array = decode(saved(tmp_path / "a.png", Image.fromarray(RGB)))
     assert array.dtype == np.uint8
     assert array.flags.writeable
@@ -46,7 +46,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_exif_that_cannot_be_read_counts_as_none(tmp_path):
+def test_unreadable_exif_is_ignored(tmp_path):
     path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     np.testing.assert_array_equal(decode(path), RGB)
 
@@ -82,9 +82,9 @@ def test_cmyk_is_converted(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_parts_lie_over_white(tmp_path, mode):
+def test_transparent_parts_are_blended_with_white(tmp_path, mode):
     pixels = np.zeros((1, 3, 4), np.uint8)
-    pixels[0, :, 3] = 0, 128, 255  # black: hidden, half, full
+    pixels[0, :, 3] = 0, 128, 255  # black: transparent, half, opaque
     if mode == "P":
         image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
         image.putpalette([0] * 9)
@@ -94,7 +94,7 @@ def test_transparent_parts_lie_over_white(tmp_path, mode):
     np.testing.assert_array_equal(decode(path), np.array([[[255] * 3, [127] * 3, [0] * 3]]))
 
 
-def test_one_transparent_color_lies_over_white(tmp_path):
+def test_one_transparent_color_becomes_white(tmp_path):
     path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2), (9, 8, 7)), transparency=(9, 8, 7))
     assert (decode(path) == 255).all()
 
@@ -121,7 +121,7 @@ def jpeg(size=(200, 150)):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot be read as an image"),
     ],
 )
-def test_what_cannot_be_read_is_an_error_with_name_and_remedy(tmp_path, content, message):
+def test_unreadable_files_raise_errors_with_name_and_remedy(tmp_path, content, message):
     path = tmp_path / "2008_000123.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
@@ -169,21 +169,21 @@ SOUND = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF",
 
 @st.composite
 def damaged(draw):
-    """A sound file with some bytes changed, and perhaps cut off: gets further into Pillow than noise does."""
+    """Returns a valid file with some bytes changed or truncated, which reaches deeper into Pillow than noise."""
     data = bytearray(draw(st.sampled_from(SOUND)))
     for _ in range(draw(st.integers(0, 6))):
         data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow remarks on damaged metadata; the outcome is what counts
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged metadata; only the outcome matters
 @settings(deadline=None, max_examples=400)
 @given(content=st.one_of(st.binary(max_size=300), damaged()), at_least=st.sampled_from([None, None, 2]))
-def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content, at_least):
+def test_any_bytes_yield_an_rgb_array_or_a_data_error(tmp_path_factory, content, at_least):
     path = tmp_path_factory.getbasetemp() / "any-bytes.img"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 250_000)  # a changed header may ask for gigabytes
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 250_000)  # a changed header may require gigabytes
         try:
             array = decode(path, at_least)
         except DataError as error:
@@ -195,7 +195,7 @@ def test_any_bytes_give_an_rgb_array_or_a_data_error(tmp_path_factory, content, 
         assert array.size > 0
 
 
-# Files that claim, or unpack to, far more than they are ------------------------------------------------------
+# Files that expand to much more than their size --------------------------------------------------------------
 
 
 def chunk(kind, content):
@@ -214,7 +214,7 @@ def gif(canvas, frame):
 
 
 def patched(kind, find, offset, form, *values, **options):
-    """A sound file with a size written over: ``offset`` bytes behind ``find``."""
+    """Returns a valid file whose size is overwritten ``offset`` bytes after ``find``."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, kind, **options)
     data = bytearray(buffer.getvalue())
@@ -246,7 +246,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("at_least", [None, 224])
-def test_bombs_of_every_format_are_refused_before_they_unpack(tmp_path, name, at_least):
+def test_bombs_of_every_format_are_refused_before_decompression(tmp_path, name, at_least):
     content, message = BOMBS[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -257,8 +257,8 @@ def test_bombs_of_every_format_are_refused_before_they_unpack(tmp_path, name, at
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
-def test_xml_inside_of_an_image_is_not_expanded(tmp_path):
-    """No reader parses XML; Pillow looks for an orientation in it as text."""
+def test_xml_inside_an_image_is_not_expanded(tmp_path):
+    """No reader parses XML; Pillow searches its text for an orientation."""
     entities = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
     laughs = f'<!DOCTYPE x [<!ENTITY a0 "lol">{entities}]><x tiff:Orientation="6">&a11;</x>'.encode()
     path = tmp_path / "xmp.png"
@@ -266,17 +266,17 @@ def test_xml_inside_of_an_image_is_not_expanded(tmp_path):
     assert decode(path).shape == (4, 4, 3)
 
 
-def test_pixels_beyond_the_image_are_not_unpacked(tmp_path):
+def test_pixels_outside_the_image_are_not_decompressed(tmp_path):
     path = tmp_path / "rows.png"
     path.write_bytes(png(4, 4, rows=MEGABYTES))
     assert (decode(path) == 0).all()
 
 
-# Decoding at a part of the size ------------------------------------------------------------------------------------
+# Decoding at a fraction of the size --------------------------------------------------------------------------------
 
 
 def photograph(size, mode="RGB"):
-    """Smooth noise, as a photograph is smooth: coarse colors enlarged."""
+    """Returns smooth noise like a photograph: enlarged coarse colors."""
     coarse = RNG.integers(0, 256, (6, 8, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8)
     return Image.fromarray(coarse.squeeze(), mode).resize(size, Image.Resampling.BICUBIC)
 
@@ -320,20 +320,20 @@ def test_several_jpegs_in_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.webp", "a.gif", "a.tif", "a.ppm", "a.jp2"])
-def test_other_formats_are_always_decoded_whole(tmp_path, name):
+def test_other_formats_are_always_decoded_at_full_size(tmp_path, name):
     path = saved(tmp_path / name, photograph((64, 48)))
     np.testing.assert_array_equal(decode(path, 8), decode(path))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_broken_jpeg_is_no_better_at_a_part_of_its_size(tmp_path, monkeypatch):
+def test_a_broken_jpeg_is_refused_at_a_fraction_of_its_size(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.jpg", photograph((640, 480)))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 3 // 4])
     with pytest.raises(DataError, match=r"a\.jpg: .*truncated"):
         decode(path, 60)
     path.write_bytes(content)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 - 1)  # the whole image counts
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 - 1)  # the size of the whole image is checked
     with pytest.raises(DataError, match="too large to decode safely"):
         decode(path, 60)
 
@@ -350,7 +350,7 @@ def test_images_of_a_table_by_row(tmp_path):
 
 @pytest.mark.parametrize("folder", ["coco-small/images", "voc2012-animals/VOCdevkit/VOC2012/JPEGImages"])
 def test_views_of_real_photographs_decoded_at_half_size_are_close(realbench, folder):
-    """At 112 pixels, since these have a short side of 256: as 480 and 224, the sides of COCO and of the views."""
+    """112 to a short side of 256 pixels is similar to 224 to 480, the sizes of views and COCO."""
     view = PlainView(112)
     differences = []
     for path in sorted((realbench / folder).glob("*.jpg"))[:150]:

@@ -1,4 +1,4 @@
-"""Cells with names of classes in the forms that people and programs write."""
+"""Cells with names of classes in the forms written by people and programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder, cells, column="labels"):
 
 
 def read(folder, cells, **options):
-    """Classes of each row, as a set; None for a row of which nothing is known."""
+    """Returns the set of classes of each row; None for an unlabeled row."""
     table = Table(write(folder, cells), **options).train()
     return [
         None if (row == -1).all() else {name for name, value in zip(table.class_names, row, strict=True) if value == 1}
@@ -79,8 +79,8 @@ def test_forms_of_cells(tmp_path, cell, said, class_file):
 @pytest.mark.parametrize("separator", [";", ",", "|", "json"])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_whatever_is_read_is_what_was_written(tmp_path, separator, data):
-    """Names may have blanks, and commas where a comma separates nothing; what is unclear is refused."""
+def test_cells_are_read_as_written_or_refused(tmp_path, separator, data):
+    """Names may contain blanks, and commas if these are not separators; unclear cells are refused."""
     mark = "," if separator in (";", "|") else " "
     name = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3).map(f"{mark} ".strip(" ").join)
     names = data.draw(st.lists(name, min_size=1, max_size=5, unique=True))
@@ -92,7 +92,7 @@ def test_whatever_is_read_is_what_was_written(tmp_path, separator, data):
     try:
         found = read(tmp_path, cells)
     except DataError:
-        return  # no class at all, or commas and blanks that may separate names
+        return  # no class, or commas and blanks that may separate names
     if separator == "json" or any(len(row) > 1 for row in truth):
         assert found == truth
 
@@ -109,7 +109,7 @@ def test_a_given_separator_is_used(tmp_path, separator):
 
 
 @pytest.mark.parametrize("separator", ["", 3, b";"])
-def test_a_separator_that_is_none(separator):
+def test_a_separator_that_is_wrong(separator):
     with pytest.raises(ConfigError, match="Table: separator"):
         Table("t.csv", separator=separator)
 
@@ -144,7 +144,7 @@ def test_names_with_blanks_and_commas(tmp_path, cells, truth):
         ),
     ],
 )
-def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
+def test_a_class_file_defines_the_names(tmp_path, names, cells, truth):
     (tmp_path / "c.json").write_text(json.dumps(dict.fromkeys(names)))
     assert read(tmp_path, cells, class_file=str(tmp_path / "c.json")) == truth
 
@@ -158,14 +158,14 @@ def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
         (["a|b", "c;d"], ["row 2", "';' and '|'", "separator"]),
         (["cat dog", "cat", "dog bird", "bird"], ["row 2", "'cat dog'", "separator: ' '", "class file"]),
         (["red car", "blue car", "red bus", "blue bus"], ["row 2", "'red car'", "separator"]),
-        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "one form"]),
-        (["cat", "[cat, dog]"], ["row 3", "'[cat, dog]'", "no list of JSON or Python"]),
-        (["['cat' 'dog']"], ["row 2", "no list of JSON or Python"]),  # numpy; to Python this is one text
-        (["[0, 1, 1]"], ["row 2", "something else than texts"]),
-        (['["cat", null]'], ["row 2", "something else than texts"]),
+        (['["cat", "dog"]', "cat"], ["row 3", "'cat'", "same form"]),
+        (["cat", "[cat, dog]"], ["row 3", "'[cat, dog]'", "not a list of JSON or Python"]),
+        (["['cat' 'dog']"], ["row 2", "not a list of JSON or Python"]),  # numpy; one string in Python
+        (["[0, 1, 1]"], ["row 2", "something other than strings"]),
+        (['["cat", null]'], ["row 2", "something other than strings"]),
         (['{"choices": ["cat", "dog"]}', "cat"], ["row 2", "JSON object", "Label Studio"]),
-        (["[" * 100_000], ["row 2", "no list of JSON or Python"]),
-        (["[" + " " * 100_000], ["row 2", "no list of JSON or Python"]),
+        (["[" * 100_000], ["row 2", "not a list of JSON or Python"]),
+        (["[" + " " * 100_000], ["row 2", "not a list of JSON or Python"]),
         (["cat;", "dog"], ["row 2", "empty name", "';'", "'none'"]),
         (['["cat", ""]'], ["row 2", "empty name"]),
         (['["[]"]', '["cat"]'], ["row 2", "'[]'"]),
@@ -173,7 +173,7 @@ def test_a_class_file_decides_what_is_a_name(tmp_path, names, cells, truth):
         (["'cat';'dog'", "x;'cat'"], ["row 2", "in quotes"]),
     ],
 )
-def test_cells_that_can_be_read_in_two_ways_or_in_none(tmp_path, cells, words):
+def test_ambiguous_or_malformed_cells_are_refused(tmp_path, cells, words):
     refused(tmp_path, cells, *words)
 
 
@@ -212,12 +212,12 @@ def test_words_for_shows_nothing(tmp_path, word, others):
     assert read(tmp_path, [*others, word])[1] == set()
 
 
-def test_words_inside_of_lists(tmp_path):
+def test_words_inside_lists(tmp_path):
     assert read(tmp_path, ['["cat"]', '["none"]', '["nan"]']) == [{"cat"}, set(), None]
 
 
 @pytest.mark.parametrize("word", ["No Finding", "no_label", "NONE", "None of the above", "nothing", "?", "--"])
-def test_what_only_looks_like_nothing_is_refused(tmp_path, word):
+def test_words_that_resemble_nothing_are_refused(tmp_path, word):
     for cells in (["cat", word], ["cat;dog", word], [f"cat|{word}", "dog"], ['["cat"]', f'["{word}"]']):
         refused(tmp_path, cells, repr(word), f"nothing: [{word}]", "class file")
 
@@ -225,25 +225,25 @@ def test_what_only_looks_like_nothing_is_refused(tmp_path, word):
 @pytest.mark.parametrize(
     "cells", [["cat|dog", "No Finding"], ['["cat", "dog"]', '["No Finding"]'], ["cat, dog", "No Finding"]]
 )
-def test_words_of_the_user_for_nothing(tmp_path, cells):
+def test_custom_words_for_nothing(tmp_path, cells):
     assert read(tmp_path, cells, nothing=["No Finding", "empty"]) == [{"cat", "dog"}, set()]
 
 
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("cat;none", ["'none' beside another name", "no class at all"]),
-        ("cat;No Finding", ["'No Finding' beside another name", "no class at all"]),
-        ("cat;nan", ["'nan' beside another name", "not labeled"]),
-        ("NA;cat", ["'NA' beside another name", "not labeled"]),
+        ("cat;none", ["'none' next to another name", "no class at all"]),
+        ("cat;No Finding", ["'No Finding' next to another name", "no class at all"]),
+        ("cat;nan", ["'nan' next to another name", "not labeled"]),
+        ("NA;cat", ["'NA' next to another name", "not labeled"]),
     ],
 )
-def test_words_beside_names(tmp_path, cell, words):
+def test_words_next_to_names(tmp_path, cell, words):
     refused(tmp_path, ["cat;dog", cell], "row 3", *words, nothing=["No Finding"])
 
 
 @pytest.mark.parametrize("nothing", ["No Finding", [3], [""], None, 5])
-def test_words_for_nothing_are_a_list_of_texts(nothing):
+def test_words_for_nothing_are_a_list_of_strings(nothing):
     with pytest.raises(ConfigError, match="Table: nothing"):
         Table("t.csv", nothing=nothing)
 

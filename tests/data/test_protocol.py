@@ -1,4 +1,4 @@
-"""A data module of one's own: what it must offer is named."""
+"""Custom data modules: missing parts of the interface are named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cbsa_lightning.errors import ConfigError
 from tiny_data import Squares, tiny_data
 
 
-def test_the_librarys_own_module_offers_all(tmp_path):
+def test_the_librarys_module_implements_the_protocol(tmp_path):
     data: SemiSupervisedData = tiny_data(Squares(tmp_path))
     data.setup("fit")
     assert semi_supervised(data) is data
@@ -18,7 +18,7 @@ def test_the_librarys_own_module_offers_all(tmp_path):
     assert [name for name in vars(SemiSupervisedData) if not name.startswith("_") and not hasattr(data, name)] == []
 
 
-def test_what_is_missing_is_named():
+def test_missing_parts_are_named():
     class Mine(LightningDataModule):
         train_table = split = None
 
@@ -27,5 +27,5 @@ def test_what_is_missing_is_named():
 
     with pytest.raises(ConfigError, match=r"Mine lacks \['plain_dataloader', 'labeled_targets', 'hidden_targets'\]"):
         semi_supervised(Mine())
-    with pytest.raises(ConfigError, match="with loaders alone"):
+    with pytest.raises(ConfigError, match="with only loaders"):
         semi_supervised(None)

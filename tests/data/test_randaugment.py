@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import randaugment as plain
 
 RNG = np.random.default_rng(0)
-# Smooth enough for interpolation to matter, not square, and without a full range for autocontrast.
+# Smooth enough to test interpolation, not square, and without a full range for autocontrast.
 WAVES = np.sin(np.arange(30)[:, None, None] * [0.2, 0.3, 0.1] + np.arange(41)[None, :, None] * [0.1, 0.25, 0.3])
 IMAGE = (120 + 90 * WAVES + RNG.integers(-15, 16, WAVES.shape)).astype(np.uint8)
 HEIGHT, WIDTH = IMAGE.shape[:2]
 CENTRE = (0.3, 0.8)
 BLENDED = {"sharpness", "contrast", "color", "brightness", "autocontrast"}  # computed in floating point
 
-# The tables of the fact sheet (B5), written out.
+# The tables of the fact sheet (B5).
 POSTERIZE_BITS = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4]
 CUTOUT_PIXELS = [0, 2, 4, 7, 9, 11, 13, 16, 18, 20]
 
@@ -46,7 +46,7 @@ EXPECTED = {
 }
 
 
-def test_there_are_fifteen_operations_of_ten_strengths():
+def test_there_are_fifteen_operations_with_ten_strengths():
     assert set(OPERATIONS) == set(EXPECTED)
     assert len(OPERATIONS) == 15
     assert {len(strengths) for _, strengths in OPERATIONS.values()} == {10}
@@ -55,20 +55,20 @@ def test_there_are_fifteen_operations_of_ten_strengths():
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("magnitude", [1, 4, 9])
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_operation_against_its_definition(name, magnitude, sign):
+def test_operation_equals_its_definition(name, magnitude, sign):
     got = np.asarray(apply_step(Image.fromarray(IMAGE), Step(name, magnitude, sign, CENTRE)))
     expected = EXPECTED[name](magnitude, sign)
     assert got.shape == IMAGE.shape
     assert got.dtype == np.uint8
     off = np.abs(got.astype(int) - expected)
     if name in {"shear_x", "shear_y", "rotate"}:
-        # Fixed-point coordinates: a position on the edge of a pixel may fall to its neighbor.
+        # With fixed-point coordinates, a position on the edge of a pixel may be rounded to its neighbor.
         assert (off.max(axis=2) > 1).mean() < 0.01
     else:
         assert off.max() <= (1 if name in {"sharpness", "contrast", "color", "brightness", "autocontrast"} else 0)
 
 
-def test_a_step_leaves_its_input_alone():
+def test_a_step_does_not_change_its_input():
     image = Image.fromarray(IMAGE)
     for name in OPERATIONS:
         apply_step(image, Step(name, 9, 1, CENTRE))

@@ -23,7 +23,7 @@ def test_classes_are_as_given_and_have_no_images():
             read()
 
 
-def test_another_number_of_prompt_names_is_refused():
+def test_wrong_number_of_prompt_names_is_refused():
     with pytest.raises(ConfigError, match="prompt_names"):
         Classes(["cat", "dog"], ["cat"])
 
@@ -36,7 +36,7 @@ def coco(file, names):
 
 
 def sources(folder):
-    """Sources whose training annotations are missing, each with a dog to test on."""
+    """Returns sources without training annotations, each with a dog to test on."""
     (folder / "test.csv").write_text("image,labels\na.jpg,dog\n")
     task = {"id": 1, "data": {"image": "a.jpg", "path": "a.jpg"}}
     result = {"from_name": "c", "to_name": "i", "type": "choices", "value": {"choices": ["dog"]}}

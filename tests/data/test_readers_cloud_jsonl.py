@@ -1,4 +1,4 @@
-"""JSON lines of SageMaker Ground Truth and Vertex AI against matrices written by hand, and what is refused."""
+"""Compares JSON lines of SageMaker Ground Truth and Vertex AI with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def vertex(name, *names, use=None):
 
 
 def test_ground_truth(tmp_path):
-    """Classes in use: car, dog, person. b shows none of them, c is open, d has failed, e is a model's."""
+    """Classes in use: car, dog, person. b shows none, c is unlabeled, d has failed, e was labeled by a model."""
     failed = {"source-ref": "s3://b/photos/d.jpg", "tags-metadata": {"failure-reason": "too large"}}
     file = manifest(
         tmp_path,
@@ -60,13 +60,13 @@ def test_ground_truth(tmp_path):
     }  # fmt: skip
     assert [note.partition("manifest: ")[2] for note in source.describe()] == [
         "2 images without labels: unlabeled",
-        "1 image whose labeling failed, among the unlabeled ones",
-        "1 image labeled by a model (human-annotated: no): read as the others",
-        "the classes are the labels in use; a class without any image is not among them",
+        "1 image whose labeling failed: also unlabeled",
+        "1 image labeled by a model (human-annotated: no): read like the others",
+        "the classes are the labels in use; classes without any image are missing",
     ]
 
 
-def test_ground_truth_of_one_label_an_image(tmp_path):
+def test_ground_truth_with_one_label_per_image(tmp_path):
     metadata = {"type": "groundtruth/image-classification", "class-name": "dog"}
     line = {"source-ref": "s3://b/photos/a.jpg", "sport": 0, "sport-metadata": metadata, "mine": 1}
     assert matrix(CloudLines(manifest(tmp_path, line), prefix="s3://b/photos").train()) == {"a.jpg": [1]}
@@ -86,25 +86,25 @@ def test_vertex(tmp_path):
     assert source.class_names == ("car", "dog")
     assert matrix(source.train()) == {"a.jpg": [1, 1], "b.jpg": [-1, -1], "c.jpg": [0, 0], "e.jpg": [1, 0]}
     assert matrix(source.test()) == {"d.jpg": [0, 1]}
-    assert source.describe()[1].endswith("1 validation image by ml_use: read with the images for training")
+    assert source.describe()[1].endswith("1 validation image by ml_use: read with the training images")
 
 
 A = sagemaker("a.jpg", [1], {"1": "dog"})
 
 
 @pytest.mark.parametrize(("lines", "options", "words"), [
-    ([""], {}, ["has no line"]),
+    ([""], {}, ["is empty"]),
     (["{"], {}, ["line 1: cannot be read as JSON"]),
     ([A, "[]"], {}, ["line 2 must be an object"]),
     ([{"image_url": "azureml://a.jpg"}], {}, ["line 1: has neither 'source-ref' (SageMaker) nor", "'image_url'"]),
-    ([A | {"source-ref": 3}], {}, ["source-ref must be a text, found 3"]),
+    ([A | {"source-ref": 3}], {}, ["source-ref must be a string, found 3"]),
     ([A | {"source-ref": "s3://other/a.jpg"}], {}, ["1 of 1", "'s3://other/a.jpg'", "not below 's3://b/photos/'"]),
-    ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["lies outside"]),
+    ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["is outside"]),
     ([A, A], {}, ["the same path twice", "line 1", "line 2"]),
     ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: has no '2'"]),
-    ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be a whole number, found '1'"]),
+    ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be an integer, found '1'"]),
     ([sagemaker("a.jpg", 1, {"1": "dog"})], {}, ["tags must be a list, found 1"]),
-    ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["of type 'groundtruth/boxes'"]),
+    ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["has type 'groundtruth/boxes'"]),
     ([A | {"more": 1, "more-metadata": {}}], {}, ["several label attributes: 'tags'", "'more'"]),
     ([A], {"attribute": "tag"}, ["no label attribute 'tag' (did you mean 'tags'?)"]),
     ([A, sagemaker("b.jpg") | {"tags": [1]}], {}, ["line 2: has 'tags' without its metadata"]),
@@ -112,7 +112,7 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     ([{"imageGcsUri": "s3://b/photos/a.jpg", "classificationAnnotations": [3]}], {}, ["annotation must be an object"]),
     ([sagemaker("a.jpg")], {}, ["no answer names a label"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, lines, options, words):
+def test_invalid_files(tmp_path, lines, options, words):
     with pytest.raises(DataError) as error:
         CloudLines(manifest(tmp_path, *lines), prefix="s3://b/photos", **options).train()
     for word in ["t.manifest", *words]:
@@ -127,6 +127,6 @@ def test_one_of_several_attributes(tmp_path):
     assert source.describe()[0].endswith("1 label attribute not read: 'more'")
 
 
-def test_arguments_that_cannot_be_used():
+def test_invalid_arguments():
     with pytest.raises(ConfigError, match="attribute cannot be a int"):
         CloudLines("t.manifest", attribute=3)

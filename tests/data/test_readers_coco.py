@@ -1,4 +1,4 @@
-"""COCO reader, on tiny files in the official layout and on real ones."""
+"""The COCO reader on tiny files in the official layout and on real files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_labels_and_string_order(tmp_path, year):
 def test_official_names():
     assert len(COCO_CLASSES) == len(COCO_IDS) == 80
     official = dict(zip(COCO_IDS, COCO_CLASSES, strict=True))
-    # Spot checks on both sides of every gap of the official ids.
+    # Spot checks on both sides of every gap in the official ids.
     assert {k: official[k] for k in (1, 11, 13, 25, 27, 31, 44, 46, 65, 67, 70, 72, 82, 84, 90)} == {
         1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack", 31: "handbag",
         44: "bottle", 46: "wine glass", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv",
@@ -76,7 +76,7 @@ def tiny():
     }
 
 
-def test_own_categories(tmp_path):
+def test_custom_categories(tmp_path):
     write(tmp_path, tiny())
     source = COCO(str(tmp_path))
     t = source.train()
@@ -85,7 +85,7 @@ def test_own_categories(tmp_path):
     assert t.labels.tolist() == [[0, 1], [1, 0]]
 
 
-def test_names_are_found_wherever_they_stand_in_the_file(tmp_path):
+def test_names_are_found_anywhere_in_the_file(tmp_path):
     last = tiny()
     last["categories"] = last.pop("categories")
     write(tmp_path, last)
@@ -116,7 +116,7 @@ def change(path, value):
         (("categories", 0, "id"), 2, ["same id twice", "categories[0] and categories[1]"]),
         (("categories", 0, "name"), "cat", ["same name twice", "'cat'"]),
         (("categories", 0, "name"), None, ["categories[0] has no name"]),
-        (("categories", 0, "id"), "7", ["categories[0]", "whole number", "'7'"]),
+        (("categories", 0, "id"), "7", ["categories[0]", "integer", "'7'"]),
         (("images", 1, "id"), 10, ["same id twice", "images[0] and images[1]"]),
         (
             ("images", 1, "file_name"),
@@ -128,16 +128,16 @@ def change(path, value):
         (("annotations", 1, "image_id"), 11, ["annotations[1]: image 11"]),
         (("annotations", 2, "category_id"), 3, ["annotations[2]: category 3"]),
         (("annotations", 2, "category_id"), None, ["annotations[2] has no category_id"]),
-        (("categories", 0, "id"), True, ["categories[0]", "whole number", "True"]),
-        (("categories", 0, "id"), 7.0, ["categories[0]", "whole number", "7.0"]),
-        (("categories", 0, "name"), 5, ["categories[0]", "name must be a text", "5"]),
-        (("categories", 0, "name"), [], ["categories[0]", "name must be a text"]),
+        (("categories", 0, "id"), True, ["categories[0]", "integer", "True"]),
+        (("categories", 0, "id"), 7.0, ["categories[0]", "integer", "7.0"]),
+        (("categories", 0, "name"), 5, ["categories[0]", "name must be a string", "5"]),
+        (("categories", 0, "name"), [], ["categories[0]", "name must be a string"]),
         (("categories", 0, "name"), " ", ["instances_train2014.json", "class 1 has an empty name"]),
         (("categories", 0, "name"), "\ud800", ["instances_train2014.json", "lone surrogate"]),
         (("categories", 0), "dog", ["categories[0] has no id, name"]),
-        (("images", 1, "id"), True, ["images[1]", "id must be a whole number or a text"]),
-        (("images", 1, "id"), [9], ["images[1]", "id must be a whole number or a text"]),
-        (("images", 1, "file_name"), 5, ["images[1]", "file_name must be a text", "5"]),
+        (("images", 1, "id"), True, ["images[1]", "id must be an integer or a string"]),
+        (("images", 1, "id"), [9], ["images[1]", "id must be an integer or a string"]),
+        (("images", 1, "file_name"), 5, ["images[1]", "file_name must be a string", "5"]),
         (("images", 1, "file_name"), "a\0.jpg", ["image 9", "NUL"]),
         (("images", 1, "file_name"), "\udcff.jpg", ["image 9", "Unicode"]),
         (("images", 1, "file_name"), "x" * 10**5 + "/../../../y", ["image 9", "outside", "characters)"]),
@@ -171,13 +171,13 @@ def test_not_json(tmp_path):
         ("", "cannot be read as JSON"),
         ("[" * 100_000, "recursion"),
         ('{"categories": ' + "[" * 100_000, "recursion"),
-        ('{"categories": [], "images": [], "annotations": [], "categories": []}', "the key 'categories' stands twice"),
-        ('{"images": [{"id": 1, "id": 2, "file_name": "a"}]}', "the key 'id' stands twice"),
+        ('{"categories": [], "images": [], "annotations": [], "categories": []}', "the key 'categories' occurs twice"),
+        ('{"images": [{"id": 1, "id": 2, "file_name": "a"}]}', "the key 'id' occurs twice"),
         ('{"categories": ' + "1" * 5_000 + "}", "digits"),
         ("5", "no list 'images'"),
     ],
 )
-def test_json_that_no_reader_should_trust(tmp_path, content, words):
+def test_malicious_json(tmp_path, content, words):
     path = write(tmp_path, tiny())
     path.write_text(content)
     for read in (lambda c: c.train(), lambda c: c.class_names):
@@ -194,14 +194,14 @@ def test_json_in_another_encoding(tmp_path, encoding):
         COCO(str(tmp_path)).train()
 
 
-def test_keys_that_are_not_read_may_stand_twice(tmp_path):
+def test_unused_keys_may_occur_twice(tmp_path):
     path = write(tmp_path, tiny())
     path.write_text(path.read_text().replace('"iscrowd": 1', '"iscrowd": 1, "iscrowd": 0'))
     assert len(COCO(str(tmp_path)).train()) == 2
 
 
 def test_paths_are_not_decoded(tmp_path):
-    """To a file system "%2e%2e" is a name like others."""
+    """For a file system, "%2e%2e" is an ordinary name."""
     write(tmp_path, change(("images", 1, "file_name"), "%2e%2e/%2e%2e/b.jpg")(tiny()))
     assert COCO(str(tmp_path)).train().paths.tolist()[1] == "train2014/%2e%2e/%2e%2e/b.jpg"
 
@@ -232,7 +232,7 @@ def test_real_images(realbench):
     )
     source.prepare()
     t, s = source.train(), source.test()
-    assert (len(t), len(s)) == (251, 99)  # 255 and 100 less the 5 without an object
+    assert (len(t), len(s)) == (251, 99)  # 255 and 100 minus the 5 images without an object
     assert source.class_names == COCO_CLASSES
     t.require_files()
     s.require_files()
@@ -267,7 +267,7 @@ def test_images_without_an_annotation(tmp_path, unannotated, paths, labels):
     assert len(own.test()) == 2
 
 
-def test_another_choice_of_unannotated(tmp_path):
+def test_invalid_choice_of_unannotated(tmp_path):
     with pytest.raises(ConfigError, match="COCO: unannotated"):
         COCO(str(tmp_path), unannotated="keep")
 
@@ -275,8 +275,8 @@ def test_another_choice_of_unannotated(tmp_path):
 @pytest.mark.parametrize(
     ("change_of_file", "words"),
     [
-        (lambda c: c["annotations"][0].update(image_id="10"), ["annotations[0]", "'10'", "a text", "a whole number"]),
-        (lambda c: c["images"][1].update(id="9"), ["annotations[1]", "image 9", "a text", "a whole number"]),
+        (lambda c: c["annotations"][0].update(image_id="10"), ["annotations[0]", "'10'", "a string", "an integer"]),
+        (lambda c: c["images"][1].update(id="9"), ["annotations[1]", "image 9", "a string", "an integer"]),
         (lambda c: c["annotations"][0].update(image_id="1" * 10_000), ["annotations[0]", "correct or remove it"]),
         (
             lambda c: c.update(annotations=[{"id": 1, "image_id": 10, "caption": "a dog"}]),
@@ -285,7 +285,7 @@ def test_another_choice_of_unannotated(tmp_path):
         (lambda c: c["categories"].append({"id": 8, "name": "Dog"}), ["categories", "differ only in case", "'Dog'"]),
     ],
 )
-def test_refusals_say_what_the_file_is(tmp_path, change_of_file, words):
+def test_errors_describe_the_file(tmp_path, change_of_file, words):
     content = tiny()
     change_of_file(content)
     path = write(tmp_path, content)
@@ -295,7 +295,7 @@ def test_refusals_say_what_the_file_is(tmp_path, change_of_file, words):
         assert word in str(error.value)
 
 
-def test_a_class_file_tells_alike_categories_apart(tmp_path):
+def test_a_class_file_distinguishes_similar_categories(tmp_path):
     content = tiny()
     content["categories"].append({"id": 8, "name": "Dog"})
     write(tmp_path, content)

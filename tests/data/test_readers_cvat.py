@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: files of three writers against matrices written by hand, and everything that is refused."""
+"""Compares CVAT files ("CVAT for images 1.1") of three tools with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 FILES = Path(__file__).parent / "labeltools" / "cvat"
 
-# What the files mean: classes, and the tags of each image; an image without a tag is unlabeled.
+# Expected classes and tags of each image; an image without a tag is unlabeled.
 MEANT = {
     "by_hand.xml": (
         ("person", "dog"),
@@ -42,11 +42,11 @@ def test_files_of_the_tools(name, untagged):
     assert source.test() is None
 
 
-def test_notes_count_everything_else():
+def test_notes_count_other_content():
     file = str(FILES / "by_hand.xml")
     assert CVAT(file).describe() == [
         f"{file}: 1 image without a tag: unlabeled",
-        f"{file}: 1 tag set by a model (source auto): read as the others",
+        f"{file}: 1 tag set by a model (source auto): read like the others",
     ]
     assert CVAT(file, untagged="nothing").describe()[0] == f"{file}: 1 image without a tag: shows nothing"
 
@@ -82,12 +82,12 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
     assert source.class_names == ("cat",)
     assert matrix(source.train()) == {"a.jpg": [1], "c.jpg": [-1]}
     assert matrix(source.test()) == {"b.jpg": [0]}
-    assert source.describe()[-1].endswith("1 validation image by its subset: read with the images for training")
-    with pytest.raises(DataError, match=r"a\.xml: says of 1 image that they are for the test.*b\.xml as well"):
+    assert source.describe()[-1].endswith("1 validation image by its subset: read with the training images")
+    with pytest.raises(DataError, match=r"a\.xml: marks 1 image for testing.*also a test file .*b\.xml"):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 
 
-def test_classes_may_stand_in_another_order_but_not_differ(tmp_path):
+def test_classes_may_differ_only_in_their_order(tmp_path):
     train = export(tmp_path, f'<image name="a.jpg">{CAT}</image>')
     dog = "<label><name>dog</name></label>"
     turned = dog + LABELS.replace("none", "bird")
@@ -99,26 +99,26 @@ def test_classes_may_stand_in_another_order_but_not_differ(tmp_path):
 
 
 @pytest.mark.parametrize(("images", "options", "words"), [
-    ("<image>", {}, ["is no XML"]),
+    ("<image>", {}, ["is not XML"]),
     ("", {}, ["has no image"]),
     ('<image name="a.jpg"/>', {"labels": ""}, ["no labels of a task or project or job"]),
-    ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', none is a tag"]),
+    ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', and none is a tag"]),
     ('<image name="a.jpg"/>', {"kind": "thing"}, ["no labels of a"]),
     ("<image/>", {}, ["image 1: has no name"]),
     ('<image name="a.jpg"><box label="cat"/></image>', {}, ["image 1 ('a.jpg'): has a 'box'", "COCO"]),
     ('<image name="a.jpg"><polygon label="cat"/></image>', {}, ["has a 'polygon'"]),
     ('<track id="0"/><image name="a.jpg"/>', {}, ["tracks of a video"]),
-    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' beside its images"]),
-    ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["'image' stands where none belongs"]),
-    ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["'tag' stands where none belongs"]),
-    ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is no label", "did you mean 'cat'"]),
-    ('<image name="a.jpg"><tag/></image>', {}, ["tag None is no label"]),
-    ('<image name="../a.jpg"/>', {}, ["'../a.jpg' lies outside"]),
-    ('<image name="/etc/passwd"/>', {}, ["lies outside"]),
+    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' besides images"]),
+    ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["unexpected element 'image'"]),
+    ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["unexpected element 'tag'"]),
+    ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is not a label", "did you mean 'cat'"]),
+    ('<image name="a.jpg"><tag/></image>', {}, ["tag None is not a label"]),
+    ('<image name="../a.jpg"/>', {}, ["'../a.jpg' is outside"]),
+    ('<image name="/etc/passwd"/>', {}, ["is outside"]),
     ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["the same path twice", "image 1", "image 2"]),
     ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["the same class twice"]),
 ])  # fmt: skip
-def test_exports_that_cannot_be_used(tmp_path, images, options, words):
+def test_invalid_exports(tmp_path, images, options, words):
     with pytest.raises(DataError) as error:
         CVAT(export(tmp_path, images, **options)).train()
     for word in ["a.xml", *words]:
@@ -126,18 +126,18 @@ def test_exports_that_cannot_be_used(tmp_path, images, options, words):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<annotation/>", "its element is 'annotation', not 'annotations'"),
+    ("<annotation/>", "its root element is 'annotation', not 'annotations'"),
     ('<!DOCTYPE a [<!ENTITY b "ccc"><!ENTITY d "&b;&b;">]><annotations>&d;</annotations>', "declares a document type"),
-    ("{}", "is no XML"),
+    ("{}", "is not XML"),
     (b"\xff\xfe<\x00", "save it as UTF-8"),
     ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "has NUL characters"),
 ])  # fmt: skip
-def test_files_that_are_no_exports(tmp_path, text, message):
+def test_files_that_are_not_exports(tmp_path, text, message):
     (tmp_path / "a.xml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=message):
         CVAT(str(tmp_path / "a.xml")).train()
 
 
-def test_untagged_is_one_of_two():
+def test_choices_of_untagged():
     with pytest.raises(ConfigError, match="untagged must be 'unlabeled' or 'nothing'"):
         CVAT("a.xml", untagged="empty")

@@ -1,4 +1,4 @@
-"""FiftyOne's labels.json: its exporter's own file against a matrix written by hand, and everything that is refused."""
+"""Compares FiftyOne's labels.json, written by its exporter, with an expected matrix, and tests errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_file_of_the_exporter(tmp_path):
     source = FiftyOne(str(tmp_path / "labels.json"))
     source.prepare()
     assert source.class_names == ("car", "dog", "person", "tree")
-    assert matrix(source.train()) == {  # null is "not labeled" as well as "none", so it must be unlabeled
+    assert matrix(source.train()) == {  # null means "not labeled" or "none", so it must be unlabeled
         "beach/001.jpg": [0, 1, 1, 0],
         "beach/002.jpg": [-1, -1, -1, -1],
         "city/003.jpg": [-1, -1, -1, -1],
@@ -41,7 +41,7 @@ def test_file_of_the_exporter(tmp_path):
     assert [note.partition("labels.json: ")[2] for note in source.describe()] == [
         "2 images without a label (null): unlabeled",
         "2 labels with a confidence or attributes: not read",
-        f"1 image below {tmp_path / 'data'} without a key: left out",
+        f"1 image below {tmp_path / 'data'} without a key: omitted",
     ]
 
 
@@ -57,18 +57,18 @@ def test_forms_of_a_label(tmp_path):
     ([], (), ["a dataset must be an object"]),
     ({}, (), ["has no 'labels'"]),
     ({"labels": {}}, (), ["labels has no image"]),
-    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a text, found 3"]),
-    ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is no index of classes"]),
-    ({"classes": ["x"], "labels": {"a": [-1]}}, (), ["label -1 is no index"]),
-    ({"classes": ["x"], "labels": {"a": [True]}}, (), ["a label must be a whole number or a text, found True"]),
-    ({"classes": ["x"], "labels": {"a": ["y"]}}, (), ["'a': labels that are in no class list: 'y'"]),
+    ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a string, found 3"]),
+    ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is not an index of classes"]),
+    ({"classes": ["x"], "labels": {"a": [-1]}}, (), ["label -1 is not an index"]),
+    ({"classes": ["x"], "labels": {"a": [True]}}, (), ["a label must be an integer or a string, found True"]),
+    ({"classes": ["x"], "labels": {"a": ["y"]}}, (), ["'a': labels that are not in the class list: 'y'"]),
     ({"classes": ["x"], "labels": {"a": [{"label": 0, "bounding_box": []}]}}, (), ["has 'bounding_box'"]),
     ({"classes": ["x"], "labels": {"a.jpg": []}}, (), ["'a.jpg' (no image)"]),
     ({"classes": ["x"], "labels": {"../data/a": []}}, (), ["(no image)"]),
-    ({"classes": ["x"], "labels": {"a": [0]}}, ["a.png"], ["'a' ('a.jpg' and 'a.png')", "suffix alone"]),
-    ('{"classes": ["x"], "labels": {"a": [0], "a": []}}', (), ["the key 'a' stands twice"]),
+    ({"classes": ["x"], "labels": {"a": [0]}}, ["a.png"], ["'a' ('a.jpg' and 'a.png')", "only in their suffix"]),
+    ('{"classes": ["x"], "labels": {"a": [0], "a": []}}', (), ["the key 'a' occurs twice"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, content, images, words):
+def test_invalid_files(tmp_path, content, images, words):
     file = dataset(tmp_path, content, ["a.jpg", *images])
     with pytest.raises(DataError) as error:
         FiftyOne(file).train()

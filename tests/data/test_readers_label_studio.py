@@ -1,4 +1,4 @@
-"""Exports of Label Studio: its server's own files against matrices written by hand, and everything that is refused."""
+"""Compares exports written by a Label Studio server with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = Path(__file__).parent / "labeltools" / "label_studio"
 CONFIG = """<View><Image name="image" value="$image"/><Choices name="labels" toName="image" choice="multiple">
 <Choice value="car"/><Choice value="dog"/><Choice value="person"/><Choice value="tree"/></Choices></View>"""
 
-# What the files mean; classes car, dog, person, tree. Two annotators chose {person, dog} and {person} for beach/001;
+# Expected labels; classes car, dog, person, tree. Two annotators chose {person, dog} and {person} for beach/001;
 # 002 is skipped; two chose nothing for city/003, whose further tasks are open; 004 is a car; 006 has a draft.
 OF_ALL = {
     "beach/001.jpg": [0, -1, 1, 0],
@@ -26,7 +26,7 @@ OF_ALL = {
     "city/006.jpg": [-1, -1, -1, -1],
 }
 ANSWERED = {"beach/001.jpg", "city/003.jpg", "city/004.jpg"}
-HELD = {  # images that each file holds
+HELD = {  # images in each file
     "json_all_tasks.json": set(OF_ALL),
     "json_default.json": ANSWERED | {"beach/002.jpg"},
     "json_min_all_tasks.json": set(OF_ALL) - {"beach/002.jpg"},
@@ -66,7 +66,7 @@ def test_classes_in_use_without_a_configuration(name):
     assert "the classes are the labels in use" in source.describe()[-1]
 
 
-def test_notes_count_everything_else(config):
+def test_notes_count_other_content(config):
     source = LabelStudio(str(FILES / "json_all_tasks.json"), label_config=config, prefix="photos")
     file = str(FILES / "json_all_tasks.json")
     assert source.describe() == [
@@ -74,8 +74,8 @@ def test_notes_count_everything_else(config):
         f"{file}: 1 task with only a draft: unlabeled",
         f"{file}: 4 tasks without an answer: unlabeled",
         f"{file}: 7 tasks with predictions, which are not read",
-        f"{file}: 3 further records of images that have one",
-        f"{file}: 2 images with several answers, which count together",
+        f"{file}: 3 further records of images that already have one",
+        f"{file}: 2 images with several answers, which are combined",
         f"{file}: 1 label of 1 image on which answers differ: 1 unknown, 0 by the majority",
     ]
 
@@ -124,7 +124,7 @@ def test_train_and_test(tmp_path, config):
     assert matrix(source.test()) == {"b.jpg": [0, 0, 0, 0]}
 
 
-def test_class_file_gives_classes_and_synonyms(tmp_path):
+def test_class_file_with_classes_and_synonyms(tmp_path):
     classes = write(tmp_path, "dog: {synonyms: [hound]}\ncat: house cat\n", "c.yaml")
     write_image(tmp_path / "a.jpg", 0)
     source = LabelStudio(write(tmp_path, [task("a.jpg", answer(choices("hound")))]), class_file=classes)
@@ -148,7 +148,7 @@ def test_a_choice_that_means_nothing(tmp_path):
     write_image(tmp_path / "b.jpg", 0)
     tasks = [task("a.jpg", answer(choices("none"))), task("b.jpg", answer(choices("dog")))]
     assert matrix(read(tmp_path, tasks, nothing=["none"])) == {"a.jpg": [0], "b.jpg": [1]}
-    with pytest.raises(DataError, match=r"record 1: a label that means nothing beside others: 'none', 'dog'"):
+    with pytest.raises(DataError, match=r"record 1: a label that means nothing, together with others: 'none', 'dog'"):
         read(tmp_path, [task("a.jpg", answer(choices("none", "dog")))], nothing=["none"])
 
 
@@ -176,7 +176,7 @@ def test_other_controls_are_counted(tmp_path):
     ("gs://b/elsewhere/001.jpg", None, "beach/001.jpg"),
     ("elsewhere/001.jpg", None, "beach/001.jpg"),
 ])  # fmt: skip
-def test_identity_of_an_image(tmp_path, value, prefix, path):
+def test_forms_of_image_paths(tmp_path, value, prefix, path):
     for name in ("beach/001.jpg", "beach/002.jpg", "city/002.jpg", "0a1b2c3d-kept.jpg"):
         write_image(tmp_path / name, 0)
     assert read(tmp_path, [task(value, answer(choices("dog")))], prefix=prefix).paths.tolist() == [path]
@@ -185,15 +185,15 @@ def test_identity_of_an_image(tmp_path, value, prefix, path):
 @pytest.mark.parametrize(("values", "prefix", "words"), [
     (["/data/upload/1/3c5d2cb5-002.jpg"], None, ["3c5d2cb5-002.jpg", "2 images have this name"]),
     (["/data/upload/1/3c5d2cb5-%C3%A4_5.jpg"], None, ["no images have this name"]),
-    (["/data/upload/1/3c5d2cb5-1.jpg", "/data/upload/1/aaaaaaaa-1.jpg"], None, ["means the same file as"]),
+    (["/data/upload/1/3c5d2cb5-1.jpg", "/data/upload/1/aaaaaaaa-1.jpg"], None, ["matches the same file as"]),
     (["https://evil.example/1.jpg", "photos/1.jpg"], "photos", ["1 of 2", "evil.example", "not below 'photos/'"]),
     (["/data/local-files/?d=other/1.jpg"], "photos", ["record 1", "not below 'photos/'"]),
     (["/data/local-files/?d=photosx/1.jpg"], "photos", ["not below 'photos/'"]),
     (["/data/local-files/?x=1"], None, ["has no single d="]),
     (["/data/local-files/?d=%FF.jpg"], None, ["utf-8"]),
     (["http://[bad/1.jpg"], None, ["Invalid IPv6"]),
-    (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["lies outside"]),
-    (["/etc/passwd"], None, ["lies outside"]),
+    (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["is outside"]),
+    (["/etc/passwd"], None, ["is outside"]),
     ([""], None, ["names no file"]),
     (["folder/"], None, ["names no file"]),
 ])  # fmt: skip
@@ -208,7 +208,7 @@ def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words)
 
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(
-        DataError, match=r"t\.json, record 1: 'b\.jpg' is looked for by its file name, but .*no image in it"
+        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in it"
     ):
         read(tmp_path, [task("b.jpg")])
 
@@ -223,18 +223,18 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ({}, ["an export must be a list, found {}"]),
     ([], ["has no task"]),
     ([3], ["record 1 must be an object, found 3"]),
-    ('[{"data": {}, "data": {}}]', ["the key 'data' stands twice"]),
+    ('[{"data": {}, "data": {}}]', ["the key 'data' occurs twice"]),
     ([{"data": {"image": "a.jpg"}}], ["has no 'annotations'", "export the project as JSON"]),
     ([{"annotations": []}], ["record 1: has no 'data'"]),
-    ([task(3)], ["record 1: image must be a text, found 3"]),
-    ([task(["a.jpg", "b.jpg"])], ["image must be a text"]),
+    ([task(3)], ["record 1: image must be a string, found 3"]),
+    ([task(["a.jpg", "b.jpg"])], ["image must be a string"]),
     ([{"id": 7, "data": {"text": "hello"}, "annotations": []}], ["task 7: its data has no 'image', only 'text'"]),
-    ([{"data": {"image": "a.jpg", "path": 3}, "annotations": []}], ["path must be a text or null, found 3"]),
-    ([GOOD | {"data": {"image": "a.jpg", "path": "../a.jpg"}}], ["'../a.jpg' lies outside"]),
+    ([{"data": {"image": "a.jpg", "path": 3}, "annotations": []}], ["path must be a string or null, found 3"]),
+    ([GOOD | {"data": {"image": "a.jpg", "path": "../a.jpg"}}], ["'../a.jpg' is outside"]),
     ([task("a.jpg", answer(BOX))], ["record 1: has a result of 'rectanglelabels' (control 'box')"]),
     ([task("a.jpg", answer(choices("dog"), choices("good", control="quality")))], ["several controls", "'quality'"]),
-    ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["'x', 'y' as well", "whole images"]),
-    ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a text"]),
+    ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["also have 'x', 'y'", "whole images"]),
+    ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a string"]),
     ([task("a.jpg", answer({"type": "choices", "value": {}}))], ["from_name None"]),
     ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["has no 'choices'"]),
     ([task("a.jpg", {"result": 1})], ["result must be a list, found 1"]),
@@ -244,7 +244,7 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ([task("a.jpg", answer(choices("")))], ["empty name"]),
     ([task("a.jpg", answer())], ["no answer names a label"]),
 ])  # fmt: skip
-def test_exports_that_cannot_be_used(tmp_path, tasks, words):
+def test_invalid_exports(tmp_path, tasks, words):
     write_image(tmp_path / "a.jpg", 0)
     with pytest.raises(DataError) as error:
         read(tmp_path, tasks)
@@ -268,22 +268,22 @@ def test_exports_of_another_project(tmp_path, config, tasks, options, words):
 
 def test_a_control_without_results(tmp_path):
     write_image(tmp_path / "a.jpg", 0)
-    with pytest.raises(DataError, match=r"no result is of control 'label' \(did you mean 'labels'\?\)"):
+    with pytest.raises(DataError, match=r"no result belongs to control 'label' \(did you mean 'labels'\?\)"):
         read(tmp_path, [GOOD], control="label")
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<View>", "is no XML"),
+    ("<View>", "is not XML"),
     ('<!DOCTYPE x [<!ENTITY a "b">]><View/>', "declares a document type"),
     ('<View><Text name="t" value="$t"/><Choices name="c" toName="t"/></View>', "no Choices about a whole Image, only"),
     (CONFIG.replace('toName="image"', 'toName="image" perRegion="true"'), "no Choices about a whole Image"),
     (CONFIG.replace('<Choice value="car"/>', '<Choice value="car"><Choice value="bus"/></Choice>'), "nested choices"),
     (CONFIG.replace('value="car"', ""), "a Choice has no value"),
-    (CONFIG.replace('value="$image"', 'valueList="$images"'), "which is no key of a task"),
+    (CONFIG.replace('value="$image"', 'valueList="$images"'), "which is not a task key"),
     ('<View><Image name="i" value="$i"/><Choices name="c" toName="i" value="$options"/></View>', "lists no Choice"),
     (CONFIG.replace("</View>", CONFIG.partition(">")[2]).replace('"labels"', '"more"', 1), "several Choices"),
 ])  # fmt: skip
-def test_configurations_that_cannot_be_used(tmp_path, text, message):
+def test_invalid_configurations(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         _ = LabelStudio(write(tmp_path, [GOOD]), label_config=write(tmp_path, text, "c.xml")).class_names
 
@@ -292,17 +292,17 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), [
-    ([ROW | {"labels": "dog"}], {}, "which column has the choices is not certain"),
+    ([ROW | {"labels": "dog"}], {}, "which column has the choices is ambiguous"),
     ([ROW | {"more": {"choices": []}}], {}, "several do: 'labels', 'more'"),
     ([ROW], {"control": "label"}, r"no row has a column 'label' \(did you mean 'labels'"),
     ([ROW, {"image": "a.jpg"}], {}, "record 2: has no 'annotation_id'"),
-    ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be a whole number or null"),
+    ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be an integer or null"),
     ([ROW, ROW | {"annotation_id": None}], {}, "record 2: has 'labels' but no annotation_id"),
-    ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a text or an object"),
+    ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a string or an object"),
     ([ROW | {"labels": {"taxonomy": []}}], {"control": "labels"}, "labels must be a choice or"),
     ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "its data has no 'image'"),
 ])  # fmt: skip
-def test_json_min_that_cannot_be_used(tmp_path, rows, options, message):
+def test_invalid_json_min(tmp_path, rows, options, message):
     write_image(tmp_path / "a.jpg", 0)
     with pytest.raises(DataError, match=message):
         read(tmp_path, rows, **options)
@@ -311,10 +311,10 @@ def test_json_min_that_cannot_be_used(tmp_path, rows, options, message):
 @pytest.mark.parametrize(("text", "message"), [
     ("image,labels\na.jpg,dog\n", "no column 'annotation_id'.*export as JSON"),
     ('annotation_id,image,labels\n1,a.jpg,"{""choices"":"\n', "row 2, column 'labels': cannot be read as JSON"),
-    ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be a whole number or empty, found 'x'"),
+    ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be an integer or empty, found 'x'"),
     ("annotation_id,labels\n1,dog\n", "no 'image'"),
 ])  # fmt: skip
-def test_csv_that_cannot_be_used(tmp_path, text, message):
+def test_invalid_csv(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         LabelStudio(write(tmp_path, text, "t.csv"), control="labels").train()
 
@@ -326,7 +326,7 @@ def test_json_min_of_an_open_task_with_an_empty_control(tmp_path):
     assert matrix(read(tmp_path, rows)) == {"a.jpg": [1], "b.jpg": [-1]}
 
 
-def test_csv_of_pandas_with_gaps(tmp_path):
+def test_csv_written_by_pandas_with_gaps(tmp_path):
     write_image(tmp_path / "a.jpg", 0)
     write_image(tmp_path / "b.jpg", 0)
     file = write(tmp_path, "annotation_id,image,doubt,labels\n3.0,a.jpg,.5,dog\n,b.jpg,,\n", "t.csv")
@@ -340,11 +340,11 @@ def test_csv_of_pandas_with_gaps(tmp_path):
     ({"train": None}, "train is None"),
     ({"disagreement": "both"}, "disagreement must be 'unknown' or 'majority'"),
     ({"nothing": "none"}, "nothing cannot be a str"),
-    ({"nothing": [1]}, "nothing must be a list of texts"),
+    ({"nothing": [1]}, "nothing must be a list of strings"),
     ({"control": 1}, "control cannot be a int"),
     ({"prefix": 1}, "prefix cannot be a int"),
 ])  # fmt: skip
-def test_arguments_that_cannot_be_used(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ConfigError, match=message):
         LabelStudio(**{"train": "t.json", **options})
 

@@ -1,4 +1,4 @@
-"""NUS-WIDE reader, on tiny files in the official and in the list layout."""
+"""The NUS-WIDE reader on tiny files in the official and in the list layout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_concepts(tmp_path):
     assert source.class_names == source.prompt_names == NUSWIDE_CLASSES
 
 
-def test_concepts_are_those_of_published_matrices(realbench):
+def test_concepts_match_published_matrices(realbench):
     names = np.load(realbench / "labels/cooc/nuswide_cpsd.npz")["names"].tolist()
     assert ["earthquake" if name == "earthq" else name for name in names] == list(NUSWIDE_CLASSES)
 
@@ -72,7 +72,7 @@ def test_missing(tmp_path):
         NUSWIDE(str(tmp_path), layout="npy")
 
 
-def test_official_labels_of_another_length(tmp_path):
+def test_official_labels_of_the_wrong_length(tmp_path):
     make_nuswide_official(tmp_path, 5, 4)
     file = tmp_path / "TrainTestLabels/Labels_cat_Train.txt"
     file.write_text("0\n1\n")
@@ -108,14 +108,14 @@ def test_wrong_matrices(tmp_path):
         source.train()
 
 
-def test_text_that_is_no_numbers(tmp_path):
+def test_text_that_is_not_numeric(tmp_path):
     make_nuswide_list(tmp_path, 4, 3, text=True)
     (tmp_path / "formatted_train_labels.csv").write_text("a,b\n")
-    with pytest.raises(DataError, match="no table of numbers"):
+    with pytest.raises(DataError, match="not a table of numbers"):
         NUSWIDE(str(tmp_path), **TEXT).train()
 
 
-def test_paths_stay_inside(tmp_path):
+def test_paths_must_be_below_the_root(tmp_path):
     make_nuswide_official(tmp_path, 4, 3)
     file = tmp_path / "ImageList/TrainImagelist.txt"
     lines = file.read_text().splitlines()
@@ -142,7 +142,7 @@ def test_damaged_arrays(tmp_path, name, content):
         NUSWIDE(str(tmp_path), layout="list").train()
 
 
-def test_an_archive_of_arrays_is_no_array(tmp_path):
+def test_an_archive_of_arrays_is_refused(tmp_path):
     make_nuswide_list(tmp_path, 4, 3)
     np.savez(tmp_path / "a.npz", np.arange(4))
     (tmp_path / "a.npz").rename(tmp_path / "formatted_train_labels.npy")
@@ -152,25 +152,25 @@ def test_an_archive_of_arrays_is_no_array(tmp_path):
 
 @pytest.mark.parametrize("point", [0xD800, 0x110000, 0xFFFFFFFF])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_names_of_damaged_characters(tmp_path, point, order):
+def test_names_with_damaged_characters(tmp_path, point, order):
     make_nuswide_list(tmp_path, 4, 3)
     path = tmp_path / "formatted_train_images.npy"
     names = np.load(path).astype(f"{order}U20")
     names.view(f"{order}u4").reshape(4, 20)[2, 3] = point
     np.save(path, names)
-    with pytest.raises(DataError, match=r"formatted_train_images\.npy: image 3 has a name that is no Unicode text"):
+    with pytest.raises(DataError, match=r"formatted_train_images\.npy: the name of image 3 is not valid Unicode"):
         NUSWIDE(str(tmp_path), layout="list").train()
 
 
-def test_lists_without_an_image(tmp_path):
+def test_empty_lists(tmp_path):
     make_nuswide_list(tmp_path, 4, 3, text=True)
     (tmp_path / "formatted_train_images.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"formatted_train_images\.txt: names no image"):
+    with pytest.raises(DataError, match=r"formatted_train_images\.txt: lists no images"):
         NUSWIDE(str(tmp_path), **TEXT).train()
 
 
-def test_only_line_ends_end_a_line(tmp_path):
-    """A form feed or U+2028 in a name made two rows of it."""
+def test_only_line_ends_separate_lines(tmp_path):
+    """Names may contain a form feed or U+2028, at which splitlines would split them."""
     make_nuswide_list(tmp_path, 4, 3, text=True)
     path = tmp_path / "formatted_train_images.txt"
     path.write_bytes("a\x0cb.jpg\rc\u2028d.jpg\r\ne\x85f.jpg\ng.jpg".encode())

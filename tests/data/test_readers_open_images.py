@@ -1,4 +1,4 @@
-"""Open Images: a tool's file and generated ones against matrices written by hand, and everything that is refused."""
+"""Compares Open Images files of a tool and generated ones with expected matrices, and tests errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def matrix(table) -> dict[str, list[int]]:
 
 
 def test_files_of_a_tool():
-    """Classes car, dog, person, tree. The person of beach/001 has confidence .9: a model's, so nothing is known."""
+    """Classes car, dog, person, tree. The person in beach/001 has a model's confidence, .9, and is thus unknown."""
     names = str(FILES / "class-descriptions.csv")
     images = str(FILES / "train-images-with-rotation.csv")
     source = OpenImages(LABELS, class_descriptions=names, train_images=images)
@@ -63,8 +63,8 @@ def test_present_absent_and_unknown(tmp_path):
     assert matrix(source.test()) == {"x.png": [1, -1]}
     assert str(source.train().root) == "photos"
     assert [note.partition("t.csv: ")[2] for note in source.describe()] == [
-        f"1 row of labels that {names} does not name: left out",
-        "1 label on which rows differ: unknown",
+        f"1 row of labels that are not in {names}: omitted",
+        "1 label with contradictory rows: unknown",
         "1 image without a verified label: unlabeled",
     ]
 
@@ -74,19 +74,19 @@ def test_present_absent_and_unknown(tmp_path):
     ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: Confidence must be", "found '2'"]),
     ("ImageID,LabelName,Confidence\n1,a,nan\n", None, None, ["found 'nan'"]),
     ("ImageID,LabelName,Confidence\n1,a,\n", None, None, ["found ''"]),
-    ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' lies outside"]),
+    ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' is outside"]),
     ("ImageID,LabelName,Confidence\n,a,1\n", None, None, ["the image path is empty"]),
     ("ImageID,LabelName,Confidence\n1,,1\n", None, None, ["empty name"]),
     ("ImageID,LabelName,Confidence\n1,a,1\nb/../1,a,1\n", None, None, ["t.csv, image '1'", "same path twice"]),
-    (ROWS, "x,y\n", None, ["no row is of a class of"]),
-    (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is no CSV"]),
+    (ROWS, "x,y\n", None, ["no row has a class of"]),
+    (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is not CSV"]),
     (ROWS, "/m/a,A,B\n", None, ["names.csv, row 1", "is not a label name and a class name"]),
-    (ROWS, "/m/a,A\n/m/a,B\n", None, ["names.csv, row 2: label '/m/a' stands twice"]),
+    (ROWS, "/m/a,A\n/m/a,B\n", None, ["names.csv, row 2: label '/m/a' occurs twice"]),
     (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: the same class twice"]),
     (ROWS, None, "ImageID,Subset\n1,train\n2,train\n", ["images that are not in", "images.csv: '3'"]),
     (ROWS, None, "ImageID,Subset\n1,a\n2,a\n3,a\n3,b\n", ["images.csv: an image is listed twice"]),
 ])  # fmt: skip
-def test_files_that_cannot_be_used(tmp_path, labels, names, images, words):
+def test_invalid_files(tmp_path, labels, names, images, words):
     source = OpenImages(
         write(tmp_path, labels),
         class_descriptions=names and write(tmp_path, names, "names.csv"),
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_used(tmp_path, labels, names, images, words):
         assert word in str(error.value)
 
 
-def test_arguments_that_cannot_be_used(tmp_path):
+def test_invalid_arguments(tmp_path):
     with pytest.raises(ConfigError, match="train is None"):
         OpenImages(None)
     with pytest.raises(ConfigError, match="suffix cannot be a int"):

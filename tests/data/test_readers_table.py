@@ -1,4 +1,4 @@
-"""People's own tables: both forms, both file formats, and everything that is refused with its row."""
+"""Custom tables: both forms, both file formats, and errors that name the row."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_round_trip_of_files(tmp_path, form, suffix):
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0/\\", exclude_categories=["Cs"]), min_size=1)
 PATHS = CELL.map(str.strip).filter(lambda s: s.strip(".") and s[1:2] != ":")
-# Names that no reader could take for another thing; what else a cell may say is in test_label_cells.py.
+# Unambiguous names; test_label_cells.py covers other cells.
 WORDS = {"none", "nothing", "nan", "na", "n/a", "null", "unlabeled", "image", "labels", "<na>", "#n/a"}
 NAMES = CELL.map(lambda s: unicodedata.normalize("NFC", s).strip()).filter(
     lambda s: (
@@ -67,7 +67,7 @@ NAMES = CELL.map(lambda s: unicodedata.normalize("NFC", s).strip()).filter(
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_any_table_comes_back(tmp_path, suffix, data):
+def test_any_table_survives_a_round_trip(tmp_path, suffix, data):
     names = data.draw(
         st.lists(NAMES, min_size=1, max_size=4, unique_by=lambda s: " ".join(s.replace("_", " ").casefold().split()))
     )
@@ -127,7 +127,7 @@ def test_other_separators(tmp_path, separator):
 
 
 def test_separator_must_not_be_empty():
-    with pytest.raises(ConfigError, match="separator must be a text that is not empty"):
+    with pytest.raises(ConfigError, match="separator must be a nonempty string"):
         Table("t.csv", separator="")
 
 
@@ -178,14 +178,14 @@ def test_image_column_is_the_first_of_the_known_names(tmp_path):
         ("image\na.jpg\n", ["no labels"]),
         ("image,cat,dog,cat\na.jpg,1,0,1\n", ["'cat' (columns 2 and 4)"]),
         ("image,caf\u00e9,cafe\u0301\na.jpg,1,0\n", ["same column twice"]),
-        ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells where the header has 2", "b.jpg,cat,dog"]),
-        ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells where the header has 3"]),
+        ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells, but the header has 2", "b.jpg,cat,dog"]),
+        ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells, but the header has 3"]),
         ("image,cat\na.jpg,1\nb.jpg,yes\n", ["class 'cat'", "'yes' (row 3)", "unknown"]),
         ("image,cat\na.jpg,1\nb.jpg,2\n", ["'2' (row 3)"]),
         ("image,cat\na.jpg,1\n,0\n", ["row 3", "empty"]),
         ("image,cat\na.jpg,1\nb.jpg,0\n./a.jpg,0\n", ["'a.jpg' (rows 2 and 4)"]),
         ("image,labels\na.jpg,cat;\n", ["row 2", "empty name", "'none'"]),
-        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' beside"]),
+        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' next to"]),
         ("image,labels\na.jpg,\nb.jpg,none\n", ["no classes"]),
         ("image,cat\n../a.jpg,1\n", ["row 2", "outside", "allow_outside"]),
         ("image,cat\n/etc/a.jpg,1\n", ["row 2", "outside"]),
@@ -203,7 +203,7 @@ def test_refused(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        # A quote that is not closed swallowed the rows behind it, without a word.
+        # A quote that is not closed would silently swallow the following rows.
         ('image,labels\na.jpg,"cat\nb.jpg,dog\n', ["row 2", "quote that is not closed", "cat\\nb.jpg"]),
         ('image,labels,caption\na.jpg,cat,"two\nb.jpg,dog,x\n', ["row 2", "quote that is not closed"]),
         ('image,labels\na.jpg,"cat\nb.jpg,x\nc.jpg,dog"\n', ["row 2", "line break", "close the quotes"]),
@@ -211,7 +211,7 @@ def test_refused(tmp_path, content, words):
         ('"ima\nge",cat\na.jpg,1\n', ["row 1", "column names with line breaks"]),
         ('"image"x,cat\na.jpg,1\n', ["no image column", "'imagex'"]),
         ("image,cat\na.jpg,1\n" + "x" * 3_000_000 + ",1\nb.jpg,1\n", ["a row has more than 1,048,576 bytes"]),
-        ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes and more", "no header"]),
+        ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes or more", "not a header"]),
         ("image,cat" + "x" * 200_000 + "\na.jpg,1\n", ["field limit"]),
         ("image,cat\na\0.jpg,1\n", ["row 2", "NUL"]),
         ("image,cat\n" + "../" * 30_000 + "a,1\n", ["row 2", "outside", "(90,001 characters)"]),
@@ -222,7 +222,7 @@ def test_refused(tmp_path, content, words):
         ("i" * 100_000 + ",cat\na.jpg,1\n", ["no image column", "(100,000 characters)"]),
     ],
 )
-def test_csv_that_would_be_read_wrongly(tmp_path, content, words):
+def test_csv_that_would_be_misread(tmp_path, content, words):
     path = text(tmp_path / "t.csv", content)
     refused([path, *words], lambda: Table(path).train())
     with pytest.raises(DataError) as error:
@@ -234,13 +234,13 @@ def test_csv_that_would_be_read_wrongly(tmp_path, content, words):
 def test_line_ends(tmp_path, end):
     path = text(tmp_path / "t.csv", f"image,cat{end}a.jpg,1{end}b.jpg,0{end}")
     assert Table(path).train().labels.tolist() == [[1], [0]]
-    if end != "\r":  # to Arrow a quoted cell may hold line breaks; captions do
+    if end != "\r":  # Arrow allows line breaks in quoted cells, and captions contain them
         path = text(tmp_path / "t.csv", f'image,labels,caption{end}a.jpg,cat,"two{end}lines"{end}b.jpg,dog,"x"{end}')
         assert Table(path).train().labels.tolist() == [[1, 0], [0, 1]]
 
 
 def test_quoted_line_breaks_at_the_ends_of_arrows_blocks(tmp_path):
-    """Arrow cut rows in two where a megabyte ended inside of quotes: one row too many, and none refused."""
+    """Arrow must not split rows if a block of a megabyte ends inside quotes."""
     rows = "".join(f'{i:07d}.jpg,cat,"two\nlines, {i}"\n' for i in range(100_000))
     path = text(tmp_path / "t.csv", "image,labels,caption\n" + rows)
     t = Table(path).train()
@@ -264,8 +264,8 @@ def test_paths_are_taken_literally(tmp_path, name):
         t.require_files()
 
 
-def test_links_inside_of_the_root_are_followed(tmp_path):
-    """A data folder that links to another disk is usual; what a table may not do is to name a way out itself."""
+def test_links_inside_the_root_are_followed(tmp_path):
+    """Data folders often link to another disk; only paths in the table must not leave the root."""
     write_image(tmp_path / "disk" / "a.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "images").symlink_to(tmp_path / "disk")
@@ -273,14 +273,14 @@ def test_links_inside_of_the_root_are_followed(tmp_path):
     Table(path).train().require_files()
 
 
-def test_parquet_texts_that_are_none(tmp_path):
-    """Arrow hands on bytes of a text column as they are; they were found out only where numpy read them."""
+def test_invalid_text_in_parquet(tmp_path):
+    """Arrow does not validate text columns on reading, so the reader must."""
     bad = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
     for name in ("image", "cat", "labels"):
         columns = {"image": pa.array(["a.jpg", "b.jpg"]), "cat": pa.array(["1", "0"]), name: bad}
         path = tmp_path / "t.parquet"
         pq.write_table(pa.table(columns), path)
-        refused([str(path), f"column {name!r}", "is no text"], lambda path=path: Table(str(path)).train())
+        refused([str(path), f"column {name!r}", "is not text"], lambda path=path: Table(str(path)).train())
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_parquet_texts_that_are_none(tmp_path):
 def test_parquet_labels_of_other_types(tmp_path, labels):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": ["a.jpg"], "labels": labels}), path)
-    refused([str(path), "column 'labels'", "is no text"], lambda: Table(str(path)).train())
+    refused([str(path), "column 'labels'", "is not text"], lambda: Table(str(path)).train())
 
 
 def test_parquet_in_a_folder_with_an_equals_sign(tmp_path):
@@ -306,8 +306,8 @@ def test_parquet_in_a_folder_with_an_equals_sign(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "caption"])
-def test_a_parquet_file_that_unpacks_without_end(tmp_path, monkeypatch, column):
-    """Kilobytes on the disk, eight gigabytes of text in memory; refused on the way."""
+def test_a_parquet_file_that_expands_to_gigabytes(tmp_path, monkeypatch, column):
+    """Kilobytes on disk and eight gigabytes of text in memory are refused while reading."""
     monkeypatch.setattr(columns, "memory_of_machine", lambda: 400 << 20)
     n = 400_000
     text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * 20_000]))
@@ -373,7 +373,7 @@ def test_class_file_with_columns(tmp_path):
     refused(["'feline', 'cat' mean one class"], lambda: Table(path, class_file=classes).train())
 
 
-def test_test_table_has_the_classes_of_the_training_table(tmp_path):
+def test_test_table_must_have_the_classes_of_the_training_table(tmp_path):
     train = text(tmp_path / "a.csv", "image,dog,cat\na.jpg,0,1\n")
     test = text(tmp_path / "b.csv", "cat,dog,image\n1,0,b.jpg\n")
     assert Table(train, test).test().labels.tolist() == [[0, 1]]
@@ -422,14 +422,14 @@ def test_images_of_a_list(tmp_path):
 
 
 def test_every_format_that_is_decoded_is_found(tmp_path):
-    """JPEG 2000 files and some suffixes of the others were passed over without a word."""
+    """All suffixes of the supported formats, such as those of JPEG 2000."""
     for suffix in ("jp2", "j2k", "jfif", "jpe", "pbm", "pnm", "pgm"):
         (tmp_path / f"a.{suffix}").write_bytes(b"x")
     assert len(read_images(tmp_path, ["cat"])) == 7
 
 
-def test_folders_that_are_linked_are_searched(tmp_path):
-    """They were passed over without a word."""
+def test_linked_folders_are_searched(tmp_path):
+    """Linked folders must not be skipped silently."""
     write_image(tmp_path / "disk" / "a.jpg")
     write_image(tmp_path / "photos" / "b.jpg")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "disk")
@@ -448,17 +448,17 @@ def test_folders_that_are_reached_twice_are_refused(tmp_path, target):
     )
 
 
-def test_links_that_lead_nowhere(tmp_path):
+def test_broken_links(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     refused([str(tmp_path / "loop"), "cannot be followed"], lambda: read_images(tmp_path, ["cat"]))
     (tmp_path / "loop").unlink()
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "none.jpg")
-    t = read_images(tmp_path, ["cat"])  # it has the name of an image, so it is not passed over
+    t = read_images(tmp_path, ["cat"])  # it has the name of an image, so it is not skipped
     with pytest.raises(DataError, match=r"gone\.jpg \(row 0\)"):
         t.require_files()
 
 
-def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_not_skipped(tmp_path, monkeypatch):
     write_image(tmp_path / "a.jpg")
     write_image(tmp_path / "secret" / "b.jpg")
     scandir = os.scandir
@@ -469,7 +469,7 @@ def test_a_folder_that_may_not_be_listed_is_not_passed_over(tmp_path, monkeypatc
         return scandir(path)
 
     monkeypatch.setattr(unlabeled.os, "scandir", forbid)
-    refused([str(tmp_path / "secret"), "Permission denied", "rights"], lambda: read_images(tmp_path, ["cat"]))
+    refused([str(tmp_path / "secret"), "Permission denied", "permissions"], lambda: read_images(tmp_path, ["cat"]))
 
 
 def test_file_names_that_are_not_utf8(tmp_path):
@@ -478,7 +478,7 @@ def test_file_names_that_are_not_utf8(tmp_path):
     refused([str(tmp_path), "b'caf\\xe9.jpg'", "not UTF-8", "rename"], lambda: read_images(tmp_path, ["cat"]))
 
 
-def test_odd_file_names_are_images_like_others(tmp_path):
+def test_unusual_file_names(tmp_path):
     names = [
         "a\nb.jpg",
         " c.jpg",
@@ -498,7 +498,7 @@ def test_odd_file_names_are_images_like_others(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.csv"])
-def test_lists_that_no_reader_should_trust(tmp_path, name):
+def test_malicious_lists(tmp_path, name):
     head = "" if name == "t.txt" else "path\n"
     first = 1 if name == "t.txt" else 2
     for line, words in {
@@ -516,7 +516,7 @@ def test_images_refused(tmp_path):
     refused(["no image in it"], lambda: read_images(tmp_path, ["cat"]))
     refused(["t.txt, row 2", "empty"], lambda: read_images(text(tmp_path / "t.txt", "a\n\nb\n"), ["cat"]))
     refused(["(rows 1 and 2)"], lambda: read_images(text(tmp_path / "t.txt", "a\na\n"), ["cat"]))
-    refused(["names no image"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
+    refused(["lists no images"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
     refused(["row 1", "outside"], lambda: read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"]))
     refused(["no table here"], lambda: read_images(tmp_path / "none", ["cat"]))
     outside = read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"], allow_outside=True)

@@ -1,4 +1,4 @@
-"""PASCAL VOC reader, on tiny files in the VOCdevkit layout and on real ones."""
+"""The PASCAL VOC reader on tiny files in the VOCdevkit layout and on real files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_class_file(tmp_path):
     )
     assert source.train().prompt_names == source.prompt_names
     file.write_text("dinningtable: dining table\n")
-    with pytest.raises(DataError, match=r"'dinningtable' is none of the 20.*did you mean 'diningtable'"):
+    with pytest.raises(DataError, match=r"'dinningtable' is not one of the 20.*did you mean 'diningtable'"):
         _ = source.prompt_names
 
 
@@ -90,7 +90,7 @@ def test_shipped_class_file(tmp_path):
     }
 
 
-def test_missing_names_what_to_get_and_where(tmp_path):
+def test_error_for_missing_files_names_archives_and_folder(tmp_path):
     with pytest.raises(DataError) as error:
         VOC(str(tmp_path)).prepare()
     for word in (
@@ -134,7 +134,7 @@ def rename(root, old, new):
         file.write_bytes(file.read_bytes().replace(old.encode(), new.encode()))
 
 
-def test_paths_stay_inside(tmp_path):
+def test_paths_must_be_below_the_root(tmp_path):
     make_voc(tmp_path, 4, 2)
     rename(tmp_path, "2008_000001", "../../../2008_000001")
     with pytest.raises(DataError, match=r"aeroplane_train\.txt, image '\.\./\.\./\.\./2008_000001'.* outside"):
@@ -148,12 +148,12 @@ def test_the_same_image_under_two_names(tmp_path):
         VOC(str(tmp_path)).train()
 
 
-def test_names_that_other_line_ends_would_cut(tmp_path):
+def test_names_with_unicode_line_ends(tmp_path):
     make_voc(tmp_path, 4, 2)
     rename(tmp_path, "2008_000001", "a\u200bb")
     assert VOC(str(tmp_path)).train().paths.tolist()[-1] == "JPEGImages/a\u200bb.jpg"
-    rename(tmp_path, "a\u200bb", "a\u2028b")  # a space to Python, so that the line has three words
-    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is no image name and flag"):
+    rename(tmp_path, "a\u200bb", "a\u2028b")  # Python treats it as a space, so that the line has three words
+    with pytest.raises(DataError, match=r"aeroplane_train\.txt, line 3: .* is not an image name and flag"):
         VOC(str(tmp_path)).train()
 
 
@@ -225,7 +225,7 @@ def test_real_images(realbench):
 
 
 def test_official_size_of_the_lists(realbench, tmp_path):
-    """All 11,540 images of VOC2012 trainval, written as flags: the counts that the paper states."""
+    """Writes flags of all 11,540 images of VOC2012 trainval; the counts are those in the paper."""
     with (realbench / "labels" / "voc2012_all_labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     folder = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main"
@@ -251,7 +251,7 @@ def test_official_size_of_the_lists(realbench, tmp_path):
 
 
 def own_folder(root: Path, files: dict[str, str | None], sets: dict[str, list[str]]) -> VOC:
-    """VOC's layout with XML files of one's own; None writes no file."""
+    """Writes custom XML files in VOC's layout; None writes no file."""
     folder = root / "VOCdevkit" / "VOC2012"
     for place in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / place).mkdir(parents=True)
@@ -269,7 +269,7 @@ def thing(name: str, difficult: str = "") -> str:
     return f"<object><name>{name}</name>{difficult}<bndbox><xmin>1</xmin></bndbox></object>"
 
 
-def test_own_classes_from_xml_files(tmp_path):
+def test_custom_classes_from_xml_files(tmp_path):
     hard = "<difficult>1</difficult>"
     files = {
         "a": thing("kite") + thing("crab"), "b 1": thing("kite", hard), "c": "", "d": None, "e": thing("kite", hard) +
@@ -286,18 +286,18 @@ def test_own_classes_from_xml_files(tmp_path):
     assert VOC(str(tmp_path), difficult="ignore").train().labels[1].tolist() == [0, -1]
 
 
-def test_own_classes_without_a_test_list(tmp_path):
+def test_custom_classes_without_a_test_list(tmp_path):
     assert own_folder(tmp_path, {"a": thing("kite")}, {"train": ["a"]}).test() is None
 
 
 @pytest.mark.parametrize(("objects", "message"), [
     ("<object></object>", r"a\.xml: object 0 has no name"),
-    ("<object>", r"a\.xml: is no XML"),
+    ("<object>", r"a\.xml: is not XML"),
     ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
     ("\0", r"a\.xml: has NUL characters"),
     ("", r"Annotations: no XML file names an object"),
 ])  # fmt: skip
-def test_own_xml_files_that_cannot_be_used(tmp_path, objects, message):
+def test_invalid_custom_xml_files(tmp_path, objects, message):
     source = own_folder(tmp_path, {"a": objects}, {"train": ["a"]})
     with pytest.raises(DataError, match=message):
         _ = source.class_names

@@ -1,4 +1,4 @@
-"""What is no file, what cannot be opened, what cannot fit: refused by every reader, by name, and never waited for."""
+"""All readers refuse special files, unreadable files and files larger than memory, and never block."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NAMES = {
 
 @pytest.fixture(autouse=True)
 def _in_time():
-    """Opening a named pipe the plain way waits for ever: ends the test, not only this one."""
+    """Limits the time of a test, since opening a named pipe normally blocks forever."""
     before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits"))
     signal.alarm(20)
     yield
@@ -59,7 +59,7 @@ def _in_time():
 
 @pytest.fixture(params=READERS)
 def reader(request, tmp_path):
-    """A reader, and where its file should be; other files that it needs are not there."""
+    """Returns a reader and the path of its file; other files that it needs do not exist."""
     path = tmp_path / NAMES[request.param]
     path.parent.mkdir(parents=True, exist_ok=True)
     return READERS[request.param], path
@@ -77,7 +77,7 @@ def test_a_named_pipe_is_refused_at_once(reader):
     refused(read, path, "is a named pipe, not a file; correct the path")
 
 
-def test_a_device_without_end_is_refused(reader):
+def test_an_endless_device_is_refused(reader):
     read, path = reader
     path.symlink_to("/dev/zero")
     refused(read, path, "is a device, not a file; correct the path")
@@ -86,7 +86,7 @@ def test_a_device_without_end_is_refused(reader):
 def test_a_folder_is_refused(reader):
     read, path = reader
     path.mkdir()
-    refused(read, path, "is a folder, not a file|no image in it or below")
+    refused(read, path, "is a folder, not a file|no image in it or its subfolders")
 
 
 def test_a_link_to_itself_is_refused(reader):
@@ -95,8 +95,8 @@ def test_a_link_to_itself_is_refused(reader):
     refused(read, path, "(?i)symbolic links")
 
 
-def test_a_file_that_may_not_be_read_is_named(reader, monkeypatch):
-    """By a stand-in for the system, since to the superuser nothing is forbidden."""
+def test_a_file_without_permission_is_named(reader, monkeypatch):
+    """Simulates the system's error, since the superuser may read all files."""
     read, path = reader
     path.write_bytes(b"content")
 
@@ -111,7 +111,7 @@ def test_a_socket_is_refused(tmp_path):
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
-        with pytest.raises((DataError, OSError)):  # the system itself does not open it
+        with pytest.raises((DataError, OSError)):  # the system does not open it
             open_regular(path)
     refused(read_table, path, "cannot be read as a table")
 
@@ -142,8 +142,8 @@ def test_an_image_whose_name_is_not_utf8_is_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["i.json", "split.json", "c.yaml", "c.json", "l.txt", "t.csv"])
-def test_a_file_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, name):
-    """Ten terabytes without a byte on the disk."""
+def test_a_file_larger_than_memory_is_refused_before_reading(tmp_path, name):
+    """A sparse file of ten terabytes."""
     path = tmp_path / name
     with path.open("wb") as file:
         file.truncate(10**13)
@@ -153,22 +153,22 @@ def test_a_file_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, n
         "l.txt": READERS["list to predict"],
         "t.csv": read_table,
     }
-    refused(read.get(name, read_class_file), path, "memory|where at most")
+    refused(read.get(name, read_class_file), path, "memory|but at most")
     if name == "i.json":
         refused(READERS["coco names"], path, "10,000.0 GB.*memory")
 
 
 def test_the_largest_real_files_are_read(tmp_path, monkeypatch):
-    """COCO's 330 MB on a machine of two gigabytes, in small: memory of twice the size is enough."""
+    """Like COCO's 330 MB on a machine with two gigabytes: memory of twice the file size is enough."""
     path = tmp_path / "a.txt"
     path.write_text("content")
     monkeypatch.setattr(reading, "memory_of_machine", lambda: 14)
     assert read_text(path) == "content"
     monkeypatch.setattr(reading, "memory_of_machine", lambda: 13)
-    with pytest.raises(DataError, match="takes twice that"):
+    with pytest.raises(DataError, match="needs twice as much"):
         read_text(path)
 
 
-def test_messages_stay_readable():
+def test_messages_are_short():
     assert brief("a\nb") == "'a\\nb'"
     assert brief("x" * 10**6) == f"'{'x' * 199}... (1,000,000 characters)"

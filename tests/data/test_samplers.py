@@ -26,7 +26,7 @@ def rows(batches):
     return [[draw.index for draw in batch] for batch in batches]
 
 
-def test_one_labeled_pass_has_every_image_once():
+def test_one_labeled_pass_contains_every_image_once():
     batches = LabeledBatches(LABELED, 3, seed=1)
     got = list(batches)
     assert [len(batch) for batch in got] == [3, 3, 1]
@@ -35,7 +35,7 @@ def test_one_labeled_pass_has_every_image_once():
     assert all(draw.epoch == 0 and draw.visit == 0 for batch in got for draw in batch)
 
 
-def test_cycling_permutes_anew_on_every_pass_and_counts_visits():
+def test_every_pass_has_a_new_order_and_visits_are_counted():
     batches = LabeledBatches(LABELED, 4, seed=1, num_batches=14)
     draws = [draw for batch in batches for draw in batch]
     assert len(batches) == 14
@@ -44,7 +44,7 @@ def test_cycling_permutes_anew_on_every_pass_and_counts_visits():
     for visit, one in enumerate(passes):
         assert sorted(draw.index for draw in one) == sorted(LABELED.tolist())
         assert {draw.visit for draw in one} == {visit}
-    assert len({tuple(draw.index for draw in one) for one in passes}) == 8  # 7! orders: no chance repeats
+    assert len({tuple(draw.index for draw in one) for one in passes}) == 8  # 7! orders: repeats are unlikely
 
 
 def test_every_draw_of_an_epoch_is_unique():
@@ -52,7 +52,7 @@ def test_every_draw_of_an_epoch_is_unique():
     assert len(draws) == len(set(draws)) == 45
 
 
-def test_a_paired_epoch_is_one_pass_over_the_unlabeled_images():
+def test_a_paired_epoch_is_one_pass_over_unlabeled_images():
     batches = paired()
     got = list(batches)
     assert [len(batch) for batch in got] == [16, 16, 16, 16, 4 + 5]
@@ -67,7 +67,7 @@ def test_a_paired_epoch_is_one_pass_over_the_unlabeled_images():
     assert [draw.visit for draw in labeled] == [0] * 7 + [1] * 7 + [2] * 6
 
 
-def test_more_labeled_a_batch_than_there_are_goes_on_with_the_next_pass():
+def test_a_large_labeled_batch_continues_with_the_next_pass():
     batch = next(iter(PairedBatches([7, 9], [1, 2, 3], 5, 3, seed=0)))
     assert [draw.visit for draw in batch[:5]] == [0, 0, 1, 1, 2]
     assert {draw.index for draw in batch[:2]} == {draw.index for draw in batch[2:4]} == {7, 9}
@@ -84,7 +84,7 @@ def test_more_labeled_a_batch_than_there_are_goes_on_with_the_next_pass():
 def test_order_is_a_function_of_seed_and_epoch(make):
     batches, again = make(5), make(5)
     first = list(batches)
-    assert first == list(batches) == list(again)  # the epoch alone moves it on
+    assert first == list(batches) == list(again)  # only the epoch changes the order
     batches.set_epoch(1)
     second = list(batches)
     assert rows(second) != rows(first)
@@ -96,7 +96,7 @@ def test_order_is_a_function_of_seed_and_epoch(make):
 
 
 def test_first_draws_are_pinned():
-    # Drawn by the first release: a change here would change every run that is repeated or resumed.
+    # Drawn by the first release; a change here would change every repeated or resumed run.
     batches = PairedBatches(np.arange(10), np.arange(10, 300_000), 4, 6, seed=3)
     batches.set_epoch(2)
     assert rows([next(iter(batches))]) == [[9, 3, 4, 1, 248411, 59690, 2064, 249482, 206041, 164409]]
@@ -107,7 +107,7 @@ def test_first_draws_are_pinned():
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 53, 1000])
-def test_draws_are_those_of_a_whole_permutation(monkeypatch, rows_at_a_time):
+def test_draws_equal_a_whole_permutation(monkeypatch, rows_at_a_time):
     monkeypatch.setattr(annotations, "_ROWS", rows_at_a_time)
 
     def plain(indices, stream, visit):
@@ -123,14 +123,14 @@ def test_draws_are_those_of_a_whole_permutation(monkeypatch, rows_at_a_time):
     assert [draw for batch in in_order for draw in batch] == [Draw(i, 5, 0) for i in UNLABELED.tolist()]
 
 
-def test_the_two_orders_of_a_pair_are_separate_streams():
+def test_labeled_and_unlabeled_orders_are_independent():
     same = np.arange(30)
     batches = PairedBatches(same, same, 6, 6, seed=2)
     labeled, unlabeled = zip(*[(b[:6], b[6:]) for b in rows(batches)], strict=True)
     assert labeled != unlabeled
 
 
-def test_changing_the_epoch_leaves_an_iteration_under_way_alone():
+def test_changing_the_epoch_does_not_change_a_running_iteration():
     batches, reference = paired(), list(paired())
     iterator = iter(batches)
     got = [next(iterator)]
@@ -148,7 +148,7 @@ def test_changing_the_epoch_leaves_an_iteration_under_way_alone():
     world=st.integers(1, 3),
     epoch=st.integers(0, 3),
 )
-def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
+def test_ranks_together_have_the_batches_of_one_process(n, m, lb, ub, world, epoch):
     def make(kind, rank, size):
         if kind == "paired":
             sampler = PairedBatches(range(n), range(100, 100 + m), lb, ub, 0, None, rank, size)
@@ -169,18 +169,18 @@ def test_ranks_together_are_the_one_process_batches(n, m, lb, ub, world, epoch):
         assert {len(share) for share in shares} == {len(whole)}
         for parts in zip(whole, *shares, strict=True):
             assert Counter(parts[0]) == sum((Counter(part) for part in parts[1:]), Counter())
-            assert all(parts[1:])  # no rank sits a step out
+            assert all(parts[1:])  # no rank skips a step
             lengths = [len(part) for part in parts[1:]]
-            assert max(lengths) - min(lengths) <= 2  # one of each part at most
+            assert max(lengths) - min(lengths) <= 2  # at most one of each part
 
 
 def samplers(kind, rank=0, world_size=1, epoch=0):
-    """Batches of 19 labeled and 53 unlabeled images, large enough for eight processes."""
+    """Returns batches of 19 labeled and 53 unlabeled images, large enough for eight processes."""
     labeled, unlabeled = np.arange(19), np.arange(100, 153)
     made = {
         "paired": lambda: PairedBatches(labeled, unlabeled, 9, 4, 2, None, rank, world_size),
         "one pass": lambda: LabeledBatches(labeled, 11, 2, None, rank, world_size),
-        "as many as asked for": lambda: LabeledBatches(labeled, 9, 2, 12, rank, world_size),
+        "a given number": lambda: LabeledBatches(labeled, 9, 2, 12, rank, world_size),
         "in order": lambda: InOrderBatches(unlabeled, 7, rank, world_size, epoch),
     }[kind]()
     made.set_epoch(epoch)
@@ -188,14 +188,14 @@ def samplers(kind, rank=0, world_size=1, epoch=0):
 
 
 def dealt_out(shares):
-    """Puts together what ranks had, a draw of each in turn."""
+    """Interleaves the draws of all ranks."""
     return [draw for turn in zip_longest(*shares) for draw in turn if draw is not None]
 
 
-@pytest.mark.parametrize("kind", ["paired", "one pass", "as many as asked for"])
+@pytest.mark.parametrize("kind", ["paired", "one pass", "a given number"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("epoch", [0, 5])
-def test_shares_of_all_ranks_are_the_global_batch_in_its_order(kind, world, epoch):
+def test_shares_of_all_ranks_form_the_global_batch_in_order(kind, world, epoch):
     whole = list(samplers(kind, epoch=epoch))
     ranks = [list(samplers(kind, rank, world, epoch)) for rank in range(world)]
     for batch, *shares in zip(whole, *ranks, strict=True):
@@ -209,7 +209,7 @@ def test_shares_of_all_ranks_are_the_global_batch_in_its_order(kind, world, epoc
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_shards_in_order_are_one_pass_in_its_order(world):
+def test_sequential_shards_form_one_pass_in_order(world):
     whole, *shards = (
         [draw for batch in samplers("in order", rank, size, epoch=4) for draw in batch]
         for rank, size in [(0, 1), *((rank, world) for rank in range(world))]
@@ -218,9 +218,9 @@ def test_shards_in_order_are_one_pass_in_its_order(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["paired", "as many as asked for"])
-def test_the_labeled_order_never_comes_twice(kind, world):
-    """Not within an epoch, not in another one, where there are 19! orders; nor does that of the unlabeled images."""
+@pytest.mark.parametrize("kind", ["paired", "a given number"])
+def test_orders_do_not_repeat(kind, world):
+    """With 19! orders, none repeats within an epoch or in another one, for labeled and unlabeled images."""
     orders = []
     for epoch in range(6):
         ranks = [list(samplers(kind, rank, world, epoch)) for rank in range(world)]
@@ -238,7 +238,7 @@ def test_the_labeled_order_never_comes_twice(kind, world):
     assert len(set(orders)) == len(orders)
 
 
-def test_a_rank_keeps_its_part_of_labeled_then_of_unlabeled():
+def test_a_rank_has_its_labeled_draws_before_its_unlabeled_ones():
     whole = list(paired())
     for rank in (0, 1):
         for batch, share in zip(whole, paired(rank=rank, world_size=2), strict=True):
@@ -246,7 +246,7 @@ def test_a_rank_keeps_its_part_of_labeled_then_of_unlabeled():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_in_order_shards_cover_each_image_once_without_padding(world):
+def test_sequential_shards_cover_each_image_once_without_padding(world):
     indices = [9, 4, 7, 1, 0, 3, 8]
     seen = []
     for rank in range(world):
@@ -259,7 +259,7 @@ def test_in_order_shards_cover_each_image_once_without_padding(world):
     assert sorted(seen) == sorted(Draw(i, 3, 0) for i in indices)
 
 
-def test_in_order_shard_without_images_is_allowed():
+def test_empty_sequential_shard_is_allowed():
     batches = InOrderBatches([5], 2, rank=1, world_size=2)
     assert list(batches) == []
     assert len(batches) == 0
@@ -284,7 +284,7 @@ def test_in_order_shard_without_images_is_allowed():
         (lambda: PairedBatches([1], range(5), 1, 4, 0, world_size=2), "1 of 2 processes without any"),
     ],
 )
-def test_settings_that_cannot_train_are_refused_before_training(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -295,7 +295,7 @@ class _Echo(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_same_items_whatever_its_workers(workers):
+def test_items_do_not_depend_on_the_number_of_workers(workers):
     batches = paired(seed=3)
     loader = DataLoader(_Echo(), batch_sampler=batches, num_workers=workers)
     assert loader.batch_sampler.sampler is batches

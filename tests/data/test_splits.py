@@ -30,13 +30,13 @@ def table(labels, paths=None):
         (150000, (7500, 15000, 22500, 30000)),
     ],
 )
-def test_sizes_of_the_paper(num_images, sizes):
+def test_sizes_in_the_paper(num_images, sizes):
     for fraction, size in zip((0.05, 0.10, 0.15, 0.20), sizes, strict=True):
         split = split_labeled(num_images, fraction, seed=1)
         assert (len(split.labeled), len(split.unlabeled)) == (size, num_images - size)
 
 
-def test_rows_are_those_of_the_legacy_permutation():
+def test_rows_follow_the_legacy_permutation():
     split = split_labeled(100, 0.25, seed=3)
     np.random.seed(3)  # noqa: NPY002 - the same stream through numpy's global state, as CAP draws it
     order = np.arange(100)
@@ -48,7 +48,7 @@ def test_rows_are_those_of_the_legacy_permutation():
 
 
 def test_first_rows_are_pinned():
-    # A change here would silently change what every saved fraction and seed mean.
+    # A change here would silently change the meaning of every saved fraction and seed.
     assert split_labeled(20, 0.25, seed=1).labeled.tolist() == [3, 16, 6, 10, 2]
 
 
@@ -63,7 +63,7 @@ def test_parts_cover_all_rows_once(num_images, fraction, seed):
     assert sorted(rows.tolist()) == list(range(num_images))
 
 
-def test_nested_over_fractions_and_different_over_seeds():
+def test_splits_are_nested_over_fractions_and_differ_over_seeds():
     small, large = split_labeled(1000, 0.05, 7), split_labeled(1000, 0.2, 7)
     assert set(small.labeled.tolist()) < set(large.labeled.tolist())
     assert small.digest == split_labeled(1000, 0.05, 7).digest
@@ -112,7 +112,7 @@ def test_hold_out_refused(fraction):
         hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
 
-def test_parts_share_no_row():
+def test_parts_are_disjoint():
     with pytest.raises(DataError, match="rows more than once: 2"):
         Split(np.array([1, 2]), np.array([2, 3]))
     with pytest.raises(DataError, match="-1 is negative"):
@@ -144,7 +144,7 @@ SAVED = (
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 1000])
-def test_file_is_that_of_the_first_release(tmp_path, monkeypatch, rows_at_a_time):
+def test_file_format_of_the_first_release(tmp_path, monkeypatch, rows_at_a_time):
     monkeypatch.setattr(annotations, "_ROWS", rows_at_a_time)
     t = table(np.eye(20, 3, dtype=np.int8))
     path = tmp_path / "split.json"
@@ -154,7 +154,7 @@ def test_file_is_that_of_the_first_release(tmp_path, monkeypatch, rows_at_a_time
 
 
 @given(st.lists(st.lists(st.integers(-1, 12), max_size=6), min_size=3, max_size=3))
-def test_rows_that_are_refused_are_those_of_the_plain_count(parts):
+def test_refused_rows_equal_those_of_a_plain_count(parts):
     rows = sorted(row for part in parts for row in part)
     twice = sorted({row for row in rows if rows.count(row) > 1})
     parts = [np.array(part, dtype=np.int64) for part in parts]
@@ -189,7 +189,7 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(DataError, match="cannot be read as a split"):
         Split.load(path, t)
     path.write_text("[]")
-    with pytest.raises(DataError, match="is no split file"):
+    with pytest.raises(DataError, match="is not a split file"):
         Split.load(path, t)
     split_known(t).save(path)
     record = json.loads(path.read_text())
@@ -205,7 +205,7 @@ def test_load_refuses_other_files(tmp_path):
 
 
 def made_good(record):
-    """As someone would who takes the right digest from our own message."""
+    """Replaces the digest by the one in the error message, as a user might."""
     return record | {"digest": Split(record["labelled"], record["unlabelled"], record["held_out"]).digest}
 
 
@@ -227,7 +227,7 @@ def made_good(record):
         ({"seed": [1]}, r"seed must be .* found \[1\]"),
     ],
 )
-def test_load_refuses_values_of_another_type(tmp_path, change, words):
+def test_load_refuses_values_of_the_wrong_type(tmp_path, change, words):
     t = table([[1, 0], [0, 1], [-1, -1]])
     path = tmp_path / "split.json"
     split_known(t).save(path)
@@ -243,7 +243,7 @@ def test_load_refuses_rows_that_the_table_does_not_have(tmp_path):
     split_known(t).save(path)
     record = json.loads(path.read_text())
     path.write_text(json.dumps(made_good(record | {"unlabelled": [2, 3, 10**6]})))
-    with pytest.raises(DataError, match=r"split\.json: has the rows 3, 1000000, but the table has 3 rows"):
+    with pytest.raises(DataError, match=r"split\.json: contains rows 3, 1000000, but the table has 3 rows"):
         Split.load(path, t)
 
 
@@ -251,12 +251,12 @@ def test_load_refuses_rows_that_the_table_does_not_have(tmp_path):
     ("content", "words"),
     [
         ("[" * 100_000, "recursion"),
-        ('{"seed": 1, "seed": 2}', "a key stands there twice"),
+        ('{"seed": 1, "seed": 2}', "a key occurs twice"),
         ('{"seed": ' + "1" * 5_000 + "}", "digits"),
         ("\ufeff{", "cannot be read as a split"),
     ],
 )
-def test_load_refuses_json_that_cannot_be_trusted(tmp_path, content, words):
+def test_load_refuses_malicious_json(tmp_path, content, words):
     path = tmp_path / "split.json"
     path.write_text(content)
     with pytest.raises(DataError, match=words) as error:
@@ -265,7 +265,7 @@ def test_load_refuses_json_that_cannot_be_trusted(tmp_path, content, words):
 
 
 @pytest.mark.parametrize("fraction", [float("nan"), float("inf"), -float("inf")])
-def test_hold_out_of_no_number(fraction):
+def test_hold_out_of_nan(fraction):
     with pytest.raises(ConfigError, match="of 20 labeled images cannot be held out"):
         hold_out(split_labeled(100, 0.2, 1), fraction, 1)
 
@@ -281,7 +281,7 @@ def test_rows_to_keep_are_not_held_out():
     assert hold_out(split, 0.2, seed=5, keep=[]).digest == plain.digest
     keep = split.labeled[:45]
     found = hold_out(split, 0.2, seed=5, keep=keep)
-    assert set(found.held_out) == set(split.labeled[45:])  # 10 are asked for, 5 are left
+    assert set(found.held_out) == set(split.labeled[45:])  # 10 are requested, 5 are left
     assert set(found.labeled) == set(keep)
-    with pytest.raises(ConfigError, match="nothing could be measured fairly"):
+    with pytest.raises(ConfigError, match="a validation score would be too high"):
         hold_out(split, 0.2, seed=5, keep=split.labeled)

@@ -1,4 +1,4 @@
-"""RowStore: what is found is what was put in, whoever writes at the same time and whenever a process stops."""
+"""RowStore: rows are exact even with concurrent writers and crashes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def put(store, numbers):
 
 
 def require_sound(store, numbers):
-    """Whatever is found is exact, and nothing is there twice. Gives the numbers found."""
+    """Checks that rows are exact and not repeated. Returns the numbers found."""
     places = store.find(keys(numbers))
     found = [(number, place) for number, place in zip(numbers, places, strict=True) if place >= 0]
     for number, place in found:
@@ -75,7 +75,7 @@ def test_rows_are_found_by_their_keys(tmp_path):
         np.testing.assert_array_equal(one.rows, rows([3, 1, 2, 7]))
         assert not one.rows.flags.writeable
         assert not one[2].flags.writeable
-        for outside in (4, -1):  # not the last row, as with an array: -1 is what find() says of a missing key
+        for outside in (4, -1):  # unlike in an array, -1 is not the last row: find() returns it for a missing key
             with pytest.raises(IndexError):
                 one[outside]
     assert store.find([]).tolist() == []
@@ -91,60 +91,60 @@ def test_a_key_keeps_its_first_row(tmp_path):
     assert len(store) == 3
 
 
-def test_others_rows_are_seen_after_a_refresh(tmp_path):
+def test_refresh_makes_rows_of_other_processes_visible(tmp_path):
     one, other = open_store(tmp_path), open_store(tmp_path)
     put(one, [1])
     view = one.rows
-    put(other, [2])  # takes notice of the first by itself
+    put(other, [2])  # refreshes by itself
     assert other.find(keys([1, 2])).tolist() == [0, 1]
     assert one.find(keys([1, 2])).tolist() == [0, -1]
     one.refresh()
     assert require_sound(one, [1, 2]) == [1, 2]
-    np.testing.assert_array_equal(view[0], row(1))  # the map of before still holds
+    np.testing.assert_array_equal(view[0], row(1))  # the old memory map is still valid
 
 
-def test_rows_and_keys_of_another_form_are_refused(tmp_path):
+def test_rows_and_keys_of_the_wrong_form_are_refused(tmp_path):
     store = open_store(tmp_path)
     for wrong in (rows([1, 2]), rows([1]).astype(np.float64), rows([1])[:, :2]):
-        with pytest.raises(DataError, match=r"1 features must come as float32 of shape \(1, 3, 5\), found"):
+        with pytest.raises(DataError, match=r"1 features must be given as float32 of shape \(1, 3, 5\), found"):
             store.append([key(1)], wrong)
     with pytest.raises(DataError, match="keys have 32 bytes, found 3"):
         store.append([b"abc"], rows([1]))
     assert len(store) == 0
 
 
-def test_other_settings_are_refused_by_name(tmp_path):
+def test_different_settings_are_named(tmp_path):
     put(open_store(tmp_path, names=("a", "b")), [1])
     assert len(open_store(tmp_path, names=["a", "b"])) == 1
-    with pytest.raises(ConfigError, match=r"features were made with size 224 \(asked for: 448\); choose another fold"):
+    with pytest.raises(ConfigError, match=r"features were made with size 224 \(requested: 448\); choose another fold"):
         open_store(tmp_path, names=["a", "b"], size=448)
-    with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(asked for: None\)"):
+    with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(requested: None\)"):
         open_store(tmp_path)
-    with pytest.raises(ConfigError, match=r"dtype '<f4' \(asked for: '<f2'\)"):
+    with pytest.raises(ConfigError, match=r"dtype '<f4' \(requested: '<f2'\)"):
         open_store(tmp_path, dtype=np.float16, names=("a", "b"))
-    with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(asked for: \[3, 4\]\)"):
+    with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(requested: \[3, 4\]\)"):
         open_store(tmp_path, shape=(3, 4), names=("a", "b"))
     (tmp_path / "settings.json").write_text('{"size": 2')
     with pytest.raises(ConfigError, match=r"settings\.json: damaged .*delete the folder"):
         open_store(tmp_path)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match="is missing beside features"):
+    with pytest.raises(ConfigError, match="is missing next to features"):
         open_store(tmp_path)
 
 
-def test_room_is_required_before_it_is_needed(tmp_path, monkeypatch):
-    store = open_store(tmp_path, shape=(250_000,))  # 1 MB a row
+def test_room_is_checked(tmp_path, monkeypatch):
+    store = open_store(tmp_path, shape=(250_000,))  # 1 MB per row
     store.append([key(0)], np.zeros((1, 250_000), np.float32))
     store.require_room(99, 0.1, "")
     with pytest.raises(
-        ConfigError, match=r"2100 more features need 2\.1 GB, 2\.1 GB with those .* 2 GB are allowed\. D"
+        ConfigError, match=r"2100 more features need 2\.1 GB, 2\.1 GB with the existing .* 2 GB are allowed\. D"
     ):
         store.require_room(2100, 2, "Do something.")
     with pytest.raises(ConfigError, match=r"0\.1 GB are allowed"):
         store.require_room(100, 0.1, "")
     with pytest.raises(ConfigError, match="nan GB are allowed"):
         store.require_room(1, float("nan"), "")
-    store.require_room(0, 0, "")  # nothing to come: a lowered limit does not forbid to read
+    store.require_room(0, 0, "")  # no new rows: reading is allowed even above the limit
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**9))
     store.require_room(1000, 5, "")
     with pytest.raises(ConfigError, match=r"1001 .*need 1\.0 GB; the disk has 1\.0 GB free\. Do something"):
@@ -155,7 +155,7 @@ def test_room_is_required_before_it_is_needed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["index.bin", "rows.bin"])
-def test_a_torn_tail_costs_only_the_rows_that_it_tears(tmp_path, name):
+def test_a_torn_tail_loses_only_the_torn_rows(tmp_path, name):
     numbers, rng = list(range(12)), np.random.default_rng(0)
     whole = tmp_path / "whole"
     put(open_store(whole), numbers[:7])
@@ -168,14 +168,14 @@ def test_a_torn_tail_costs_only_the_rows_that_it_tears(tmp_path, name):
         os.truncate(torn / name, length)
         store = open_store(torn)
         assert require_sound(store, numbers) == numbers[: length // unit]
-        put(store, [100, 101])  # fewer than what was lost
+        put(store, [100, 101])  # fewer than were lost
         assert require_sound(open_store(torn), [*numbers, 100, 101]) == [*numbers[: length // unit], 100, 101]
         put(open_store(torn), numbers)
         assert require_sound(open_store(torn), [*numbers, 100, 101]) == [*numbers, 100, 101]
 
 
 @pytest.mark.parametrize("tail", [bytes(RECORD_BYTES * 3), b"x" * 50, bytes(range(90))])
-def test_what_stands_behind_the_last_record_is_passed_over(tmp_path, tail):
+def test_data_after_the_last_record_is_ignored(tmp_path, tail):
     put(open_store(tmp_path), [1, 2])
     for name in ("index.bin", "rows.bin"):
         with (tmp_path / name).open("ab") as file:
@@ -188,20 +188,20 @@ def test_what_stands_behind_the_last_record_is_passed_over(tmp_path, tail):
     assert (tmp_path / "rows.bin").stat().st_size == 3 * 60
 
 
-def test_records_out_of_place_are_not_believed(tmp_path):
+def test_misplaced_records_are_ignored(tmp_path):
     put(open_store(tmp_path), [1, 2])
     content = (tmp_path / "index.bin").read_bytes()
     (tmp_path / "index.bin").write_bytes(content[RECORD_BYTES:] + content[:RECORD_BYTES])
     assert len(open_store(tmp_path)) == 0
 
 
-def test_files_that_shrink_while_in_use_are_an_error(tmp_path):
+def test_files_truncated_while_in_use_are_an_error(tmp_path):
     store = open_store(tmp_path)
     put(store, [1, 2])
     copy = pickle.loads(pickle.dumps(store))
     os.truncate(tmp_path / "rows.bin", 60)
     for action in (store.refresh, lambda: put(store, [3]), lambda: copy[0]):
-        with pytest.raises(ConfigError, match="cut or removed while in use"):
+        with pytest.raises(ConfigError, match="truncated or removed while in use"):
             action()
 
 
@@ -215,12 +215,12 @@ def append_in_turn(folder, numbers, chunk):
     return len(require_sound(store, numbers)) == len(numbers)
 
 
-def test_two_processes_append_the_same_and_other_rows(tmp_path):
+def test_two_processes_append_equal_and_different_rows(tmp_path):
     first, second = list(range(150)), [*range(100, 50, -1), *range(150, 250)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(append_in_turn, tmp_path, numbers, 7) for numbers in (first, second)]
         watcher, seen = open_store(tmp_path), 0
-        while not all(task.done() for task in tasks):  # a reader beside them never sees what is not whole
+        while not all(task.done() for task in tasks):  # a concurrent reader never sees an incomplete row
             watcher.refresh()
             require_sound(watcher, list(range(0, 250, 10)))
             assert len(watcher) >= seen
@@ -241,7 +241,7 @@ def look_by_row(store, place):
     return value, len(store), len(store._keys)
 
 
-def test_workers_get_a_few_bytes_and_map_the_file_themselves(tmp_path):
+def test_workers_receive_a_few_bytes_and_map_the_file(tmp_path):
     store = open_store(tmp_path)
     put(store, list(range(500)))
     assert store.rows[499].tolist() == row(499).tolist()
@@ -266,7 +266,7 @@ for start in range(0, 10**6, 5):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
+def test_a_killed_writer_leaves_complete_rows_and_no_lock(tmp_path):
     numbers = list(range(2000))
     code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     for delay in (0.0, 0.013, 0.05):
@@ -288,7 +288,7 @@ class Killed(BaseException):
 
 
 def test_a_writer_that_stops_between_any_two_steps(tmp_path, monkeypatch):
-    """Every point between the writes of an append, and half-way through each of them."""
+    """Stops at every point between the writes of an append, and halfway through each write."""
     write = module._write
     for steps in range(4):
         for half in (False, True):
@@ -317,14 +317,14 @@ def test_a_writer_that_stops_between_any_two_steps(tmp_path, monkeypatch):
             assert require_sound(open_store(folder), [1, 2, 3, 6]) == [1, 2, 3, 6]
 
 
-def test_many_keys_are_quick(tmp_path):
+def test_many_keys_are_fast(tmp_path):
     store = open_store(tmp_path, shape=(1,))
     many = [i.to_bytes(KEY_BYTES, "little") for i in range(200_000)]
     store.append(many, np.arange(200_000, dtype=np.float32)[:, None])
     start = time.perf_counter()
     again = open_store(tmp_path, shape=(1,))
     assert (again.find(many) == np.arange(200_000)).all()
-    assert time.perf_counter() - start < 5  # about 0.4 s; others share the machine
+    assert time.perf_counter() - start < 5  # about 0.4 s on an idle machine
 
 
 # Keys of contents --------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_many_keys_are_quick(tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """Files that are old enough for their times to be believed, once the store looks at them from the future."""
+    """Returns files whose times are old enough to be reliable with the fixture ``later``."""
     paths = [tmp_path / f"{name}.jpg" for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode() * 10)
@@ -341,7 +341,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def later(monkeypatch):
-    """Ten seconds pass between the writing of a file and the look at it."""
+    """Shifts the clock, as if files had been written ten seconds ago."""
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)
 
@@ -375,7 +375,7 @@ def test_a_changed_file_has_a_new_key_and_a_touched_one_its_old(tmp_path, files,
     memo = tmp_path / "memo.json"
     before = content_keys(files, memo)
     read = count_reads(monkeypatch)
-    time.sleep(0.02)  # more than a step of the file system's clock
+    time.sleep(0.02)  # longer than the resolution of the file system's clock
     files[0].write_bytes(b"A" * files[0].stat().st_size)  # same size, other times
     os.utime(files[1])
     after = content_keys(files, memo)
@@ -385,7 +385,7 @@ def test_a_changed_file_has_a_new_key_and_a_touched_one_its_old(tmp_path, files,
 
     status = files[2].stat()
     files[2].write_bytes(b"C" * status.st_size)
-    os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns))  # even with its old time, as copying gives it
+    os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns))  # even with its old time, as after copying
     assert content_keys(files, memo)[2] == digest(files[2]) != before[2]
 
 
@@ -394,20 +394,20 @@ def test_a_file_just_written_is_read_again(tmp_path, files, monkeypatch):
     content_keys(files, memo)
     read = count_reads(monkeypatch)
     content_keys(files, memo)
-    assert read == ["a.jpg", "b.jpg", "c.jpg"], "a change within the clock's step would not show in their times"
+    assert read == ["a.jpg", "b.jpg", "c.jpg"], "a change within the clock's resolution does not change their times"
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b'{"a": 1}', b'{"a": [1, 2, 3, "xx"]}', b'{"a": [1, 2, 3, "00"]}', b"\xff\xfe"]
 )
-def test_a_damaged_memo_is_made_anew(tmp_path, files, later, content):
+def test_a_damaged_memo_is_recreated(tmp_path, files, later, content):
     memo = tmp_path / "memo.json"
     memo.write_bytes(content)
     assert content_keys(files, memo) == [digest(path) for path in files]
     assert set(json.loads(memo.read_text())) == {str(path) for path in files}
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path, files):
+def test_unreadable_files_are_named(tmp_path, files):
     with pytest.raises(DataError, match=r"none\.jpg: No such file .*check the image root"):
         content_keys([*files, tmp_path / "none.jpg"], tmp_path / "memo.json")
     with pytest.raises(DataError, match="is a folder"):

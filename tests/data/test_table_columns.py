@@ -1,4 +1,4 @@
-"""Columns of tables that people publish or that programs export: found, left out or refused by name."""
+"""Columns of tables published by people or exported by programs: found, omitted or refused by name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_names_of_the_labels_column(tmp_path, name):
     assert any(repr(name) in sentence for sentence in table.describe())
 
 
-def test_columns_that_the_user_names(tmp_path):
+def test_columns_named_by_the_user(tmp_path):
     path = text(tmp_path, "image,Id,labels,Target\nx,a.jpg,p,0 1\ny,b.jpg,q,1\n")
     table = Table(path, image_column="Id", labels_column="Target", separator=" ").train()
     assert (table.paths.tolist(), table.class_names) == (["a.jpg", "b.jpg"], ("0", "1"))
@@ -70,7 +70,7 @@ def test_columns_that_the_user_names(tmp_path):
             Table(path, **{name: ""})
 
 
-def test_an_exact_name_comes_before_another_spelling(tmp_path):
+def test_an_exact_name_has_priority(tmp_path):
     path = text(tmp_path, "Image,image,labels\nno,yes,cat\n")
     assert Table(path).train().paths.tolist() == ["yes"]
     refused(text(tmp_path, "Image,IMAGE,labels\na,b,cat\n"), "'Image', 'IMAGE'", "image_column")
@@ -85,7 +85,7 @@ def test_a_labels_column_that_may_be_a_class(tmp_path):
     assert Table(path, labels_column="label").train().class_names == ("0", "1")
 
 
-def test_names_beside_class_columns(tmp_path):
+def test_names_next_to_class_columns(tmp_path):
     path = text(tmp_path, "image,category,cat,dog\na.jpg,pets,1,0\nb.jpg,pets,0,1\n")
     refused(path, "'category'", "'cat', 'dog'", "labels_column: category")
     assert Table(path, labels_column="category").train().class_names == ("pets",)
@@ -111,7 +111,7 @@ def test_a_class_may_be_called_split(tmp_path):
 
 
 @pytest.mark.parametrize("head", ["", "Unnamed: 0", ",Unnamed: 0", "Unnamed: 0.1,Unnamed: 0"])
-def test_the_index_of_pandas_is_left_out(tmp_path, head):
+def test_the_index_of_pandas_is_omitted(tmp_path, head):
     numbers = ["2,0", "0,1"] if "," in head else ["2", "0"]
     path = text(tmp_path, f"{head},image,cat,dog\n{numbers[0]},c.jpg,1,1.0\n{numbers[1]},a.jpg,1,0.0\n")
     table = Table(path).train()
@@ -119,13 +119,13 @@ def test_the_index_of_pandas_is_left_out(tmp_path, head):
     assert table.labels.tolist() == [[1, 1], [1, 0]]
 
 
-def test_the_index_of_pandas_in_parquet_is_left_out(tmp_path):
+def test_the_index_of_pandas_in_parquet_is_omitted(tmp_path):
     columns = {"image": ["c.jpg", "a.jpg"], "cat": [1, 0], "__index_level_0__": [2, 0]}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     assert Table(str(tmp_path / "t.parquet")).train().class_names == ("cat",)
 
 
-def test_another_column_without_a_name_is_refused(tmp_path):
+def test_other_columns_without_a_name_are_refused(tmp_path):
     refused(text(tmp_path, ",cat\na.jpg,1\nb.jpg,0\n"), "column 1 has no name", "'a.jpg' (row 2)", "index")
     refused(text(tmp_path, "image,cat,\na.jpg,1,\nb.jpg,0,1\n"), "column 3 has no name", "'1' (row 3)")
 
@@ -133,7 +133,7 @@ def test_another_column_without_a_name_is_refused(tmp_path):
 def test_delimiters_at_the_ends_of_rows(tmp_path):
     path = text(tmp_path, "image,cat,dog,,\na.jpg,1,0,,\nb.jpg,0,1,,\n")
     assert Table(path).train().class_names == ("cat", "dog")
-    refused(text(tmp_path, "image,cat\na.jpg,1,\n"), "row 2", "3 cells", "take the ',' at its end out")
+    refused(text(tmp_path, "image,cat\na.jpg,1,\n"), "row 2", "3 cells", "remove the ',' at its end")
 
 
 @pytest.mark.parametrize("first", ["sep=;", "SEP=;", '"sep=;"', "\ufeffsep=;"])
@@ -173,14 +173,14 @@ def test_a_class_column_that_means_no_class(tmp_path):
     refused(path, "row 3", "'No Finding'", "class 'cat'", nothing=["No Finding"])
 
 
-def test_annotators_are_no_class(tmp_path):
+def test_annotators_are_not_a_class(tmp_path):
     path = text(tmp_path, "image,annotator,cat,dog\na.jpg,0,1,0\na.jpg,1,1,1\nb.jpg,1,0,1\n")
     table = Table(path, repeated="unknown").train()
     assert (table.class_names, table.labels.tolist()) == (("cat", "dog"), [[1, -1], [0, 1]])
 
 
 def test_review_makes_classes_unknown(tmp_path):
-    """A table of predicted labels that a person has corrected."""
+    """A table of predicted labels corrected by a person."""
     path = text(
         tmp_path,
         "image,labels,review,place,cat,cow,dog\n"
@@ -196,7 +196,7 @@ def test_review_makes_classes_unknown(tmp_path):
     assert "'review' are unknown" in table.describe()[0]
 
 
-def test_review_that_names_no_class(tmp_path):
+def test_review_without_class_names(tmp_path):
     path = text(tmp_path, "image,labels,review\na.jpg,cat;dog,blurred; but nice\n")
     refused(path, "row 2", "'review'", "'blurred', 'but nice'")
     classes = text(tmp_path, "cat:\ndog:\n", "c.yaml")
@@ -242,15 +242,15 @@ def test_json_lines_of_other_forms(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"image": "a", "cat": 1}]', ["row 1", "no object", "orient='records'"]),
-        ('{\n "image": "a"\n}', ["row 1", "no JSON object", "orient='records'"]),
-        ('{"image": "a", "cat": 1}\n{"image": "b", "cat"', ["row 2", "no JSON object"]),
-        ('{"image": "a", "image": "b", "cat": 1}', ["row 1", "'image' stands twice"]),
-        ('{"image": "a", "labels": "cat"}\n{"image": "b", "labels": ["dog"]}', ["row 1", "one form"]),
+        ('[{"image": "a", "cat": 1}]', ["row 1", "not an object", "orient='records'"]),
+        ('{\n "image": "a"\n}', ["row 1", "not a JSON object", "orient='records'"]),
+        ('{"image": "a", "cat": 1}\n{"image": "b", "cat"', ["row 2", "not a JSON object"]),
+        ('{"image": "a", "image": "b", "cat": 1}', ["row 1", "'image' occurs twice"]),
+        ('{"image": "a", "labels": "cat"}\n{"image": "b", "labels": ["dog"]}', ["row 1", "same form"]),
         ('{"image": "a", "labels": {"choices": ["cat"]}}', ["row 1", "JSON object"]),
         ('{"image": "\\ud800", "cat": 1}', ["lone surrogate"]),
-        ('{"image": ' + "[" * 100_000, ["row 1", "no JSON object"]),
-        ('{"image": ' + "1" * 10_000 + "}", ["row 1", "no JSON object"]),
+        ('{"image": ' + "[" * 100_000, ["row 1", "not a JSON object"]),
+        ('{"image": ' + "1" * 10_000 + "}", ["row 1", "not a JSON object"]),
         ("", ["no JSON object"]),
         ("{}\n", ["no JSON object"]),
         ('{"images": [], "annotations": []}', ["'annotations'"]),
@@ -260,21 +260,21 @@ def test_json_lines_that_are_refused(tmp_path, content, words):
     refused(text(tmp_path, content, "t.json"), *words)
 
 
-def test_one_sentence_a_table_says_how_it_was_read(tmp_path):
+def test_each_table_is_described_in_a_sentence(tmp_path):
     train = text(tmp_path, "Image,Tags\na.jpg,cat|dog\nb.jpg,\n")
     test = text(tmp_path, "image,cat,dog\nc.jpg,1,0\n", "test.csv")
     sentences = Table(train, test).describe()
     assert sentences == [
         f"{train}: 2 images in column 'Image'; labels by name in column 'Tags', names separated by '|'",
-        f"{test}: 1 images in column 'image'; labels by column, one column a class",
+        f"{test}: 1 images in column 'image'; labels by column, one column per class",
     ]
 
 
-def test_sources_without_detection_say_nothing():
+def test_sources_without_detection_have_no_description():
     assert VOC("voc").describe() == []
 
 
-def test_numbers_stay_names(tmp_path):
+def test_numbers_can_be_names(tmp_path):
     table = Table(text(tmp_path, "image,labels\na.jpg,0;3\nb.jpg,3\n")).train()
     assert table.class_names == ("0", "3")
     assert np.array_equal(table.labels, [[1, 1], [0, 1]])

@@ -1,4 +1,4 @@
-"""Several rows for one image: a row for each label, copies, and annotators who agree or do not."""
+"""Several rows for one image: a row for each label, copies, and annotators who agree or disagree."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_single_image_with_two_labels_is_a_mistake(tmp_path):
         ("image,cat,dog\na,1,0\n./a,1,1\n", ["'a' (rows 2 and 3)", "class 'dog'"]),
     ],
 )
-def test_rows_that_contradict_each_other(tmp_path, rows, words):
+def test_contradictory_rows_are_refused(tmp_path, rows, words):
     refused(text(tmp_path, rows), *words, "repeated: unknown", "repeated: union")
 
 
@@ -66,7 +66,7 @@ def test_identical_rows_are_merged_and_counted(tmp_path):
     assert "4 rows for 2 images, 2 of them with the labels of an earlier row" in table.describe()[1]
 
 
-def test_what_one_row_knows_and_another_does_not_is_known(tmp_path):
+def test_a_label_known_in_one_row_is_known(tmp_path):
     table = Table(text(tmp_path, "image,cat,dog,cow\na,1,,\na,,0,\nb,1,1,1\n")).train()
     assert table.labels.tolist() == [[1, 0, -1], [1, 1, 1]]
     table = Table(text(tmp_path, "image,labels\na,\na,cat;dog\nb,cat\n")).train()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import product
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from scipy.stats import chisquare
 from torch.utils.data import DataLoader, Dataset
 
+from cbsa_lightning.data.augmentations import Albumentations, CutoutRandAugment
 from cbsa_lightning.data.samplers import Draw, LabeledBatches
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView, squash
 from cbsa_lightning.errors import ConfigError, DataError
@@ -27,7 +29,7 @@ def hwc(view):
     return view.permute(1, 2, 0).numpy()
 
 
-def test_plain_view_is_pillows_bilinear_squash():
+def test_plain_view_equals_pillows_bilinear_resize():
     for shape in [(75, 100), (48, 48), (20, 30), (1, 1), (7, 300), (300, 40)]:
         image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
         view = PlainView(SIZE)(image)
@@ -39,7 +41,7 @@ def test_plain_view_is_pillows_bilinear_squash():
     assert (PlainView(SIZE)(IMAGE) == PlainView(SIZE)(IMAGE, Draw(4, 5, 6))).all()
 
 
-def test_a_squashed_image_is_left_as_it_is():
+def test_a_resized_image_is_unchanged():
     for size in (1, 2, 17, SIZE):
         small = np.random.default_rng(2).integers(0, 256, (size, size, 3), dtype=np.uint8)
         assert squash(small, size) is small
@@ -48,14 +50,14 @@ def test_a_squashed_image_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("view", [WeakView(SIZE, 3), StrongView(SIZE, 3), PlainView(SIZE)])
-def test_views_of_a_squashed_image_are_those_of_its_file(view):
+def test_views_of_a_resized_image_equal_those_of_its_file(view):
     small = squash(IMAGE, SIZE)
     for draw in (Draw(index, epoch, 0) for index in range(20) for epoch in range(2)):
         assert torch.equal(view(small, draw), view(IMAGE, draw))
 
 
 @pytest.mark.parametrize("view", [WeakView(SIZE, 0), StrongView(SIZE, 0), PlainView(SIZE)])
-def test_views_share_no_memory_with_the_image_and_take_read_only_ones(view):
+def test_views_share_no_memory_and_accept_read_only_images(view):
     for image in (IMAGE.copy(), IMAGE[:SIZE, :SIZE].copy()):
         kept = image.copy()
         image.flags.writeable = False
@@ -86,7 +88,7 @@ def test_weak_view_is_the_plain_view_or_its_mirror_image():
         (flips[:, 1:], flips[:, :-1]),
         (flips[..., 1], flips[..., 0]),
     ]:
-        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.25  # index, epoch and visit each matter
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.25  # index, epoch and visit all change the view
 
 
 def test_strong_view_differs_for_each_seed_epoch_visit_and_index():
@@ -95,7 +97,7 @@ def test_strong_view_differs_for_each_seed_epoch_visit_and_index():
     made = {(seed, draw): views[seed](IMAGE, draw).numpy().tobytes() for seed in views for draw in draws}
     assert len(set(made.values())) == 2 * len(draws)
     again = StrongView(SIZE, 0)
-    for draw in reversed(draws):  # whatever came before
+    for draw in reversed(draws):  # independent of earlier calls
         assert again(IMAGE, draw).numpy().tobytes() == made[0, draw]
 
 
@@ -104,7 +106,7 @@ def steps_of(view):
 
 
 def test_weak_and_strong_flips_of_one_draw_are_independent():
-    weak, strong = WeakView(SIZE, 0), StrongView(SIZE, 0, cutout=0)
+    weak, strong = WeakView(SIZE, 0), StrongView(SIZE, 0, CutoutRandAugment(0))
     upright = PlainView(SIZE)(IMAGE)
     pairs = []
     for index in range(1200):
@@ -116,11 +118,11 @@ def test_weak_and_strong_flips_of_one_draw_are_independent():
 
 
 def cutouts(number, size, cutout=0.5):
-    """Boxes (top, bottom, left, right) past the end, colors and flips of cutouts on a white image."""
-    view = StrongView(size, 0, cutout)
+    """Returns boxes (top, bottom, left, right; ends exclusive), colors and flips of cutouts on a white image."""
+    view = StrongView(size, 0, CutoutRandAugment(cutout))
     white = np.full((size, size, 3), 255, np.uint8)
     flip, cut, augment = view._pipeline.transforms
-    augment.p = 0  # the cutout alone
+    augment.p = 0  # only the cutout
     for index in range(number):
         picture = hwc(view(white, Draw(index, 0, 0)))
         painted = (picture != 255).any(axis=2)
@@ -145,7 +147,7 @@ def test_cutout_has_the_sides_area_place_and_colors_of_the_fact_sheet():
     assert area / size**2 < 0.25
     assert abs((heights * widths).mean() - area) < 4 * (heights * widths).std() / np.sqrt(number)
     for start, end in ((boxes[:, 0], boxes[:, 1]), (boxes[:, 2], boxes[:, 3])):
-        # A border is met by the 17 centers next to it; all other centers are equally frequent.
+        # The 17 centers next to a border are clipped there; all other centers are equally frequent.
         assert abs((start == 0).mean() - 17 / 64) < 0.06
         assert abs((end == size).mean() - 17 / 64) < 0.06
         inner = (start + half)[(start > 0) & (end < size)]
@@ -153,7 +155,7 @@ def test_cutout_has_the_sides_area_place_and_colors_of_the_fact_sheet():
     assert abs(np.corrcoef(heights, widths)[0, 1]) < 0.13
     assert (np.abs(colors.mean(axis=0) - 127.5) < 4 * 74 / np.sqrt(number)).all()
     assert np.abs(np.corrcoef(colors.T) - np.eye(3)).max() < 0.13
-    # One stream for all transforms: where the rectangle lies must not follow from the flip.
+    # One stream for all transforms: the position of the rectangle must not depend on the flip.
     centers = boxes[:, ::2].mean(axis=1)
     assert abs(centers[flips].mean() - centers[~flips].mean()) < 4 * centers.std() * 2 / np.sqrt(number)
     assert abs(flips.mean() - 0.5) < 0.06
@@ -165,7 +167,7 @@ def test_whole_cutout_side(size, cutout, side):
 
 
 def test_without_cutout_a_quarter_of_strong_views_are_weak():
-    strong = StrongView(SIZE, 5, cutout=0)
+    strong = StrongView(SIZE, 5, CutoutRandAugment(0))
     weak = [PlainView(SIZE)(IMAGE), PlainView(SIZE)(IMAGE).flip(-1)]
     counts = [0, 0, 0]
     for index in range(800):
@@ -184,8 +186,8 @@ class _Views(Dataset):
         return (torch.tensor(draw), *(view(IMAGE, draw) for view in self.views))
 
 
-def test_views_are_the_same_for_any_number_of_workers():
-    # albumentations' own streams repeat in every worker; with them this fails.
+def test_views_do_not_depend_on_the_number_of_workers():
+    # This fails with albumentations' own streams, which repeat in every worker.
     batches = LabeledBatches(range(12), 3, seed=0, num_batches=8)
     seen = set()
     for epoch in (0, 1):
@@ -199,14 +201,14 @@ def test_views_are_the_same_for_any_number_of_workers():
     assert len(seen) == 2 * 8 * 3
 
 
-def test_views_survive_pickling_as_spawned_workers_need():
+def test_views_can_be_pickled_for_spawned_workers():
     for view in (WeakView(SIZE, 1), StrongView(SIZE, 1), PlainView(SIZE)):
         copy = pickle.loads(pickle.dumps(view))
         assert torch.equal(copy(IMAGE, Draw(1, 2, 3)), view(IMAGE, Draw(1, 2, 3)))
 
 
-@pytest.mark.slow  # imports torch and albumentations afresh
-def test_importing_views_asks_no_network_and_starts_no_opencv_threads():
+@pytest.mark.slow  # imports torch and albumentations in a new process
+def test_importing_views_uses_no_network_and_no_opencv_threads():
     code = (
         "import socket\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
@@ -227,17 +229,39 @@ def test_importing_views_asks_no_network_and_starts_no_opencv_threads():
         (lambda: WeakView(0, 1), "size of a view is 0"),
         (lambda: PlainView(-3), "size of a view is -3"),
         (lambda: StrongView(8, -1), "seed is -1"),
-        (lambda: StrongView(8, 1, cutout=1.5), "cutout is 1.5"),
-        (lambda: StrongView(8, 1, cutout=-0.1), "cutout is -0.1"),
+        (lambda: CutoutRandAugment(1.5), "cutout must be .* got 1.5"),
+        (lambda: CutoutRandAugment(-0.1), "cutout must be .* got -0.1"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(make, message):
+def test_invalid_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
 
 @pytest.mark.parametrize("image", [IMAGE[..., 0], IMAGE.astype(np.float32), IMAGE.transpose(2, 0, 1)])
-def test_other_arrays_are_refused(image):
+def test_invalid_arrays_are_refused(image):
     for view in (WeakView(8, 0), StrongView(8, 0), PlainView(8)):
         with pytest.raises(DataError, match="found"):
             view(image, Draw(0, 0, 0))
+
+
+def test_any_albumentations_transforms_make_a_view():
+    flipped = StrongView(SIZE, 0, Albumentations([A.HorizontalFlip(p=1)]))(IMAGE, Draw(0, 0, 0))
+    assert torch.equal(flipped, PlainView(SIZE)(IMAGE).flip(-1))
+    noisy = StrongView(SIZE, 0, Albumentations([A.GaussNoise(p=1)]))
+    assert torch.equal(noisy(IMAGE, Draw(0, 1, 0)), noisy(IMAGE, Draw(0, 1, 0)))
+    assert not torch.equal(noisy(IMAGE, Draw(0, 1, 0)), noisy(IMAGE, Draw(0, 2, 0)))
+
+
+def test_augmentations_with_different_settings_have_different_names():
+    names = [Albumentations([A.ColorJitter(p=p)]).name for p in (0.5, 0.8)]
+    assert names[0] != names[1]
+    assert CutoutRandAugment(0.5).name != CutoutRandAugment(0.25).name
+
+
+def test_transforms_that_change_the_size_are_refused():
+    view = StrongView(SIZE, 0, Albumentations([A.Resize(8, 8)]))
+    with pytest.raises(ConfigError, match=r"returns uint8 \(8, 8, 3\)"):
+        view(IMAGE, Draw(0, 0, 0))
+    with pytest.raises(ConfigError, match="transforms cannot be a str"):
+        Albumentations(["HorizontalFlip"])

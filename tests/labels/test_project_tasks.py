@@ -101,7 +101,7 @@ def test_names_come_from_the_answers(animals, tmp_path):
     ([task(1, "z.jpg", "dog")], None, "no task is of an image of the run"),
     ([task(1, "a.jpg", "dog"), task(1, "b.jpg")], None, "record 2 has the id of another task"),
     ([task(1, "a.jpg", "dog", project=1), task(2, "b.jpg", project=2)], None, "tasks of several projects"),
-    ([task(None, "a.jpg", "dog")], None, "id must be a whole number"),
+    ([task(None, "a.jpg", "dog")], None, "id must be an integer"),
     ([{"data": {"image": "elsewhere.jpg"}, "id": 1, "annotations": task(1, "", "dog")["annotations"]}], None,
      "'elsewhere.jpg'"),
     ([{"id": 1, "annotation_id": 2}], None, "is an export as JSON_MIN"),

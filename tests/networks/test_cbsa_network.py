@@ -1,4 +1,4 @@
-"""The paper's network: Eq. 5 by loops, what learns from what, and the parts that can be left out."""
+"""The paper's network: Eq. 5 by loops, gradients of each loss, and optional parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pictures(count=2):
 
 
 @pytest.mark.parametrize("alignment", [True, False])
-def test_scores_and_maps_by_loops(clip_folder, alignment):
+def test_scores_and_maps_equal_loops(clip_folder, alignment):
     network = build(clip_folder, alignment, num_contexts=2, scale=7.0)
     with torch.no_grad():
         features, text = network.features(pictures()), network.encode_text()
@@ -55,7 +55,7 @@ def test_scores_and_maps_by_loops(clip_folder, alignment):
     assert network(features).attention is None
 
 
-def test_text_of_both_prompts(clip_folder):
+def test_text_features_of_both_prompts(clip_folder):
     network = build(clip_folder, prompt_template="a photo of a")
     expected = network.clip.encode_texts([f"a photo of a {name}." for name in NAMES])
     text = network.encode_text()
@@ -64,7 +64,7 @@ def test_text_of_both_prompts(clip_folder):
     assert network.target_prompts.words is not network.semantic_prompts.words
 
 
-def test_contexts_alone_teach_a_weight_that_labels_share(clip_folder):
+def test_context_loss_alone_trains_a_weight_shared_with_the_label_task(clip_folder):
     network = build(clip_folder, num_contexts=2)
     features = network.features(pictures())
     context_loss(network(features).context_logits, torch.tensor([0, 1])).sum().backward()
@@ -76,13 +76,13 @@ def test_contexts_alone_teach_a_weight_that_labels_share(clip_folder):
     network.zero_grad(set_to_none=True)
     network(features).logits.square().sum().backward()
     from_labels = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learned_from_contexts <= from_labels, "the label task does not use what contexts teach"
+    assert learned_from_contexts <= from_labels, "the label task does not use weights trained by the context loss"
     assert any(name.startswith("decoder.") for name in from_labels)
     assert {"target_prompts.words", "semantic_prompts.words", "log_scale"} <= from_labels
     assert not any(name.startswith(("clip.tower.", "clip.text.")) for name in touched | from_labels)
 
 
-def test_a_frozen_pool_with_contexts_is_said(clip_folder):
+def test_a_frozen_pool_with_contexts_is_reported(clip_folder):
     with pytest.warns(UserWarning, match="attention pool is frozen"):
         network = build(clip_folder, num_contexts=2, train_pool=False)
     context_loss(network(network.features(pictures())).context_logits, torch.tensor([0, 1])).sum().backward()
@@ -96,7 +96,7 @@ def test_a_frozen_pool_with_contexts_is_said(clip_folder):
         build(clip_folder, num_contexts=2)
 
 
-def test_the_parts_of_table_3(clip_folder):
+def test_parts_of_table_3(clip_folder):
     fixed = build(clip_folder, target_prompts=False)
     assert not fixed.target_prompts.words.requires_grad
     assert fixed.semantic_prompts.words.requires_grad
@@ -109,7 +109,7 @@ def test_the_parts_of_table_3(clip_folder):
     assert without.num_contexts == 0
 
 
-def test_contexts_leave_the_start_of_all_other_weights_as_it_is(clip_folder):
+def test_contexts_do_not_change_the_initial_values_of_other_weights(clip_folder):
     plain, with_contexts = build(clip_folder), build(clip_folder, num_contexts=3)
     theirs = with_contexts.state_dict()
     assert set(theirs) - set(plain.state_dict()) == {"context_head.weight", "context_head.bias"}
@@ -118,7 +118,7 @@ def test_contexts_leave_the_start_of_all_other_weights_as_it_is(clip_folder):
 
 @pytest.mark.parametrize("train_pool", [True, False])
 @pytest.mark.parametrize("learn_scale", [True, False])
-def test_groups_hold_each_trainable_weight_once(clip_folder, train_pool, learn_scale):
+def test_groups_contain_each_trainable_weight_once(clip_folder, train_pool, learn_scale):
     network = build(clip_folder, train_pool=train_pool, learn_scale=learn_scale, pool_lr_scale=0.25)
     groups = network.parameter_groups()
     assert [group["lr_scale"] for group in groups] == ([1.0, 0.25] if train_pool else [1.0])
@@ -132,8 +132,8 @@ def test_groups_hold_each_trainable_weight_once(clip_folder, train_pool, learn_s
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "timm"])
-def test_descriptions_are_the_towers_own_in_full_precision(tmp_path, kind):
-    """Means of the features, CLIP's image vector and its cosine with the class names; whatever the autocast."""
+def test_descriptions_are_outputs_of_the_towers_in_float32(tmp_path, kind):
+    """Mean features, CLIP's image feature and its cosines with the class names do not depend on autocast."""
     network = build(tiny_clip(tmp_path, kind))
     side = network.clip.image_size
     images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(1))

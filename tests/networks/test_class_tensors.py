@@ -1,4 +1,4 @@
-"""Every network names its tensors whose rows are the classes: those whose shape follows the number of classes."""
+"""Every network names its tensors whose rows are the classes, that is, those that grow with the classes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_class_tensors_are_those_that_grow_with_the_classes(clip_folder, name):
+def test_class_tensors_grow_with_the_number_of_classes(clip_folder, name):
     few, many = (NETWORKS[name](NAMES[:number], clip=str(clip_folder)) for number in (5, 7))
     there = many.state_dict()
     grown = {key for key, value in few.state_dict().items() if value.shape != there[key].shape}

@@ -1,4 +1,4 @@
-"""The label decoder against torch's own layers, a plain re-computation, and CLIP's own similarity."""
+"""Compares the label decoder with torch's own layers, a plain recomputation, and CLIP's similarity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reference.decoder import decode, weights_of
 
 
 def inputs():
-    """Queries, attention-path tokens and value-path tokens."""
+    """Returns queries, attention-path tokens and value-path tokens."""
     generator = torch.manual_seed(0)
     return (torch.randn(n, generator=generator) for n in ((5, 24), (3, 7, 24), (3, 7, 24)))
 
@@ -24,7 +24,7 @@ def build(**settings):
 
 
 def shaken(decoder):
-    """Adds noise to all weights: an omission would not show where weights start at 0 or 1."""
+    """Adds noise to all weights, since omissions go unnoticed if weights are 0 or 1."""
     with torch.no_grad():
         for i, p in enumerate(decoder.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.manual_seed(i)) * 0.1)
@@ -32,7 +32,7 @@ def shaken(decoder):
 
 
 def stock(decoder, queries, local, places):
-    """The same decoder out of torch's layers, with everything repeated for every image."""
+    """Computes the same decoder with torch's layers, repeating all inputs for every image."""
 
     def scaled(x):
         return x / x.square().mean(-1, keepdim=True).sqrt()
@@ -52,7 +52,7 @@ def stock(decoder, queries, local, places):
 
 @pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("self_attention", [True, False])
-def test_equals_torchs_layers_in_value_and_gradient(maps, self_attention):
+def test_values_and_gradients_equal_torchs_layers(maps, self_attention):
     decoder = shaken(build(dropout=0.0, self_attention=self_attention)).double().train()
     tensors = [x.double().requires_grad_(True) for x in inputs()]
     ours, weights = decoder(*tensors, maps)
@@ -69,7 +69,7 @@ def test_equals_torchs_layers_in_value_and_gradient(maps, self_attention):
 
 
 @pytest.mark.parametrize("self_attention", [True, False])
-def test_features_and_maps_by_hand(self_attention):
+def test_features_and_maps_equal_the_reference(self_attention):
     decoder = shaken(build(self_attention=self_attention))
     queries, local, places = inputs()
     with torch.no_grad():
@@ -85,23 +85,23 @@ def test_features_and_maps_by_hand(self_attention):
     assert maps.std() > 1e-3
 
 
-def test_untrained_it_attends_by_cosine_and_returns_what_it_finds():
-    """With one head, the attention is a softmax of cosines, and the feature is text plus the attended values."""
+def test_untrained_decoder_attends_by_cosine():
+    """With one head, attention is a softmax of cosines, and the feature is the text plus the attended values."""
     decoder = build(heads=1, dropout=0.0)
     queries, local, places = inputs()
-    queries = queries - queries.mean(1, keepdim=True)  # which the norm before attention would take out
+    queries = queries - queries.mean(1, keepdim=True)  # the norm before attention would remove it
     with torch.no_grad():
         z, maps = decoder(queries, local, places, True)
     text = nn.functional.normalize(queries - queries.mean(0), dim=-1)
     centered = nn.functional.normalize(places - places.mean(1, keepdim=True), dim=-1)
     shares = (SHARPNESS * text @ centered.transpose(1, 2)).softmax(-1)
     found = shares @ nn.functional.normalize(local + places, dim=-1)
-    # The second block looks again, for the class and what was found, and adds nothing yet.
+    # The second block attends again by the class and the first result, and adds nothing yet.
     torch.testing.assert_close(z, 24**0.5 * (text + found), atol=1e-3, rtol=0)
     assert float(mean_pairwise_cosine(maps).mean()) < 0.9
 
 
-def test_a_single_class_still_looks_for_its_text():
+def test_a_single_class_attends_by_its_text():
     decoder = build()
     queries, local, places = inputs()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_single_class_still_looks_for_its_text():
     assert maps.std() > 1e-2
 
 
-def test_a_constant_image_gives_finite_features_and_gradients():
+def test_a_constant_image_has_finite_features_and_gradients():
     decoder = build(dropout=0.0)
     queries, local, _ = inputs()
     places = torch.ones(3, 7, 24, requires_grad=True)
@@ -120,7 +120,7 @@ def test_a_constant_image_gives_finite_features_and_gradients():
     assert places.grad.isfinite().all()
 
 
-def test_dropout_is_off_in_evaluation_only():
+def test_dropout_is_off_only_in_evaluation():
     decoder = build(layers=1, dropout=0.5)
     tensors = list(inputs())
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_heads_must_divide_the_width():
 
 
 @pytest.mark.parametrize("self_attention", [True, False])
-def test_dropout_is_drawn_for_each_image(self_attention):
+def test_dropout_differs_for_each_image(self_attention):
     decoder = shaken(build(layers=1, dropout=0.5, self_attention=self_attention)).train()
     queries, local, places = inputs()
     with torch.no_grad():

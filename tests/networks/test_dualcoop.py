@@ -1,4 +1,4 @@
-"""DualCoOp against loops: its two logits as one, the loss on them, what is learned, and where it looks."""
+"""Compares DualCoOp with loops: two logits as one, the loss on them, trained weights, and attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pictures(side=64):
 
 
 def leaves(network, grid=(2, 2), apart=1.0, seed=2):
-    """Random features and texts that take gradients, in float32 and float64; ``apart``: of the two texts."""
+    """Returns random features and texts with gradients, in float32 and float64, with texts ``apart``."""
     generator = torch.manual_seed(seed)
     features = torch.randn(2, 256, *grid, generator=generator)
     positive, other = torch.randn(2, 3, 24, generator=generator)
@@ -38,7 +38,7 @@ def leaves(network, grid=(2, 2), apart=1.0, seed=2):
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3)])
 @pytest.mark.parametrize("scales", [{}, {"region_scale": 7.0, "scale": 30.0}])
-def test_scores_maps_and_gradients_by_loops(clip_folder, grid, scales):
+def test_scores_maps_and_gradients_equal_loops(clip_folder, grid, scales):
     network = build(clip_folder, **scales)
     ours, text, theirs = leaves(network, grid)
     output = network(ours[0], text, attention=True)
@@ -60,11 +60,11 @@ def test_scores_maps_and_gradients_by_loops(clip_folder, grid, scales):
 
 
 @pytest.mark.parametrize("focal", [True, False])
-def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, focal):
+def test_a_loss_on_two_logits_equals_the_loss_on_their_difference(clip_folder, focal):
     network = build(clip_folder)
     ours, text, theirs = leaves(network, apart=0.1)
     logits = network(ours[0], text).logits
-    assert logits.detach().abs().min() < 3, "saturated everywhere: the loss would show little"
+    assert logits.detach().abs().min() < 3, "saturated everywhere: the loss would not be a useful test"
     pairs, _ = two_logits(theirs[0], resnet_weights(network.clip.pool), *theirs[1:], 20.0, 100.0)
     targets = torch.tensor([[1, 0, -1], [0, 1, 0]])
     loss = (asymmetric_loss(logits, targets, 1, 2, 0.05) if focal else binary_cross_entropy(logits, targets)).sum()
@@ -75,7 +75,7 @@ def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, focal
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_text_is_that_of_the_two_prompts(clip_folder, shared):
+def test_text_features_of_the_two_prompts(clip_folder, shared):
     network = build(clip_folder, shared_prompts=shared)
     text = network.encode_text()
     for features, prompts in ((text.positive, network.positive_prompts), (text.negative, network.negative_prompts)):
@@ -86,7 +86,7 @@ def test_text_is_that_of_the_two_prompts(clip_folder, shared):
     torch.testing.assert_close(network(features).logits, network(features, text).logits)
 
 
-def test_only_the_prompts_learn_and_nothing_else_moves(clip_folder):
+def test_only_the_prompts_are_trained(clip_folder):
     network = build(clip_folder).train()
     before = copy.deepcopy(network.state_dict())
     learned = [p for group in network.parameter_groups() for p in group["params"]]

@@ -1,4 +1,4 @@
-"""DualCoOp++ against loops: evidence that says where, the winner at each region, what is learned, where it looks."""
+"""Compares DualCoOp++ with loops: evidence, the winner at each region, trained weights, and attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pictures(side=64):
 
 
 def both(network, normalized, grid=(2, 2), temperature=3.0, alike=0.9):
-    """The network's output and leaves, and the reference's; positive texts ``alike`` enough for a close contest."""
+    """Returns outputs and leaves of network and reference, with positive texts ``alike`` enough to compete."""
     generator = torch.manual_seed(2)
     features = torch.randn(2, 256, *grid, generator=generator)
     texts = list(torch.randn(3, 3, 24, generator=generator))
@@ -45,7 +45,7 @@ def both(network, normalized, grid=(2, 2), temperature=3.0, alike=0.9):
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize(("grid", "temperature"), [((2, 2), 3.0), ((2, 3), 2.0)])
-def test_scores_maps_and_gradients_by_loops(clip_folder, normalized, grid, temperature):
+def test_scores_maps_and_gradients_equal_loops(clip_folder, normalized, grid, temperature):
     network = build(clip_folder, normalized_winners=normalized)
     output, ours, pairs, shares, theirs = both(network, normalized, grid, temperature)
     assert_near(output.logits, pairs[..., 1] - pairs[..., 0])
@@ -65,7 +65,7 @@ def test_scores_maps_and_gradients_by_loops(clip_folder, normalized, grid, tempe
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("focal", [True, False])
-def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, normalized, focal):
+def test_a_loss_on_two_logits_equals_the_loss_on_their_difference(clip_folder, normalized, focal):
     network = build(clip_folder, normalized_winners=normalized)
     output, ours, pairs, _, theirs = both(network, normalized)
     targets = torch.tensor([[1, 0, -1], [0, 1, 0]])
@@ -78,7 +78,7 @@ def test_a_loss_on_two_logits_is_the_loss_on_their_difference(clip_folder, norma
 
 
 def score_of_one_region(network, cosines):
-    """Logits over e^3 where the only region has these cosines with the positive texts, and 0 with the negative."""
+    """Returns logits over e^3 if the only region has these cosines with positive texts, and 0 with negative ones."""
     features = torch.randn(1, 256, 1, 1, generator=torch.manual_seed(4))
     region = torch.nn.functional.normalize(network.clip.pool.values(features, positions=False).l[0, 0], dim=0)
     across = torch.randn(24, generator=torch.manual_seed(5))
@@ -88,7 +88,7 @@ def score_of_one_region(network, cosines):
     return (network(features, text).logits[0] / math.exp(3)).tolist()
 
 
-def test_the_winner_of_a_region_suppresses_the_others(clip_folder):
+def test_the_winner_of_a_region_suppresses_other_classes(clip_folder):
     added, normalized = build(clip_folder), build(clip_folder, normalized_winners=True)
     assert score_of_one_region(added, [0.5, 1.0, 0.7]) == pytest.approx([0.5, 2.0, 0.7], abs=1e-4)
     assert score_of_one_region(normalized, [0.5, 1.0, 0.7]) == pytest.approx([0.0, 1.0, 0.0], abs=1e-4)
@@ -97,7 +97,7 @@ def test_the_winner_of_a_region_suppresses_the_others(clip_folder):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_only_prompts_and_temperature_learn_and_nothing_else_moves(clip_folder, shared):
+def test_only_prompts_and_temperature_are_trained(clip_folder, shared):
     network = build(clip_folder, shared_prompts=shared).train()
     assert float(network.log_temperature.detach()) == 3.0
     names = ("evidential", "positive", "negative")

@@ -1,4 +1,4 @@
-"""Prompts against open_clip's own token embeddings and encode_text."""
+"""Compares prompts with open_clip's own token embeddings and encode_text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reference(clip_folder):
     return open_clip.create_model(f"local-dir:{clip_folder}", require_pretrained=True).eval()
 
 
-def test_what_is_not_learned_is_open_clips_embedding(clip, reference):
+def test_fixed_embeddings_equal_those_of_open_clip(clip, reference):
     prompts = ClassPrompts(clip, NAMES, length=5)
     embeddings, end = prompts()
     tokens = open_clip.tokenize([f"a a a a a {name}." for name in NAMES])
@@ -33,13 +33,13 @@ def test_what_is_not_learned_is_open_clips_embedding(clip, reference):
     assert torch.equal(embeddings[:, :1], expected[:, :1])
     assert torch.equal(embeddings[:, 6:], expected[:, 6:])
     assert torch.equal(embeddings[:, 1:6], prompts.words)
-    assert set(prompts.state_dict()) == {"words"}, "the class names' embeddings are in the checkpoint"
+    assert set(prompts.state_dict()) == {"words"}, "the checkpoint contains the embeddings of the class names"
     assert 0.01 < prompts.words.std() < 0.03
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("template", ["a photo of a", "itap of many"])  # both four tokens
-def test_a_template_gives_the_sentences_features(clip, reference, shared, template):
+def test_a_template_has_the_features_of_its_sentences(clip, reference, shared, template):
     prompts = ClassPrompts(clip, NAMES, length=16, shared=shared, template=template)
     assert prompts.words.shape == ((4, 16) if shared else (3, 4, 16))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_a_template_gives_the_sentences_features(clip, reference, shared, templa
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
-def test_shared_words_gather_the_gradients_of_all_classes(clip_folder):
+def test_shared_words_sum_the_gradients_of_all_classes(clip_folder):
     clip = FrozenCLIP.load(str(clip_folder)).double()  # a sum of gradients in another order, whatever the processor
     own = ClassPrompts(clip, NAMES, template="a photo of a").double()
     shared = ClassPrompts(clip, NAMES, shared=True, template="a photo of a").double()
@@ -60,14 +60,14 @@ def test_shared_words_gather_the_gradients_of_all_classes(clip_folder):
     assert all(p.grad is None for p in clip.parameters())
 
 
-def test_each_class_has_words_of_its_own(clip):
+def test_each_class_has_separate_words(clip):
     prompts = ClassPrompts(clip, NAMES, length=2)
     features = encode_prompt_sets(clip, [prompts])[0]
     features[1].sum().backward()
     assert [float(g.abs().max()) > 0 for g in prompts.words.grad] == [False, True, False]
 
 
-def test_two_sets_in_one_pass_are_two_passes(clip):
+def test_two_sets_in_one_pass_equal_two_passes(clip):
     sets = [ClassPrompts(clip, NAMES, length=2), ClassPrompts(clip, NAMES, length=9)]
     with torch.no_grad():
         together = encode_prompt_sets(clip, sets)
@@ -78,7 +78,7 @@ def test_two_sets_in_one_pass_are_two_passes(clip):
 
 
 @pytest.mark.parametrize("words", [59, 100])
-def test_a_class_name_without_room_is_named(clip, words):
+def test_a_class_name_that_is_too_long_is_named(clip, words):
     long = "dog " * (words - 1) + "zebra"
     with pytest.raises(ConfigError, match="zebra"):
         ClassPrompts(clip, ["cat", long])
@@ -98,7 +98,7 @@ def test_fixed_words(clip):
     assert not ClassPrompts(clip, NAMES, template="a photo of a", trainable=False).words.requires_grad
 
 
-def test_sets_of_every_kind_go_together(clip):
+def test_all_kinds_of_sets_can_be_combined(clip):
     torch.manual_seed(0)
     kinds = [
         ClassPrompts(clip, NAMES, length=3, shared=True),

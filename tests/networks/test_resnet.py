@@ -1,4 +1,4 @@
-"""The ImageNet network: its heads against slow re-computations, its weights, and whole runs."""
+"""The ImageNet network: its heads compared with slow recomputations, its weights, and whole runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images(number=4):
 
 
 def shaken(head):
-    """In float64 and without dropout; norms and biases away from 0 and 1, where an omission would not show."""
+    """Converts to float64 without dropout. Norms and biases are not 0 or 1, so that omissions are noticed."""
     with torch.no_grad():
         for p in head.parameters():
             p.add_(torch.randn(p.shape, generator=torch.manual_seed(p.numel())) * 0.1)
@@ -53,7 +53,7 @@ def arrays(head):
 
 
 def check_gradients(head, found, features, value):
-    """Of a weighted sum of logits, by the map and all weights, against central differences of ``value``."""
+    """Compares gradients of a weighted sum of logits, for map and weights, with central differences of ``value``."""
     weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
     wanted = {"features": features, **dict(head.named_parameters())}
     gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
@@ -62,7 +62,7 @@ def check_gradients(head, found, features, value):
         np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7, err_msg=name)
 
 
-def test_linear_head_by_hand():
+def test_linear_head_equals_the_reference():
     torch.manual_seed(0)
     head = shaken(LinearHead(6, 3))
     features = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -77,7 +77,7 @@ def test_linear_head_by_hand():
 
 
 @pytest.mark.parametrize("maps", [False, True])
-def test_ml_decoder_head_by_hand(maps):
+def test_ml_decoder_head_equals_the_reference(maps):
     torch.manual_seed(0)
     head = shaken(MLDecoderHead(6, 3, width=8, heads=2, feedforward=5))
     features = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -121,7 +121,7 @@ def test_everything_is_trained(head):
     net = network(head=head)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            nn.init.ones_(layer.weight)  # timm starts the last of a block at 0, which hides the block from the gradient
+            nn.init.ones_(layer.weight)  # timm initializes the last norm of a block to 0, which blocks the gradient
     net(net.features(images())).logits.square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
     (group,) = net.parameter_groups()
@@ -141,7 +141,7 @@ def test_features_are_the_images():
         net.features(batch.long())
 
 
-def test_normalization_only_where_asked_for():
+def test_normalization_only_on_request():
     plain, net = network().eval(), network(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.5]).eval()
     x = plain.features(images())
     by_hand = torch.stack([(x[:, 0] - 0.5) / 0.2, (x[:, 1] - 0.4) / 0.25, (x[:, 2] - 0.3) / 0.5], 1)
@@ -154,7 +154,7 @@ def test_normalization_only_where_asked_for():
         network(image_std=[1, 1, 0])
 
 
-def test_batch_norm_statistics_move_in_training_only():
+def test_batch_norm_statistics_change_only_in_training():
     net = network()
     statistics = {k: v for k, v in net.trunk.state_dict().items() if "running_" in k}
     before = {k: v.clone() for k, v in statistics.items()}
@@ -178,17 +178,17 @@ def test_attention_maps():
 
 
 def test_backbones_that_do_not_fit():
-    with pytest.raises(ConfigError, match=r"knows no model 'resnet50x'; near names: .*resnet50"):
+    with pytest.raises(ConfigError, match=r"has no model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
-    with pytest.raises(ConfigError, match=r"VisionTransformer gives \(1, 101, 64\) where a map \(B, 64, h, w\)"):
+    with pytest.raises(ConfigError, match=r"VisionTransformer returns \(1, 101, 64\), but a map \(B, 64, h, w\)"):
         net(torch.zeros(1, 3, 160, 160))
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_offline_it_says_what_to_fetch_and_which_ways_there_are(tmp_path, monkeypatch):
+def test_offline_error_lists_the_ways_to_get_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError) as caught:
         ImageNetNetwork(CLASSES)
@@ -199,7 +199,7 @@ def test_offline_it_says_what_to_fetch_and_which_ways_there_are(tmp_path, monkey
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(tmp_path, suffix):
-    """With a classifier, as on the hub, and without counters, as in torchvision's older files."""
+    """Files may have a classifier, as on the hub, and lack counters, as in torchvision's older files."""
     torch.manual_seed(7)
     source = ImageNetNetwork(CLASSES, TINY, "random").trunk
     state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -211,7 +211,7 @@ def test_weights_from_a_file(tmp_path, suffix):
     assert not torch.equal(trunk.state_dict()["conv1.0.weight"], network().trunk.state_dict()["conv1.0.weight"])
 
 
-def test_torchvisions_file_gives_torchvisions_network(tmp_path):
+def test_torchvisions_file_yields_torchvisions_network(tmp_path):
     torch.manual_seed(3)
     theirs, file = resnet18().eval(), tmp_path / "resnet18.pth"
     torch.save(theirs.state_dict(), file)
@@ -234,23 +234,23 @@ def test_files_that_do_not_fit(tmp_path):
 
     less = {k: v for k, v in state.items() if k != "conv1.0.weight"}
     text = message({**less, "odd": torch.zeros(2), "bn1.bias": torch.zeros(3)})
-    assert f"{file} does not hold the weights of this backbone" in text
+    assert f"{file} does not contain the weights of this backbone" in text
     assert "missing: conv1.0.weight" in text
     assert "unknown: odd" in text
     assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
-    assert f"{file} holds no plain mapping from names to tensors" in message({"state_dict": state})
-    assert f"{file} is no file of weights" in message(Path("code"))  # would have to be unpickled
+    assert f"{file} is not a plain mapping from names to tensors" in message({"state_dict": state})
+    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # it would have to be unpickled
     file.write_bytes(b"damaged")
-    with pytest.raises(WeightsError, match="is no file of weights"):
+    with pytest.raises(WeightsError, match="cannot be read as a weights file"):
         network(pretrained=str(file))
-    with pytest.raises(WeightsError, match=r"there\.pth' is neither 'timm' nor a file that is there"):
+    with pytest.raises(WeightsError, match=r"there\.pth' is neither 'timm' nor an existing file"):
         network(pretrained=str(tmp_path / "not_there.pth"))
 
 
 # Training --------------------------------------------------------------------------------------------------------
 
 
-def test_bce_row_is_torchs_binary_cross_entropy():
+def test_bce_row_uses_binary_cross_entropy():
     logits = torch.randn(6, 5, generator=torch.manual_seed(0)).mul(4).requires_grad_(True)
     targets = torch.randint(0, 2, (6, 5), generator=torch.manual_seed(1))
     ours = binary_cross_entropy(logits, targets)
@@ -262,7 +262,7 @@ def test_bce_row_is_torchs_binary_cross_entropy():
 
 @pytest.fixture(scope="module", params=HEADS)
 def run(request, tmp_path_factory, squares_folder):
-    """A run of 1 + 1 epochs, its checkpoint, and the maker of its network."""
+    """Returns a run of 1 + 1 epochs, its checkpoint, and a function that creates its network."""
     folder = tmp_path_factory.mktemp("run")
     make = partial(ImageNetNetwork, backbone=TINY, pretrained="random", head=HEADS[request.param])
     torch.manual_seed(0)
@@ -284,13 +284,13 @@ def test_a_whole_run(run):
     assert not torch.equal(averaged, module.network.trunk.bn1.running_mean)
 
 
-def test_a_checkpoint_predicts_as_the_run_did(run):
+def test_a_checkpoint_predicts_like_the_run(run):
     module, _, file, make = run
     torch.manual_seed(99)
     loaded = SSMLLModule.load_from_checkpoint(file, network=make, weights_only=True).eval()
     assert torch.equal(loaded(images()), module.eval()(images()))
     assert torch.equal(loaded.decision_thresholds(), module.decision_thresholds())
-    with module.ema.applied_to(module.network):  # averaged weights go with averaged statistics
+    with module.ema.applied_to(module.network):  # averaged weights belong with averaged statistics
         assert torch.equal(module.network(module.network.features(images())).logits.sigmoid(), loaded(images()))
 
 
@@ -301,7 +301,7 @@ def test_labels_from_frozen_features_are_refused(tmp_path, squares_folder):
 
 
 def fit(folder, method, *more):
-    """The overlays as the paper's table takes them, then a tiny random backbone."""
+    """Returns the overlays of the paper's table, then a tiny random backbone."""
     if not (folder / "voc").exists():
         make_voc(folder / "voc")
     tiny = folder / "tiny.yaml"
@@ -342,7 +342,7 @@ def test_each_overlay_fits(method, tmp_path, monkeypatch):
     assert (folder / "pictures" / "attention.png").is_file() == (method == "cap_ml_decoder")
 
 
-def test_one_setting_of_the_network_by_flag(tmp_path, monkeypatch):
+def test_a_network_setting_by_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ("backbone=resnet18", "head.init_args.width=48", "image_mean=[0.4,0.4,0.4]")
     more = [f"--model.init_args.network.init_args.{flag}" for flag in flags]

@@ -1,4 +1,4 @@
-"""SCPNet against loops: the graph of classes, its convolutions, the scores, and what is learned."""
+"""Compares SCPNet with loops: the graph of classes, its convolutions, the scores, and trained weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_graph_of_classes(clip_folder, neighbors):
     torch.testing.assert_close(found.sum(1), torch.ones(5))
     torch.testing.assert_close(found.diagonal(), torch.full((5,), 0.8))
     assert ((found > 0).sum(1) == (neighbors or 5)).all()
-    if neighbors is None:  # rows differ in their sums alone from what they were made of, which was symmetric
+    if neighbors is None:  # before the rows were normalized, the graph was symmetric
         unscaled = found.double() * (related.sum(1, keepdim=True) - 1) / 0.2
         unscaled.fill_diagonal_(1)
         torch.testing.assert_close(unscaled, related, atol=1e-5, rtol=0)
@@ -51,7 +51,7 @@ def test_neighbors_out_of_range_are_refused(clip_folder, neighbors):
 
 
 @pytest.mark.parametrize("neighbors", [None, 2])
-def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbors):
+def test_class_embeddings_and_gradients_equal_loops(clip_folder, neighbors):
     network = build(clip_folder, neighbors=neighbors)
     found = network.encode_text()
     text = encode_prompt_sets(network.clip, [network.prompts])[0]
@@ -62,20 +62,20 @@ def test_class_embeddings_and_gradients_by_loops(clip_folder, neighbors):
     theirs = [weight.detach().double().requires_grad_(True) for weight in ours]
     expected = refine(plain, network.graph.double(), theirs)
     assert_near(found, expected)
-    assert (found - text).abs().max() > 1e-2 * text.abs().max(), "the convolutions add too little to be seen"
+    assert (found - text).abs().max() > 1e-2 * text.abs().max(), "the effect of the convolutions is too small to test"
 
     direction = torch.randn(5, 24, generator=torch.manual_seed(3))
     gradients = torch.autograd.grad((found * direction).sum(), [*ours, network.prompts.words])
     wanted = torch.autograd.grad((expected * direction).sum(), [*theirs, plain])
     for one, other in zip(gradients[:3], wanted[:3], strict=True):
         assert_near(one, other)
-    # From the text features on to the prompts it is the text tower's own gradient.
+    # From text features to prompts, use the text tower's own gradient.
     (through,) = torch.autograd.grad(text, network.prompts.words, wanted[3].float())
     assert_near(gradients[3], through.double())
 
 
 @pytest.mark.parametrize("settings", [{}, {"scale": 3.0}])
-def test_scores_and_gradients_by_loops(clip_folder, settings):
+def test_scores_and_gradients_equal_loops(clip_folder, settings):
     network, generator = build(clip_folder, **settings), torch.manual_seed(2)
     values = (torch.randn(2, 256, 2, 2, generator=generator), torch.randn(5, 24, generator=generator))
     ours, theirs = ([v.to(t).requires_grad_(True) for v in values] for t in (torch.float32, torch.float64))
@@ -92,7 +92,7 @@ def test_scores_and_gradients_by_loops(clip_folder, settings):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_only_prompts_and_convolutions_learn_and_nothing_else_moves(clip_folder, shared):
+def test_only_prompts_and_convolutions_are_trained(clip_folder, shared):
     network = build(clip_folder, shared_prompts=shared, graph_lr_scale=0.25).train()
     assert network.prompts.words.shape == ((2, 16) if shared else (5, 2, 16))
     before = copy.deepcopy(network.state_dict())

@@ -1,4 +1,4 @@
-"""TaI's two prompts against loops: the global and the local half, what is learned, and where it looks."""
+"""Compares TaI's two prompts with loops: global and local half, trained weights, and attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pictures(side=64):
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3)])
 @pytest.mark.parametrize("scales", [{}, {"region_scale": 7.0, "scale": 4.0}])
-def test_scores_maps_and_gradients_by_loops(clip_folder, grid, scales):
+def test_scores_maps_and_gradients_equal_loops(clip_folder, grid, scales):
     network, generator = build(clip_folder, **scales), torch.manual_seed(2)
     values = (torch.randn(2, 256, *grid, generator=generator), *torch.randn(2, 3, 24, generator=generator))
     ours, theirs = ([v.to(t).requires_grad_(True) for v in values] for t in (torch.float32, torch.float64))
@@ -50,8 +50,8 @@ def test_scores_maps_and_gradients_by_loops(clip_folder, grid, scales):
         assert_near(one, other)
 
 
-def test_the_two_halves_count_the_same(clip_folder):
-    """Texts along the image's own features: a cosine of 1 in one half gives half the scale, in both all of it."""
+def test_the_two_halves_have_equal_weight(clip_folder):
+    """If texts equal image features, a cosine of 1 in one half yields half the scale, and in both the full scale."""
     network = build(clip_folder)
     features = torch.randn(1, 256, 1, 1, generator=torch.manual_seed(4))
     whole = network.clip.pool(features, positions=False).g[0]
@@ -66,7 +66,7 @@ def test_the_two_halves_count_the_same(clip_folder):
 
 @pytest.mark.parametrize("learn_scale", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_only_prompts_and_scale_learn_and_nothing_else_moves(clip_folder, learn_scale, shared):
+def test_only_prompts_and_scale_are_trained(clip_folder, learn_scale, shared):
     network = build(clip_folder, learn_scale=learn_scale, shared_prompts=shared).train()
     text, before = network.encode_text(), copy.deepcopy(network.state_dict())
     for features, prompts in zip(text, (network.global_prompts, network.local_prompts), strict=True):

@@ -16,7 +16,7 @@ def _norm(x, weights, name):
 
 
 def attend(queries, keys, values, weights, name, heads):
-    """``queries (C, d)`` look at ``keys (n, d)``; gives the mixture of ``values`` and the mean attention ``(C, n)``."""
+    """Attends from ``queries (C, d)`` to ``keys (n, d)``; returns mixed ``values`` and mean attention ``(C, n)``."""
     d = queries.shape[1]
     w, b = weights[f"{name}.in_proj_weight"], weights[f"{name}.in_proj_bias"]
     q, k, v = (
@@ -36,7 +36,7 @@ def attend(queries, keys, values, weights, name, heads):
 
 
 def post_norm_block(queries, tokens, weights, heads):
-    """The standard block without self-attention, on one image; ``weights`` in float64."""
+    """Runs the standard block without self-attention on one image; ``weights`` in float64."""
     seen, maps = attend(queries, tokens, tokens, weights, "multihead_attn", heads)
     x = _norm(queries + seen, weights, "norm2")
     hidden = np.maximum(_linear(x, weights["linear1.weight"], weights["linear1.bias"]), 0)
@@ -48,7 +48,7 @@ def _scaled(x):
 
 
 def decode(queries, local, places, blocks, heads):
-    """``LabelDecoder`` on one image; ``blocks`` are dicts of float64 weights. Self-attention where it has weights."""
+    """Runs ``LabelDecoder`` on one image; ``blocks`` are float64 weights, with self-attention if present."""
     if len(queries) > 1:
         queries = queries - queries.mean(0)
     labels = x = _scaled(queries)
@@ -65,5 +65,5 @@ def decode(queries, local, places, blocks, heads):
 
 
 def weights_of(block):
-    """Weights of a block in float64."""
+    """Returns the weights of a block in float64."""
     return {k: v.detach().double().numpy() for k, v in block.state_dict().items()}

@@ -1,4 +1,4 @@
-"""DualCoOp by loops over images, classes and regions, with its own two logits, and losses on their softmax."""
+"""DualCoOp by loops over images, classes and regions, with two logits and losses on their softmax."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from reference.regions import cosine, softmax, table, values
 
 
 def two_logits(features, weights, positive, negative, region_scale, scale):
-    """Logits ``(B, C, 2)``, negative first, and each class's shares of the places ``(B, C, h * w)``.
+    """Returns logits ``(B, C, 2)``, negative first, and attention of the classes ``(B, C, h * w)``.
 
-    Positive similarities alone say which regions count. The mean token is a region like any other; the shares leave
-    it out.
+    Attention depends only on positive similarities. The mean token counts as a region, but the returned attention
+    omits it.
     """
     logits, shares = [], []
     for image in features:
@@ -29,7 +29,7 @@ def two_logits(features, weights, positive, negative, region_scale, scale):
 
 
 def cross_entropy(logits, targets):
-    """Sum of ``-log`` of the softmax's entry that each target names; unknown (-1) counts nothing."""
+    """Sums ``-log`` of the softmax entry of each target; unknown targets (-1) are ignored."""
     total = torch.zeros((), dtype=torch.float64)
     for b, k in (targets >= 0).nonzero().tolist():
         total = total - torch.log(softmax(list(logits[b, k]))[int(targets[b, k])])
@@ -37,7 +37,7 @@ def cross_entropy(logits, targets):
 
 
 def asymmetric(logits, targets, gamma_pos, gamma_neg, clip):
-    """DualCoOp's loss on the two softmax probabilities, focal weights held constant for the gradient."""
+    """DualCoOp's loss on the two softmax probabilities, with no gradient through the focal weights."""
     total = torch.zeros((), dtype=torch.float64)
     for b, k in (targets >= 0).nonzero().tolist():
         no, yes = softmax(list(logits[b, k]))

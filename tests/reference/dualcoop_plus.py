@@ -1,4 +1,4 @@
-"""DualCoOp++ by loops over images, regions and classes: evidence says where, classes compete at each region."""
+"""DualCoOp++ by loops over images, regions and classes: evidence selects regions, at which classes compete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reference.regions import cosine, softmax, table, values
 
 
 def won(similarities, normalized):
-    """One region's positive similarities, a list over classes, after the winner took all."""
+    """Returns a region's positive similarities, a list over classes, after the competition."""
     best = max(similarities)
     weight = softmax([200 * c * best for c in similarities])
     if normalized:
@@ -20,7 +20,7 @@ def won(similarities, normalized):
 
 
 def two_logits(features, weights, evidential, positive, negative, log_temperature, normalized):
-    """Logits ``(B, C, 2)``, negative first, and each class's shares of the places ``(B, C, h * w)``."""
+    """Returns logits ``(B, C, 2)``, negative first, and attention of the classes ``(B, C, h * w)``."""
     classes, logits, shares = range(len(positive)), [], []
     for image in features:
         regions = values(image, weights, positions=False)[1:]

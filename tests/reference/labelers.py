@@ -35,12 +35,3 @@ def top(scores, k):
         for best in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k]:
             result[i, best] = 1
     return result
-
-
-def pattern_counts(scores):
-    """How many entries of each column of a NumPy matrix of 2-byte numbers have each bit pattern."""
-    counts = [{} for _ in range(scores.shape[1])]
-    for i, k in np.ndindex(scores.shape):
-        pattern = int.from_bytes(scores[i, k].tobytes(), "little")
-        counts[k][pattern] = counts[k].get(pattern, 0) + 1
-    return counts

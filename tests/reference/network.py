@@ -8,7 +8,7 @@ from reference.decoder import decode
 
 
 def logits(scale, global_tokens, local_tokens, places, target, semantic, blocks, heads):
-    """Scaled cosines ``(B, C)`` of label-specific features and target text, and attention ``(B, C, HW)``.
+    """Returns scaled cosines ``(B, C)`` of label-specific features and target text, and attention ``(B, C, HW)``.
 
     ``blocks`` None compares the global feature with every class instead.
     """

@@ -1,6 +1,6 @@
 """The operations of RandAugment pixel by pixel, from their definitions: slow, plain, and without Pillow.
 
-Images are (H, W, 3) uint8 arrays. Blends are in float64, so results may be one gray level off Pillow's.
+Images are (H, W, 3) uint8 arrays. Blends use float64, so results may differ from Pillow by one gray level.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _truncated(values):
 
 
 def luma(image):
-    """ITU-R 601 luma in 16-bit fixed point, as integers."""
+    """Returns ITU-R 601 luma in 16-bit fixed point, as integers."""
     red, green, blue = (image[..., c].astype(np.int64) for c in range(3))
     return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
@@ -49,7 +49,7 @@ def color(image, factor):
 
 
 def sharpness(image, factor):
-    """Between a smoothed copy (weights 1, the center 5, over 13; borders as they are) and the image."""
+    """Blends a smoothed copy (weights 1, the center 5, over 13; borders unchanged) and the image."""
     height, width, _ = image.shape
     smooth = image.astype(float)
     for y in range(1, height - 1):
@@ -70,7 +70,7 @@ def autocontrast(image):
 
 
 def equalize(image):
-    """Each channel through its own cumulative histogram."""
+    """Maps each channel through its own cumulative histogram."""
     out = np.empty_like(image)
     for c in range(3):
         counts = [int((image[..., c] == value).sum()) for value in range(256)]
@@ -85,7 +85,7 @@ def equalize(image):
 
 
 def cutout(image, size, x, y):
-    """Paints the pixels within ``size // 2`` of (x, y): from -half up to, not including, +half."""
+    """Paints the pixels from -half to +half (exclusive) around (x, y), with half = ``size // 2``."""
     out = image.copy()
     half = size // 2
     for row in range(image.shape[0]):
@@ -96,7 +96,7 @@ def cutout(image, size, x, y):
 
 
 def translate(image, right, down):
-    """out(x, y) = in(x + right, y + down), nearest pixel; gray outside."""
+    """Computes out(x, y) = in(x + right, y + down), nearest pixel; gray outside."""
     height, width, _ = image.shape
     out = np.full_like(image, GREY)
     for y in range(height):
@@ -108,7 +108,7 @@ def translate(image, right, down):
 
 
 def rotate(image, degrees):
-    """Counter-clockwise about the middle, nearest pixel; gray outside."""
+    """Rotates counter-clockwise about the center, nearest pixel; gray outside."""
     height, width, _ = image.shape
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     out = np.full_like(image, GREY)
@@ -123,7 +123,7 @@ def rotate(image, degrees):
 
 
 def _cubic(distance):
-    """Cubic convolution with a = -1, as Pillow's transforms have it (its resize has -0.5)."""
+    """Cubic convolution with a = -1, as in Pillow's transforms (its resize uses -0.5)."""
     t, a = abs(distance), -1.0
     if t < 1:
         return (a + 2) * t**3 - (a + 3) * t**2 + 1
@@ -131,7 +131,7 @@ def _cubic(distance):
 
 
 def shear(image, slope_x, slope_y):
-    """out(x, y) = in(x + slope_x y, y + slope_y x) at pixel centers, bicubic; gray outside."""
+    """Computes out(x, y) = in(x + slope_x y, y + slope_y x) at pixel centers, bicubic; gray outside."""
     height, width, _ = image.shape
     out = np.full_like(image, GREY)
     for y in range(height):

@@ -1,6 +1,6 @@
-"""Regions of an image in CLIP's joint space, place by place, and what the prompted networks' references share.
+"""Regions of an image in CLIP's joint space, place by place, and helpers for references of prompted networks.
 
-Float64 torch with plain loops, so that autograd gives the reference's gradients too.
+These are plain loops in float64 torch, so that autograd computes the reference's gradients too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 class Weights(NamedTuple):
-    """An attention pool's own weights; a layer is ``(weight, bias or None)``."""
+    """Weights of an attention pool; a layer is ``(weight, bias or None)``."""
 
     query: tuple
     key: tuple
@@ -27,14 +27,14 @@ def _layer(linear):
 
 
 def resnet_weights(attnpool):
-    """Of open_clip's ``AttentionPool2d``, or of the layers that this library took over from it."""
+    """Returns the weights of open_clip's ``AttentionPool2d``, or of this library's pool with the same layers."""
     query, key, value = (_layer(linear) for linear in (attnpool.q_proj, attnpool.k_proj, attnpool.v_proj))
     positions = attnpool.positional_embedding.detach().double()
     return Weights(query, key, value, [_layer(attnpool.c_proj)], positions, attnpool.num_heads)
 
 
 def timm_weights(head):
-    """Of open_clip's head over a timm trunk; rotary positions, which turn no value, are not among them."""
+    """Returns the weights of open_clip's head on a timm trunk, without rotary positions, which do not affect values."""
     weight, bias = _layer(head.pool.qkv)
     parts = list(zip(weight.chunk(3), bias.chunk(3), strict=True))
     out = [_layer(linear) for linear in (head.pool.proj, getattr(head, "proj", None)) if linear is not None]
@@ -56,14 +56,14 @@ def _cubic(distance, a=-0.75):
 
 
 def _taps(place, native, wanted):
-    """The native places, clamped at the border, and their bicubic weights for one wanted place."""
+    """Returns native places, clamped at the border, and their bicubic weights for one target place."""
     center = (place + 0.5) * native / wanted - 0.5
     first = math.floor(center) - 1
     return [(min(max(i, 0), native - 1), _cubic(center - i)) for i in range(first, first + 4)]
 
 
 def position(positions, row, column, height, width):
-    """The positional row ``(c,)`` of one place of a ``height x width`` grid; row 0 of ``positions`` is no place."""
+    """Returns the position ``(c,)`` of a place in a ``height x width`` grid; row 0 of ``positions`` is the mean."""
     side = math.isqrt(len(positions) - 1)
     if (height, width) == (side, side):
         return positions[1 + row * side + column]
@@ -75,7 +75,7 @@ def position(positions, row, column, height, width):
 
 
 def inputs(image, weights, positions):
-    """What the pool's projections see of a map ``(c, h, w)``: its mean, then its places row by row."""
+    """Returns the inputs of the pool's projections for a map ``(c, h, w)``: its mean, then its places row by row."""
     _, height, width = image.shape
     places = [image[:, i, j] for i in range(height) for j in range(width)]
     mean = sum(places) / len(places)
@@ -86,12 +86,12 @@ def inputs(image, weights, positions):
 
 
 def values(image, weights, positions):
-    """The value path: each region's value, projected, with no other region mixed in; the mean's first."""
+    """Computes the value path: each region's projected value, without other regions; the mean comes first."""
     return [_apply([weights.value, *weights.out], x) for x in inputs(image, weights, positions)]
 
 
 def attended(image, weights, positions):
-    """The ordinary pool: each region's mixture of all values, head by head; the mean's, the global one, first."""
+    """Computes the ordinary pool: attention of each region over all values, by heads; the global one comes first."""
     x = inputs(image, weights, positions)
     q, k, v = ([_apply([layer], one) for one in x] for layer in (weights.query, weights.key, weights.value))
     width, result = len(v[0]) // weights.heads, []
@@ -106,24 +106,24 @@ def attended(image, weights, positions):
 
 
 def softmax(scores):
-    """Shares of a list of scalars."""
+    """Returns the softmax of a list of scalars."""
     top = max(float(score.detach()) for score in scores)
     powers = [torch.exp(score - top) for score in scores]
     return [power / sum(powers) for power in powers]
 
 
 def cosine(a, b):
-    """Cosine of two vectors."""
+    """Returns the cosine of two vectors."""
     return (a @ b) / (torch.sqrt(a @ a) * torch.sqrt(b @ b))
 
 
 def table(rows):
-    """Nested lists of scalars as one tensor."""
+    """Converts nested lists of scalars to one tensor."""
     return torch.stack([table(row) for row in rows]) if isinstance(rows, list) else rows
 
 
 def assert_near(actual, expected, tolerance=1e-4):
-    """Float32 against float64, relative to the largest entry expected."""
+    """Compares float32 with float64, relative to the largest expected entry."""
     assert actual.shape == expected.shape
     limit = tolerance * float(expected.detach().abs().max())
     assert limit > 0

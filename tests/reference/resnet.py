@@ -8,7 +8,7 @@ from reference.decoder import post_norm_block
 
 
 def linear(features, weight, bias):
-    """Logits ``(B, C)`` of maps ``(B, D, h, w)``: each channel's mean over the places, then a weighted sum a class."""
+    """Returns logits ``(B, C)`` of maps ``(B, D, h, w)``: weighted sums of the channels' means."""
     batch, channels, rows, columns = features.shape
     logits = np.zeros((batch, len(weight)))
     for b in range(batch):
@@ -21,7 +21,7 @@ def linear(features, weight, bias):
 
 
 def ml_decoder(features, weights, layer, heads):
-    """Logits ``(B, C)`` and attention ``(B, C, h, w)``; ``weights`` of the head, ``layer`` of its decoder block."""
+    """Returns logits ``(B, C)`` and attention ``(B, C, h, w)`` from head ``weights`` and decoder block ``layer``."""
     batch, _, rows, columns = features.shape
     queries = np.array([_normed(query, weights["norm.weight"], weights["norm.bias"]) for query in weights["queries"]])
     logits, maps = np.zeros((batch, len(queries))), np.zeros((batch, len(queries), rows, columns))
@@ -43,7 +43,7 @@ def _normed(x, weight, bias):
 
 
 def slope(value, x, step=1e-5):
-    """Gradient of the number ``value()`` by the array ``x``, entry by entry, from central differences."""
+    """Returns the gradient of ``value()`` with respect to the array ``x`` by central differences."""
     gradient = np.zeros_like(x)
     for place in np.ndindex(x.shape):
         kept = x[place]

@@ -8,12 +8,12 @@ from reference.regions import attended, cosine, table
 
 
 def relation(text):
-    """Cosine of each class's text with each other's, ``(C, C)``."""
+    """Returns the cosines of all pairs of class texts, ``(C, C)``."""
     return table([[cosine(one, other) for other in text] for one in text])
 
 
 def graph(relation, neighbors):
-    """Each class keeps 0.8 of itself and takes 0.2 from the nearest, itself counted among ``neighbors``."""
+    """Each class has weight 0.8 and its nearest ones share 0.2; ``neighbors`` includes the class itself."""
     count = len(relation)
     result = torch.zeros(count, count, dtype=torch.float64)
     for k in range(count):
@@ -27,7 +27,7 @@ def graph(relation, neighbors):
 
 
 def refine(text, graph, matrices):
-    """Class embeddings: the text features, and what three graph convolutions make of all of them."""
+    """Returns class embeddings: the text features plus the output of three graph convolutions."""
     classes = range(len(text))
     hidden = [text[k] for k in classes]
     for layer, matrix in enumerate(matrices):
@@ -38,6 +38,6 @@ def refine(text, graph, matrices):
 
 
 def logits(features, weights, embeddings, scale):
-    """Scaled cosines ``(B, C)`` of the ordinary global feature with the class embeddings."""
+    """Returns scaled cosines ``(B, C)`` of the global feature with the class embeddings."""
     whole = [attended(image, weights, positions=True)[0] for image in features]
     return table([[scale * cosine(g, embedding) for embedding in embeddings] for g in whole])

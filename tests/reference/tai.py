@@ -1,4 +1,4 @@
-"""TaI's two prompts on images by loops: half the global score, half the score of the places that fit best."""
+"""TaI's two prompts on images by loops: the mean of the global score and the score of the best places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reference.regions import attended, cosine, softmax, table, values
 
 
 def logits(features, weights, global_text, local_text, region_scale, log_scale):
-    """Logits ``(B, C)``, and each class's shares of the places ``(B, C, h * w)``; nothing knows of positions."""
+    """Returns logits ``(B, C)`` and attention of the classes ``(B, C, h * w)``, without positions."""
     result, shares = [], []
     for image in features:
         whole = attended(image, weights, positions=False)[0]

@@ -97,7 +97,7 @@ class ReportChanges(L.Callback):
 
     def _load(self, pl_module: Any, size: int) -> Classifier:
         own = {name: pl_module.hparams[name] for name in ("clip", "pretrained") if name in pl_module.hparams}
-        if SETTINGS.keys() <= set(pl_module.hparams):
+        if SETTINGS.keys() <= set(pl_module.hparams) and pl_module.hparams["decoder"] is None:
             return Classifier.load(self.earlier.file, image_size=size, **own)
         return Classifier.load(self.earlier.file, image_size=size, network=pl_module.make_network)
 

@@ -16,7 +16,6 @@ from cbsa_lightning.method.contexts import (
     context_targets,
     cooccurrence,
     match_partition,
-    partition,
     soft_context_targets,
 )
 from cbsa_lightning.method.labelers import positive_rates, rounded
@@ -89,7 +88,7 @@ class UpdateContexts(L.Callback):
             weights = torch.ones(len(labels) + len(pseudo)).float()
             weights[len(labels) :] = task.pseudo_weight
             labels = torch.cat([labels, pseudo])
-        new = partition(cooccurrence(labels, weights=weights, power=task.power), k, assign=task.assign)
+        new = task.partition(cooccurrence(labels, weights=weights, power=task.power), k)
         old = pl_module.context_partition.cpu()
         if bool((old >= 0).all()):
             new = match_partition(new, old, k)

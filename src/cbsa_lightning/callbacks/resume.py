@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.checkpoints.files import SOURCE, TORN
 from cbsa_lightning.checkpoints.writing import WholeCheckpointIO
 from cbsa_lightning.errors import CheckpointError, listed
@@ -30,7 +31,7 @@ class ExactResume(L.Callback):
     """Saves and restores what makes a resumed run end with the same bits, from checkpoints of any moment.
 
     Also has checkpoints written as a whole or not at all, and one more written when a process is asked to end
-    (SIGTERM). Works on Lightning's private counters, since there is no other way; tests/test_resume.py holds it.
+    (SIGTERM). Works on Lightning's private counters (``lightning_private.py``).
     """
 
     def __init__(self) -> None:
@@ -83,9 +84,9 @@ class ExactResume(L.Callback):
             # After an epoch is over; Lightning would take the next one for begun and empty.
             for part in loops["epoch_progress"].values():
                 part["completed"] = max(0, part["completed"] - 1)
-        elif trainer._results is not None:  # else it is over, and nothing is left to log
+        elif lightning_private.is_logging(trainer):  # else it is over, and nothing is left to log
             # Lightning gives the epoch's figures to the loggers only after callbacks have written their checkpoints.
-            figures = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+            figures = {name: float(value) for name, value in lightning_private.logged_values(trainer).items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
         if epoch["processed"] == epoch["ready"] and _epochs_are_over(trainer):
             for optimizer in checkpoint.get("optimizer_states", []):
@@ -98,11 +99,7 @@ class ExactResume(L.Callback):
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
             return
         if isinstance(callback, ModelCheckpoint) and not trainer.fast_dev_run:
-            found = callback._monitor_candidates(trainer)
-            if callback.save_last:
-                callback._save_last_checkpoint(trainer, found)
-            else:
-                trainer.save_checkpoint(callback.format_checkpoint_name(found))
+            lightning_private.save_last(callback, trainer)
 
     # Restoring -------------------------------------------------------------------------------------------------
 
@@ -152,9 +149,7 @@ class ExactResume(L.Callback):
             signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
         if trainer.ckpt_path is None:
             return
-        # Lightning asked for a loader before it read epoch and place from the checkpoint.
-        trainer.fit_loop._combined_loader = None
-        trainer.fit_loop.setup_data()
+        lightning_private.reload_data(trainer)
         kept = self._restored
         if kept:  # else a checkpoint of an earlier version, written at an epoch's end
             pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
@@ -188,7 +183,7 @@ class ExactResume(L.Callback):
         """What callbacks look at, and what the loggers may not have been given."""
         kept, self._restored = self._restored, {}
         metrics = {name: torch.tensor(value) for name, value in kept.get("callback_metrics", {}).items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
+        lightning_private.restore_callback_metrics(trainer, metrics)
         if kept.get("unlogged") is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(kept["unlogged"], step=trainer.global_step - 1)
@@ -268,7 +263,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
     before = loop.batch_progress.state_dict()
     loop.batch_progress.load_state_dict(batches)
     try:
-        return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+        return lightning_private.validation_is_due(trainer)
     finally:
         loop.batch_progress.load_state_dict(before)
 
@@ -276,7 +271,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
 def _figures(trainer: Any) -> list[dict[str, Any]]:
     """What was logged in this epoch, over all processes: value of each figure, and its weight if it is a mean."""
     figures = []
-    for metric in trainer.fit_loop.epoch_loop._results.values():
+    for metric in lightning_private.epoch_results(trainer).values():
         if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:
             continue
         meta = metric.meta
@@ -296,9 +291,9 @@ def _figures(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> None:
-    results = trainer.fit_loop.epoch_loop._results
+    results = lightning_private.epoch_results(trainer)
     if figures:
-        trainer._logger_connector._first_loop_iter = True  # else the first step would reset the metrics
+        lightning_private.keep_epoch_results(trainer)
     for figure in figures:
         settings = {key: figure[key] for key in ("prog_bar", "logger", "on_step", "reduce_fx")}
         sync = figure["fx"] == "training_step" if figure["sync_dist"] is None else figure["sync_dist"]

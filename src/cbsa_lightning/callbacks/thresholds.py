@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.data.descriptions import evidence_of
@@ -189,7 +190,7 @@ def _trains_on_scores(pl_module: Any) -> bool:
 def _saves_when_epochs_end(trainer: L.Trainer) -> bool:
     """Whether checkpoints may be written after an epoch without a validation."""
     return any(
-        not isinstance(callback, ModelCheckpoint) or callback._should_save_on_train_epoch_end(trainer)
+        not isinstance(callback, ModelCheckpoint) or lightning_private.saves_at_epoch_end(callback, trainer)
         for callback in trainer.checkpoint_callbacks
     )
 

@@ -9,14 +9,14 @@ import pydoc
 from types import ModuleType
 from typing import Any
 
-from cbsa_lightning.data import readers
+from cbsa_lightning.data import augmentations, readers
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.method import decisions, labelers, linear_probe, losses, stacking
+from cbsa_lightning.method import context_task, decisions, labelers, linear_probe, losses, stacking
 from cbsa_lightning.networks import dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot
 from cbsa_lightning.training import cbsa, loggers, module
 
 _MODULES: tuple[ModuleType, ...] = (
-    *(cbsa, module, labelers, stacking, linear_probe, losses, decisions, loggers, readers),
+    *(cbsa, module, labelers, context_task, stacking, linear_probe, losses, decisions, loggers, readers, augmentations),
     *(dualcoop, dualcoop_plus, resnet, scpnet, tai, zero_shot),
 )
 

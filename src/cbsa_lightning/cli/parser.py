@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import pydoc
 import re
 from enum import Enum
@@ -15,6 +14,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from cbsa_lightning.arguments import constructor_arguments
 from cbsa_lightning.errors import CBSAError, ConfigError, causes, listed
 
 # Without it a callback whose default is an enum, such as lightning's Timer, cannot be saved in config.yaml.
@@ -74,7 +74,7 @@ def _settings_named_in(message: str) -> list[str]:
     owner = re.findall(r"given class_path '([^']+)'", message)
     found: Any = pydoc.locate(owner[-1]) if owner else None
     try:
-        return list(inspect.signature(found).parameters)
+        return constructor_arguments(found)
     except (TypeError, ValueError):  # not found, or a class in C, which has no signature
         return []
 

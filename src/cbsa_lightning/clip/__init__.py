@@ -1,4 +1,4 @@
-"""CLIP as this library uses it: frozen towers, dense image tokens, a text tower on prompt embeddings."""
+"""CLIP as used by this library: frozen towers, dense image tokens, and a text tower on prompt embeddings."""
 
 from cbsa_lightning.clip.frozen import FrozenCLIP
 from cbsa_lightning.clip.pooling import ImageTokens

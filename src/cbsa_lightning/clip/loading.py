@@ -1,4 +1,4 @@
-"""From a name, folder or file to an open_clip model with the weights that were asked for, or an error."""
+"""Loads an open_clip model and its weights from a name, folder or file."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from cbsa_lightning.errors import ConfigError, WeightsError, listed
 CONFIG_NAME = "open_clip_config.json"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 EMBEDDED = "embedded"  # the small model that ships inside this package
-OWN = "openai"  # the default of `pretrained`; for folders and hub models it stands for their own weights
+OWN = "openai"  # the default of `pretrained`; for folders and hub models it means their own weights
 RANDOM = "random"  # as `pretrained`: no weights
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs"}
 
 WAYS = (
-    "Ways to get weights: (1) where there is network access, a tag is downloaded once into the Hugging Face cache, "
-    "and that cache (HF_HOME) can be copied to a machine without; (2) download the weights file elsewhere and give "
-    "pretrained=<file>; (3) give model=<folder> holding open_clip_config.json and the weights file; "
-    "(4) pretrained='random' for random weights, of use in tests only."
+    "Ways to get weights: (1) with network access, a tag is downloaded once into the Hugging Face cache, and that "
+    "cache (HF_HOME) can be copied to a machine without access; (2) download the weights file elsewhere and give "
+    "pretrained=<file>; (3) give model=<folder> with open_clip_config.json and the weights file; "
+    "(4) pretrained='random' for random weights, useful only in tests."
 )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An open_clip model with what is needed to feed it."""
+    """An open_clip model with its tokenizer and image statistics."""
 
     clip: nn.Module
     tokenizer: Callable[..., Tensor]
@@ -51,7 +51,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Architecture:
-    """An open_clip config, its statistics if it brings any, and open_clip's identifier for it if there is one."""
+    """An open_clip config, its image statistics if any, and its open_clip identifier if any."""
 
     config: dict[str, Any]
     preprocess: dict[str, Any]
@@ -72,15 +72,15 @@ def load_open_clip(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Loaded:
-    """Builds an open_clip model; arguments and errors as of ``FrozenCLIP.load``."""
+    """Builds an open_clip model. For arguments and errors, see ``FrozenCLIP.load``."""
     if pretrained is None:
         raise ConfigError(
-            f"pretrained of CLIP {model!r} is null, which names no weights. Leave it out for the weights that a folder "
-            f"brings, give a tag or a file, or '{RANDOM}' for random weights."
+            f"pretrained of CLIP {model!r} is null, which names no weights. Omit it to use the weights of a folder, or "
+            f"give a tag, a file, or '{RANDOM}' for random weights."
         )
     if torch.get_default_device().type == "meta":
         raise ConfigError(
-            "torch's default device is 'meta', whose tensors hold no values. Build the network with the default 'cpu'."
+            "torch's default device is 'meta', whose tensors have no values. Build the network on the default 'cpu'."
         )
     asked, pretrained = pretrained, None if pretrained == RANDOM else pretrained
     architecture = _architecture(model)
@@ -93,8 +93,8 @@ def load_open_clip(
         )
         if architecture.builtin and not architecture.preprocess and not (image_mean and image_std):
             warnings.warn(
-                f"the weights known for {model} need different image means and deviations, and {file} does not say "
-                "which; CLIP's are taken. Give image_mean and image_std to be sure.",
+                f"the weights known for {model} need different image means and standard deviations, and {file} does "
+                "not specify them; using those of CLIP. Give image_mean and image_std to be sure.",
                 stacklevel=3,
             )
     elif pretrained is not None and not (architecture.brings_weights and pretrained == OWN):
@@ -109,9 +109,9 @@ def load_open_clip(
                 pretrained_text=False,
             )
             special = not architecture.config or _TOKENIZER_KEYS & architecture.config["text_cfg"].keys()
-            # CLIP's own tokenizer is one shared function: it costs nothing to make, copy or send to a process.
+            # CLIP's own tokenizer is one shared function: it costs nothing to create, copy or pickle.
             tokenizer = open_clip.get_tokenizer(identifier) if special else open_clip.tokenize
-    except Exception as error:  # open_clip, the hub and torch raise many kinds
+    except Exception as error:  # open_clip, the hub and torch raise many kinds of exceptions
         if pretrained is None:
             raise ConfigError(f"open_clip cannot build model {model!r}: {error}") from error
         raise WeightsError(
@@ -129,7 +129,7 @@ def load_open_clip(
 
 
 def _origin(architecture: _Architecture, pretrained: str, file: Path | None) -> str:
-    """Where the weights come from, for people."""
+    """Describes where the weights come from."""
     if pretrained == RANDOM:
         return "random"
     if file is not None:
@@ -154,24 +154,24 @@ def _architecture(model: str) -> _Architecture:
         return _Architecture(config, preprocess or _preprocess_beside(path, config))
     near = get_close_matches(name, open_clip.list_models(), n=5)
     raise ConfigError(
-        f"CLIP model {model!r} is neither a name that open_clip {open_clip.__version__} knows, nor a folder, nor "
-        f"a JSON config file, nor 'embedded'{'; near names: ' + listed(near) if near else ''}"
+        f"CLIP model {model!r} is neither a model name of open_clip {open_clip.__version__}, nor a folder, nor "
+        f"a JSON config file, nor 'embedded'{'; similar names: ' + listed(near) if near else ''}"
     )
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model config, preprocessing) of a JSON file in open_clip's bare or nested form."""
+    """Reads (model config, preprocessing) from a JSON file in open_clip's bare or nested form."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path.parent}: a CLIP model folder needs {path.name}, which is not there") from error
+        raise ConfigError(f"{path.parent}: a CLIP model folder needs {path.name}, which does not exist") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable JSON config: {error}") from error
     content = content if isinstance(content, dict) else {}
     config = content.get("model_cfg", content)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
-        raise ConfigError(f"{path}: not an open_clip model config, it lacks {listed(missing)}")
+        raise ConfigError(f"{path}: not an open_clip model config, since it lacks {listed(missing)}")
     return _supported(config, str(path)), content.get("preprocess_cfg", {})
 
 
@@ -185,7 +185,7 @@ def _supported(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Preprocessing from an open_clip_config.json beside ``file``, if that is for the same architecture."""
+    """Returns the preprocessing of an open_clip_config.json next to ``file`` with the same architecture, if any."""
     sibling = file.parent / CONFIG_NAME
     if not sibling.is_file():
         return {}
@@ -194,7 +194,7 @@ def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tag_preprocess(name: str) -> dict[str, Any]:
-    """Statistics that all tags of a name share, for a bare weights file; nothing where they differ."""
+    """Returns the statistics that all tags of a name share, for a bare weights file; empty if they differ."""
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     statistics = {(tag["mean"], tag["std"]) for tag in tags}
     statistics = statistics or {(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)}
@@ -205,7 +205,7 @@ def _check_tag(architecture: _Architecture, pretrained: str) -> None:
     name = architecture.identifier
     if not architecture.builtin:
         raise WeightsError(
-            f"pretrained={pretrained!r} is not a file, and tags belong to open_clip's own model names: give a "
+            f"pretrained={pretrained!r} is not a file, and tags exist only for open_clip's own model names: give a "
             f"weights file, or '{RANDOM}' for random weights. {WAYS}"
         )
     tag = open_clip.get_pretrained_cfg(name, pretrained)
@@ -217,29 +217,29 @@ def _check_tag(architecture: _Architecture, pretrained: str) -> None:
     if tag.get("quick_gelu", False) != architecture.config.get("quick_gelu", False):
         needed = "QuickGELU" if tag.get("quick_gelu", False) else "plain GELU"
         raise ConfigError(
-            f"weights {pretrained!r} were trained with {needed} and model {name} computes the other one, so its "
+            f"weights {pretrained!r} were trained with {needed}, but model {name} computes the other one, so its "
             f"features would silently be wrong: use the model name {'with' if 'Quick' in needed else 'without'} "
             "'-quickgelu'"
         )
 
 
 def _check_file(architecture: _Architecture, file: Path) -> None:
-    """Refuses QuickGELU weights for a plain-GELU config where they can be told, and warns where they cannot."""
+    """Refuses QuickGELU weights for a plain-GELU config if they can be recognized, and warns if they cannot."""
     if architecture.identifier is not None and architecture.identifier.startswith(HUB):
-        raise ConfigError(f"model {architecture.identifier} brings its own weights; {file} has no place in it")
+        raise ConfigError(f"model {architecture.identifier} has its own weights, so {file} cannot be used with it")
     if architecture.config.get("quick_gelu", False):
         return
     name, sibling = architecture.identifier or "", file.parent / CONFIG_NAME
     if _is_torchscript(file) or (sibling.is_file() and _read_config(sibling)[0].get("quick_gelu", False)):
         raise ConfigError(
-            f"{file}: trained with QuickGELU (OpenAI's archive, or the {CONFIG_NAME} beside it says so), but model "
+            f"{file}: trained with QuickGELU (according to OpenAI's archive or the adjacent {CONFIG_NAME}), but model "
             f"{name or 'config'} computes plain GELU, so its features would silently be wrong: use the model name "
             "with '-quickgelu', or set \"quick_gelu\": true in the config"
         )
     if f"{name}-quickgelu" in open_clip.list_models():
         warnings.warn(
-            f"{file} does not say with which GELU it was trained, and model {name} computes plain GELU. If the "
-            f"weights are OpenAI's, MetaCLIP's or DFN's, use {name}-quickgelu: features would silently be wrong.",
+            f"{file} does not specify its GELU variant, and model {name} computes plain GELU. If the weights are "
+            f"OpenAI's, MetaCLIP's or DFN's, use {name}-quickgelu; otherwise features would silently be wrong.",
             stacklevel=4,
         )
 
@@ -253,10 +253,10 @@ def _is_torchscript(file: Path) -> bool:
 
 @contextmanager
 def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]:
-    """What open_clip is to be asked for.
+    """Yields the identifier to request from open_clip.
 
-    A config or weights file of one's own becomes a folder as open_clip reads them: its registry of names stays
-    untouched, and every source goes the same way.
+    A config or weights file of the user becomes a temporary folder in open_clip's format. open_clip's registry of names
+    is unchanged, and all sources are loaded alike.
     """
     if file is None and architecture.identifier is not None:
         yield architecture.identifier
@@ -270,10 +270,10 @@ def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]
 
 
 def _stage(file: Path, folder: Path) -> None:
-    """Puts a weights file where open_clip looks for one; as a link where links are possible."""
-    if _is_torchscript(file):  # OpenAI's own archives, which open_clip's safe reading refuses
+    """Puts a weights file where open_clip expects it, as a link if possible."""
+    if _is_torchscript(file):  # OpenAI's own archives, which open_clip's safe loading refuses
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; here it only hands over tensors
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; here it only reads tensors
             state = torch.jit.load(str(file), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         sizes = ("input_resolution", "context_length", "vocab_size")
         weights = {name: value for name, value in state.items() if name not in sizes}

@@ -1,11 +1,11 @@
 """Attention pools that keep every token (paper Eq. 3), for the image towers that open_clip builds.
 
-Each pool takes over the layers of one open_clip pool, by their names, and runs them in the order in which
-open_clip does. Its token 0 is therefore open_clip's image embedding to the last bit; the other tokens, which
-open_clip computes and drops, are the local features in the same space.
+Each pool reuses the layers of an open_clip pool under their names, and runs them in the same order as open_clip. Token
+0 is therefore bit-identical to open_clip's image embedding. The other tokens, which open_clip computes and discards,
+are the local features in the same space.
 
-Beside it each has the *value path* that DualCoOp and its successors take: a token goes through the value
-and output projections alone, so that it says what stands at its own place and nothing of the others.
+Each pool also has the *value path* used by DualCoOp and its successors. It applies only the value and output
+projections, so each token describes only its own place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cbsa_lightning.errors import ConfigError
 
 
 class ImageTokens(NamedTuple):
-    """One global and h*w local features an image, all in CLIP's joint space, not normalized.
+    """One global and h*w local features per image, all in CLIP's joint space, not normalized.
 
     Attributes:
         g: (B, d) global features; equal to open_clip's ``encode_image``.
@@ -36,18 +36,18 @@ class ImageTokens(NamedTuple):
 
 
 def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int, int], antialias: bool) -> Tensor:
-    """Fits learned positions to another grid: bicubic, corners not aligned, the class row left as it is.
+    """Resizes learned positions to another grid by bicubic interpolation. The class row is unchanged.
 
     Args:
-        positions: (1 + h*w, c), the first row belonging to the class or mean token.
-        native: the (h, w) that they were learned for; on this grid they are returned untouched.
-        grid: the (h, w) wanted.
-        antialias: whether the bicubic filter is the antialiased one. Both are in use and differ also when
-            enlarging: timm and open_clip's ViT resize with it, the CLIP ResNets of the multi-label
-            literature (DualCoOp, which the paper builds on) without.
+        positions: (1 + h*w, c); the first row belongs to the class or mean token.
+        native: Grid (h, w) that the positions were learned for; for this grid they are returned unchanged.
+        grid: Target grid (h, w).
+        antialias: Whether to use the antialiased bicubic filter. Both filters are in use, and they differ even when
+            enlarging. timm and open_clip's ViT use it; the CLIP ResNets of the multi-label literature (DualCoOp, which
+            the paper builds on) do not.
 
     Returns:
-        (1 + h*w, c) for the wanted grid, differentiable with respect to ``positions``.
+        (1 + h*w, c) for the target grid, differentiable with respect to ``positions``.
     """
     if grid == native:
         return positions
@@ -57,15 +57,15 @@ def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int
 
 
 class _Positioned:
-    """Tokens of images plus learned positions, which all images share, on their way into a linear layer.
+    """Sum of image tokens and learned positions as input of a linear layer.
 
-    Where the images' own part needs no gradient, as with a frozen tower, the gradient of the positions is summed over
-    the images before it is multiplied with the layer's weights, not after. Of the three large products of each layer in
-    a training step one is thus left out. Outputs are the same to the last bit.
+    All images share the positions. If the tokens need no gradient, as with a frozen tower, the gradient of the
+    positions is summed over the images before it is multiplied with the layer's weights, not after. This saves one of
+    the three large products of each layer in a training step. Outputs are bit-identical.
 
     Args:
         tokens: (..., c) tokens of the images.
-        positions: Broadcastable to ``tokens``; None: there are none.
+        positions: Broadcastable to ``tokens``; None adds no positions.
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor | None) -> None:
@@ -73,7 +73,7 @@ class _Positioned:
         self.learned = None if positions is None or tokens.requires_grad else positions
 
     def through(self, layer: nn.Linear) -> Tensor:
-        """``layer(tokens + positions)``."""
+        """Computes ``layer(tokens + positions)``."""
         if self.learned is None or not self.learned.requires_grad:
             return cast(Tensor, layer(self.sum))
         carrier = F.linear(self.learned, layer.weight.detach())
@@ -84,7 +84,7 @@ class ResNetPool(nn.Module):
     """Dense attention pool of CLIP's ModifiedResNet: map (B, c, h, w) to :class:`ImageTokens`.
 
     Args:
-        attnpool: open_clip's layer; its parameters are taken over under their own names.
+        attnpool: open_clip's layer; its parameters keep their names.
     """
 
     def __init__(self, attnpool: nn.Module) -> None:
@@ -100,22 +100,22 @@ class ResNetPool(nn.Module):
         self.native_grid = (side, side)
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Pools the tower's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
+        """Pools the tower's last map (B, c, h, w) on any grid and in any floating type. TaI omits ``positions``."""
         x = self._tokens(features, positions)
         return self._projected(self._mixed(x, x.through(self.v_proj)), _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Value path: no attention mixes the tokens; ``g`` is the mean token's."""
+        """Computes the value path: no attention mixes the tokens, and ``g`` is the mean token."""
         return self._projected(self._tokens(features, positions).through(self.v_proj), _grid(features))
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """:meth:`forward` and :meth:`values` in one pass."""
+        """Computes :meth:`forward` and :meth:`values` in one pass."""
         x, grid = self._tokens(features, True), _grid(features)
         v = x.through(self.v_proj)
         return self._projected(self._mixed(x, v), grid), self._projected(v, grid)
 
     def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
-        """The mean and all places (1 + hw, B, c), tokens first as in open_clip."""
+        """Returns the mean and all places, (1 + hw, B, c), with tokens first as in open_clip."""
         learned, grid = self.positional_embedding, _grid(features)
         x = features.to(learned.dtype).flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(dim=0, keepdim=True), x])
@@ -124,7 +124,7 @@ class ResNetPool(nn.Module):
         return _Positioned(x, resize_positions(learned, self.native_grid, grid, antialias=False)[:, None])
 
     def _mixed(self, x: _Positioned, v: Tensor) -> Tensor:
-        """Self-attention of the tokens ``x`` over the values ``v``, both (1 + hw, B, c)."""
+        """Applies self-attention of the tokens ``x`` to the values ``v``, both (1 + hw, B, c)."""
         q, k, v = (self._heads(part) for part in (x.through(self.q_proj), x.through(self.k_proj), v))
         return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
@@ -140,8 +140,8 @@ class TimmPool(nn.Module):
     """Dense form of timm's attention pools with absolute or rotary positions: (B, c, h, w) to tokens.
 
     Args:
-        head: open_clip's head of a timm tower: ``pool``, then optionally a projection, which every token
-            passes.
+        head: open_clip's head of a timm tower: ``pool``, optionally followed by a projection, which is applied to
+            every token.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -151,24 +151,24 @@ class TimmPool(nn.Module):
         self.after = nn.Sequential(*layers.values())
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Pools the trunk's last map (B, c, h, w); any grid, any floating type. TaI leaves the ``positions`` out."""
+        """Pools the trunk's last map (B, c, h, w) on any grid and in any floating type. TaI omits ``positions``."""
         mixed, _ = self._paths(features, positions)
         return self._projected(mixed, _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Value path: no attention mixes the tokens; ``g`` is the mean token's. Rotary positions never reach it."""
+        """Computes the value path; ``g`` is the mean token. Rotary positions do not affect it."""
         pool = self.attention
         x = self._tokens(features, positions)
         values = x.through(pool.v) if pool.qkv is None else x.through(pool.qkv).chunk(3, dim=-1)[2]
         return self._projected(values, _grid(features))
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """:meth:`forward` and :meth:`values` in one pass."""
+        """Computes :meth:`forward` and :meth:`values` in one pass."""
         mixed, values = self._paths(features, True)
         return self._projected(mixed, _grid(features)), self._projected(values, _grid(features))
 
     def _paths(self, features: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
-        """Tokens after self-attention and its values, both (B, 1 + hw, c)."""
+        """Returns the tokens after self-attention and their values, both (B, 1 + hw, c)."""
         pool = self.attention
         x = self._tokens(features, positions)
         fused = pool.qkv is not None
@@ -182,7 +182,7 @@ class TimmPool(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
 
     def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
-        """The mean and all places, (B, 1 + hw, c)."""
+        """Returns the mean and all places, (B, 1 + hw, c)."""
         pool = self.attention
         x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
@@ -202,7 +202,7 @@ class TimmPool(nn.Module):
 
 
 class ViTPool(nn.Module):
-    """Last norm and projection of a CLIP ViT, on every token: (B, 1 + h*w, c) to :class:`ImageTokens`.
+    """Last norm and projection of a CLIP ViT, applied to every token: (B, 1 + h*w, c) to :class:`ImageTokens`.
 
     Args:
         visual: open_clip's VisionTransformer.
@@ -215,19 +215,19 @@ class ViTPool(nn.Module):
         self.proj: nn.Parameter = source.proj
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Projects the last block's tokens (B, 1 + h*w, c); h = w, as ``ViTTower`` ensures. They hold positions."""
+        """Projects the last block's tokens (B, 1 + h*w, c), which include positions; ``ViTTower`` ensures h = w."""
         x = self.ln_post(features.to(self.proj.dtype))
         side = math.isqrt(features.shape[1] - 1)
-        # Two products, not one: open_clip multiplies the class token alone, and a product's last bits depend
-        # on its number of rows.
+        # Two products instead of one: open_clip multiplies only the class token, and the last bits of a product
+        # depend on its number of rows.
         return ImageTokens(x[:, 0] @ self.proj, x[:, 1:] @ self.proj, (side, side))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """A ViT has no attention pool to leave out: the same as :meth:`forward`."""
+        """Same as :meth:`forward`, since a ViT has no attention pool."""
         return self.forward(features)
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """:meth:`forward` twice; see :meth:`values`."""
+        """Returns :meth:`forward` twice; see :meth:`values`."""
         tokens = self.forward(features)
         return tokens, tokens
 
@@ -240,10 +240,10 @@ Pool = ResNetPool | TimmPool | ViTPool
 
 
 def dense_pool(visual: nn.Module) -> Pool:
-    """The pool for an open_clip image tower.
+    """Returns the pool for an open_clip image tower.
 
     Raises:
-        ConfigError: the tower has no pool whose tokens are in the joint space.
+        ConfigError: If the tower has no pool whose tokens are in the joint space.
     """
     tower: Any = visual
     attnpool, head = getattr(tower, "attnpool", None), getattr(tower, "head", None)
@@ -261,7 +261,7 @@ def dense_pool(visual: nn.Module) -> Pool:
     elif is_vit:
         found += f" with pool_type {tower.pool_type!r} and attn_pool {type(tower.attn_pool).__name__}"
     raise ConfigError(
-        f"image tower {found}: it gives no local features in CLIP's joint space (Eq. 3). Supported: CLIP ResNets "
+        f"image tower {found}: it has no local features in CLIP's joint space (Eq. 3). Supported: CLIP ResNets "
         "(RN50, RN101, RN50x4 ...), timm towers with timm_pool 'abs_attn' or 'rot_attn', and open_clip ViTs with "
         "pool_type 'tok' and no attentional pool (ViT-B-32, ViT-B-16, ViT-L-14 ...)."
     )

@@ -1,7 +1,8 @@
 """CLIP's text tower on prompt embeddings instead of token ids, so that prompts can be learned.
 
-With a frozen tower most of a small step is spent here, so nothing is computed that is not read: no token behind the
-last end-of-text token, in the last block no other token's output, and words that prompts share only once.
+With a frozen tower, a small training step spends most of its time here, so only the required outputs are computed:
+tokens after the last end-of-text token are omitted, the last block computes only the end-of-text tokens, and words that
+prompts share are encoded once.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from cbsa_lightning.errors import ConfigError
 
 
 class TextTower(nn.Module):
-    """A causal open_clip text tower read out at the end-of-text token.
+    """A causal open_clip text tower whose output is the end-of-text token.
 
-    Because a token sees only those before it, what follows the end-of-text token changes nothing: sequences
-    may be cut behind the last one, at the same features and gradients and a fraction of the cost.
+    A token depends only on the tokens before it, so tokens after the end-of-text token have no effect. Sequences may
+    be cut after the last one, which gives the same features and gradients at a fraction of the cost.
 
     Args:
         clip: open_clip's CLIP or CustomTextCLIP; the layers are shared, not copied.
 
     Raises:
-        ConfigError: the tower is not causal, or is not read out at an end-of-text token.
+        ConfigError: If the tower is not causal, or its output is not the end-of-text token.
     """
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         source: Any = getattr(clip, "text", clip)
-        # CLIP holds the parts of its text tower itself, under other names than TextTransformer's for these two.
+        # CLIP stores the parts of its text tower itself, and two of them under other names than TextTransformer.
         pool_type = getattr(source, "text_pool_type", getattr(source, "pool_type", None))
         eos_id = getattr(source, "text_eos_id", getattr(source, "eos_id", None))
         causal = getattr(source, "attn_mask", None) is not None and getattr(source, "cls_emb", None) is None
@@ -40,13 +41,13 @@ class TextTower(nn.Module):
         if not causal or pool_type not in ("argmax", "eos"):
             raise ConfigError(
                 f"text tower {type(source).__name__} ({'' if causal else 'not '}causal, pooling {pool_type!r}): "
-                "prompts can be learned only through a causal open_clip text transformer that is read out at the "
+                "prompts can be learned only through a causal open_clip text transformer whose output is the "
                 "end-of-text token (pool_type 'argmax' or 'eos', no class embedding)."
             )
         if unknown := [kind.__name__ for kind in blocks if kind is not nn.MultiheadAttention]:
             raise ConfigError(
-                f"text tower {type(source).__name__}: its blocks attend through {unknown[0]}; prompts can be learned "
-                "only through open_clip's standard blocks (torch's MultiheadAttention)."
+                f"text tower {type(source).__name__}: its blocks use the attention {unknown[0]}; prompts can be "
+                "learned only through open_clip's standard blocks (torch's MultiheadAttention)."
             )
         self.token_embedding: nn.Embedding = source.token_embedding
         self.positional_embedding: nn.Parameter = source.positional_embedding
@@ -57,7 +58,7 @@ class TextTower(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Most tokens that a prompt may have, start and end included."""
+        """Maximum number of tokens of a prompt, including start and end."""
         return self.positional_embedding.shape[0]
 
     @property
@@ -75,7 +76,7 @@ class TextTower(nn.Module):
         return self.text_projection.shape[1]
 
     def eot(self, tokens: Tensor) -> Tensor:
-        """Position (P,) of the end-of-text token in ``tokens`` (P, L)."""
+        """Returns the position (P,) of the end-of-text token in ``tokens`` (P, L)."""
         return tokens.argmax(-1) if self.eos_id is None else (tokens == self.eos_id).int().argmax(-1)
 
     def forward(self, embeddings: Tensor, eot: Tensor, prefix: Tensor | None = None) -> Tensor:
@@ -83,19 +84,19 @@ class TextTower(nn.Module):
 
         Args:
             embeddings: (P, L, w), without positions.
-            eot: (P,), place of the end-of-text token in ``embeddings``.
-            prefix: (G, N, w), what stands before ``embeddings``: the first P / G prompts begin with its first entry,
-                and so on. It is encoded G times instead of P times, which is exact since the tower is causal.
+            eot: (P,), position of the end-of-text token in ``embeddings``.
+            prefix: (G, N, w), common beginnings of the prompts: the first P / G prompts begin with the first entry,
+                and so on. They are encoded G times instead of P times, which is exact since the tower is causal.
 
         Returns:
             (P, d), not normalized.
 
         Raises:
-            ConfigError: N + L exceeds the context length.
+            ConfigError: If N + L exceeds the context length.
         """
         before, length = 0 if prefix is None else prefix.shape[1], embeddings.shape[1]
         if before + length > self.context_length:
-            raise ConfigError(f"prompts of {before + length} tokens; this text tower takes {self.context_length}")
+            raise ConfigError(f"prompts of {before + length} tokens exceed the limit of {self.context_length} tokens")
         positions = self.positional_embedding[: before + length].to(embeddings.dtype)
         x = embeddings + positions[before:]
         start = None if prefix is None else prefix + positions[:before]
@@ -112,7 +113,7 @@ class TextTower(nn.Module):
 
 
 def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One residual attention block of open_clip on prompts (P, L, w) and their common starts (G, N, w)."""
+    """Applies a residual attention block of open_clip to prompts (P, L, w) and their common starts (G, N, w)."""
     q, k, v = _project(block.attn, block.ln_1(x), slice(None))
     if start is None:
         return _rest(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True)), None
@@ -124,7 +125,7 @@ def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Tensor:
-    """The same for the end-of-text tokens alone, since no other output is read: (P, w)."""
+    """Applies a block but returns only the end-of-text tokens, (P, w)."""
     width, normed = x.shape[2], block.ln_1(x)
     rows = torch.arange(len(x), device=x.device)
     k, v = _project(block.attn, normed, slice(width, None))
@@ -139,19 +140,19 @@ def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Ten
 
 
 def _project(attention: Any, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Queries, keys and values, those among them that ``rows`` of the joint matrix make: (B, heads, L, w / heads)."""
+    """Computes those of queries, keys and values that ``rows`` of the joint matrix yield: (B, heads, L, w / heads)."""
     projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
     heads = projected.view(*x.shape[:2], -1, attention.num_heads, attention.head_dim)  # third: 1 to 3 of q, k, v
     return tuple(part.transpose(1, 2) for part in heads.unbind(2))
 
 
 def _after(start: Tensor, own: Tensor) -> Tensor:
-    """Keys or values of the common starts (G, heads, N, e) in front of those of the prompts (P, heads, L, e)."""
+    """Concatenates keys or values of the common starts (G, heads, N, e) with those of the prompts (P, heads, L, e)."""
     return torch.cat([start.repeat_interleave(len(own) // len(start), dim=0), own], dim=2)
 
 
 def _rest(block: Any, x: Tensor, seen: Tensor) -> Tensor:
-    """What follows the attention in a block: projection, feed-forward and both residual sums."""
+    """Computes the rest of a block after attention: projection, feed-forward and both residual sums."""
     x = x + block.ls_1(block.attn.out_proj(seen.transpose(1, 2).flatten(2)))
     x = x + block.ls_2(_feed_forward(block.mlp, block.ln_2(x)))
     return x
@@ -161,6 +162,6 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
     if not isinstance(mlp.gelu, QuickGELU):
         out: Tensor = mlp(x)
         return out
-    # x sigmoid(1.702 x) through torch's own kernel, which keeps one tensor for its backward instead of two.
+    # x sigmoid(1.702 x) through torch's own kernel, which stores one tensor for its backward pass instead of two.
     out = mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
     return out

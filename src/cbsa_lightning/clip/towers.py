@@ -1,4 +1,4 @@
-"""What lies below the pool in each image tower of open_clip."""
+"""The part of each open_clip image tower below the pool."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ViTTower(nn.Module):
     """Patch embedding and blocks of an open_clip VisionTransformer: (B, 3, S, S) to (B, 1 + h*w, c).
 
     Args:
-        visual: open_clip's tower; its layers are taken over under their own names.
+        visual: open_clip's tower; its layers keep their names.
     """
 
     def __init__(self, visual: nn.Module) -> None:
@@ -37,15 +37,15 @@ class ViTTower(nn.Module):
         self.native_grid = cast(tuple[int, int], tuple(visual.grid_size))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Runs all blocks; on another grid than the native one the positions are resized as open_clip does.
+        """Runs all blocks. On a grid other than the native one, positions are resized as in open_clip.
 
         Raises:
-            ConfigError: the images are not square, so the grid could not be told from the tokens.
+            ConfigError: If the images are not square, since the grid could not be inferred from the tokens.
         """
         x = self.conv1(images)
         grid = (x.shape[-2], x.shape[-1])
         if grid[0] != grid[1]:
-            raise ConfigError(f"images give a grid of {grid[0]} x {grid[1]} patches; ViT towers need square images")
+            raise ConfigError(f"images yield a grid of {grid[0]} x {grid[1]} patches; ViT towers need square images")
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         positions = resize_positions(self.positional_embedding, self.native_grid, grid, antialias=True)
@@ -54,10 +54,10 @@ class ViTTower(nn.Module):
 
 
 def split_tower(visual: nn.Module) -> tuple[nn.Module, Pool]:
-    """An open_clip image tower as (everything below the pool, dense pool), sharing its parameters.
+    """Splits an open_clip image tower into (everything below the pool, dense pool), which share its parameters.
 
     Raises:
-        ConfigError: the tower is of a kind that gives no local features (:func:`dense_pool`).
+        ConfigError: If the tower has no local features (:func:`dense_pool`).
     """
     pool = dense_pool(visual)
     if isinstance(pool, ResNetPool):
@@ -69,24 +69,24 @@ def split_tower(visual: nn.Module) -> tuple[nn.Module, Pool]:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Sees batch norms as wholes, timm's with their activation too."""
+    """Treats batch norms as leaf modules, including timm's with their activation."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(tower: nn.Module) -> None:
-    """Folds each frozen batch norm that reads a convolution, and nothing else does, into that convolution.
+    """Folds each frozen batch norm into the convolution before it, unless other modules use that convolution's output.
 
-    A tower whose flow cannot be traced is left as it is.
+    A tower that cannot be traced is unchanged.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
         return
     try:
         graph = _Tracer().trace(tower)
-    except Exception:  # anything: tracing runs the tower's own code on symbols
+    except Exception:  # of any kind: tracing runs the tower's own code on symbols
         warnings.warn(
-            f"{type(tower).__name__}: its batch norms cannot be folded; it works, a little slower.", stacklevel=3
+            f"{type(tower).__name__}: its batch norms cannot be folded, so it is a little slower.", stacklevel=3
         )
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]

@@ -1,4 +1,4 @@
-"""The one in-memory form of annotations: columns, not objects, so that a million images are two arrays."""
+"""The in-memory form of annotations. It stores columns instead of objects: a million images are two arrays."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ __all__ = ["AnnotationTable", "ClassFile", "read_class_file"]
 
 StringArray = NDArray[Any]  # of np.dtypes.StringDType(), for which numpy has no usable type parameter yet
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
-_ROWS = 1 << 16  # rows at a time where columns become Python objects, which take many times the room
+_ROWS = 1 << 16  # rows converted to Python objects at once, since objects need much more memory
 
 
 def as_strings(texts: Iterable[str] | NDArray[Any]) -> StringArray:
-    """``texts`` as a column of strings; one that is such a column already is not copied."""
+    """Converts ``texts`` to a string column. A string column is returned without copying."""
     dtype = np.dtypes.StringDType()
     if isinstance(texts, np.ndarray) and texts.dtype == dtype:
-        return texts  # numpy would copy: to it, two instances of StringDType are two types
+        return texts  # numpy would copy, since it treats two instances of StringDType as different types
     texts = texts if isinstance(texts, np.ndarray) else list(texts)
     try:
         return np.asarray(texts, dtype=dtype)
     except UnicodeEncodeError as error:
         row = first_not_unicode(texts)
         raise DataError(
-            f"row {row} of an annotation table: the path {brief(texts[row])} is no Unicode text; a file name that is "
-            "not UTF-8 cannot be written to tables: rename the file"
+            f"row {row} of an annotation table: the path {brief(texts[row])} is not valid Unicode; tables cannot store "
+            "a file name that is not UTF-8: rename the file"
         ) from error
 
 
 def first_not_unicode(texts: Iterable[Any]) -> int:
-    """The first of ``texts`` with a lone surrogate: what Python makes of file names that are not UTF-8."""
+    """Returns the index of the first text with a lone surrogate, which Python uses for file names not in UTF-8."""
     return next(i for i, text in enumerate(texts) if any("\ud800" <= mark <= "\udfff" for mark in str(text)))
 
 
 def blocks(column: Any) -> Iterator[Any]:
-    """The rows of a numpy or Arrow array in order, some at a time."""
+    """Yields the rows of a numpy or Arrow array in order, in blocks."""
     return (column[start : start + _ROWS] for start in range(0, len(column), _ROWS))
 
 
 def json_pieces(column: NDArray[Any]) -> Iterator[str]:
-    """``json.dumps(column.tolist(), ensure_ascii=False)`` in pieces."""
+    """Yields ``json.dumps(column.tolist(), ensure_ascii=False)`` in pieces."""
     yield "["
     for i, block in enumerate(blocks(column)):
         yield (", " if i else "") + json.dumps(block.tolist(), ensure_ascii=False)[1:-1]
@@ -67,9 +67,9 @@ def json_pieces(column: NDArray[Any]) -> Iterator[str]:
 
 
 def repeated_rows(paths: StringArray) -> list[tuple[int, int]]:
-    """Pairs (first row, later row) of equal paths: ``duplicates`` for millions of them.
+    """Returns pairs (first row, later row) of equal paths, like ``duplicates`` but for millions of paths.
 
-    Only rows whose hashes occur twice are compared as text; eight bytes a row, where a set of all paths takes 150.
+    Only rows with equal hashes are compared as text. This needs eight bytes per row; a set of all paths would need 150.
     """
     hashes = np.fromiter(map(hash, _texts(paths)), np.int64, len(paths))
     ordered = np.sort(hashes)
@@ -83,14 +83,14 @@ class AnnotationTable:
 
     Attributes:
         root: Folder that ``paths`` are relative to.
-        paths: (n,) strings, "/" between folders, relative to ``root``; an absolute path is a file outside it.
+        paths: (n,) strings relative to ``root``, with "/" between folders; absolute paths refer to files outside it.
         labels: (n, C) int8: 1 present, 0 absent, -1 unknown.
         class_names: C names as in the annotation files.
-        prompt_names: C names as put in prompts; left empty, the class names with "_" as a space.
+        prompt_names: C names as used in prompts; by default, the class names with "_" replaced by a space.
 
     Raises:
-        DataError: Wrong shape, another label value, the same path twice, an empty path, class names that are
-            empty or equal (after Unicode NFC and strip), or two classes with the same prompt text.
+        DataError: If a shape or label value is wrong, a path is empty or occurs twice, class names are empty or equal
+            (after Unicode NFC and strip), or two classes have the same prompt text.
     """
 
     root: Path
@@ -110,7 +110,7 @@ class AnnotationTable:
             raise DataError(f"annotation table: row {int(empty.argmax())} has an empty path")
         if pairs := repeated_rows(paths):
             found = listed(f"{brief(str(paths[i]))} (rows {i} and {j})" for i, j in pairs)
-            raise DataError(f"annotation table: the same path twice: {found}; keep one row an image")
+            raise DataError(f"annotation table: the same path twice: {found}; keep one row per image")
         for field, value in (
             ("root", Path(self.root)),
             ("paths", paths),
@@ -129,18 +129,18 @@ class AnnotationTable:
         return len(self.class_names)
 
     def file(self, i: int) -> Path:
-        """Full path of the image of row ``i``."""
+        """Returns the full path of the image of row ``i``."""
         return self.root / str(self.paths[i])
 
     def select(self, indices: ArrayLike) -> AnnotationTable:
-        """The rows ``indices``, in that order; a row cannot be taken twice."""
+        """Returns the rows ``indices`` in this order; a row cannot be selected twice."""
         rows = np.asarray(indices)
         if rows.size == 0:
-            rows = rows.astype(np.int64)  # an empty list is float64 to numpy, which cannot index
+            rows = rows.astype(np.int64)  # numpy makes an empty list float64, which cannot be an index
         return AnnotationTable(self.root, self.paths[rows], self.labels[rows], self.class_names, self.prompt_names)
 
     def digest(self) -> str:
-        """Sha256 over class names, paths and labels: the same on every machine, whatever ``root`` is."""
+        """Returns the SHA-256 over class names, paths and labels; it does not depend on the machine or ``root``."""
         sha = hashlib.sha256()
         for piece in chain([json.dumps(self.class_names, ensure_ascii=False)], json_pieces(self.paths)):
             sha.update(piece.encode("utf-8", "surrogatepass"))
@@ -149,69 +149,69 @@ class AnnotationTable:
         return sha.hexdigest()
 
     def missing_rows(self) -> NDArray[np.int64]:
-        """Rows whose images are not files, in order.
+        """Returns the rows whose images are not files, in order.
 
-        Every folder is listed once instead of asking for each file: quick on network disks too.
+        Every folder is listed once instead of checking each file, which is fast on network disks too.
         """
         folders: dict[str, int] = {}
         numbers = (folders.setdefault(path[: path.rfind("/") + 1], len(folders)) for path in _texts(self.paths))
         folder_of = np.fromiter(numbers, np.int64, len(self))
         ends = np.cumsum(np.bincount(folder_of))
         members = np.split(np.argsort(folder_of, kind="stable"), ends[:-1])
-        # Not strict: of no folders at all, numpy still makes one empty part.
+        # Not strict: numpy splits an empty array into one empty part.
         missing = (
             row for folder, rows in zip(folders, members, strict=False) for row in self._missing_in(folder, rows)
         )
         return np.sort(np.fromiter(missing, np.int64))
 
     def missing_files(self) -> list[str]:
-        """The images of :meth:`missing_rows`, each as "path (row i)", rows counted from 0."""
+        """Returns the images of :meth:`missing_rows`, each as "path (row i)", with rows counted from 0."""
         return [f"{self.paths[row]} (row {row})" for row in self.missing_rows().tolist()]
 
     def _missing_in(self, folder: str, rows: NDArray[np.int64]) -> Iterator[int]:
-        """Those of ``rows``, all in ``folder`` ("" or with its last slash), that are no files."""
+        """Yields those of ``rows``, all in ``folder`` ("" or ending in a slash), that are not files."""
         here = os.path.join(self.root, folder)
         present = _file_names(here)
         for block in blocks(rows):
             for row, path in zip(block.tolist(), self.paths[block].tolist(), strict=True):
                 name = path.removeprefix(folder)
-                # Asking once more lets a file system that ignores case find what its listing spells otherwise.
+                # A case-insensitive file system may find a file that its listing spells differently.
                 if name not in present and not os.path.isfile(os.path.join(here, name)):
                     yield row
 
     def require_files(self) -> None:
-        """Checks that every image is there.
+        """Checks that every image exists.
 
         Raises:
-            DataError: Some are not; the first 20 are named.
+            DataError: If some do not. The message names the first 20.
         """
         if missing := self.missing_files():
             raise DataError(
                 f"{len(missing)} of {len(self)} images are not under {self.root}: {listed(missing)}; "
-                "put the files there, correct the root, or take their rows out of the annotations"
+                "put the files there, correct the root, or remove their rows from the annotations"
             )
 
     def shared_files(self, other: AnnotationTable) -> list[str]:
-        """Full paths of the images of ``other`` that are images of this table too, in the order of ``other``.
+        """Returns full paths of the images of ``other`` that are also in this table, in the order of ``other``.
 
-        Two tables may have different roots; what is compared is the text of ``file(i)``.
+        The tables may have different roots, since the text of ``file(i)`` is compared.
         """
         fewer, more = sorted((self, other), key=len)
         shared = set(fewer._full_paths()).intersection(more._full_paths())
         return [str(other.file(i)) for i, path in enumerate(other._full_paths()) if path in shared] if shared else []
 
     def _full_paths(self) -> Iterator[str]:
-        """``file(i).as_posix()`` of each row, without a Path object for each."""
+        """Yields ``file(i).as_posix()`` of each row without creating Path objects."""
         prefix = (self.root / "x").as_posix()[:-1]
         for row, text in enumerate(_texts(self.paths)):
             slashed = f"/{text}/"
-            # These are what pathlib writes otherwise, or reads as absolute; all else it only puts behind the root.
+            # pathlib rewrites only these, or treats them as absolute; it appends all others to the root.
             odd = "//" in slashed or "/./" in slashed or "\\" in text or ":" in text
             yield self.file(row).as_posix() if odd else prefix + text
 
 
 def _texts(paths: StringArray) -> Iterator[str]:
-    """``paths`` as Python strings, of which only a block's worth exist at a time."""
+    """Yields ``paths`` as Python strings, of which only one block exists at a time."""
     return chain.from_iterable(block.tolist() for block in blocks(paths))
 
 
@@ -222,7 +222,7 @@ def _as_labels(labels: ArrayLike, num_rows: int, class_names: tuple[str, ...]) -
         raise DataError(f"annotation table: labels have shape {array.shape}; expected (n, C) = {expected}")
     if array.dtype == np.int8 and (not array.size or (array.min() >= -1 and array.max() <= 1)):
         return array
-    # Values are judged before the cast: 256 would become 0 in int8.
+    # Values are checked before the cast, since 256 would become 0 in int8.
     wrong = np.argwhere(~np.isin(array, (POSITIVE, NEGATIVE, UNKNOWN)))
     if len(wrong):
         found = listed(f"{array[i, k]} (row {i}, class {class_names[k]!r})" for i, k in wrong)
@@ -234,5 +234,5 @@ def _file_names(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: an invalid file name
         return set()

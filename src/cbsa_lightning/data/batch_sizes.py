@@ -1,42 +1,42 @@
-"""How many images of which kind a training step has, and how many steps an epoch has."""
+"""Computes the images of each kind per training step, and the steps per epoch."""
 
 from __future__ import annotations
 
 from cbsa_lightning.errors import ConfigError
 
 CAP_BATCH = 64
-"""Images a step in CAP; its batch composition and warm-up batch are stated relative to it."""
+"""CAP's batch size; its batch composition and warm-up batch are defined relative to it."""
 
 
 def default_labeled_per_batch(labeled_share: float, batch_size: int) -> int:
-    """Labeled images in a batch of the semi-supervised stage, by CAP's rule.
+    """Returns the labeled images in a batch of the semi-supervised stage, by CAP's rule.
 
     Args:
-        labeled_share: p, the share of the training images that are labeled.
+        labeled_share: p, the labeled fraction of the training images.
         batch_size: B, labeled and unlabeled images together.
     """
     return min(max(1, int(1.25 * labeled_share * batch_size + 0.5)), batch_size - 1)
 
 
 def default_warmup_batch_size(labeled_share: float, batch_size: int) -> int:
-    """Images in a batch of labeled images only, by CAP's rule: 16 for p = .05 to 64 for p = .20, at most B."""
+    """Returns the batch size of the warm-up, by CAP's rule: 16 for p = .05 to 64 for p = .20, at most B."""
     return max(1, min(batch_size, round(5 * labeled_share * CAP_BATCH)))
 
 
 def check_batch(batch_size: int, labeled_per_batch: int) -> None:
-    """Refuses a batch without room for both kinds of images.
+    """Checks that a batch has room for both kinds of images.
 
     Raises:
-        ConfigError: Naming the bounds.
+        ConfigError: If it does not. The message names the bounds.
     """
     if batch_size < 2:
         raise ConfigError(f"batch_size must be at least 2 (one labeled, one unlabeled), got {batch_size}.")
     if not 0 < labeled_per_batch < batch_size:
         raise ConfigError(
-            f"labeled_per_batch must lie between 1 and batch_size - 1 = {batch_size - 1}, got {labeled_per_batch}."
+            f"labeled_per_batch must be between 1 and batch_size - 1 = {batch_size - 1}, got {labeled_per_batch}."
         )
 
 
 def steps_per_epoch(images: int, per_batch: int, least: int = 1) -> int:
-    """Steps of one pass over some images, but ``least`` or more: a smaller set is then passed several times."""
+    """Returns the steps of one pass, but at least ``least``: smaller sets are then passed several times."""
     return max(least, -(-images // per_batch))

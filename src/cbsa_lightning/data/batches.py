@@ -1,4 +1,4 @@
-"""The batches that go from the loaders to the training loop."""
+"""Batches passed from the loaders to the training loop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class TrainBatch(NamedTuple):
     """Strong views, labeled images first.
 
     Attributes:
-        images: ``(B, 3, S, S)`` uint8, or None where ``features`` stand for them.
-        targets: ``(B, C)`` int8 in {1, 0, -1}; all -1 for an image whose labels the run may not see.
+        images: ``(B, 3, S, S)`` uint8, or None if ``features`` replace them.
+        targets: ``(B, C)`` int8 in {1, 0, -1}; all -1 for an image whose labels are hidden from the run.
         index: ``(B,)`` int64, row of each image in the train table.
         labeled: ``(B,)`` bool.
-        features: What the frozen tower made of the images, ``(B, ...)`` float16 from a cache, or None.
+        features: Frozen features of the images, ``(B, ...)`` float16 from a cache, or None.
     """
 
     images: Tensor | None
@@ -26,14 +26,14 @@ class TrainBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Views without distortion, or weak views of unlabeled images.
+    """Plain views, or weak views of unlabeled images.
 
     Attributes:
-        images: ``(B, 3, S, S)`` uint8, or None where ``features`` stand for them.
-        targets: ``(B, C)`` int8 in {1, 0, -1}, for measuring only.
+        images: ``(B, 3, S, S)`` uint8, or None if ``features`` replace them.
+        targets: ``(B, C)`` int8 in {1, 0, -1}, only for metrics.
         index: ``(B,)`` int64, row of each image in its table.
-        features: What the frozen tower made of the images, ``(B, ...)`` float16 from a cache, or None.
-        unread: Rows of images that could not be read, and why; black images stand for them.
+        features: Frozen features of the images, ``(B, ...)`` float16 from a cache, or None.
+        unread: Rows of images that could not be read, and the reasons; the batch contains black images for them.
     """
 
     images: Tensor | None

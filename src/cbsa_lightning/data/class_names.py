@@ -1,4 +1,4 @@
-"""Names of classes: their normal form, their prompt texts, and the class file that changes these."""
+"""Normalized names of classes, their prompt texts, and the class file that customizes these."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import yaml
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, read_text
 
-_LARGEST_FILE = 4 << 20  # bytes; a hundred thousand classes have less, and YAML takes seconds for each
+_LARGEST_FILE = 4 << 20  # bytes; more than a hundred thousand classes need, and YAML takes seconds per MiB
 
 
 def clean_name(name: str) -> str:
-    """Normal form of a class name: Unicode NFC without surrounding white space. Case matters."""
+    """Normalizes a class name to Unicode NFC without surrounding white space. Case is preserved."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def default_prompts(class_names: Iterable[str]) -> tuple[str, ...]:
-    """Class names as put in prompts when nobody says otherwise: underscores become spaces (CoOp's habit)."""
+    """Returns the default prompt texts: class names with underscores replaced by spaces, as in CoOp."""
     return tuple(name.replace("_", " ") for name in class_names)
 
 
 def duplicates(items: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs (first position, later position) of equal items."""
-    if len(set(items)) == len(items):  # the usual case, without building a dictionary of positions
+    """Returns pairs (first position, later position) of equal items."""
+    if len(set(items)) == len(items):  # the usual case needs no dictionary of positions
         return []
     first: dict[str, int] = {}
     return [(first[item], i) for i, item in enumerate(items) if first.setdefault(item, i) != i]
@@ -40,11 +40,11 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     """Normalizes class names.
 
     Args:
-        class_names: Names as found.
-        where: What to call their place in a message.
+        class_names: Original names.
+        where: Name of their source in messages.
 
     Raises:
-        DataError: There is none, or one is empty, or two are equal once normalized.
+        DataError: If there are no names, or one is empty, or two are equal after normalization.
     """
     names = tuple(clean_name(name) for name in class_names)
     if not names:
@@ -54,7 +54,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
         found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
         raise DataError(
-            f"{where}: names with half a character (a lone surrogate), which no file can hold: {found}; correct them"
+            f"{where}: names with a lone surrogate (half a character), which no file can store: {found}; correct them"
         )
     if pairs := duplicates(names):
         found = listed(f"{brief(names[i])} (classes {i} and {j})" for i, j in pairs)
@@ -63,17 +63,17 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
 
 
 def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Normalizes prompt names and refuses two classes that the text tower could not tell apart.
+    """Normalizes prompt names, and refuses equal ones.
 
-    CLIP's tokenizer lower-cases and collapses white space, and prompts replace "_" by a space: texts are
-    compared after that.
+    CLIP's tokenizer lower-cases texts and collapses white space, and prompts replace "_" with a space. Texts are
+    compared after these steps.
 
     Raises:
-        DataError: Wrong count, an empty text, or the same text for two classes.
+        DataError: If the count is wrong, a text is empty, or two classes have the same text.
     """
     prompts = tuple(clean_name(prompt) for prompt in prompt_names)
     if len(prompts) != len(class_names):
-        raise DataError(f"{where}: {len(prompts)} prompt names for {len(class_names)} classes; give one each")
+        raise DataError(f"{where}: {len(prompts)} prompt names for {len(class_names)} classes; give one per class")
     if "" in prompts:
         unnamed = class_names[prompts.index("")]
         raise DataError(f"{where}: class {brief(unnamed)} has an empty prompt name; write one")
@@ -81,14 +81,14 @@ def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], 
     if pairs := duplicates(seen_by_tower):
         found = listed(f"{brief(class_names[i])} and {brief(class_names[j])} ({brief(prompts[j])})" for i, j in pairs)
         alike = all(class_names[i].casefold() == class_names[j].casefold() for i, j in pairs)
-        remedy = "if they mean one class, write them alike; if not, give each a prompt name of its own in a class file"
+        remedy = "if they mean one class, use one spelling; if not, give each a different prompt name in a class file"
         what = "classes that differ only in case" if alike else "classes with the same prompt text"
         raise DataError(f"{where}: {what}: {found}; {remedy}")
     return prompts
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest known one, or nothing."""
+    """Returns the closest known name, as the end of a message about an unknown one, or an empty string."""
     by_fold = {other.casefold(): other for other in known}
     close = difflib.get_close_matches(name.casefold(), by_fold, n=1)
     return f" (did you mean {brief(by_fold[close[0]])}?)" if close else ""
@@ -96,7 +96,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ClassFile:
-    """What a class file says: classes, their prompt names, and other names that mean the same class.
+    """Content of a class file: classes, their prompt names, and synonyms.
 
     Attributes:
         path: The file, for messages.
@@ -111,24 +111,24 @@ class ClassFile:
     synonyms: Mapping[str, str]
 
     def index(self) -> dict[str, int]:
-        """Every name that means a class, synonyms too -> position of the class in the file."""
+        """Maps every class name and synonym to the position of the class in the file."""
         position = {name: k for k, name in enumerate(self.class_names)}
         return position | {other: position[name] for other, name in self.synonyms.items()}
 
     def prompts_for(self, class_names: Sequence[str]) -> tuple[str, ...]:
-        """Prompt names for the classes of a data set; a class that the file leaves out keeps its default.
+        """Returns prompt names for the classes of a data set. A class that is not in the file keeps its default.
 
         Raises:
-            DataError: The file has a class that the data set does not have, neither by its name nor by a
-                synonym, or two classes end up with the same prompt text.
+            DataError: If the file has a class that the data set does not have by name or synonym, or two classes
+                have the same prompt text.
         """
         position = self.index()
         in_file = [position.get(clean_name(name)) for name in class_names]
         for k in sorted(set(range(len(self.class_names))) - set(in_file)):
             name = self.class_names[k]
             raise DataError(
-                f"{self.path}: class {brief(name)} is none of the {len(class_names)} classes of the data set"
-                f"{did_you_mean(name, class_names)}; correct the name or take it out of the file"
+                f"{self.path}: class {brief(name)} is not one of the {len(class_names)} classes of the data set"
+                f"{did_you_mean(name, class_names)}; correct the name or remove it from the file"
             )
         prompts = [
             default if k is None else self.prompt_names[k]
@@ -138,7 +138,7 @@ class ClassFile:
 
 
 def prompts_from(class_file: str | None, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Prompt names of ``class_names``: from a class file where there is one, else the default."""
+    """Returns prompt names of ``class_names`` from a class file, or the defaults without one."""
     if class_file is None:
         return default_prompts(class_names)
     return read_class_file(class_file).prompts_for(class_names)
@@ -147,18 +147,18 @@ def prompts_from(class_file: str | None, class_names: tuple[str, ...]) -> tuple[
 def read_class_file(path: str | Path) -> ClassFile:
     """Reads a class file: a mapping from class to prompt name, in YAML, or in JSON if it ends in ".json".
 
-    A value is a prompt name, nothing (then the class name with "_" as a space), or a mapping with
-    ``prompt`` and ``synonyms``, both optional::
+    A value is a prompt name, empty (for the class name with "_" replaced by a space), or a mapping with the optional
+    keys ``prompt`` and ``synonyms``::
 
         diningtable: dining table
         person:
         tvmonitor: {prompt: tv monitor, synonyms: [tv, television]}
 
-    Every scalar is text: ``no`` and ``7`` are names like others.
+    Every scalar is text, so ``no`` and ``7`` are valid names.
 
     Raises:
-        DataError: The file is missing, has more than 4 MiB, or is no such mapping; it has aliases or tags of YAML; a
-            class, synonym or prompt text occurs twice.
+        DataError: If the file is missing, has more than 4 MiB, is not such a mapping, or uses YAML aliases or tags; or
+            if a class, synonym or prompt text occurs twice.
     """
     path = Path(path)
     entries = _read_pairs(path)
@@ -174,20 +174,20 @@ def read_class_file(path: str | Path) -> ClassFile:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A mapping as it was written, so that a key that stands there twice is seen."""
+    """A mapping as a list of pairs, so that repeated keys are detected."""
 
 
 def _entry(value: Any, where: str) -> tuple[str, list[str]]:
-    """Prompt ("" for the default) and synonyms of one class."""
+    """Returns prompt ("" for the default) and synonyms of a class."""
     pairs = value if isinstance(value, _Pairs) else _Pairs([("prompt", value)])
     keys = [key for key, _ in pairs]
     if wrong := [key for k, key in enumerate(keys) if key not in ("prompt", "synonyms") or key in keys[:k]]:
-        raise DataError(f"{where} has {listed(map(brief, wrong))}; only one prompt and one synonyms are understood")
+        raise DataError(f"{where} has {listed(map(brief, wrong))}; only one prompt and one synonyms key are allowed")
     fields = dict(pairs)
     prompt, others = fields.get("prompt") or "", fields.get("synonyms") or []
     texts = isinstance(others, list) and all(isinstance(text, str) for text in (prompt, *others))
     if not texts:
-        raise DataError(f"{where}: prompt must be a text and synonyms a list of texts")
+        raise DataError(f"{where}: prompt must be a string and synonyms a list of strings")
     return prompt, others
 
 
@@ -210,19 +210,19 @@ def _read_pairs(path: Path) -> _Pairs:
 
 
 def _plain(node: Any, path: Path, seen: set[int]) -> Any:
-    """A YAML node as text, list or pairs; null is "".
+    """Converts a YAML node to text, list or pairs; null becomes "".
 
-    ``seen`` are the nodes so far: one that comes again is an alias, and a few lines of aliases stand for billions of
-    values.
+    ``seen`` contains the nodes visited so far. A repeated node is an alias, and a few lines of aliases can expand to
+    billions of values.
     """
     if node is None:
         return ""
     where = f"{path}, line {node.start_mark.line + 1}"
     if id(node) in seen:
-        raise DataError(f"{where}: what stands here is used again by an alias (*); write it out where it is meant")
+        raise DataError(f"{where}: this value is reused by an alias (*); repeat the value instead")
     seen.add(id(node))
     if node.tag not in _TAGS:
-        raise DataError(f"{where}: the tag {brief(node.tag)} means nothing here; a class file holds texts: take it out")
+        raise DataError(f"{where}: the tag {brief(node.tag)} is not allowed, as a class file contains text; remove it")
     if isinstance(node, yaml.MappingNode):
         return _Pairs([(_plain(key, path, seen), _plain(value, path, seen)) for key, value in node.value])
     if isinstance(node, yaml.SequenceNode):
@@ -231,7 +231,7 @@ def _plain(node: Any, path: Path, seen: set[int]) -> Any:
 
 
 _CORE = "tag:yaml.org,2002:"
-# What plain texts, lists and mappings resolve to.
+# Tags of plain texts, lists and mappings.
 _TAGS = {
     f"{_CORE}{kind}" for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value", "str", "seq", "map")
 }

@@ -1,7 +1,9 @@
-"""SSMLLDataModule: labeled and unlabeled images, in weak and strong views, for semi-supervised training."""
+"""SSMLLDataModule: labeled and unlabeled images in weak and strong views for semi-supervised training."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +14,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.augmentations import Augmentation, CutoutRandAugment, Flip
 from cbsa_lightning.data.batch_sizes import (
     check_batch,
     default_labeled_per_batch,
@@ -60,50 +64,52 @@ class SSMLLDataModule(L.LightningDataModule):
     """Data of a semi-supervised multi-label run.
 
     Args:
-        source: Where images and labels come from (``cbsa_lightning.data.readers``).
+        source: Source of images and labels (``cbsa_lightning.data.readers``).
         image_size: Side S of the square that images are resized to, in pixels.
-        labeled_fraction: Share p of the training images that keeps its labels, drawn by ``seed``; the labels of
-            the others are hidden from training and only used to measure pseudo-labels. None takes the table as it
+        labeled_fraction: Fraction p of the training images that keep their labels, drawn by ``seed``. The labels of
+            the others are hidden from training and only used to evaluate pseudo-labels. None uses the table as it
             is: rows with any known label are labeled, the others are not.
         split_file: A split saved by an earlier run, to be used instead of drawing one.
-        known_fraction: Share of the labels that stays known, drawn entry by entry with ``seed``; the others are hidden
+        known_fraction: Fraction of the labels that stay known, drawn entry by entry with ``seed``. Others are hidden
             from training. None hides none. See :func:`~cbsa_lightning.data.label_masks.known_mask`.
-        known_file: A :class:`~cbsa_lightning.data.label_masks.LabelMask` file, instead of drawing a mask.
-        unknown_as_absent: Whether unknown labels of labeled images are taken as absent. They are in any case for a
-            class of which positives are known but no negative.
-        held_out_fraction: Share of the labeled images set aside for validation. None: 0 where the source has a
+        known_file: A :class:`~cbsa_lightning.data.label_masks.LabelMask` file, to be used instead of drawing a mask.
+        unknown_as_absent: Whether unknown labels of labeled images count as absent. For a class with known positives
+            but no known negative, they always do.
+        held_out_fraction: Fraction of the labeled images set aside for validation. None: 0 if the source has a
             test table, else 0.2.
         seed: Seed of split, order and views.
-        batch_size: B, images a step, labeled and unlabeled together, over all processes.
-        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, CAP's share.
-        warmup_batch_size: Labeled images a step while only those are used; None: CAP's, 16 for p = .05 to 64 for
+        batch_size: B, images per step, labeled and unlabeled together, over all ranks.
+        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP.
+        warmup_batch_size: Labeled images per step of the warm-up; None: as in CAP, 16 for p = .05 to 64 for
             p = .20, at most B.
-        min_steps_per_epoch: Training steps that an epoch has at least: it goes through a smaller set several times, so
-            that few images get enough optimization. 1, the paper's: an epoch is one pass.
-        eval_batch_size: Images a step without gradient.
-        num_workers: Loader processes. They change speed only, never a view.
-        cutout: Side of the square cut from strong views, as a share of the image's.
+        min_steps_per_epoch: Minimum training steps of an epoch. A smaller set is passed several times, so that few
+            images are trained on for enough steps. With 1, as in the paper, an epoch is one pass.
+        eval_batch_size: Images per step without gradient.
+        num_workers: Number of loader workers. They change only the speed, never a view.
+        weak_view: Augmentation of the views that pseudo-labels are computed from; None: ``Flip()``. Views of another
+            augmentation are always computed from the images, even with a feature cache.
+        strong_view: Augmentation of the views that the network is trained on; None: ``CutoutRandAugment()``.
         predict: Images for ``cbsa predict``: a folder, or a table of paths.
-        image_cache: Where training and test images are kept decoded and squashed, so that each file is decoded once
-            and not every epoch; the views are the same. None decodes the files each time.
+        image_cache: Cache of decoded and resized training and test images, so that each file is decoded once instead
+            of in every epoch; the views are the same. None decodes the files each time.
         fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size with both sides
-            of ``image_size`` or more: for 640 x 480 at half of it, in two thirds of the time. Pixels of the views
-            then differ, by two gray levels in the mean and by tens at sharp edges, so use it in all of the runs
-            that are compared, or in none.
-        feature_cache: Where features of the frozen tower are kept, computed once before training: the threshold pass
-            and validation then cost no image, and, if strong views are kept too, training neither. None computes
-            them from the images each time.
-        on_error: What happens where images cannot be read: "stop" refuses them before the first step, "skip" trains
-            and measures without them; :attr:`left_out` lists them. Header and end of each file are checked, so damage
-            within a file still stops a run where it is met.
+            at least ``image_size``. For 640 x 480, this is half the size and takes two thirds of the time. Pixels of
+            the views change by two gray levels on average and by tens at sharp edges, so use it in all runs that are
+            compared, or in none.
+        feature_cache: Cache of the frozen tower's features, which are computed once before training. The threshold
+            pass and validation then read no images, and neither does training if strong views are cached too. None
+            computes them from the images each time.
+        on_error: Handling of unreadable images: "stop" refuses them before the first step, "skip" trains and
+            evaluates without them; :attr:`left_out` lists them. Only header and end of each file are checked, so damage
+            within a file still stops a run when it is read.
 
     Attributes:
         left_out: Files of the images that were skipped.
-        label_mask: Which training labels are known, where ``known_fraction`` or ``known_file`` hides some.
-        trained_before: Paths of images, as in the table or in full, that are not held out for validation since the
-            weights that training starts from have learned their labels.
-        gives_unread: Whether an image to predict that cannot be read comes as a black one, named in its batch, for who
-            lists it; else it is an error.
+        label_mask: The known training labels if ``known_fraction`` or ``known_file`` hides some, else None.
+        trained_before: Paths of images, as in the table or in full, that must not be held out for validation, since the
+            initial weights were trained on their labels.
+        gives_unread: Whether an unreadable image to predict becomes a black image that its batch reports; otherwise it
+            is an error.
 
     Raises:
         ConfigError: If sizes do not fit each other or the data.
@@ -129,7 +135,8 @@ class SSMLLDataModule(L.LightningDataModule):
         min_steps_per_epoch: int = 1,
         eval_batch_size: int = 128,
         num_workers: int = 2,
-        cutout: float = 0.5,
+        weak_view: Augmentation | None = None,
+        strong_view: Augmentation | None = None,
         predict: str | None = None,
         image_cache: ImageCache | None = None,
         fast_decode: bool = False,
@@ -148,7 +155,8 @@ class SSMLLDataModule(L.LightningDataModule):
         ):
             if share is not None:
                 check_number(name, share, 0, 1)
-        check_number("cutout", cutout, 0, 1)
+        for name, view in (("weak_view", weak_view), ("strong_view", strong_view)):
+            check_kind(name, view, Augmentation, "an object such as CutoutRandAugment(cutout=0.25)")
         for name, size in (
             ("image_size", image_size),
             ("seed", seed),
@@ -175,7 +183,7 @@ class SSMLLDataModule(L.LightningDataModule):
         )
         for name, value, least, most in (
             ("image_size", image_size, 1, 1 << 13),
-            ("seed", seed, 0, (1 << 32) - 1),  # what numpy's RandomState takes, which draws splits
+            ("seed", seed, 0, (1 << 32) - 1),  # the range of numpy's RandomState, which draws splits
             ("batch_size", batch_size, None, 1 << 20),
             ("labeled_per_batch", labeled_per_batch, None, 1 << 20),
             ("warmup_batch_size", warmup_batch_size, 1, 1 << 20),
@@ -199,7 +207,8 @@ class SSMLLDataModule(L.LightningDataModule):
         self.min_steps_per_epoch = min_steps_per_epoch
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.cutout = cutout
+        self.weak_view = weak_view if weak_view is not None else Flip()
+        self.strong_view = strong_view if strong_view is not None else CutoutRandAugment()
         self.predict = predict
         self.image_cache = image_cache
         self.fast_decode = fast_decode
@@ -215,17 +224,17 @@ class SSMLLDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The C class names, as the annotations have them."""
+        """The C class names as in the annotations."""
         return list(self.source.class_names)
 
     @property
     def prompt_names(self) -> list[str]:
-        """The C class names, as prompts have them."""
+        """The C class names as used in prompts."""
         return list(self.source.prompt_names)
 
     @property
     def labeled_share(self) -> float:
-        """p, the share of training images that are labeled: the one asked for, else that of the table."""
+        """p, the labeled fraction of the training images: the requested one, or that of the table."""
         return self.split.labeled_share
 
     @property
@@ -243,7 +252,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return default_warmup_batch_size(self.labeled_share, self.batch_size)
 
     def prepare_data(self) -> None:
-        """Downloads or generates what the source can make by itself and fills the image cache, in one process."""
+        """Downloads or generates the source's files if it can, and fills the image cache, in one process."""
         self.source.prepare()
         predicting = self.trainer is not None and self.trainer.predicting
         if self.image_cache is not None and not predicting:
@@ -257,10 +266,10 @@ class SSMLLDataModule(L.LightningDataModule):
                     self._images(table, skipped.get(part))
 
     def setup(self, stage: str) -> None:
-        """Reads the tables and splits them; everything that can be refused is refused here."""
+        """Reads and splits the tables; checks as much as possible before training."""
         if stage != "predict" and not self._ready:
             self._set_up(stage)
-        # A cache has decoded all images already.
+        # The cache has already decoded all images.
         if stage == "fit" and self.trainer is not None and self.on_error == "stop" and self.image_cache is None:
             self._refuse_unreadable()
 
@@ -305,14 +314,14 @@ class SSMLLDataModule(L.LightningDataModule):
         return self.image_cache.images(files, self.image_size, self.num_workers, left_out)
 
     def _skipped(self, tables: dict[str, AnnotationTable | None]) -> dict[str, np.ndarray]:
-        """Rows of each table whose images are skipped since they cannot be read; found once."""
+        """Returns the rows of each table whose images are skipped because they cannot be read; cached."""
         if self._unreadable is None:
             found = tables.items() if self.on_error == "skip" else ()
             self._unreadable = {part: unreadable(t, np.arange(len(t))) for part, t in found if t is not None}
         return self._unreadable
 
     def _leave_out(self, skipped: dict[str, np.ndarray]) -> None:
-        """Takes the skipped images out of the split and of the test table, and says which they are."""
+        """Removes the skipped images from the split and the test table, and warns about them."""
         tables = {"train": self.train_table, "test": self.test_table}
         self.left_out = [str(t.file(i)) for part, t in tables.items() if t for i in skipped.get(part, ())]
         if not self.left_out:
@@ -323,7 +332,7 @@ class SSMLLDataModule(L.LightningDataModule):
             self.test_table = self.test_table.select(np.delete(np.arange(len(self.test_table)), skipped["test"]))
 
     def _refuse_unreadable(self) -> None:
-        """Refuses images of the coming fit that cannot be read."""
+        """Checks that the images of the coming fit can be read."""
         split = self.split
         unlabeled = split.unlabeled[:0] if self._learns_from_labels_alone else split.unlabeled
         wanted = [(self.train_table, np.concatenate([split.labeled, unlabeled, split.held_out]))]
@@ -342,16 +351,28 @@ class SSMLLDataModule(L.LightningDataModule):
         shared = self.train_table.shared_files(self.test_table)
         if shared:
             raise DataError(
-                f"{len(shared)} test image(s) are training images too: {listed(shared)}. A score on them would say "
-                "nothing; take them out of one of the two tables."
+                f"{len(shared)} test image(s) are also training images: {listed(shared)}. A score on them means "
+                "nothing; remove them from one of the two tables."
             )
 
+    def with_held_out(self, places: np.ndarray) -> SSMLLDataModule:
+        """Returns the same data with some labeled images held out for validation and unchanged batch sizes.
+
+        Args:
+            places: Labeled images to hold out, as indices into ``split.labeled``.
+        """
+        part = copy.copy(self)
+        labeled = self.split.labeled
+        part.split = replace(self.split, labeled=np.delete(labeled, places), held_out=labeled[places])
+        part._labeled_per_batch, part._warmup_batch_size = self.labeled_per_batch, self.warmup_batch_size
+        return part
+
     def labeled_targets(self) -> torch.Tensor:
-        """Labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
+        """Returns labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
         return torch.from_numpy(self.train_table.labels[self.split.labeled])
 
     def hidden_targets(self) -> torch.Tensor:
-        """True labels of the images with unknown labels, ``(n, C)`` int8, -1 where not known: for measuring only."""
+        """Returns the true labels of the images with unknown labels, ``(n, C)`` int8, else -1; only for metrics."""
         return torch.from_numpy(self._truth[self._incomplete])
 
     @property
@@ -362,26 +383,26 @@ class SSMLLDataModule(L.LightningDataModule):
     # Features of a frozen tower --------------------------------------------------------------------------------
 
     def compute_features(self, tower: Tower) -> tuple[RowStore, dict[str, KeptViews]]:
-        """Computes this process's share of the features that :attr:`feature_cache` is to keep, where they are missing.
+        """Computes this rank's share of the missing features of :attr:`feature_cache`.
 
         Returns:
-            Where they are kept, and what is kept of each part of the data set: what :meth:`use_features` takes.
+            The store, and the cached views of each part of the data set: the input of :meth:`use_features`.
 
         Raises:
-            ConfigError: They would exceed the cache's limit or the disk.
-            DataError: An image cannot be read.
+            ConfigError: If the features would exceed the cache's limit or the disk.
+            DataError: If an image cannot be read.
         """
         cache = self._cache()
         store = cache.open(tower, self.image_size, self._at_least)
         kept = self._kept_views()
         trainer = self.trainer
-        # Among the processes of one machine: the folder may lie on its own disk.
+        # Ranks on one machine: the folder may be on a local disk.
         share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
         fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share)
         return store, kept
 
     def use_features(self, tower: Tower, store: RowStore, kept: dict[str, KeptViews]) -> None:
-        """Has the loaders made from now on give features in the place of images; all must have been computed."""
+        """Makes new loaders return features instead of images; all features must have been computed."""
         store.refresh()
         rows = {part: views.rows(store) for part, views in kept.items()}
         missing = sum(int((views.needed & (rows[part] < 0)).sum()) for part, views in kept.items())
@@ -393,24 +414,24 @@ class SSMLLDataModule(L.LightningDataModule):
         self._features = Features(tower, store, rows)
 
     def forget_features(self, tower: Tower | None) -> None:
-        """Has them give images again, unless the features are those of ``tower``."""
+        """Makes loaders return images again, unless the features are those of ``tower``."""
         if self._features is not None and (tower is None or not self._features.tower.same_as(tower)):
             self._features = None
 
     def _cache(self) -> FeatureCache:
         if self.feature_cache is None:
-            raise ConfigError("There is no feature_cache to keep features in.")
+            raise ConfigError("There is no feature_cache to store features in.")
         return self.feature_cache
 
     @property
     def _strong_views(self) -> int:
-        """Strong views kept of each training image; none where nothing is trained."""
+        """Returns the number of strong views cached per training image; 0 if nothing is trained."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         trains = getattr(module, "trains", True)
         return self.feature_cache.strong_views if self.feature_cache is not None and trains else 0
 
     def _kept_views(self) -> dict[str, KeptViews]:
-        """What is kept of each part of the data set; see :func:`needed_views`."""
+        """Returns the views to cache for each part of the data set; see :func:`needed_views`."""
         needed = needed_views(
             self.split,
             len(self.train_table),
@@ -428,12 +449,14 @@ class SSMLLDataModule(L.LightningDataModule):
     def _kept(self, images: Images, table: AnnotationTable, needed: np.ndarray) -> KeptViews:
         files = [table.file(row) for row in range(len(table))]
         contents = content_keys(files, Path(self._cache().folder) / "contents.json")
-        return KeptViews(images, contents, needed, self.image_size, self.cutout)
+        return KeptViews(images, contents, needed, self.image_size, self.strong_view)
 
     def _views(self, part: str | None, images: Images, view: View) -> ImageViews | CachedViews:
-        """What a data set reads: kept features where there are any of this view, else the images."""
-        column: Any = view.flips if isinstance(view, WeakView) else plain
-        if isinstance(view, StrongView):
+        """Returns cached features if there are any for this view, else the images."""
+        column: Any = plain
+        if isinstance(view, WeakView):
+            column = view.flips if view.only_flips else None
+        elif isinstance(view, StrongView):
             column = StrongInTurn(self._strong_views) if self._strong_views else None
         if self._features is None or part is None or column is None:
             return ImageViews(images, view)
@@ -445,7 +468,7 @@ class SSMLLDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return {"rank": 0, "world_size": 1}
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size > 1 and lightning_private.replaces_samplers(trainer):
             raise ConfigError(
                 "Our samplers share the work among processes themselves; pass use_distributed_sampler=False to the "
                 "Trainer."
@@ -460,23 +483,23 @@ class SSMLLDataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            # An own generator: else each new iterator would draw from, and so move, the global random state.
+            # A separate generator: otherwise each new iterator would advance the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Labeled images alone in the warm-up, then labeled and unlabeled ones.
+        """Returns only labeled images in the warm-up, then labeled and unlabeled ones.
 
-        The module says which of the two the present epoch is (:meth:`SSMLLModule.stage`); called without a trainer
-        this gives the semi-supervised batches.
+        The module determines the stage of the current epoch (:meth:`SSMLLModule.stage`). Without a trainer, this method
+        returns semi-supervised batches.
         """
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         labeled = np.zeros(len(self.train_table), dtype=bool)
         labeled[self.split.labeled] = True
-        view = StrongView(self.image_size, self.seed, self.cutout)
+        view = StrongView(self.image_size, self.seed, self.strong_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labeled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
-        paired = self._paired() if second == "semi-supervised" else None  # refused now, not after the warm-up
+        paired = self._paired() if second == "semi-supervised" else None  # errors appear now, not after the warm-up
         if stage == "warm-up":
             batches: Any = LabeledBatches(
                 self.split.labeled, self.warmup_batch_size, self.seed, self._warmup_steps(), **self._ranks()
@@ -509,30 +532,30 @@ class SSMLLDataModule(L.LightningDataModule):
         return PairedBatches(self.split.labeled, self.split.unlabeled, lb, ub, self.seed, steps, **self._ranks())
 
     def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
-        """Steps of an epoch, or None where one pass over the images has enough."""
+        """Returns the steps of an epoch, or None if one pass over the images is enough."""
         return self.min_steps_per_epoch if self.min_steps_per_epoch > steps_per_epoch(images, batch_size) else None
 
     def _warmup_steps(self) -> int | None:
         return self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
 
     def _semi_supervised_steps(self) -> int:
-        """Steps of a semi-supervised epoch; a run on labels alone takes as many, so that both are comparable."""
+        """Returns the steps of a semi-supervised epoch; a labels-only run has as many, to be comparable."""
         if len(self.split.unlabeled):
             return len(self._paired())
         return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
-        """Weak views of this process's share of the images with unknown labels, in order."""
+        """Returns weak views of this rank's share of the images with unknown labels, in order."""
         table, indices = self.train_table, self._incomplete
-        view = WeakView(self.image_size, self.seed)
+        view = WeakView(self.image_size, self.seed, self.weak_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())
         return self._loader(dataset, batches)
 
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
-        """Undistorted views of this process's share of some ``rows`` of the train table, in order.
+        """Returns plain views of this rank's share of some ``rows`` of the train table, in order.
 
-        Images, where features of some rows are not kept: those of the unlabeled images in a run on labels alone.
+        Returns images if features of some rows are not cached: those of the unlabeled images in a labels-only run.
         """
         kept = self._features is None or bool((self._features.rows["train"][rows, PLAIN] >= 0).all())
         return self._eval_loader("train" if kept else None, self.train_table, self._train_images, rows)
@@ -546,7 +569,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches)
 
     def eval_table(self) -> AnnotationTable:
-        """The images that validation measures: those held out if any were, else the test table."""
+        """Returns the images for validation: those held out if any were, else the test table."""
         return self._evaluated()[1]
 
     def _evaluated(self) -> tuple[str, AnnotationTable, Images]:
@@ -556,41 +579,41 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _tested(self) -> tuple[str, AnnotationTable, Images]:
         if self.test_table is None or self._test_images is None:
-            raise ConfigError("There is neither a test table nor a held-out share to validate on.")
+            raise ConfigError("There is neither a test table nor a held-out fraction to validate on.")
         return "test", self.test_table, self._test_images
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
-        """Images held out from the labeled ones if any were, else the test images."""
+        """Returns images held out from the labeled ones if any were, else the test images."""
         return self._eval_loader(*self._enough(*self._evaluated()))
 
     def val_images(self) -> DataLoader[EvalBatch]:
-        """The images of :meth:`val_dataloader` themselves, also where features of them are kept."""
+        """Like :meth:`val_dataloader`, but always returns images, even with a feature cache."""
         _, table, images = self._evaluated()
         return self._eval_loader(None, table, images)
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """The source's test images, or the held-out ones where it has none."""
+        """Returns the source's test images, or the held-out ones if it has none."""
         return self._eval_loader(*self._enough(*(self._evaluated() if self.test_table is None else self._tested())))
 
     def _enough(self, part: str, table: AnnotationTable, images: Images) -> tuple[str, AnnotationTable, Images]:
-        """Refuses fewer images than processes, on all of them alike: those without one would have the others wait."""
+        """Raises an error on all ranks if there are fewer images than ranks: an empty rank would block the others."""
         if len(table) < (processes := self._ranks()["world_size"]):
             raise ConfigError(
                 f"{len(table)} {part.replace('_', '-')} image(s) for {processes} processes: each needs one. Use fewer "
-                "processes, or more images to measure on."
+                "processes, or more images to evaluate on."
             )
         return part, table, images
 
     def predict_table(self) -> AnnotationTable:
-        """The images of ``predict``, all labels unknown."""
+        """Returns the images of ``predict``, all labels unknown."""
         if self.predict is None:
-            raise ConfigError("Say which images to predict: --data.predict FOLDER, or a CSV/Parquet table of paths.")
-        if self._predicted is None or self._predicted[0] != self.predict:  # once: the folder may change meanwhile
+            raise ConfigError("Set the images to predict: --data.predict FOLDER, or a CSV/Parquet table of paths.")
+        if self._predicted is None or self._predicted[0] != self.predict:  # cached, since the folder may change
             self._predicted = self.predict, read_images(Path(self.predict), self.class_names)
         return self._predicted[1]
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """The images of ``predict``."""
+        """Returns the images of ``predict``."""
         table = self.predict_table()
         images = ImageFiles(table, self._at_least)
         if not self.gives_unread:
@@ -600,12 +623,12 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches, partial(collate_readable, size=self.image_size))
 
     def predict_left_out(self) -> list[str]:
-        """Files in the folder of ``predict`` that are no images, by their suffix."""
+        """Returns files in the folder of ``predict`` that are not images, by their suffix."""
         return left_out(self.predict) if self.predict is not None else []
 
 
 def _refuse_outside(name: str, value: int | None, least: int | None, most: int) -> None:
-    """None as ``least``: what is too small is refused where more is known of why."""
+    """Checks bounds. None as ``least`` leaves small values to a later check, which can explain them better."""
     if value is not None and not (value if least is None else least) <= value <= most:
         bounds = f"at most {most}" if least is None else f"between {least} and {most}"
         raise ConfigError(f"{name} must be {bounds}, got {value}.")

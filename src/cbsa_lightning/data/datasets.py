@@ -1,4 +1,4 @@
-"""The data set that loaders read, and how its items become batches."""
+"""The data set of the loaders, and functions that collate its items to batches."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ View = PlainView | WeakView | StrongView
 
 
 class ImageViews:
-    """One view of each image of a table, made when a draw asks for it.
+    """One view of each image of a table, computed on access.
 
     Args:
         images: The images.
-        view: Makes the view.
+        view: Computes the view.
     """
 
     def __init__(self, images: Images, view: View) -> None:
         self.images, self.view = images, view
 
     def __call__(self, draw: Draw) -> Tensor:
-        """The view of a draw, (3, S, S) uint8."""
+        """Returns the view of a draw, (3, S, S) uint8."""
         return self.view(self.images[draw.index], draw)
 
 
 class ReadableViews(ImageViews):
-    """As :class:`ImageViews`, but gives the error of an image that cannot be read instead of raising it."""
+    """Like :class:`ImageViews`, but returns the error of an unreadable image instead of raising it."""
 
     def __call__(self, draw: Draw) -> Any:
-        """The view of a draw, or a :class:`~cbsa_lightning.errors.DataError`."""
+        """Returns the view of a draw, or a :class:`~cbsa_lightning.errors.DataError`."""
         try:
             return super().__call__(draw)
         except DataError as error:
@@ -47,24 +47,24 @@ class ReadableViews(ImageViews):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that Lightning takes for resumable, as it is: the training loop knows its place, the sampler skips."""
+    """A loader that Lightning treats as resumable. The training loop stores the position and the sampler skips."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: batches that are loaded but not yet used do not count, so the loader could not tell the place."""
+        """Returns no state: batches that are loaded but not yet used do not count, so it does not know the position."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up; see :meth:`SSMLLDataModule.train_dataloader`."""
+        """Does nothing; see :meth:`SSMLLDataModule.train_dataloader`."""
 
 
 class ViewDataset(Dataset[tuple[Any, ...]]):
     """Views of images with their labels, indexed by :class:`Draw`.
 
     Args:
-        views: Gives the view of a draw as a uint8 image, or as float16 features of it.
-        targets: ``(n, C)`` int8 handed out with the views.
-        labeled: ``(n,)`` bool handed out too, or None. Targets of rows that are not labeled come out as -1, so that
-            training never sees them.
+        views: Returns the view of a draw as a uint8 image, or as float16 features of it.
+        targets: ``(n, C)`` int8, returned with the views.
+        labeled: ``(n,)`` bool, returned too, or None. Targets of unlabeled rows are replaced by -1, so that training
+            never sees them.
     """
 
     def __init__(self, views: Callable[[Draw], Tensor], targets: np.ndarray, labeled: np.ndarray | None = None) -> None:
@@ -82,7 +82,7 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
 
 
 def collate(items: list[tuple[Any, ...]]) -> TrainBatch | EvalBatch:
-    """A batch of items of :class:`ViewDataset`: for training if they have ``labeled``."""
+    """Collates items of :class:`ViewDataset` to a batch: for training if they have ``labeled``."""
     views, targets, index, *labeled = zip(*items, strict=True)
     images, features = _stacked(views)
     if labeled:
@@ -91,7 +91,7 @@ def collate(items: list[tuple[Any, ...]]) -> TrainBatch | EvalBatch:
 
 
 def collate_readable(items: list[tuple[Any, ...]], size: int) -> EvalBatch:
-    """A batch of items of :class:`ReadableViews`, whose images have a side of ``size``."""
+    """Collates items of :class:`ReadableViews`, whose images have a side of ``size``."""
     black = torch.zeros(3, size, size, dtype=torch.uint8)
     unread = tuple((index, str(view)) for view, _, index in items if isinstance(view, DataError))
     readable = [(black if isinstance(view, DataError) else view, target, index) for view, target, index in items]
@@ -99,7 +99,7 @@ def collate_readable(items: list[tuple[Any, ...]], size: int) -> EvalBatch:
 
 
 def _stacked(views: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Views as (images, None) or (None, features): images are uint8, features float16."""
-    # In a worker right in the memory that it shares with the trainer, which torch.stack does not.
+    """Stacks views as (images, None) or (None, features): images are uint8, features float16."""
+    # In a worker, default_collate writes directly to shared memory, unlike torch.stack.
     stacked: Tensor = default_collate(list(views))
     return (stacked, None) if stacked.dtype == torch.uint8 else (None, stacked)

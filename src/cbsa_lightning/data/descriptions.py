@@ -1,4 +1,4 @@
-"""Frozen descriptions of many images, by all processes together."""
+"""Computes frozen descriptions of many images on all ranks together."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cbsa_lightning.networks.base import Description
 
 
 def evidence_of(trainer: Any, pl_module: Any, unlabeled: bool = True) -> Evidence:
-    """Returns what the frozen towers say of the labeled images, then of the unlabeled ones, and the labels.
+    """Returns frozen descriptions of the labeled images, then of the unlabeled ones, and the labels.
 
     Args:
         trainer: A Trainer that fits.
-        pl_module: The module, untrained: its attention pool is CLIP's own.
-        unlabeled: Whether the unlabeled images are described as well.
+        pl_module: The untrained module, whose attention pool is still CLIP's own.
+        unlabeled: Whether to describe the unlabeled images as well.
     """
     data = semi_supervised(trainer.datamodule)
     rows = np.concatenate([data.split.labeled, data.split.unlabeled if unlabeled else []]).astype(np.int64)
@@ -36,17 +36,17 @@ def evidence_of(trainer: Any, pl_module: Any, unlabeled: bool = True) -> Evidenc
 def describe_images(
     trainer: Any, pl_module: Any, loader: Iterable[EvalBatch], rows: np.ndarray, files: np.ndarray
 ) -> Description:
-    """Describes images by the frozen towers; to be called on all processes.
+    """Describes images with the frozen towers. Call it on all ranks.
 
     Args:
         trainer: A Trainer that fits.
         pl_module: The module.
-        loader: This process's share of the images.
-        rows: ``(n,)``, their rows, as the batches name them, in the order of the result.
+        loader: This rank's share of the images.
+        rows: ``(n,)``, row indices as in the batches, in the order of the result.
         files: ``(n,)``, their files, for messages.
 
     Raises:
-        NotFiniteError: For a description that is not finite, naming the file.
+        NotFiniteError: If a description is not finite. The message names the file.
     """
     describe: Callable[[Tensor], Description] = pl_module.network.describer()
     place = torch.zeros(int(rows.max(initial=0)) + 1, dtype=torch.int64, device=pl_module.device)
@@ -60,11 +60,11 @@ def describe_images(
             found = describe(pl_module.features_of(batch))
         parts = [*found.descriptors, *found.scores]
         split = len(found.descriptors)
-        # In float32, whatever the precision of training or torch's default is.
+        # In float32, whatever the precision of training or torch's default dtype.
         tables = tables or [part.float().new_zeros(len(rows), part.shape[1]) for part in parts]
         for table, part in zip(tables, parts, strict=True):
             table[place[batch.index]] = part.float()
-    # Each process filled its own rows, the others are zero there.
+    # Each rank filled only its own rows; the others are zero.
     tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
     for table in tables:
         refuse_scores(table, files.__getitem__, "Descriptions by the frozen towers")

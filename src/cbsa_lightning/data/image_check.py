@@ -1,4 +1,4 @@
-"""Images that cannot be read, found before training and without decoding those that look whole."""
+"""Finds unreadable images before training, without decoding those that look complete."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode, looks_whole
 from cbsa_lightning.errors import DataError, listed
 
-_THREADS = 8  # mostly wait for the disk
+_THREADS = 8  # threads mostly wait for the disk
 _CHUNK = 4096
 
 
 def unreadable(table: AnnotationTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns those of some rows whose images cannot be read.
+    """Returns those of ``rows`` whose images cannot be read.
 
-    Of each file the header and the end are read; what does not look whole is decoded. Damage within a file whose
-    header and end are right is not found.
+    The header and the end of each file are read. Files that do not look complete are decoded. Damage within a file that
+    has a correct header and end is not detected.
 
     Args:
         table: Paths of the images.
@@ -42,13 +42,13 @@ def unreadable(table: AnnotationTable, rows: NDArray[np.int64]) -> NDArray[np.in
 
 
 def refuse_unreadable(parts: Iterable[tuple[AnnotationTable, NDArray[np.int64]]]) -> None:
-    """Refuses images that cannot be read, all of them at once.
+    """Checks that images can be read, and reports all that cannot at once.
 
     Args:
         parts: Tables, each with the rows to check.
 
     Raises:
-        DataError: Naming the files.
+        DataError: If some cannot be read. The message names the files.
     """
     found = [str(table.file(row)) for table, rows in parts for row in unreadable(table, rows).tolist()]
     if found:

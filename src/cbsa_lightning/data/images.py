@@ -1,4 +1,4 @@
-"""Image files to RGB arrays; a file that cannot be read is an error that names it."""
+"""Reads image files as RGB arrays. An unreadable file raises an error that names it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import open_regular
 
-# What image sets come in. A fixed list also keeps Pillow from formats that start other programs (EPS).
+# Formats of common image sets. A fixed list also excludes formats for which Pillow starts other programs (EPS).
 _FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]
-if "avif" in features.modules and features.check_module("avif"):  # as this Pillow was built; MPO is read as JPEG
+if "avif" in features.modules and features.check_module("avif"):  # depends on the Pillow build; MPO is read as JPEG
     _FORMATS.append("AVIF")
 
-# What people keep among their photos and is not decoded here, by suffix, for messages.
+# Suffixes of files that people keep among their photos but that are not decoded here, for messages.
 _FOREIGN = {
     "AVIF": "avif",
     "HEIC": "heic heif hif",
@@ -34,7 +34,7 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def foreign_kind(path: str | os.PathLike[str], start: bytes = b"") -> str | None:
-    """Name of the format of a file that is not decoded here, by its first bytes or its suffix; None if unknown."""
+    """Returns the name of an unsupported format by the file's first bytes or suffix; None if unknown."""
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC:
         return "HEIC"
     if start[128:132] == b"DICM":
@@ -42,7 +42,7 @@ def foreign_kind(path: str | os.PathLike[str], start: bytes = b"") -> str | None
     return _KIND_OF.get(Path(path).suffix.lower())
 
 
-_ORIENTATION = 0x0112  # the EXIF tag; its values say how the stored pixels must be turned to stand upright
+_ORIENTATION = 0x0112  # the EXIF tag; its values say how the stored pixels must be turned to be upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,23 +57,24 @@ _UPRIGHT = {
 def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndarray:
     """Reads an image file as upright RGB.
 
-    Gray, palette, CMYK and other modes are converted; 16-bit gray is scaled to 8 bits; transparent parts are
-    laid over white; of an animation the first frame counts. The EXIF orientation is applied, and EXIF data
-    that cannot be read count as none, since the pixels are whole. A truncated file is an error here, where
-    the related code base lets Pillow fill the rest with gray.
+    Gray, palette, CMYK and other modes are converted, and 16-bit gray is scaled to 8 bits. Transparent parts are
+    blended with white. Only the first frame of an animation is read. The EXIF orientation is applied; unreadable EXIF
+    data is ignored, since the pixels are intact. A truncated file raises an error, whereas the related code base lets
+    Pillow fill the rest with gray.
 
     Args:
-        path: JPEG (also MPO), PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or, where Pillow decodes it, AVIF file.
-        at_least: Pixels that each side must keep: a JPEG is then read at the smallest of 1/1, 1/2, 1/4 and 1/8 of
-            its size that has them, which is quicker, and not quite what shrinking the whole image gives. Other
-            formats, and images with a side below twice as much, are read as they are. None reads all whole.
+        path: JPEG (also MPO), PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000 or, if Pillow supports it, AVIF file.
+        at_least: Minimum side in pixels. A JPEG is then decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size
+            with both sides at least this long, which is faster but not identical to shrinking the whole image. Other
+            formats, and images with a side below twice this length, are read at full size. None reads all images at
+            full size.
 
     Returns:
-        (H, W, 3) uint8, writable and contiguous; H and W those of the file, or those of ``at_least``.
+        (H, W, 3) uint8, writable and contiguous. H and W are those of the file, or reduced according to ``at_least``.
 
     Raises:
-        DataError: The file is missing, empty, truncated, no image of these formats, larger than Pillow's
-            ``MAX_IMAGE_PIXELS``, or of floating-point or 32-bit pixels.
+        DataError: If the file is missing, empty, truncated, not in one of these formats, or larger than Pillow's
+            ``MAX_IMAGE_PIXELS``, or has floating-point or 32-bit pixels.
     """
     name = Path(path)
     try:
@@ -85,13 +86,13 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
             with Image.open(file, formats=_FORMATS) as image:
                 _check_size(name, image)
                 if at_least is not None:
-                    image.draft(None, (at_least, at_least))  # rounds up, so no side falls short
+                    image.draft(None, (at_least, at_least))  # rounds up, so no side is too short
                 image.load()
                 return np.array(_to_rgb(name, _turned_upright(image)))
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{name}: no such file; check the image root, or that the download is whole") from error
+        raise DataError(f"{name}: no such file; check the image root, or that the download is complete") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except UnidentifiedImageError as error:
@@ -100,24 +101,24 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
             formats = ", ".join(_FORMATS)
             raise DataError(f"{name}: cannot be read as an image (it is none of {formats}); {_REMEDY}") from error
         raise DataError(f"{name}: {kind} files are not read; convert it to JPEG or PNG") from error
-    # Pillow's plugins answer damaged bytes with nearly any exception: OSError, SyntaxError, struct.error, ...
+    # Pillow's plugins raise nearly any exception for damaged bytes: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"{name}: cannot be read as an image ({reason}); {_REMEDY}") from error
 
 
 def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Converts an image in memory to upright RGB, as :func:`decode` does with a file.
+    """Converts an image in memory to upright RGB, like :func:`decode` for a file.
 
     Args:
-        image: Pillow image of any mode; or uint8 array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``: gray,
-            RGB or RGBA.
+        image: Pillow image of any mode, or uint8 array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` in
+            gray, RGB or RGBA.
 
     Returns:
         ``(H, W, 3)`` uint8, contiguous.
 
     Raises:
-        DataError: An array of another type or shape.
+        DataError: If an array has the wrong type or shape.
     """
     if isinstance(image, Image.Image):
         return np.array(_to_rgb(Path("image"), _turned_upright(image)))
@@ -132,21 +133,21 @@ def as_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     if image.ndim == 3 and image.shape[2] == 4:
         image = np.asarray(_to_rgb(Path("image"), Image.fromarray(np.ascontiguousarray(image))))
     if image.ndim == 3 and image.shape[2] == 3 and image.size:
-        return np.ascontiguousarray(image)  # torch takes no negative strides, which a BGR view has
+        return np.ascontiguousarray(image)  # torch does not support the negative strides of a BGR view
     if image.ndim == 3 and image.shape[0] in (1, 3, 4):
         raise DataError(f"{found} has its channels first; give image.transpose(1, 2, 0).")
-    raise DataError(f"{found} is no image; give (H, W), (H, W, 3) or (H, W, 4).")
+    raise DataError(f"{found} is not an image; give (H, W), (H, W, 3) or (H, W, 4).")
 
 
 class Header(NamedTuple):
-    """What the first and the last bytes of an image file say.
+    """Properties of an image file, from its first and last bytes.
 
     Attributes:
         kind: Pillow's name of the format: "JPEG", "PNG", ...
-        width: Pixels, before the EXIF orientation is applied.
-        height: Pixels.
-        whole: Whether the end of the file is there. False says nothing: the format may have no mark at its end, and
-            :func:`decode` tells.
+        width: Width in pixels, before the EXIF orientation is applied.
+        height: Height in pixels, likewise.
+        whole: Whether the end of the file is present. False is inconclusive, since the format may have no end marker;
+            use :func:`decode` then.
         turned: Whether the EXIF orientation swaps width and height.
     """
 
@@ -158,15 +159,15 @@ class Header(NamedTuple):
 
 
 def read_header(file: BinaryIO, name: Path) -> Header:
-    """Reads header and end of an image; decodes nothing.
+    """Reads header and end of an image without decoding it.
 
     Args:
-        file: The open file; where it stands does not matter.
-        name: What to call it in messages.
+        file: The open file, at any position.
+        name: Name of the file in messages.
 
     Raises:
-        DataError: The image has no pixels, or too many.
-        Exception: Of nearly any kind, as Pillow's plugins raise them: the header cannot be read.
+        DataError: If the image has no pixels, or too many.
+        Exception: If the header cannot be read. Pillow's plugins raise nearly any kind.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _TAIL))
@@ -185,14 +186,14 @@ def read_header(file: BinaryIO, name: Path) -> Header:
 
 
 def looks_whole(path: str | os.PathLike[str]) -> bool:
-    """Whether the header of an image can be read and its end is there; decodes nothing.
+    """Returns whether an image's header can be read and its end is present, without decoding it.
 
-    False says nothing; see :class:`Header`.
+    False is inconclusive; see :class:`Header`.
     """
     try:
         with open_regular(path) as file:
             return read_header(file, Path(path)).whole
-    except Exception:  # as in decode, of any kind
+    except Exception:  # of any kind, as in decode
         return False
 
 
@@ -201,7 +202,7 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
 
 
 class ImageFiles:
-    """The images of a table by row, decoded each time that one is asked for.
+    """The images of a table by row, decoded at each access.
 
     Args:
         table: Paths of the images.
@@ -212,19 +213,19 @@ class ImageFiles:
         self.table, self.at_least = table, at_least
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The image of a row, (H, W, 3) uint8."""
+        """Returns the image of a row, (H, W, 3) uint8."""
         return decode(self.table.file(row), self.at_least)
 
     def select(self, rows: np.ndarray) -> ImageFiles:
-        """The images of some rows, in that order."""
+        """Returns the images of these rows, in this order."""
         return ImageFiles(self.table.select(rows), self.at_least)
 
 
-_REMEDY = "fetch the file again, or leave the image out"
+_REMEDY = "fetch the file again, or remove the image"
 
 
 def _check_size(name: Path, image: Image.Image) -> None:
-    # Pillow only warns between once and twice its limit; a training image of that size is a mistake as well.
+    # Pillow only warns between one and two times its limit; a training image of that size is a mistake as well.
     width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
@@ -250,7 +251,7 @@ def _turned_upright(image: Image.Image) -> Image.Image:
 
 def _is_turned(image: Image.Image) -> bool:
     try:
-        # The method of the base class: that of PNG decodes the whole image to look for EXIF data behind it.
+        # Use the base class method: the one for PNG decodes the whole image to look for EXIF data after it.
         return Image.Image.getexif(image).get(_ORIENTATION) in (5, 6, 7, 8)
     except Exception:  # as in _turned_upright
         return False
@@ -269,4 +270,4 @@ def _to_rgb(name: Path, image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image

@@ -1,4 +1,4 @@
-"""The images whose labels a run has used, in its folder: what a later run is compared with."""
+"""The images whose labels a run has used, saved in its folder for comparison with later runs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LabeledImages:
 
     Attributes:
         class_names: The C classes.
-        images: n paths as the run's table has them.
+        images: n paths as in the run's table.
         files: n full paths.
-        held_out: ``(n,)`` bool, whether the image was kept for validation.
+        held_out: ``(n,)`` bool, whether the image was used only for validation.
         labels: ``(n, C)`` int8 in {1, 0, -1 unknown}.
     """
 
@@ -39,7 +39,7 @@ class LabeledImages:
 
     @classmethod
     def of(cls, table: AnnotationTable, split: Split) -> LabeledImages:
-        """Those of a run with this training table and split."""
+        """Returns the labeled images of a run with this training table and split."""
         rows = np.concatenate([split.labeled, split.held_out])
         held_out = np.arange(len(rows)) >= len(split.labeled)
         files = [str(table.file(row).absolute()) for row in rows.tolist()]
@@ -49,7 +49,7 @@ class LabeledImages:
         """Writes a Parquet file.
 
         Raises:
-            OutputError: The file cannot be written.
+            OutputError: If the file cannot be written.
         """
         flat = pa.array(self.labels.reshape(-1), pa.int8())
         columns = {
@@ -64,10 +64,10 @@ class LabeledImages:
 
     @classmethod
     def read(cls, path: Path) -> LabeledImages:
-        """Reads what :meth:`write` wrote.
+        """Reads a file that :meth:`write` wrote.
 
         Raises:
-            DataError: The file is missing or damaged.
+            DataError: If the file is missing or damaged.
         """
         try:
             table = pq.read_table(path)
@@ -75,20 +75,20 @@ class LabeledImages:
             flat = [chunk.flatten().to_numpy() for chunk in table["labels"].chunks]
             labels = np.concatenate([np.empty(0, np.int8), *flat]).reshape(table.num_rows, len(names))
             if labels.dtype != np.int8:
-                raise ValueError("labels are no small integers")
+                raise ValueError("labels are not small integers")
             held_out = table["held_out"].to_numpy().astype(bool)
             return cls(names, table["image"].to_pylist(), table["file"].to_pylist(), held_out, labels)
         except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: is not as a run writes it ({error}). Restore it from the run.") from error
+            raise DataError(f"{path}: is not a file written by a run ({error}). Restore it from the run.") from error
 
     def trained(self) -> frozenset[str]:
-        """Paths, as in the table and in full, of the images whose labels were trained on."""
+        """Returns the paths, as in the table and in full, of the images whose labels were used for training."""
         kept = np.flatnonzero(~self.held_out).tolist()
         return frozenset([self.images[i] for i in kept] + [self.files[i] for i in kept])
 
 
 def rows_among(table: AnnotationTable, paths: frozenset[str]) -> NDArray[np.bool_]:
-    """Which images of a table ``(n,)`` have their path, as in the table or in full, among ``paths``."""
+    """Returns which images of a table ``(n,)`` have their path, as in the table or in full, among ``paths``."""
     if not paths:
         return np.zeros(len(table), dtype=bool)
     found = (str(p) in paths or str(table.file(i).absolute()) in paths for i, p in enumerate(table.paths.tolist()))

@@ -1,4 +1,4 @@
-"""Which views of which images a feature cache keeps for a run."""
+"""Selects the views that a feature cache stores for a run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.splits import Split
 
 PLAIN, MIRRORED, STRONG = 0, 1, 2
-"""Columns of a table of views: the plain view, its mirror image, then the strong ones."""
+"""Columns of a table of views: the plain view, its mirror image, and the first strong view."""
 
 
 def needed_views(
     split: Split, images: int, partly: NDArray[np.int64], strong_views: int, labels_alone: bool
 ) -> NDArray[np.bool_]:
-    """Returns which views of the training table are kept, ``(images, 2 + strong_views)`` bool.
+    """Selects the views of the training table to store, ``(images, 2 + strong_views)`` bool.
 
-    Plain views of all images that the run uses, mirrored ones of the images with unknown labels, and strong ones of
-    those that it trains on. Of a test table the plain views are kept.
+    These are plain views of all images that the run uses, mirrored views of the images with unknown labels, and
+    strong views of the images that it trains on. For a test table, only plain views are stored.
 
     Args:
         split: Rows of the training table.
-        images: Rows that the table has.
+        images: Number of rows of the table.
         partly: Labeled rows with unknown entries.
-        strong_views: Strong views kept of each image.
-        labels_alone: Whether the run has no use for unlabeled images.
+        strong_views: Strong views stored per image.
+        labels_alone: Whether the run ignores unlabeled images.
     """
     unlabeled = np.empty(0, np.int64) if labels_alone else split.unlabeled
     trained = np.concatenate([split.labeled, unlabeled])

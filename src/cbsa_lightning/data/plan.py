@@ -1,4 +1,4 @@
-"""What a run does with a data set: which images it trains on and validates on, and how many steps an epoch has."""
+"""Plans a run on a data set: the images that it trains and validates on, and the steps per epoch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run that decide what it does with a data set; names and defaults are those of the data module.
+    """Settings that determine how a run uses a data set. Names and defaults are those of the data module.
 
     Attributes:
-        labeled_only: Whether the run has no use for unlabeled images.
+        labeled_only: Whether the run ignores unlabeled images.
         warmup_epochs: Epochs of the first stage, if known.
         max_epochs: Epochs of both stages, if known.
 
     Raises:
-        ConfigError: A number is out of its bounds.
+        ConfigError: If a number is out of bounds.
     """
 
     labeled_fraction: float | None = None
@@ -65,9 +65,9 @@ class Stage:
     """One of the two stages of training.
 
     Attributes:
-        steps_per_epoch: Training steps.
-        labeled: Labeled images a step.
-        unlabeled: Unlabeled images a step.
+        steps_per_epoch: Training steps per epoch.
+        labeled: Labeled images per step.
+        unlabeled: Unlabeled images per step.
         epochs: Epochs, if known.
     """
 
@@ -79,15 +79,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does.
+    """How a run uses its data set.
 
     Attributes:
         split: Rows of the training table.
-        images: Rows that this table has.
-        test_images: Rows of the test table; 0 without one.
+        images: Number of rows of this table.
+        test_images: Number of rows of the test table; 0 without one.
         validated_on: "held-out images" or "test images".
-        validated: How many these are.
-        validated_classes: Classes with a positive among them: those that the mAP is the mean of.
+        validated: Number of images for validation.
+        validated_classes: Number of classes with a positive among these images; the mAP is the mean over these classes.
         warmup: The stage on labeled images.
         second: The stage after it.
         partly: Labeled rows that are trained on and have unknown entries.
@@ -105,8 +105,8 @@ class Plan:
 
 
 NOTHING_UNKNOWN = (
-    "There is no unlabeled image and no unknown label, so nothing to learn from beside the labels. Add rows without "
-    "labels, set labeled_fraction below 1, or train on the labels alone (model labeler: LabeledOnly)."
+    "There is no unlabeled image and no unknown label, so there is nothing to learn from besides the labels. Add rows "
+    "without labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
 )
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -117,17 +117,17 @@ def make_plan(
     settings: RunSettings,
     skipped: tuple[NDArray[np.int64], NDArray[np.int64]] = (_NONE, _NONE),
 ) -> Plan:
-    """Says what a run does with a data set.
+    """Plans how a run uses a data set.
 
     Args:
         train: The training images, with the labels that a run may see.
-        test: The test images, if there are any.
-        settings: Of the run.
-        skipped: Rows of both tables whose images a run with ``on_error="skip"`` leaves out.
+        test: The test images, if any.
+        settings: Settings of the run.
+        skipped: Rows of both tables whose images a run with ``on_error="skip"`` omits.
 
     Raises:
-        DataError: No image is labeled or none is unlabeled, or a split file does not fit.
-        ConfigError: Settings that leave no image of a kind, or no room in a batch.
+        DataError: If no image is labeled or unlabeled, or a split file does not fit.
+        ConfigError: If the settings leave no labeled, unlabeled or validation image, or no room in a batch.
     """
     split = make_split(
         train,
@@ -149,10 +149,10 @@ def make_plan(
         raise DataError(NOTHING_UNKNOWN)
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
     if not len(split.held_out) and tested is None:
-        raise ConfigError("There is neither a test table nor a held-out share to validate on.")
+        raise ConfigError("There is neither a test table nor a held-out fraction to validate on.")
     validated = train.labels[split.held_out] if len(split.held_out) or tested is None else tested
     if not len(validated):
-        raise ConfigError("No image is left to validate on: all test images are skipped. Mend some of them.")
+        raise ConfigError("No image is left to validate on: all test images are skipped. Repair some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
     if not len(split.unlabeled):
         second = Stage(
@@ -176,7 +176,7 @@ def make_plan(
 
 
 def _epochs(settings: RunSettings) -> tuple[int | None, int | None]:
-    """Epochs of both stages, as far as they are known."""
+    """Returns the epochs of both stages, as far as they are known."""
     warmup, most = settings.warmup_epochs, settings.max_epochs
     if warmup is None or most is None or most < 0:
         return warmup, None

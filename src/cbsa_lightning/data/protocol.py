@@ -1,4 +1,4 @@
-"""What a data module of one's own must offer for semi-supervised training."""
+"""The interface that a custom data module must implement for semi-supervised training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cbsa_lightning.errors import ConfigError
 
 
 class SemiSupervisedData(Protocol):
-    """A LightningDataModule that the training loop can use; :class:`SSMLLDataModule` is one.
+    """A LightningDataModule that the training loop can use, such as :class:`SSMLLDataModule`.
 
-    A report of the run also needs ``eval_table()`` and ``image_size``, a table of predictions ``predict_table()``.
+    The report of a run also needs ``eval_table()`` and ``image_size``, and a table of predictions ``predict_table()``.
 
     Attributes:
         train_table: The n training images.
@@ -28,25 +28,25 @@ class SemiSupervisedData(Protocol):
     split: Split
 
     def train_dataloader(self) -> Iterable[TrainBatch]:
-        """Strong views, of labeled images alone during the warm-up; asked for again when it ends."""
+        """Returns strong views, only of labeled images during the warm-up. Called again when the warm-up ends."""
 
     def val_dataloader(self) -> Iterable[EvalBatch]:
-        """Plain views of the images to measure on."""
+        """Returns plain views of the images to validate on."""
 
     def weak_dataloader(self, epoch: int) -> Iterable[EvalBatch]:
-        """Weak views of all images with unknown labels, unlabeled or partly labeled, each process its share."""
+        """Returns weak views of this rank's share of all images with unknown labels, unlabeled or partly labeled."""
 
     def plain_dataloader(self, rows: np.ndarray) -> Iterable[EvalBatch]:
-        """Plain views of these rows of ``train_table``, each process its share."""
+        """Returns plain views of this rank's share of these rows of ``train_table``."""
 
     def labeled_targets(self) -> Tensor:
-        """Labels ``(n_labeled, C)`` of the labeled rows, in {1, 0, -1 unknown}."""
+        """Returns the labels ``(n_labeled, C)`` of the labeled rows, in {1, 0, -1 unknown}."""
 
     def hidden_targets(self) -> Tensor:
-        """The true labels ``(n, C)`` of the n images with unknown labels; for figures only, -1 where there are none.
+        """Returns the true labels ``(n, C)`` of the n images with unknown labels, else -1; used only for metrics.
 
-        Their order is that of :class:`~cbsa_lightning.data.incomplete.IncompleteImages`: unlabeled images, then partly
-        labeled ones.
+        They are in the order of :class:`~cbsa_lightning.data.incomplete.IncompleteImages`: unlabeled images, then
+        partly labeled images.
         """
 
 
@@ -54,16 +54,16 @@ _NAMES = [*SemiSupervisedData.__annotations__, *(name for name in vars(SemiSuper
 
 
 def semi_supervised(data: Any) -> SemiSupervisedData:
-    """Returns ``data`` if it offers what :class:`SemiSupervisedData` names.
+    """Returns ``data`` if it implements :class:`SemiSupervisedData`.
 
     Raises:
-        ConfigError: Naming what is missing.
+        ConfigError: If it does not. The message names what is missing.
     """
     missing = [name for name in _NAMES if not hasattr(data, name)]
     if data is None or missing:
-        what = "training was started with loaders alone" if data is None else f"{type(data).__name__} lacks {missing}"
+        what = "training was started with only loaders" if data is None else f"{type(data).__name__} lacks {missing}"
         raise ConfigError(
-            f"Training needs a data module, but {what}. Give datamodule=SSMLLDataModule(...), or one of "
-            "your own with all of cbsa_lightning.data.protocol.SemiSupervisedData."
+            f"Training needs a data module, but {what}. Give datamodule=SSMLLDataModule(...), or a custom one that "
+            "implements cbsa_lightning.data.protocol.SemiSupervisedData."
         )
     return data  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""RandAugment as CAP trains with it: the numbers of the ``randaugment`` package, not torchvision's.
+"""RandAugment as used by CAP: with the values of the ``randaugment`` package, not torchvision's.
 
-Two slots, each with one of 15 operations and one of 9 magnitudes, all equally likely; each slot fires with
-probability 0.5, so a quarter of the images stay as they are. This module holds what is drawn
-and what each operation does to a Pillow image; the random stream comes from the caller.
+There are two slots, each with one of 15 operations and one of 9 magnitudes, all equally likely. Each slot is applied
+with probability 0.5, so a quarter of the images are unchanged. This module defines the random choices and the effect of
+each operation on a Pillow image; the caller provides the random stream.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-_GREY = (128, 128, 128)  # what shears, translations and rotations uncover
+_GREY = (128, 128, 128)  # fills areas uncovered by shears, translations and rotations
 _CUTOUT_COLOUR = (125, 122, 113)
 NUM_SLOTS = 2
 SLOT_PROBABILITY = 0.5
 
 
 class Step(NamedTuple):
-    """One operation with all that is random about it.
+    """One operation with all its random values.
 
     Attributes:
         operation: A key of :data:`OPERATIONS`.
         magnitude: 1 (weakest) to 9, an index into the operation's table of strengths.
-        sign: -1 or 1, for the operations that go either way.
+        sign: -1 or 1, for the operations with two directions.
         center: (x, y) in [0, 1) of the image size, for cutout.
     """
 
@@ -46,7 +46,7 @@ def draw_steps(rng: random.Random) -> tuple[Step, ...]:
 
 
 def apply_step(image: Image.Image, step: Step) -> Image.Image:
-    """Applies one step to an RGB image; the size stays."""
+    """Applies one step to an RGB image; the size does not change."""
     operation, strengths = OPERATIONS[step.operation]
     return operation(image, strengths[step.magnitude], step)
 
@@ -54,7 +54,7 @@ def apply_step(image: Image.Image, step: Step) -> Image.Image:
 def _affine(
     image: Image.Image, matrix: tuple[float, ...], resample: Image.Resampling = Image.Resampling.NEAREST
 ) -> Image.Image:
-    # The matrix takes output pixels to input pixels: x' = m0 x + m1 y + m2, y' = m3 x + m4 y + m5.
+    # The matrix maps output pixels to input pixels: x' = m0 x + m1 y + m2, y' = m3 x + m4 y + m5.
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=_GREY)
 
 
@@ -115,7 +115,7 @@ def _invert(image: Image.Image, strength: float, step: Step) -> Image.Image:
 
 
 def _cutout(image: Image.Image, size: float, step: Step) -> Image.Image:
-    # A square of 2 * (size // 2) pixels, clipped at the border; its size does not grow with the image.
+    # A square of 2 * (size // 2) pixels, clipped at the border; its size does not scale with the image.
     half = int(size) // 2
     x, y = int(step.center[0] * image.width), int(step.center[1] * image.height)
     box = (max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half))
@@ -139,8 +139,8 @@ OPERATIONS: dict[str, tuple[_Operation, tuple[float, ...]]] = {
     "autocontrast": (_autocontrast, _table(0, 0)),
     "posterize": (_posterize, _table(8, 4, rounded=True)),  # bits kept
     "shear_x": (_shear_x, _table(0, 0.3)),  # slope
-    "translate_x": (_translate_x, _table(0, 150 / 331)),  # share of the width
-    "translate_y": (_translate_y, _table(0, 150 / 331)),  # share of the height
+    "translate_x": (_translate_x, _table(0, 150 / 331)),  # fraction of the width
+    "translate_y": (_translate_y, _table(0, 150 / 331)),  # fraction of the height
     "shear_y": (_shear_y, _table(0, 0.3)),
     "rotate": (_rotate, _table(0, 30)),  # degrees
     "equalize": (_equalize, _table(0, 0)),

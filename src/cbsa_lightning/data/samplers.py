@@ -1,8 +1,8 @@
-"""Batch samplers whose order is a function of (seed, epoch, pass) and of nothing else.
+"""Batch samplers whose order is a function of only (seed, epoch, pass).
 
-Each yields lists of :class:`Draw`, which tell a data set the image, the epoch, and how often the image has already
-occurred in it: everything that the randomness of its views depends on. Workers, ranks and restarts therefore change
-nothing. Every rank builds the same global batch and keeps every ``world_size``-th draw of it.
+Each sampler yields lists of :class:`Draw`, which contain the image, the epoch, and how often the image has already
+occurred in it. The randomness of a view depends on nothing else, so workers, ranks and restarts do not change it. Every
+rank builds the same global batch and keeps every ``world_size``-th draw of it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Draw(NamedTuple):
 
     Attributes:
         index: Row of the annotation table.
-        epoch: Epoch that the sampler is in.
-        visit: How many times this image came before in this epoch: 0 the first time, 1 the second.
+        epoch: Current epoch of the sampler.
+        visit: How many times the image occurred before in this epoch: 0 the first time, 1 the second.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a draw
@@ -35,7 +35,7 @@ class Draw(NamedTuple):
 
 
 class _Batches(Sampler[list[Draw]]):
-    """What the samplers of this file share: the epoch, and this process's place among the ranks."""
+    """Base class of the samplers: the epoch, and this process's rank."""
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
         if seed < 0:
@@ -47,7 +47,7 @@ class _Batches(Sampler[list[Draw]]):
 
     @property
     def sampler(self) -> Self:
-        """This object: Lightning calls ``set_epoch`` on ``dataloader.batch_sampler.sampler``."""
+        """Returns this object: Lightning calls ``set_epoch`` on ``dataloader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -69,35 +69,35 @@ class _Batches(Sampler[list[Draw]]):
         raise NotImplementedError
 
     def _pass(self, indices: np.ndarray, stream: int, epoch: int, visit: int) -> Iterator[Draw]:
-        """Every index once, in the order that (seed, stream, epoch, visit) gives."""
-        # spawn_key, not one flat list: SeedSequence takes [1] and [1, 0] for the same entropy.
+        """Yields every index once, in the order determined by (seed, stream, epoch, visit)."""
+        # spawn_key instead of one flat list: SeedSequence treats [1] and [1, 0] as the same entropy.
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, epoch, visit)))
         return _draws(rng.permutation(indices), epoch, visit)
 
     def _passes(self, indices: np.ndarray, stream: int, epoch: int) -> Iterator[Draw]:
-        """Pass after pass without end, each in an order of its own."""
+        """Yields pass after pass without end, each in a different order."""
         for visit in count():
             yield from self._pass(indices, stream, epoch, visit)
 
     def _share(self, draws: Sequence[Draw]) -> list[Draw]:
-        """This rank's part of a global batch."""
+        """Returns this rank's part of a global batch."""
         return list(draws[self.rank :: self.world_size])
 
 
 class LabeledBatches(_Batches):
-    """Shuffled batches of labeled images: one pass, or as many batches as asked for.
+    """Shuffled batches of labeled images: one pass, or a given number of batches.
 
     Args:
         labeled: Rows of the labeled images, (n,) integers.
         batch_size: Images in a global batch, over all ranks together.
         seed: Seed of the order.
-        num_batches: Batches an epoch. ``None`` is one pass, whose last batch may be smaller. A number gives
-            full batches and starts a freshly permuted pass each time the images are used up.
+        num_batches: Batches per epoch. ``None`` yields one pass, whose last batch may be smaller. A number yields
+            only full batches and starts another random pass each time the images are used up.
         rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: No labeled images, a size below 1, or a batch that would leave a rank without images.
+        ConfigError: If there are no labeled images, a size is below 1, or a batch would leave a rank without images.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LabeledBatches(_Batches):
         _every_rank_has_one(min(last, world_size), last, world_size)
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on all ranks."""
+        """Returns the batches per epoch, the same on all ranks."""
         return self.num_batches or -(-len(self.labeled) // self.batch_size)
 
     def _batches(self) -> Iterator[list[Draw]]:
@@ -130,10 +130,10 @@ class LabeledBatches(_Batches):
 
 
 class PairedBatches(_Batches):
-    """Shuffled passes over the unlabeled images, one by default, each batch led by labeled images that cycle.
+    """Shuffled passes over the unlabeled images, one by default; each batch starts with labeled images, which repeat.
 
-    The last batch of a single pass may have fewer unlabeled images; its labeled part is full. The labeled images are
-    reshuffled for each of their passes.
+    The last batch of a single pass may have fewer unlabeled images, but as many labeled ones as the others. The labeled
+    images are reshuffled for each of their passes.
 
     Args:
         labeled: Rows of the labeled images, (n,) integers.
@@ -141,12 +141,12 @@ class PairedBatches(_Batches):
         labeled_per_batch: Labeled images in a global batch, over all ranks together; may exceed n.
         unlabeled_per_batch: Unlabeled images in a global batch, over all ranks together.
         seed: Seed of both orders.
-        num_batches: Batches an epoch; see :class:`LabeledBatches`.
+        num_batches: Batches per epoch; see :class:`LabeledBatches`.
         rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: No labeled or no unlabeled images, a size below 1, or a batch that would leave a rank
+        ConfigError: If there are no labeled or no unlabeled images, a size is below 1, or a batch would leave a rank
             without images.
     """
 
@@ -173,11 +173,11 @@ class PairedBatches(_Batches):
         _every_rank_has_one(served, labeled_per_batch + last, world_size)
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on all ranks."""
+        """Returns the batches per epoch, the same on all ranks."""
         return self.num_batches or -(-len(self.unlabeled) // self.unlabeled_per_batch)
 
     def _batches(self) -> Iterator[list[Draw]]:
-        """Labeled draws first, then unlabeled ones."""
+        """Yields global batches, labeled draws first."""
         labeled = self._passes(self.labeled, _LABELED, self.epoch)
         if self.num_batches is None:
             unlabeled = self._pass(self.unlabeled, _UNLABELED, self.epoch, visit=0)
@@ -191,20 +191,20 @@ class PairedBatches(_Batches):
 
 
 class InOrderBatches(_Batches):
-    """Every image once, in the given order, never padded: for evaluation and for scoring weak views.
+    """Every image once in the given order, without padding, for evaluation and for scoring weak views.
 
-    Rank r has items r, r + world_size, ...: shards may differ by one image, so ranks may differ by one
-    batch. Whoever gathers them must therefore not count on equally many batches.
+    Rank r has items r, r + world_size, ..., so ranks may differ by one image and hence by one batch. Code that gathers
+    their results must not assume equal numbers of batches.
 
     Args:
         indices: Rows of the images, (n,) integers.
         batch_size: Images in a batch of this process.
         rank: Rank of this process.
         world_size: Number of processes.
-        epoch: Epoch in the draws until :meth:`set_epoch` is called.
+        epoch: Epoch of the draws until :meth:`set_epoch` is called.
 
     Raises:
-        ConfigError: No images over all ranks, or a size below 1.
+        ConfigError: If there are no images over all ranks, or a size is below 1.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class InOrderBatches(_Batches):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches on this rank."""
+        """Returns the batches on this rank."""
         return -(-len(self.indices) // self.batch_size)
 
     def _batches(self) -> Iterator[list[Draw]]:
@@ -231,7 +231,7 @@ class InOrderBatches(_Batches):
 
 
 def _draws(order: np.ndarray, epoch: int, visit: int) -> Iterator[Draw]:
-    """The draws of one pass, made as they are asked for: as Python objects, all would take many times their room."""
+    """Yields the draws of one pass lazily, since all of them as Python objects would need much more memory."""
     return (Draw(index, epoch, visit) for block in blocks(order) for index in block.tolist())
 
 
@@ -246,7 +246,7 @@ def _size_of_last(total: int, size: int) -> int:
 def _rows(indices: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
     rows = np.asarray(indices)
     if rows.size == 0:
-        raise ConfigError(f"there are no {what} images: check the data set and the share that is labeled")
+        raise ConfigError(f"there are no {what} images: check the data set and the labeled fraction")
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(
             f"{what} images must be given as one list of row numbers; found {rows.dtype} values of shape {rows.shape}"
@@ -261,9 +261,9 @@ def _at_least_one(number: int, name: str) -> int:
 
 
 def _every_rank_has_one(served: int, size: int, world_size: int) -> None:
-    # A rank without images would sit out a step that the others wait for.
+    # A rank without images would skip a step that the others wait for.
     if served < world_size:
         raise ConfigError(
             f"a batch of {size} images leaves {world_size - served} of {world_size} processes without any; "
-            "choose another batch size (the last batch holds what is left over), or fewer processes"
+            "choose another batch size (the last batch contains the remaining images), or fewer processes"
         )

@@ -1,4 +1,4 @@
-"""Which images are labeled: drawn by (fraction, seed), kept as a file, and tied to one annotation table."""
+"""Splits into labeled and unlabeled images, drawn by (fraction, seed), saved to a file and tied to a table."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _STORED = {"labeled": "labelled", "unlabeled": "unlabelled", "held_out": "held_o
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of one annotation table, in three parts that share none.
+    """Rows of an annotation table in three disjoint parts.
 
     Attributes:
-        labeled: (m,) int64 rows whose labels are trained on.
+        labeled: (m,) int64 rows whose labels are used for training.
         unlabeled: (u,) int64 rows used without their labels.
-        held_out: (v,) int64 labeled rows kept for validation.
-        fraction: The labeled share asked for; None where the table itself says what is known.
-        seed: What the permutation was drawn with; None where nothing was drawn.
-        table_digest: ``AnnotationTable.digest()`` of the table that the rows belong to; "" until it is known.
+        held_out: (v,) int64 labeled rows used only for validation.
+        fraction: Requested labeled fraction; None if the table determines which rows are labeled.
+        seed: Seed of the permutation; None if nothing was drawn.
+        table_digest: ``AnnotationTable.digest()`` of the table that the rows belong to; "" if unknown.
 
     Raises:
-        DataError: The parts share a row, or hold a negative one.
+        DataError: If the parts share a row or contain a negative one.
     """
 
     labeled: Rows
@@ -56,24 +56,24 @@ class Split:
         if (again := rows[1:] == rows[:-1]).any():
             raise DataError(
                 f"split: rows more than once: {listed(np.unique(rows[1:][again]))}; "
-                "a row is labeled, unlabeled or held out, once"
+                "each row must be labeled, unlabeled or held out only once"
             )
 
     def without(self, rows: ArrayLike) -> Split:
-        """The same split with some rows in none of its parts."""
+        """Returns this split with some rows removed from all parts."""
         parts = {part: getattr(self, part) for part in PARTS}
         return dataclasses.replace(self, **{part: kept[~np.isin(kept, rows)] for part, kept in parts.items()})
 
     @property
     def labeled_share(self) -> float:
-        """p, the share of the training images that are labeled: the one asked for, else that of the table."""
-        if self.fraction is not None:  # int(p n) / n falls short of p: enough to turn a rounding
+        """p, the labeled fraction of the training images: the requested one, or that of the table."""
+        if self.fraction is not None:  # int(p n) / n is less than p, which can change a rounding
             return self.fraction
         return len(self.labeled) / max(len(self.labeled) + len(self.unlabeled), 1)
 
     @property
     def digest(self) -> str:
-        """Sha256 over the three parts in their order: two runs with equal digests train on the same rows."""
+        """SHA-256 over the three parts in order: runs with equal digests train on the same rows."""
         sha = hashlib.sha256()
         for part in PARTS:
             rows = getattr(self, part)
@@ -85,17 +85,17 @@ class Split:
         """Writes the split as JSON.
 
         Args:
-            path: File to write; its folder is made.
-            table: The table that the rows belong to; needed unless ``table_digest`` is set.
+            path: File to write; its folder is created.
+            table: The table that the rows belong to; required unless ``table_digest`` is set.
 
         Raises:
-            ConfigError: Neither the split nor the call says which table the rows belong to.
-            OutputError: The file cannot be written; one that was there still is.
+            ConfigError: If neither the split nor the call specifies the table.
+            OutputError: If the file cannot be written. An existing file is unchanged.
         """
         table_digest = table.digest() if table is not None else self.table_digest
         if not table_digest:
             raise ConfigError(
-                "split: which table its rows belong to is not known; call save(path, table), "
+                "split: the table of its rows is unknown; call save(path, table), "
                 "so that the file cannot be used with another one"
             )
         record = {
@@ -107,7 +107,7 @@ class Split:
         }
         head = json.dumps(record).removesuffix("}")
         path = Path(path)
-        # In pieces: as one text, ten million rows take half a gigabyte.
+        # Written in pieces: as one string, ten million rows would need half a gigabyte.
         with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.write(head)
             for part in PARTS:
@@ -120,15 +120,15 @@ class Split:
         """Reads a split that ``save`` wrote.
 
         Raises:
-            DataError: The file is missing, is no split, was changed by hand, belongs to another table, or names rows
-                that the table does not have.
+            DataError: If the file is missing, is not a split, was changed by hand, belongs to another table, or
+                contains rows that the table does not have.
         """
         record = _read_record(Path(path))
         if record["table_digest"] != (digest := table.digest()):
             raise DataError(
                 f"{path}: this split was made for the table with digest {record['table_digest']}, but the "
                 f"table here has digest {digest} ({len(table)} rows, {table.num_classes} classes); classes, "
-                "paths and labels must be the same in the same order: use the table that it was made for, "
+                "paths and labels must be the same in the same order: use the original table, "
                 "or draw a new split"
             )
         try:
@@ -151,7 +151,7 @@ class Split:
             row for part in PARTS for row in getattr(split, part)[getattr(split, part) >= len(table)].tolist()
         ]:
             raise DataError(
-                f"{path}: has the rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
+                f"{path}: contains rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
             )
         return split
 
@@ -166,21 +166,21 @@ def make_split(
     seed: int = 1,
     keep: ArrayLike = (),
 ) -> Split:
-    """The split of a run, from its settings.
+    """Creates the split of a run from its settings.
 
     Args:
         table: The training images.
-        file: A saved split, used instead of drawing one.
-        labeled_fraction: Share of the images that keeps its labels; None takes the table as it is.
-        held_out_fraction: Share of the labeled images to hold out. None: 0 where there is a test table, else 0.2.
+        file: A saved split to use instead of drawing one.
+        labeled_fraction: Fraction of the images whose labels are kept; None uses all known labels of the table.
+        held_out_fraction: Fraction of the labeled images to hold out. None uses 0 with a test table, else 0.2.
         has_test: Whether there is a test table.
-        seed: Seed of what is drawn.
-        keep: Rows that are not to be held out.
+        seed: Seed of the random draws.
+        keep: Rows that must not be held out.
 
     Raises:
-        DataError: The file is of another table, a share is asked of a table with unlabeled images, or no image is
-            labeled.
-        ConfigError: A share leaves no image of a kind.
+        DataError: If the file belongs to another table, a labeled fraction is given for a table with unlabeled images,
+            or no image is labeled.
+        ConfigError: If a fraction leaves no labeled, unlabeled or held-out image.
     """
     if file is not None:
         return Split.load(Path(file), table)
@@ -189,9 +189,9 @@ def make_split(
     else:
         if unknown := int((table.labels < 0).all(1).sum()):
             raise DataError(
-                f"labeled_fraction {labeled_fraction} draws labeled images from a table in which all have labels, "
-                f"but {unknown} of {len(table)} training images have none. Leave it out: the images with labels are "
-                "then the labeled ones."
+                f"labeled_fraction {labeled_fraction} requires a table whose images all have labels, "
+                f"but {unknown} of {len(table)} training images have none. Omit it, so that all images with labels are "
+                "used as labeled ones."
             )
         split = split_labeled(len(table), labeled_fraction, seed, table.digest())
     share = held_out_fraction
@@ -201,19 +201,19 @@ def make_split(
 
 
 def split_labeled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
-    """Draws the labeled rows: the first ``int(fraction * num_images)`` of one seeded permutation.
+    """Draws the labeled rows: the first ``int(fraction * num_images)`` of a seeded permutation.
 
-    This is CAP's rule, on which the paper's tables rest: with the same image order and seed the rows are the
-    same. Splits with one seed are nested over fractions.
+    This is CAP's rule, which the paper's tables use: the same image order and seed give the same rows. Splits with the
+    same seed are nested: a smaller fraction is a subset of a larger one.
 
     Args:
         num_images: Rows of the table.
-        fraction: Labeled share, above 0 and at most 1.
-        seed: Seed of ``np.random.RandomState``, whose stream numpy keeps for ever.
-        table_digest: Digest of the table, if at hand.
+        fraction: Labeled fraction, above 0 and at most 1.
+        seed: Seed of ``np.random.RandomState``, whose random stream numpy guarantees not to change.
+        table_digest: Digest of the table, if known.
 
     Raises:
-        ConfigError: The fraction is out of range or leaves no labeled image.
+        ConfigError: If the fraction is out of range or leaves no labeled image.
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"labeled fraction {fraction} is not above 0 and at most 1; 0.05 means 5 %")
@@ -228,12 +228,12 @@ def split_labeled(num_images: int, fraction: float, seed: int, table_digest: str
 
 
 def split_known(table: AnnotationTable) -> Split:
-    """Splits by what the table knows: a row with any known label is labeled, one with none is unlabeled.
+    """Splits by the known labels: a row with any known label is labeled, a row without is unlabeled.
 
     Raises:
-        DataError: No row has a known label.
+        DataError: If no row has a known label.
     """
-    known = table.labels.max(axis=1) > UNKNOWN  # the least of the label values; no second matrix of them
+    known = table.labels.max(axis=1) > UNKNOWN  # the lowest label value; avoids a second matrix of the labels
     if not known.any():
         raise DataError(
             f"all {len(table)} rows of the table under {table.root} are unlabeled; label some of them first"
@@ -245,29 +245,29 @@ def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> 
     """Moves ``int(fraction * m)`` of the m labeled rows into ``held_out``; the others keep their order.
 
     Args:
-        split: Without held-out rows.
-        fraction: Share of the labeled rows.
+        split: A split without held-out rows.
+        fraction: Fraction of the labeled rows.
         seed: Seed of ``np.random.RandomState``.
-        keep: Rows that stay labeled; where fewer others are left than asked for, all of those are held out.
+        keep: Rows that stay labeled. If fewer others remain than requested, all others are held out.
 
     Raises:
-        ConfigError: Rows are held out already, or the fraction leaves nothing to hold out or to train on.
+        ConfigError: If rows are already held out, or the fraction leaves nothing to hold out or to train on.
     """
     if len(split.held_out):
         raise ConfigError(f"{len(split.held_out)} rows are held out already; hold out from the first split")
     m = len(split.labeled)
-    count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity are no number of rows
+    count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity cannot be converted
     if not 0 < count < m:
         raise ConfigError(
-            f"a fraction of {fraction} of {m} labeled images cannot be held out to measure on: one must be held out "
-            "and one must stay; label more images, use another share, or give a test table"
+            f"a fraction of {fraction} of {m} labeled images cannot be held out for validation: at least one must be "
+            "held out and one must remain; label more images, use another fraction, or give a test table"
         )
     order = np.random.RandomState(seed).permutation(m)
     order = order[~np.isin(split.labeled[order], np.asarray(keep, dtype=np.int64))]
     if not len(order):
         raise ConfigError(
             f"None of the {m} labeled images can be held out: the run of --init_from has trained on all of them, so "
-            "nothing could be measured fairly. Add newly labeled images or a test table, or leave out --init_from."
+            "a validation score would be too high. Add newly labeled images or a test table, or omit --init_from."
         )
     chosen = np.zeros(m, dtype=bool)
     chosen[order[:count]] = True
@@ -275,7 +275,7 @@ def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> 
 
 
 def partly_labeled(table: AnnotationTable, split: Split) -> Rows:
-    """The labeled rows of a split of which some labels are unknown."""
+    """Returns the labeled rows of a split that have unknown labels."""
     rows: Rows = split.labeled[(table.labels[split.labeled] == UNKNOWN).any(axis=1)]
     return rows
 
@@ -301,7 +301,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     needed = ("table_digest", "digest", "fraction", "seed", *_STORED.values())
     absent = [key for key in needed if not isinstance(record, dict) or key not in record]
     if absent:
-        raise DataError(f"{path}: is no split file, it has no {listed(absent)}; draw the split again")
+        raise DataError(f"{path}: is not a split file, since it has no {listed(absent)}; draw the split again")
     for part in _STORED.values():
         if type(record[part]) is not list or not all(type(row) is int and row < 1 << 63 for row in record[part]):
             raise DataError(f"{path}: {part} must be a list of row numbers; draw the split again")
@@ -311,12 +311,12 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"{path}: fraction must be above 0 and at most 1, or null; found {brief(fraction)}; draw it again"
         )
     if seed is not None and type(seed) is not int:
-        raise DataError(f"{path}: seed must be a whole number or null; found {brief(seed)}; draw the split again")
+        raise DataError(f"{path}: seed must be an integer or null; found {brief(seed)}; draw the split again")
     return dict(record)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError("a key stands there twice, and only one of the two can count")
+        raise ValueError("a key occurs twice, so its value is ambiguous")
     return record

@@ -1,155 +1,111 @@
-"""Views of an image: weak and strong. The only module that imports albumentations.
+"""Weak and strong views of an image.
 
-albumentations gives every worker process of a loader the same random stream (measured with 2.0.8). Here each
-call gets a stream of its own, a function of (seed, epoch, visit, index, view), so the number of workers, the
-number of ranks and a restart change no pixel.
+albumentations uses the same random stream in every worker of a loader (observed with 2.0.8). Here, each call has its
+own stream, a function of (seed, epoch, visit, index, view). Views therefore do not depend on the number of workers or
+ranks, or on restarts.
 """
 
 from __future__ import annotations
 
-import os
 import random
-from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before the import, which else asks the network
-
-import albumentations as A
-import cv2
 import numpy as np
 import torch
-from PIL import Image
 
+from cbsa_lightning.data.augmentations import Augmentation, CutoutRandAugment, Flip
 from cbsa_lightning.data.plain_view import PlainView, checked_size, squash, to_tensor
-from cbsa_lightning.data.randaugment import Step, apply_step, draw_steps
 from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.errors import ConfigError
 
 __all__ = ["PlainView", "StrongView", "WeakView", "squash"]
 
 _WEAK, _STRONG = 0, 1  # separate random streams of one seed
-_LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an image that tells whether it was mirrored
-
-
-class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
-    """Paints one rectangle in one random color.
-
-    Its sides are int(share * side + 0.5), its center is uniform over the image, and what lies outside is
-    cut off. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__(p=1.0)
-        self.share = share
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        (top, bottom), (left, right) = (self._extent(side) for side in params["shape"][:2])
-        color = tuple(self.py_random.randrange(256) for _ in range(3))
-        return {"area": (slice(top, bottom), slice(left, right)), "color": color}
-
-    def _extent(self, side: int) -> tuple[int, int]:
-        half = int(self.share * side + 0.5) // 2
-        center = self.py_random.randrange(side)
-        return max(0, center - half), center + half + 1
-
-    def apply(self, img: np.ndarray, area: tuple[slice, slice], color: tuple[int, ...], **params: Any) -> np.ndarray:
-        img = img.copy()
-        rows, columns = area
-        # Both corners are painted; an assignment of the color to the slices gives the same, ten times slower.
-        cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), color, cv2.FILLED)
-        return img
-
-
-class _RandAugment(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
-    """The steps of :mod:`cbsa_lightning.data.randaugment`, drawn from albumentations' stream."""
-
-    def __init__(self) -> None:
-        super().__init__(p=1.0)
-
-    def get_params(self) -> dict[str, Any]:
-        return {"steps": draw_steps(self.py_random)}
-
-    def apply(self, img: np.ndarray, steps: tuple[Step, ...], **params: Any) -> np.ndarray:
-        if not steps:
-            return img
-        picture = Image.fromarray(img)
-        for step in steps:
-            picture = apply_step(picture, step)
-        return np.asarray(picture)
+_LEFT_TO_RIGHT = np.repeat(np.array([[[0], [1]]], np.uint8), 3, axis=2)  # an image that shows whether it was mirrored
 
 
 class _RandomView:
-    """A squash, then transforms that are reseeded for every call. Not thread-safe.
+    """Resizes the image, then applies transforms that are reseeded for every call. Not thread-safe.
 
-    The squash comes first, so that a squashed image kept from before gives the same view as its file.
+    Resizing comes first, so that a cached resized image gives the same view as its file.
     """
 
-    def __init__(self, size: int, seed: int, stream: int, transforms: list[A.BasicTransform]) -> None:
+    def __init__(self, size: int, seed: int, stream: int, augmentation: Augmentation) -> None:
         if seed < 0:
             raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
         self.size, self.seed, self._stream = checked_size(size), seed, stream
-        self._pipeline = A.Compose(transforms)
+        self.augmentation = augmentation
+        self._pipeline = augmentation.pipeline()
 
     def __call__(self, image: np.ndarray, draw: Draw) -> torch.Tensor:
-        """Makes the view of one draw.
+        """Computes the view for a draw.
 
         Args:
             image: (H, W, 3) uint8, RGB; not changed.
-            draw: Which image this is, in which epoch, and for which time in it.
+            draw: Image index, epoch, and repeat within the epoch.
 
         Returns:
             (3, S, S) uint8, contiguous.
 
         Raises:
-            DataError: The array is not of that form.
+            DataError: If the array has the wrong form.
+            ConfigError: If the augmentation changes the size or type of the image.
         """
-        return to_tensor(self._transformed(squash(image, self.size), draw))
+        return self._as_tensor(self._transformed(squash(image, self.size), draw))
+
+    def _as_tensor(self, view: np.ndarray) -> torch.Tensor:
+        if view.shape != (self.size, self.size, 3) or view.dtype != np.uint8:
+            raise ConfigError(
+                f"The augmentation {self.augmentation.name:.100} returns {view.dtype} {view.shape}, but views are "
+                f"uint8 {(self.size, self.size, 3)}. Use transforms that keep size and type."
+            )
+        return to_tensor(view)
 
     def _transformed(self, image: np.ndarray, draw: Draw) -> np.ndarray:
         key = (self._stream, draw.epoch, draw.visit, draw.index)
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-        # One stream for the whole pipeline. Its set_random_seed would start every transform at the same
-        # point, and tie, say, the place of the cutout to the choice of the flip.
+        # One stream for the whole pipeline: set_random_seed of albumentations would start all transforms at the same
+        # point, which would correlate, for example, the position of the cutout with the choice of the flip.
         self._pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))  # noqa: S311
         transformed: np.ndarray = self._pipeline(image=image)["image"]
         return transformed
 
 
 class WeakView(_RandomView):
-    """A squash to (size, size), then a horizontal flip with probability 0.5: the plain view or its mirror image.
+    """Resizes to (size, size), then applies the weak augmentation.
 
     Args:
         size: Side of the view in pixels.
-        seed: Seed of the flips.
+        seed: Seed of the augmentation.
+        augmentation: The random transforms; None: :class:`Flip`, so that the view is the plain one or its mirror image.
 
     Raises:
-        ConfigError: A size below 1 or a negative seed.
+        ConfigError: If the size is below 1 or the seed is negative.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        super().__init__(size, seed, _WEAK, [A.HorizontalFlip(p=0.5)])
+    def __init__(self, size: int, seed: int, augmentation: Augmentation | None = None) -> None:
+        super().__init__(size, seed, _WEAK, augmentation or Flip())
+
+    @property
+    def only_flips(self) -> bool:
+        """Whether each view is the plain one or its mirror image."""
+        return type(self.augmentation) is Flip
 
     def flips(self, draw: Draw) -> bool:
-        """Whether the view of a draw is mirrored; needs no image."""
+        """Returns whether the view of a draw is mirrored, without computing it. Valid if :attr:`only_flips`."""
         return bool(self._transformed(_LEFT_TO_RIGHT, draw)[0, 0, 0])
 
 
 class StrongView(_RandomView):
-    """Squash and flip as in the weak view, then Cutout, then RandAugment.
+    """Resizes to (size, size), then applies the strong augmentation.
 
     Args:
         size: Side of the view in pixels.
-        seed: Seed of all that is random in it.
-        cutout: Side of the cut-out rectangle as a share of the view's side; 0 leaves Cutout out.
+        seed: Seed of the augmentation.
+        augmentation: The random transforms; None: :class:`CutoutRandAugment`.
 
     Raises:
-        ConfigError: A size below 1, a negative seed, or a share outside 0 to 1.
+        ConfigError: If the size is below 1 or the seed is negative.
     """
 
-    def __init__(self, size: int, seed: int, cutout: float = 0.5) -> None:
-        if not 0 <= cutout <= 1:
-            raise ConfigError(f"cutout is {cutout}; give a share of the side from 0 (none) to 1")
-        self.cutout = cutout
-        transforms = [A.HorizontalFlip(p=0.5), _Cutout(cutout), _RandAugment()]
-        if cutout == 0:
-            del transforms[1]
-        super().__init__(size, seed, _STRONG, transforms)
+    def __init__(self, size: int, seed: int, augmentation: Augmentation | None = None) -> None:
+        super().__init__(size, seed, _STRONG, augmentation or CutoutRandAugment())

@@ -287,16 +287,22 @@ def _name(image: Any, position: int) -> str:
 
 def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Callable[[Sequence[str]], Network]:
     """What makes the network of a checkpoint: of a CBSAModule, or of another module that `cbsa fit` has trained."""
-    stored, source = checkpoint["hyper_parameters"], checkpoint[SOURCE]
-    lacking = [f"setting {name}" for name in SETTINGS if name not in stored]
-    if len(lacking) == len(SETTINGS):
+    source = checkpoint[SOURCE]
+    if not SETTINGS.keys() & checkpoint["hyper_parameters"].keys():
         return stored_network(checkpoint, **moved)
+    stored = {"decoder": None, **checkpoint["hyper_parameters"]}  # earlier checkpoints lack it
+    lacking = [f"setting {name}" for name in SETTINGS if name not in stored]
     if lacking:
         raise CheckpointError(
             f"{source} is not the checkpoint of a CBSAModule: it has no {listed(lacking)}. For another network, say "
             "how it is made: Classifier.load(path, network=...)."
         )
     for name, default in SETTINGS.items():
+        if name == "decoder" and stored[name] is not None:
+            raise CheckpointError(
+                f"{source} has its own decoder, {stored[name]!s:.200}. Say how the network is made: "
+                "Classifier.load(path, network=...)."
+            )
         if type(default) is int and type(stored[name]) is not int:
             raise CheckpointError(f"{source}: setting {name} must be a whole number, found {stored[name]!r:.100}.")
     return partial(CBSANetwork, **{**{name: stored[name] for name in SETTINGS}, **moved})

@@ -1,4 +1,4 @@
-"""Opening the files that people name: regular ones only, and none that cannot fit into memory."""
+"""Opens input files. Refuses special files and files that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
 
 
 def brief(text: object, most: int = 200) -> str:
-    """``repr(text)`` for a message; of a very long one the beginning, and how long it is."""
+    """Returns ``repr(text)`` for a message. A very long text is cut, and its length is added."""
     shown = repr(text)
     return shown if len(shown) <= most else f"{shown[:most]}... ({len(str(text)):,} characters)"
 
@@ -29,8 +29,8 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a file to read its bytes.
 
     Raises:
-        DataError: There is something that is no file, such as a named pipe, whose opening would wait for ever.
-        OSError: As ``open``.
+        DataError: If the path is not a regular file. Opening a named pipe, for example, would block forever.
+        OSError: As for ``open``.
     """
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
@@ -40,9 +40,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)  # a NUL
-        raise DataError(
-            f"{brief(os.fspath(path))} cannot be the name of a file ({reason}); correct the path"
-        ) from error
+        raise DataError(f"{brief(os.fspath(path))} cannot be a file name ({reason}); correct the path") from error
     else:
         kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
         if kind == stat.S_IFREG:
@@ -52,46 +50,46 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """The whole of a UTF-8 file, with or without a byte order mark.
+    """Reads a whole UTF-8 file, with or without a byte order mark.
 
     Args:
         path: The file.
-        most: Bytes that it may have; None: what memory holds, twice over, since text is made from bytes.
+        most: Maximum size in bytes. None allows half of the memory, since bytes and text exist at the same time.
 
     Raises:
-        DataError: It is no regular file, or too large.
-        OSError: As ``open``.
-        UnicodeDecodeError: It is not UTF-8.
+        DataError: If it is not a regular file, or is too large.
+        OSError: As for ``open``.
+        UnicodeDecodeError: If it is not UTF-8.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise DataError(
-                f"{path}: has {size / 1e6:,.1f} MB where at most {most / 1e6:,.1f} are read; correct the path"
+                f"{path}: has {size / 1e6:,.1f} MB, but at most {most / 1e6:,.1f} MB are allowed; correct the path"
             )
         refuse_larger_than_memory(path, size)
         return file.read().decode("utf-8-sig")
 
 
 def refuse_larger_than_memory(path: Path, size: int) -> None:
-    """Refuses a file of ``size`` bytes whose bytes and text memory cannot hold: better now than when it is full.
+    """Checks that the bytes and the text of a file of ``size`` bytes fit into memory together.
 
     Raises:
-        DataError: Naming both sizes.
+        DataError: If they do not. The message names both sizes.
     """
     memory = memory_of_machine()
     if 2 * size > memory:
         raise DataError(
-            f"{path}: has {size / 1e9:,.1f} GB, and reading it takes twice that; this machine has "
-            f"{memory / 1e9:,.1f} GB of memory: take out what is not needed (outlines, captions)"
+            f"{path}: has {size / 1e9:,.1f} GB, and reading it needs twice as much; this machine has "
+            f"{memory / 1e9:,.1f} GB of memory: remove what is not needed (outlines, captions)"
         )
 
 
 def memory_of_machine() -> int:
-    """Bytes of memory that the machine has."""
+    """Returns the memory of this machine in bytes."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on this system: nothing can be said, so nothing is refused
+    except (AttributeError, OSError, ValueError):  # unknown on this system: allow every size
         return 1 << 60
 
 

@@ -1,4 +1,4 @@
-"""Which folder is a run's, and what belongs to it."""
+"""The folder of a run and the files in it."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ CHANGES = "changes.csv"  # with --init_from
 REPORT_PAGE = "report.html"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
-RUN_ID = "run_id.txt"  # only a folder of a fit has it
-# When training ends.
+RUN_ID = "run_id.txt"  # only folders of `cbsa fit` contain it
+# Written when training ends.
 WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, CHANGES, REPORT_PAGE)
 RESULTS = (CONFIG, SPLIT, LABEL_MASK, LABELED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
-_ENDING = 10.0  # seconds; loader workers of a process that was killed hold its lock for up to five
+_ENDING = 10.0  # seconds; loader workers of a killed process keep its lock for up to five
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """The folder of a trainer's run, None in a ``fast_dev_run``; to be called on all processes.
+    """Returns the folder of a trainer's run, or None in a ``fast_dev_run``. Call it on all ranks.
 
-    It is that of the first logger with a folder for each run (CSV, TensorBoard). With other loggers, or none, it is the
-    next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
+    It is the folder of the first logger that creates one per run (CSV, TensorBoard). With other loggers, or none, it is
+    the next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
     """
     if bool(getattr(trainer, "fast_dev_run", False)):
         return None
@@ -60,7 +60,7 @@ def folder_of(trainer: Trainer) -> Path | None:
 
 
 def set_folder(trainer: Trainer, folder: Path) -> None:
-    """Lets the run of ``trainer`` be the one in ``folder``."""
+    """Sets the folder of the run of ``trainer``."""
     _FOLDERS[trainer] = folder
 
 
@@ -76,7 +76,7 @@ def _new_folder(trainer: Trainer) -> Path:
 
 
 def next_version(parent: Path) -> Path:
-    """Makes the next free ``version_N`` in ``parent``; no two processes get the same one."""
+    """Creates the next free ``version_N`` in ``parent``. Safe if several processes call it at once."""
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
         known = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
@@ -91,49 +91,49 @@ def next_version(parent: Path) -> Path:
 
 
 def taken(folder: Path, names: tuple[str, ...] = RESULTS) -> list[str]:
-    """Which of ``names`` are in ``folder``."""
+    """Returns those of ``names`` that exist in ``folder``."""
     return [name for name in names if os.path.lexists(folder / name)]
 
 
 def refuse_taken(folder: Path, names: tuple[str, ...] = RESULTS) -> None:
-    """Refuses a folder in which a new run would write over what is there.
+    """Checks that a new run in ``folder`` would not overwrite existing files.
 
     Raises:
-        ConfigError: Naming what is there.
+        ConfigError: If it would. The message names the files.
     """
     if found := taken(folder, names):
         raise ConfigError(
-            f"{folder} holds {listed(found)}, which a new run would write over. Give the logger another version or "
-            f"save_dir, or resume the run that is there: `cbsa fit --resume {folder}`."
+            f"{folder} contains {listed(found)}, which a new run would overwrite. Give the logger another version or "
+            f"save_dir, or resume the existing run: `cbsa fit --resume {folder}`."
         )
 
 
-# Runs that go on ---------------------------------------------------------------------------------------------------
+# Resumable runs ----------------------------------------------------------------------------------------------------
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a fit was begun in ``folder``; an evaluation's folder is none."""
+    """Returns whether ``folder`` contains a fit; folders of evaluations do not count."""
     return (folder / RUN_ID).is_file()
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """All folders of fits in and below ``folder`` that say how they are configured."""
+    """Returns ``folder`` and all folders below it that contain a fit with its configuration."""
     return sorted(file.parent for file in folder.rglob(RUN_ID) if (file.parent / CONFIG).is_file())
 
 
 def last_written(run: Path) -> int:
-    """When something of a run was last written, in nanoseconds."""
+    """Returns the time of the last write to a run's files, in nanoseconds."""
     files = [run / CONFIG, run / METRICS, *run.rglob("*.ckpt")]
     return max(file.stat().st_mtime_ns for file in files if file.is_file())
 
 
 def run_id(folder: Path) -> str | None:
-    """What tells the run in ``folder`` from all others; its checkpoints hold it too."""
+    """Returns the unique id of the run in ``folder``, which its checkpoints also contain."""
     return _noted(folder / RUN_ID)
 
 
 def wandb_id(folder: Path) -> str | None:
-    """Id of the run at W&B, if it has one."""
+    """Returns the W&B id of the run, if it has one."""
     return _noted(folder / WANDB_ID)
 
 
@@ -142,21 +142,21 @@ def _noted(file: Path) -> str | None:
 
 
 def note(file: Path, text: str) -> None:
-    """Writes a short text file as a whole."""
+    """Writes a short text file atomically."""
     with replacing(file) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def new_id() -> str:
-    """An id that no other run has."""
+    """Returns a unique id for a run."""
     return uuid.uuid4().hex
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Where a run's checkpoints are: its own folder, and each ``dirpath`` of its configuration."""
+    """Returns the folders with a run's checkpoints: its own folder and each ``dirpath`` in its configuration."""
     try:
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # refused with its place when the run is built
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # reported when the run is built
         config = None
     return list(dict.fromkeys([run, *(Path(place).expanduser() for place in _dirpaths(config))]))
 
@@ -174,11 +174,11 @@ def _dirpaths(config: Any) -> Iterator[str]:
 
 
 def lock(folder: Path, wait: float = 0.0) -> ExitStack | None:
-    """Locks a folder until the result is closed; None if another process has it locked.
+    """Locks a folder until the result is closed. Returns None if another process has locked it.
 
-    The system frees the lock when its process ends, however that happens.
+    The operating system releases the lock when the process ends, even if it crashes.
     """
-    with writing(folder / _LOCK):  # said here, since what a lock raises says nothing of the remedy
+    with writing(folder / _LOCK):  # the errors of FileLock do not name a remedy
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK).touch()
     locked = ExitStack()
@@ -190,27 +190,27 @@ def lock(folder: Path, wait: float = 0.0) -> ExitStack | None:
 
 
 def hold(folder: Path) -> ExitStack:
-    """Keeps other jobs from training the run in ``folder``, until the result is closed.
+    """Prevents other jobs from training the run in ``folder`` until the result is closed.
 
-    Only the first process of a job takes the lock, for all of them.
+    Only the first process of a job takes the lock, on behalf of all of them.
 
     Raises:
-        ConfigError: If another process trains the run.
+        ConfigError: If another process is training the run.
     """
     if not _is_first_process():
         return ExitStack()
     locked = lock(folder, _ENDING)
     if locked is None:
-        raise ConfigError(f"{folder} is being trained by another process; wait until that has ended, or stop it.")
+        raise ConfigError(f"{folder} is being trained by another process; wait until it has ended, or stop it.")
     return locked
 
 
 def _is_first_process() -> bool:
-    """Whether this is the first process of its job, as far as the environment tells before there is a Trainer."""
+    """Returns whether this is the first process of its job, judged by the environment, before a Trainer exists."""
     node = os.environ.get("NODE_RANK", "0") if "RANK" not in os.environ else "0"
     return rank() == 0 and node == "0"
 
 
 def rank() -> int:
-    """Number of this process in its job, as far as Lightning knows it."""
+    """Returns the rank of this process, as far as Lightning knows it."""
     return getattr(rank_zero_only, "rank", None) or 0

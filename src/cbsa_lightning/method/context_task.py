@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import get_args
 
-from cbsa_lightning.arguments import check_choice, check_flags, check_number
-from cbsa_lightning.method.contexts import Assignment
+from torch import Tensor
+
+from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number
+from cbsa_lightning.method.contexts import Assignment, partition
+
+
+class Partition(ABC):
+    """How classes are grouped into contexts. Subclass it to try your own method."""
+
+    @abstractmethod
+    def __call__(self, S: Tensor, num_contexts: int) -> Tensor:
+        """Groups the classes.
+
+        Args:
+            S: ``(C, C)`` float64 co-occurrence, see :func:`~cbsa_lightning.method.contexts.cooccurrence`.
+            num_contexts: K.
+
+        Returns:
+            ``(C,)`` int64 context ids in [0, K).
+
+        Raises:
+            ConfigError: The classes do not form K contexts. A run then trains without contexts.
+        """
+
+
+class NormalizedCut(Partition):
+    """Spectral clustering, the paper's method (Eq. 9, 10).
+
+    Args:
+        assign: How eigenvectors become groups; ``cluster_qr`` needs no random start.
+
+    Raises:
+        ConfigError: An unknown assignment.
+    """
+
+    def __init__(self, assign: Assignment = "cluster_qr") -> None:
+        check_choice("assign", assign, get_args(Assignment))
+        self.assign: Assignment = assign
+
+    def __call__(self, S: Tensor, num_contexts: int) -> Tensor:
+        """See :func:`~cbsa_lightning.method.contexts.partition`."""
+        return partition(S, num_contexts, self.assign)
 
 
 class ContextTask:
@@ -15,7 +56,7 @@ class ContextTask:
         weight: Factor of the context loss in Eq. 12.
         confidence: tau of Eq. 11; an unlabeled image counts once its weak view is surer than this of its context.
         soft_targets: Counts of the labels' contexts as a distribution, instead of the majority's context.
-        assign: How eigenvectors become groups; ``cluster_qr`` needs no random start.
+        partition: Groups the classes; None: ``NormalizedCut()``.
         power: Exponent of the co-occurrence before it is made symmetric; 0.5 is CPSD's.
         pseudo_weight: How much a pseudo-labeled image counts in the co-occurrence that is recomputed each epoch,
             beside 1 for a labeled image; 0 keeps the partition of the labeled images.
@@ -29,7 +70,7 @@ class ContextTask:
         weight: float = 1.0,
         confidence: float = 0.9,
         soft_targets: bool = False,
-        assign: Assignment = "cluster_qr",
+        partition: Partition | None = None,
         power: float = 1.0,
         pseudo_weight: float = 1.0,
     ) -> None:
@@ -37,10 +78,10 @@ class ContextTask:
             check_number(f"contexts.{name}", value, 0)
         check_number("contexts.confidence", confidence, 0, 1)
         check_flags(soft_targets=soft_targets)
-        check_choice("contexts.assign", assign, get_args(Assignment))
+        check_kind("contexts.partition", partition, Partition, 'an object such as NormalizedCut(assign="kmeans")')
         self.weight = weight
         self.confidence = confidence
         self.soft_targets = soft_targets
-        self.assign: Assignment = assign
+        self.partition = partition if partition is not None else NormalizedCut()
         self.power = power
         self.pseudo_weight = pseudo_weight

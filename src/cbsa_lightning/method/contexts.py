@@ -13,13 +13,12 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import KMeans, spectral_clustering
-from sklearn.manifold import spectral_embedding
+from sklearn.cluster import spectral_clustering
 from torch import Tensor
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-Assignment = Literal["cluster_qr", "kmeans", "kmeans_rownorm"]
+Assignment = Literal["cluster_qr", "kmeans"]
 
 
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
@@ -68,7 +67,7 @@ def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", s
 
     The degrees are those of P and the diagonal is ignored: with the paper's literal forms D - P is no
     Laplacian. Ids are numbered by each context's first class. ``cluster_qr`` is deterministic and does not
-    depend on the order of the classes; the two k-means forms depend on ``seed``.
+    depend on the order of the classes; ``kmeans`` depends on ``seed``.
 
     A class that never occurs with another one says nothing about its context: it joins the context with the
     largest volume (sum of degrees), the most common one. When the rest falls into ``num_contexts`` or more
@@ -78,8 +77,7 @@ def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", s
     Args:
         S: ``(C, C)`` co-occurrence, finite, >= 0.
         num_contexts: K, between 1 and C.
-        assign: how the spectral embedding becomes groups: scikit-learn's ``cluster_qr`` or ``kmeans``, or
-            ``kmeans_rownorm``, k-means after each row was scaled to length 1.
+        assign: how the spectral embedding becomes groups: scikit-learn's ``cluster_qr`` or ``kmeans``.
         seed: of the eigensolver's start and of k-means.
 
     Returns:
@@ -224,12 +222,7 @@ def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assignmen
         return np.arange(k)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Graph is not fully connected")  # fewer groups than k: handled
-        if assign != "kmeans_rownorm":
-            labels = spectral_clustering(affinity, n_clusters=k, assign_labels=assign, random_state=seed)
-        else:
-            points = spectral_embedding(affinity, n_components=k, drop_first=False, random_state=seed)
-            points /= np.linalg.norm(points, axis=1, keepdims=True)
-            labels = KMeans(n_clusters=k, n_init=10, random_state=seed).fit_predict(points)
+        labels = spectral_clustering(affinity, n_clusters=k, assign_labels=assign, random_state=seed)
     return np.asarray(labels, dtype=np.int64)
 
 

@@ -1,8 +1,4 @@
-"""Class-wise thresholds at scale: exact, linear in the number of scores, with little memory beyond them.
-
-:func:`class_thresholds` selects from scores that are held; :class:`ScoreHistogram` counts half-precision scores as
-they pass and never holds them. Both give the same thresholds for the same scores.
-"""
+"""Class-wise thresholds at scale: exact, linear in the number of scores, with little memory beyond them."""
 
 from __future__ import annotations
 
@@ -12,17 +8,13 @@ import torch
 from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
-from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.errors import DataError, listed
 
 # Scores in the copy of a block of columns, in which columns are contiguous: 512 MiB in float32. A class with more
 # scores is a block of its own.
 BLOCK = 2**27
 # Scores that are treated at a time otherwise: they and their temporaries fit the cache of a core.
 STRIP = 2**15
-
-_ONE = {torch.float16: 0x3C00, torch.bfloat16: 0x3F80}  # bit pattern of 1.0
-_NEGATIVE_ZERO = 0x8000  # the sign bit alone, in both
-_PATTERNS = 2**16
 
 
 def class_thresholds(
@@ -82,124 +74,6 @@ def positive_counts(n: int, positive_rate: Tensor, eta_pos: float = 1.0) -> Tens
     """
     rate = _checked_rate(positive_rate, len(positive_rate))
     return _whole(eta_pos * rate * n, _slack(positive_rate)).clamp(max=n)
-
-
-class ScoreHistogram:
-    """Class-wise thresholds of scores that are never held: counts of every half-precision value, class by class.
-
-    A half-precision number has 65,536 bit patterns, and in [0, 1] they stand in the order of their values. So counts
-    of the patterns are all that a quantile needs: :meth:`thresholds` gives bit for bit what :func:`class_thresholds`
-    gives for the same scores, after one pass, whatever n is.
-
-    The scores count as rounded: neighbors are up to 2**-11 apart in float16 and 2**-8 in bfloat16, and what rounds to
-    the same value ties. Label the same rounded scores with the thresholds, not the scores before rounding.
-
-    Over several processes, sum ``counts``, as in ``torch.distributed.all_reduce(histogram.counts)``.
-
-    :meth:`update` never waits for the device. Scores that are not finite or not in [0, 1] are therefore counted like
-    all others, and refused by :meth:`thresholds`.
-
-    Args:
-        num_classes: number of classes C.
-        dtype: type of the scores, float16 or bfloat16.
-        device: where the counts are kept.
-
-    Attributes:
-        counts: ``(C, 65536)`` int64, scores of each class with each bit pattern, read as an unsigned number.
-
-    Raises:
-        ConfigError: for another dtype, or no class.
-    """
-
-    def __init__(
-        self, num_classes: int, dtype: torch.dtype = torch.float16, device: torch.device | str | None = None
-    ) -> None:
-        if dtype not in _ONE:
-            raise ConfigError(f"score histogram: dtype must be torch.float16 or torch.bfloat16, got {dtype}")
-        if num_classes < 1:
-            raise ConfigError(f"score histogram: there must be at least one class, got {num_classes}")
-        self.dtype = dtype
-        self.counts = torch.zeros(num_classes, _PATTERNS, dtype=torch.int64, device=device)
-
-    def update(self, scores: Tensor) -> None:
-        """Counts a batch of scores.
-
-        Args:
-            scores: ``(B, C)`` of the histogram's dtype, probabilities in [0, 1].
-
-        Raises:
-            DataError: for scores of another shape or dtype.
-        """
-        num_classes = len(self.counts)
-        if scores.ndim != 2 or scores.shape[1] != num_classes:
-            raise DataError(f"score histogram: scores must be (images, {num_classes}), got {tuple(scores.shape)}")
-        if scores.dtype != self.dtype:
-            raise DataError(
-                f"score histogram: scores must be {self.dtype}, got {scores.dtype}: round them with "
-                f".to({self.dtype}), or keep them and call class_thresholds, which is exact for every type"
-            )
-        one = torch.ones((), dtype=torch.int64, device=self.counts.device)
-        # By blocks of classes, so that a class's counts stay in the cache while its scores are added.
-        for block in _column_blocks(len(scores), num_classes, STRIP):
-            patterns = scores.detach()[:, block].T.contiguous().view(torch.int16)
-            index = patterns.to(self.counts).bitwise_and_(_PATTERNS - 1)
-            self.counts[block].scatter_add_(1, index, one.expand_as(index))
-
-    def merge(self, other: ScoreHistogram) -> None:
-        """Adds what another histogram counted.
-
-        Args:
-            other: a histogram of other scores of the same classes, of the same dtype.
-
-        Raises:
-            ConfigError: for another dtype or number of classes.
-        """
-        if (self.dtype, self.counts.shape) != (other.dtype, other.counts.shape):
-            raise ConfigError(
-                f"score histogram: {len(other.counts)} classes in {other.dtype} cannot be added to "
-                f"{len(self.counts)} classes in {self.dtype}"
-            )
-        self.counts += other.counts.to(self.counts.device)
-
-    def thresholds(self, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998) -> tuple[Tensor, Tensor]:
-        """What :func:`class_thresholds` returns for all scores counted so far.
-
-        Args:
-            positive_rate: ``(C,)`` in [0, 1].
-            eta_pos: share of the expected positives that are labeled, in [0, 1].
-            eta_neg: share of the expected negatives that are labeled, in [0, 1].
-
-        Returns:
-            ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the device of the counts.
-
-        Raises:
-            DataError: for counted scores that are not finite or not in [0, 1], no scores, or rates that do not fit.
-            ConfigError: for an eta outside [0, 1].
-        """
-        check_etas(eta_pos, eta_neg)
-        # How many scores of a class are at most each value from 0 to 1; -0.0 counts as 0.0.
-        at_most = self.counts[:, : _ONE[self.dtype] + 1].clone()
-        at_most[:, 0] += self.counts[:, _NEGATIVE_ZERO]
-        at_most.cumsum_(1)
-        n = self._checked_total(at_most[:, -1])
-        r_pos, r_neg = (r.to(at_most.device) for r in _counts(n, len(at_most), positive_rate, eta_pos, eta_neg))
-        # The r-th smallest score is the first value that at least r scores do not exceed.
-        index = torch.searchsorted(at_most, torch.stack((n - r_pos + 1, r_neg), dim=1))
-        largest, smallest = index.to(torch.int16).view(self.dtype).float().unbind(1)
-        return _or_infinite(largest, smallest, r_pos, r_neg)
-
-    def _checked_total(self, proper: Tensor) -> int:
-        """Number of scores a class, if all of them, ``(C,)``, are ``proper``: in [0, 1]."""
-        total = self.counts.sum(1)
-        refused = (total - proper).cpu()
-        if refused.any():
-            classes = _with_counts(refused)
-            raise DataError(
-                f"score histogram: {int(refused.sum())} of {int(total.sum())} scores are not finite or not in [0, 1], "
-                f"in class {classes}; pass probabilities, and if they are, training has diverged: lower the learning "
-                "rate, or compute the scores in float32 before rounding"
-            )
-        return int(total[0])
 
 
 def row_strips(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:

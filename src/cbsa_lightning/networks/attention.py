@@ -9,7 +9,7 @@ from cbsa_lightning.errors import ConfigError
 
 
 def multi_head_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAttention:
-    """The layer that :func:`attend` runs.
+    """Creates the layer that :func:`attend` runs.
 
     Raises:
         ConfigError: If ``heads`` does not divide ``dim``.
@@ -22,10 +22,10 @@ def multi_head_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAt
 def attend(
     layer: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, batch: int, weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes what ``layer`` computes, and repeats inputs that all images share only after their projection.
+    """Computes the output of ``layer``. Inputs that all images share are expanded only after their projection.
 
     Args:
-        layer: Holds projections and dropout rate; see :func:`multi_head_attention`.
+        layer: Provides projections and dropout rate; see :func:`multi_head_attention`.
         queries: ``(B or 1, C, d)``.
         keys: ``(B or 1, L, d)``.
         values: ``(B or 1, L, d)``.
@@ -33,7 +33,7 @@ def attend(
         weights: Whether to return the attention weights, which the fused kernel does not expose.
 
     Returns:
-        The output ``(B, C, d)``, and the attention weights ``(B, C, L)``, averaged over heads, or None.
+        The output ``(B, C, d)`` and the attention weights ``(B, C, L)``, averaged over heads, or None.
     """
     # One chunk costs less than three slices: the backward pass of each slice fills a gradient of the full weight.
     projections = tuple(zip(layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True))

@@ -1,4 +1,4 @@
-"""What the training loop asks of a network."""
+"""Interface between the training loop and a network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class NetworkOutput(NamedTuple):
-    """What a network says about a batch.
+    """Output of a network for a batch.
 
     Attributes:
         logits: ``(B, C)``; the sigmoid of an entry is the probability of that label.
         context_logits: ``(B, K)`` over the contexts, or None without a context head.
-        attention: ``(B, C, h, w)``, where each label looked (rows sum to 1 over the grid), or None.
-        label_features: ``(B, C, d)``, one image feature for each label, or None where all labels share one.
+        attention: ``(B, C, h, w)``, attention of each label over the grid, which sums to 1, or None.
+        label_features: ``(B, C, d)``, one image feature for each label, or None if all labels share one.
     """
 
     logits: Tensor
@@ -25,11 +25,11 @@ class NetworkOutput(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What is known of a batch before training; see :class:`cbsa_lightning.method.labelers.Evidence`.
+    """Frozen features of a batch, computed before training; see :class:`cbsa_lightning.method.labelers.Evidence`.
 
     Attributes:
-        descriptors: each ``(B, D)``, float32.
-        scores: each ``(B, C)``, float32, such as zero-shot scores.
+        descriptors: Tensors ``(B, D)``, float32.
+        scores: Tensors ``(B, C)``, float32, such as zero-shot scores.
     """
 
     descriptors: list[Tensor]
@@ -37,10 +37,10 @@ class Description(NamedTuple):
 
 
 class Network(nn.Module):
-    """Base of the networks that the training loop can train.
+    """Base class of the networks that the training loop can train.
 
-    A forward pass has three parts, so that each is paid for only when it changes: ``features`` (frozen, never
-    in the graph), ``encode_text`` (changes with each optimizer step, shared by all images) and ``forward``.
+    A forward pass has three parts, so that each runs only when its inputs change: ``features`` (frozen, never in the
+    graph), ``encode_text`` (changes with each optimizer step, shared by all images) and ``forward``.
     """
 
     num_contexts: int = 0
@@ -49,25 +49,25 @@ class Network(nn.Module):
 
     @property
     def frozen_weights(self) -> str | None:
-        """Fingerprint of all weights that :meth:`features` depends on; None where they are trained or there is none."""
+        """Fingerprint of all weights that :meth:`features` depends on; None if they are trained or there are none."""
         return None
 
     def class_tensors(self) -> set[str] | None:
-        """Names of the parameters and buffers whose first dimension is the classes; None where that is not known.
+        """Names of the parameters and buffers whose first dimension is the classes; None if unknown.
 
-        A new run with other classes takes over their rows by class name; where they are not known, it needs the same
-        classes in the same order.
+        A new run with other classes copies their rows by class name. If they are unknown, it needs the same classes in
+        the same order.
         """
         return None
 
     def features(self, images: Tensor) -> Tensor:
-        """Frozen part of the image tower: ``(B, 3, H, W)`` uint8 images to whatever ``forward`` takes."""
+        """Maps ``(B, 3, H, W)`` uint8 images to the input of ``forward``, with the frozen part of the image tower."""
         raise NotImplementedError
 
     def describer(self) -> Callable[[Tensor], Description]:
-        """Gives a function from features to what is known of the images before training, to be used right away.
+        """Returns a function that maps features to a :class:`Description`. Use it before training starts.
 
-        Here the mean of the features over the places of the grid.
+        By default, this is the mean of the features over the places of the grid.
         """
 
         def describe(features: Tensor) -> Description:
@@ -76,33 +76,33 @@ class Network(nn.Module):
         return describe
 
     def encode_text(self) -> Any:
-        """Features of the classes, shared by all images of a step; None for a network without a text tower."""
+        """Returns the class features, which all images of a step share; None for a network without a text tower."""
         return None
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """Trainable part.
+        """Runs the trainable part.
 
         Args:
-            features: What :meth:`features` gave.
-            text: What :meth:`encode_text` gave; computed here when None.
-            attention: Whether to give the attention maps too.
+            features: Output of :meth:`features`.
+            text: Output of :meth:`encode_text`; None computes it here.
+            attention: Whether to return the attention maps too.
         """
         raise NotImplementedError
 
     def mean_feature_logits(self, label_features: Tensor, text: Any = None) -> Tensor:
-        """Logits ``(B, C)`` when every label gets the mean of an image's ``label_features (B, C, d)``.
+        """Returns the logits ``(B, C)`` if every label uses the mean of an image's ``label_features (B, C, d)``.
 
-        Only networks whose output has label features implement it.
+        Only networks with label features implement it.
         """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters as ``{"params": [...], "lr_scale": float}``, the scale times the learning rate."""
+        """Returns trainable parameters as ``{"params": [...], "lr_scale": float}``; the scale multiplies the rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
 
 def mean_over_places(features: Tensor) -> Tensor:
-    """``(B, D)`` float32 of a map ``(B, D, h, w)``, of all tokens ``(B, L, D)``, or of ``(B, D)`` itself."""
+    """Returns float32 ``(B, D)`` from a map ``(B, D, h, w)``, all tokens ``(B, L, D)``, or ``(B, D)`` itself."""
     if features.ndim == 4:
         return features.float().mean((2, 3))
     return features.float().mean(1) if features.ndim == 3 else features.float()

@@ -1,4 +1,4 @@
-"""Names of networks that ``torch.compile`` has wrapped, and of their parameters."""
+"""Names of networks wrapped by ``torch.compile``, and of their parameters."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def plain_name(name: str) -> str:
 
 
 def class_of(network: Any) -> str:
-    """Name of a network's class, compiled or not."""
+    """Returns the class name of a network, compiled or not."""
     return type(getattr(network, "_orig_mod", network)).__name__

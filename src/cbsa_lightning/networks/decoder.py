@@ -10,25 +10,25 @@ from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 
 SHARPNESS = 20.0
-"""Attention logit per unit of cosine between text and place before training: DualCoOp's factor for regions."""
+"""Attention logit per unit of cosine between text and place before training, as in DualCoOp for regions."""
 
 
 class LabelDecoder(nn.Module):
     """Label-specific image features: the classes' text features attend to the local image tokens (Eq. 4).
 
-    The paper specifies "a transformer decoder of two layers" and nothing inside it. The standard block, started at
-    random, learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four
-    choices counter this where CLIP's text and image features are aligned:
+    The paper specifies only "a transformer decoder of two layers". With random initialization, the standard block
+    learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four design
+    choices prevent this if CLIP's text and image features are aligned:
 
     - **It starts in CLIP's joint space.** Query, key and value projections start as multiples of the identity, and all
       other branches at zero. An untrained decoder therefore attends to the places that CLIP finds most similar to
-      the class, and returns what it finds there.
-    - **Where to look and what to return come from different tokens.** Keys are value-path tokens, which describe their
-      own place only. Values are the sum of both paths and thus include the content of the whole image.
-    - **Only differences matter for attention.** Queries are centered over the classes, keys over the places, and all
-      inputs are scaled to norm sqrt(d): what is common to all classes or places cannot dominate the softmax.
-    - **Pre-norm blocks; each adds the class query to its input** before attention, as DETR does, so that later blocks
-      still look for the class.
+      the class, and returns their features.
+    - **Keys and values come from different tokens.** Keys are value-path tokens, which describe only their own place.
+      Values are the sum of both paths and thus include the content of the whole image.
+    - **Attention depends only on differences.** Queries are centered over the classes and keys over the places, and all
+      inputs are scaled to norm sqrt(d). A component common to all classes or places cannot dominate the softmax.
+    - **Blocks are pre-norm, and each adds the class query to its input** before attention, as DETR does. Later blocks
+      thus still attend by class.
 
     Args:
         dim: d, width of queries and tokens.
@@ -63,16 +63,16 @@ class LabelDecoder(nn.Module):
     def forward(
         self, queries: Tensor, local: Tensor, places: Tensor, attention: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Decodes.
+        """Decodes one feature per label.
 
         Args:
             queries: ``(C, d)``, semantic-aware text features t^s.
             local: ``(B, HW, d)``, local image tokens l, mixed by the attention of CLIP's pool.
             places: ``(B, HW, d)``, value-path tokens, each describing its own place.
-            attention: Whether to return the cross-attention of the last block.
+            attention: Whether to return the cross-attention weights of the last block.
 
         Returns:
-            Label-specific features z ``(B, C, d)``, and attention ``(B, C, HW)``, averaged over heads, or None.
+            Label-specific features z ``(B, C, d)`` and attention ``(B, C, HW)``, averaged over heads, or None.
         """
         x, labels, keys, values = self.inputs(queries, local, places)
         weights = None
@@ -81,11 +81,11 @@ class LabelDecoder(nn.Module):
         return x, weights
 
     def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns x of the first block, the class queries that each block adds, keys and values.
+        """Returns the input of the first block, the class queries that each block adds, keys and values.
 
         The first two are ``(1, C, d)`` and equal; keys and values are ``(B, HW, d)``.
         """
-        if len(queries) > 1:  # a single class has no others to differ from
+        if len(queries) > 1:  # centering would make a single class zero
             queries = queries - queries.mean(0)
         labels = _scaled(queries)[None]
         keys = places - places.mean(1, keepdim=True)
@@ -93,7 +93,7 @@ class LabelDecoder(nn.Module):
 
 
 class LabelDecoderBlock(nn.Module):
-    """Pre-norm block of :class:`LabelDecoder`; with ``first``, cross-attention starts by passing its values on."""
+    """Pre-norm block of :class:`LabelDecoder`. If ``first``, cross-attention initially returns its values unchanged."""
 
     def __init__(
         self, dim: int, heads: int, feedforward: int, dropout: float, self_attention: bool, first: bool
@@ -113,7 +113,7 @@ class LabelDecoderBlock(nn.Module):
     def _start(self, first: bool) -> None:
         cross, identity = self.cross_attention, torch.eye(self.linear2.out_features)
         query, key, value = cross.in_proj_weight.chunk(3)
-        # In the first block the query holds the class twice, as input and as addition, hence the factor 1 / 2.
+        # The first block's query contains the class twice, as input and as addition, hence the factor 1 / 2.
         sharpness = SHARPNESS / 2 / cross.head_dim**0.5
         query.copy_(sharpness**0.5 * identity)
         key.copy_(sharpness**0.5 * identity)
@@ -127,11 +127,11 @@ class LabelDecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor, keys: Tensor, values: Tensor, attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs the block on ``x (B or 1, C, d)``; ``labels (1, C, d)`` are added to what looks for places."""
+        """Runs the block on ``x (B or 1, C, d)``; ``labels (1, C, d)`` are added to the attention queries."""
         batch = len(keys)
         if self.self_attention is not None and self.norm1 is not None:
             y = self.norm1(x)
-            # Dropout is drawn for each image. Without it, queries that all images share stay shared.
+            # Dropout differs for each image. Without dropout, shared queries need not be expanded.
             images = batch if self.training and self.dropout.p else len(x)
             mixed, _ = attend(self.self_attention, y, y, y, images)
             x = x + self.dropout(mixed)
@@ -142,5 +142,5 @@ class LabelDecoderBlock(nn.Module):
 
 
 def _scaled(x: Tensor) -> Tensor:
-    """Scales vectors to norm sqrt(d), so that their entries have mean square 1."""
+    """Scales vectors to norm sqrt(d), so that the mean square of their entries is 1."""
     return F.rms_norm(x, x.shape[-1:])

@@ -1,72 +1,66 @@
-"""DualCoOp: a positive and a negative prompt a class, and evidence gathered over regions (Sun et al., NeurIPS 2022)."""
+"""DualCoOp: a positive and a negative prompt per class, applied to image regions (Sun et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
 class DualText(NamedTuple):
-    """Text features of the prompts that say a class is there, and that it is not, each ``(C, d)``."""
+    """Text features of the prompts for the presence and the absence of a class, each ``(C, d)``."""
 
     positive: Tensor
     negative: Tensor
 
 
-class DualCoOp(PromptedCLIP):
-    """Regions vote for and against a class, those that look most like it loudest.
+class DualCoOp(LearnedPrompts):
+    """Aggregates the evidence of image regions for and against each class.
 
-    Each class attends to regions by their similarity with its *positive* prompt; positive and negative similarities
-    are summed with those weights. The original takes a softmax over both sums; its probability of the class is the
+    Each class attends to regions by their similarity with its *positive* prompt. Positive and negative similarities
+    are summed with these weights. The original applies a softmax to both sums. Its probability of the class is the
     sigmoid of their difference, which is the logit here.
 
-    Source: repository sunxm2357/DualCoOp. Regions are the value path of the attention pool with
-    positions, the mean token among them, as there. Other than there, and like every row of the paper's tables: CAP's
-    pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule in the place of partial labels, ASL(1, 2) and SGD.
+    Source: repository sunxm2357/DualCoOp. As in it, regions are the value path of the attention pool with positions,
+    including the mean token. Differences, common to all rows of the paper's tables: CAP's pseudo-labels, ASL(0, 4),
+    AdamW and one-cycle schedule instead of partial labels, ASL(1, 2) and SGD.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
-        prompt_length: N, learnable words a prompt.
-        shared_prompts: One set of words for all classes.
+        prompt_names: The C class names as used in prompts.
         region_scale: Factor of the cosines in the softmax over regions.
         scale: Factor of the cosines in the logit.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         region_scale: float = 20.0,
         scale: float = 100.0,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.positive_prompts = self._prompts(prompt_length, shared_prompts)
-        self.negative_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.positive_prompts = self.new_prompts()
+        self.negative_prompts = self.new_prompts()
         self.region_scale, self.scale = region_scale, scale
 
     def encode_text(self) -> DualText:
-        """Text features of both prompts, in one pass of the text tower."""
+        """Encodes both prompts in one pass of the text tower."""
         return DualText(*encode_prompt_sets(self.clip, [self.positive_prompts, self.negative_prompts]))
 
     def forward(self, features: Tensor, text: DualText | None = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`; the attention is over the places of the grid, the mean token's share left out."""
+        """Computes the logits; see :class:`Network`. The attention maps omit the mean token."""
         text = text if text is not None else self.encode_text()
         tokens = self.clip.pool.values(features)
         regions = torch.cat([tokens.g[:, None], tokens.l], dim=1)

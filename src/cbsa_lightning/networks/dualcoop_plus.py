@@ -1,83 +1,77 @@
-"""DualCoOp++: a third prompt that says where to look, and regions that take a side (Hu et al., TPAMI 2023)."""
+"""DualCoOp++: a third prompt that selects regions, and competition between classes (Hu et al., TPAMI 2023)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-SCALE = math.exp(3.0)  # of the cosines; a parameter of the original that its optimizer never sees
+SCALE = math.exp(3.0)  # of the cosines; a parameter in the original, but its optimizer never updates it
 SHARPNESS = 200.0  # of the competition between classes
 
 
 class EvidentialText(NamedTuple):
-    """Text features ``(C, d)`` of the prompts that say where a class would be, that it is there, and that it is not."""
+    """Text features ``(C, d)`` of the prompts for regions of interest, for presence, and for absence of a class."""
 
     evidential: Tensor
     positive: Tensor
     negative: Tensor
 
 
-class DualCoOpPlusPlus(PromptedCLIP):
-    """Evidence-guided regions, and at each region a competition between the classes that the winner takes.
+class DualCoOpPlusPlus(LearnedPrompts):
+    """Evidence-guided regions, with a winner-take-all competition between the classes at each region.
 
-    Each class attends to regions by their similarity with its *evidential* prompt. At each region the positive
-    similarities are weighed by a softmax over the *classes*, so that the class that fits best is raised and others,
-    which often resemble it, gain nothing. The logit is the difference of positive and negative sums, whose sigmoid is
-    the original's softmax over both.
+    Each class attends to regions by their similarity with its *evidential* prompt. At each region, the positive
+    similarities are weighted by a softmax over the *classes*, which raises the best class and not others that resemble
+    it. The logit is the difference of positive and negative sums, whose sigmoid equals the original's softmax over
+    both.
 
-    Source: a continuation of the authors' work tree, kjmillerCURIS/dualcoopstarstar, since no official
-    release exists. Regions are the value path of the attention pool without positions or mean token, as there. Other
-    than there: 16 words a prompt instead of 21, as in all rows of the paper's tables, and their common CAP
-    pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule.
+    Source: a continuation of the authors' code, kjmillerCURIS/dualcoopstarstar, since there is no official release. As
+    in the source, regions are the value path of the attention pool without positions and without the mean token.
+    Differences from the source: 16 words per prompt instead of 21, as in all rows of the paper's tables, and their
+    common CAP pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
-        prompt_length: N, learnable words a prompt.
-        shared_prompts: One set of words for all classes.
+        prompt_names: The C class names as used in prompts.
         normalized_winners: Multiply positive similarities by the weight over its highest value at the region, as the
             original does on COCO, instead of by one plus the weight, as it does on VOC and NUS-WIDE.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         normalized_winners: bool = False,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.evidential_prompts = self._prompts(prompt_length, shared_prompts)
-        self.positive_prompts = self._prompts(prompt_length, shared_prompts)
-        self.negative_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.evidential_prompts = self.new_prompts()
+        self.positive_prompts = self.new_prompts()
+        self.negative_prompts = self.new_prompts()
         self.log_temperature = nn.Parameter(torch.tensor(3.0))
         self.normalized_winners = normalized_winners
 
     def encode_text(self) -> EvidentialText:
-        """Text features of the three prompts, in one pass of the text tower."""
+        """Encodes the three prompts in one pass of the text tower."""
         sets = [self.evidential_prompts, self.positive_prompts, self.negative_prompts]
         return EvidentialText(*encode_prompt_sets(self.clip, sets))
 
     def forward(
         self, features: Tensor, text: EvidentialText | None = None, *, attention: bool = False
     ) -> NetworkOutput:
-        """See :class:`Network`."""
+        """Computes the logits; see :class:`Network`."""
         text = text if text is not None else self.encode_text()
         tokens = self.clip.pool.values(features, positions=False)
         evidential, positive, negative = (cosines(tokens.l, t) for t in text)  # each (B, hw, C)
@@ -86,6 +80,6 @@ class DualCoOpPlusPlus(PromptedCLIP):
         return NetworkOutput(logits, None, region_maps(weights, tokens.grid) if attention else None)
 
     def _winners(self, positive: Tensor) -> Tensor:
-        """Factor of each class at each region, ``(B, hw, C)``."""
+        """Returns the factor of each class at each region, ``(B, hw, C)``."""
         share = (SHARPNESS * positive * positive.amax(-1, keepdim=True)).softmax(-1)
         return share / share.amax(-1, keepdim=True) if self.normalized_winners else 1 + share

@@ -1,4 +1,4 @@
-"""What the networks with learnable prompts over a frozen CLIP share: CBSA and the systems it is compared with."""
+"""Base class and functions shared by the networks with learnable prompts on a frozen CLIP."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class PromptedCLIP(Network):
-    """Base: frozen towers, features below the attention pool, and parameter groups.
+    """Base class: frozen towers, features below the attention pool, and parameter groups.
 
     Args:
-        clip: The towers. Their image tower is brought into its fastest form, for good.
-        prompt_names: The C class names, as they are to be read.
+        clip: The towers. Batch norms of the image tower are fused permanently, see :meth:`FrozenCLIP.speed_up`.
+        prompt_names: The C class names as used in prompts.
         train_pool: Whether CLIP's attention pool is trained.
         pool_lr_scale: Factor of the learning rate for the attention pool.
     """
@@ -44,46 +44,80 @@ class PromptedCLIP(Network):
         return ClassPrompts(self.clip, self.prompt_names, length, shared, template, trainable)
 
     def class_tensors(self) -> set[str]:
-        """The prompt words, where each class has its own."""
+        """Names of the prompt words, unless all classes share one set."""
         prompts = ((name, part) for name, part in self.named_modules() if isinstance(part, ClassPrompts))
         return {f"{name}.words" for name, part in prompts if not part.shared}
 
     @property
     def frozen_weights(self) -> str:
-        """Fingerprint of the CLIP weights as they were loaded, and of how the tower uses them.
+        """Fingerprint of the loaded CLIP weights and of the tower's structure.
 
-        The same weights give other features under another activation or number of heads, which no weight shows.
+        The same weights yield other features with another activation or number of heads, which the weights do not show.
         """
         tower = self.clip.tower
         heads = [f"{name} {m.num_heads}" for name, m in tower.named_modules() if hasattr(m, "num_heads")]
         return hashlib.sha256("\n".join([self.clip.fingerprint, repr(tower), *heads]).encode()).hexdigest()
 
     def features(self, images: Tensor) -> Tensor:
-        """Frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
+        """Computes frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
         return self.clip.features(images)
 
     def describer(self, keep: bool = False) -> Describer:
-        """Mean of the frozen features, CLIP's global feature, and zero-shot scores: the cosine with "a photo of a ...".
+        """Returns a module that computes mean frozen features, CLIP's global feature, and zero-shot scores.
 
-        All of the towers as they are now: before training the pool is CLIP's own.
+        Zero-shot scores are cosines with "a photo of a ...". The module uses the current weights of the towers; before
+        training, the pool is still CLIP's own.
 
         Args:
-            keep: Whether the description stays as it is when the pool is trained.
+            keep: Whether to copy the pool, so that training it does not change the descriptions.
         """
         pool = copy.deepcopy(self.clip.pool).requires_grad_(False) if keep else self.clip.pool
         return Describer(pool, nn.functional.normalize(self.zero_shot_text().float(), dim=-1))
 
     def zero_shot_text(self) -> Tensor:
-        """Text features ``(C, d)`` of "a photo of a ...", without gradients; not normalized."""
+        """Returns text features ``(C, d)`` of "a photo of a ...", without gradients and not normalized."""
         return self.clip.encode_texts([f"a photo of a {name}." for name in self.prompt_names])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The attention pool, if trained, in a group of its own with its factor of the learning rate."""
+        """Returns parameter groups; a trained attention pool has its own group and learning rate factor."""
         return parameter_groups(self, self.clip.pool, self.pool_lr_scale)
 
 
+class LearnedPrompts(PromptedCLIP):
+    """Base class of the compared systems: a frozen CLIP, and prompts of equal length.
+
+    Args:
+        prompt_names: The C class names as used in prompts.
+        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
+        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
+        prompt_length: N, number of learnable words per prompt.
+        shared_prompts: Whether all classes share one set of words.
+
+    Raises:
+        ConfigError: If the settings do not fit the towers.
+        WeightsError: If the CLIP weights are not available.
+    """
+
+    def __init__(
+        self,
+        prompt_names: Sequence[str],
+        clip: str = "RN50-quickgelu",
+        pretrained: str | None = "openai",
+        prompt_length: int = 16,
+        shared_prompts: bool = False,
+    ) -> None:
+        from cbsa_lightning.clip import FrozenCLIP  # open_clip takes seconds to import
+
+        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
+        self.prompt_length, self.shared_prompts = prompt_length, shared_prompts
+
+    def new_prompts(self) -> ClassPrompts:
+        """Returns trainable prompts, initialized with noise."""
+        return self._prompts(self.prompt_length, self.shared_prompts)
+
+
 class Describer(nn.Module):
-    """Descriptions of images by an attention pool and by text features ``(C, d)``."""
+    """Describes images with an attention pool and text features ``(C, d)``."""
 
     text: Tensor
 
@@ -95,7 +129,7 @@ class Describer(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Description:
         """Describes frozen features."""
-        # In full precision: zero-shot scores of two images differ by little more than half precision holds.
+        # In float32: zero-shot scores of two images differ by little more than the resolution of half precision.
         with torch.autocast(features.device.type, enabled=False):
             dtype = next(self.pool.parameters()).dtype
             g = nn.functional.normalize(self.pool(features.to(dtype)).g.float(), dim=-1)
@@ -103,7 +137,7 @@ class Describer(nn.Module):
 
 
 def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[dict[str, Any]]:
-    """Groups of trainable parameters: those of a ``part`` of the network, if any, under their own factor."""
+    """Returns groups of trainable parameters; those of ``part``, if any, have the learning rate factor ``scale``."""
     scaled = [p for p in part.parameters() if p.requires_grad]
     taken = {id(p) for p in scaled}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
@@ -112,13 +146,13 @@ def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[
 
 
 def cosines(images: Tensor, text: Tensor) -> Tensor:
-    """Cosine ``(..., C)`` of image features ``(..., d)`` with every class ``(C, d)``; float32 whatever the autocast."""
+    """Returns cosines ``(..., C)`` of image features ``(..., d)`` with classes ``(C, d)``, always in float32."""
     with torch.autocast(images.device.type, enabled=False):
         x, t = (nn.functional.normalize(v.float(), dim=-1) for v in (images, text))
         return x @ t.T
 
 
 def region_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weights of the places ``(B, h * w, C)`` as attention maps ``(B, C, h, w)``, each of which sums to 1."""
+    """Reshapes weights of places ``(B, h * w, C)`` to attention maps ``(B, C, h, w)``, each normalized to sum 1."""
     maps = weights / weights.sum(1, keepdim=True)
     return maps.transpose(1, 2).reshape(len(maps), -1, *grid)

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class ClassPrompts(nn.Module):
-    """One prompt a class: ``[start] v_1 ... v_N class-name . [end]``, with ``v`` learnable.
+    """One prompt per class: ``[start] v_1 ... v_N class-name . [end]``, with learnable ``v``.
 
-    Prompts are cut behind the longest end token. The text tower is causal and is read at the end token, so what
-    stands behind it can change nothing, and leaving it out is exact.
+    Prompts are cut after the longest end token. This is exact: the text tower is causal and its output is read at the
+    end token, so later tokens have no effect.
 
     Args:
-        clip: Gives the tokenizer and the frozen word embeddings.
-        names: The C class names, as they are to be read.
+        clip: Provides the tokenizer and the frozen word embeddings.
+        names: The C class names as used in prompts.
         length: N, number of learnable words.
-        shared: One set of words for all classes, ``(N, w)``, instead of one set a class, ``(C, N, w)``.
-        template: Start from these words ("a photo of a") instead of from noise; they then fix N.
-        trainable: False keeps the words as they start.
+        shared: Whether all classes share one set of words ``(N, w)``; otherwise each has its own, ``(C, N, w)``.
+        template: Initial words such as "a photo of a", which then determine N; None starts from noise.
+        trainable: Whether the words are trained.
 
     Raises:
         ConfigError: If a class name does not fit into the text tower, or a fixed prompt has no template.
@@ -52,12 +52,12 @@ class ClassPrompts(nn.Module):
         if template is not None:
             length = int(clip.eot(clip.tokenize([template]))) - 1
         if length < 1:
-            raise ConfigError(f"A prompt needs at least one word in front of the class name, got {length}.")
+            raise ConfigError(f"A prompt needs at least one word before the class name, got {length}.")
         tokens = self._tokens(clip, names, length, template)
         end = clip.eot(tokens)
         with torch.no_grad():
             embeddings = clip.embed_tokens(tokens[:, : int(end.max()) + 1])
-        # Derived from the class names and the frozen table, so not part of a checkpoint.
+        # Derived from the class names and the frozen embeddings, so not part of a checkpoint.
         self.register_buffer("prefix", embeddings[:, :1], persistent=False)
         self.register_buffer("suffix", embeddings[:, 1 + length :], persistent=False)
         self.register_buffer("end", end, persistent=False)
@@ -71,25 +71,25 @@ class ClassPrompts(nn.Module):
 
     @staticmethod
     def _tokens(clip: FrozenCLIP, names: Sequence[str], length: int, template: str | None) -> Tensor:
-        # A cut text still ends in an end token, so the room is checked on the name alone, which must be whole.
+        # A truncated text still ends in an end token, so check that the name alone fits.
         room = clip.context_length - length - 3  # start, full stop, end
         used = clip.eot(clip.tokenize(list(names))) - 1
         for name, count in zip(names, used.tolist(), strict=True):
             if count > room:
                 raise ConfigError(
-                    f"Class name '{name}' takes {count} tokens or more, but {length} prompt words leave room for "
-                    f"{room} of the {clip.context_length} that the text tower reads. Give it a shorter prompt name in "
+                    f"Class name '{name}' has {count} tokens or more, but {length} prompt words leave room for "
+                    f"{room} of the {clip.context_length} tokens of the text tower. Give it a shorter prompt name in "
                     "the class file, or use fewer prompt words."
                 )
         words = template if template is not None else " ".join(["X"] * length)
         return clip.tokenize([f"{words} {name}." for name in names])
 
     def parts(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What the text tower takes.
+        """Returns the input of the text tower.
 
         Returns:
-            The start and words that all prompts share ``(1, 1 + N, w)``, or None where each class has its own; what
-            follows them, or the whole prompts ``(C, L, w)``; the position of each end token in that ``(C,)``.
+            The start token and shared words ``(1, 1 + N, w)``, or None if each class has its own words; the rest of
+            each prompt, or the whole prompts ``(C, L, w)``; the position of each end token in these, ``(C,)``.
         """
         words = self.words.to(self.prefix.dtype)
         if words.dim() == 2:
@@ -98,15 +98,15 @@ class ClassPrompts(nn.Module):
         return None, torch.cat([self.prefix, words, self.suffix], dim=1), self.end
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Gives prompt embeddings ``(C, L, w)`` and the position of each end token ``(C,)``."""
+        """Returns prompt embeddings ``(C, L, w)`` and the position of each end token ``(C,)``."""
         start, rest, _ = self.parts()
         return rest if start is None else torch.cat([start.expand(len(rest), -1, -1), rest], dim=1), self.end
 
 
 def encode_prompt_sets(clip: FrozenCLIP, sets: Sequence[ClassPrompts]) -> list[Tensor]:
-    """Text features of several prompt sets over the same C classes: a list of ``(C, d)``.
+    """Encodes several prompt sets over the same C classes. Returns a list of text features ``(C, d)``.
 
-    One pass of the text tower serves all sets, unless only some of them share their words among the classes.
+    All sets share one pass of the text tower, unless only some of them share their words among the classes.
     """
     starts, rests, ends = zip(*(prompts.parts() for prompts in sets), strict=True)
     if len({None if start is None else start.shape[1] for start in starts}) > 1:

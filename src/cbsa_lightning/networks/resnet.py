@@ -1,6 +1,6 @@
 """A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows.
 
-Sources: CAP's repository (xiemk/SSMLL-CAP) for what is trained and on which images; timm for the ResNet and its
+Sources: CAP's repository (xiemk/SSMLL-CAP) for the trained layers and the images; timm for the ResNet and its
 ImageNet weights; "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., repository
 Alibaba-MIIL/ML_Decoder) for the decoder head.
 """
@@ -26,30 +26,30 @@ from cbsa_lightning.networks.base import Description, Network, NetworkOutput
 
 TIMM = "timm"  # the default of `pretrained`: the weights of the backbone's tag
 WAYS = (
-    "Ways to get weights: (1) where there is network access, timm downloads them once into the Hugging Face cache, and "
-    "that cache (HF_HOME) can be copied to a machine without; (2) download the file elsewhere and give "
-    "pretrained=<file>, a .safetensors of timm or a .pth of torchvision; (3) pretrained='random' for "
-    "random weights, of use in tests only."
+    "Ways to get weights: (1) with network access, timm downloads them once into the Hugging Face cache, and that "
+    "cache (HF_HOME) can be copied to a machine without access; (2) download the file elsewhere and give "
+    "pretrained=<file>, a .safetensors file of timm or a .pth file of torchvision; (3) pretrained='random' for random "
+    "weights, useful only in tests."
 )
 
 
 class Head(nn.Module):
-    """Base of the heads: from the trunk's map to logits. Made by ``head(D, C)``; see :data:`HeadCallable`."""
+    """Base class of the heads, which map the trunk's output to logits. See :data:`HeadCallable`."""
 
     class_tensors: tuple[str, ...] | None = None  # see Network.class_tensors
 
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
-        """Judges every class.
+        """Computes the logits.
 
         Args:
             features: ``(B, D, h, w)``, the last map of the trunk.
-            attention: Whether to give attention maps too, if the head has any.
+            attention: Whether to return attention maps too, if the head has any.
         """
         raise NotImplementedError
 
 
 HeadCallable = Callable[[int, int], Head]
-"""Makes a head from D, the number of channels of the trunk's map, and C, the number of classes."""
+"""Creates a head from D, the number of channels of the trunk's map, and C, the number of classes."""
 
 
 class LinearHead(Head):
@@ -72,7 +72,7 @@ class LinearHead(Head):
 
 
 class CrossAttentionBlock(nn.Module):
-    """The standard post-norm decoder block without self-attention, which can return its attention weights."""
+    """Standard post-norm decoder block without self-attention that can return its attention weights."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class CrossAttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)`` and attention ``(B, C, HW)``."""
+        """Maps ``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)``, attention ``(B, C, HW)``."""
         seen, weights = attend(self.multihead_attn, queries, tokens, tokens, len(tokens), attention)
         x = self.norm2(queries + self.dropout(seen))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
@@ -92,13 +92,13 @@ class CrossAttentionBlock(nn.Module):
 
 
 class MLDecoderHead(Head):
-    """ML-Decoder as CAP uses it: one fixed random query a class looks at the map, and is read out by its own weights.
+    """ML-Decoder as used by CAP: each class has a fixed random query, which attends to the map, and its own weights.
 
-    One decoder block without self-attention, as the queries are the same for every image. Three things differ from the
-    published code. There the place of self-attention is taken by ``x + dropout(x)``, which the norm behind it undoes
-    up to the noise of dropout; here that norm alone remains, without the noise. Each class has a query of its own
-    however many there are, which is CAP's setting; the published default shares 100 among more classes. And the
-    read-out is one product with a ``(C, width)`` matrix, not a loop over classes.
+    It has one decoder block without self-attention, since the queries are the same for every image. It differs from the
+    published code in three ways. The published code replaces self-attention by ``x + dropout(x)``, which the following
+    norm reduces to dropout noise; here, only the norm remains. Each class always has its own query, as in CAP;
+    the published default shares 100 queries among more classes. The logits are one product with a ``(C, width)``
+    matrix instead of a loop over classes.
 
     Args:
         num_features: D, channels of the map.
@@ -128,7 +128,7 @@ class MLDecoderHead(Head):
         self.embed = nn.Linear(num_features, width)
         self.register_buffer("queries", torch.randn(num_classes, width))
         self.norm = nn.LayerNorm(width)
-        # Nested so that checkpoints written when the head had a decoder of several blocks still load.
+        # Nested so that checkpoints from versions with several decoder blocks still load.
         self.decoder = nn.ModuleDict(
             {"layers": nn.ModuleList([CrossAttentionBlock(width, heads, feedforward, dropout)])}
         )
@@ -145,24 +145,24 @@ class MLDecoderHead(Head):
 
 
 class ImageNetNetwork(Network):
-    """An ImageNet ResNet of timm with a head, all of it trained, BatchNorm statistics included.
+    """A timm ImageNet ResNet with a head, trained as a whole, including BatchNorm statistics.
 
-    Nothing is frozen: :meth:`features` hands on the images, the trunk runs in :meth:`forward`, and neither a feature
-    cache nor a labeler that needs frozen features can be used with it.
+    Nothing is frozen: :meth:`features` returns the images and the trunk runs in :meth:`forward`. The network therefore
+    supports neither a feature cache nor a labeler that needs frozen features.
 
     Args:
-        class_names: The C class names; only their number counts.
+        class_names: The C class names; only their number is used.
         backbone: Name of a timm model whose last map is ``(B, D, h, w)``, with the tag of its weights. The default is
             torchvision's first ImageNet ResNet-50, which CAP starts from.
-        pretrained: "timm" for the weights of the tag, fetched by timm; a .safetensors or .pth file of weights, whose
-            classifier is ignored; "random" for random weights.
-        head: Makes the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
-        image_mean: Three channel means, for images in [0, 1]; None: 0. CAP does not normalize.
-        image_std: Three channel deviations above 0, likewise; None: 1.
+        pretrained: "timm" for the weights of the tag, downloaded by timm; a .safetensors or .pth file of weights, whose
+            classifier is ignored; or "random" for random weights.
+        head: Creates the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
+        image_mean: Three channel means for images in [0, 1]; None uses 0. CAP does not normalize.
+        image_std: Three channel standard deviations above 0; None uses 1.
 
     Raises:
-        ConfigError: If timm has no such model, or means and deviations are no three numbers.
-        WeightsError: If the weights are not available or do not fit; lists the ways to get them.
+        ConfigError: If timm has no such model, or means or standard deviations are not three numbers.
+        WeightsError: If the weights are not available or do not fit. The message lists the ways to get them.
     """
 
     mean: Tensor
@@ -180,56 +180,56 @@ class ImageNetNetwork(Network):
         super().__init__()
         self.trunk = _load_trunk(backbone, pretrained)
         self.head = head(_width(self.trunk), len(class_names))
-        # Buffers that a checkpoint holds: weights go with the images that they were trained on.
+        # Buffers of the checkpoint: weights belong with the normalization that they were trained with.
         self.register_buffer("mean", _channels("image_mean", image_mean, 0.0))
         self.register_buffer("std", _channels("image_std", image_std, 1.0))
         if not bool((self.std > 0).all()):
             raise ConfigError(f"image_std must be three numbers above 0, got {image_std}")
 
     def class_tensors(self) -> set[str] | None:
-        """Those of the head."""
+        """Names of the head's class tensors."""
         own = self.head.class_tensors
         return None if own is None else {f"head.{name}" for name in own}
 
     def features(self, images: Tensor) -> Tensor:
-        """The images ``(B, 3, H, W)`` themselves, as floats in [0, 1]: no part of the tower is frozen.
+        """Returns the images ``(B, 3, H, W)`` as floats in [0, 1]: no part of the network is frozen.
 
         Args:
             images: uint8, or float in [0, 1].
 
         Raises:
-            DataError: Another shape or type.
+            DataError: If shape or type is wrong.
         """
         return as_float(images, self.mean.dtype)
 
     def describer(self) -> Callable[[Tensor], Description]:
-        """There is none: before training, a tower that is trained has nothing to say that will stay true.
+        """Not available: a network that is trained as a whole has no frozen features.
 
         Raises:
             ConfigError: Always.
         """
         raise ConfigError(
-            "ImageNetNetwork trains its whole tower, so there are no frozen features that labels could be made from "
-            "before training: choose a labeler that works on each epoch's scores, such as "
+            "ImageNetNetwork trains its whole backbone, so there are no frozen features to compute labels from before "
+            "training: choose a labeler that works on each epoch's scores, such as "
             "cbsa_lightning.method.labelers.ClassDistributionAware, or a network with frozen towers."
         )
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """Trunk and head.
+        """Runs trunk and head.
 
         Args:
-            features: Images as :meth:`features` gives them.
-            text: Not used; there is no text tower.
-            attention: Whether to give the head's attention maps, if it has any.
+            features: Images as returned by :meth:`features`.
+            text: Ignored; there is no text tower.
+            attention: Whether to return the head's attention maps, if it has any.
 
         Raises:
-            ConfigError: If the backbone gives no map.
+            ConfigError: If the output of the backbone is not a map.
         """
         found = self.trunk((features - self.mean) / self.std)
         width = _width(self.trunk)
         if found.ndim != 4 or found.shape[1] != width:
             raise ConfigError(
-                f"the backbone {type(self.trunk).__name__} gives {tuple(found.shape)} where a map (B, {width}, h, w) "
+                f"the backbone {type(self.trunk).__name__} returns {tuple(found.shape)}, but a map (B, {width}, h, w) "
                 "is needed; choose a convolutional one, such as resnet50.tv_in1k"
             )
         return cast(NetworkOutput, self.head(found, attention))
@@ -247,21 +247,21 @@ def _channels(name: str, values: Sequence[float] | None, default: float) -> Tens
 
 
 def _load_trunk(backbone: str, pretrained: str | None) -> nn.Module:
-    """The timm model without its classifier and pooling, with the weights that were asked for."""
+    """Returns the timm model without its classifier and pooling, with the requested weights."""
     if pretrained is None:
         raise ConfigError(
-            f"pretrained of backbone {backbone!r} is null, which names no weights. Give '{TIMM}' or a file, or "
+            f"pretrained of backbone {backbone!r} is null, which names no weights. Give '{TIMM}', a file, or "
             f"'{RANDOM}' for random weights."
         )
     names = [*timm.list_models(), *timm.list_pretrained()]
     if backbone not in names:
         near = get_close_matches(backbone, names, n=5)
         raise ConfigError(
-            f"timm {timm.__version__} knows no model {backbone!r}" + (f"; near names: {listed(near)}" if near else "")
+            f"timm {timm.__version__} has no model {backbone!r}" + (f"; similar names: {listed(near)}" if near else "")
         )
     try:
         trunk: nn.Module = timm.create_model(backbone, pretrained=pretrained == TIMM, num_classes=0, global_pool="")
-    except Exception as error:  # timm, the hub and torch raise many kinds
+    except Exception as error:  # timm, the hub and torch raise many kinds of exceptions
         if pretrained == TIMM:
             _fail(f"the ImageNet weights of {backbone}, {_home(backbone)}, could not be loaded: {error}", error)
         raise ConfigError(f"timm cannot build {backbone!r} without its classifier: {error}") from error
@@ -271,16 +271,16 @@ def _load_trunk(backbone: str, pretrained: str | None) -> nn.Module:
 
 
 def _home(backbone: str) -> str:
-    """Where timm looks for the weights."""
+    """Returns the address that timm downloads the weights from."""
     config = timm.get_pretrained_cfg(backbone)
-    return f"huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url or "which timm has none of"
+    return f"huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url or "for which timm has no address"
 
 
 def _load_file(trunk: nn.Module, file: Path) -> None:
     classifier = f"{trunk.pretrained_cfg['classifier']}."  # type: ignore[index]
     weights = {name: value for name, value in _read(file).items() if not name.startswith(classifier)}
     own = trunk.state_dict()
-    # Counters of batches go into no result; torchvision's older files lack them.
+    # Batch counters do not affect outputs, and older torchvision files lack them.
     missing = [name for name in own.keys() - weights.keys() if not name.endswith("num_batches_tracked")]
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
@@ -290,21 +290,21 @@ def _load_file(trunk: nn.Module, file: Path) -> None:
     problems = {"missing": missing, "unknown": weights.keys() - own.keys(), "other shape": shapes}
     found = [f"{what}: {listed(sorted(names), 5)}" for what, names in problems.items() if names]
     if found:
-        _fail(f"{file} does not hold the weights of this backbone; {'; '.join(found)}.")
+        _fail(f"{file} does not contain the weights of this backbone; {'; '.join(found)}.")
     trunk.load_state_dict(weights, strict=False)
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        _fail(f"pretrained={str(file)!r} is neither {TIMM!r} nor a file that is there.")
+        _fail(f"pretrained={str(file)!r} is neither {TIMM!r} nor an existing file.")
     try:
         safe = file.suffix == ".safetensors"
         weights = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the readers raise nearly anything
+    except Exception as error:  # damaged bytes cause nearly any exception
         reason = str(error).partition("\n")[0]
-        _fail(f"{file} is no file of weights that can be read without running code from it: {reason}", error)
+        _fail(f"{file} cannot be read as a weights file without running code from it: {reason}", error)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        _fail(f"{file} holds no plain mapping from names to tensors; save the backbone's state_dict() alone.")
+        _fail(f"{file} is not a plain mapping from names to tensors; save only the backbone's state_dict().")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""SCPNet: class embeddings refined over a graph of how alike CLIP finds the class names (Ding et al., CVPR 2023)."""
+"""SCPNet: class embeddings refined over a graph of similarities between class names (Ding et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -10,39 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, parameter_groups
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, parameter_groups
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-OWN_SHARE = 0.8  # of a class in its own row of the graph; its neighbors share the rest
+OWN_SHARE = 0.8  # weight of a class in its own row of the graph; its neighbors share the rest
 
 
-class SCPNet(PromptedCLIP):
-    """The global image feature against class embeddings that graph convolutions have mixed with their neighbors'.
+class SCPNet(LearnedPrompts):
+    """Compares the global image feature with class embeddings that graph convolutions mix with their neighbors'.
 
-    Source: repository jameslahm/SCPNet. Its relation matrix is shipped without its generator; here it is
-    made of the cosines of CLIP's text features of "a photo of a ...", which its values are consistent with. Other than
-    there: the image encoder is frozen as in all rows of the paper's tables; class-specific noise instead of the words
-    "a photo of a" starts the prompts; and CAP's pseudo-labels and ASL(0, 4) take the place of its losses for single
-    positive labels and of its consistency term, as the paper combines it with CAP.
+    Source: repository jameslahm/SCPNet, which ships its relation matrix without the code that generates it. Here, the
+    matrix consists of cosines of CLIP's text features of "a photo of a ...", which is consistent with the shipped
+    values. Other differences: the image encoder is frozen, as in all rows of the paper's tables; prompts start from
+    class-specific noise instead of "a photo of a"; and CAP's pseudo-labels and ASL(0, 4) replace the losses for single
+    positive labels and the consistency term, as in the paper's combination with CAP.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
-        prompt_length: N, learnable words a prompt.
-        shared_prompts: One set of words for all classes.
-        neighbors: Entries that a row of the graph keeps, itself among them: 62 on COCO, 50 on NUS-WIDE in the
-            original, None for all (its 20 on VOC).
-        scale: Factor of the cosine, a constant; 10 in the original, on NUS-WIDE CLIP's own (about 100).
+        prompt_names: The C class names as used in prompts.
+        neighbors: Number of entries kept in each row of the graph, including the class itself. The original uses 62 on
+            COCO, 50 on NUS-WIDE, and all 20 on VOC. None keeps all.
+        scale: Constant factor of the cosine. The original uses 10, and CLIP's own (about 100) on NUS-WIDE.
         hidden: Width of the graph convolutions.
-        graph_lr_scale: Factor of the learning rate for the graph convolutions. At 1e-3 it gives 1e-4, within the
-            original's 1e-5 to 2e-4.
+        graph_lr_scale: Factor of the learning rate for the graph convolutions. A learning rate of 1e-3 then becomes
+            1e-4, within the original's range of 1e-5 to 2e-4.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -51,17 +48,14 @@ class SCPNet(PromptedCLIP):
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         neighbors: int | None = None,
         scale: float = 10.0,
         hidden: int = 2048,
         graph_lr_scale: float = 0.1,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.prompts = self.new_prompts()
         self.scale, self.graph_lr_scale = scale, graph_lr_scale
         text = self.zero_shot_text()
         # Derived from the class names and the frozen towers, so not part of a checkpoint.
@@ -70,7 +64,7 @@ class SCPNet(PromptedCLIP):
         self.convolutions = nn.ModuleList(_convolution(*ends) for ends in itertools.pairwise(widths))
 
     def encode_text(self) -> Tensor:
-        """Refined class embeddings ``(C, d)``."""
+        """Returns refined class embeddings ``(C, d)``."""
         (text,) = encode_prompt_sets(self.clip, [self.prompts])
         x = text
         for i, layer in enumerate(self.convolutions):
@@ -78,39 +72,39 @@ class SCPNet(PromptedCLIP):
         return text + x
 
     def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`; there is no attention, since only the global feature is looked at."""
+        """Computes the logits; see :class:`Network`. There is no attention, since only the global feature is used."""
         text = text if text is not None else self.encode_text()
         return NetworkOutput(self.scale * cosines(self.clip.pool(features).g, text))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The graph convolutions in a group of their own."""
+        """Returns parameter groups; the graph convolutions have their own learning rate factor."""
         return parameter_groups(self, self.convolutions, self.graph_lr_scale)
 
 
 def _convolution(before: int, after: int) -> nn.Linear:
-    """Weights of a graph convolution; they start as the original's do."""
+    """Creates a graph convolution, initialized as in the original."""
     layer = nn.Linear(before, after, bias=False)
     nn.init.uniform_(layer.weight, -(after**-0.5), after**-0.5)
     return layer
 
 
 def relation_graph(relation: Tensor, neighbors: int | None = None) -> Tensor:
-    """Graph ``(C, C)`` of a relation matrix ``(C, C)``; rows sum to 1.
+    """Returns the graph ``(C, C)`` of a relation matrix ``(C, C)``; rows sum to 1.
 
     Args:
-        relation: How alike two classes are. Negative entries count as 0; CLIP's own are all far above.
-        neighbors: Highest entries that each row keeps, the class itself among them; None keeps all.
+        relation: Similarities of the classes. Negative entries count as 0; CLIP's own are all far above.
+        neighbors: Number of highest entries kept in each row, including the class itself; None keeps all.
 
     Raises:
-        ConfigError: If there are not so many classes, or no neighbor would be left.
+        ConfigError: If there are fewer classes, or no neighbor would be left.
     """
     number = len(relation)
     if number < 2:
-        raise ConfigError("SCPNet needs two classes or more: its graph joins each to others.")
+        raise ConfigError("SCPNet needs at least two classes, since its graph connects each class to others.")
     kept = number if neighbors is None else neighbors
     if not 2 <= kept <= number:
-        raise ConfigError(f"SCPNet: neighbors must lie between 2 and the {number} classes, got {kept}.")
-    relation = relation.clone().fill_diagonal_(torch.inf)  # a class is its own nearest, even beside a namesake
+        raise ConfigError(f"SCPNet: neighbors must be between 2 and the {number} classes, got {kept}.")
+    relation = relation.clone().fill_diagonal_(torch.inf)  # a class is nearest to itself, even if names are equal
     highest = relation.topk(kept, dim=1)
     rows = torch.zeros_like(relation).scatter_(1, highest.indices, highest.values.clamp(min=0)).fill_diagonal_(0)
     rows = rows / rows.sum(1, keepdim=True).clamp(min=1e-12) * (1 - OWN_SHARE)

@@ -1,78 +1,71 @@
-"""TaI-DPT: one prompt a class for the whole image and one for its places (Guo et al., CVPR 2023)."""
+"""TaI-DPT: one prompt per class for the whole image and one for its places (Guo et al., CVPR 2023)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.networks.base import NetworkOutput
-from cbsa_lightning.networks.prompted import PromptedCLIP, cosines, region_maps
+from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
 class GrainedText(NamedTuple):
-    """Text features that the whole image (``coarse``) and its places (``fine``) are compared with, each ``(C, d)``."""
+    """Text features to compare with the whole image (``coarse``) and its places (``fine``), each ``(C, d)``."""
 
     coarse: Tensor
     fine: Tensor
 
 
-class TaI(PromptedCLIP):
-    """Two granularities: the global feature against one prompt, the places that fit best against another.
+class TaI(LearnedPrompts):
+    """Two granularities: one prompt for the global feature, and another for the best-matching places.
 
-    The logit is the mean of the global cosine and of the places' cosines, weighed by a softmax over the places, times
-    a scale.
+    The logit is the scaled mean of the global cosine and of the places' cosines, weighted by a softmax over the places.
 
-    Source: repository guozix/TaI-DPT: global and local features without positions, the local ones by
-    the value path. Its prompts are trained on captions in the place of images, by a ranking loss on each granularity;
-    the paper combines it with CAP instead, so here both are trained on the labeled and pseudo-labeled images, by
-    ASL on the merged logit, without any caption. Since ASL wants a probability, the scale starts at 20 and is learned
+    Source: repository guozix/TaI-DPT. As in it, global and local features have no positions, and the local ones use the
+    value path. The original trains its prompts on captions instead of images, with a ranking loss for each granularity.
+    The paper combines it with CAP instead, so here both prompts are trained on labeled and pseudo-labeled images, with
+    ASL on the merged logit and without captions. Since ASL needs a probability, the scale starts at 20 and is learned
     (TaI: a constant 4), and prompts are class-specific.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
-        prompt_length: N, learnable words a prompt.
-        shared_prompts: One set of words for all classes.
-        region_scale: Factor of the cosines in the softmax over places; TaI's for images (50 for captions; 4 on
-            NUS-WIDE).
+        prompt_names: The C class names as used in prompts.
+        region_scale: Factor of the cosines in the softmax over places. The default is TaI's for images (50 for
+            captions; 4 on NUS-WIDE).
         scale: Initial factor of the cosines in the logit.
         learn_scale: Whether that factor is learned.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+            :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
     def __init__(
         self,
         prompt_names: Sequence[str],
-        clip: str = "RN50-quickgelu",
-        pretrained: str | None = "openai",
-        prompt_length: int = 16,
-        shared_prompts: bool = False,
         region_scale: float = 40.0,
         scale: float = 20.0,
         learn_scale: bool = True,
+        **clip_and_prompts: Any,
     ) -> None:
-        super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
-        self.global_prompts = self._prompts(prompt_length, shared_prompts)
-        self.local_prompts = self._prompts(prompt_length, shared_prompts)
+        super().__init__(prompt_names, **clip_and_prompts)
+        self.global_prompts = self.new_prompts()
+        self.local_prompts = self.new_prompts()
         self.region_scale = region_scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
     def encode_text(self) -> GrainedText:
-        """Text features of both prompts, in one pass of the text tower."""
+        """Encodes both prompts in one pass of the text tower."""
         return GrainedText(*encode_prompt_sets(self.clip, [self.global_prompts, self.local_prompts]))
 
     def forward(self, features: Tensor, text: GrainedText | None = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`."""
+        """Computes the logits; see :class:`Network`."""
         text = text if text is not None else self.encode_text()
         coarse = cosines(self.clip.pool(features, positions=False).g, text.coarse)  # (B, C)
         places = self.clip.pool.values(features, positions=False)

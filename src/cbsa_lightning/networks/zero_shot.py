@@ -1,4 +1,4 @@
-"""CLIP without any training: the cosine of image and class name."""
+"""CLIP without training: the cosine of image and class name."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cbsa_lightning.networks.prompted import PromptedCLIP, cosines
 
 
 class ZeroShotCLIP(PromptedCLIP):
-    """Zero-shot CLIP as a network without trainable parameters; also what a probe on frozen features stands on.
+    """Zero-shot CLIP as a network without trainable parameters; also the basis of probes on frozen features.
 
     Args:
-        prompt_names: The C class names, as they are to be read.
+        prompt_names: The C class names as used in prompts.
         clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
+        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
 
     Raises:
-        ConfigError: If settings do not fit the towers.
+        ConfigError: If the settings do not fit the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -30,10 +30,10 @@ class ZeroShotCLIP(PromptedCLIP):
         super().__init__(FrozenCLIP.load(clip, pretrained), prompt_names)
 
     def encode_text(self) -> Tensor:
-        """Text features ``(C, d)`` of "a photo of a ..."."""
+        """Returns text features ``(C, d)`` of "a photo of a ..."."""
         return self.zero_shot_text()
 
     def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
-        """Scaled cosines; see :class:`Network`. There are no attention maps."""
+        """Returns scaled cosines; see :class:`Network`. There are no attention maps."""
         text = text if text is not None else self.encode_text()
         return NetworkOutput(self.clip.logit_scale * cosines(self.clip.pool(features).g, text))

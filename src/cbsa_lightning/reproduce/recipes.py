@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cbsa_lightning.arguments import constructor_arguments
 from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.cli.overlays import Settings, merged, read
 from cbsa_lightning.errors import ConfigError
@@ -150,4 +150,4 @@ def takes(place: Settings, argument: str) -> bool:
     Raises:
         ConfigError: There is no such class.
     """
-    return argument in inspect.signature(class_named(place["class_path"])).parameters
+    return argument in constructor_arguments(class_named(place["class_path"]))

@@ -116,7 +116,7 @@ def _loading(data: Any, rows: list[int]) -> _Loading:
         raise DataError("None of the images that were tried can be read, so nothing can be measured on them.")
     files = ImageFiles(table, data.image_size if data.fast_decode else None)
     arrays = [files[row] for row in chosen]
-    plain, strong = PlainView(data.image_size), StrongView(data.image_size, data.seed, data.cutout)
+    plain, strong = PlainView(data.image_size), StrongView(data.image_size, data.seed, data.strong_view)
     views = torch.stack([plain(array) for array in arrays])
 
     def mean(work: Callable[[int], Any]) -> float:

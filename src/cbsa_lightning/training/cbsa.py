@@ -11,10 +11,11 @@ from torch.optim import AdamW
 
 from cbsa_lightning.method.context_task import ContextTask
 from cbsa_lightning.method.decisions import Objective
+from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import EvidenceLabeler, Labeler
 from cbsa_lightning.method.losses import ElementwiseLoss
 from cbsa_lightning.networks.cbsa import SETTINGS, CBSANetwork
-from cbsa_lightning.training.module import SSMLLModule
+from cbsa_lightning.training.module import AverageCallable, SSMLLModule
 from cbsa_lightning.training.schedules import SchedulerCallable
 
 
@@ -34,6 +35,7 @@ class CBSAModule(SSMLLModule):
         unsup_weight: Factor of the loss on pseudo-labels.
         ema_decay: Decay of the average that makes the pseudo-labels and the reported numbers; None: it looks back over
             a seventh of the second stage's steps, about as 0.9997 does in the paper's VOC runs.
+        average: Makes that average from the network and the decay.
         optimizer: Makes the optimizer from parameter groups.
         scheduler: Makes the schedule of a stage; None: one cycle.
         max_skipped_steps: Steps in a row that may be left out because their loss is not finite; 0: none, it stops.
@@ -57,6 +59,7 @@ class CBSAModule(SSMLLModule):
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
         ema_decay: float | None = 0.9997,
+        average: AverageCallable = ParameterEMA,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
@@ -74,15 +77,17 @@ class CBSAModule(SSMLLModule):
             warmup_epochs=warmup_epochs,
             unsup_weight=unsup_weight,
             ema_decay=ema_decay,
+            average=average,
             optimizer=optimizer,
             scheduler=scheduler,
             max_skipped_steps=max_skipped_steps,
             stack_share=stack_share,
             objective=objective,
         )
-        # Objects stay out: a checkpoint holds plain types only, so that it loads without running code. Defaults go in,
-        # so that a checkpoint stands for the same network if they change.
-        self.save_hyperparameters(SETTINGS | network)
+        # A checkpoint holds plain types only, so that it loads without running code; it only names an own decoder.
+        # Defaults go in, so that the checkpoint describes the same network if they change.
+        plain = {name: repr(value) if callable(value) else value for name, value in network.items()}
+        self.save_hyperparameters(SETTINGS | plain)
 
 
 def _whole_signature() -> inspect.Signature:

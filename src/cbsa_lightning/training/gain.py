@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run knows"."""
+"""How often the range over draws held the true gain; measured in docs/unlabeled.md, "How a run estimates the gain"."""
 LEAST = 3
 """Labeled positives that a class needs, so that its average precision says anything."""
 
@@ -162,7 +162,7 @@ class GainCheck:
             arms: list[list[Array]] = [[], []]
             truths: list[NDArray[np.int64]] = []
             for fold in range(self.folds):
-                part = _with_held_out(data, np.flatnonzero(fold_of == fold))
+                part = data.with_held_out(np.flatnonzero(fold_of == fold))
                 for arm, scores in enumerate(arms):
                     module = copy.deepcopy(untrained)
                     module.tells_limits = False
@@ -335,16 +335,6 @@ def _held_out_scores(
             "max_time before it), and use a strategy that trains in this process (ddp, not ddp_spawn)."
         )
     return keep.logits, keep.targets
-
-
-def _with_held_out(data: SSMLLDataModule, places: NDArray[np.int64]) -> SSMLLDataModule:
-    """The same data with some of the labeled images for validation, and images of a step as they were."""
-    part = copy.copy(data)
-    labeled = data.split.labeled
-    part.split = replace(data.split, labeled=np.delete(labeled, places), held_out=labeled[places])
-    part._labeled_per_batch = data.labeled_per_batch
-    part._warmup_batch_size = data.warmup_batch_size
-    return part
 
 
 def _ranks(scores: Array) -> Array:

@@ -13,6 +13,7 @@ from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.errors import DataError, OutputError
 from cbsa_lightning.io.files import replacing, writing
 from cbsa_lightning.io.runs import METRICS, next_version, rank
@@ -131,7 +132,7 @@ def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
     A run that the user began with ``wandb.init``, as in a sweep, is used as it is.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is None and rank() == 0:
+        if isinstance(logger, WandbLogger) and not lightning_private.has_begun(logger) and rank() == 0:
             import wandb
 
             if wandb.run in _BEGUN:
@@ -143,7 +144,7 @@ def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
 def going_on(logger: Logger, folder: Path) -> Logger:
     """In the place of a run's logger, one that goes on in the run's folder; other loggers have their own way."""
     if isinstance(logger, TensorBoardLogger):
-        logger._root_dir, logger._name, logger._version = str(folder.parent), "", folder.name
+        lightning_private.log_into(logger, folder)
     if not isinstance(logger, CSVLogger):
         return logger
-    return RunLogger(str(folder.parent), "", folder.name, logger._prefix, logger._flush_logs_every_n_steps)
+    return RunLogger(str(folder.parent), "", folder.name, *lightning_private.csv_settings(logger))

@@ -8,9 +8,10 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.contexts import UpdateContexts
@@ -37,11 +38,12 @@ from cbsa_lightning.networks.base import Network
 from cbsa_lightning.training.evaluation import Evaluation, Stage
 from cbsa_lightning.training.loggers import begin_wandb_runs
 from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
-from cbsa_lightning.training.optimizers import unfuse
 from cbsa_lightning.training.schedules import OneCycle, SchedulerCallable, scheduled
 
 NetworkCallable = Callable[[Sequence[str]], Network]
 """Makes a network for given prompt names."""
+AverageCallable = Callable[[nn.Module, float], ParameterEMA]
+"""Makes the average of a network's weights with a given decay."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
 """Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
 
@@ -69,6 +71,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         ema_decay: Share of the old average that an optimizer step keeps. The average starts from the raw weights
             when the warm-up ends; before that both are one. None: it looks back over a seventh of the second stage's
             steps, about as 0.9997 does in the paper's VOC runs.
+        average: Makes the average from the network and the decay.
         stack_share: Share of the labeler's stack in the final scores, in [0, 1]. They average its logits and the
             network's, and are calibrated probabilities; see :mod:`~cbsa_lightning.method.fusion`. 0: the network
             alone, 1: the stack alone. Above 0 it needs a :class:`~cbsa_lightning.method.stacking.StackLabeler` such as
@@ -99,6 +102,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         warmup_epochs: int = 8,
         unsup_weight: float = 1.0,
         ema_decay: float | None = 0.9997,
+        average: AverageCallable = ParameterEMA,
         # A lambda in the signature, since jsonargparse reads its settings: --model.optimizer.lr 0.01 changes one.
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
@@ -112,7 +116,8 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             prompt_names = check_names("prompt_names", prompt_names, len(class_names))
         check_kind("labeler", labeler, (Labeler, EvidenceLabeler), "an object such as TopK(k=2)")
         check_kind("contexts", contexts, ContextTask, "a ContextTask()")
-        for name, value in (("network", network), ("loss", loss), ("optimizer", optimizer), ("scheduler", scheduler)):
+        made = {"network": network, "loss": loss, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+        for name, value in made.items():
             if value is not None and not callable(value):
                 raise ConfigError(
                     f"{name} cannot be a {type(value).__name__} ({value!r:.60}); give a function or class."
@@ -138,7 +143,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.ema_decay = ema_decay
-        self.ema = ParameterEMA(self.network, 0.0 if ema_decay is None else ema_decay)
+        self.ema = average(self.network, 0.0 if ema_decay is None else ema_decay)
         # Every process makes the same averages, so DDP need not send them at each step; running statistics that are
         # not synchronized are each process's own.
         self._ddp_params_and_buffers_to_ignore = [
@@ -214,7 +219,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] *= scale
         if self._clips_under_mixed_precision():
-            unfuse(optimizer)
+            lightning_private.unfuse(optimizer)
         self.optimizer_settings = {
             "class": type(optimizer).__name__,
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],

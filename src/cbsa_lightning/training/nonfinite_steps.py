@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from cbsa_lightning import lightning_private
 from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import NotFiniteError
 from cbsa_lightning.method.finite import REMEDY, all_finite, not_finite, problem_of_step
@@ -53,7 +54,7 @@ class NonFiniteSteps:
             going_on = finite.new_tensor(not self._module.asked_to_end)
             both = trainer.strategy.reduce(torch.stack([finite, going_on]).float(), reduce_op="min").tolist()
             if not both[1]:  # Lightning ends after this step, on all processes now
-                trainer._signal_connector.received_sigterm = True
+                lightning_private.end_after_step(trainer)
             every = bool(both[0])
         if every:
             self.skipped = 0

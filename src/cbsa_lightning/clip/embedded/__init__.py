@@ -11,10 +11,10 @@ FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
 def folder() -> Path:
-    """The folder of the embedded CLIP; open_clip loads it by the name ``"local-dir:" + str(folder())``.
+    """Returns the folder of the embedded CLIP, which open_clip loads as ``"local-dir:" + str(folder())``.
 
     Raises:
-        WeightsError: The package was installed without its data files, or runs from inside an archive.
+        WeightsError: If the package was installed without its data files, or runs from inside an archive.
     """
     here = Path(str(files(__name__)))
     if missing := [name for name in FILES if not (here / name).is_file()]:

@@ -1,7 +1,7 @@
-"""FeatureCache: what the frozen tower makes of images, kept on disk, so that epochs after the first need no image.
+"""FeatureCache: frozen features of images on disk, so that epochs after the first need no images.
 
-A view without distortion or its mirror image is all that thresholds and validation ask for, so keeping those two is
-exact. A strong view is another one each time; keeping a few an image in its place is an approximation.
+Thresholds and validation need only the plain view or its mirror image, so caching these is exact. Strong views differ
+each time, so replacing them by a few cached ones per image is an approximation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_number, check_paths
+from cbsa_lightning.data.augmentations import Augmentation
 from cbsa_lightning.data.caches.image_cache import Images
 from cbsa_lightning.data.caches.store import KEY_BYTES, RowStore
 from cbsa_lightning.data.needed_views import MIRRORED, PLAIN, STRONG
@@ -26,27 +27,27 @@ from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView
 from cbsa_lightning.errors import DataError
 
-_FORMAT = 1  # to be raised when a tower, a view or a key is made otherwise
-_BANK_SEED = 0  # of the strong views that are kept: the same for all runs, whatever their seed, so that they share them
+_FORMAT = 1  # increment when the computation of a tower, view or key changes
+_BANK_SEED = 0  # of the cached strong views: the same for all runs, whatever their seed, so that they share them
 _VIEWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Keeps float16 features of the frozen tower: 0.2 MB a view for RN50 at 224 pixels.
+    """Stores float16 features of the frozen tower: 0.2 MB per view for RN50 at 224 pixels.
 
-    A row is found by the weights of the tower, the content of the image's file, the view, its settings and the
-    precision that it was computed in; if one of them changes, it is recomputed.
+    A row is identified by the weights of the tower, the content of the image's file, the view, its settings and the
+    precision of the computation. If one of them changes, it is recomputed.
 
     Args:
-        folder: Where the features are kept; a disk of this machine, and one folder for all data sets.
-        strong_views: Strong views kept for each training image. 0 keeps none: training sees a fresh one each time,
-            at the price of the frozen tower. With m it goes through the m in turn, an approximation that spares
-            decoding, distortion and tower: training without GPU becomes possible.
-        limit_gb: GB (10^9 bytes) that the features of one tower may take.
+        folder: Folder of the cache. Use a local disk, and one folder for all data sets.
+        strong_views: Strong views cached per training image. With 0, each training step computes new views and their
+            frozen features. With m, training cycles through m views, an approximation that saves decoding,
+            augmentation and the tower, so that training without a GPU becomes practical.
+        limit_gb: Maximum size of the features of one tower, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: An argument of another type, or a negative one.
+        ConfigError: If an argument has the wrong type, or is negative.
     """
 
     folder: str = "cache"
@@ -59,7 +60,7 @@ class FeatureCache:
         check_number("feature_cache.limit_gb", self.limit_gb, 0)
 
     def open(self, tower: Tower, image_size: int, at_least: int | None) -> RowStore:
-        """The store of a tower's features of images of one size."""
+        """Opens the store of a tower's features for images of one size."""
         settings = {
             "kind": "features",
             "version": _FORMAT,
@@ -75,12 +76,12 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Tower:
-    """A frozen tower as the cache needs it.
+    """A frozen tower as needed by the cache.
 
     Attributes:
-        features: uint8 views ``(V, 3, S, S)`` to features ``(V, ...)``.
-        weights: Fingerprint of all that the features depend on beside the view.
-        precision: What they are computed in, as Lightning calls it.
+        features: Maps uint8 views ``(V, 3, S, S)`` to features ``(V, ...)``.
+        weights: Fingerprint of everything besides the view that the features depend on.
+        precision: Precision of the computation, as named by Lightning.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -88,7 +89,7 @@ class Tower:
     precision: str
 
     def same_as(self, other: Tower) -> bool:
-        """Whether both give the same features."""
+        """Returns whether both compute the same features."""
         return (self.weights, self.precision) == (other.weights, other.precision)
 
 
@@ -97,9 +98,9 @@ class Features:
     """Features of a data set, all computed.
 
     Attributes:
-        tower: What they were computed by.
-        store: Holds them.
-        rows: For each part of the data set ``(n, V)`` rows of the store, -1 where a view is not kept.
+        tower: Tower that computed them.
+        store: Store of the features.
+        rows: For each part of the data set ``(n, V)`` rows of the store, -1 if a view is not cached.
     """
 
     tower: Tower
@@ -108,19 +109,19 @@ class Features:
 
 
 class CachedViews:
-    """Features of views of a table's images, as a data set asks for them.
+    """Cached features of views of a table's images, for a data set.
 
     Args:
-        store: Holds the features.
-        rows: ``(n, V)`` rows of the store, -1 where a view is not kept.
-        column: Which of the V views a draw asks for.
+        store: Store of the features.
+        rows: ``(n, V)`` rows of the store, -1 if a view is not cached.
+        column: Maps a draw to one of the V views.
     """
 
     def __init__(self, store: RowStore, rows: np.ndarray, column: Callable[[Draw], int]) -> None:
         self.store, self.rows, self.column = store, rows, column
 
     def __call__(self, draw: Draw) -> Tensor:
-        """The features of the view of a draw, float16."""
+        """Returns the features of the view of a draw, float16."""
         row = int(self.rows[draw.index, int(self.column(draw))])
         if row < 0:  # would be the last row of the store
             raise DataError(f"The features of image {draw.index}, view {int(self.column(draw))}, were never computed.")
@@ -128,53 +129,55 @@ class CachedViews:
 
 
 def plain(draw: Draw) -> int:
-    """Column of the plain view."""
+    """Returns the column of the plain view."""
     return PLAIN
 
 
 @dataclass(frozen=True)
 class StrongInTurn:
-    """Column of one of ``number`` strong views, the next one at each epoch and at each visit within it."""
+    """Selects one of ``number`` strong views, the next one at each epoch and at each visit within it."""
 
     number: int
 
     def __call__(self, draw: Draw) -> int:
-        """The column for a draw."""
+        """Returns the column for a draw."""
         return STRONG + (draw.index + draw.epoch + draw.visit) % self.number
 
 
 class KeptViews:
-    """The views that are kept of n images: which, under which keys, and how they are made.
+    """The cached views of n images: their columns, keys and computation.
 
     Args:
         images: The n images.
         contents: Hash of the content of each image's file.
-        needed: ``(n, V)`` bool, which views of each image are wanted; see :func:`needed_views`.
+        needed: ``(n, V)`` bool, which views of each image are needed; see :func:`needed_views`.
         size: S, side of the views in pixels.
-        cutout: That of the strong views.
+        strong: Augmentation of the strong views.
     """
 
-    def __init__(self, images: Images, contents: Sequence[bytes], needed: np.ndarray, size: int, cutout: float) -> None:
+    def __init__(
+        self, images: Images, contents: Sequence[bytes], needed: np.ndarray, size: int, strong: Augmentation
+    ) -> None:
         self.images, self.contents, self.needed = images, contents, needed
-        self.plain, self.strong = PlainView(size), StrongView(size, _BANK_SEED, cutout)
-        names = ["plain", "mirrored", *(f"strong {v}, cutout {cutout}" for v in range(needed.shape[1] - STRONG))]
+        self.plain, self.strong = PlainView(size), StrongView(size, _BANK_SEED, strong)
+        names = ["plain", "mirrored", *(f"strong {v}, {strong.name}" for v in range(needed.shape[1] - STRONG))]
         self._names = [name.encode() for name in names]
 
     def key(self, row: int, column: int) -> bytes:
-        """Key of a view: a function of the file's content and of how the view is made."""
+        """Returns the key of a view, a function of the file's content and of the view's settings."""
         return hashlib.blake2b(self.contents[row] + self._names[column], digest_size=KEY_BYTES).digest()
 
     def rows(self, store: RowStore) -> np.ndarray:
-        """Rows of the store, ``(n, V)`` int64, -1 where a view is not wanted or missing."""
+        """Returns rows of the store, ``(n, V)`` int64, -1 if a view is not needed or missing."""
         places = np.argwhere(self.needed)
         rows = np.full(self.needed.shape, -1, np.int64)
         rows[self.needed] = store.find([self.key(row, column) for row, column in places.tolist()])
         return rows
 
     def make(self, row: int, columns: Sequence[int]) -> Tensor:
-        """Views of one image, ``(len(columns), 3, S, S)`` uint8."""
+        """Computes views of one image, ``(len(columns), 3, S, S)`` uint8."""
         image = self.images[row]
-        # By content, not by row: the same file gives the same views in whichever table it stands.
+        # By content, not by row: the same file has the same views in all tables.
         place = int.from_bytes(self.contents[row][:4], "little")
         plain = self.plain(image)
         made = {PLAIN: lambda: plain, MIRRORED: lambda: plain.flip(-1)}
@@ -183,11 +186,11 @@ class KeptViews:
         )
 
 
-Work = tuple[int, list[int]]  # an image and the columns of the views to be made of it
+Work = tuple[int, list[int]]  # an image and the columns of its views to compute
 
 
 class _Missing(Dataset[Tensor]):
-    """The views to be made of each image, all at once, so that it is decoded once."""
+    """The views to compute for each image, all at once, so that it is decoded once."""
 
     def __init__(self, views: KeptViews, work: list[Work]) -> None:
         self.views, self.work = views, work
@@ -208,20 +211,20 @@ def fill(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Computes and keeps the views that are missing; several processes may do this at once, each its share.
+    """Computes and stores missing views. Several processes may do this at once, each for its share.
 
     Args:
-        store: Where the features are kept.
+        store: Store of the features.
         tower: Computes them.
-        tables: The views that are wanted.
-        limit_gb: GB (10^9 bytes) that the store may take.
-        num_workers: Processes that decode and distort.
-        rank: Of this process, which takes the images of rows ``rank``, ``rank + world_size``, ...
+        tables: The views that are needed.
+        limit_gb: Maximum size of the store in GB (10^9 bytes).
+        num_workers: Number of processes that decode and augment.
+        rank: Rank of this process, which handles the images of rows ``rank``, ``rank + world_size``, ...
         world_size: Number of processes.
 
     Raises:
-        ConfigError: The store would exceed its limit or the disk.
-        DataError: An image cannot be read, or features are not finite in float16.
+        ConfigError: If the store would exceed its limit or the disk.
+        DataError: If an image cannot be read, or features are not finite in float16.
     """
     absent = [views.needed & (views.rows(store) < 0) for views in tables]
     store.require_room(
@@ -229,7 +232,7 @@ def fill(
         limit_gb,
         "Keep fewer strong views, raise data.feature_cache.limit_gb, choose another folder, or set no feature_cache.",
     )
-    # By row, not by place among those missing: the others may have begun.
+    # By row, not by position among the missing ones: other processes may have added some already.
     shares = [rows[rows % world_size == rank] for rows in (np.flatnonzero(missing.any(1)) for missing in absent)]
     total = sum(map(len, shares))
     with tqdm(total=total, desc="Frozen features", unit="image", leave=False, disable=rank > 0 or not total) as bar:
@@ -239,15 +242,15 @@ def fill(
                 features = tower.features(images).to("cpu", torch.float16)
                 if not bool(features.isfinite().all()):
                     raise DataError(
-                        "The frozen tower's features overflow float16 and cannot be kept: set no feature_cache. Its "
-                        "weights may be damaged, or image mean and deviation not those that it was trained with."
+                        "The frozen tower's features overflow float16 and cannot be cached: set no feature_cache. Its "
+                        "weights may be damaged, or image mean and standard deviation are not those of its training."
                     )
                 store.append(keys, features.numpy())
                 bar.update(_images_at_once(views))
 
 
 def _batches(views: KeptViews, work: list[Work], num_workers: int) -> Iterator[tuple[list[bytes], Tensor]]:
-    """Keys and views ``(V, 3, S, S)`` of some images at a time."""
+    """Yields keys and views ``(V, 3, S, S)`` of some images at a time."""
     if not work:
         return
     loader = DataLoader(
@@ -255,7 +258,7 @@ def _batches(views: KeptViews, work: list[Work], num_workers: int) -> Iterator[t
         batch_size=_images_at_once(views),
         num_workers=num_workers,
         collate_fn=torch.cat,
-        generator=torch.Generator(),  # else the loader would move the global random state, and with it the run
+        generator=torch.Generator(),  # otherwise the loader would advance the global random state and change the run
     )
     places = ((row, column) for row, columns in work for column in columns)
     for images in loader:

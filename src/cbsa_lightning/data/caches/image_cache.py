@@ -1,4 +1,4 @@
-"""ImageCache: squashed images kept on disk, so that a run decodes each file once instead of every epoch."""
+"""ImageCache: resized images on disk, so that a run decodes each file once instead of in every epoch."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from cbsa_lightning.data.caches.store import RowStore, content_keys
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.views import squash
 
-_FORMAT = 1  # to be raised when decode() or squash() gives other pixels
-_CHUNK = 64  # images that go to the disk at once
+_FORMAT = 1  # increment when decode() or squash() returns other pixels
+_CHUNK = 64  # images written to disk at once
 
 
 class Images(Protocol):
-    """Images of a table by row, wherever they are read from."""
+    """The images of a table by row, from any storage."""
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The image of a row, (H, W, 3) uint8, perhaps read-only."""
+        """Returns the image of a row, (H, W, 3) uint8, possibly read-only."""
         ...
 
     def select(self, rows: np.ndarray) -> Images:
-        """The images of some rows, in that order."""
+        """Returns the images of these rows, in this order."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Keeps images decoded and squashed to the size of the views, 3 S^2 bytes each (224 pixels: 0.15 GB a thousand).
+    """Stores decoded images, resized to the size of the views, 3 S^2 bytes each (224 pixels: 0.15 GB per thousand).
 
-    Images are found by the content of their files: a file that is moved is still known, one that is changed is
-    decoded again. Views made from the cache equal those made from the files.
+    Images are identified by the content of their files. A moved file is therefore recognized, and a changed file is
+    decoded again. Views from the cache equal those from the files.
 
     Args:
-        folder: Where the images are kept; a disk of this machine, and one folder for all data sets.
-        limit_gb: GB (10^9 bytes) that images of one size may take.
+        folder: Folder of the cache. Use a local disk, and one folder for all data sets.
+        limit_gb: Maximum size of all images of one size, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: An argument of another type, or a negative limit.
+        ConfigError: If an argument has the wrong type, or the limit is negative.
     """
 
     folder: str = "cache"
@@ -57,19 +57,19 @@ class ImageCache:
     def images(
         self, files: ImageFiles, size: int, num_workers: int = 0, left_out: np.ndarray | None = None
     ) -> CachedImages:
-        """The images of a table; those that are missing are decoded and kept first.
+        """Returns the images of a table. Missing ones are decoded and stored first.
 
-        Several processes may do this at once.
+        Several processes may call this at once.
 
         Args:
             files: The images.
-            size: S, the side that they are squashed to, in pixels.
-            num_workers: Processes that decode.
+            size: S, side of the resized images in pixels.
+            num_workers: Number of processes that decode.
             left_out: Rows that are not needed, since their files cannot be read.
 
         Raises:
-            ConfigError: The cache would exceed its limit or the disk, or does not hold such images.
-            DataError: A file cannot be read.
+            ConfigError: If the cache would exceed its limit or the disk, or contains other images.
+            DataError: If a file cannot be read.
         """
         folder = Path(self.folder) / f"images-{size}{'' if files.at_least is None else '-fast'}"
         settings = {"kind": "images", "version": _FORMAT, "size": size, "at_least": files.at_least}
@@ -81,27 +81,27 @@ class ImageCache:
 
 
 class CachedImages:
-    """The squashed images of a table by row, from a store.
+    """The resized images of a table by row, from a store.
 
     Args:
         store: Images of (S, S, 3) uint8.
-        numbers: ``(n,)`` integers, where in the store the image of each row lies.
+        numbers: ``(n,)`` integers, the store's row number of each image.
     """
 
     def __init__(self, store: RowStore, numbers: np.ndarray) -> None:
         self.store, self.numbers = store, numbers
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The image of a row, (S, S, 3) uint8, read-only."""
+        """Returns the image of a row, (S, S, 3) uint8, read-only."""
         return self.store[self.numbers[row]]
 
     def select(self, rows: np.ndarray) -> CachedImages:
-        """The images of some rows, in that order."""
+        """Returns the images of these rows, in this order."""
         return CachedImages(self.store, self.numbers[rows])
 
 
 class _Squashed(Dataset[np.ndarray]):
-    """Images of some rows of a table, squashed."""
+    """Resized images of some rows of a table."""
 
     def __init__(self, files: ImageFiles, rows: list[int], size: int) -> None:
         self.files, self.rows, self.size = files, rows, size
@@ -132,7 +132,7 @@ def _fill(
         len(missing), limit_gb, "Raise data.image_cache.limit_gb, choose another folder, or set no image_cache."
     )
     squashed = _Squashed(files, list(missing.values()), size)
-    # An own generator: else the loader would move the global random state, and with it the run.
+    # A separate generator: otherwise the loader would advance the global random state and change the run.
     loader = DataLoader(squashed, batch_size=_CHUNK, num_workers=num_workers, generator=torch.Generator())
     new = iter(missing)
     with tqdm(total=len(missing), desc="Decoding images", leave=False) as bar:

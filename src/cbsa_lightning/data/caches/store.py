@@ -1,8 +1,8 @@
-"""RowStore: arrays of one shape on disk under content keys, for what is costly to make and read again and again.
+"""RowStore: arrays of one shape on disk by content keys, for data that is slow to compute and read many times.
 
-A folder holds ``rows.bin`` (the arrays, one behind the other), ``index.bin`` (their keys, in the same order) and
-``settings.json`` (what the rows depend on beside the key). Rows reach the disk before their keys do, so that a key
-never names a row that is not whole, whenever a process or the machine stops.
+A folder contains ``rows.bin`` (the concatenated arrays), ``index.bin`` (their keys, in the same order) and
+``settings.json`` (what the rows depend on besides the key). Rows are flushed to disk before their keys, so a key never
+refers to an incomplete row, whenever a process or the machine stops.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ else:
 __all__ = ["KEY_BYTES", "RowStore", "content_keys"]
 
 KEY_BYTES = 32
-"""Length of a key: a 256-bit hash, so that two different contents never share one."""
+"""Length of a key: a 256-bit hash, so that two different contents never share a key."""
 
 _FORMAT = 1
-_RECORD = struct.Struct(f"<{KEY_BYTES}sI")  # the key, and a checksum of key and row number: tells a torn record
+_RECORD = struct.Struct(f"<{KEY_BYTES}sI")  # key, and a checksum of key and row number that detects torn records
 _GB = 1e9
 _SETTLED = 2_000_000_000
-"""Nanoseconds after which a change of a file shows in its times; file systems count in steps of up to 2 s."""
+"""Nanoseconds until a file's timestamps reliably show a change; file systems have a resolution of up to 2 s."""
 
 
 class RowStore:
-    """An append-only, memory-mapped array of rows, each under a key of 32 bytes.
+    """An append-only, memory-mapped array of rows, each with a key of 32 bytes.
 
-    Many processes may read and several may append at once; a crash at any point loses only the rows that were being
-    appended. What others append is seen after :meth:`refresh`. Pickles to a few bytes: a worker process maps the file
-    itself. Not for several threads at once.
+    Many processes may read and several may append at once. A crash loses only the rows that were being appended.
+    :meth:`refresh` makes rows visible that other processes have appended. Pickles to a few bytes, and each worker maps
+    the file itself. Not thread-safe.
 
     Args:
-        folder: Where the files lie; made if it is not there.
+        folder: Folder of the files; created if missing.
         shape: Shape of one row.
         dtype: Type of the values.
-        settings: What the rows depend on beside their keys, as JSON-like values. Another content than the store was
-            made with is refused.
+        settings: What the rows depend on besides their keys, as JSON-like values. Must equal the settings that the
+            store was created with.
         what: What the rows are, for messages: "decoded images".
 
     Raises:
-        ConfigError: The folder holds rows made with other settings, or files that are none of ours.
-        OutputError: The folder cannot be written to; of :meth:`append` too, which then keeps what was there.
+        ConfigError: If the folder contains rows made with other settings, or foreign files.
+        OutputError: If the folder cannot be written to. :meth:`append` raises it too, and then adds nothing.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RowStore:
     ) -> None:
         self.folder, self.shape, self.dtype, self.what = Path(folder), tuple(shape), np.dtype(dtype), what
         self._keys: dict[bytes, int] = {}  # in the order of the rows
-        self._length = 0  # of a copy in a worker, which has no need of the keys
+        self._length = 0  # of a copy in a worker, which does not need the keys
         self._map: np.ndarray | None = None
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,21 +89,21 @@ class RowStore:
     def __getitem__(self, row: int) -> np.ndarray:
         """The array of one row, read-only."""
         if row < 0:
-            raise IndexError(f"{self.folder}: there is no row {row}, which stands for a key that is not there.")
+            raise IndexError(f"{self.folder}: there is no row {row}, which stands for a missing key.")
         array: np.ndarray = self.rows[row]
         return array
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes per row."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
     def rows(self) -> np.ndarray:
-        """All rows known so far, (n, *shape), read-only and mapped: only what is looked at is read.
+        """All rows known so far, (n, *shape), read-only and memory-mapped.
 
         Raises:
-            ConfigError: The file has been cut or removed since.
+            ConfigError: If the file has been truncated or removed since.
         """
         if self._map is None or len(self._map) != self._length:
             shape = (self._length, *self.shape)
@@ -112,49 +112,49 @@ class RowStore:
             else:
                 if _size(self._rows_file) < self._length * self.row_bytes:
                     raise self._cut()
-                # A plain array: slices of np.memmap are objects of their own, slow to make.
+                # A plain array: slices of np.memmap are slow to create.
                 self._map = np.asarray(np.memmap(self._rows_file, self.dtype, "r", shape=shape))
             self._map.flags.writeable = False
         return self._map
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Row numbers of keys, (n,) int64, -1 where there is none."""
+        """Returns the row numbers of keys, (n,) int64, -1 for missing ones."""
         if len(self._keys) < self._length:
             self.refresh()
         return np.fromiter((self._keys.get(key, -1) for key in keys), np.int64, len(keys))
 
     def refresh(self) -> None:
-        """Takes notice of what other processes have appended.
+        """Reads the index entries that other processes have appended.
 
         Raises:
-            ConfigError: The files have been cut or removed since.
+            ConfigError: If the files have been truncated or removed since.
         """
-        # The rows are measured before the index is read: a record that follows late is then left for next time,
-        # and never one believed whose row was not there yet.
+        # Measure the rows before reading the index: records appended in between are left for the next refresh, so
+        # a record is never used before its row exists.
         whole = _size(self._rows_file) // self.row_bytes
         known = len(self._keys)
         if min(whole, _size(self._index_file) // _RECORD.size) < known:
             raise self._cut()
         for row, (key, checksum) in enumerate(self._records(known), known):
             if row >= whole or checksum != zlib.crc32(key, row):
-                break  # torn, or just being written
+                break  # torn, or still being written
             self._keys[key] = row
         self._length = len(self._keys)
 
     def append(self, keys: Sequence[bytes], rows: ArrayLike) -> None:
-        """Adds rows whose keys are not there yet, all with one flush to the disk.
+        """Adds rows for new keys, with one flush to disk.
 
         Args:
-            keys: n keys of 32 bytes; one that is there already, or comes twice, keeps its first row.
+            keys: n keys of 32 bytes; an existing or repeated key keeps its first row.
             rows: (n, *shape) of the store's dtype.
 
         Raises:
-            DataError: Keys or rows are not of that form.
+            DataError: If keys or rows have the wrong form.
         """
         array = np.asarray(rows)
         if array.dtype != self.dtype or array.shape != (len(keys), *self.shape):
             raise DataError(
-                f"{self.folder}: {len(keys)} {self.what} must come as {self.dtype} of shape "
+                f"{self.folder}: {len(keys)} {self.what} must be given as {self.dtype} of shape "
                 f"{(len(keys), *self.shape)}, found {array.dtype} of shape {array.shape}."
             )
         if wrong := {len(key) for key in keys} - {KEY_BYTES}:
@@ -166,7 +166,7 @@ class RowStore:
                 if key not in self._keys:
                     new.setdefault(key, i)
             first = len(self._keys)
-            # What a crash has left behind the last whole row goes first, records before rows.
+            # Remove what a crash has left after the last complete row, records before rows.
             _write(self._index_file, first * _RECORD.size, b"")
             _write(self._rows_file, first * self.row_bytes, np.ascontiguousarray(array[list(new.values())]).data)
             records = (_RECORD.pack(key, zlib.crc32(key, row)) for row, key in enumerate(new, first))
@@ -174,20 +174,20 @@ class RowStore:
             self.refresh()
 
     def require_room(self, missing: int, limit_gb: float, remedy: str) -> None:
-        """Checks that more rows may and can be kept.
+        """Checks that the limit and the disk have room for more rows.
 
         Args:
-            missing: Rows to come.
-            limit_gb: GB (10^9 bytes) that the store may take, with what it has.
+            missing: Number of rows to add.
+            limit_gb: Maximum size of the store in GB (10^9 bytes), including existing rows.
             remedy: What the user can do, for the message.
 
         Raises:
-            ConfigError: They would exceed the limit or the free space of the disk.
+            ConfigError: If the rows would exceed the limit or the free space of the disk.
         """
         more, total = (n * self.row_bytes / _GB for n in (missing, missing + len(self)))
         need = f"{self.folder}: {missing} more {self.what} need {more:.1f} GB"
-        if missing and not total <= limit_gb:  # NaN is no limit that could be kept
-            raise ConfigError(f"{need}, {total:.1f} GB with those there; {limit_gb:g} GB are allowed. {remedy}")
+        if missing and not total <= limit_gb:  # also refuses NaN
+            raise ConfigError(f"{need}, {total:.1f} GB with the existing ones; {limit_gb:g} GB are allowed. {remedy}")
         free = shutil.disk_usage(self.folder).free / _GB
         if more > free:
             raise ConfigError(f"{need}; the disk has {free:.1f} GB free. {remedy}")
@@ -212,31 +212,31 @@ class RowStore:
         yield from _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size])
 
     def _cut(self) -> ConfigError:
-        return ConfigError(f"{self.folder}: the files were cut or removed while in use; restart.")
+        return ConfigError(f"{self.folder}: the files were truncated or removed while in use; restart.")
 
     def _settle(self, settings: dict[str, Any]) -> None:
-        """Writes the settings of a new store, or compares those of an old one."""
+        """Writes the settings of a new store, or checks those of an existing one."""
         file = self.folder / "settings.json"
         asked = json.loads(json.dumps(settings))
         if not file.exists():
             with self._lock():
-                if not file.exists():  # nobody was quicker
+                if not file.exists():  # no other process has created it meanwhile
                     if self._rows_file.exists():
-                        raise ConfigError(f"{file} is missing beside {self.what}; delete the folder.")
+                        raise ConfigError(f"{file} is missing next to {self.what}; delete the folder.")
                     _replace(file, json.dumps(asked, indent=1))
         try:
             there = dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ConfigError(f"{file}: damaged ({error}); delete the folder; it is recreated.") from error
         if names := [name for name in {**there, **asked} if there.get(name) != asked.get(name)]:
-            found = listed(f"{name} {there.get(name)!r} (asked for: {asked.get(name)!r})" for name in names)
+            found = listed(f"{name} {there.get(name)!r} (requested: {asked.get(name)!r})" for name in names)
             raise ConfigError(
                 f"{file}: these {self.what} were made with {found}; choose another folder, or delete this one."
             )
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """One process at a time; the system lets go of it when the process ends, however that is."""
+        """Locks the store for one process; the operating system releases the lock even if the process crashes."""
         with writing(self.folder / "lock"):
             file = (self.folder / "lock").open("ab")
         with file:
@@ -246,7 +246,7 @@ class RowStore:
                     try:
                         msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
                         break
-                    except OSError:  # taken for ten seconds: go on waiting
+                    except OSError:  # locked for ten seconds: keep waiting
                         continue
             else:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -254,21 +254,21 @@ class RowStore:
 
 
 def content_keys(files: Sequence[Path], memo: Path, threads: int = 4) -> list[bytes]:
-    """Hashes the contents of files; those that have not changed since the last time are not read again.
+    """Hashes the contents of files. Files that are unchanged since the last call are not read again.
 
-    As git does, a file counts as unchanged while its path, size and times are those of the memo. Times less than two
-    seconds old prove nothing, since a further change may not show in them: such files are read again next time.
+    As in git, a file counts as unchanged if its path, size and times equal those in the memo. Times less than two
+    seconds old are not reliable, since they may not show a later change; such files are read again next time.
 
     Args:
         files: The files.
-        memo: Where the hashes are kept; a damaged one is recreated.
-        threads: Files read at once.
+        memo: File that stores the hashes; recreated if damaged.
+        threads: Number of files read at once.
 
     Returns:
         BLAKE2b of 32 bytes for each file.
 
     Raises:
-        DataError: A file is missing or cannot be read.
+        DataError: If a file is missing or cannot be read.
     """
     known = _read_memo(memo)
     paths = [os.path.abspath(file) for file in files]
@@ -285,16 +285,16 @@ def content_keys(files: Sequence[Path], memo: Path, threads: int = 4) -> list[by
         kept = {path: line for path, line in known.items() if max(line[1:3]) < now - _SETTLED}
         try:
             _replace(memo, json.dumps(kept))
-        except OutputError as error:  # the hashes are known all the same
+        except OutputError as error:  # the hashes are valid even if the memo cannot be written
             warnings.warn(
-                f"{memo}: hashes of files could not be kept ({error.strerror}), so the files are read again next time.",
+                f"{memo}: hashes of files could not be stored ({error.strerror}); the files are read again next time.",
                 stacklevel=2,
             )
     return [bytes.fromhex(known[path][-1]) for path in paths]
 
 
 def _read_memo(memo: Path) -> dict[str, list[Any]]:
-    """Path -> [size, mtime, ctime (nanoseconds), hash in hexadecimal digits]."""
+    """Reads path -> [size, mtime, ctime (nanoseconds), hexadecimal hash]."""
     try:
         lines = json.loads(memo.read_text(encoding="utf-8"))
         sound = all(len(line) == 4 and len(bytes.fromhex(line[3])) == KEY_BYTES for line in lines.values())
@@ -307,7 +307,7 @@ def _stamp(path: str) -> list[int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check the image root, or that the download is whole") from error
+        raise DataError(f"{path}: {error.strerror}; check the image root, or that the download is complete") from error
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -316,7 +316,7 @@ def _hash(path: str) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights and the disk") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
 
 
 def _size(file: Path) -> int:
@@ -337,8 +337,8 @@ def _write(file: Path, start: int, content: bytes | memoryview) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file that is, at any time, the old one or the new one whole."""
-    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # process numbers are unique on one machine only
+    """Replaces a text file atomically."""
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # process ids are unique only on one machine
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

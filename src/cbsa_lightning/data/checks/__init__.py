@@ -1,1 +1,1 @@
-"""What a data set holds and what is wrong with it."""
+"""Checks of a data set: a summary of its content and its faults."""

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, found without training: ``cbsa check`` as a function."""
+"""Summarizes a data set and finds its faults without training. This is ``cbsa check`` as a function."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counts:
-    """Images of a table by what is known of them.
+    """Counts of a table's images and labels.
 
     Attributes:
-        images: All of them.
-        labeled: Something is known of any class.
-        empty: Of the labeled ones, those that show no class: all are absent.
-        partly: Of the labeled ones, those of which some classes are unknown.
-        unlabeled: Nothing is known.
+        images: All images.
+        labeled: Images with at least one known label.
+        empty: Labeled images that show no class: all classes are absent.
+        partly: Labeled images with some unknown labels.
+        unlabeled: Images without known labels.
         positives: Positives of each class, in the order of the classes.
         negatives: Negatives of each class.
     """
@@ -54,17 +54,17 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What :func:`check` found.
+    """Result of :func:`check`.
 
     Attributes:
-        class_names: The C classes; empty where the annotations cannot be read.
-        train: Counts of the training table, or None where it cannot be read.
+        class_names: The C classes; empty if the annotations cannot be read.
+        train: Counts of the training table, or None if it cannot be read.
         test: Counts of the test table, or None.
-        plan: What a run would do, or None where it would stop.
-        errors: What ``cbsa fit`` would refuse, and test images that are training images too.
+        plan: What a run would do, or None if it would stop.
+        errors: What ``cbsa fit`` would refuse, and test images that are also training images.
         warnings: What it would accept.
-        notes: What the reader says of its files.
-        time: What the run would take, or None where it was not measured.
+        notes: Remarks of the reader about its files.
+        time: Estimated time of the run, or None if not measured.
     """
 
     class_names: tuple[str, ...] = ()
@@ -77,13 +77,13 @@ class Report:
     time: RunTime | None = None
 
     def fewest_first(self) -> list[tuple[str, int]]:
-        """Classes with their positives in the training table, the rarest first."""
+        """Classes with their positives in the training table, fewest first."""
         positives = self.train.positives if self.train is not None else ()
         return sorted(zip(self.class_names, positives, strict=True), key=lambda pair: pair[1])
 
 
 def refused(error: CBSAError) -> Report:
-    """The report of a data set that cannot be read at all."""
+    """Returns the report of a data set that cannot be read at all."""
     return Report(errors=[Finding("refused", str(error))])
 
 
@@ -95,13 +95,13 @@ def check(
 ) -> Report:
     """Checks a data set: labels, class names, image files, and what a run would do.
 
-    Every image file is read once, and again by ``near_duplicates``. Nothing is changed and nothing is written.
+    Every image file is read once, and once again by ``near_duplicates``. No file is changed or written.
 
     Args:
         train: The training images.
-        test: The test images, if there are any.
-        settings: Of the run; default: those of the data module.
-        near_duplicates: Compares images, see :mod:`cbsa_lightning.data.checks.near_duplicates`; None compares none.
+        test: The test images, if any.
+        settings: Settings of the run. Defaults to those of the data module.
+        near_duplicates: Compares images, see :mod:`cbsa_lightning.data.checks.near_duplicates`; None skips this.
     """
     settings = settings or RunSettings()
     tables = [train] if test is None else [train, test]
@@ -135,10 +135,10 @@ def check(
 
 
 def count_labels(labels: NDArray[np.int8]) -> Counts:
-    """Counts rows by what is known of them, a few at a time.
+    """Counts rows by their known labels, in chunks of rows.
 
     Args:
-        labels: (n, C) of 1 present, 0 absent, -1 unknown.
+        labels: (n, C), 1 for present, 0 for absent, -1 for unknown.
     """
     rows = np.zeros(3, np.int64)
     classes = np.zeros((2, labels.shape[1]), np.int64)

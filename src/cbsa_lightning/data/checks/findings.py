@@ -1,4 +1,4 @@
-"""The faults of a data set: what each is called, what to do about it, and which images or classes have it."""
+"""Faults of a data set: their names, their remedies, and the affected images or classes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Rows = NDArray[np.int64]
 
 
 class Item(NamedTuple):
-    """One thing that a finding is about.
+    """One item of a finding.
 
     Attributes:
         names: A path, the paths of equal images, a class, or two similar classes.
-        note: What is to be said of it, or "".
+        note: A remark on the item, or "".
     """
 
     names: tuple[str, ...]
@@ -37,15 +37,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One kind of fault, with everything that has it.
+    """One kind of fault with all affected items.
 
     Attributes:
-        kind: Its name for programs: "missing", "unreadable", "leak", "refused", "misnamed", "tiny", "duplicate",
+        kind: Machine-readable name: "missing", "unreadable", "leak", "refused", "misnamed", "tiny", "duplicate",
             "held_out_duplicate", "near_duplicate", "similar_classes", "class_without_positive",
             "class_without_negative" or "class_without_label".
-        message: What was found and what to do about it.
-        count: How many items there are.
-        items: Makes them one after another, so that a million of them take no memory.
+        message: What was found and how to fix it.
+        count: Number of items.
+        items: Yields the items one by one, so that a million of them need no memory.
     """
 
     kind: str
@@ -55,9 +55,9 @@ class Finding:
 
 
 def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Finding]:
-    """Findings on the names of classes and on their positives."""
+    """Yields findings about class names and positives of classes."""
     if pairs := similar_names(train.class_names):
-        message = "Class names that are nearly the same; if they mean one class, write them alike."
+        message = "Class names that are nearly the same; if they mean one class, use the same spelling."
         yield Finding("similar_classes", message, len(pairs), lambda: [Item(pair) for pair in pairs])
     if plan is not None:
         labeled = list(blocks(plan.split.labeled))
@@ -74,18 +74,18 @@ def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Findin
         lacking = [name for name, count, entries in counts if entries and not count]
         if lacking:
             message = (
-                "Classes without a positive among the labeled images that are trained on; label some, or take the "
-                "class out."
+                "Classes without a positive among the labeled images used for training; label some, or remove the "
+                "class."
             )
             yield Finding("class_without_positive", message, len(lacking), lambda: [Item((name,)) for name in lacking])
 
 
 def file_findings(tables: Sequence[AnnotationTable], surveys: Sequence[Survey]) -> Iterator[Finding]:
-    """Findings on single files, those of all tables together."""
+    """Yields findings about single files, for all tables together."""
     kinds: dict[str, tuple[str, Callable[[AnnotationTable, Survey, int], str]]] = {
-        "missing": ("Images that are not there; put the files there, or correct the root.", partial(_other_case, {})),
-        "unreadable": ("Images that cannot be read; fetch them again, or take them out.", _reason),
-        "misnamed": ("Images of another format than their suffix says.", lambda t, s, i: f"is {s.kind_of(i)}"),
+        "missing": ("Images that do not exist; put the files there, or correct the root.", partial(_other_case, {})),
+        "unreadable": ("Images that cannot be read; fetch them again, or remove them.", _reason),
+        "misnamed": ("Images whose format differs from their suffix.", lambda t, s, i: f"is {s.kind_of(i)}"),
         "tiny": (f"Images with a side below {SMALLEST} pixels; they show little.", lambda *_: ""),
     }
     for kind, (message, note) in kinds.items():
@@ -106,12 +106,12 @@ def _files(
 
 
 def _other_case(folders: dict[Path, dict[str, str]], table: AnnotationTable, _: Survey, row: int) -> str:
-    """Whether the file is there under a name of other case, such as IMG.JPG; ``folders`` keeps what was listed."""
+    """Finds a file whose name differs only in case, such as IMG.JPG; ``folders`` caches the listings."""
     file = table.file(row)
     if file.parent not in folders:
         try:
             folders[file.parent] = {name.casefold(): name for name in os.listdir(file.parent)}
-        except (OSError, ValueError):  # ValueError: a name that no folder can have
+        except (OSError, ValueError):  # ValueError: an invalid folder name
             folders[file.parent] = {}
     name = folders[file.parent].get(file.name.casefold())
     return f"there is {name}" if name else ""
@@ -122,13 +122,13 @@ def _reason(table: AnnotationTable, part: Survey, row: int) -> str:
 
 
 def file_of(tables: Sequence[AnnotationTable], row: int) -> Path:
-    """The image of a row; rows of the test table count on from those of the training table."""
+    """Returns the image of a row; rows of the test table follow those of the training table."""
     n = len(tables[0])
     return tables[0].file(row) if row < n else tables[1].file(row - n)
 
 
 def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan: Plan | None) -> Iterator[Finding]:
-    """Findings on groups of images with the same content."""
+    """Yields findings about groups of images with the same content."""
     n = len(tables[0])
     held_out = np.zeros(n, dtype=bool)
     if plan is not None:
@@ -140,9 +140,10 @@ def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan
         across = 0 < np.count_nonzero(held_out[inside]) < len(inside)
         found["leak" if leaks else "held_out_duplicate" if across else "duplicate"].append(group)
     messages = {
-        "leak": "Test images that are training images too; a score on them says nothing. Take them out of one table.",
-        "held_out_duplicate": "Images that are both held out for validation and trained on, under two names; the "
-        "validation score is too high. Keep one of each.",
+        "leak": "Test images that are also training images, so the test score means nothing. Remove them from one "
+        "table.",
+        "held_out_duplicate": "Images that are both held out for validation and used for training, under two names, so "
+        "the validation score is too high. Keep one of each.",
         "duplicate": "The same image under several names; keep one of each.",
     }
 
@@ -157,17 +158,17 @@ def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan
 
 
 def similar_images(files: Sequence[Path], found: Similar) -> Iterator[Finding]:
-    """Findings of a comparison of ``files``."""
+    """Yields findings from a comparison of ``files``."""
     if found.pairs:
         pairs = [Item((str(files[i]), str(files[j])), f"similarity {cosine:.2f}") for i, j, cosine in found.pairs]
-        message = "Images that show nearly the same; one of each is enough, and none should be in train and test."
+        message = "Images that look nearly the same; one of each is enough, and none should be in both train and test."
         yield Finding("near_duplicate", message, len(pairs), lambda: pairs)
     if found.unread:
         items = [Item((str(files[i]),), why.removeprefix(f"{files[i]}: ")) for i, why in sorted(found.unread.items())]
-        message = "Images that are damaged within the file; fetch them again, or take them out."
+        message = "Images that are damaged within the file; fetch them again, or remove them."
         yield Finding("unreadable", message, len(items), lambda: items)
 
 
 def _contradict(labels: NDArray[np.int8]) -> bool:
-    """Whether some class is present in one row and absent in another."""
+    """Returns whether some class is present in one row and absent in another."""
     return bool(((labels == POSITIVE).any(axis=0) & (labels == NEGATIVE).any(axis=0)).any())

@@ -1,4 +1,4 @@
-"""Images that show nearly the same, such as copies in another size, found by features of a frozen CLIP."""
+"""Finds images that look nearly the same, such as copies in another size, by features of a frozen CLIP."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.errors import DataError
 
 SIMILARITY = 0.85
-"""Cosine of centered features from which two images count as near duplicates."""
+"""Minimum cosine of centered features of near duplicates."""
 
 _BATCH = 32
 _BLOCK = 1024  # images that are compared with all others at a time
 
 
 class Similar(NamedTuple):
-    """What :func:`near_duplicates` found.
+    """Result of :func:`near_duplicates`.
 
     Attributes:
         pairs: (earlier position, position, similarity), the most similar first.
-        unread: Position -> why the image cannot be read.
+        unread: Position -> reason why the image cannot be read.
     """
 
     pairs: list[tuple[int, int, float]]
@@ -40,15 +40,15 @@ class Similar(NamedTuple):
 def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
     """Compares all images with each other.
 
-    Features are centered by their mean over the images, so that one threshold serves towers and data sets whose
-    features have a large part in common.
+    Features are centered by their mean over the images. One threshold then works for all towers and data sets, even if
+    their features have a large component in common.
 
     Args:
         files: The n image files.
-        clip: The towers; features take 4 n d bytes.
+        clip: The towers; features need 4 n d bytes.
 
     Returns:
-        Each image with the most similar one before it, where their similarity reaches :data:`SIMILARITY`.
+        Each image with the most similar one before it, if their similarity reaches :data:`SIMILARITY`.
     """
     features, unread = _features(files, clip)
     read = np.array([i for i in range(len(files)) if i not in unread], dtype=np.int64)
@@ -67,7 +67,7 @@ def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
 
 @torch.no_grad()
 def _features(files: Sequence[Path], clip: FrozenCLIP) -> tuple[Tensor, dict[int, str]]:
-    """(n, d) global features; those of images that cannot be read are 0."""
+    """Returns (n, d) global features, which are 0 for unreadable images."""
     view, unread = PlainView(clip.image_size), dict[int, str]()
     features = torch.zeros(len(files), clip.embed_dim)
 

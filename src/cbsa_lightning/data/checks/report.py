@@ -1,4 +1,4 @@
-"""A report of ``cbsa check`` as text for people, and as JSON for programs."""
+"""Formats a report of ``cbsa check`` as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cbsa_lightning.data.splits import PARTS
 from cbsa_lightning.errors import listed
 
 SHOWN = 20
-"""Items of a finding, and classes, that the text names; JSON has all."""
+"""Maximum number of items of a finding, and of classes, in the text; JSON lists all."""
 
 
 def text_of(report: Report) -> str:
-    """The report for people, in paragraphs: what there is, what a run does, warnings, errors, and the outcome."""
+    """Formats the report as paragraphs: content, what a run does, warnings, errors, and the outcome."""
     warnings, errors = _findings("Warnings", report.warnings), _findings("Errors", report.errors)
     parts = (list(lines) for lines in (_contents(report), _run(report), warnings, errors, [_outcome(report)]))
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -39,8 +39,8 @@ def write_json(report: Report, stream: TextIO) -> None:
     """Writes the report as one JSON object.
 
     Its keys are ``ok``, ``notes`` of the reader, ``classes`` (fewest positives first), ``train``, ``test`` and ``run``
-    (null where unknown), ``time`` (null where not measured), ``errors`` and ``warnings``. A finding has ``kind``,
-    ``message``, ``count`` and ``items``, an item ``names`` and ``note``.
+    (null if unknown), ``time`` (null if not measured), ``errors`` and ``warnings``. A finding has ``kind``,
+    ``message``, ``count`` and ``items``; an item has ``names`` and ``note``.
     """
     test = report.test.positives if report.test is not None else [None] * len(report.class_names)
     train = report.train
@@ -72,7 +72,9 @@ def write_json(report: Report, stream: TextIO) -> None:
 def _images(name: str, counts: Counts) -> str:
     text = f"{name}: {counts.images:,} images, {counts.labeled:,} labeled"
     if details := [
-        f"{count:,} {what}" for count, what in ((counts.empty, "show no class"), (counts.partly, "in part")) if count
+        f"{count:,} {what}"
+        for count, what in ((counts.empty, "show no class"), (counts.partly, "are partly labeled"))
+        if count
     ]:
         text += f" ({', '.join(details)})"
     return f"{text}, {counts.unlabeled:,} unlabeled."
@@ -98,7 +100,7 @@ def _stage(stage: Stage) -> str:
         "" if stage.epochs is None else f"{stage.epochs:,} epochs = {stage.epochs * stage.steps_per_epoch:,} steps, "
     )
     images = f"{stage.labeled:,} labeled" + (f" and {stage.unlabeled:,} unlabeled" if stage.unlabeled else "")
-    return f"{epochs}{stage.steps_per_epoch:,} steps an epoch, {images} images a step"
+    return f"{epochs}{stage.steps_per_epoch:,} steps per epoch, {images} images per step"
 
 
 def _findings(title: str, findings: Sequence[Finding]) -> Iterator[str]:
@@ -111,7 +113,7 @@ def _findings(title: str, findings: Sequence[Finding]) -> Iterator[str]:
 def _outcome(report: Report) -> str:
     if report.errors:
         return "This data set must be corrected before `cbsa fit` (exit status 1)."
-    return "Nothing stops `cbsa fit`." if report.warnings else "No fault was found."
+    return "Nothing stops `cbsa fit`." if report.warnings else "No faults found."
 
 
 def _finding(finding: Finding) -> Iterator[str]:
@@ -120,7 +122,7 @@ def _finding(finding: Finding) -> Iterator[str]:
     for item in islice(finding.items(), SHOWN):
         yield f"    {_item(item)}"
     if finding.count > SHOWN:
-        yield f"    ... and {finding.count - SHOWN:,} more; --json names all"
+        yield f"    ... and {finding.count - SHOWN:,} more; --json lists all"
 
 
 def _item(item: Item) -> str:
@@ -149,7 +151,7 @@ def _plan(plan: Plan | None) -> dict[str, Any] | None:
 
 
 def _write_finding(finding: Finding, stream: TextIO) -> None:
-    """Item by item: all at once, a million paths would take hundreds of megabytes."""
+    """Writes one item at a time: a million paths at once would need hundreds of megabytes."""
     head = {"kind": finding.kind, "message": finding.message, "count": finding.count}
     stream.write(json.dumps(head).removesuffix("}") + ', "items": [')
     for i, item in enumerate(finding.items()):

@@ -1,7 +1,7 @@
-"""What a run takes on this machine, estimated from a few measured images and steps: `cbsa check --time`.
+"""Estimates the time of a run on this machine from a few measured images and steps: `cbsa check --time`.
 
-A run is counted in images, views and steps, and each is multiplied with the seconds that one of them takes.
-:mod:`~cbsa_lightning.reproduce.unit_times` measures these in a process of its own, so that this module needs no torch.
+The estimate counts the images, views and steps of a run, and multiplies each count by the measured seconds per unit.
+:mod:`~cbsa_lightning.reproduce.unit_times` measures these in a separate process, so that this module needs no torch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IMAGES, STEPS = 8, 3
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured.
+    """What to measure.
 
     Attributes:
         recipe: Configuration of the run.
         rows: Rows of the training table whose images are read.
         sizes: Images of a training step in each stage.
-        steps: Training steps that are timed for each size.
+        steps: Training steps to time for each size.
     """
 
     recipe: dict[str, Any]
@@ -42,28 +42,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Units:
-    """What one image, view or step takes, in seconds, and what a run does by its configuration.
+    """Seconds per image, view or step, and the properties of a run that its time depends on.
 
     Attributes:
         trains: Whether the network has trainable weights.
         frozen: Whether it has a frozen image tower.
-        cached: Whether features of that tower are kept.
-        strong_views: Strong views kept of each training image; 0: training computes the tower in each step.
+        cached: Whether features of that tower are cached.
+        strong_views: Strong views cached for each training image; if 0, training runs the tower in each step.
         evidence: Whether frozen descriptions of the training images are computed before training.
-        labels_once: Whether training depends on no scores of the unlabeled images.
+        labels_once: Whether training does not depend on scores of the unlabeled images.
         warmup_epochs: Epochs of the first stage.
-        max_epochs: Epochs of both stages, below 0 without a limit.
+        max_epochs: Epochs of both stages; negative if unlimited.
         validated_every: Epochs from one validation to the next.
-        loaders: Processes that read images.
+        loaders: Number of loader workers.
         overlaps: Whether images are read while the device computes.
-        images: Images that were read for these figures.
-        steps: Training steps of each size behind them.
+        images: Images read for the measurement.
+        steps: Training steps measured for each size.
         read: Decoding an image.
-        plain: Its plain view.
-        strong: Its strong view.
-        tower: The frozen tower, for a view.
-        head: All behind it, for an image and one set of weights.
-        step: A training step, by its number of images.
+        plain: Computing its plain view.
+        strong: Computing its strong view.
+        tower: Running the frozen tower on a view.
+        head: Running everything after the tower on an image, with one set of weights.
+        step: Running a training step, by its number of images.
     """
 
     trains: bool
@@ -87,25 +87,25 @@ class Units:
     step: dict[int, float]
 
     def together(self, computing: float, loading: float) -> float:
-        """Seconds of computing and of loading, which share the processor or go on side by side."""
+        """Seconds of computing and loading together, which either compete for the processor or overlap."""
         loading /= self.loaders
         return max(computing, loading) if self.overlaps else computing + loading
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """What a run takes, in seconds by part.
+    """Time of a run, in seconds by part.
 
     Attributes:
-        features: Computing the features that are kept, before training.
+        features: Computing the cached features before training.
         steps: Training steps.
         passes: Scoring images in validations, for thresholds and labels, and describing them before training.
-        views: Views whose features are kept.
+        views: Views whose features are cached.
         training_steps: Training steps of both stages.
-        scored: Images scored or described, each as often as it is.
-        measured_images: Images behind the estimate.
-        measured_steps: Training steps behind it.
-        not_included: What a run does that is not in the estimate.
+        scored: Number of times that an image is scored or described.
+        measured_images: Images measured for the estimate.
+        measured_steps: Training steps measured for the estimate.
+        not_included: Parts of a run that the estimate omits.
     """
 
     features: float
@@ -124,7 +124,7 @@ class RunTime:
         return self.features + self.steps + self.passes
 
     def sentence(self) -> str:
-        """The estimate for people."""
+        """The estimate as a sentence."""
         parts = [
             (self.features, f"the features of {self.views:,} views", self.views),
             (self.steps, f"{self.training_steps:,} training steps", self.training_steps),
@@ -140,15 +140,15 @@ class RunTime:
 
 
 def run_time(recipe: dict[str, Any], plan: Plan) -> RunTime:
-    """Measures the parts of a run on this machine, and estimates what all of it takes.
+    """Measures the parts of a run on this machine and estimates its total time.
 
     Args:
         recipe: Configuration of the run, with a model.
         plan: What the run does with its data set.
 
     Raises:
-        ConfigError: The configuration has no model, or no number of epochs.
-        CBSAError: The parts could not be measured, with the reason.
+        ConfigError: If the configuration has no model or no number of epochs.
+        CBSAError: If the parts could not be measured. The message contains the reason.
     """
     if not isinstance(recipe.get("model"), dict):
         raise ConfigError(
@@ -181,11 +181,11 @@ def _measured(request: Request) -> Units:
 
 
 def estimate(plan: Plan, units: Units) -> RunTime:
-    """Multiplies what a run does with the seconds that it takes.
+    """Multiplies the counts of a run by the seconds per unit.
 
     Args:
         plan: What the run does with its data set.
-        units: Seconds, and the length of training.
+        units: Seconds per unit, and the length of training.
     """
     views, reading = kept_views(plan, units) if units.cached else (0, 0.0)
     warmup = min(units.warmup_epochs, units.max_epochs)
@@ -198,7 +198,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
             computing += steps * units.step[size]
             loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
     scored, heads = scored_images(plan, units)
-    # A run on labels alone keeps no features of the unlabeled images, but writes labels for them.
+    # A labels-only run caches no features of the unlabeled images, but still writes labels for them.
     unkept = 0 if plan.second.unlabeled else len(plan.split.unlabeled)
     towers = unkept if units.cached else scored
     return RunTime(
@@ -215,7 +215,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
 
 
 def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
-    """Views that a feature cache is filled with, and the seconds that one process takes to make them."""
+    """Returns the number of views in a feature cache, and the seconds that one process needs to make them."""
     alone = not plan.second.unlabeled and not len(plan.partly)
     needed = needed_views(plan.split, plan.images, plan.partly, units.strong_views, alone)
     images = int(needed.any(1).sum()) + plan.test_images
@@ -225,9 +225,9 @@ def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
 
 
 def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
-    """Images that are scored or described without gradient, and how often a set of weights scores one.
+    """Returns how many images are scored or described without gradient, and how often a set of weights scores one.
 
-    Validations score an image with the averaged and with the raw weights.
+    Validations score an image with both the averaged and the raw weights.
     """
     labeled, unlabeled = len(plan.split.labeled), len(plan.split.unlabeled)
     validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
@@ -239,7 +239,7 @@ def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
 
 
 def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:
-    """Epochs at whose start the unlabeled images are scored; see :class:`UpdateThresholds`."""
+    """Yields the epochs that start with scoring the unlabeled images; see :class:`UpdateThresholds`."""
     first, last = units.warmup_epochs, units.max_epochs
     if not (plan.second.unlabeled or len(plan.partly)) or first >= last:
         return

@@ -1,21 +1,21 @@
-"""Class names that may be one class in two spellings."""
+"""Finds class names that may be two spellings of one class."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-_SHORTEST = 5  # letters in which one may be exchanged; "cat" and "car" are words of their own
+_SHORTEST = 5  # minimum length of names that differ in one letter; "cat" and "car" are different words
 
 
 def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
     """Finds pairs of names that differ in case, white space or punctuation, or by one letter.
 
-    One letter more, such as a plural, counts at any length of three letters or more; another letter, or two neighbors
-    in exchanged order, counts from five letters. Digits never count: "class 1" and "class 2" are two classes.
+    An additional letter, such as a plural, counts from three letters on. A different letter, or two swapped neighbors,
+    counts from five letters on. Different digits never count: "class 1" and "class 2" are two classes.
 
     Args:
-        names: C names; the time grows with C, not with its square.
+        names: C names; the time is linear in C.
 
     Returns:
         Pairs in the order of ``names``.
@@ -40,7 +40,7 @@ def _one_shorter(text: str) -> Iterator[str]:
 
 
 def _alike(first: str, second: str) -> bool:
-    """Whether two texts that share a part of :func:`_one_shorter` are equal or one edit apart."""
+    """Returns whether two texts that share a part of :func:`_one_shorter` are equal or one edit apart."""
     if first == second:
         return bool(first)
     shorter, longer = sorted((first, second), key=len)

@@ -1,4 +1,4 @@
-"""What the image files of a table are like: each is opened once, and decoded only if it does not look whole."""
+"""Surveys the image files of a table. Each file is opened once, and decoded only if it does not look complete."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import open_regular
 
 SMALLEST = 32
-"""Pixels of a side below which an image counts as tiny."""
+"""An image is tiny if a side has fewer pixels."""
 
-_THREADS = 8  # as many files are read at once
+_THREADS = 8  # files read at once
 _CHUNK = 4096
-_REASONS = 1000  # that are kept as text; more files than these have one cause
+_REASONS = 1000  # maximum number kept as text; more failing files have a common cause
 _DIGEST = 16  # bytes
 _JPEG = "jpg jpeg jpe jfif mpo"
 _SUFFIXES = {
     "JPEG": _JPEG,
-    "MPO": _JPEG,  # JPEG with a second image, as phones write
+    "MPO": _JPEG,  # JPEG with a second image, as written by phones
     "PNG": "png apng",
     "WEBP": "webp",
     "BMP": "bmp dib",
@@ -41,16 +41,16 @@ _KINDS = tuple(_SUFFIXES)
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What was found of n image files, as columns.
+    """Findings about n image files, as columns.
 
     Attributes:
-        missing: (n,) bool, there is no such file.
-        unreadable: (n,) bool, the file is there, but cannot be read as an image.
+        missing: (n,) bool, the file does not exist.
+        unreadable: (n,) bool, the file exists but cannot be read as an image.
         tiny: (n,) bool, a side has fewer than :data:`SMALLEST` pixels.
-        misnamed: (n,) bool, the suffix is that of another format.
-        kind: (n,) uint8, the format; :meth:`kind_of` names it.
-        digest: (n, 2) uint64, a hash of the content of the file; of files that could be read.
-        reasons: Row -> why the image cannot be read; of the first thousand such rows.
+        misnamed: (n,) bool, the suffix belongs to another format.
+        kind: (n,) uint8, the format; :meth:`kind_of` returns its name.
+        digest: (n, 2) uint64, a hash of the file's content, for files that could be read.
+        reasons: Row -> reason why the image cannot be read, for the first thousand such rows.
     """
 
     missing: NDArray[np.bool_]
@@ -67,17 +67,17 @@ class Survey:
         return ~(self.missing | self.unreadable)
 
     def kind_of(self, row: int) -> str:
-        """Name of the format of a readable image."""
+        """Returns the format of a readable image."""
         return _KINDS[int(self.kind[row])]
 
 
 def survey(table: AnnotationTable) -> Survey:
-    """Reads every image file of a table once: its content for a hash, its header, and whether its end is there.
+    """Reads every image file of a table once: a hash of its content, its header, and whether its end is present.
 
-    Damage within a file whose header and end are right is not found.
+    Damage within a file that has a correct header and end is not detected.
 
     Args:
-        table: The images; a million of them take some thirty bytes each.
+        table: The images; a million of them need about thirty bytes each.
     """
     n = len(table)
     flags = np.zeros((4, n), dtype=bool)
@@ -104,19 +104,19 @@ def survey(table: AnnotationTable) -> Survey:
 
 
 def equal_rows(digest: NDArray[np.uint64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Groups those of some ``rows`` whose digests are equal.
+    """Groups those of ``rows`` whose digests are equal.
 
     Args:
         digest: (n, 2) hashes.
         rows: (m,) rows to compare.
 
     Returns:
-        Groups of two rows or more, ascending, in the order of their first rows.
+        Groups of at least two rows, ascending, ordered by their first rows.
     """
     rows = rows[np.lexsort(digest[rows].T)]  # stable: rows of a group stay in order
     same = (digest[rows[1:]] == digest[rows[:-1]]).all(axis=1)
     before, after = np.append(False, same)[: len(rows)], np.append(same, False)[: len(rows)]
-    members = rows[before | after]  # first, so that a million different images are no groups of one
+    members = rows[before | after]  # filtered first, so that a million different images do not form groups of one
     if not len(members):
         return []
     starts = np.flatnonzero(~before[before | after])
@@ -124,7 +124,7 @@ def equal_rows(digest: NDArray[np.uint64], rows: NDArray[np.int64]) -> list[NDAr
 
 
 def _examine(file: Path) -> tuple[bytes, Header | str]:
-    """Hash of the content, and the header or why the image cannot be read."""
+    """Returns a hash of the content, and the header or the reason why the image cannot be read."""
     content, header = b"", None
     try:
         with open_regular(file) as stream:
@@ -137,7 +137,7 @@ def _examine(file: Path) -> tuple[bytes, Header | str]:
             decode(file)
         except DataError as error:
             return content, str(error)
-    return content, header or f"{file}: was changed while it was read; start again"
+    return content, header or f"{file}: changed while it was being read; start again"
 
 
 def _is_misnamed(path: str, kind: str) -> bool:

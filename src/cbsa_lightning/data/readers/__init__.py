@@ -1,4 +1,4 @@
-"""Readers: annotation files on disk -> ``AnnotationTable``; one module a format."""
+"""Readers, which convert annotation files to an ``AnnotationTable``; one module per format."""
 
 from cbsa_lightning.data.readers.cloud_jsonl import CloudLines
 from cbsa_lightning.data.readers.coco import COCO

@@ -1,4 +1,4 @@
-"""Answers of annotators, several for an image perhaps, and the labels that follow from them."""
+"""Answers of one or more annotators for an image, and the labels that follow from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
 Disagreement = Literal["unknown", "majority"]
-NOTHING = -1  # in place of the position of a class
+NOTHING = -1  # instead of the position of a class
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Record:
     Attributes:
         image: Its path relative to the root.
         where: File and record, for a message.
-        answers: The labels of each submitted answer; all other classes are absent. No answer: the image is unlabeled.
-        test: Whether the export says that the image is for the test.
+        answers: The labels of each submitted answer; all other classes are absent. Without answers, it is unlabeled.
+        test: Whether the export marks the image as a test image.
     """
 
     image: str
@@ -37,22 +37,24 @@ class Record:
 
 
 def codes_of(answer: Sequence[str], record: Record, position: Mapping[str, int]) -> list[int]:
-    """Positions of the classes that an answer names; empty if its label means nothing.
+    """Returns the positions of the classes that an answer names; empty if its label means nothing.
 
     Raises:
-        DataError: A label is no class, or one that means nothing stands beside a class.
+        DataError: If a label is not a class, or one that means nothing occurs together with a class.
     """
     labels = [clean_name(label) for label in answer]
     if unknown := [f"{brief(label)}{did_you_mean(label, position)}" for label in labels if label not in position]:
         raise DataError(
-            f"{record.where}: labels that are in no class list: {listed(unknown)}; correct them, or add them to the "
-            "class list"
+            f"{record.where}: labels that are not in the class list: {listed(unknown)}; correct them, or add them to "
+            "the class list"
         )
     codes = sorted({position[label] for label in labels})
     if NOTHING in codes[:1]:
         if len(codes) > 1:
             found = listed(map(brief, labels))
-            raise DataError(f"{record.where}: a label that means nothing beside others: {found}; keep one of the two")
+            raise DataError(
+                f"{record.where}: a label that means nothing, together with others: {found}; keep one of the two"
+            )
         return []
     return codes
 
@@ -64,17 +66,17 @@ def decide(
     num_classes: int,
     disagreement: Disagreement | None,
 ) -> tuple[NDArray[np.int8], list[str]]:
-    """Decides labels by the answers for each image.
+    """Decides labels from the answers for each image.
 
     Args:
         rows: Image of each record.
         coded: For each record and each of its answers, the positions of the classes that it names.
         num_images: n.
         num_classes: C.
-        disagreement: What a class is on which answers differ; None: unknown.
+        disagreement: Label of a class on which answers differ; None: unknown.
 
     Returns:
-        (n, C) labels: -1 for all classes of an image without an answer; and notes on how they were decided.
+        (n, C) labels, -1 for all classes of an image without an answer; and notes on how they were decided.
     """
     yes = np.zeros((num_images, num_classes), dtype=np.int32)
     answers = np.zeros((num_images, 1), dtype=np.int32)
@@ -91,7 +93,7 @@ def decide(
         labels[decided] = (yes > no)[decided]
     notes = []
     if several := int((answers > 1).sum()):
-        notes.append(f"{counted(several, 'image')} with several answers, which count together")
+        notes.append(f"{counted(several, 'image')} with several answers, which are combined")
     if cells := int(differ.sum()):
         unknown = int((differ & (labels == UNKNOWN)).sum())
         where = counted(int(differ.any(axis=1).sum()), "image")

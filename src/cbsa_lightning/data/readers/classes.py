@@ -1,4 +1,4 @@
-"""Sources that take their classes from a checkpoint, where the training annotations are not available."""
+"""Sources that take their classes from a checkpoint if the training annotations are not available."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cbsa_lightning.errors import DataError
 
 
 class Classes(Source):
-    """Class names and prompt names only; there are no images to train or to test on.
+    """Class names and prompt names without images.
 
     Args:
         class_names: The C class names.
-        prompt_names: How prompts spell them.
+        prompt_names: The C prompt names.
 
     Raises:
-        ConfigError: For names that are empty or repeated, or another number of prompt names.
+        ConfigError: If names are empty or repeated, or the number of prompt names is wrong.
     """
 
     def __init__(self, class_names: Sequence[str], prompt_names: Sequence[str]) -> None:
@@ -40,10 +40,10 @@ class Classes(Source):
         return self._prompt_names
 
     def prepare(self) -> None:
-        """Nothing has to be there."""
+        """Does nothing, since no files are needed."""
 
     def train(self) -> AnnotationTable:
-        """There is no training table.
+        """Not available.
 
         Raises:
             DataError: Always.
@@ -51,18 +51,18 @@ class Classes(Source):
         raise DataError("Classes without a data set have no images to train or to test on; give a data source.")
 
     def test(self) -> AnnotationTable | None:
-        """There is no test table; see :meth:`train`."""
+        """Not available; see :meth:`train`."""
         return self.train()
 
 
 class TestImages(Classes):
-    """The test images of a source under the classes of a checkpoint; the training table is empty.
+    """The test images of a source with the classes of a checkpoint; the training table is empty.
 
     Args:
         source: The source; its training annotations are not read.
-        checkpoint: File that the classes are of, for messages.
+        checkpoint: Checkpoint file with the classes, for messages.
         class_names: The C class names of the checkpoint.
-        prompt_names: How prompts spell them.
+        prompt_names: The C prompt names.
     """
 
     __test__ = False  # not a test case of pytest
@@ -74,15 +74,15 @@ class TestImages(Classes):
         self._source, self._checkpoint = source, Path(checkpoint)
 
     def train(self) -> AnnotationTable:
-        """A table without rows."""
+        """Returns a table without rows."""
         labels = np.empty((0, len(self.class_names)), dtype=np.int8)
         return AnnotationTable(Path(), as_strings([]), labels, self.class_names, self.prompt_names)
 
     def test(self) -> AnnotationTable:
-        """The test images.
+        """Returns the test images.
 
         Raises:
-            DataError: The source has none, or other classes.
+            DataError: If the source has none, or other classes.
         """
         table = self._source.test_under(ClassFile(self._checkpoint, self.class_names, self.prompt_names, {}))
         if table is None:

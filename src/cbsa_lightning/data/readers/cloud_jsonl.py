@@ -24,20 +24,20 @@ _MULTI, _SINGLE = "groundtruth/image-classification-multilabel", "groundtruth/im
 class CloudLines(Export):
     """Labels of images in the JSON lines of SageMaker Ground Truth (``source-ref``) or Vertex AI (``imageGcsUri``).
 
-    A line names the classes that its image shows; all others are absent. A line without labels is an unlabeled image,
-    as is one whose labeling failed. Lines that Vertex AI marks as "test" are the test images.
+    A line names the classes that its image shows; all others are absent. The image of a line without labels is
+    unlabeled, and so is one whose labeling failed. Lines that Vertex AI marks as "test" are the test images.
 
     Args:
         train: File to train on.
         test: File to test on.
         root: Folder of the images; default: the folder of each file.
-        class_file: Class file with prompt names and the class list; a line names only labels in use.
+        class_file: Class file with prompt names and the class list, since lines contain only the labels in use.
         prefix: URL of ``root`` in the bucket, such as "s3://bucket/photos".
-        attribute: SageMaker: name of the label attribute, where there are several.
-        nothing: Labels that mean "shows no class", such as "None_of_the_above"; they are no classes.
+        attribute: SageMaker: name of the label attribute, if there are several.
+        nothing: Labels that mean "shows no class", such as "None_of_the_above"; they are not classes.
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class CloudLines(Export):
         ]
         said = {
             "image": ("image", "without labels: unlabeled"),
-            "failed": ("image", "whose labeling failed, among the unlabeled ones"),
-            "model": ("image", "labeled by a model (human-annotated: no): read as the others"),
-            "validation image": ("validation image", "by ml_use: read with the images for training"),
-            "name": ("record", "matched with an image by its file name alone"),
+            "failed": ("image", "whose labeling failed: also unlabeled"),
+            "model": ("image", "labeled by a model (human-annotated: no): read like the others"),
+            "validation image": ("validation image", "by ml_use: read with the training images"),
+            "name": ("record", "matched with an image only by its file name"),
         }
         notes = [f"{counted(counts[key], noun)} {rest}" for key, (noun, rest) in said.items() if counts[key]]
         if others:
@@ -96,7 +96,7 @@ class CloudLines(Export):
 
 
 def _vertex(line: dict[str, Any], where: str) -> list[list[str]]:
-    """The answer of a line of Vertex AI, if it has one."""
+    """Returns the answer of a line of Vertex AI, if any."""
     if wrong := [key for key in line if key.endswith(("Annotation", "Annotations")) and "classification" not in key]:
         raise DataError(f"{where}: has {listed(map(brief, wrong))}; only classification of whole images is read")
     found = field(line, "classificationAnnotations", (list,), where, [])
@@ -109,7 +109,7 @@ def _vertex(line: dict[str, Any], where: str) -> list[list[str]]:
 def _attribute(
     file: Path, lines: list[tuple[str, dict[str, Any]]], attribute: str | None
 ) -> tuple[str | None, list[str]]:
-    """Name of SageMaker's label attribute, None if no line has one; and the names of those that are not read."""
+    """Returns the name of SageMaker's label attribute, or None if no line has one, and names of unread attributes."""
     first: dict[str, str] = {}
     for where, line in lines:
         for key in line:
@@ -117,7 +117,7 @@ def _attribute(
                 first.setdefault(key.removesuffix(_METADATA), where)
     found = listed(f"{brief(name)} ({where})" for name, where in first.items())
     if attribute is None and len(first) > 1:
-        raise DataError(f"{file}: has several label attributes: {found}; say which with attribute")
+        raise DataError(f"{file}: has several label attributes: {found}; set attribute to one of them")
     if attribute is not None and attribute not in first:
         raise DataError(
             f"{file}: has no label attribute {brief(attribute)}{did_you_mean(attribute, first)}, only {found or 'none'}"
@@ -128,12 +128,10 @@ def _attribute(
 
 
 def _ground_truth(line: dict[str, Any], attribute: str | None, where: str, counts: Counter[str]) -> list[list[str]]:
-    """The answer of a line of SageMaker Ground Truth, if it has one."""
+    """Returns the answer of a line of SageMaker Ground Truth, if any."""
     if attribute is None or attribute + _METADATA not in line:
         if attribute in line:
-            raise DataError(
-                f"{where}: has {attribute!r} without its metadata; use an output manifest as it was written"
-            )
+            raise DataError(f"{where}: has {attribute!r} without its metadata; use an unmodified output manifest")
         return []
     metadata = field(line, attribute + _METADATA, (dict,), where)
     if "failure-reason" in metadata:
@@ -141,7 +139,7 @@ def _ground_truth(line: dict[str, Any], attribute: str | None, where: str, count
         return []
     kind = field(metadata, "type", (str,), where)
     if kind not in (_MULTI, _SINGLE):
-        raise DataError(f"{where}: is of type {brief(kind)}; only image classification is read")
+        raise DataError(f"{where}: has type {brief(kind)}; only image classification is read")
     counts["model"] += field(metadata, "human-annotated", (str,), where, "yes") == "no"
     if kind == _SINGLE:
         return [[field(metadata, "class-name", (str,), where)]]

@@ -36,24 +36,24 @@ COCO_CLASSES = tuple(" ".join(_NAMES.split()).split(", "))
 class COCO(Source):
     """MS-COCO 2014 (train 82,081 images, test = val, 40,137), or any data set in its "instances" format.
 
-    Crowds are annotations too. Image ids are ordered as strings, as in CAP's lists; classes are ordered by ascending
+    Crowds count as annotations. Image ids are ordered as strings, as in CAP's lists; classes are ordered by ascending
     category id.
 
     Args:
         root: Folder that the other paths are relative to.
-        year: Stands in the default file names: ``annotations/instances_{train,val}<year>.json``, and
+        year: Year in the default file names: ``annotations/instances_{train,val}<year>.json``, and
             ``{train,val}<year>`` for the images.
-        train_annotations: Another annotation file for training.
-        val_annotations: Another annotation file for the test.
-        train_images: Another image folder for training.
-        val_images: Another image folder for the test.
+        train_annotations: Custom annotation file for training.
+        val_annotations: Custom annotation file for testing.
+        train_images: Custom image folder for training.
+        val_images: Custom image folder for testing.
         class_file: Class file with prompt names (``read_class_file``); default: the category names.
-        unannotated: What becomes of images without an annotation: "drop", as CAP's lists leave them out; "unlabeled",
-            if nobody has labeled them yet; "empty", if they show no class. Default: "unlabeled" for an annotation
-            file that is named here, "drop" for COCO's own.
+        unannotated: Meaning of images without an annotation: "drop" omits them, as in CAP's lists; "unlabeled" if
+            they have not been labeled yet; "empty" if they show no class. Default: "unlabeled" for a custom annotation
+            file, "drop" for COCO's own.
 
     Raises:
-        ConfigError: An argument that is no text or path, or another choice.
+        ConfigError: If an argument is not a string or path, or a choice is invalid.
     """
 
     root: str
@@ -73,7 +73,7 @@ class COCO(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the categories; before the annotation file is there, the 80 of COCO."""
+        """Names of the categories, or COCO's 80 if the annotation file does not exist yet."""
         try:
             return peek_class_names(self._files("train")[0])
         except FileNotFoundError:
@@ -85,33 +85,33 @@ class COCO(Source):
         return prompts_from(self.class_file, self.class_names)
 
     def prepare(self) -> None:
-        """Checks that annotation files and image folders are there.
+        """Checks that annotation files and image folders exist.
 
         Raises:
-            DataError: Some are not.
+            DataError: If some do not.
         """
         files = [path for part in ("train", "val") for path in self._files(part)]
         if missing := [str(path) for path in dict.fromkeys(files) if not os.path.exists(path)]:
             raise DataError(
                 f"COCO is not complete under {self.root}: no {listed(missing)}. Get the {self.year} images "
-                "and annotations of train and val from the COCO pages and unpack them there, or say where "
-                "they are with train_annotations, train_images, val_annotations and val_images"
+                "and annotations of train and val from the COCO pages and unpack them there, or set "
+                "train_annotations, train_images, val_annotations and val_images"
             )
 
     def train(self) -> AnnotationTable:
-        """Images and labels of the training file; see ``read_coco`` for what is refused."""
+        """Returns images and labels of the training file. See ``read_coco`` for errors."""
         return self._read("train")
 
     def test(self) -> AnnotationTable:
-        """Images and labels of the validation file.
+        """Returns images and labels of the validation file.
 
         Raises:
-            DataError: Its classes are not those of the training file; see also ``read_coco``.
+            DataError: If its classes are not those of the training file. See also ``read_coco``.
         """
         return self._test(self.class_names, self._files("train")[0])
 
     def test_under(self, classes: ClassFile) -> AnnotationTable:
-        """Images and labels of the validation file, whose categories must be the given classes."""
+        """Returns images and labels of the validation file, whose categories must be the given classes."""
         return self._test(classes.class_names, classes.path)
 
     def _test(self, expected: tuple[str, ...], of: Path) -> AnnotationTable:
@@ -125,13 +125,13 @@ class COCO(Source):
         return table
 
     def _files(self, part: str) -> tuple[Path, Path]:
-        """Annotation file and image folder of "train" or "val"."""
+        """Returns annotation file and image folder of "train" or "val"."""
         annotations = getattr(self, f"{part}_annotations") or f"annotations/instances_{part}{self.year}.json"
         images = getattr(self, f"{part}_images") or f"{part}{self.year}"
         return Path(self.root) / annotations, Path(self.root) / images
 
     def describe(self) -> list[str]:
-        """How many images of each file have no annotation, and what became of them."""
+        """Describes how many images of each file have no annotation, and how they are used."""
         notes: list[str] = []
         for part in ("train", "val"):
             self._read(part, notes)
@@ -160,13 +160,13 @@ def read_coco(
         images: Folder of the images.
         root: Folder that the table's paths are relative to; default: ``images``.
         class_file: Class file with prompt names; default: the category names.
-        unannotated: What becomes of images without an annotation: they are left out ("drop"), kept as "unlabeled", or
-            kept as images that show no class ("empty").
-        notes: Gets a sentence on images without an annotation.
+        unannotated: Use of images without an annotation: "drop" omits them, "unlabeled" keeps them as unlabeled, and
+            "empty" keeps them as images that show no class.
+        notes: List to which a sentence on images without an annotation is appended.
 
     Raises:
-        DataError: See ``read_coco_file``; a file name occurs twice; no image is annotated; two classes have the same
-            prompt text.
+        DataError: If ``read_coco_file`` raises it, a file name occurs twice, no image is annotated, or two classes have
+            the same prompt text.
     """
     file, images = Path(annotations), Path(images)
     root = Path(images if root is None else root)
@@ -183,7 +183,7 @@ def read_coco(
         labels[[i for i, image in enumerate(ids) if image not in annotated]] = UNKNOWN
     labels[[row[image] for image, _ in content.pairs], [k for _, k in content.pairs]] = 1
     if notes is not None and (without := len(content.file_names) - len(annotated)):
-        kept = {"drop": "left out", "unlabeled": "kept as unlabeled", "empty": "kept as images of no class"}
+        kept = {"drop": "omitted", "unlabeled": "kept as unlabeled", "empty": "kept as images that show no class"}
         notes.append(
             f"{file}: {without:,} of {len(content.file_names):,} images have no annotation; {kept[unannotated]}"
         )

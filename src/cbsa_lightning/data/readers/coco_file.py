@@ -1,4 +1,4 @@
-"""Files in COCO's "instances" format: parsed, and checked field by field."""
+"""Parses files in COCO's "instances" format and checks each field."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cbsa_lightning.data.class_names import check_class_names, duplicates
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, open_regular, read_text, refuse_larger_than_memory
 
-_ID = (int, str)  # COCO's own are whole numbers; other data sets name their images
-_TYPES = {int: "a whole number", str: "a text"}
+_ID = (int, str)  # integers in COCO's own files; other data sets use strings
+_TYPES = {int: "an integer", str: "a string"}
 _KEYS = {"images", "annotations", "categories", "id", "file_name", "name", "image_id", "category_id"}
 
 
 class CocoFile(NamedTuple):
-    """What a file says of labels.
+    """Labels in a file.
 
     Attributes:
         class_names: Names of the categories, by ascending id.
@@ -35,8 +35,9 @@ def read_coco_file(file: Path) -> CocoFile:
     """Reads and checks a file.
 
     Raises:
-        DataError: It is missing, malformed or too large for memory; there are no categories; an image id, category id
-            or category name occurs twice or is of another type; an annotation belongs to an unknown image or category.
+        DataError: If it is missing, malformed or too large for memory; if there are no categories; if an image id,
+            category id or category name occurs twice or has the wrong type; or if an annotation refers to an unknown
+            image or category.
     """
     content = _load(file)
     position, class_names = _classes(content["categories"], file)
@@ -53,11 +54,11 @@ def read_coco_file(file: Path) -> CocoFile:
 
 
 def peek_class_names(file: Path) -> tuple[str, ...]:
-    """Class names without parsing the whole file (330 MB for COCO train, where they stand at the end).
+    """Reads class names without parsing the whole file (330 MB for COCO train, which has them at the end).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        DataError: It is no COCO file.
+        FileNotFoundError: If the file does not exist.
+        DataError: If it is not a COCO file.
     """
     try:
         with open_regular(file) as stream:
@@ -69,13 +70,13 @@ def peek_class_names(file: Path) -> tuple[str, ...]:
         return _classes(categories, file)[1]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError):  # nothing is said before the whole file has been read
+    except (OSError, ValueError, TypeError, RecursionError):  # inconclusive: read the whole file
         return _classes(_load(file)["categories"], file)[1]
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        # Outlines are most of the file and no label: dropped as they are parsed, they take no memory.
+        # Outlines are most of the file and not needed, so they are dropped during parsing to save memory.
         content = json.loads(read_text(file), object_pairs_hook=_without_outline)
     except FileNotFoundError:
         raise DataError(f"{file} is missing; get the COCO annotations, or correct the path") from None
@@ -95,7 +96,7 @@ def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         if twice := [key for k, key in enumerate(keys) if key in _KEYS and key in keys[:k]]:
-            raise ValueError(f"the key {twice[0]!r} stands twice in one record, and only one of them can count")
+            raise ValueError(f"the key {twice[0]!r} occurs twice in one record, so its value is ambiguous")
     record.pop("segmentation", None)
     return record
 
@@ -110,7 +111,7 @@ def _refuse_other_tasks(annotations: list[Any], file: Path) -> None:
 
 
 def _remedy(image: int | str, names: dict[int | str, str]) -> str:
-    """What to do about an id that is no image's: often it only has the other type."""
+    """Returns the remedy for an unknown image id; often only its type is wrong."""
     alike = [] if image in names else [other for other in names if str(other) == str(image)]
     if alike:
         types = f"its image_id is {_TYPES[type(image)]}, the id of the image {_TYPES[type(alike[0])]}"
@@ -119,7 +120,7 @@ def _remedy(image: int | str, names: dict[int | str, str]) -> str:
 
 
 def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, kind: str) -> list[tuple[Any, Any]]:
-    """Two fields of each record, of the types that they must have; True is no number here, though Python calls it 1."""
+    """Returns two fields of each record after checking their types; True is not a number here, unlike in Python."""
     (first, first_types), (second, second_types) = kinds.items()
     try:
         pairs = [(record[first], record[second]) for record in records]
@@ -135,13 +136,13 @@ def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, 
             if type(record[key]) not in types:
                 wanted = " or ".join(_TYPES[t] for t in types)
                 raise DataError(f"{file}, {kind}[{i}]: {key} must be {wanted}, found {brief(record[key])}; correct it")
-    raise AssertionError("one of the records is at fault")
+    raise AssertionError("one of the records is invalid")
 
 
 def _classes(categories: list[Any], file: Path) -> tuple[dict[Any, int], tuple[str, ...]]:
-    """Category id -> class index, and the names, by ascending id."""
+    """Returns category id -> class index, and the names, by ascending id."""
     if not categories:
-        raise DataError(f"{file}: categories is empty; a class needs an id and a name there")
+        raise DataError(f"{file}: categories is empty; add an id and a name for each class")
     pairs = _fields(categories, {"id": (int,), "name": (str,)}, file, "categories")
     _refuse_twice([str(number) for number, _ in pairs], file, "categories", "id")
     _refuse_twice([name for _, name in pairs], file, "categories", "name")

@@ -1,4 +1,4 @@
-"""CSV, TSV, Parquet and JSON lines files as columns of text, with a name for every row."""
+"""Reads CSV, TSV, Parquet and JSON lines files as columns of text, with a name for every row."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cbsa_lightning.data.readers.json_lines import is_json_lines, read_json_line
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, memory_of_machine, open_regular
 
-_BATCH = 1 << 12  # rows of a Parquet file at a time: so few that even of long texts they fit
-_UNNAMED = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")  # how pandas writes and reads an index without a name
+_BATCH = 1 << 12  # rows of a Parquet file read at once, so that even long texts fit into memory
+_UNNAMED = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")  # names of an unnamed index in pandas
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A table file as it was read.
+    """Content of a table file.
 
     Attributes:
         path: The file.
         table: Its columns; those of a CSV or JSON lines file are text.
-        first_row: What the first row of data is called: 2 in a CSV file, after the header (3 after a line ``sep=;``);
+        first_row: Number of the first data row: 2 in a CSV file, after the header (3 after a line ``sep=;``);
             1 in Parquet and JSON lines.
         from_csv: Whether it is a CSV file.
     """
@@ -46,71 +46,71 @@ class Columns:
         return list(self.table.column_names)
 
     def where(self, i: int) -> str:
-        """File and row of data row ``i``, for a message."""
+        """Describes file and row of data row ``i``, for a message."""
         return f"{self.path}, row {i + self.first_row}"
 
     def text(self, name: str) -> Any:
-        """A column as one array of text without surrounding white space; null stays null.
+        """Returns a column as one array of text without surrounding white space; null stays null.
 
         Raises:
-            DataError: The column is of a type that has no text, or is damaged; a cell of a CSV file has a line
-                break inside, as where a quote is not closed.
+            DataError: If the column has a type without text or is damaged, or a cell of a CSV file contains a line
+                break, which usually means that a quote is not closed.
         """
         cells = pc.utf8_trim_whitespace(self._cast(name, pa.large_string()))
         if self.from_csv and (row := pc.index(pc.match_substring_regex(cells, r"[\r\n]"), True).as_py()) >= 0:
             raise DataError(
                 f"{self.where(row)}: a cell of column {brief(name)} has a line break: {brief(cells[row].as_py())}; "
-                "close the quotes, or take the line break out"
+                "close the quotes, or remove the line break"
             )
         return cells
 
     def has_lists(self, name: str) -> bool:
-        """Whether a column of a Parquet file holds lists."""
+        """Returns whether a column of a Parquet file contains lists."""
         kind = self.table.column(name).type
         return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
     def lists(self, name: str) -> Any:
-        """A column of lists of names, as one array of lists of text.
+        """Returns a column of lists of names as one array of lists of text.
 
         Raises:
-            DataError: What is listed has no text, or the column is damaged.
+            DataError: If the lists do not contain text, or the column is damaged.
         """
         return self._cast(name, pa.large_list(pa.large_string()))
 
     def _cast(self, name: str, kind: Any) -> Any:
         column = self.table.column(name)
         try:
-            column.validate(full=True)  # Parquet's texts are not checked as they are read
+            column.validate(full=True)  # Parquet's texts are not validated on reading
             column = column.cast(kind)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(
-                f"{self.path}: column {brief(name)} of type {brief(str(column.type))} is no text ({error}); convert it"
+                f"{self.path}: column {brief(name)} of type {brief(str(column.type))} is not text ({error}); convert it"
             ) from error
         return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
 
 
 def refuse_repeated_rows(columns: Columns, paths: StringArray) -> None:
-    """Refuses two rows for one image.
+    """Checks that no image has two rows.
 
     Raises:
-        DataError: Names the path and both rows.
+        DataError: If one has. The message names the path and both rows.
     """
     if pairs := repeated_rows(paths):
         first = columns.first_row
         found = listed(f"{brief(str(paths[i]))} (rows {i + first} and {j + first})" for i, j in pairs)
-        raise DataError(f"{columns.path}: the same image twice: {found}; keep one row an image")
+        raise DataError(f"{columns.path}: the same image twice: {found}; keep one row per image")
 
 
 def read_columns(path: str | Path) -> Columns:
     """Reads a Parquet file (".parquet", ".pq"), JSON lines (".jsonl", ".ndjson", ".json") or a CSV file (other names).
 
-    CSV is UTF-8 with a header; see ``read_csv`` for its delimiter. A cell may stand in double quotes. Empty lines are
-    passed over and do not count as rows. Columns without a name are left out where they hold nothing (delimiters at the
-    end of each row) or number the rows (the index of pandas).
+    CSV is UTF-8 with a header; see ``read_csv`` for its delimiter. Cells may be in double quotes. Empty lines are
+    skipped and not counted as rows. Columns without a name are omitted if they are empty (delimiters at the end of each
+    row) or number the rows (the index of pandas).
 
     Raises:
-        DataError: The file is missing, empty, not UTF-8, too large for memory, has a column twice or without a name, a
-            row of another length or of megabytes, or a quote that is not closed.
+        DataError: If the file is missing, empty, not UTF-8 or too large for memory; has a repeated or unnamed column;
+            has a row with too few or too many cells or bytes; or has a quote that is not closed.
     """
     path = Path(path)
     try:
@@ -138,10 +138,10 @@ def read_columns(path: str | Path) -> Columns:
 
 
 def column_named(columns: Columns, names: list[str]) -> str:
-    """The column that bears one of ``names``.
+    """Returns the column with one of ``names``.
 
     Raises:
-        DataError: None does, or two do.
+        DataError: If there is none, or there are two.
     """
     found = [name for name in names if name in columns.names]
     if len(found) > 1:
@@ -149,16 +149,16 @@ def column_named(columns: Columns, names: list[str]) -> str:
     if not found:
         raise DataError(
             f"{columns.path}: no column for class {brief(names[0])}{did_you_mean(names[0], columns.names)}; "
-            f"its columns are {listed(map(brief, columns.names))}; add it, or take the class out"
+            f"its columns are {listed(map(brief, columns.names))}; add it, or remove the class"
         )
     return found[0]
 
 
 def _is_needed(columns: Columns, k: int, name: str) -> bool:
-    """False for a column without a name that holds nothing or numbers the rows.
+    """Returns False for a column without a name that is empty or numbers the rows.
 
     Raises:
-        DataError: It holds something else.
+        DataError: If such a column has other content.
     """
     single = Columns(columns.path, columns.table.select([k]).rename_columns(["x"]), columns.first_row)
     cells = single.text("x").fill_null("")
@@ -170,20 +170,20 @@ def _is_needed(columns: Columns, k: int, name: str) -> bool:
     row = pc.index(pc.not_equal(cells, ""), True).as_py()
     raise DataError(
         f"{columns.path}: column {k + 1} has no name ({brief(name)}), but cells such as {brief(cells[row].as_py())} "
-        f"(row {row + columns.first_row}); name it, or take it out; for an index of pandas: to_csv(index=False)"
+        f"(row {row + columns.first_row}); name it, or remove it; for an index of pandas: to_csv(index=False)"
     )
 
 
 def _read_parquet(path: Path, file: BinaryIO) -> Any:
-    """All rows, some at a time: a file of kilobytes may stand for terabytes, and its metadata need not say so."""
+    """Reads all rows in batches: a file of kilobytes may expand to terabytes, even if its metadata does not say so."""
     content, size, most = pq.ParquetFile(file), 0, memory_of_machine() // 4
     batches: list[Any] = []
     for batch in content.iter_batches(_BATCH):
         size += batch.nbytes
         if size > most:
             raise DataError(
-                f"{path}: takes more than {most / 1e9:,.1f} GB, a quarter of the memory, after "
-                f"{_BATCH * len(batches):,} of {content.metadata.num_rows:,} rows; leave columns out that none needs"
+                f"{path}: needs more than {most / 1e9:,.1f} GB, a quarter of the memory, after "
+                f"{_BATCH * len(batches):,} of {content.metadata.num_rows:,} rows; remove columns that are not needed"
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, content.schema_arrow)

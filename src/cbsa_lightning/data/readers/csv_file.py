@@ -1,4 +1,4 @@
-"""CSV files as Arrow tables of text; whatever would be read wrongly is refused with its row."""
+"""Reads CSV files as Arrow tables of text. Rows that Arrow would misread raise an error that names them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, refuse_larger_than_memory
 
 DELIMITERS = (",", "\t", ";")
-LONGEST_ROW = 1 << 20  # bytes; what Arrow reads of a CSV file at a time, and so the most that a row may have
+LONGEST_ROW = 1 << 20  # bytes; Arrow's block size for CSV files, and so the maximum length of a row
 _DELIMITER_LINE = re.compile(r'"?sep=([\t\x20-\x7e])"?', re.IGNORECASE)  # Excel's first line
 
 
@@ -28,8 +28,8 @@ class _Header(NamedTuple):
 def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
     """Reads a UTF-8 file with a header.
 
-    The delimiter is that of a first line ``sep=;``, as Excel knows it, else the first of comma, tab and semicolon that
-    splits the header.
+    The delimiter is that of a first line ``sep=;``, as written for Excel, or else the first of comma, tab and semicolon
+    that splits the header.
 
     Args:
         path: Its name, for messages.
@@ -39,9 +39,9 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         The table, whose columns are text, and the number of its first row of data, counted from 1.
 
     Raises:
-        DataError: The file is empty, not UTF-8 or too large for memory; a row has another length or megabytes; a quote
-            is not closed.
-        pyarrow.ArrowException: Arrow cannot read it.
+        DataError: If the file is empty, not UTF-8 or too large for memory, a row is too long or has a wrong number of
+            cells, or a quote is not closed.
+        pyarrow.ArrowException: If Arrow cannot read it.
     """
     refuse_larger_than_memory(path, os.fstat(file.fileno()).st_size)
     header = _header(path, file)
@@ -56,14 +56,14 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         table = pyarrow.csv.read_csv(
             file,
             read_options=pyarrow.csv.ReadOptions(
-                use_threads=False,  # else there are no row numbers
+                use_threads=False,  # with threads there are no row numbers
                 block_size=LONGEST_ROW,
                 skip_rows=header.row - 1,
             ),
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=header.delimiter,
                 invalid_row_handler=refuse,
-                newlines_in_values=True,  # else Arrow cuts rows in two wherever a block ends inside of quotes
+                newlines_in_values=True,  # otherwise Arrow splits rows if a block ends inside quotes
             ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(header.names, pa.large_string()), strings_can_be_null=False
@@ -102,11 +102,11 @@ def _header(path: Path, file: BinaryIO) -> _Header:
 
 
 def _line(path: Path, file: BinaryIO, row: int) -> str:
-    """The next line of the file, without its end."""
+    """Returns the next line of the file without its line end."""
     raw = re.split(rb"[\r\n]", file.readline(LONGEST_ROW), maxsplit=1)[0]
     if len(raw) == LONGEST_ROW:
         raise DataError(
-            f"{path}, row {row}: has {LONGEST_ROW:,} bytes and more, so it is no header; name the columns there"
+            f"{path}, row {row}: has {LONGEST_ROW:,} bytes or more, so it is not a header; name the columns there"
         )
     try:
         return raw.decode("utf-8-sig")
@@ -115,19 +115,19 @@ def _line(path: Path, file: BinaryIO, row: int) -> str:
 
 
 def _wrong_length(path: Path, row: Any, header: _Header) -> str:
-    """Message on a row whose number of cells is not that of the header."""
+    """Returns the message on a row whose number of cells differs from the header's."""
     mark = header.delimiter
     remedy = f"correct it, or quote cells with {mark!r}"
     if row.actual_columns == row.expected_columns + 1 and row.text.rstrip("\r\n").endswith(mark):
-        remedy = f"take the {mark!r} at its end out"
+        remedy = f"remove the {mark!r} at its end"
     return (
-        f"{path}, row {row.number}: {row.actual_columns} cells where the header has {row.expected_columns}: "
+        f"{path}, row {row.number}: {row.actual_columns} cells, but the header has {row.expected_columns}: "
         f"{brief(row.text)}; {remedy}"
     )
 
 
 def _refuse_open_quote(path: Path, file: BinaryIO, table: Any, header_row: int) -> None:
-    """Arrow takes the end of the file for the end of a quoted cell, which then has swallowed all rows in between."""
+    """Refuses a quote that is not closed, since Arrow would read all following rows into its cell."""
     if table.num_rows and re.search(r"[\r\n]", table.column(table.num_columns - 1)[-1].as_py()):
         file.seek(-min(file.seek(0, 2), LONGEST_ROW), 2)
         if not file.read().rstrip(b"\r\n").endswith(b'"'):
@@ -138,7 +138,7 @@ def _refuse_open_quote(path: Path, file: BinaryIO, table: Any, header_row: int) 
 
 
 def _not_utf8(file: BinaryIO) -> str:
-    """The first line that is not UTF-8, for a message."""
+    """Returns the first line that is not UTF-8, for a message."""
     file.seek(0)
     for number, line in enumerate(file, start=1):
         try:

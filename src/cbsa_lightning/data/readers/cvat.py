@@ -23,20 +23,20 @@ _TAG_TYPES = ("tag", "any", "")
 class CVAT(Export):
     """An export of a CVAT task, project or job in which annotators tag images.
 
-    The tags of an image are its classes; all other classes are absent. The file does not say whether someone has looked
-    at an image without a tag: it is unlabeled, unless ``untagged`` says otherwise. Images of a subset "test" are the
-    test images. Classes are the labels of the task that can be tags.
+    The tags of an image are its classes; all other classes are absent. The file does not say whether an image without a
+    tag was inspected, so it is unlabeled unless ``untagged`` says otherwise. Images of a subset "test" are the test
+    images. Classes are the labels of the task that can be tags.
 
     Args:
         train: XML file to train on.
         test: XML file to test on.
         root: Folder of the images; default: the folder of each file.
         class_file: Class file with prompt names (``read_class_file``).
-        untagged: What an image without a tag is: "unlabeled", or one that shows "nothing".
-        nothing: Tags that mean "seen, and shows no class"; they are no classes.
+        untagged: Meaning of an image without a tag: "unlabeled", or "nothing" if it shows no class.
+        nothing: Tags that mean "seen, and shows no class"; they are not classes.
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -56,27 +56,27 @@ class CVAT(Export):
         top = read_xml(file)
         if top.tag != "annotations":
             raise DataError(
-                f"{file}: its element is {brief(top.tag)}, not 'annotations'; export as CVAT for images 1.1"
+                f"{file}: its root element is {brief(top.tag)}, not 'annotations'; export as CVAT for images 1.1"
             )
         if top.find("track") is not None:
             raise DataError(f"{file}: has tracks of a video; export as CVAT for images 1.1, and tag images")
         if more := sorted({child.tag for child in top} - {"version", "meta", "image"}):
-            raise DataError(f"{file}: has {listed(map(brief, more))} beside its images; export as CVAT for images 1.1")
+            raise DataError(f"{file}: has {listed(map(brief, more))} besides images; export as CVAT for images 1.1")
         names = _labels(file, top)
         images = top.findall("image")
         if not images:
             raise DataError(f"{file}: has no image; export a task that has some")
         for found, kind in ((images, "image"), (top.findall("image/tag"), "tag")):
             if len(found) < sum(1 for _ in top.iter(kind)):
-                raise DataError(f"{file}: an element {kind!r} stands where none belongs; export the file again")
+                raise DataError(f"{file}: unexpected element {kind!r}; export the file again")
         counts: Counter[str] = Counter()
         known = set(names)
         records = [self._record(image, f"{file}, image {k + 1}", known, counts) for k, image in enumerate(images)]
         said = [
             ("image", f"without a tag: {'unlabeled' if self._untagged == 'unlabeled' else 'shows nothing'}"),
-            ("tag", "set by a model (source auto): read as the others"),
+            ("tag", "set by a model (source auto): read like the others"),
             ("attribute", "of tags: not read"),
-            ("validation image", "by its subset: read with the images for training"),
+            ("validation image", "by its subset: read with the training images"),
         ]
         notes = [f"{counted(counts[noun], noun)} {rest}" for noun, rest in said if counts[noun]]
         return Content(records, names, (), notes)
@@ -89,12 +89,12 @@ class CVAT(Export):
         for child in image:
             if child.tag != "tag":
                 raise DataError(
-                    f"{where}: has a {brief(child.tag)}; only tags are labels of a whole image: export the task in a "
+                    f"{where}: has a {brief(child.tag)}; only tags label a whole image: export the task in a "
                     "COCO format and read that, or tag the images"
                 )
             if child.get("label") not in names:
                 raise DataError(
-                    f"{where}: tag {brief(child.get('label'))} is no label of the task that can be a tag"
+                    f"{where}: tag {brief(child.get('label'))} is not a label of the task that can be a tag"
                     f"{did_you_mean(child.get('label', ''), names)}; use the export of one task or project"
                 )
         tags = [tag.get("label", "") for tag in image]
@@ -108,10 +108,10 @@ class CVAT(Export):
 
 
 def _labels(file: Path, top: Element) -> list[str]:
-    """Labels of the task, project or job that can be tags.
+    """Returns the labels of the task, project or job that can be tags.
 
     Raises:
-        DataError: There are none.
+        DataError: If there are none.
     """
     labels = [label for kind in _OF for label in top.findall(f"meta/{kind}/labels/label")]
     if not labels:
@@ -120,6 +120,6 @@ def _labels(file: Path, top: Element) -> list[str]:
     if not names:
         kinds = sorted({label.findtext("type", "").strip() for label in labels})
         raise DataError(
-            f"{file}: its labels are of type {', '.join(map(brief, kinds))}, none is a tag; use a task of tags"
+            f"{file}: its labels have type {', '.join(map(brief, kinds))}, and none is a tag; use a task with tags"
         )
     return names

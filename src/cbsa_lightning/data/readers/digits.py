@@ -1,7 +1,7 @@
-"""Digits: a small multi-label data set that needs no download, drawn once from a seed and kept as PNG files.
+"""Digits: a small multi-label data set that needs no download, drawn once from a seed and stored as PNG files.
 
-Each image shows one to four handwritten digits in a cluttered scene; its labels are the digits. These
-fall into three groups that share images, as knife, fork and plate do in photographs; some are rarer.
+Each image shows one to four handwritten digits in a cluttered scene, and its labels are the digits. The digits form
+three groups that share images, as knife, fork and plate do in photographs. Some are rarer than others.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ GROUPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {"meadow": (3, 0, 8, 5), "harbour": (1, 7, 4), "dusk": (6, 2, 9)}
 )
 GROUP_SHARES = (0.48, 0.32, 0.2)
-DECAY = 0.55  # how much rarer each next digit of a group is
-COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # images with 1, 2, 3 and 4 digits
-STRAY = 0.12  # chance that a further digit comes from another group
-SAME_SCENE = 0.5  # chance that the scene is the group's own, else any scene: a hint, not a giveaway
+DECAY = 0.55  # ratio of the frequencies of successive digits of a group
+COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # fractions of images with 1, 2, 3 and 4 digits
+STRAY = 0.12  # probability that a further digit comes from another group
+SAME_SCENE = 0.5  # probability that the scene is the group's own, else any scene: a weak hint at the digits
 Part: TypeAlias = Literal["train", "test"]
-DRAWING = 2  # raise it when the same settings draw other pictures, so that nobody reuses the old ones
+DRAWING = 2  # increment when the same settings draw other pictures, so that old ones are not reused
 
 
 def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
-    """Draws what one image shows: its scene and its digits, each at most once."""
+    """Draws scene and digits of one image; each digit occurs at most once."""
     names = list(GROUPS)
     group = names[rng.choice(len(names), p=GROUP_SHARES)]
     digits: list[int] = []
@@ -62,19 +62,19 @@ def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
 class Digits(Source):
     """Canvases with handwritten digits, as a source of the data module.
 
-    They lie below ``root`` in a folder named after the settings, so other settings never replace or mix with
-    what is there. Training and test canvases are made of different handwritten exemplars. Image number i
-    depends on the seed and i alone: a larger data set starts with the images of a smaller one.
+    They are stored below ``root`` in a folder named after the settings, so other settings never replace or mix with
+    existing images. Training and test canvases use different handwritten exemplars. Image number i depends only on the
+    seed and i, so a larger data set starts with the images of a smaller one.
 
     Args:
-        root: Folder that holds the generated data sets.
+        root: Folder of the generated data sets.
         num_train: Number of training images.
         num_test: Number of test images.
         image_size: Height and width of the canvases in pixels.
-        seed: Decides labels and pictures.
+        seed: Seed of labels and pictures.
 
     Raises:
-        ConfigError: A count below 1, a negative seed, or canvases too small to read (below 64 pixels).
+        ConfigError: If a count is below 1, the seed is negative, or canvases are too small to read (below 64 pixels).
     """
 
     root: str = "data/digits"
@@ -97,16 +97,16 @@ class Digits(Source):
 
     @property
     def folder(self) -> Path:
-        """Where the images and annotations of these settings lie."""
+        """Folder of the images and annotations for these settings."""
         name = f"v{DRAWING}-train{self.num_train}-test{self.num_test}-{self.image_size}px-seed{self.seed}"
         return Path(self.root) / name
 
     def prepare(self) -> None:
-        """Draws the data set unless it is there; an interrupted run leaves nothing that looks complete.
+        """Draws the data set unless it exists. An interrupted run leaves nothing that looks complete.
 
         Raises:
-            DataError: The folder is there, but images or annotations in it are missing.
-            OutputError: The disk is full, or the folder cannot be written to.
+            DataError: If the folder exists but images or annotations in it are missing.
+            OutputError: If the disk is full, or the folder is not writable.
         """
         if self.folder.exists():
             for part in ("train", "test"):
@@ -118,35 +118,35 @@ class Digits(Source):
             try:
                 self._draw(draft, "train")
                 self._draw(draft, "test")
-                draft.chmod(0o755)  # mkdtemp lets only its owner in
+                draft.chmod(0o755)  # mkdtemp grants access only to the owner
                 try:
                     draft.rename(self.folder)
-                except OSError as error:  # another process finished the same folder first: its files are the same
+                except OSError as error:  # another process has created the same folder first: its files are the same
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def train(self) -> AnnotationTable:
-        """The training images.
+        """Returns the training images.
 
         Raises:
-            DataError: `prepare` has not been called, or the annotation file was changed.
+            DataError: If `prepare` has not been called, or the annotation file was changed.
         """
         return self._table("train")
 
     def test(self) -> AnnotationTable:
-        """The test images, made of exemplars that no training image shows.
+        """Returns the test images, drawn with exemplars that no training image shows.
 
         Raises:
-            DataError: `prepare` has not been called, or the annotation file was changed.
+            DataError: If `prepare` has not been called, or the annotation file was changed.
         """
         return self._table("test")
 
     def boxes(self, part: Part) -> list[dict[int, tuple[float, float, float, float]]]:
-        """Where the digits are, which training never sees: for each image ``{digit: (left, top, right, bottom)}``.
+        """Returns where the digits of each image are: ``{digit: (left, top, right, bottom)}`` in pixels.
 
-        In pixels. The canvases are drawn again for it.
+        Training does not use them. The canvases are redrawn to compute them.
         """
         return [self._canvas(part, index).boxes for index in range(self._count(part))]
 
@@ -174,14 +174,14 @@ class Digits(Source):
         count = self._count(part)
         again = f"delete {self.folder} and call prepare() to draw it again"
         if not self.folder.exists():
-            raise DataError(f"{self.folder} is not there; call prepare() first, it draws the images")
+            raise DataError(f"{self.folder} does not exist; call prepare() first, it draws the images")
         try:
             with open(file, newline="", encoding="utf-8") as lines:
                 header, *rows = csv.reader(lines)
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}); {again}") from error
         if header != ["path", *NAMES] or len(rows) != count or any(len(row) != 11 for row in rows):
-            raise DataError(f"{file} is not the table of {count} images that was written here; {again}")
+            raise DataError(f"{file} is not the generated table of {count} images; {again}")
         labels: NDArray[np.int8] = np.array([row[1:] for row in rows]).astype(np.int8)
         paths: StringArray = np.array([row[0] for row in rows], dtype=np.dtypes.StringDType())
         return AnnotationTable(self.folder, paths, labels, NAMES, NAMES)

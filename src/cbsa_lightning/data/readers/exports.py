@@ -1,4 +1,4 @@
-"""Exports of labeling tools: what annotators said of each image, and the table that follows from it."""
+"""Exports of labeling tools: the annotators' answers for each image, and the resulting table."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from cbsa_lightning.io.reading import brief
 
 @dataclass(frozen=True)
 class Content:
-    """What an export holds.
+    """Content of an export.
 
     Attributes:
-        records: Its images.
-        class_names: The classes that it declares; None if it names only labels in use.
+        records: The images.
+        class_names: The declared classes; None if the export contains only the labels in use.
         prompt_names: Their prompt names; empty for the default.
-        notes: What it holds beside labels, with counts.
+        notes: Descriptions of other content, with counts.
     """
 
     records: list[Record]
@@ -43,22 +43,22 @@ class Content:
 
 
 class Export(Source):
-    """A data set that a labeling tool exported; a subclass reads the files of one tool.
+    """Base class of the data sets exported by labeling tools; a subclass reads the files of one tool.
 
-    The classes are those that the training file declares; else those of the class file, whose synonyms then count as
-    well; else the labels in use, sorted.
+    The classes are those declared in the training file. If it declares none, they are those of the class file, whose
+    synonyms are then also accepted. Without a class file, they are the labels in use, sorted.
 
     Args:
         train: File to train on; its images without an answer are the unlabeled images.
         test: File to test on.
         root: Folder that image paths are relative to; default: the folder of each file.
         class_file: Class file with prompt names (``read_class_file``).
-        nothing: Labels that mean "seen, and shows no class", such as "none"; they are no classes.
-        disagreement: What a class is on which the answers for an image differ: "unknown", or what the "majority" says
-            (unknown at a tie). None: two records of one image are refused.
+        nothing: Labels that mean "seen, and shows no class", such as "none"; they are not classes.
+        disagreement: Label of a class if the answers for an image differ: "unknown", or the one of the "majority"
+            (unknown in a tie). None: repeated records of an image are an error.
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Export(Source):
         check_paths(**{f"{kind}: root": root, f"{kind}: class_file": class_file})
         check_kind(f"{kind}: nothing", nothing, (list, tuple), "a list of labels")
         if wrong := [label for label in nothing or () if not isinstance(label, str)]:
-            raise ConfigError(f"{kind}: nothing must be a list of texts, found {listed(map(brief, wrong))}.")
+            raise ConfigError(f"{kind}: nothing must be a list of strings, found {listed(map(brief, wrong))}.")
         self._train, self._test, self._root, self._class_file = train, test, root, class_file
         self._nothing, self._disagreement = frozenset(map(clean_name, nothing or ())), disagreement
 
@@ -86,49 +86,47 @@ class Export(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes that the training file declares, those of the class file, or the labels in use."""
+        """The classes of the training file or of the class file, or the labels in use."""
         return self._classes.class_names
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The prompt names of the class file or of the export, or the class names with "_" as a space."""
+        """The prompt names of the class file or of the export, or the class names with "_" replaced by a space."""
         return self._classes.prompt_names
 
     def describe(self) -> list[str]:
-        """What the files hold that is no label, and how labels were decided: one sentence each, with counts."""
+        """Describes content other than labels, and how labels were decided: one sentence each, with counts."""
         found = []
         for part, content in self._contents.items():
             table, notes = self._tables[part]
             if table is not None:
                 found += [f"{self._file(part)}: {note}" for note in (*content.notes, *notes)]
         if self._class_file is None and self._contents["train"].class_names is None:
-            found.append(
-                f"{self._train}: the classes are the labels in use; a class without any image is not among them"
-            )
+            found.append(f"{self._train}: the classes are the labels in use; classes without any image are missing")
         return found
 
     def prepare(self) -> None:
-        """Checks that all files are there.
+        """Checks that all files exist.
 
         Raises:
-            DataError: One is not.
+            DataError: If one does not.
         """
         named = [("train", self._train), ("test", self._test), ("class_file", self._class_file)]
         require_named([*named, *self._other_files()])
 
     def train(self) -> AnnotationTable:
-        """Images and labels of the training file, without those that it says are for the test."""
+        """Returns images and labels of the training file, except its test images."""
         table, _ = self._tables["train"]
         if table is None:
             raise DataError(f"{self._train}: has no image for training; export some")
         return table
 
     def test(self) -> AnnotationTable | None:
-        """Images and labels of the test file, or those of the training file that it says are for the test."""
+        """Returns images and labels of the test file, or the test images of the training file."""
         return self._tables["test"][0]
 
     def test_under(self, classes: ClassFile) -> AnnotationTable | None:
-        """Images and labels of the test file under given classes; the training file is not read."""
+        """Returns images and labels of the test file for the given classes, without reading the training file."""
         return None if self._test is None else self._make_table(self._read(self._test), self._test, classes)[0]
 
     @abstractmethod
@@ -136,11 +134,11 @@ class Export(Source):
         """Reads a file.
 
         Raises:
-            DataError: It is missing or malformed, or holds labels of another kind.
+            DataError: If it is missing or malformed, or contains labels of another kind.
         """
 
     def _other_files(self) -> list[tuple[str, str | None]]:
-        """Further files that a subclass reads, each with the name of its argument."""
+        """Returns further files that a subclass reads, each with the name of its argument."""
         return []
 
     @cached_property
@@ -152,8 +150,8 @@ class Export(Source):
             return {"train": content, "test": test}
         if self._test is not None:
             raise DataError(
-                f"{self._train}: says of {counted(len(for_test), 'image')} that they are for the test "
-                f"({for_test[0].where}), and there is a test file {self._test} as well; keep one of the two"
+                f"{self._train}: marks {counted(len(for_test), 'image')} for testing "
+                f"({for_test[0].where}), but there is also a test file {self._test}; keep one of the two"
             )
         rest = [record for record in content.records if not record.test]
         names, prompts = content.class_names, content.prompt_names
@@ -163,7 +161,7 @@ class Export(Source):
         return self._load(Path(path), self._root_of(path))
 
     def _root_of(self, path: str) -> Path:
-        """Folder of the images of a file."""
+        """Returns the folder of the images of a file."""
         return Path(path).parent if self._root is None else Path(self._root)
 
     def _file(self, part: str) -> str:
@@ -175,7 +173,9 @@ class Export(Source):
         content = self._contents["train"]
         if content.class_names is None and file is not None:
             if both := sorted(self._nothing & file.index().keys()):
-                raise DataError(f"{file.path}: {listed(map(brief, both))} is a class and means nothing; choose one")
+                raise DataError(
+                    f"{file.path}: {listed(map(brief, both))} is both a class and in the option nothing; choose one"
+                )
             return file
         if content.class_names is None:
             answers = [answer for record in content.records for answer in record.answers]
@@ -195,7 +195,7 @@ class Export(Source):
 
     @cached_property
     def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
-        """Table and notes of each part."""
+        """Returns table and notes of each part."""
         return {
             part: self._make_table(content, self._file(part), self._classes) for part, content in self._contents.items()
         }

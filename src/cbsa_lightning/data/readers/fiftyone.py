@@ -16,22 +16,22 @@ from cbsa_lightning.io.reading import brief
 
 
 class FiftyOne(Export):
-    """A FiftyOneImageClassificationDataset: ``labels.json``, and the images beside it in ``data``.
+    """A FiftyOneImageClassificationDataset: ``labels.json``, and the images next to it in ``data``.
 
     The classifications of an image are its classes; all other classes are absent. An empty list means that it shows
-    none, ``null`` that it is unlabeled. FiftyOne's exporter writes ``null`` for both.
+    no class, and ``null`` that it is unlabeled. FiftyOne's exporter writes ``null`` for both.
 
-    Keys are paths below ``root`` without suffix, so the images must be there.
+    Keys are paths below ``root`` without suffix, so the images must exist.
 
     Args:
         train: ``labels.json`` to train on.
         test: ``labels.json`` to test on.
-        root: Folder of the images; default: ``data`` beside each file.
+        root: Folder of the images; default: ``data`` next to each file.
         class_file: Class file with prompt names (``read_class_file``).
-        nothing: Labels that mean "shows no class"; they are no classes.
+        nothing: Labels that mean "shows no class"; they are not classes.
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class FiftyOne(Export):
         said = {"image": "without a label (null): unlabeled", "label": "with a confidence or attributes: not read"}
         notes = [f"{counted(counts[noun], noun)} {rest}" for noun, rest in said.items() if counts[noun]]
         if left:
-            notes.append(f"{counted(left, 'image')} below {root} without a key: left out")
+            notes.append(f"{counted(left, 'image')} below {root} without a key: omitted")
         return Content(records, classes, (), notes)
 
 
 def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[str]) -> list[list[str]]:
-    """The answer for an image: none for null; a classification alone stands for a list of one."""
+    """Returns the answers for an image: none for null; a single classification is treated as a list of one."""
     if value is None:
         counts["image"] += 1
         return []
@@ -79,7 +79,7 @@ def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[
         if isinstance(label, dict):
             if more := sorted(label.keys() - {"label", "confidence", "attributes"}):
                 raise DataError(
-                    f"{where}: has {listed(map(brief, more))}, which is no classification; export the field of "
+                    f"{where}: has {listed(map(brief, more))}, which is not a classification; export the field of "
                     "classifications as FiftyOneImageClassificationDataset"
                 )
             counts["label"] += len(label) > 1
@@ -87,17 +87,17 @@ def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[
         typed(label, (int, str), f"{where}: a label")
         if isinstance(label, int):
             if classes is None or not 0 <= label < len(classes):
-                raise DataError(f"{where}: label {label} is no index of classes; correct it")
+                raise DataError(f"{where}: label {label} is not an index of classes; correct it")
             label = classes[label]
         found.append(label)
     return [found]
 
 
 def _match(file: Path, root: Path, keys: list[str]) -> tuple[list[str], int]:
-    """The image below ``root`` of each key, and how many images there are beside them.
+    """Returns the image below ``root`` for each key, and the number of other images.
 
     Raises:
-        DataError: A key has no image, or several.
+        DataError: If a key has no image, or several.
     """
     images: dict[str, list[str]] = {}
     for path in read_images(root, ("any",)).paths.tolist():
@@ -109,7 +109,7 @@ def _match(file: Path, root: Path, keys: list[str]) -> tuple[list[str], int]:
     ]
     if wrong:
         raise DataError(
-            f"{file}: keys without suffix must mean one image below {root} each: {listed(wrong)}; put the images "
-            "there, correct root, or rename images that differ in their suffix alone"
+            f"{file}: each key without suffix must match exactly one image below {root}: {listed(wrong)}; put the "
+            "images there, correct root, or rename images that differ only in their suffix"
         )
     return [images[key][0] for key in keys], sum(map(len, images.values())) - len(keys)

@@ -1,4 +1,4 @@
-"""Files with one JSON object a line as Arrow tables of text."""
+"""Reads files with one JSON object per line as Arrow tables of text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import brief, read_text
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PEEK = 1 << 16  # bytes of the first line that are looked at in a file with another suffix
+_PEEK = 1 << 16  # bytes of the first line inspected in a file with another suffix
 
 
 def is_json_lines(path: Path, file: BinaryIO) -> bool:
-    """Whether a file is to be read as JSON lines: by its suffix, or since its first line is a JSON object."""
+    """Returns whether a file has the suffix of JSON lines, or a JSON object in its first line."""
     if path.suffix.lower() in SUFFIXES:
         return True
     line = file.readline(_PEEK)
@@ -28,16 +28,17 @@ def is_json_lines(path: Path, file: BinaryIO) -> bool:
 
 
 def read_json_lines(path: Path) -> Any:
-    """Reads one object a line; empty lines are passed over and do not count as rows.
+    """Reads one object per line; empty lines are skipped and not counted as rows.
 
-    The columns are all keys, in the order in which they are met. A text stays as it is; any other value becomes its
-    JSON text, such as ``["cat", "dog"]``, ``1.0`` or ``true``; ``null`` and a missing key become null.
+    The columns are all keys in order of first occurrence. A string is kept; any other value becomes its JSON text, such
+    as ``["cat", "dog"]``, ``1.0`` or ``true``; ``null`` and a missing key become null.
 
     Returns:
         A table whose columns are text.
 
     Raises:
-        DataError: The file is empty, too large for memory, or not UTF-8; a line is no JSON object or has a key twice.
+        DataError: If the file is empty, too large for memory, or not UTF-8, or a line is not a JSON object or has a
+            repeated key.
     """
     try:
         lines = read_text(path).split("\n")
@@ -56,35 +57,35 @@ def read_json_lines(path: Path) -> Any:
     for column in columns.values():
         column += [None] * (number - len(column))
     if not columns:
-        raise DataError(f"{path}: has no header and no JSON object; write one object a line, a line an image")
+        raise DataError(f"{path}: has no header and no JSON object; write one object per line, one line per image")
     try:
         return pa.table({key: pa.array(column, pa.large_string()) for key, column in columns.items()})
     except UnicodeEncodeError as error:
-        raise DataError(f"{path}: has half a character, a lone surrogate ({error}); correct it") from error
+        raise DataError(f"{path}: has a lone surrogate, half a character ({error}); correct it") from error
 
 
 def _object(line: str, where: str) -> dict[str, str | None]:
-    """Keys of one line, and their values as text."""
+    """Returns the keys of a line, and their values as text."""
     try:
         pairs = json.loads(line, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: {brief(line)} is no JSON object ({error}); write one object a line (pandas: "
+            f"{where}: {brief(line)} is not a JSON object ({error}); write one object per line (pandas: "
             "to_json(orient='records', lines=True))"
         ) from error
     if not isinstance(pairs, _Pairs):
         raise DataError(
-            f"{where}: {brief(line)} is JSON but no object; write one object a line (pandas: "
+            f"{where}: {brief(line)} is JSON but not an object; write one object per line (pandas: "
             "to_json(orient='records', lines=True))"
         )
     keys = [key for key, _ in pairs]
     if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
-        raise DataError(f"{where}: the key {brief(twice[0])} stands twice, and only one of them can count; keep one")
+        raise DataError(f"{where}: the key {brief(twice[0])} occurs twice, so its value is ambiguous; keep one")
     return {key: _text(value) for key, value in pairs}
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as it was written, so that a key that stands there twice is seen."""
+    """An object as a list of pairs, so that repeated keys are detected."""
 
 
 def _text(value: Any) -> str | None:

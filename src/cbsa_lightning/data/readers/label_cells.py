@@ -1,4 +1,4 @@
-"""A column with names of classes, flat: which rows have which names."""
+"""Reads a column with names of classes into flat arrays of rows and names."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class LabelCells:
     Args:
         columns: The table.
         column: The column's name.
-        words: Which words are no names.
+        words: Distinguishes class names from other words.
         form: How a cell lists its names; None to detect it.
-        known: Names and synonyms of the classes, if they are known.
+        known: Names and synonyms of the classes, if known.
 
     Attributes:
         form: How a cell lists its names.
-        known: (n,) bool, False for a row that is not labeled.
-        row: (k,) row of each name that is written.
+        known: (n,) bool, False for unlabeled rows.
+        row: (k,) row of each occurrence of a name.
         code: (k,) its position in ``names``.
-        names: The different names.
+        names: The distinct names.
 
     Raises:
-        DataError: Cells have no clear form, an empty name, or a name that does not look like a class; a word that means
-            "not labeled" or "shows nothing" stands beside a name.
+        DataError: If the form of the cells is unclear, a name is empty or does not look like a class, or a word that
+            means "not labeled" or "shows nothing" occurs together with a name.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LabelCells:
         self._take_words_out()
 
     def first_row_of(self, name: str) -> int:
-        """The first row that has ``name``."""
+        """Returns the first row with ``name``."""
         return int(self.row[np.argmax(self.code == self.names.index(name))])
 
     def _read_lists(self, lists: Any) -> None:
@@ -69,7 +69,7 @@ class LabelCells:
         self._encode(names, values.indices.to_numpy(zero_copy_only=False))
 
     def _read_cells(self, cells: Any, form: Form | None, known: Collection[str] | None) -> None:
-        """Splits each different cell once."""
+        """Splits each distinct cell once."""
         texts: list[str] = cells.dictionary.to_pylist()
         cell_of_row = cells.indices.to_numpy(zero_copy_only=False)
 
@@ -91,7 +91,7 @@ class LabelCells:
         flat = [name for some in names for name in some]
 
         self.known = np.array([meaning is not Meaning.UNLABELED for meaning in meanings])[cell_of_row]
-        # Each row takes the names of its cell: as many as the cell has, from where they start in `flat`.
+        # Each row gets the names of its cell, which are consecutive in `flat`.
         of_row = lengths[cell_of_row]
         self.row = np.repeat(np.arange(len(of_row)), of_row)
         within = np.arange(len(self.row)) - np.repeat(np.cumsum(of_row) - of_row, of_row)
@@ -106,12 +106,12 @@ class LabelCells:
         self.code: NDArray[np.int64] = new[code] if len(code) else np.zeros(0, np.int64)
 
     def _take_words_out(self) -> None:
-        """Leaves names of classes alone; a word that stands alone in a list of names has its meaning."""
+        """Removes words that are not classes; a word that is the only one in a list of names keeps its meaning."""
         if "" in self.names:
             mark = repr(self.form.separator) if self.form.separator else "entry"
             raise DataError(
-                f"{self._columns.where(self.first_row_of(''))}: an empty name in column {self._column!r}; take the "
-                f"spare {mark} out, and write {NO_LABEL!r} if the image shows no class"
+                f"{self._columns.where(self.first_row_of(''))}: an empty name in column {self._column!r}; remove the "
+                f"extra {mark}, and write {NO_LABEL!r} if the image shows no class"
             )
         meanings = [self._words.meaning(name) for name in self.names]
         count = np.bincount(self.row, minlength=len(self.known))
@@ -123,9 +123,9 @@ class LabelCells:
             rows = self.row[self.code == self.names.index(name)]
             if (both := count[rows] > 1).any():
                 raise DataError(
-                    f"{self._columns.where(int(rows[both][0]))}: {name!r} beside another name; {name!r} means "
-                    f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labeled'}; take "
-                    "one of them out, or, if it is a class, name it in a class file"
+                    f"{self._columns.where(int(rows[both][0]))}: {name!r} next to another name; {name!r} means "
+                    f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labeled'}; remove "
+                    "one of them, or, if it is a class, add it to a class file"
                 )
             self.known[rows] = meaning is Meaning.NOTHING
         is_name = np.array([meaning is Meaning.NAME for meaning in meanings], dtype=bool)
@@ -136,12 +136,12 @@ class LabelCells:
     def _refuse_unclear(self, name: str, where: str) -> None:
         if name[0] in "[{'\"":
             raise DataError(
-                f"{where}: {brief(name)} in column {brief(self._column)} is a part of a list, or in quotes; leave the "
-                "option separator out, so that lists are recognized, and quotes too, or name it in a class file if it "
+                f"{where}: {brief(name)} in column {brief(self._column)} is part of a list, or in quotes; omit the "
+                "option separator, so that lists are recognized, and omit quotes too, or add it to a class file if it "
                 "is a class"
             )
         raise DataError(
             f"{where}: {brief(name)} in column {brief(self._column)} does not look like a class. If it means that an "
-            f"image shows no class, write {NO_LABEL!r} or give nothing: [{name:.50}]; if it means that nothing is "
-            "known, leave the cell empty; if it is a class, name it in a class file"
+            f"image shows no class, write {NO_LABEL!r} or set nothing: [{name:.50}]; if the labels are unknown, leave "
+            "the cell empty; if it is a class, add it to a class file"
         )

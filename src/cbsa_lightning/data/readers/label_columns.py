@@ -1,4 +1,4 @@
-"""Labels by column: one column a class, with 1, 0 and -1."""
+"""Labels by column: one column per class, with 1, 0 and -1."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1} | dict.fromkeys(sort
 
 
 def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
-    """All columns but those with another meaning: paths, parts of the data set, annotators, "shows nothing".
+    """Returns all columns except those with another meaning: paths, splits, annotators, "shows nothing".
 
     Raises:
-        DataError: There are none; a column has the name of a word that means no class.
+        DataError: If there are none, or a column has the name of a word that is not a class.
     """
     others = named_like(columns, (*PARTS_COLUMNS, *ANNOTATOR_COLUMNS))
     found = []
@@ -35,13 +35,14 @@ def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
             found.append(name)
         elif meaning is not Meaning.NOTHING:
             raise DataError(
-                f"{columns.path}: column {brief(name)} is no class by its name. If a 1 in it means that an image shows "
-                f"no class, give nothing: [{name:.50}]; if it is a class, name it in a class file; else take it out"
+                f"{columns.path}: column {brief(name)} does not have the name of a class. If a 1 in it means that an "
+                f"image shows no class, set nothing: [{name:.50}]; if it is a class, add it to a class file; otherwise "
+                "remove it"
             )
     if not found:
         raise DataError(
-            f"{columns.path}: no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column a class; give a "
-            "column of names with another name as labels_column"
+            f"{columns.path}: no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column per class; if a "
+            "column of names has another name, set labels_column"
         )
     return found
 
@@ -49,20 +50,20 @@ def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
 def labels_by_column(
     columns: Columns, image: str, classes: ClassFile, words: Words, other_columns: bool
 ) -> NDArray[np.int8]:
-    """Reads one column a class.
+    """Reads labels from one column per class.
 
     Args:
         columns: The table.
         image: Its column with the paths.
         classes: The C classes; columns may have their synonyms.
-        words: Which columns mean that an image shows no class: a 1 there makes all classes absent.
-        other_columns: Whether columns that are no class may stand beside class columns.
+        words: Detects columns which mean that an image shows no class: a 1 there makes all classes absent.
+        other_columns: Whether columns other than classes are allowed.
 
     Returns:
         (n, C): 1 present, 0 absent, -1 unknown.
 
     Raises:
-        DataError: A class has no column or two, a column is no class, or a cell is no label.
+        DataError: If a class has no column or two, a column is not a class, or a cell is not a label.
     """
     meanings: dict[str, list[str]] = {name: [name] for name in classes.class_names}
     for other, name in classes.synonyms.items():
@@ -72,8 +73,8 @@ def labels_by_column(
         extra = [name for name in class_columns(columns, image, words) if name not in chosen]
         if extra:
             raise DataError(
-                f"{columns.path}: columns that are no class of {classes.path}: {listed(map(brief, extra))}; take "
-                "them out, or name the classes in a class file"
+                f"{columns.path}: columns that are not classes of {classes.path}: {listed(map(brief, extra))}; remove "
+                "them, or list the classes in a class file"
             )
     labels = np.empty((columns.table.num_rows, len(chosen)), dtype=np.int8)
     for k, name in enumerate(chosen):
@@ -83,7 +84,7 @@ def labels_by_column(
 
 
 def _apply_nothing(columns: Columns, names: list[str], labels: NDArray[np.int8], class_names: Sequence[str]) -> None:
-    """Makes all classes absent where a column that means "shows nothing" has a 1."""
+    """Makes all classes absent in rows with a 1 in a column that means "shows nothing"."""
     for name in names:
         nothing = _column_labels(columns, name) == 1
         wrong = np.flatnonzero(nothing & (labels == 1).any(axis=1))
@@ -99,7 +100,7 @@ def _apply_nothing(columns: Columns, names: list[str], labels: NDArray[np.int8],
 
 def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
     cells = columns.text(name).fill_null("")
-    # As Excel and pandas write labels: TRUE, True, 1.0, 1.00, None.
+    # Spellings of Excel and pandas: TRUE, True, 1.0, 1.00, None.
     plain = pc.utf8_lower(pc.replace_substring_regex(cells, "^None$", ""))
     plain = pc.replace_substring_regex(plain, r"^(-?\d)\.0*$", r"\1")
     codes = pc.index_in(plain, value_set=pa.array(list(_VALUES), pa.large_string()))
@@ -108,7 +109,7 @@ def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
         found = listed(f"{brief(cells[int(i)].as_py())} (row {i + columns.first_row})" for i in wrong)
         raise DataError(
             f"{columns.path}, class {brief(name)}: cells must be 1 (present), 0 (absent), -1 or empty (unknown); "
-            f"found {found}; correct them, or leave columns that are no class out with a class file"
+            f"found {found}; correct them, or exclude columns that are not classes with a class file"
         )
     values = np.array(list(_VALUES.values()), dtype=np.int8)
     return np.asarray(values[codes.to_numpy(zero_copy_only=False)], dtype=np.int8)

@@ -1,4 +1,4 @@
-"""Labels by name: a column with names of classes, and perhaps one with classes to review."""
+"""Labels by name: a column with names of classes, and optionally one with classes to review."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from cbsa_lightning.io.reading import brief
 
 
 class NamedLabels:
-    """The columns of a table that have names of classes.
+    """The columns of a table with names of classes.
 
     Args:
         columns: The table.
-        column: The column of labels; a column ``review`` beside it has names of which nothing is known, whatever the
+        column: The column of labels. The classes named in a column ``review``, if any, are unknown, whatever the
             labels say.
-        words: Which words are no names.
+        words: Distinguishes class names from other words.
         form: How a cell lists its names; None to detect it.
-        known: Names and synonyms of the classes, if they are known.
+        known: Names and synonyms of the classes, if known.
 
     Attributes:
         labels: Names of the labels.
         reviewed: Names of the classes to review, or None.
 
     Raises:
-        DataError: See ``LabelCells``; a table that Label Studio wrote, whose empty cells can mean two things; a name to
-            review that is neither a label of another image nor a column.
+        DataError: If ``LabelCells`` raises it, the table was written by Label Studio and has ambiguous empty cells, or
+            a name to review is neither a label of another image nor a column.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class NamedLabels:
             self._refuse_other_reviews(self.reviewed, known)
 
     def class_names(self) -> list[str]:
-        """All names, sorted."""
+        """Returns all names, sorted."""
         return sorted({*self.labels.names, *(self.reviewed.names if self.reviewed else ())})
 
     def matrix(self, classes: ClassFile) -> NDArray[np.int8]:
-        """Labels of ``classes``, (n, C): 1 present, 0 absent, -1 unknown.
+        """Returns labels of ``classes``, (n, C): 1 present, 0 absent, -1 unknown.
 
         Raises:
-            DataError: A name is no class.
+            DataError: If a name is not a class.
         """
         labels = np.zeros((len(self.labels.known), len(classes.class_names)), dtype=np.int8)
         labels[~self.labels.known] = UNKNOWN
@@ -72,21 +72,21 @@ class NamedLabels:
         return labels
 
     def most_names_in_a_row(self) -> int:
-        """The largest number of names that a row has."""
+        """Returns the largest number of names in a row."""
         return int(np.bincount(self.labels.row, minlength=1).max())
 
     def _refuse_other_reviews(self, reviewed: LabelCells, known: Collection[str]) -> None:
-        """A class that no image is known to show may be named for review alone; free text may not."""
+        """Refuses free text in the review column: its names must be labels of some image, or known classes."""
         if wrong := [name for name in reviewed.names if name not in known]:
             where = self._columns.where(reviewed.first_row_of(wrong[0]))
             raise DataError(
                 f"{where}: column {REVIEW_COLUMN!r} names {listed(map(brief, wrong))}, which no image has as a label; "
-                "correct them, name the classes in a class file, or give the column another name if it is no list of "
-                "classes to review"
+                "correct them, list the classes in a class file, or rename the column if it is not a list of classes "
+                "to review"
             )
 
     def _places(self, cells: LabelCells, classes: ClassFile) -> Any:
-        """Rows and classes of all names, to index a matrix with."""
+        """Returns rows and classes of all names, as an index of a matrix."""
         position = classes.index()
         unknown = [
             f"row {cells.first_row_of(name) + self._columns.first_row}: {brief(name)}{did_you_mean(name, position)}"
@@ -95,19 +95,19 @@ class NamedLabels:
         ]
         if unknown:
             raise DataError(
-                f"{self._columns.path}: names that are no class of {classes.path}: {listed(unknown)}; correct them, "
-                "take them out, or add them to a class file as classes or synonyms"
+                f"{self._columns.path}: names that are not classes of {classes.path}: {listed(unknown)}; correct them, "
+                "remove them, or add them to a class file as classes or synonyms"
             )
         return cells.row, np.array([position[name] for name in cells.names], dtype=np.int64)[cells.code]
 
 
 def _refuse_empty_annotations(columns: Columns, labels: LabelCells) -> None:
-    """In tables of Label Studio, an empty cell is "shows nothing" where the row has an annotation."""
+    """Refuses empty cells of rows with an annotation in tables of Label Studio, which mean "shows nothing"."""
     for name in named_like(columns, ("annotationid",)):
         annotated = pc.not_equal(columns.text(name).fill_null(""), "").to_numpy(zero_copy_only=False)
         if (unclear := annotated & ~labels.known).any():
             raise DataError(
                 f"{columns.where(int(unclear.argmax()))}: no labels, but an {name}: a labeling tool writes this for "
-                f"an image that shows no class; write 'none' there, or take the column {brief(name)} out if it is not "
-                "labeled"
+                f"an image that shows no class; write 'none' there, or remove the column {brief(name)} if the image is "
+                "not labeled"
             )

@@ -20,26 +20,27 @@ from cbsa_lightning.errors import DataError
 class LabelStudio(Export):
     """An export of a Label Studio project in which annotators choose labels for images.
 
-    A submitted answer names the classes that an image shows; all others are absent, also where it names none. A task
-    that is skipped, or that has only a draft or no answer, is unlabeled. Predictions are not read.
+    A submitted answer names the classes that an image shows; all others are absent, even if it names none. A task that
+    is skipped, or has only a draft or no answer, is unlabeled. Predictions are not read.
 
-    An image is the ``path`` of a task's data; else it is found by its path or URL (``find_images``). Several tasks of
-    one image count together.
+    The image is the ``path`` in a task's data. Without one, it is found by its path or URL (``find_images``). Several
+    tasks of one image are combined.
 
     Args:
-        train: Export to train on: JSON (best: it alone tells of skipped tasks), JSON_MIN, CSV or TSV.
+        train: Export to train on: JSON (best, since only it marks skipped tasks), JSON_MIN, CSV or TSV.
         test: Export to test on.
         root: Folder of the images; default: the folder of each export.
-        class_file: Class file with prompt names, and with the class list where there is no ``label_config``.
-        label_config: XML of the project's labeling interface. An export names only choices in use; this names all.
-        control: Name of the control of choices, where there are several.
+        class_file: Class file with prompt names, and with the class list if there is no ``label_config``.
+        label_config: XML of the project's labeling interface, which lists all choices. An export lists only those in
+            use.
+        control: Name of the control of choices, if there are several.
         prefix: Path or URL of ``root`` in the project, such as "photos" for "/data/local-files/?d=photos/a.jpg".
-        nothing: Choices that mean "shows no class"; they are no classes.
-        disagreement: What a class is on which the answers for an image differ: "unknown", or what the "majority" says
-            (unknown at a tie).
+        nothing: Choices that mean "shows no class"; they are not classes.
+        disagreement: Label of a class if the answers for an image differ: "unknown", or the one of the "majority"
+            (unknown in a tie).
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(

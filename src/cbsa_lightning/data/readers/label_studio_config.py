@@ -1,4 +1,4 @@
-"""The labeling configuration of a Label Studio project: its classes, and where its tasks keep the image."""
+"""The labeling configuration of a Label Studio project: its classes, and the key of the image in its tasks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Choices(NamedTuple):
     """A control of choices about an image.
 
     Attributes:
-        name: Its name, which results give as ``from_name``.
-        image: Name of its image, which results give as ``to_name``.
+        name: Its name, the ``from_name`` of results.
+        image: Name of its image, the ``to_name`` of results.
         key: Key of the image in the data of a task.
-        classes: What results say of each choice: its alias, or its value.
-        prompts: What annotators read: the values.
+        classes: Names of the choices in results: the alias, or the value.
+        prompts: Names of the choices for annotators: the values.
         controls: Names of all controls of the project.
         multiple: Whether an answer may name several choices.
     """
@@ -36,15 +36,15 @@ class Choices(NamedTuple):
 
 
 def read_label_config(file: Path, control: str | None = None) -> Choices:
-    """Reads the XML of a project's settings, "Labeling Interface", "Code".
+    """Reads the XML from a project's settings ("Labeling Interface", "Code").
 
     Args:
         file: The XML.
-        control: Name of the control of choices; needed where there are several.
+        control: Name of the control of choices; required if there are several.
 
     Raises:
-        DataError: The file is missing or is no XML; it has no choices about a whole image, or several and none is
-            named; the choices are nested, or come from the data of each task.
+        DataError: If the file is missing or is not XML, has no choices about a whole image, or several while
+            ``control`` is None, or if the choices are nested or come from the data of each task.
     """
     root = read_xml(file)
     images = {tag.get("name", ""): tag.get("value", "") for tag in _tags(root, "Image")}
@@ -60,7 +60,7 @@ def read_label_config(file: Path, control: str | None = None) -> Choices:
             "project whose images get choices"
         )
     if control is None and len(found) > 1:
-        raise DataError(f"{file}: has several Choices: {listed(map(brief, found))}; say which with control")
+        raise DataError(f"{file}: has several Choices: {listed(map(brief, found))}; set control to one of them")
     name = next(iter(found)) if control is None else control
     if name not in found:
         raise DataError(
@@ -70,9 +70,7 @@ def read_label_config(file: Path, control: str | None = None) -> Choices:
     image = found[name].get("toName", "")
     key = images[image]
     if len(key) < 2 or key[0] != "$":
-        raise DataError(
-            f"{file}: Image {brief(image)} has value={brief(key)}, which is no key of a task such as $image"
-        )
+        raise DataError(f"{file}: Image {brief(image)} has value={brief(key)}, which is not a task key such as $image")
     classes, prompts = _choices(file, found[name])
     controls = frozenset(tag.get("name", "") for tag in root.iter() if tag.get("toName"))
     multiple = found[name].get("choice") == "multiple"
@@ -83,12 +81,10 @@ def _choices(file: Path, control: Element) -> tuple[tuple[str, ...], tuple[str, 
     where = f"{file}, Choices {brief(control.get('name'))}"
     choices = list(_tags(control, "Choice"))
     if not choices:
-        raise DataError(
-            f"{where}: lists no Choice; write its choices there, or leave label_config out and give class_file"
-        )
+        raise DataError(f"{where}: lists no Choice; write its choices there, or omit label_config and give class_file")
     for choice in choices:
         if not choice.get("value"):
-            raise DataError(f"{where}: a Choice has no value; name it")
+            raise DataError(f"{where}: a Choice has no value; add one")
         if len(list(_tags(choice, "Choice"))) > 1:
             raise DataError(f"{where}: choices within {brief(choice.get('value'))}; nested choices are not read")
     values = tuple(choice.get("value", "") for choice in choices)
@@ -96,5 +92,5 @@ def _choices(file: Path, control: Element) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def _tags(root: Element, name: str) -> Iterator[Element]:
-    """Elements of a name in ``root`` and below, in any case, as Label Studio takes them."""
+    """Yields elements with this name in ``root`` and below, ignoring case like Label Studio."""
     return (tag for tag in root.iter() if tag.tag.lower() == name.lower())

@@ -1,4 +1,4 @@
-"""Exports of Label Studio with one row an answer: JSON_MIN, CSV and TSV."""
+"""Exports of Label Studio with one row per answer: JSON_MIN, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cbsa_lightning.io.reading import brief
 
 _OWN = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "path"}  # keys of every row
 _ID = re.compile(r"([0-9]+)(\.0)?", re.ASCII)
-_SEVERAL = '{"choices"'  # how a cell with several choices, or with none, begins
+_SEVERAL = '{"choices"'  # beginning of a cell with several choices or none
 
 
 def read_json_min(
     file: Path, rows: list[dict[str, Any]], control: str | None, key: str
 ) -> tuple[list[Task], list[str]]:
-    """Reads JSON_MIN: an absent control means that its annotator chose nothing, a null ``annotation_id`` no answer.
+    """Reads JSON_MIN. A missing control means that its annotator chose nothing; a null ``annotation_id``, no answer.
 
     Args:
         file: The export, for messages.
@@ -31,23 +31,23 @@ def read_json_min(
         key: Key of the image.
 
     Returns:
-        One task a row, and notes on what else the file holds.
+        One task per row, and notes on other content of the file.
 
     Raises:
-        DataError: A field is missing or has another type, or the control of choices is not clear.
+        DataError: If a field is missing or has the wrong type, or the control of choices is ambiguous.
     """
     return _read(file, rows, control, key, lambda i: f"{file}, record {i + 1}")
 
 
 def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], list[str]]:
-    """Reads CSV or TSV: only ``annotation_id`` tells an answer that names nothing from no answer.
+    """Reads CSV or TSV, in which only ``annotation_id`` distinguishes an empty answer from no answer.
 
-    Args, returns and errors are those of :func:`read_json_min`.
+    Arguments, results and errors are those of :func:`read_json_min`.
     """
     columns = read_columns(file)
     if "annotation_id" not in columns.names:
         raise DataError(
-            f"{file}: has no column 'annotation_id', which alone tells images that show nothing from unlabeled ones; "
+            f"{file}: has no column 'annotation_id', without which empty answers look like unlabeled images; "
             "export as JSON"
         )
     cells = {name: columns.text(name).fill_null("").to_pylist() for name in columns.names}
@@ -65,12 +65,12 @@ def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], lis
 
 
 def _number(cell: str, where: str) -> int | None:
-    """The ``annotation_id`` of a cell; pandas writes 3.0 where a column has gaps."""
+    """Parses the ``annotation_id`` of a cell; pandas writes 3.0 if a column has gaps."""
     if not cell:
         return None
     found = _ID.fullmatch(cell)
     if found is None or len(cell) > 20:
-        raise DataError(f"{where}: annotation_id must be a whole number or empty, found {brief(cell)}; correct it")
+        raise DataError(f"{where}: annotation_id must be an integer or empty, found {brief(cell)}; correct it")
     return int(found[1])
 
 
@@ -83,9 +83,7 @@ def _read(
         image, path = image_of(row, key, where(i))
         answered = field(row, "annotation_id", (int, type(None)), where(i)) is not None
         if not answered and row.get(control) not in (None, "", {}, {"choices": []}):
-            raise DataError(
-                f"{where(i)}: has {control!r} but no annotation_id; export as JSON, where drafts are marked"
-            )
+            raise DataError(f"{where(i)}: has {control!r} but no annotation_id; export as JSON, which marks drafts")
         tasks.append(Task(where(i), image, path, [_chosen(row, control, where(i))] if answered else []))
     notes = []
     if count := sum(not task.answers for task in tasks):
@@ -96,14 +94,13 @@ def _read(
 
 
 def _control(file: Path, rows: list[dict[str, Any]], control: str | None) -> str:
-    """Name of the control of choices."""
+    """Returns the name of the control of choices."""
     several = {name: None for row in rows for name, value in row.items() if _is_several(value)}
     if control is None:
         if len(several) != 1:
             found = f"several do: {listed(map(brief, several))}" if several else "no row has several choices"
             raise DataError(
-                f"{file}: which column has the choices is not certain ({found}); say it with control, or give "
-                "label_config"
+                f"{file}: which column has the choices is ambiguous ({found}); set control, or give label_config"
             )
         return next(iter(several))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -120,7 +117,7 @@ def _is_several(value: Any) -> bool:
 
 
 def _chosen(row: dict[str, Any], control: str, where: str) -> list[str]:
-    """The choices of an answer: one is written as a text, several as {"choices": [...]}, none as that or not at all."""
+    """Returns the choices of an answer: a string for one, {"choices": [...]} for several, that or nothing for none."""
     value = field(row, control, (str, dict), where, {"choices": []})
     if isinstance(value, str):
         return [value]

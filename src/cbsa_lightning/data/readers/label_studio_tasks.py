@@ -20,7 +20,7 @@ class Task(NamedTuple):
     Attributes:
         where: File and task, for a message.
         image: Path or URL of the image.
-        path: Path of the image relative to the root, where the task's data says it; else "".
+        path: Path of the image relative to the root, if the task's data contains it; else "".
         answers: The choices of each submitted answer.
     """
 
@@ -38,16 +38,16 @@ def read_tasks(
     Args:
         file: The export, for messages.
         tasks: Its tasks.
-        control: Name of the control of choices; None: the only control that answers are of.
+        control: Name of the control of choices; None: the only control with answers.
         key: Key of the image in the data of a task.
-        config: The project's configuration, if it is known.
+        config: The project's configuration, if known.
 
     Returns:
-        The tasks, and notes on what else the file holds.
+        The tasks, and notes on other content of the file.
 
     Raises:
-        DataError: A field is missing or has another type; tasks are of several projects; results are no choices about
-            a whole image, or of several controls and none is named.
+        DataError: If a field is missing or has the wrong type, tasks belong to several projects, or results are not
+            choices about a whole image, or belong to several controls and ``control`` is None.
     """
     places = [f"{file}, task {brief(task['id'], 40)}" if "id" in task else f"{file}, record {i + 1}"
               for i, task in enumerate(tasks)]  # fmt: skip
@@ -74,30 +74,30 @@ def read_tasks(
 
 
 def image_of(data: dict[str, Any], key: str, where: str) -> tuple[str, str]:
-    """Image and path in the data of a task.
+    """Returns image and path in the data of a task.
 
     Raises:
-        DataError: There is no image, or one of the two is no text.
+        DataError: If there is no image, or one of the two is not a string.
     """
     if key not in data:
         raise DataError(
             f"{where}: its data has no {key!r}, only {listed(map(brief, data)) or 'nothing'}; give the project's "
-            "label_config, which says where the image is, and use a project about images"
+            "label_config, which defines the key of the image, and use a project about images"
         )
     path = field(data, "path", (str, type(None)), where, None)
     return typed(data[key], (str,), f"{where}: {key}"), path or ""
 
 
 def locate(tasks: list[Task], root: Path, prefix: str | None) -> tuple[list[str], list[str]]:
-    """Paths of the images of ``tasks``, relative to ``root``, and notes on how they were found.
+    """Returns paths of the images of ``tasks``, relative to ``root``, and notes on how they were found.
 
     Args:
-        tasks: What an export holds.
+        tasks: Tasks of an export.
         root: Folder of the images.
         prefix: Path or URL of ``root`` in the project (:func:`find_images`).
 
     Raises:
-        DataError: An image is not found.
+        DataError: If an image is not found.
     """
     rest = [task for task in tasks if not task.path]
     paths, by_name = find_images([task.image for task in rest], root, prefix, lambda k: rest[k].where)
@@ -105,9 +105,9 @@ def locate(tasks: list[Task], root: Path, prefix: str | None) -> tuple[list[str]
     located = [task.path or next(found) for task in tasks]
     notes = []
     if by_name:
-        notes.append(f"{counted(len(by_name), 'record')} matched with an image by its file name alone")
+        notes.append(f"{counted(len(by_name), 'record')} matched with an image only by its file name")
     if further := len(located) - len(set(located)):
-        notes.append(f"{counted(further, 'further record')} of images that have one")
+        notes.append(f"{counted(further, 'further record')} of images that already have one")
     return located, notes
 
 
@@ -118,17 +118,17 @@ def _refuse_projects(file: Path, tasks: list[dict[str, Any]], places: list[str])
             first.setdefault(field(task, "project", (int, type(None)), where), where)
     if len(first) > 1:
         found = listed(f"{project} ({where})" for project, where in first.items())
-        raise DataError(f"{file}: tasks of several projects: {found}; export each by itself")
+        raise DataError(f"{file}: tasks of several projects: {found}; export each separately")
 
 
 def _submitted(tasks: list[dict[str, Any]], places: list[str]) -> tuple[list[list[list[dict[str, Any]]]], list[str]]:
-    """Results of each submitted annotation of each task, and notes on what else there is."""
+    """Returns results of each submitted annotation of each task, and notes on other content."""
     submitted = []
     counts: Counter[str] = Counter()
     for task, where in zip(tasks, places, strict=True):
         found, skips = [], 0
         if "annotations" not in task:
-            raise DataError(f"{where}: has no 'annotations', so it is no export; export the project as JSON")
+            raise DataError(f"{where}: has no 'annotations', so it is not an export; export the project as JSON")
         for annotation in field(task, "annotations", (list,), where):
             typed(annotation, (dict,), f"{where}: an annotation")
             results = field(annotation, "result", (list,), where)
@@ -148,29 +148,29 @@ def _submitted(tasks: list[dict[str, Any]], places: list[str]) -> tuple[list[lis
         "skipped": ("task", "skipped by an annotator: unlabeled"),
         "draft": ("task", "with only a draft: unlabeled"),
         "open": ("task", "without an answer: unlabeled"),
-        "skips": ("skip", "of a task that another annotator answered: not counted"),
-        "drafts": ("draft", "beside a submitted answer: not read"),
+        "skips": ("skip", "of a task that another annotator answered: ignored"),
+        "drafts": ("draft", "next to a submitted answer: not read"),
         "predicted": ("task", "with predictions, which are not read"),
     }
     return submitted, [f"{counted(counts[key], noun)} {rest}" for key, (noun, rest) in said.items() if counts[key]]
 
 
 def _kind(result: dict[str, Any]) -> str:
-    """Type and control of a result, for a message."""
+    """Describes type and control of a result for a message."""
     return f"{brief(result.get('type'), 40)} (control {brief(result.get('from_name'), 60)})"
 
 
 def _control(
     file: Path, results: list[tuple[str, dict[str, Any]]], control: str | None, config: Choices | None
 ) -> str | None:
-    """Name of the control of choices; None where no answer has a result."""
+    """Returns the name of the control of choices; None if no answer has a result."""
     first: dict[str, str] = {}
     for where, result in results:
         name = result.get("from_name")
         if result.get("type") != "choices" and (control is None or name == control):
             raise DataError(
-                f"{where}: has a result of {_kind(result)}; only choices are labels of an image: export such a "
-                "project, or name the control of choices with control"
+                f"{where}: has a result of {_kind(result)}; only choices label an image: export a project with "
+                "choices, or set control to the name of their control"
             )
         if isinstance(name, str):
             first.setdefault(name, where)
@@ -178,29 +178,29 @@ def _control(
             raise DataError(f"{where}: a result of choices has from_name {brief(name)}; export the file again")
         if config is not None and isinstance(name, str) and name not in config.controls:
             raise DataError(
-                f"{where}: control {brief(name)} is not in label_config; take the export and the configuration of "
+                f"{where}: control {brief(name)} is not in label_config; use the export and the configuration of "
                 "one project"
             )
     if control is None and len(first) > 1:
         found = listed(f"{brief(name)} ({where})" for name, where in first.items())
-        raise DataError(f"{file}: results of several controls: {found}; say which with control")
+        raise DataError(f"{file}: results of several controls: {found}; set control to one of them")
     if control is not None and first and control not in first:
         raise DataError(
-            f"{file}: no result is of control {brief(control)}{did_you_mean(control, first)}, only of "
+            f"{file}: no result belongs to control {brief(control)}{did_you_mean(control, first)}, only to "
             f"{listed(map(brief, first))}; correct control"
         )
     return next(iter(first), None) if control is None else control
 
 
 def _chosen(result: dict[str, Any], where: str, config: Choices | None) -> list[str]:
-    """The choices of a result."""
+    """Returns the choices of a result."""
     if config is not None and result.get("to_name") != config.image:
         found = f"{brief(result.get('to_name'))}, not about the image {brief(config.image)}"
         raise DataError(f"{where}: its choices are about {found}; export the project of label_config")
     value = field(result, "value", (dict,), where)
     if more := sorted(value.keys() - {"choices"}):
         raise DataError(
-            f"{where}: its choices have {listed(map(brief, more))} as well, as those of a region have; only choices "
+            f"{where}: its choices also have {listed(map(brief, more))}, so they label a region; only choices "
             "about whole images are read"
         )
     choices: list[str] = field(value, "choices", (list,), where)

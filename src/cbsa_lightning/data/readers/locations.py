@@ -1,4 +1,4 @@
-"""Which image a labeling tool means: local-files paths, URLs and uploads -> paths below a root."""
+"""Finds the images of a labeling tool: maps local-files paths, URLs and uploads to paths below a root."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ _UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")
 def find_images(
     values: Sequence[str], root: Path, prefix: str | None, where: Callable[[int], str]
 ) -> tuple[list[str], list[int]]:
-    """Finds the image below ``root`` that each value means.
+    """Finds the image below ``root`` for each value.
 
-    - What lies below ``prefix`` is a path relative to ``root``.
+    - A value below ``prefix`` is a path relative to ``root``.
     - Without a prefix, a path that is a file below ``root`` is that file.
-    - An upload, and without a prefix every other value, is the one image below ``root`` with its file name; the 8
-      hexadecimal digits that Label Studio puts before the names of uploads are left out.
+    - An upload, and without a prefix every other value, is the one image below ``root`` with its file name. The 8
+      hexadecimal digits that Label Studio prepends to the names of uploads are ignored.
 
     Args:
-        values: n paths or URLs as they stand in the export.
+        values: n paths or URLs from the export.
         root: Folder of the images.
         prefix: Path or URL of ``root`` in the tool, such as "photos", "s3://bucket/photos" or "https://host/photos".
         where: Row -> file and record, for a message.
 
     Returns:
-        The n paths, and the rows that were matched by their file names alone.
+        The n paths, and the rows that were matched only by their file names.
 
     Raises:
-        ConfigError: The prefix is empty.
-        DataError: Values are not matched: they lie elsewhere, no image or several have that name, or two values mean
-            the same file by its name alone.
+        ConfigError: If the prefix is empty.
+        DataError: If values cannot be matched: they are outside the prefix, no image or several have that name, or two
+            values match the same file by name.
     """
     images = _Images(root, prefix)
     paths: list[str] = []
     by_name: list[int] = []
     wrong: list[str] = []
-    meant: dict[str, str] = {}  # path -> the value that means it by its name alone
+    meant: dict[str, str] = {}  # path -> the value matched with it by name
     for i, value in enumerate(values):
         try:
             path, alone = images.find(value)
             if alone and meant.setdefault(path, value) != value:
-                raise ValueError(f"means the same file as {brief(meant[path])}")
-        except DataError as error:  # of the folder, not of this value
-            raise DataError(f"{where(i)}: {brief(value)} is looked for by its file name, but {error}") from error
+                raise ValueError(f"matches the same file as {brief(meant[path])}")
+        except DataError as error:  # about the folder, not about this value
+            raise DataError(f"{where(i)}: {brief(value)} cannot be matched by its file name: {error}") from error
         except ValueError as error:
             wrong.append(f"{where(i)}: {brief(value)} ({error})")
             continue
@@ -61,8 +61,8 @@ def find_images(
             by_name.append(i)
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {len(values)} images are not matched with files below {root}: {listed(wrong)}; say with "
-            "prefix what comes before the paths below root, or give each record the path of its image"
+            f"{len(wrong)} of {len(values)} images cannot be matched with files below {root}: {listed(wrong)}; set "
+            "prefix to what precedes the paths below root, or give each record the path of its image"
         )
     return paths, by_name
 
@@ -77,15 +77,15 @@ class _Images:
             try:
                 self.prefix = _location(prefix).rstrip("/") + "/"
             except ValueError as error:
-                raise ConfigError(f"prefix {brief(prefix)} is no path or URL ({error}); correct it") from error
+                raise ConfigError(f"prefix {brief(prefix)} is not a path or URL ({error}); correct it") from error
             if self.prefix == "/":
-                raise ConfigError("prefix is empty; give what comes before the paths, or leave it out")
+                raise ConfigError("prefix is empty; give what precedes the paths, or omit it")
 
     def find(self, value: str) -> tuple[str, bool]:
-        """The path that ``value`` means, and whether its file name alone says so.
+        """Returns the path for ``value``, and whether it was matched only by its file name.
 
         Raises:
-            ValueError: Why there is none.
+            ValueError: If there is none. The message gives the reason.
         """
         location = _location(value)
         if self.prefix is not None and location.startswith(self.prefix):
@@ -103,7 +103,7 @@ class _Images:
 
     @cached_property
     def _named(self) -> dict[str, list[str]]:
-        """File name -> the paths below root that have it."""
+        """Maps file names to the paths below root with that name."""
         named: dict[str, list[str]] = {}
         if os.path.isdir(self.root):
             for path in read_images(self.root, ("any",)).paths.tolist():
@@ -112,10 +112,10 @@ class _Images:
 
 
 def _location(value: str) -> str:
-    """A path or URL without percent-encoding, query and host of Label Studio; keys of buckets are taken as they are.
+    """Returns a path or URL without percent-encoding, query, and host of Label Studio. Bucket keys are unchanged.
 
     Raises:
-        ValueError: It is no URL, or its encoding is no UTF-8.
+        ValueError: If it is not a URL, or its encoding is not UTF-8.
     """
     if "://" in value and not value.startswith(("http://", "https://")):
         return value
@@ -124,9 +124,9 @@ def _location(value: str) -> str:
         found = parse_qs(parts.query, errors="strict").get("d", [])
         if len(found) != 1:
             raise ValueError("has no single d= with a path")
-        return found[0].replace("\\", "/")  # of a server on Windows
+        return found[0].replace("\\", "/")  # from a server on Windows
     path = unquote(parts.path, errors="strict")
     at = path.find("/data/upload/")
-    if at >= 0 and path.startswith("/"):  # on the server, perhaps below a folder of it
+    if at >= 0 and path.startswith("/"):  # on the server, possibly below a folder
         return path[at:]
     return f"{parts.scheme}://{parts.netloc}{path}" if parts.netloc else value

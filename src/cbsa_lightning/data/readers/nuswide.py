@@ -1,4 +1,4 @@
-"""NUS-WIDE, 81 concepts: the official files, or lists of images with a label matrix."""
+"""NUS-WIDE with 81 concepts: the official files, or lists of images with a label matrix."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ _CONCEPT = "TrainTestLabels/Labels_{concept}_{part}.txt"
 
 @dataclass(frozen=True)
 class NUSWIDE(Source):
-    """NUS-WIDE with its 81 concepts. Scores on different variants of it cannot be compared.
+    """NUS-WIDE with its 81 concepts. Scores on its different variants are not comparable.
 
-    Two layouts:
+    There are two layouts:
 
     - "official": ``ImageList/{Train,Test}Imagelist.txt`` (paths with backslashes) and
-      ``TrainTestLabels/Labels_<concept>_{Train,Test}.txt`` (one 0 or 1 a line), 161,789 / 107,859 images;
-    - "list": a list of images and an (n, 81) label matrix of 0 and 1, for train and for val, as CAP and SPML
-      use (150,000 / 60,260, which the paper rounds to 60,200). A ".npy" file is read without pickle; any
-      other is text: one image a line, or 81 numbers a line with commas or white space between.
+      ``TrainTestLabels/Labels_<concept>_{Train,Test}.txt`` (one 0 or 1 per line), 161,789 / 107,859 images;
+    - "list": a list of images and an (n, 81) label matrix of 0 and 1, for train and for val, as used by CAP and SPML
+      (150,000 / 60,260, which the paper rounds to 60,200). A ".npy" file is read without pickle. Any other file is
+      text: one image per line, or 81 numbers per line separated by commas or white space.
 
     Args:
         root: Folder that the other paths are relative to.
         layout: "official" or "list".
-        images: Folder of the images that the lists name.
+        images: Folder of the images in the lists.
         train_images: "list": the training images.
         train_labels: "list": their labels.
         val_images: "list": the test images.
         val_labels: "list": their labels.
-        drop_unlabeled: Leave out images without any concept (22 % of CAP's training list).
+        drop_unlabeled: Omit images without any concept (22 % of CAP's training list).
         class_file: Class file with prompt names (``read_class_file``); default: the concept names.
 
     Raises:
-        ConfigError: An unknown layout, or an argument of another type.
+        ConfigError: If the layout is unknown, or an argument has the wrong type.
     """
 
     root: str
@@ -86,28 +86,28 @@ class NUSWIDE(Source):
         return prompts_from(self.class_file, NUSWIDE_CLASSES)
 
     def prepare(self) -> None:
-        """Checks that lists, labels and the image folder are there.
+        """Checks that lists, labels and the image folder exist.
 
         Raises:
-            DataError: Some are not.
+            DataError: If some do not.
         """
         wanted = [self.images, *self._files("Train"), *self._files("Test")]
         if missing := [path for path in wanted if not os.path.exists(Path(self.root) / path)]:
             raise DataError(
                 f"NUS-WIDE ({self.layout} layout) is not complete under {self.root}: no {listed(missing)}; "
-                f"{_REMEDY}, or set layout and the file names to what you have"
+                f"{_REMEDY}, or set layout and the file names to those of your files"
             )
 
     def train(self) -> AnnotationTable:
-        """The training images."""
+        """Returns the training images."""
         return self._read("Train")
 
     def test(self) -> AnnotationTable:
-        """The test images."""
+        """Returns the test images."""
         return self._read("Test")
 
     def _files(self, part: str) -> list[str]:
-        """The image list, and the file or files of labels."""
+        """Returns the image list, and the file or files of labels."""
         if self.layout == "list":
             return [self.train_images, self.train_labels] if part == "Train" else [self.val_images, self.val_labels]
         concepts = [_CONCEPT.format(concept=name, part=part) for name in NUSWIDE_CLASSES]
@@ -133,7 +133,7 @@ class NUSWIDE(Source):
 
 
 def _read_names(file: Path) -> list[str]:
-    """Image names of a ".npy" array of strings, or of a text file with one a line."""
+    """Reads image names from a ".npy" array of strings, or from a text file with one per line."""
     if file.suffix == ".npy":
         array = _load_array(file)
         if array.ndim != 1 or array.dtype.kind != "U":
@@ -142,22 +142,22 @@ def _read_names(file: Path) -> list[str]:
                 "save it with np.save(path, np.array(names, dtype=str))"
             )
         points = np.ascontiguousarray(array).view(f"{array.dtype.byteorder}u4").reshape(len(array), -1)
-        # Four damaged bytes need be no character, and numpy hands them on all the same.
+        # numpy returns damaged bytes even if they are not valid characters.
         wrong = np.flatnonzero(((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any(axis=1))
         if len(wrong):
-            raise DataError(f"{file}: image {wrong[0] + 1} has a name that is no Unicode text; save the list again")
+            raise DataError(f"{file}: the name of image {wrong[0] + 1} is not valid Unicode; save the list again")
         lines = [str(name) for name in array.tolist()]
     else:
         lines = [line.strip() for line in read_lines(file, _REMEDY)]
         while lines and not lines[-1]:
             lines.pop()
     if not lines:
-        raise DataError(f"{file}: names no image; {_REMEDY}")
+        raise DataError(f"{file}: lists no images; {_REMEDY}")
     return lines
 
 
 def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
-    """An (n, 81) label matrix of 0 and 1."""
+    """Reads an (n, 81) label matrix of 0 and 1."""
     if file.suffix == ".npy":
         labels: NDArray[Any] = _load_array(file)
     else:
@@ -165,11 +165,11 @@ def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
         try:
             labels = np.loadtxt(lines, delimiter="," if lines and "," in lines[0] else None, ndmin=2)
         except ValueError as error:
-            raise DataError(f"{file}: is no table of numbers ({error}); correct it") from error
+            raise DataError(f"{file}: is not a table of numbers ({error}); correct it") from error
     expected = (num_images, len(NUSWIDE_CLASSES))
     if labels.shape != expected:
         raise DataError(
-            f"{file}: labels have shape {labels.shape}, but the image list and the 81 concepts ask for "
+            f"{file}: labels have shape {labels.shape}, but the image list and the 81 concepts require "
             f"{expected}; use the label file that belongs to the list"
         )
     wrong = np.argwhere(~np.isin(labels, (0, 1)))
@@ -180,7 +180,7 @@ def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
 
 
 def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.int8]:
-    """Labels of one concept, one 0 or 1 a line."""
+    """Reads the labels of one concept, one 0 or 1 per line."""
     values = [line.strip() for line in read_lines(file, _REMEDY)]
     while values and not values[-1]:
         values.pop()
@@ -200,7 +200,7 @@ def _load_array(file: Path) -> NDArray[Any]:
         raise DataError(f"{file} is missing; {_REMEDY}, or set the file names to what you have") from None
     except DataError:
         raise
-    # The header is Python source to numpy, so damage makes it raise nearly anything: SyntaxError, TokenError, ...
+    # numpy parses the header as Python source, so damage can raise nearly anything: SyntaxError, TokenError, ...
     except Exception as error:
         raise DataError(
             f"{file} cannot be read as a plain array ({error}); an array of objects is refused because it is "

@@ -1,4 +1,4 @@
-"""Open Images: labels of whole images that people have verified, present and absent ones."""
+"""Open Images: human-verified labels of whole images, positive and negative."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _HEADER = ["LabelName", "DisplayName"]
 class OpenImages(Source):
     """Human-verified image labels in the CSV form of Open Images: ``ImageID, Source, LabelName, Confidence``.
 
-    Confidence 1 is present, 0 absent; a class without a row is unknown. A confidence in between is that of a model: the
-    class stays unknown. Rows of one image and class that differ make it unknown.
+    Confidence 1 means present and 0 absent; a class without a row is unknown. Any other confidence comes from a model,
+    and the class stays unknown. A class is also unknown if rows of the image and class differ.
 
     Args:
         train: Label file to train on.
         test: Label file to test on.
         root: Folder of the images; default: the folder of each label file.
-        class_descriptions: CSV of label names and class names; rows of other labels are left out. Default: the label
+        class_descriptions: CSV of label names and class names; rows of other labels are omitted. Default: the label
             names in the training file.
-        train_images: CSV with a column ``ImageID``: all images for training; those without a row are unlabeled.
+        train_images: CSV with a column ``ImageID`` of all training images; those without a row are unlabeled.
             Default: the images of ``train``.
-        test_images: The same for the test.
-        suffix: What follows the image id in the names of files.
+        test_images: The same for the test images.
+        suffix: Suffix of the file names after the image id.
         class_file: Class file with prompt names (``read_class_file``).
 
     Raises:
-        ConfigError: An argument of another type.
+        ConfigError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class OpenImages(Source):
         if train is None:
             raise ConfigError("OpenImages: train is None; give the path of a label file.")
         check_paths(**{f"OpenImages: {name}": value for name, value in (self._files | {"root": root}).items()})
-        check_kind("OpenImages: suffix", suffix, str, "a text such as .jpg")
+        check_kind("OpenImages: suffix", suffix, str, "a string such as .jpg")
         self._root, self._suffix = root, suffix or ""
 
     def __repr__(self) -> str:
@@ -82,34 +82,34 @@ class OpenImages(Source):
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The prompt names of the class file, or the class names with "_" as a space."""
+        """The prompt names of the class file, or the class names with "_" replaced by a space."""
         return self._classes[0].prompt_names
 
     def describe(self) -> list[str]:
-        """What the files hold beside verified labels: one sentence each, with counts."""
+        """Describes content other than verified labels: one sentence each, with counts."""
         return [note for part in ("train", "test") for note in self._tables[part][1]]
 
     def prepare(self) -> None:
-        """Checks that all files are there.
+        """Checks that all files exist.
 
         Raises:
-            DataError: One is not.
+            DataError: If one does not.
         """
         require_named(self._files.items())
 
     def train(self) -> AnnotationTable:
-        """Images and labels of the training files."""
+        """Returns images and labels of the training files."""
         table = self._tables["train"][0]
         assert table is not None  # noqa: S101 - there is always a training file
         return table
 
     def test(self) -> AnnotationTable | None:
-        """Images and labels of the test files."""
+        """Returns images and labels of the test files."""
         return self._tables["test"][0]
 
     @cached_property
     def _classes(self) -> tuple[ClassFile, dict[str, int]]:
-        """The classes, and label name -> position."""
+        """Returns the classes, and label name -> position."""
         file = self._files["class_descriptions"]
         if file is None:
             file = str(self._files["train"])
@@ -124,7 +124,7 @@ class OpenImages(Source):
 
     @cached_property
     def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
-        """Table and notes of each part."""
+        """Returns table and notes of each part."""
         return {part: self._read(part) for part in ("train", "test")}
 
     def _read(self, part: str) -> tuple[AnnotationTable | None, list[str]]:
@@ -152,14 +152,14 @@ class OpenImages(Source):
             image_of_row = place.to_numpy(zero_copy_only=False)[image_of_row]
         known = class_of_row >= 0
         if not known.any():
-            raise DataError(f"{file}: no row is of a class of {classes.path}; use the descriptions of the same release")
+            raise DataError(f"{file}: no row has a class of {classes.path}; use the descriptions of the same release")
         matrix, differing = _matrix(
             (len(ids), len(classes.class_names)), image_of_row[known], class_of_row[known], values[known], file
         )
         root = Path(file).parent if self._root is None else Path(self._root)
         first = dict(zip(ids.to_pylist(), range(len(ids)), strict=True))
         if len(first) < len(ids):
-            raise DataError(f"{listed_in.path}: an image is listed twice; keep one row an image")
+            raise DataError(f"{listed_in.path}: an image is listed twice; keep one row per image")
         names = [f"{name}{self._suffix}" if name else "" for name in first]
 
         def where(i: int) -> str:
@@ -169,32 +169,32 @@ class OpenImages(Source):
         refuse_repeated(paths, where)
         table = AnnotationTable(root, paths, matrix, classes.class_names, classes.prompt_names)
         said = [
-            (int((~known).sum()), "row", f"of labels that {classes.path} does not name: left out"),
+            (int((~known).sum()), "row", f"of labels that are not in {classes.path}: omitted"),
             (int((known & (values < 0)).sum()), "row", "with the confidence of a model: unknown"),
-            (differing, "label", "on which rows differ: unknown"),
+            (differing, "label", "with contradictory rows: unknown"),
             (int((matrix < 0).all(axis=1).sum()), "image", "without a verified label: unlabeled"),
         ]
         return table, [f"{file}: {counted(count, noun)} {rest}" for count, noun, rest in said if count]
 
 
 def _descriptions(file: Path) -> dict[str, str]:
-    """Label name -> class name, of a CSV with or without a header.
+    """Reads label name -> class name from a CSV with or without a header.
 
     Raises:
-        DataError: The file is missing, a row has not two cells, or a label stands twice.
+        DataError: If the file is missing, a row does not have two cells, or a label occurs twice.
     """
     found: dict[str, str] = {}
     for number, line in enumerate(read_lines(file, "get the class descriptions of Open Images"), start=1):
         try:
-            row = next(csv.reader([line], strict=True), [])  # line by line: no name has a line break
+            row = next(csv.reader([line], strict=True), [])  # line by line, since names have no line breaks
         except csv.Error as error:
-            raise DataError(f"{file}, row {number}: is no CSV ({error}); get the file again") from error
+            raise DataError(f"{file}, row {number}: is not CSV ({error}); get the file again") from error
         if not row or (number == 1 and row == _HEADER):
             continue
         if len(row) != 2:
             raise DataError(f"{file}, row {number}: {brief(row)} is not a label name and a class name; correct it")
         if row[0].strip() in found:
-            raise DataError(f"{file}, row {number}: label {brief(row[0])} stands twice; keep one row")
+            raise DataError(f"{file}, row {number}: label {brief(row[0])} occurs twice; keep one row")
         found[row[0].strip()] = row[1]
     return found
 
@@ -207,7 +207,7 @@ def _column(columns: Columns, name: str) -> Any:
 
 
 def _values(columns: Columns) -> NDArray[np.int8]:
-    """1, 0, or -1 for the confidence of a model, of each row."""
+    """Returns the label of each row: 1, 0, or -1 for the confidence of a model."""
     cells = _column(columns, "Confidence")
     different = cells.dictionary_encode()
     values = []
@@ -229,10 +229,10 @@ def _values(columns: Columns) -> NDArray[np.int8]:
 def _matrix(
     shape: tuple[int, int], images: NDArray[Any], classes: NDArray[Any], values: NDArray[np.int8], file: str
 ) -> tuple[NDArray[np.int8], int]:
-    """(n, C) labels, and how many of them are unknown since rows differ."""
+    """Returns (n, C) labels, and how many of them are unknown because rows differ."""
     if 2 * shape[0] * shape[1] > memory_of_machine():
         raise DataError(
-            f"{file}: {shape[0]:,} images and {shape[1]:,} classes do not fit into memory; describe fewer classes"
+            f"{file}: {shape[0]:,} images and {shape[1]:,} classes do not fit into memory; use fewer classes"
         )
     labels = np.full(shape, UNKNOWN, dtype=np.int8)
     no, yes = values == 0, values == 1

@@ -1,4 +1,4 @@
-"""Several rows for one image: rows that agree, a row for each label, and rows that contradict each other."""
+"""Merges several rows for one image: rows that agree, one row per label, and contradictory rows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
 Repeated = Literal["stop", "unknown", "union"]
-_SHARE = 0.1  # of images that have several labels; fewer are rather rows by mistake
+_SHARE = 0.1  # fraction of images with several labels, below which repeated rows are considered mistakes
 CHOICES: tuple[Repeated, ...] = ("stop", "unknown", "union")
 
 
 class Merged(NamedTuple):
-    """What is left of a table.
+    """A merged table.
 
     Attributes:
         kept: (m,) the first row of each image.
         labels: (m, C) int8, their labels.
-        note: A sentence on what was merged; empty for a table with one row an image.
+        note: A sentence on what was merged; empty for a table with one row per image.
     """
 
     kept: NDArray[np.int64]
@@ -40,23 +40,23 @@ def merge_rows(
     how: Repeated,
     one_label_a_row: bool,
 ) -> Merged:
-    """Makes one row of all rows of an image; what one row knows and another does not is known.
+    """Merges all rows of an image into one. A label is known if any of the rows knows it.
 
     Args:
         columns: The table, for messages.
         paths: (n,) image of each row.
         labels: (n, C) int8.
         class_names: The C classes.
-        how: What becomes of a class that one row says is present and another says is absent. "stop": an error, unless
-            the table has clearly a row for each label: a tenth of the images or more have several rows, and these name
-            one class each, none of them twice; "unknown": -1; "union": present.
-        one_label_a_row: Whether no row of the table has more than one label, and no column an annotator.
+        how: Label of a class that is present in one row and absent in another. "stop" raises an error, unless the
+            table clearly has one row per label: at least a tenth of the images have several rows, and these name one
+            class each, none of them twice. "unknown": -1. "union": present.
+        one_label_a_row: Whether no row of the table has more than one label, and no column names an annotator.
 
     Raises:
-        DataError: Rows contradict each other, and ``how`` is "stop".
+        DataError: If rows contradict each other and ``how`` is "stop".
     """
     pairs = repeated_rows(paths)
-    first = np.arange(len(paths))  # of each row, the first row of its image
+    first = np.arange(len(paths))  # for each row, the first row of its image
     if not pairs:
         return Merged(first, labels, "")
     firsts, laters = np.array(pairs).T
@@ -102,6 +102,6 @@ def _refuse(
     more = f" ... and {len(images) - 20} more" if len(images) > 20 else ""
     raise DataError(
         f"{columns.path}: the same image with labels that contradict each other: {listed(found)}{more}; correct them, "
-        "or give repeated: unknown (several annotators: what they disagree on is unknown) or repeated: union (a row "
-        "for each label)"
+        "or set repeated: unknown (several annotators: labels on which they disagree are unknown) or repeated: union "
+        "(one row per label)"
     )

@@ -1,4 +1,4 @@
-"""Which column of a table holds what: paths, names of classes, parts of a data set, annotators."""
+"""Finds the roles of the columns of a table: paths, names of classes, splits, annotators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.data.readers.columns import Columns
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
-# Compared without case, blanks, "_" and "-": "Image Index" is "imageindex". Of several, the first in this order counts.
+# Compared ignoring case, blanks, "_" and "-": "Image Index" is "imageindex". The first existing one is used.
 IMAGE_COLUMNS = (
     "image", "path", "file", "filename", "imagepath", "filepath", "imagename", "imagefile", "imageid", "imageindex",
     "fname", "img", "imgpath", "imgname", "imgid", "photo", "images",
@@ -28,38 +28,38 @@ ANNOTATOR_COLUMNS = (
 SCORE_COLUMNS = ("confidence", "score", "probability")
 REVIEW_COLUMN = "review"
 
-# A cell of a class column: present, absent or unknown.
+# Cells of a class column: present, absent or unknown.
 LABEL_CELL = r"^(-?1|0)(\.0*)?$|^(true|false|)$"
 
 
 def image_column(columns: Columns, name: str | None = None) -> str:
-    """The column with the paths: ``name``, or the first of ``IMAGE_COLUMNS`` that is there.
+    """Returns the column with the paths: ``name``, or the first existing one of ``IMAGE_COLUMNS``.
 
     Raises:
-        DataError: There is none, or two have that name but for its spelling.
+        DataError: If there is none, or two differ only in spelling.
     """
     if name is not None:
         return _given(columns, name, "image_column")
     found = _first(columns, IMAGE_COLUMNS, columns.names, "image_column")
     if found is None:
         raise DataError(
-            f"{columns.path}: no image column; its columns are {listed(map(brief, columns.names))}; name the "
+            f"{columns.path}: no image column; its columns are {listed(map(brief, columns.names))}; call the "
             f"one with the paths {' or '.join(IMAGE_COLUMNS)}, or give its name as image_column"
         )
     return found
 
 
 def labels_column(columns: Columns, image: str, name: str | None, classes: Collection[str] = ()) -> str | None:
-    """The column with names of classes; None for a table with one column a class.
+    """Returns the column with names of classes; None for a table with one column per class.
 
     Args:
         columns: The table.
         image: Its column with the paths.
-        name: The column that the user names; None for the first of ``LABELS_COLUMNS`` that is there.
-        classes: Names and synonyms of a class file, which are columns of classes where they are columns.
+        name: The column given by the user; None for the first existing one of ``LABELS_COLUMNS``.
+        classes: Names and synonyms of a class file; columns with these names are class columns.
 
     Raises:
-        DataError: There is no column ``name``, or the columns of the table can be read in two ways.
+        DataError: If there is no column ``name``, or the columns of the table are ambiguous.
     """
     if name is not None:
         return _given(columns, name, "labels_column")
@@ -69,32 +69,32 @@ def labels_column(columns: Columns, image: str, name: str | None, classes: Colle
         return None
     if _is_class_column(columns, found):
         raise DataError(
-            f"{columns.path}: column {brief(found)} has no cells but 1, 0 or -1, so it may be a class or hold names of "
-            f"classes; name the class in a class file, or give labels_column: {found} if these are names"
+            f"{columns.path}: column {brief(found)} has only 1, 0 or -1 in its cells, so it may be a class or names of "
+            f"classes; add the class to a class file, or set labels_column: {found} if these are names"
         )
     others = [other for other in others if _key(other) not in (*PARTS_COLUMNS, *ANNOTATOR_COLUMNS, *SCORE_COLUMNS)]
     if found != LABELS_COLUMNS[0] and (also := [other for other in others if _is_class_column(columns, other)]):
         raise DataError(
-            f"{columns.path}: column {brief(found)} has names, and columns {listed(map(brief, also))} have 1 and 0 as "
-            f"those of classes do; give labels_column: {found} to read the names alone, or take {brief(found)} out"
+            f"{columns.path}: column {brief(found)} has names, and columns {listed(map(brief, also))} have 1 and 0 "
+            f"like class columns; set labels_column: {found} to read only the names, or remove {brief(found)}"
         )
     return found
 
 
 def named_like(columns: Columns, names: Sequence[str]) -> list[str]:
-    """Columns whose names are among ``names``, whatever their spelling."""
+    """Returns columns whose names are among ``names``, ignoring spelling."""
     return [column for column in columns.names if _key(column) in names]
 
 
 def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
-    """Refuses a column that divides the images into parts, such as training and test.
+    """Refuses a column that divides the images into splits, such as training and test.
 
     Args:
         columns: The table.
-        chosen: Columns that have another meaning: those of paths, of names, and of classes that a class file names.
+        chosen: Columns with another role: paths, names, and classes of a class file.
 
     Raises:
-        DataError: There is one, with more than one value.
+        DataError: If there is one with more than one value.
     """
     for name in named_like(columns, PARTS_COLUMNS):
         if name in chosen:
@@ -103,16 +103,16 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
         if len(parts) > 1:
             raise DataError(
                 f"{columns.path}: a column {brief(name)} is refused; it divides the images into parts "
-                f"({listed(map(brief, sorted(parts)), 5)}), and all of them would be trained on. Write each part to a "
-                "table of its own, give them as train and test, and take the column out; if it is a class, name it in "
-                "a class file"
+                f"({listed(map(brief, sorted(parts)), 5)}), and all of them would be used for training. Write each "
+                "part to a separate table, give them as train and test, and remove the column; if it is a class, add "
+                "it to a class file"
             )
 
 
 def _given(columns: Columns, name: str, option: str) -> str:
     if clean_name(name) not in columns.names:
         raise DataError(
-            f"{columns.path}: no column {brief(name)}, which {option} names{did_you_mean(name, columns.names)}; its "
+            f"{columns.path}: no column {brief(name)}, given as {option}{did_you_mean(name, columns.names)}; its "
             f"columns are {listed(map(brief, columns.names))}; correct {option}"
         )
     return clean_name(name)
@@ -126,7 +126,7 @@ def _first(columns: Columns, names: Sequence[str], among: Sequence[str], option:
             return name
         if len(found) > 1:
             raise DataError(
-                f"{columns.path}: columns {listed(map(brief, found))} may both be meant; name one of them as {option}"
+                f"{columns.path}: columns {listed(map(brief, found))} are ambiguous; set {option} to one of them"
             )
         if found:
             return found[0]
@@ -134,12 +134,12 @@ def _first(columns: Columns, names: Sequence[str], among: Sequence[str], option:
 
 
 def _is_class_column(columns: Columns, name: str) -> bool:
-    """Whether a column has no cells but 1, 0, -1, true, false and empty ones, and not only empty ones."""
+    """Returns whether a column has only cells of 1, 0, -1, true, false or nothing, and is not empty."""
     if columns.has_lists(name):
         return False
     try:
         cells = pc.utf8_lower(columns.text(name).fill_null(""))
-    except DataError:  # a column of another type, or damaged, which nobody reads
+    except DataError:  # a column of another type, or a damaged one, that is not read
         return False
     empty = pc.all(pc.equal(cells, "")).as_py()
     return not empty and bool(pc.all(pc.match_substring_regex(cells, LABEL_CELL)).as_py())

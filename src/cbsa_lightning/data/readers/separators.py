@@ -1,4 +1,4 @@
-"""How the cells of a labels column list names: detected from all of its cells together."""
+"""Detects how the cells of a labels column list names, from all of its cells together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cbsa_lightning.io.reading import brief
 MARKS = (";", "|", ",")
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"[\[{{]\s*(?:{_TEXT}\s*(?:,\s*{_TEXT}\s*)*(?:,\s*)?)?[\]}}]")
-# Blanks separate names only where words form so many different cells; see `_blanks`.
+# Blanks separate names only if words form at least this many different cells; see `_blanks`.
 _CELLS_A_WORD, _LENGTHS = 2, 3
 
 Where = Callable[[str], str]
@@ -28,7 +28,7 @@ class Form:
     """How a cell lists its names.
 
     Attributes:
-        separator: What separates names; white space for any blanks, "" for one name a cell.
+        separator: Separator of names; white space for any blanks, "" for one name per cell.
         lists: Whether cells are lists of JSON or Python.
     """
 
@@ -39,14 +39,14 @@ class Form:
         if self.lists:
             return "lists of names"
         if not self.separator:
-            return "one name a cell"
+            return "one name per cell"
         return f"names separated by {self.separator!r}" if self.separator.strip() else "names separated by blanks"
 
     def split(self, cell: str) -> list[str]:
-        """The names in a cell.
+        """Returns the names in a cell.
 
         Raises:
-            ValueError: The cell is no list of texts, where cells are lists; the message says what it is.
+            ValueError: If cells are lists but this one is not a list of strings. The message says what it is.
         """
         if self.lists:
             names = _listed(cell)
@@ -60,17 +60,17 @@ class Form:
 def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = None) -> Form:
     """Detects the form of a column.
 
-    Where classes are known: the first form under which each name is one of them. Else lists if cells begin with "[";
-    else ";" or "|", whichever occurs; else ",". Names may have commas and blanks where another mark separates them.
-    Without any mark, blanks separate names where a few words make up many different cells.
+    If the classes are known, it is the first form for which each name is one of them. Otherwise it is lists if cells
+    begin with "["; else ";" or "|", whichever occurs; else ",". Names may contain commas and blanks if another mark
+    separates them. Without any mark, blanks separate names if a few words make up many different cells.
 
     Args:
-        cells: The different cells that hold names, none empty.
+        cells: The distinct cells that contain names, none empty.
         where: Cell -> file and row, for a message.
-        known: Names and synonyms of the classes, if they are known.
+        known: Names and synonyms of the classes, if known.
 
     Raises:
-        DataError: Cells can be read in two ways, or in none.
+        DataError: If no form fits, or several do.
     """
     if known is not None:
         for form in (Form(), *map(Form, (*MARKS, " "))):
@@ -84,8 +84,8 @@ def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = N
     if {";", "|"} <= set(marks):
         cell = next(cell for cell in cells if "|" in cell)
         raise DataError(
-            f"{where(cell)}: ';' and '|' occur in labels, such as {brief(cell)}; give the one that separates names "
-            "as separator"
+            f"{where(cell)}: both ';' and '|' occur in labels, such as {brief(cell)}; set separator to the one that "
+            "separates names"
         )
     if len(marks) > 1:
         _refuse_mixture(cells, marks[0], where)
@@ -106,7 +106,7 @@ def _lists(cells: Sequence[str], found: list[str], where: Where) -> Form:
         other = next(cell for cell in cells if not begins_a_list(cell))
         raise DataError(
             f"{where(other)}: labels are a list in some rows ({brief(found[0])}), but not here: {brief(other)}; write "
-            "all of them in one form"
+            "all of them in the same form"
         )
     return form
 
@@ -115,24 +115,24 @@ def _listed(cell: str) -> list[str]:
     try:
         names = json.loads(cell)
     except (ValueError, RecursionError):
-        # Not by Python's parser alone, to which ['cat' 'dog'], as numpy writes it, is one text.
+        # Python's parser alone is not enough: it reads ['cat' 'dog'], as written by numpy, as one string.
         if not _PYTHON_LIST.fullmatch(cell):
-            raise ValueError("are no list of JSON or Python") from None
+            raise ValueError("are not a list of JSON or Python") from None
         try:
             names = list(ast.literal_eval(cell)) if cell[1:-1].strip() else []
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise ValueError("are no list of JSON or Python") from None
+            raise ValueError("are not a list of JSON or Python") from None
     if isinstance(names, dict):
-        raise ValueError("are a JSON object, as in tables of Label Studio, which leave answers out (export JSON there)")
+        raise ValueError("are a JSON object, as in tables of Label Studio, which omit answers (export JSON there)")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("are a list of something else than texts")
+        raise ValueError("are a list of something other than strings")
     return names
 
 
 def _refuse_mixture(cells: Sequence[str], mark: str, where: Where) -> None:
-    """Refuses commas that may separate names as well as ``mark`` does.
+    """Refuses cells in which commas may separate names as well as ``mark``.
 
-    A name may have a comma if it stands beside another name at least once, and if its pieces are no names elsewhere.
+    A name may contain a comma if it occurs next to another name at least once, and its pieces are not names elsewhere.
     """
     cell_of: dict[str, str] = {}
     beside: set[str] = set()
@@ -155,11 +155,11 @@ def _refuse_mixture(cells: Sequence[str], mark: str, where: Where) -> None:
 
 
 def _blanks(cells: Sequence[str], where: Where) -> Form:
-    """One name a cell, which may have blanks, or several names with blanks between them.
+    """Detects whether a cell is one name, which may contain blanks, or several names separated by blanks.
 
-    Several only if this is clear: all words of cells with more than one occur in other cells too, none twice in a cell,
-    cells have at least three different numbers of words, and there are twice as many cells as words. Names such as
-    "dining table" and "traffic light" have words that occur once.
+    It is several only if this is clear: all words of cells with more than one word occur in other cells too, none twice
+    in a cell, cells have at least three different numbers of words, and there are twice as many cells as words. Names
+    such as "dining table" and "traffic light" have words that occur once.
     """
     words = {" ".join(cell.split()): cell.split() for cell in cells}
     cell_of = {" ".join(cell.split()): cell for cell in cells}
@@ -180,7 +180,7 @@ def _blanks(cells: Sequence[str], where: Where) -> Form:
         return Form(" ")
     cell = cell_of[unclear[0]]
     raise DataError(
-        f"{where(cell)}: labels {brief(cell)} may be one name or several with blanks between them, since each of its "
-        "words occurs in other rows too; give separator: ' ' if they are several, separator: ';' if it is one, or name "
+        f"{where(cell)}: labels {brief(cell)} may be one name or several separated by blanks, since each of its "
+        "words occurs in other rows too; set separator: ' ' if they are several, separator: ';' if it is one, or list "
         "the classes in a class file"
     )

@@ -1,4 +1,4 @@
-"""What the datamodule asks of a data set, and what the readers share."""
+"""Interface of the data sources, and functions shared by the readers."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from cbsa_lightning.io.reading import brief, read_text
 
 
 class Source(ABC):
-    """A data set: its classes, and a table of images and labels for training and for the test."""
+    """A data set: its classes, and tables of images and labels for training and testing."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names as in the annotation files; cheap, and no image is read."""
+        """C names as in the annotation files. Fast, since no image is read."""
         raise NotImplementedError
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """C names as put in prompts."""
+        """C names as used in prompts."""
         raise NotImplementedError
 
     @abstractmethod
     def prepare(self) -> None:
-        """What one process does before the others read: download, generate, or check that files lie there.
+        """Downloads or generates files, or checks that they exist. Called in one process before others read them.
 
         Raises:
-            DataError: Something is missing; the message says what to get and where it must lie.
+            DataError: If something is missing. The message says what to get and where to put it.
         """
 
     @abstractmethod
     def train(self) -> AnnotationTable:
-        """The images to train on."""
+        """Returns the images to train on."""
 
     @abstractmethod
     def test(self) -> AnnotationTable | None:
-        """The images to test on, if there are any."""
+        """Returns the images to test on, if any."""
 
     def test_under(self, classes: ClassFile) -> AnnotationTable | None:
-        """The test images under the classes of a checkpoint, for who has no training annotations.
+        """Returns the test images with the classes of a checkpoint, for use without training annotations.
 
         A source whose classes follow from its training annotations overrides this method.
 
@@ -56,20 +56,20 @@ class Source(ABC):
             classes: The classes.
 
         Raises:
-            DataError: The annotations cannot be used, or have other classes.
+            DataError: If the annotations cannot be used, or have other classes.
         """
         return self.test()
 
     def describe(self) -> list[str]:
-        """Sentences on what was detected in the annotation files, for the user; the files may be read for it."""
+        """Returns sentences for the user on what was detected in the annotation files. May read the files."""
         return []
 
 
 def require_named(named: Iterable[tuple[str, str | None]]) -> None:
-    """Checks that files are there, given as (argument, path) pairs; a path of None is none to check.
+    """Checks that files exist, given as (argument, path) pairs; a path of None is ignored.
 
     Raises:
-        DataError: One is not, naming path and argument.
+        DataError: If one does not. The message names path and argument.
     """
     named = list(named)
     if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
@@ -79,10 +79,10 @@ def require_named(named: Iterable[tuple[str, str | None]]) -> None:
 
 
 def read_lines(file: Path, remedy: str) -> list[str]:
-    """Lines of a text file without their ends.
+    """Returns the lines of a text file without line ends.
 
     Raises:
-        DataError: The file is missing or is no UTF-8 text; ``remedy`` ends the message.
+        DataError: If the file is missing or is not UTF-8 text; ``remedy`` ends the message.
     """
     try:
         text = read_text(file).replace("\r\n", "\n").replace("\r", "\n")
@@ -90,7 +90,7 @@ def read_lines(file: Path, remedy: str) -> list[str]:
         raise DataError(f"{file} is missing; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); {remedy}") from error
-    # Not splitlines: to it a form feed or U+2028, which a name may have, ends a line as well.
+    # Not splitlines, which also splits at a form feed or U+2028, and names may contain these.
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -105,23 +105,23 @@ def tidy_paths(
     where: Callable[[int], str],
     allow_outside: bool = False,
 ) -> StringArray:
-    """Image paths as a table keeps them: "/" between folders, no "." or "..", relative to ``root``.
+    """Normalizes image paths for a table: "/" between folders, no "." or "..", relative to ``root``.
 
-    Only the text of a path is judged; links on the disk are not followed.
+    Only the text of a path is checked; links on disk are not followed.
 
     Args:
         root: Folder that the table's paths are relative to.
         folder: Folder that ``paths`` are relative to; usually ``root`` or inside it.
-        paths: n paths as found in the annotations, with slashes or backslashes; none is null.
+        paths: n paths from the annotations, with slashes or backslashes; none is null.
         where: Row -> file and row, for a message.
-        allow_outside: Whether paths may lie outside ``root``; these are then kept absolute.
+        allow_outside: Whether paths may be outside ``root``; these are then stored as absolute paths.
 
     Returns:
         (n,) strings.
 
     Raises:
-        DataError: A path is empty, is no file below ``root``, lies outside it and may not, or is no text that a file
-            name can have.
+        DataError: If a path is empty, is not a file below ``root``, is outside it without permission, or is not a valid
+            file name.
     """
     base, start = os.path.abspath(root), os.path.abspath(folder)
     ahead = _relative(start, base)
@@ -130,7 +130,7 @@ def tidy_paths(
     except UnicodeEncodeError as error:
         i = first_not_unicode(paths)
         raise DataError(
-            f"{where(i)}: {brief(paths[i])} is no Unicode text ({error.reason}); correct the path"
+            f"{where(i)}: {brief(paths[i])} is not valid Unicode ({error.reason}); correct the path"
         ) from error
     tidy = _strings(texts)
     if ahead:
@@ -140,35 +140,35 @@ def tidy_paths(
     for i in odd:
         text = texts[i].as_py()
         if not text:
-            raise DataError(f"{where(i)}: the image path is empty; fill it in or take the row out")
+            raise DataError(f"{where(i)}: the image path is empty; fill it in or remove the row")
         if "\0" in text:
-            raise DataError(f"{where(i)}: {brief(text)} has a NUL, which no file name has; correct the path")
+            raise DataError(f"{where(i)}: {brief(text)} has a NUL, which no file name may contain; correct the path")
         full = os.path.normpath(os.path.join(start, text.replace("\\", "/")))
         inside = _relative(full, base)
         if inside == "" or text.endswith(("/", "\\")):
             raise DataError(f"{where(i)}: {brief(text)} is a folder, not an image; correct the path")
         if inside is None and not allow_outside:
             raise DataError(
-                f"{where(i)}: {brief(text)} lies outside {root}; move the image under it, or choose a root that "
-                "holds all images (a table can also set allow_outside: true)"
+                f"{where(i)}: {brief(text)} is outside {root}; move the image into it, or choose a root that "
+                "contains all images (a table can also set allow_outside: true)"
             )
         tidy[i] = Path(full).as_posix() if inside is None else inside
     return tidy
 
 
 def refuse_repeated(paths: StringArray, where: Callable[[int], str]) -> None:
-    """Refuses two rows for one image, of a format whose rows have names of their own.
+    """Checks that no image has two rows, for formats whose rows have names.
 
     Raises:
-        DataError: Names the path and both rows, as ``where`` does.
+        DataError: If one has. The message names the path and both rows as described by ``where``.
     """
     if pairs := repeated_rows(paths):
         found = listed(f"{brief(str(paths[i]))} ({where(i)}, and {where(j)})" for i, j in pairs)
-        raise DataError(f"the same path twice: {found}; keep one row an image")
+        raise DataError(f"the same path twice: {found}; keep one row per image")
 
 
 def _strings(texts: Any) -> StringArray:
-    """An Arrow array of text as numpy's, by way of a few Python strings at a time."""
+    """Converts an Arrow array of text to numpy, in blocks of Python strings."""
     column: StringArray = np.empty(len(texts), dtype=np.dtypes.StringDType())
     for rows, part in zip(blocks(column), blocks(texts), strict=True):
         rows[:] = part.to_numpy(zero_copy_only=False)
@@ -176,7 +176,7 @@ def _strings(texts: Any) -> StringArray:
 
 
 def _relative(path: str, base: str) -> str | None:
-    """``path`` relative to ``base``: "" for the base itself, None if it lies outside."""
+    """Returns ``path`` relative to ``base``: "" for the base itself, None if it is outside."""
     relative = Path(os.path.relpath(path, base)).as_posix()
     if relative == ".":
         return ""

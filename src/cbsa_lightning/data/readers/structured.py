@@ -1,4 +1,4 @@
-"""JSON, JSON lines and XML files of labeling tools, and fields of the types that they must have."""
+"""Reads JSON, JSON lines and XML files of labeling tools, and checks the types of their fields."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from cbsa_lightning.data.readers.source import read_lines
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import brief, read_text
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _KINDS |= {list: "a list", dict: "an object", type(None): "null"}
 _REQUIRED = object()
 
 
 def read_json(file: Path) -> Any:
-    """Content of a JSON file.
+    """Returns the content of a JSON file.
 
     Raises:
-        DataError: The file is missing, is no JSON, or has the same key twice in one object.
+        DataError: If the file is missing, is not JSON, or has a repeated key in an object.
     """
     return parse_json(_text(file), str(file))
 
 
 def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Objects of a file with one JSON object a line, each with its place for a message; empty lines are passed over.
+    """Returns the objects of a file with one JSON object per line, each with its location; skips empty lines.
 
     Raises:
-        DataError: The file is missing or empty, or a line is no JSON object.
+        DataError: If the file is missing or empty, or a line is not a JSON object.
     """
     records = []
     for number, line in enumerate(read_lines(file, "correct the path, or save it as UTF-8"), start=1):
@@ -37,15 +37,15 @@ def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if line.strip():
             records.append((where, typed(parse_json(line, where), (dict,), where)))
     if not records:
-        raise DataError(f"{file}: has no line; export it again")
+        raise DataError(f"{file}: is empty; export it again")
     return records
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Value of a JSON text.
+    """Returns the value of a JSON text.
 
     Raises:
-        DataError: It is no JSON, or has the same key twice in one object.
+        DataError: If it is not JSON, or has a repeated key in an object.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -55,46 +55,46 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """Root element of an XML file, as :func:`parse_xml` reads it.
+    """Returns the root element of an XML file, as :func:`parse_xml` does.
 
     Raises:
-        DataError: The file is missing, or is no such XML.
+        DataError: If the file is missing, or is not such XML.
     """
     return parse_xml(_text(file), file)
 
 
 def parse_xml(text: str, file: Path) -> ElementTree.Element:
-    """Root element of an XML text. No entity is expanded: a text that declares a document type is refused.
+    """Returns the root element of an XML text. To prevent entity expansion, document types are refused.
 
     Args:
         text: The text.
         file: Its file, for messages.
 
     Raises:
-        DataError: The text is no XML, or declares a document type.
+        DataError: If the text is not XML, or declares a document type.
     """
-    if "\0" in text:  # the parser would take it for UTF-16, in which the next check sees no declaration
-        raise DataError(f"{file}: has NUL characters, as UTF-16 read as UTF-8 has; save it as UTF-8")
+    if "\0" in text:  # the parser would detect UTF-16, in which the next check finds no declaration
+        raise DataError(f"{file}: has NUL characters, like UTF-16 read as UTF-8; save it as UTF-8")
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise DataError(f"{file}: declares a document type, which labeling tools never do; take the declaration out")
+        raise DataError(f"{file}: declares a document type, which labeling tools never do; remove the declaration")
     try:
         return ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file}: is no XML ({error}); export it again") from error
+        raise DataError(f"{file}: is not XML ({error}); export it again") from error
 
 
 def field(record: dict[str, Any], key: str, kinds: tuple[type, ...], where: str, default: Any = _REQUIRED) -> Any:
-    """A value of a JSON object, of one of the types ``kinds``; True is no whole number here.
+    """Returns a value of a JSON object after checking its type; True is not an integer here.
 
     Args:
         record: The object.
         key: The key of the value.
-        kinds: Types that it may have.
+        kinds: Allowed types.
         where: File and place, for a message.
-        default: What an absent key means; without it, an absent key is refused.
+        default: Value of a missing key; without it, a missing key is an error.
 
     Raises:
-        DataError: The key is absent, or its value has another type.
+        DataError: If the key is missing, or its value has the wrong type.
     """
     if key not in record:
         if default is _REQUIRED:
@@ -104,10 +104,10 @@ def field(record: dict[str, Any], key: str, kinds: tuple[type, ...], where: str,
 
 
 def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
-    """``value``, which must be of one of the types ``kinds``.
+    """Returns ``value`` after checking that it has one of the types ``kinds``.
 
     Raises:
-        DataError: It has another type.
+        DataError: If it has the wrong type.
     """
     if type(value) not in kinds:
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
@@ -116,7 +116,7 @@ def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, for a note: "1 task", "1,200 tasks"."""
+    """Formats a number with its noun, for a note: "1 task", "1,200 tasks"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -134,5 +134,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for k, key in enumerate(keys) if key in keys[:k])
-        raise ValueError(f"the key {brief(twice)} stands twice in one object, and only one of them can count")
+        raise ValueError(f"the key {brief(twice)} occurs twice in one object, so its value is ambiguous")
     return record

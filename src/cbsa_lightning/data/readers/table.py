@@ -1,4 +1,4 @@
-"""A data set of one's own: a table of images and labels."""
+"""Custom data sets: tables of images and labels."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ __all__ = ["Table", "read_table"]
 
 
 class Table(Source):
-    """A data set of one's own: a table to train on, and one to test on if there is one.
+    """A custom data set: a table to train on, and optionally one to test on.
 
-    A table is a CSV, Parquet or JSON lines file (``read_columns``) with a column of paths. Labels stand in one of two
+    A table is a CSV, Parquet or JSON lines file (``read_columns``) with a column of paths. Labels have one of two
     forms:
 
     - by name: a column such as ``labels`` or ``tags`` with names of classes. How a cell lists them (``a;b``,
-      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An empty cell means
-      that nothing is known of the image: it is unlabeled, as with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and
-      ``[]`` mean that it shows no class. A column ``review`` names classes of which nothing is known, whatever the
-      labels say. Other columns are not read.
-    - by column: one column a class, with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
+      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An image with an
+      empty cell is unlabeled, and so is one with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and ``[]`` mean that it
+      shows no class. The classes in a column ``review`` are unknown, whatever the labels say. Other columns are not
+      read.
+    - by column: one column per class, with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
 
-    The classes are those of the class file if there is one: names may then be its synonyms, and columns that
-    it does not name are not read. Else they are those of the training table: its names, sorted, or all its
-    columns but the image's, in their order; the test table must then have the same.
+    The classes are those of the class file if there is one. Names may then be its synonyms, and columns that are not in
+    it are not read. Otherwise the classes are those of the training table: its names, sorted, or all its columns except
+    the image column, in order. The test table must then have the same classes.
 
-    Several rows for one image become one.
+    Several rows for one image are merged.
 
     Args:
         train: Table to train on; its unlabeled rows are the unlabeled images.
         test: Table to test on.
         root: Folder that paths are relative to; default: the folder of each table.
         class_file: Class file with classes, prompt names and synonyms (``read_class_file``).
-        separator: What separates the names in a labels cell; " " for any blanks. Default: detected.
+        separator: Separator of the names in a labels cell; " " for any blanks. Default: detected.
         image_column: The column with the paths. Default: ``image``, ``path``, ``file``, ``filename`` or another name
-            of ``IMAGE_COLUMNS``, in any case.
-        labels_column: The column with names of classes. Default: ``labels``, ``label``, ``tags`` or another name of
-            ``LABELS_COLUMNS``, in any case.
+            in ``IMAGE_COLUMNS``, ignoring case.
+        labels_column: The column with names of classes. Default: ``labels``, ``label``, ``tags`` or another name in
+            ``LABELS_COLUMNS``, ignoring case.
         nothing: Words that mean that an image shows no class, such as "No Finding".
-        repeated: What becomes of a class that one row of an image says is present and another says is absent: an error
-            ("stop"; a table with a row for each label is merged), -1 ("unknown"), or present ("union").
-        allow_outside: Whether paths may leave ``root``.
+        repeated: Label of a class that is present in one row of an image and absent in another: an error ("stop"; but
+            a table with one row per label is merged), -1 ("unknown"), or present ("union").
+        allow_outside: Whether paths may be outside ``root``.
 
     Raises:
-        ConfigError: ``separator`` is empty, or an argument is of another type.
+        ConfigError: If ``separator`` is empty, or an argument has the wrong type.
     """
 
     def __init__(
@@ -91,32 +91,32 @@ class Table(Source):
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The prompt names of the class file, or the class names with "_" as a space."""
+        """The prompt names of the class file, or the class names with "_" replaced by a space."""
         return self._classes.prompt_names
 
     def prepare(self) -> None:
-        """Checks that tables and class file are there.
+        """Checks that tables and class file exist.
 
         Raises:
-            DataError: One is not.
+            DataError: If one does not.
         """
         require_named([("train", self._train), ("test", self._test or None), ("class_file", self._class_file or None)])
 
     def train(self) -> AnnotationTable:
-        """The training table; see ``read_table`` for what is refused."""
+        """Returns the training table. See ``read_table`` for errors."""
         return self._read(self._train, self._classes)
 
     def test(self) -> AnnotationTable | None:
-        """The test table, or None."""
+        """Returns the test table, or None."""
         return None if self._test is None else self._read(self._test, self._classes)
 
     def test_under(self, classes: ClassFile) -> AnnotationTable | None:
-        """The test table under given classes, or under those of the class file; the training table is not read."""
+        """Returns the test table with the given classes or those of the class file, without the training table."""
         own = self._classes if self._class_file is not None else classes
         return None if self._test is None else self._read(self._test, own)
 
     def describe(self) -> list[str]:
-        """What was detected in each table: columns, how cells list names, rows that were merged."""
+        """Describes what was detected in each table: columns, how cells list names, and merged rows."""
         for path in (self._train, self._test):
             if path is not None and path not in self._notes:
                 self._read(path, self._classes)

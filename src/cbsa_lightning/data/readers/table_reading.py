@@ -1,4 +1,4 @@
-"""Reads one table of images and labels; what its options leave open is detected."""
+"""Reads a table of images and labels, and detects its form unless options specify it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TableForm:
-    """Options of a table; what they leave open is detected.
+    """Options of a table; those that are not given are detected.
 
     Attributes:
-        separator: What separates the names in a cell.
+        separator: Separator of the names in a cell.
         image_column: The column with the paths.
         labels_column: The column with names of classes.
-        nothing: Words that mean, as ``none`` does, that an image shows no class.
-        repeated: What becomes of rows of one image that contradict each other; see ``merge_rows``.
+        nothing: Words that mean, like ``none``, that an image shows no class.
+        repeated: How to merge contradictory rows of one image; see ``merge_rows``.
 
     Raises:
-        ConfigError: An argument of another type, an empty separator, or another choice.
+        ConfigError: If an argument has the wrong type, the separator is empty, or a choice is invalid.
     """
 
     separator: str | None = None
@@ -58,7 +58,7 @@ class TableForm:
         for name in ("separator", "image_column", "labels_column"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
-                raise ConfigError(f"Table: {name} must be a text that is not empty, got {value!r:.100}.")
+                raise ConfigError(f"Table: {name} must be a nonempty string, got {value!r:.100}.")
         if self.nothing not in ((), []):
             check_names("Table: nothing", self.nothing)
         check_choice("Table: repeated", self.repeated, CHOICES)
@@ -68,10 +68,10 @@ _ANY_FORM = TableForm()
 
 
 def find_classes(path: str | Path, form: TableForm = _ANY_FORM) -> ClassFile:
-    """The classes that a table itself names: sorted names of its labels, or its class columns in order.
+    """Returns the classes of a table: the sorted names of its labels, or its class columns in order.
 
     Raises:
-        DataError: There are none, or two would have the same prompt text.
+        DataError: If there are none, or two would have the same prompt text.
     """
     return _classes_in(read_columns(path), form)
 
@@ -99,21 +99,21 @@ def read_table(
     other_columns: bool = True,
     notes: list[str] | None = None,
 ) -> AnnotationTable:
-    """Reads one table; ``Table`` describes its form.
+    """Reads a table; ``Table`` describes its form.
 
     Args:
         path: CSV, Parquet or JSON lines file.
-        classes: The classes to read; default: those that the table names itself.
+        classes: The classes to read; default: those of the table.
         form: Its options.
         root: Folder that paths are relative to; default: the folder of the table.
-        allow_outside: Whether paths may leave ``root``.
-        other_columns: Whether columns that are no class may stand beside class columns.
-        notes: Gets sentences on what was detected.
+        allow_outside: Whether paths may be outside ``root``.
+        other_columns: Whether columns other than classes are allowed next to class columns.
+        notes: List to which sentences on what was detected are appended.
 
     Raises:
-        DataError: There is no image column or no label, rows of one image contradict each other, a path is empty or
-            leaves ``root``, a class is unknown, a cell is no label or can be read in two ways, or a column divides the
-            images into parts. Each with its row.
+        DataError: If there is no image column or no label, rows of one image contradict each other, a path is empty or
+            outside ``root``, a class is unknown, a cell is not a label or is ambiguous, or a column divides the images
+            into splits. The message names the row.
     """
     columns = read_columns(path)
     given = classes is not None
@@ -122,20 +122,20 @@ def read_table(
     root = columns.path.parent if root is None else Path(root)
     paths = tidy_paths(root, root, columns.text(image).fill_null(""), columns.where, allow_outside)
     known = classes.index()
-    in_file = known if given and other_columns else ()  # columns that are classes, "label" or "split" too
+    in_file = known if given and other_columns else ()  # columns that are classes, even "label" or "split"
     words = _words(form, known)
     column = labels_column(columns, image, form.labels_column, in_file)
     one_label_a_row = False
     if column is None:
         refuse_parts(columns, {image, *in_file})
         labels = labels_by_column(columns, image, classes, words, other_columns)
-        how = "labels by column, one column a class"
+        how = "labels by column, one column per class"
     else:
         refuse_parts(columns, {image, column, *known})
         if NO_LABEL in known:
             raise DataError(
                 f"{classes.path}: a class cannot be called {NO_LABEL!r}, which means no class in column "
-                f"{column!r}; rename it, or give one column a class"
+                f"{column!r}; rename it, or use one column per class"
             )
         named = NamedLabels(columns, column, words, _cells(form), known)
         labels = named.matrix(classes)

@@ -1,4 +1,4 @@
-"""Images to predict: a folder, one image, or a list of paths; nothing is known of their labels."""
+"""Images to predict, without labels: a folder, one image, or a list of paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cbsa_lightning.data.readers.source import read_lines, tidy_paths
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
-# Of the formats that images are decoded from.
+# Suffixes of the supported image formats.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".jp2", ".j2k", ".mpo", ".avif",
@@ -35,20 +35,20 @@ def read_images(
     """Lists images whose labels are all unknown.
 
     Args:
-        path: A folder, searched with its sub-folders and those that are linked into it (names that start with "."
-            are passed over), in sorted order; or one image; or a ".txt" file with one path a line; or a CSV or
-            Parquet table, of which only the image column is read.
+        path: A folder, an image, a ".txt" file with one path per line, or a CSV or Parquet table, of which only the
+            image column is read. A folder is searched in sorted order with its subfolders and linked folders; names
+            that start with "." are skipped.
         class_names: The C classes to predict.
         prompt_names: C prompt names; empty for the default.
         root: Folder that the paths of a list are relative to; default: the folder of the list.
-        allow_outside: Whether the paths of a list may leave ``root``.
+        allow_outside: Whether the paths of a list may be outside ``root``.
 
     Returns:
         A table with label -1 everywhere.
 
     Raises:
-        DataError: There is nothing at ``path``, or no image; a folder cannot be listed, or is linked into itself; a
-            path is empty, repeated, leaves ``root``, or is not UTF-8.
+        DataError: If ``path`` does not exist or contains no image; if a folder cannot be listed or is linked into
+            itself; or if a path is empty, repeated, outside ``root`` or not UTF-8.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -65,14 +65,14 @@ def read_images(
 
 
 def left_out(path: str | Path) -> list[str]:
-    """Files in a folder that :func:`read_images` leaves out since their suffix is no image's; none for a list."""
+    """Returns the files in a folder that :func:`read_images` omits because of their suffix; empty for a list."""
     if not os.path.isdir(path):
         return []
     return sorted(name for name in _walk(os.fspath(path)) if not _is_image(name))
 
 
 def by_suffix(names: Iterable[str]) -> str:
-    """How many files there are of each suffix, for a message: "2 .heic, 1 without a suffix"."""
+    """Counts files by suffix for a message: "2 .heic, 1 without a suffix"."""
     counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
     return listed(f"{count} {suffix}" for suffix, count in counts.most_common())
 
@@ -82,21 +82,21 @@ def _images_below(folder: Path) -> list[str]:
     found = sorted(filter(_is_image, names))
     if not found:
         there = f"found only {by_suffix(names)}" if names else "it is empty"
-        raise DataError(f"{folder}: no image in it or below, {there}; looked for {listed(IMAGE_SUFFIXES)}")
+        raise DataError(f"{folder}: no image in it or its subfolders, {there}; expected {listed(IMAGE_SUFFIXES)}")
     try:
         "".join(found).encode()
     except UnicodeEncodeError as error:
         name = found[first_not_unicode(found)]
         raise DataError(
-            f"{folder}: the name {brief(os.fsencode(name))} is not UTF-8, so no table could hold it; rename the file"
+            f"{folder}: the name {brief(os.fsencode(name))} is not UTF-8, so no table can store it; rename the file"
         ) from error
     return found
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Files in ``root`` and its sub-folders, relative to it. Each folder may be reached in one way only.
+    """Yields files in ``root`` and its subfolders, relative to it. Each folder may be reached in only one way.
 
-    Links are followed: without a word, their images would be missing. A loop of links is a folder reached twice.
+    Links are followed; otherwise their images would be missing silently. A loop of links reaches a folder twice.
     """
     reached: dict[tuple[int, int], str] = {}
     folders = [""]
@@ -108,13 +108,13 @@ def _walk(root: str) -> Iterator[str]:
             first = reached.setdefault((status.st_dev, status.st_ino), here)
             if first is not here:
                 raise DataError(
-                    f"{here}: is by a link the folder {first}, so its images would count twice; remove the link"
+                    f"{here}: is a link to the folder {first}, so its images would count twice; remove the link"
                 )
             with os.scandir(here) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise DataError(
-                f"{here}: cannot be listed ({error.strerror}); change its rights, or move it away"
+                f"{here}: cannot be listed ({error.strerror}); change its permissions, or move it away"
             ) from error
         for entry in visible:
             name = f"{below}/{entry.name}" if below else entry.name
@@ -143,7 +143,7 @@ def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:
         while names and not names[-1]:
             names.pop()
         if not names:
-            raise DataError(f"{path}: names no image; write one path a line")
+            raise DataError(f"{path}: lists no images; write one path per line")
     else:
         columns = read_columns(path)
         names = columns.text(image_column(columns)).fill_null("")

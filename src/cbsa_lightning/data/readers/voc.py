@@ -34,22 +34,21 @@ DIFFICULT = {"negative": 0, "positive": 1, "ignore": -1}
 class VOC(Source):
     """PASCAL VOC 2012 (train 5,717 images, test = val, 5,823) or 2007 (trainval 5,011, test 4,952).
 
-    A folder with XML files and lists of images, but without VOC's lists of each class, is read as one's own data in
-    VOC's layout: its classes are those that the XML files name; see :func:`~.voc_xml.read_voc_xml`.
+    A folder with XML files and lists of images, but without VOC's lists of each class, is read as a custom data set in
+    VOC's layout. Its classes are those in the XML files; see :func:`~.voc_xml.read_voc_xml`.
 
-    An image is listed if at least one class has flag 1; file names are sorted: the order on which the
-    paper's splits rest.
+    An image is listed if at least one class has flag 1. File names are sorted; the paper's splits depend on this order.
 
     Args:
-        root: Folder that holds ``VOCdevkit``.
+        root: Folder that contains ``VOCdevkit``.
         year: "2012" or "2007".
-        difficult: What a class is of which an image shows only instances that VOC calls difficult
-            (flag 0): "negative" as in CAP, "positive" as in SCPNet's lists, or "ignore" (unknown).
-        download: Fetch the archives with torchvision where they are not there yet.
+        difficult: Label of a class if all its instances in an image are marked difficult (flag 0): "negative" as in
+            CAP, "positive" as in SCPNet's lists, or "ignore" (unknown).
+        download: Whether to download missing archives with torchvision.
         class_file: Class file with prompt names (``read_class_file``); default: the official names.
 
     Raises:
-        ConfigError: An unknown year or difficult, or an argument of another type.
+        ConfigError: If year or difficult is unknown, or an argument has the wrong type.
     """
 
     root: str
@@ -67,7 +66,7 @@ class VOC(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The 20 official names, alphabetical; or the names in one's own XML files."""
+        """The 20 official names, alphabetical; or the names in custom XML files."""
         return self._own_classes if self._own else VOC_CLASSES
 
     @property
@@ -85,7 +84,7 @@ class VOC(Source):
 
     @cached_property
     def _own_classes(self) -> tuple[str, ...]:
-        """Read once: names are asked for often, and each time would read all XML files."""
+        """Classes of custom XML files; cached, since names are accessed often and require reading all files."""
         return classes_of(self._folder, self._own_sets)
 
     @property
@@ -98,10 +97,10 @@ class VOC(Source):
         return Path(self.root) / "VOCdevkit" / f"VOC{self.year}"
 
     def prepare(self) -> None:
-        """Downloads what is missing if asked to, then checks that all files are there.
+        """Downloads missing files if requested, then checks that all files exist.
 
         Raises:
-            DataError: Files are missing, or the download fails.
+            DataError: If files are missing, or the download fails.
         """
         if self._own:
             return
@@ -115,11 +114,11 @@ class VOC(Source):
             )
 
     def train(self) -> AnnotationTable:
-        """Images and labels of train (2007: trainval)."""
+        """Returns images and labels of train (2007: trainval)."""
         return self._read(self._image_sets[0])
 
     def test(self) -> AnnotationTable | None:
-        """Images and labels of val (2007: test); None if one's own data has no such list."""
+        """Returns images and labels of val (2007: test); None if custom data has no such list."""
         if self._own and self._image_sets[1] not in self._own_sets:
             return None
         return self._read(self._image_sets[1])
@@ -130,7 +129,7 @@ class VOC(Source):
         return [path for path in wanted if not os.path.exists(self._folder / path)]
 
     def _fetch(self) -> None:
-        from torchvision.datasets import VOCDetection  # slow to import, and needed once in a life
+        from torchvision.datasets import VOCDetection  # slow to import, and rarely needed
 
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,7 @@ def read_voc(
         prompt_names: 20 prompt names; empty for the official ones.
 
     Raises:
-        DataError: A file is missing, a line is no "image flag" pair, a flag is not 1, 0 or -1, an image
+        DataError: If a file is missing, a line is not an "image flag" pair, a flag is not 1, 0 or -1, an image
             occurs twice, or two classes list different images.
     """
     folder = Path(folder)
@@ -182,7 +181,7 @@ def read_voc(
     flags = np.array([[column[image] for column in columns] for image in images], dtype=np.int8)
     flags = flags.reshape(len(images), len(VOC_CLASSES))
     labels = np.select([flags == 1, flags == 0], [1, difficult], 0).astype(np.int8)
-    listed_images = (flags == 1).any(axis=1)  # by the raw flags: the list does not depend on `difficult`
+    listed_images = (flags == 1).any(axis=1)  # from the raw flags, so that the list does not depend on `difficult`
     first = folder / "ImageSets" / "Main" / f"{VOC_CLASSES[0]}_{image_set}.txt"
     if not listed_images.any():
         raise DataError(f"{first} and those of the other classes have no image with flag 1; unpack the archive again")
@@ -202,7 +201,9 @@ def _read_flags(file: Path) -> dict[str, int]:
         if not parts:
             continue
         if len(parts) != 2 or parts[1] not in ("1", "0", "-1"):
-            raise DataError(f"{file}, line {number}: {brief(line)} is no image name and flag (1, 0 or -1); correct it")
+            raise DataError(
+                f"{file}, line {number}: {brief(line)} is not an image name and flag (1, 0 or -1); correct it"
+            )
         if parts[0] in flags:
             raise DataError(f"{file}, line {number}: image {brief(parts[0])} is listed twice; keep one line")
         flags[parts[0]] = int(parts[1])
@@ -210,5 +211,5 @@ def _read_flags(file: Path) -> dict[str, int]:
 
 
 def _cut(name: str) -> str:
-    """An image's name for a message: as it is, unless it is so long that it can be none."""
+    """Returns an image's name for a message, cut if it is too long to be a name."""
     return name if len(name) <= 100 else brief(name, 100)

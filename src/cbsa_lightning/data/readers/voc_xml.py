@@ -1,4 +1,4 @@
-"""Folders in VOC's layout with classes of their own: XML files of labeling tools, and lists of image names."""
+"""Folders in VOC's layout with custom classes: XML files of labeling tools, and lists of image names."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cbsa_lightning.io.reading import brief, read_text
 
 
 def has_own_classes(folder: Path, image_set: str) -> bool:
-    """Whether ``folder`` lists images and has XML files, but none of VOC's own lists of a class."""
+    """Returns whether ``folder`` lists images and has XML files, but none of VOC's own lists of a class."""
     lists = folder / "ImageSets" / "Main"
     named = os.path.isfile(lists / f"{image_set}.txt") and os.path.isdir(folder / "Annotations")  # of any length
     return named and not any(lists.glob(f"*_{image_set}.txt"))
 
 
 def classes_of(folder: Path, image_sets: Sequence[str]) -> tuple[str, ...]:
-    """Names of all objects in the XML files of some image sets, sorted.
+    """Returns the names of all objects in the XML files of some image sets, sorted.
 
     Raises:
-        DataError: A file cannot be read, or no object is named.
+        DataError: If a file cannot be read, or no object has a name.
     """
     names = {
         name
@@ -44,18 +44,18 @@ def read_voc_xml(
 ) -> AnnotationTable:
     """Reads the XML files of an image set.
 
-    An image without an XML file is unlabeled; one whose file names no object has no class. ``difficult``, ``pose`` and
-    ``truncated`` may be missing, as in the files of labelImg and CVAT.
+    An image without an XML file is unlabeled; an image whose file names no object shows no class. ``difficult``,
+    ``pose`` and ``truncated`` may be missing, as in the files of labelImg and CVAT.
 
     Args:
-        folder: Holds ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
+        folder: Folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         image_set: Name of the list, without ``.txt``.
         class_names: The C class names.
-        difficult: Label of a class of which an image has only objects called difficult: 0, 1 or -1.
+        difficult: Label of a class if all its objects in an image are marked difficult: 0, 1 or -1.
         prompt_names: C prompt names; empty for the default.
 
     Raises:
-        DataError: A file is missing, no XML or not of this form, or an image is listed twice.
+        DataError: If a file is missing, is not XML or has a different structure, or an image is listed twice.
     """
     images = _images(folder, image_set)
     row_of = {name: k for k, name in enumerate(class_names)}
@@ -88,16 +88,16 @@ def _list(folder: Path, image_set: str) -> Path:
 
 
 def _images(folder: Path, image_set: str) -> list[str]:
-    """Names of an image set without suffix; some tools write one, or the folder."""
-    lines = read_lines(_list(folder, image_set), "write one image name a line")
+    """Returns the names of an image set without suffix; some tools write a suffix or the folder."""
+    lines = read_lines(_list(folder, image_set), "write one image name per line")
     images = [Path(line.strip()) for line in lines if line.strip()]
     if not images:
-        raise DataError(f"{_list(folder, image_set)}: names no image; write one image name a line")
+        raise DataError(f"{_list(folder, image_set)}: lists no images; write one image name per line")
     return [image.stem if image.suffix.lower() in (".jpg", ".jpeg", ".png") else image.name for image in images]
 
 
 def _objects(folder: Path, image: str) -> dict[str, bool] | None:
-    """Classes of the objects of an image, and whether one of each is not difficult; None without a file."""
+    """Maps the classes of an image to whether any object is not difficult; None if there is no file."""
     file = folder / "Annotations" / f"{image}.xml"
     try:
         text = read_text(file)
@@ -110,7 +110,7 @@ def _objects(folder: Path, image: str) -> dict[str, bool] | None:
     for k, entry in enumerate(root.iter("object")):
         name = (entry.findtext("name") or "").strip()
         if not name:
-            raise DataError(f"{file}: object {k} has no name; label it, or take it out")
+            raise DataError(f"{file}: object {k} has no name; label it, or remove it")
         clear = (entry.findtext("difficult") or "0").strip().lower() not in ("1", "true")
         objects[name] = objects.get(name, False) or clear
     return objects

@@ -1,4 +1,4 @@
-"""Words in a labels cell that are no class: "not labeled", and "seen, shows nothing"."""
+"""Words in a labels cell that are not classes: "not labeled", and "seen, shows nothing"."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SIGNS = re.compile(r"[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e\s]+")
 
 
 def begins_a_list(text: str) -> bool:
-    """Whether ``text`` begins as a list of JSON or Python, or an object of JSON, does."""
+    """Returns whether ``text`` begins like a list of JSON or Python, or an object of JSON."""
     return text[:1] in ("[", "{")
 
 
 class Meaning(Enum):
-    """What a word in a labels cell says of the image."""
+    """Meaning of a word in a labels cell."""
 
     UNLABELED = "not labeled"
     NOTHING = "shows no class"
@@ -35,23 +35,22 @@ class Meaning(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """Tells names of classes from words with another meaning.
+    """Distinguishes names of classes from words with another meaning.
 
     ``none`` and the words in ``nothing`` mean that an image shows no class. Empty, ``nan``, ``NA``, ``N/A``, ``NULL``,
-    ``-``, ``unlabeled`` or ``unlabelled`` in any case, and ``None`` as Python writes it, mean that it is not labeled.
-    What only looks like such a word, such as "No Finding" or "?", is unclear, and so are parts of lists and names in
-    quotes.
+    ``-``, ``unlabeled`` or ``unlabelled`` in any case, and Python's ``None``, mean that it is not labeled. Words that
+    only resemble these, such as "No Finding" or "?", are unclear, and so are parts of lists and names in quotes.
 
     Attributes:
         nothing: Words of the user that mean that an image shows no class.
-        classes: Names of a class file, which are classes whatever they look like.
+        classes: Names in a class file, which are always classes.
     """
 
     nothing: frozenset[str] = frozenset()
     classes: Collection[str] = ()
 
     def meaning(self, word: str) -> Meaning:
-        """What ``word``, a cell or one of its names, says."""
+        """Returns the meaning of ``word``, a cell or one of its names."""
         word = clean_name(word)
         folded = word.casefold()
         if word == NO_LABEL or word in self.nothing:
