@@ -515,7 +515,7 @@ def test_what_cannot_be_built_is_told(recipes: dict[str, dict[str, Any]], monkey
     bad["model"]["init_args"]["num_contexts"] = 21
     monkeypatch.setattr(cost.subprocess, "run", here)
     with pytest.raises(
-        CBSAError, match=r"The cost of bad could not be measured(.|\n)*21 contexts cannot be made of 20"
+        CBSAError, match=r"The cost of bad could not be measured(.|\n)*21 contexts cannot be formed from 20"
     ):
         costs({"bad": bad}, rounds=1, steps=1)
 
