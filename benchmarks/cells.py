@@ -19,7 +19,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from cbsa_lightning import CBSAModule, SSMLLDataModule
+from cbsa_lightning import CBSAModule, SSMLLDataModule, SSMLLModule
 from cbsa_lightning.data.augmentations import CutoutRandAugment
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
@@ -88,10 +88,9 @@ def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, 
     }
     if cell.data == "digits":
         source = Digits(root=str(args.out / "digits"), seed=args.drawing)
-        return SSMLLDataModule(
-            source, image_size=160, strong_view=CutoutRandAugment(0.25), warmup_batch_size=16, **common, **changes
-        )
-    return SSMLLDataModule(VOC(args.photos), **common, **changes)
+        own = {"image_size": 160, "strong_view": CutoutRandAugment(0.25), "warmup_batch_size": 16}
+        return SSMLLDataModule(source, **{**own, **common, **changes})
+    return SSMLLDataModule(VOC(args.photos), **{**common, **changes})
 
 
 def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **changes: Any) -> CBSAModule:
@@ -121,10 +120,10 @@ def trainer_settings(cell: Cell) -> dict[str, Any]:
     }
 
 
-def train(cell: Cell, module: CBSAModule, data: SSMLLDataModule) -> dict[str, Any]:
+def train(cell: Cell, module: SSMLLModule, data: SSMLLDataModule, **changes: Any) -> dict[str, Any]:
     """Trains and tests; gives mAP in %, AP of each class, quality of the pseudo-labels and processor seconds."""
     begun = time.process_time()
-    trainer = L.Trainer(**trainer_settings(cell))
+    trainer = L.Trainer(**{**trainer_settings(cell), **changes})
     trainer.fit(module, datamodule=data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     ap = {name: metrics[f"val/AP/{name}"] for name in data.class_names}

@@ -63,7 +63,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
                 pseudo_labels[split.unlabeled] = thresholds(logits.sigmoid(), positive_rates(known)).labels  # Eq. 6
                 confidence, context = context_logits.softmax(1).max(1)
                 context_of[split.unlabeled] = torch.where(confidence > 0.9, context, -1)  # Eq. 11, unlabeled
-                every = torch.cat([known, pseudo_labels[split.unlabeled]])
+                every = torch.cat([known, pseudo_labels[split.unlabeled].clamp(min=0)])
                 groups = match_partition(partition(cooccurrence(every), contexts), groups, contexts)
                 context_of[split.labeled] = context_targets(known, groups, contexts)
             batches.set_epoch(epoch)

@@ -23,7 +23,9 @@ from cbsa_lightning.data.checks.checking import check, count_labels
 from cbsa_lightning.data.checks.near_duplicates import near_duplicates
 from cbsa_lightning.data.checks.spelling import similar_names
 from cbsa_lightning.data.checks.survey import equal_rows
+from cbsa_lightning.data.label_masks import LabelMask
 from cbsa_lightning.data.plan import RunSettings, make_plan
+from cbsa_lightning.data.readers import Table
 from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import ConfigError
 from layouts import write_image, write_rows
@@ -485,3 +487,39 @@ def test_every_image_is_opened_once(photos: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(survey, "open_regular", lambda path: opened.append(path) or plain(path))
     cli.main(["check", "photos.csv"])
     assert sorted(path.name for path in opened) == sorted(f"{i}.png" for i in range(40))
+
+
+def test_labels_that_are_known_in_part(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["0.png", 1, ""], ["1.png", "", 0], ["2.png", 1, ""], ["3.png", "", 0], ["4.png", "", ""], ["5.png", "", 0]]
+    write_rows(photos / "part.csv", ["image", "cat", "dog"], rows)
+    report = run(capsys, "part.csv")
+    assert (report["train"]["labeled"], report["train"]["partly"], report["train"]["unlabeled"]) == (5, 2, 1)
+    told = finding(report, "class_without_negative", "warnings")["message"]
+    assert "1 of 2 classes have known positives but no known negative: cat." in told
+    assert names(finding(report, "class_without_positive", "warnings")) == [["dog"]]
+
+
+def test_settings_of_partial_labels(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [[f"{i}.png", i % 2, 1 - i % 2, int(i % 3 == 0)] for i in range(30)]
+    write_rows(photos / "full.csv", ["image", "cat", "dog", "sofa"], rows)
+    source = "source: {class_path: Table, init_args: {train: full.csv}}"
+    Path("part.yaml").write_text(f"data: {{{source}, known_fraction: 0.5}}\nseed_everything: 3")
+    report = run(capsys, "part.yaml")
+    table = Table("full.csv").train()
+    counts = count_labels(LabelMask.draw(table, 0.5, seed=3)(table).labels)
+    assert report["train"]["partly"] == counts.partly > 0
+    assert report["train"]["unlabeled"] == counts.unlabeled
+    LabelMask.of(table, np.arange(90).reshape(30, 3) != 0).save("mask.json")
+    Path("own.yaml").write_text(f"data: {{{source}, known_file: mask.json}}")
+    report = run(capsys, "own.yaml")
+    assert (report["train"]["partly"], report["train"]["unlabeled"]) == (1, 0)
+    write_rows(photos / "full.csv", ["image", "cat", "dog", "sofa"], [["0.png", 1, 1, 1], *rows[1:]])
+    report = run(capsys, "own.yaml", status=1)
+    assert "was made for the table with digest" in finding(report, "refused", "errors")["message"]
+
+
+def test_a_class_of_which_no_label_is_known(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [[f"{i}.png", i % 2, "", i % 3 % 2] if i < 30 else [f"{i}.png", "", "", ""] for i in range(40)]
+    write_rows(photos / "none.csv", ["image", "cat", "dog", "sofa"], rows)
+    report = run(capsys, "none.csv")
+    assert names(finding(report, "class_without_label", "warnings")) == [["dog"]]

@@ -13,6 +13,7 @@ import yaml
 from cbsa_lightning.__main__ import main
 from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.cli.lightning_cli import make_cli
+from cbsa_lightning.data.label_masks import LabelMask
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
@@ -132,6 +133,20 @@ def test_each_method(method: str, roots: dict[str, Path], clip_folder: Path, tmp
     assert module.num_contexts == 0
     assert isinstance(module.labeler, LabeledOnly) == (method == "labeled_only")
     assert (module.network.decoder is None) == (method == "target_prompts_only")
+
+
+def test_partial_labels(
+    roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only partly labeled images, without pseudo-labels; the mask lies in the run's folder."""
+    monkeypatch.chdir(tmp_path)
+    order = ["methods/cbsa", "data/voc", "methods/without_contexts", "methods/partial_labels"]
+    root = f"--data.source.init_args.root={roots['voc']}"
+    cli = fit(files(*order), tmp_path, clip_folder, root, "--data.known_fraction=0.5", "--report.enabled=false")
+    assert isinstance(cli.model.labeler, LabeledOnly)
+    assert (cli.datamodule.train_table.labels < 0).any()
+    mask = LabelMask.load(Path(cli.trainer.log_dir) / "label_mask.json", cli.datamodule.source.train())
+    assert mask.digest == cli.datamodule.label_mask.digest
 
 
 SYSTEMS = {  # on a data set for which the original has settings of its own, where there is one

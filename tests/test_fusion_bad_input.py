@@ -92,7 +92,7 @@ def test_training_on_labels_alone_takes_thresholds_from_the_scores_of_validation
 def test_constant_features_give_equal_scores():
     labels = np.array([[0, 1, 0, 1, 0], [1, 0, 0, 1, 0]], dtype=np.int8)
     evidence = Evidence([torch.ones(7, 3)], [torch.ones(7, 5)], torch.arange(2), torch.from_numpy(labels))
-    fusion = Fusion.of(StackedProbes().fit(evidence), [np.ones((5, 3)), np.ones((5, 5))], labels, 0.5)
+    fusion = Fusion.of(StackedProbes().fit(evidence), np.ones((5, 5)), labels, 0.5)
     logits = fusion.adapted(torch.zeros(4, 5)).fused(torch.zeros(4, 5), torch.zeros(4, 5))
     assert logits.isfinite().all()
     assert (logits == logits[:1]).all()

@@ -82,18 +82,32 @@ def test_report_equals_counting(shape, data):
     targets = data.draw(hnp.arrays(np.int8, shape, elements=st.sampled_from([-1, 0, 1])))
     logits = data.draw(hnp.arrays(np.float32, shape, elements=st.sampled_from([-90.0, -1.0, 0.0, 0.5, 20.0, 90.0])))
     found = report_of(logits, targets, parts=2)
-    ap = [
-        reference.average_precision(logits[:, k], targets[:, k]) if (targets[:, k] == 1).any() else math.nan
-        for k in range(shape[1])
-    ]
+    told = [(t == 1).any() and ((t == 0).any() or (t >= 0).all()) for t in targets.T]
+    ap, envelope = (
+        [measure(logits[:, k], targets[:, k]) if told[k] else math.nan for k in range(shape[1])]
+        for measure in (reference.average_precision, reference.envelope_precision)
+    )
     np.testing.assert_allclose(found["AP"], ap, atol=1e-6)
     used = [value for value in ap if not math.isnan(value)]
     np.testing.assert_allclose(found["mAP"], np.mean(used) if used else math.nan, atol=1e-6)
     assert found["mAP_with_zeros"].item() == pytest.approx(sum(used) / shape[1], abs=1e-6)
     assert found["num_classes_used"].item() == len(used)
+    np.testing.assert_allclose(found["mAP_envelope"], np.nanmean(envelope) if used else math.nan, atol=1e-6)
+    assert not found["mAP_envelope"] < found["mAP"] - 1e-6
     _, _, cf1, of1 = reference.f1((logits >= 0).astype(int), targets)
     assert found["CF1"].item() == pytest.approx(cf1, abs=1e-6)
     assert found["OF1"].item() == pytest.approx(of1, abs=1e-6)
+
+
+def test_a_class_of_which_only_positives_are_known_says_nothing():
+    targets = np.array([[1, 1, 1], [-1, 1, 0], [1, 1, -1]], dtype=np.int8)
+    found = report_of(np.arange(9, dtype=np.float32).reshape(3, 3), targets)
+    assert found["AP"].isnan().tolist() == [True, False, False]
+    assert found["num_classes_used"].item() == 2
+    nothing = report_of(np.zeros((2, 2), np.float32), np.full((2, 2), -1, np.int8))
+    assert nothing["mAP"].isnan()
+    assert nothing["mAP_envelope"].isnan()
+    assert nothing["mAP_with_zeros"] == 0
 
 
 def test_classes_without_positives_follow_both_conventions():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import average_precision_score
 
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.method.labelers import Evidence, rounded
@@ -33,21 +34,38 @@ def test_left_out_scores_are_those_of_probes_without_the_image():
     known[3, 1] = known[10, 0] = -1
     z = (x - x.mean(0)) / x.std(0)
     rate = (known == 1).sum(0) / (known >= 0).sum(0)
-    y = np.where(known >= 0, ((known == 1) - rate) / np.sqrt(rate * (1 - rate)), 0)
+    y = ((known == 1) - rate) / np.sqrt(rate * (1 - rate))
     errors = {}
-    for alpha in ALPHAS:  # slow and plain: one fit an image
-        left = np.zeros(y.shape)
-        for i in range(len(rows)):
-            others = np.arange(len(rows)) != i
-            left[i] = Ridge(alpha, fit_intercept=False).fit(z[rows][others], y[others]).predict(z[rows][i : i + 1])[0]
-        errors[alpha] = ((left - y) ** 2).mean(), left
+    for alpha in ALPHAS:  # slow and plain: one fit an image and class
+        left, scores = np.zeros(y.shape), np.zeros((len(x), y.shape[1]))
+        for k in range(y.shape[1]):
+            told = known[:, k] >= 0
+            scores[:, k] = Ridge(alpha, fit_intercept=False).fit(z[rows][told], y[told, k]).predict(z)
+            for i in range(len(rows)):
+                others = told & (np.arange(len(rows)) != i)
+                fit = Ridge(alpha, fit_intercept=False).fit(z[rows][others], y[others, k])
+                left[i, k] = fit.predict(z[rows][i : i + 1])[0]
+        errors[alpha] = ((left - y) ** 2)[known >= 0].sum(), left, scores
     best = min(errors, key=lambda a: errors[a][0])
-    scores = Ridge(best, fit_intercept=False).fit(z[rows], y).predict(z)
+    _, left, scores = errors[best]
     others = np.delete(scores, rows, axis=0)
     ours = probe(x, rows, known)
-    expected = [np.clip((s - others.mean(0)) / others.std(0), -6, 6) for s in (scores, errors[best][1])]
+    expected = [np.clip((s - others.mean(0)) / others.std(0), -6, 6) for s in (scores, left)]
     np.testing.assert_allclose(ours(x), expected[0], atol=1e-6)
     np.testing.assert_allclose(ours.left_out, expected[1], atol=1e-6)
+
+
+def test_unknown_entries_cost_less_than_counting_them_as_absent():
+    found = {-1: [], 0: []}
+    for seed in range(6):
+        x, labels, rows = problem(n=1500, m=200, seed=seed)
+        unknown = np.random.default_rng(seed).random((200, 4)) < 0.5
+        for value, scores in found.items():
+            told = labels.copy()
+            told[rows] = np.where(unknown, value, labels[rows])
+            p, rest = StackedProbes()(evidence(x, told, rows)).numpy(), np.delete(labels, rows, axis=0)
+            scores.append(np.mean([average_precision_score(rest[:, k], p[:, k]) for k in range(4)]))
+    assert np.mean(found[-1]) > np.mean(found[0]) + 0.01
 
 
 def test_ready_scores_are_only_scaled():

@@ -217,6 +217,7 @@ def test_csv_of_cells_and_of_pseudo_labels(tmp_path: Path) -> None:
     assert first == {
         **{"system": "Ours", "data": "voc", "p": "0.05", "seed": "2", "mAP": "75.000", "mAP_with_zeros": "40.000"},
         **{"best_on_test": "85.000", "CF1_at_half": "", "OF1_at_half": "", "pseudo_CF1": "20.000"},
+        "mAP_envelope": "",
         **{"ms_per_image": "2.5", "paper_mAP": "82.1", "device": "a machine", "folder": runs[0].cell.folder},
     }
     assert (second["system"], second["mAP"], second["paper_mAP"], second["pseudo_CF1"]) == ("mine", "45.000", "", "")
@@ -239,7 +240,7 @@ def test_pictures_show_the_same_figures() -> None:
     (bar,) = (s for s in panel.collections[0].get_segments() if s[0, 1] == 1)
     assert bar[:, 0].tolist() == pytest.approx([55, 75])
 
-    (panel,) = draw_pseudo_labels(runs, ["CAP", "mine"]).axes
+    (panel,) = draw_pseudo_labels(TABLES[1], runs, ["CAP", "mine"]).axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
     assert curves == {"CAP": [[10, pytest.approx(17.5)]], "mine": [[10, pytest.approx(22.5)], [11, pytest.approx(20)]]}
 
@@ -417,8 +418,8 @@ def test_a_cell_in_other_hands(bench: Bench, stopped: str, capsys: pytest.Captur
 
 
 def test_refusals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no table 5"):
-        main(["table", "5"])
+    with pytest.raises(ConfigError, match="no table 11"):
+        main(["table", "11"])
     with pytest.raises(ConfigError, match="min_positives is 0"):
         bench("--min_positives", "0")
     with pytest.raises(ConfigError, match=r"no row 'nothing'.*nothing\.yaml.*'Ours'"):
@@ -436,6 +437,24 @@ def test_refusals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
             bench("--write_only")
     with pytest.raises(SystemExit):
         bench("--nothing")
+
+
+def test_partial_labels_under_both_definitions_of_ap(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row.label for row in TABLES[5].rows if "partial_labels" in row.overlays]
+    options = ["--shares", "0.5", "0.8", "--rows", *rows]
+    text = bench(*options, number=5).read_text()
+    assert "Cell 1 of 6: DualCoOp on voc, 50 % known, seed 1" in capsys.readouterr().out
+    found = grids(text)
+    assert found["Table 5: Partial labels on COCO"]["system"] == ["voc 50 % known", "voc 80 % known"]
+    results = bench.out.glob("voc-known500-seed1-*/result.json")
+    cells = {result["row"]: result["history"] for result in (json.loads(file.read_text()) for file in results)}
+    assert set(cells) == set(rows)
+    for label, history in cells.items():
+        plain, envelope = (100 * history[f"val/{name}"]["1"] for name in ("mAP", "mAP_envelope"))
+        assert found["Table 5: Partial labels on COCO"][label][0] == f"{plain:.1f}"
+        assert found["Interpolated AP"][label][0] == f"{envelope:.1f}"
+        assert envelope >= plain
+        assert history["train/loss_unsup"]["1"] == 0
 
 
 def test_overlays_of_one_name_are_both_shown(bench: Bench, tmp_path: Path) -> None:
@@ -500,7 +519,7 @@ def test_what_cannot_be_built_is_told(recipes: dict[str, dict[str, Any]], monkey
     bad["model"]["init_args"]["num_contexts"] = 21
     monkeypatch.setattr(cost.subprocess, "run", here)
     with pytest.raises(
-        CBSAError, match=r"The cost of bad could not be measured(.|\n)*21 contexts cannot be made of 20"
+        CBSAError, match=r"The cost of bad could not be measured(.|\n)*21 contexts cannot be formed from 20"
     ):
         costs({"bad": bad}, rounds=1, steps=1)
 

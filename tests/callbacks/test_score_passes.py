@@ -18,9 +18,9 @@ def passes(monkeypatch):
     """Epochs whose scores were computed."""
     epochs, original = [], UpdateThresholds._score
 
-    def counted(self, trainer, pl_module, data, epoch):
+    def counted(self, trainer, pl_module, data, rows, epoch):
         epochs.append(epoch)
-        return original(self, trainer, pl_module, data, epoch)
+        return original(self, trainer, pl_module, data, rows, epoch)
 
     monkeypatch.setattr(UpdateThresholds, "_score", counted)
     return epochs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from cbsa_lightning.data import annotations
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.splits import Split, hold_out, known_mask, split_known, split_labeled
+from cbsa_lightning.data.splits import Split, hold_out, split_known, split_labeled
 from cbsa_lightning.errors import ConfigError, DataError
 
 
@@ -274,21 +273,6 @@ def test_hold_out_of_nan(fraction):
 def test_rows_beyond_64_bits():
     with pytest.raises(DataError, match="labeled has shape"):
         Split(np.array([2**63], dtype=np.uint64), np.array([0]))
-
-
-def test_masks_are_nested_and_seeded_and_have_the_requested_share():
-    masks = [known_mask(2000, 20, share, seed=4) for share in (0.1, 0.5, 0.9)]
-    for smaller, larger in itertools.pairwise(masks):
-        assert not (smaller & ~larger).any()
-    for mask, share in zip(masks, (0.1, 0.5, 0.9), strict=True):
-        assert mask.shape == (2000, 20)
-        assert abs(mask.mean() - share) < 4 * np.sqrt(share * (1 - share) / mask.size)
-    assert (masks[0] == known_mask(2000, 20, 0.1, seed=4)).all()
-    assert (masks[0] != known_mask(2000, 20, 0.1, seed=5)).any()
-    assert known_mask(5, 3, 1.0, 0).all()
-    assert not known_mask(5, 3, 0.0, 0).any()
-    with pytest.raises(ConfigError, match="not between 0 and 1"):
-        known_mask(5, 3, 10, 0)
 
 
 def test_rows_to_keep_are_not_held_out():

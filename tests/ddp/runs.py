@@ -249,6 +249,9 @@ SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
     "DualCoOp++": partial(DualCoOpPlusPlus, prompt_length=2),
     "SCPNet": partial(SCPNet, prompt_length=2, hidden=16),
     "TaI": partial(TaI, prompt_length=2),
+    "partly labeled": {  # 16 of the images, the others are unlabeled
+        "data": {"labeled_fraction": None, "known_fraction": 0.3, "warmup_batch_size": 6, "min_steps_per_epoch": 3}
+    },
     "ImageNet": partial(ImageNetNetwork, backbone="test_resnet", pretrained="random"),
     "ImageNet without batch norm": partial(ImageNetNetwork, backbone="test_efficientnet_ln", pretrained="random"),
 }

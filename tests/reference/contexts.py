@@ -11,7 +11,7 @@ def cooccurrence(labels, weights=None, power=1.0):
     result = np.zeros((num_classes, num_classes))
     for k, other in product(range(num_classes), repeat=2):
         both = sum(w for w, row in zip(weights, labels, strict=True) if row[k] == 1 and row[other] == 1)
-        alone = sum(w for w, row in zip(weights, labels, strict=True) if row[k] == 1)
+        alone = sum(w for w, row in zip(weights, labels, strict=True) if row[k] == 1 and row[other] >= 0)
         result[k, other] = (both / alone) ** power if alone > 0 else 0.0
     return result
 

@@ -17,6 +17,22 @@ def average_precision(scores, truth):
     return total
 
 
+def envelope_precision(scores, truth):
+    """Interpolated: at each gain in recall, the highest precision at that or a higher recall."""
+    positives = sum(int(t == 1) for t in truth)
+    points = []
+    for value in sorted(set(scores.tolist()), reverse=True):
+        chosen = [t for s, t in zip(scores, truth, strict=True) if s >= value and t != -1]
+        hits = sum(int(t == 1) for t in chosen)
+        if chosen:
+            points.append((hits / positives, hits / len(chosen)))
+    total, last_recall = 0.0, 0.0
+    for i, (recall, _) in enumerate(points):
+        total += (recall - last_recall) * max(precision for _, precision in points[i:])
+        last_recall = recall
+    return total
+
+
 def f1(predicted, truth):
     """CP, CR, CF1, OF1 over entries of known truth, undefined ratios being 0."""
     precisions, recalls, pooled = [], [], np.zeros(3)

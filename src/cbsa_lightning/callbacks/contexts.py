@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbsa_lightning.callbacks.thresholds import UpdateThresholds, data_of
+from cbsa_lightning.data.incomplete import IncompleteImages
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.contexts import (
     context_targets,
@@ -17,7 +18,7 @@ from cbsa_lightning.method.contexts import (
     match_partition,
     soft_context_targets,
 )
-from cbsa_lightning.method.labelers import rounded
+from cbsa_lightning.method.labelers import positive_rates, rounded
 
 
 class UpdateContexts(L.Callback):
@@ -26,8 +27,10 @@ class UpdateContexts(L.Callback):
     Before the first epoch, only labeled images are used; in the second stage, pseudo-labeled images contribute with
     their weight. A new partition keeps the ids of the previous one by overlap, since the context head has learned them.
 
-    The context of a labeled image follows from its labels. The context of an unlabeled image is the one predicted for
-    its weak view with enough confidence; otherwise it has none.
+    The context of a labeled image follows from its known labels. The context of an unlabeled image, or of a partly
+    labeled image without a known positive, is the one predicted for its weak view with enough confidence; otherwise it
+    has none. Unknown entries of labeled images do not count in the first co-occurrence; in the second stage, their
+    pseudo-labels do.
 
     If too few classes of the labeled images occur together, the run trains without contexts: there is no partition, and
     no image has a context.
@@ -70,9 +73,12 @@ class UpdateContexts(L.Callback):
         if not pl_module.contexts.pseudo_weight:
             return
         labels = data.labeled_targets()
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        pseudo = rounded(pl_module.pseudo_labels[rows]).cpu()
-        self._partition(pl_module, labels, pseudo)
+        pseudo, filled = (
+            rounded(pl_module.pseudo_labels[torch.as_tensor(rows, device=pl_module.device)]).cpu()
+            for rows in (data.split.unlabeled, data.split.labeled)
+        )
+        # An ignored entry of an unlabeled image counts as absent, as in the paper: it is not unknown at random.
+        self._partition(pl_module, torch.where(labels >= 0, labels, filled), pseudo.clamp(min=0))
         self._label(pl_module, data, labels)
 
     @staticmethod
@@ -92,33 +98,45 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Sets the targets of the labeled images for the current partition; all zero for an image without a label."""
+        """Sets the targets of the labeled images for the current partition; all zero for an image without a label.
+
+        Targets that the weak view determines are unchanged.
+        """
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
         if bool((part < 0).any()):  # zero targets have loss 0, but keep the gradient that DDP waits for
             targets = torch.zeros(len(labels), k).float()
         elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
         else:
-            context = context_targets(labels, part, k)
+            context = context_targets(labels, part, k, positive_rates(labels))
             targets = torch.nn.functional.one_hot(context.clamp(min=0), k) * (context >= 0)[:, None]
         if pl_module.context_targets is None:
             pl_module.context_targets = torch.zeros(len(data.train_table), k, device=pl_module.device).float()
-        rows = torch.as_tensor(data.split.labeled, device=pl_module.device)
-        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+        told = ~_undecided(labels)
+        rows = torch.as_tensor(data.split.labeled[told.numpy()], device=pl_module.device)
+        pl_module.context_targets[rows] = targets[told].to(pl_module.context_targets)
 
     @staticmethod
     def _label_unlabeled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
-        """Sets the targets of the unlabeled images: a confident prediction on the weak view, otherwise all zero."""
+        """Sets the targets of images without a known positive: a confident context of the weak view, or all zero."""
         k = probabilities.shape[1]
         if pl_module.context_targets is None:
             pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)
         confidence, context = probabilities.max(1)
         sure = confidence > pl_module.contexts.confidence
         targets = torch.nn.functional.one_hot(context, k).to(probabilities) * sure[:, None]
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        pl_module.context_targets[rows] = targets.to(pl_module.context_targets)
+        images = IncompleteImages.of(data)
+        unlabeled = torch.ones(len(images.unlabeled), dtype=torch.bool)
+        mine = torch.cat([unlabeled, _undecided(images.known)]).to(targets.device)
+        rows = torch.as_tensor(images.rows, device=targets.device)[mine]
+        pl_module.context_targets[rows] = targets[mine].to(pl_module.context_targets)
         pl_module.log("context/coverage", sure.float().mean())
         true_context = context_targets(data.hidden_targets(), pl_module.context_partition.cpu(), k)
         known = true_context >= 0
         if bool(known.any()):
             pl_module.log("context/accuracy", (context.cpu() == true_context)[known].float().mean())
+
+
+def _undecided(labels: Tensor) -> Tensor:
+    """Partly labeled images ``(n,)`` without a known positive, whose context their labels do not tell."""
+    return ~(labels == 1).any(1) & (labels < 0).any(1)

@@ -35,6 +35,8 @@ class DataSummary(L.Callback):
                 ("held out", split.held_out),
             )
         ]
+        partly = int((labels < 0).any(1).sum())
+        counts[0] += f" ({partly:,} in part)" if partly else ""
         positives = (labels == 1).sum(0)
         fewest = np.argsort(positives, kind="stable")
         classes = listed([f"{pl_module.class_names[k]} {positives[k]:,}" for k in fewest], SHOWN)

@@ -1,4 +1,4 @@
-"""Labels of the unlabeled images when training ends, and lists of images to label or check."""
+"""Labels for images with unknown labels when training ends, and lists of images to label or check."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.batches import EvalBatch
+from cbsa_lightning.data.incomplete import IncompleteImages
 from cbsa_lightning.inference.labels.image_labels import SURE, ImageLabels, check_class_columns, write_labels
 from cbsa_lightning.inference.labels.review import next_to_label, suspicious_labels, write_list
 from cbsa_lightning.inference.predictions import in_table_order
@@ -23,9 +24,9 @@ from cbsa_lightning.method.finite import refuse_scores
 
 
 class WriteLabels(L.Callback):
-    """Writes labels of the unlabeled images into the run's folder when training ends.
+    """Writes labels of the images with unknown labels into the run's folder when training ends.
 
-    - ``labels.csv``: one row per unlabeled image; see
+    - ``labels.csv``: one row per unlabeled image, then one per partly labeled image, whose known labels are kept; see
       :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
     - ``next_to_label.csv``: the images whose labels would help most.
     - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
@@ -35,7 +36,7 @@ class WriteLabels(L.Callback):
     written for a custom data module or in a ``fast_dev_run``.
 
     Args:
-        enabled: False writes nothing, and skips the pass over the unlabeled images.
+        enabled: False writes nothing, and skips the pass over these images.
         budget: Length of the list of images to label next.
         sure: Probability of being correct below which a decision is marked for review.
         favor_rare: Whether classes with few labeled positives get more weight in the list of images to label next.
@@ -56,26 +57,26 @@ class WriteLabels(L.Callback):
         Raises:
             ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.
         """
-        if self._has_unlabeled(trainer):
+        if self._has_unknown(trainer):
             check_class_columns(pl_module.class_names)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the unlabeled images on all processes; the first process writes."""
-        folder = folder_of(trainer) if self._has_unlabeled(trainer) else None
+        """Scores the images on all processes; the first process writes."""
+        folder = folder_of(trainer) if self._has_unknown(trainer) else None
         if folder is None:
             return
         scores = self._scores(trainer, pl_module)
         if trainer.is_global_zero:
             self._write(folder, trainer.datamodule, pl_module, scores)
 
-    def _has_unlabeled(self, trainer: Any) -> bool:
+    def _has_unknown(self, trainer: Any) -> bool:
         data = trainer.datamodule
-        return self.enabled and hasattr(data, "plain_dataloader") and len(data.split.unlabeled) > 0
+        return self.enabled and hasattr(data, "plain_dataloader") and len(IncompleteImages.of(data).rows) > 0
 
     def _scores(self, trainer: Any, pl_module: Any) -> NDArray[np.float32]:
-        """Returns scores ``(n, C)`` of the plain views of the n unlabeled images."""
+        """Returns scores ``(n, C)`` of the plain views of the n images with unknown labels."""
         data = trainer.datamodule
-        rows = data.split.unlabeled
+        rows = IncompleteImages.of(data).rows
         images = data.train_table.paths
         thresholds = pl_module.decision_thresholds()
         parts: list[Any] = []
@@ -88,19 +89,23 @@ class WriteLabels(L.Callback):
         score_batches(trainer, pl_module, data.plain_dataloader(rows), pl_module.final_logits, keep, "Labels")
         others = np.setdiff1d(np.arange(len(images)), rows)
         found, _ = in_table_order(len(images), len(pl_module.class_names), gather(parts), others.tolist())
-        of_unlabeled: NDArray[np.float32] = found[rows]
-        return of_unlabeled
+        of_rows: NDArray[np.float32] = found[rows]
+        return of_rows
 
     def _write(self, folder: Path, data: Any, pl_module: Any, scores: NDArray[np.float32]) -> None:
         names = tuple(pl_module.class_names)
+        incomplete = IncompleteImages.of(data)
         images, known = data.train_table.paths, data.labeled_targets().numpy()
         sure = self.sure if pl_module.fusion is not None else None
         thresholds = pl_module.decision_thresholds().cpu().numpy()
-        labels = ImageLabels.decided(images[data.split.unlabeled], names, scores, thresholds, sure)
+        labels = ImageLabels.decided(images[incomplete.rows], names, scores, thresholds, sure).with_known(
+            len(incomplete.unlabeled), incomplete.known.numpy()
+        )
         write_labels(folder / LABELS, labels)
         positives = (known == 1).sum(0) if self.favor_rare else None
         write_list(folder / NEXT_TO_LABEL, next_to_label(labels, self.budget, positives))
-        told = f"Labels of {len(scores)} unlabeled images: {folder / LABELS}"
+        partly = f" and {len(incomplete.partly)} partly labeled" if len(incomplete.partly) else ""
+        told = f"Labels of {len(incomplete.unlabeled)} unlabeled{partly} images: {folder / LABELS}"
         if pl_module.left_out is not None:
             left_out = pl_module.left_out.cpu().numpy()
             doubtful = suspicious_labels(images[data.split.labeled], names, known, left_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -13,7 +14,9 @@ from cbsa_lightning import lightning_private
 from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.batches import EvalBatch
 from cbsa_lightning.data.descriptions import evidence_of
+from cbsa_lightning.data.incomplete import IncompleteImages
 from cbsa_lightning.data.protocol import SemiSupervisedData, semi_supervised
+from cbsa_lightning.errors import ConfigError, listed
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.labelers import EvidenceLabeler, positive_rates, rounded
 from cbsa_lightning.method.metrics import pseudo_label_quality
@@ -21,7 +24,10 @@ from cbsa_lightning.networks.base import NetworkOutput
 
 
 class UpdateThresholds(L.Callback):
-    """Scores the weak views of unlabeled images with the averaged weights, and computes the epoch's pseudo-labels.
+    """Scores the weak views of images with unknown labels by the averaged weights, and computes pseudo-labels.
+
+    Unknown entries of partly labeled images get pseudo-labels like those of unlabeled images. Known entries enter the
+    labeler as scores of 1 and 0, so that its positives include the known ones.
 
     Sets the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Logs the
     quality of the pseudo-labels if the data set knows the hidden labels. An :class:`EvidenceLabeler` labels before the
@@ -33,7 +39,7 @@ class UpdateThresholds(L.Callback):
     before validations and checkpoints, and after training.
 
     Attributes:
-        weak_contexts: ``(n, K)`` context probabilities of the n unlabeled images in this epoch, for
+        weak_contexts: ``(n, K)`` context probabilities of the n images with unknown labels in this epoch, for
             :class:`~cbsa_lightning.callbacks.contexts.UpdateContexts`; None if they are not computed.
     """
 
@@ -60,7 +66,10 @@ class UpdateThresholds(L.Callback):
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
             pl_module.evidence = evidence_of(trainer, pl_module)
-            self._fill(pl_module, data, pl_module.label_once(pl_module.evidence))
+            rows = np.concatenate([data.split.labeled, data.split.unlabeled])
+            incomplete = np.isin(rows, IncompleteImages.of(data).rows)
+            labels = pl_module.label_once(pl_module.evidence)
+            self._fill(pl_module, data, rows[incomplete], labels[torch.from_numpy(incomplete)])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Scores the unlabeled images and computes the epoch's pseudo-labels."""
@@ -68,20 +77,19 @@ class UpdateThresholds(L.Callback):
         if pl_module.stage != "semi-supervised":
             return
         data = data_of(trainer)
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        truth = data.hidden_targets()
+        images = IncompleteImages.of(data)
         scores: Tensor | None = None
         if _trains_on_scores(pl_module) or self._cut_at is None:
             scores, self.weak_contexts = self._scores_of(trainer, pl_module, trainer.current_epoch)
         self._ahead = None
         if scores is None or isinstance(pl_module.labeler, EvidenceLabeler):
-            labels = rounded(pl_module.pseudo_labels[rows])
+            labels = rounded(pl_module.pseudo_labels[torch.as_tensor(images.rows, device=pl_module.device)])
         else:
-            labels, tau_pos, tau_neg = pl_module.labeler(scores, self._rates)
+            labels, tau_pos, tau_neg = pl_module.labeler(images.completed(scores), self._rates)
             pl_module.tau_pos.copy_(tau_pos)
             pl_module.tau_neg.copy_(tau_neg)
-            self._fill(pl_module, data, labels)
-        self._log_quality(pl_module, labels.cpu(), truth)
+            self._fill(pl_module, data, images.rows, labels)
+        self._log_quality(pl_module, images, labels.cpu(), data.hidden_targets())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Updates thresholds and scales for the weights to validate, and thus for checkpoints written afterwards."""
@@ -103,42 +111,48 @@ class UpdateThresholds(L.Callback):
             self._scores_of(trainer, pl_module, epoch)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the current weights' scores of the unlabeled images for an epoch; computes them and ``cut`` once."""
+        """Returns the current weights' scores of images with unknown labels; computes them and ``cut`` once."""
         ahead = self._ahead
         if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
             data = data_of(trainer)
-            logits, contexts = self._score(trainer, pl_module, data, epoch)
+            rows = IncompleteImages.of(data).rows
+            logits, contexts = self._score(trainer, pl_module, data, rows, epoch)
             scores = logits.sigmoid()
-            rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-            images = data.train_table.paths[data.split.unlabeled]
+            images = data.train_table.paths[rows]
             for found in (scores, contexts):  # check before using them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
-            pl_module.set_decisions(logits, rows, self._rates)
+            # Training fits the known entries of partly labeled images, so unlabeled ones show better what new ones get.
+            decided = rows[: len(data.split.unlabeled) or len(rows)]
+            on_device = torch.as_tensor(decided, device=pl_module.device)
+            pl_module.set_decisions(logits[: len(decided)], on_device, self._rates)
             self._cut_at = trainer.global_step
             ahead = self._ahead = _Scores(epoch, trainer.global_step, scores, contexts)
         return ahead.scores, ahead.contexts
 
     @staticmethod
-    def _fill(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Fills the table of pseudo-labels, with -1 for all other images; soft labels use half precision."""
+    def _fill(pl_module: Any, data: Any, rows: np.ndarray, labels: Tensor) -> None:
+        """Fills the table of pseudo-labels, with -1 for images other than ``rows``; soft labels use half precision."""
         dtype = torch.float16 if labels.is_floating_point() else torch.int8
         table = torch.full((len(data.train_table), labels.shape[1]), -1, dtype=dtype, device=pl_module.device)
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
-        table[rows] = labels.to(table)
+        table[torch.as_tensor(rows, device=pl_module.device)] = labels.to(table)
         pl_module.pseudo_labels = table
 
-    def _score(self, trainer: L.Trainer, pl_module: Any, data: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Returns logits ``(n, C)`` and context probabilities ``(n, K)`` or None for the n unlabeled images."""
-        rows = torch.as_tensor(data.split.unlabeled, device=pl_module.device)
+    def _score(
+        self, trainer: L.Trainer, pl_module: Any, data: Any, images: np.ndarray, epoch: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns logits ``(n, C)`` and context probabilities ``(n, K)`` or None for n rows of the train table."""
+        rows = torch.as_tensor(images, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         n, k = len(rows), pl_module.num_contexts
         logits = _rows(pl_module, n, len(pl_module.class_names))
         contexts = _rows(pl_module, n, k) if k else None
+        seen = _rows(pl_module, n, 1)[:, 0]
 
         def keep(batch: EvalBatch, _: Tensor, output: NetworkOutput) -> None:
             here = place[batch.index]
+            seen[here] = 1
             logits[here] = output.logits.float()
             if contexts is not None:
                 contexts[here] = cast(Tensor, output.context_logits).float().softmax(1)
@@ -147,11 +161,21 @@ class UpdateThresholds(L.Callback):
         # Each process filled its own rows, which are zero on the others.
         logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
+        missing = (trainer.strategy.reduce(seen, reduce_op="sum") == 0).cpu().numpy()
+        if missing.any():
+            raise ConfigError(
+                f"{type(data).__name__}.weak_dataloader gave no view of {missing.sum()} training images with unknown "
+                f"labels: {listed(data.train_table.paths[images[missing]])}. It must give one of each unlabeled and of "
+                "each partly labeled image."
+            )
         return logits, contexts
 
     @staticmethod
-    def _log_quality(pl_module: Any, labels: Tensor, truth: Tensor) -> None:
+    def _log_quality(pl_module: Any, images: IncompleteImages, labels: Tensor, truth: Tensor) -> None:
+        labels, truth = images.without_known(labels), images.without_known(truth)
         quality = pseudo_label_quality(labels, truth)
+        unknown = labels.numel() - int((images.known >= 0).sum())
+        quality["coverage"] = quality["coverage"] * labels.numel() / max(unknown, 1)
         names = ["coverage"]
         if bool((truth >= 0).any()):
             names += ["precision", "recall", "CF1"]

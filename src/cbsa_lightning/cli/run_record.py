@@ -95,4 +95,7 @@ class RunRecord(SaveConfigCallback):
         split = getattr(trainer.datamodule, "split", None)
         if split is not None:
             split.save(self._folder / runs.SPLIT, trainer.datamodule.train_table)
+            mask = getattr(trainer.datamodule, "label_mask", None)
+            if mask is not None:
+                mask.save(self._folder / runs.LABEL_MASK)
             LabeledImages.of(trainer.datamodule.train_table, split).write(self._folder / runs.LABELED)

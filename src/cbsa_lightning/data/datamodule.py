@@ -48,12 +48,14 @@ from cbsa_lightning.data.datasets import (
 )
 from cbsa_lightning.data.image_check import refuse_unreadable, unreadable
 from cbsa_lightning.data.images import ImageFiles
+from cbsa_lightning.data.label_masks import LabelMask, make_mask, with_known_labels
 from cbsa_lightning.data.labeled_images import rows_among
 from cbsa_lightning.data.needed_views import PLAIN, needed_views
+from cbsa_lightning.data.plan import NOTHING_UNKNOWN
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabeled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches, LabeledBatches, PairedBatches
-from cbsa_lightning.data.splits import Split, make_split
+from cbsa_lightning.data.splits import Split, make_split, partly_labeled
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
@@ -68,6 +70,11 @@ class SSMLLDataModule(L.LightningDataModule):
             the others are hidden from training and only used to evaluate pseudo-labels. None uses the table as it
             is: rows with any known label are labeled, the others are not.
         split_file: A split saved by an earlier run, to be used instead of drawing one.
+        known_fraction: Fraction of the labels that stay known, drawn entry by entry with ``seed``. Others are hidden
+            from training. None hides none. See :func:`~cbsa_lightning.data.label_masks.known_mask`.
+        known_file: A :class:`~cbsa_lightning.data.label_masks.LabelMask` file, to be used instead of drawing a mask.
+        unknown_as_absent: Whether unknown labels of labeled images count as absent. For a class with known positives
+            but no known negative, they always do.
         held_out_fraction: Fraction of the labeled images set aside for validation. None: 0 if the source has a
             test table, else 0.2.
         seed: Seed of split, order and views.
@@ -98,6 +105,7 @@ class SSMLLDataModule(L.LightningDataModule):
 
     Attributes:
         left_out: Files of the images that were skipped.
+        label_mask: The known training labels if ``known_fraction`` or ``known_file`` hides some, else None.
         trained_before: Paths of images, as in the table or in full, that must not be held out for validation, since the
             initial weights were trained on their labels.
         gives_unread: Whether an unreadable image to predict becomes a black image that its batch reports; otherwise it
@@ -111,6 +119,7 @@ class SSMLLDataModule(L.LightningDataModule):
     train_table: AnnotationTable
     test_table: AnnotationTable | None
     split: Split
+    label_mask: LabelMask | None
 
     def __init__(
         self,
@@ -133,10 +142,17 @@ class SSMLLDataModule(L.LightningDataModule):
         fast_decode: bool = False,
         feature_cache: FeatureCache | None = None,
         on_error: Literal["stop", "skip"] = "stop",
+        known_fraction: float | None = None,
+        known_file: str | None = None,
+        unknown_as_absent: bool = False,
     ) -> None:
         super().__init__()
         check_kind("source", source, Source, "a source of cbsa_lightning.data.readers, such as Table(train=FILE)")
-        for name, share in (("labeled_fraction", labeled_fraction), ("held_out_fraction", held_out_fraction)):
+        for name, share in (
+            ("labeled_fraction", labeled_fraction),
+            ("held_out_fraction", held_out_fraction),
+            ("known_fraction", known_fraction),
+        ):
             if share is not None:
                 check_number(name, share, 0, 1)
         for name, view in (("weak_view", weak_view), ("strong_view", strong_view)):
@@ -154,8 +170,8 @@ class SSMLLDataModule(L.LightningDataModule):
             if size is not None:
                 check_number(name, size, whole=True)
         check_choice("data.on_error", on_error, ("stop", "skip"))
-        check_paths(split_file=split_file, predict=predict)
-        check_flags(fast_decode=fast_decode)
+        check_paths(split_file=split_file, known_file=known_file, predict=predict)
+        check_flags(fast_decode=fast_decode, unknown_as_absent=unknown_as_absent)
         check_kind(
             "image_cache", image_cache, ImageCache, "ImageCache(FOLDER) of cbsa_lightning.data.caches.image_cache"
         )
@@ -180,6 +196,9 @@ class SSMLLDataModule(L.LightningDataModule):
         self.image_size = image_size
         self.labeled_fraction = labeled_fraction
         self.split_file = split_file
+        self.known_fraction = known_fraction
+        self.known_file = known_file
+        self.unknown_as_absent = unknown_as_absent
         self.held_out_fraction = held_out_fraction
         self.seed = seed
         self.batch_size = batch_size
@@ -255,7 +274,12 @@ class SSMLLDataModule(L.LightningDataModule):
             self._refuse_unreadable()
 
     def _set_up(self, stage: str) -> None:
-        self.train_table, self.test_table = self.source.train(), self.source.test()
+        full, self.test_table = self.source.train(), self.source.test()
+        self.label_mask = make_mask(full, file=self.known_file, fraction=self.known_fraction, seed=self.seed)
+        self.train_table, changed = with_known_labels(full, self.label_mask, self.unknown_as_absent)
+        self._truth = full.labels if self.label_mask is not None else self.train_table.labels
+        if changed:
+            rank_zero_warn(changed)
         if len(self.train_table) or stage != "test":
             self.split = make_split(
                 self.train_table,
@@ -348,8 +372,13 @@ class SSMLLDataModule(L.LightningDataModule):
         return torch.from_numpy(self.train_table.labels[self.split.labeled])
 
     def hidden_targets(self) -> torch.Tensor:
-        """Returns the known labels of the unlabeled images, ``(n, C)`` int8, else -1; only for metrics."""
-        return torch.from_numpy(self.train_table.labels[self.split.unlabeled])
+        """Returns the true labels of the images with unknown labels, ``(n, C)`` int8, else -1; only for metrics."""
+        return torch.from_numpy(self._truth[self._incomplete])
+
+    @property
+    def _incomplete(self) -> np.ndarray:
+        """Rows of the images with unknown labels: unlabeled, then partly labeled ones."""
+        return np.concatenate([self.split.unlabeled, partly_labeled(self.train_table, self.split)])
 
     # Features of a frozen tower --------------------------------------------------------------------------------
 
@@ -403,7 +432,13 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _kept_views(self) -> dict[str, KeptViews]:
         """Returns the views to cache for each part of the data set; see :func:`needed_views`."""
-        needed = needed_views(self.split, len(self.train_table), self._strong_views, self._learns_from_labels_alone)
+        needed = needed_views(
+            self.split,
+            len(self.train_table),
+            partly_labeled(self.train_table, self.split),
+            self._strong_views,
+            self._learns_from_labels_alone,
+        )
         kept = {"train": self._kept(self._train_images, self.train_table, needed)}
         if self.test_table is not None and self._test_images is not None:
             needed = np.zeros((len(self.test_table), needed.shape[1]), dtype=bool)
@@ -485,12 +520,12 @@ class SSMLLDataModule(L.LightningDataModule):
             batches.skip(loop.epoch_loop.batch_progress.current.ready if loop.restarted_mid_epoch else 0)
         return self._loader(dataset, batches)
 
-    def _paired(self) -> PairedBatches:
-        if not len(self.split.unlabeled):
-            raise DataError(
-                "There is no unlabeled image, so there is nothing to learn from besides the labels. Add rows without "
-                "labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
-            )
+    def _paired(self) -> PairedBatches | LabeledBatches:
+        if not len(self._incomplete):
+            raise DataError(NOTHING_UNKNOWN)
+        if not len(self.split.unlabeled):  # partly labeled images alone
+            steps = self._more_than_a_pass(len(self.split.labeled), self.batch_size)
+            return LabeledBatches(self.split.labeled, self.batch_size, self.seed, steps, **self._ranks())
         lb = self.labeled_per_batch
         ub = self.batch_size - lb
         steps = self._more_than_a_pass(len(self.split.unlabeled), ub)
@@ -510,8 +545,8 @@ class SSMLLDataModule(L.LightningDataModule):
         return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
-        """Returns weak views of this rank's share of the unlabeled images, in order."""
-        table, indices = self.train_table, self.split.unlabeled
+        """Returns weak views of this rank's share of the images with unknown labels, in order."""
+        table, indices = self.train_table, self._incomplete
         view = WeakView(self.image_size, self.seed, self.weak_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
         batches = InOrderBatches(indices, self.eval_batch_size, epoch=epoch, **self._ranks())

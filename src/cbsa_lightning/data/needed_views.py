@@ -11,15 +11,18 @@ PLAIN, MIRRORED, STRONG = 0, 1, 2
 """Columns of a table of views: the plain view, its mirror image, and the first strong view."""
 
 
-def needed_views(split: Split, images: int, strong_views: int, labels_alone: bool) -> NDArray[np.bool_]:
+def needed_views(
+    split: Split, images: int, partly: NDArray[np.int64], strong_views: int, labels_alone: bool
+) -> NDArray[np.bool_]:
     """Selects the views of the training table to store, ``(images, 2 + strong_views)`` bool.
 
-    These are plain views of all images that the run uses, mirrored views of the unlabeled images, and strong views of
-    the images that it trains on. For a test table, only plain views are stored.
+    These are plain views of all images that the run uses, mirrored views of the images with unknown labels, and
+    strong views of the images that it trains on. For a test table, only plain views are stored.
 
     Args:
         split: Rows of the training table.
         images: Number of rows of the table.
+        partly: Labeled rows with unknown entries.
         strong_views: Strong views stored per image.
         labels_alone: Whether the run ignores unlabeled images.
     """
@@ -28,5 +31,6 @@ def needed_views(split: Split, images: int, strong_views: int, labels_alone: boo
     needed = np.zeros((images, STRONG + strong_views), dtype=bool)
     needed[trained, STRONG:] = True
     needed[unlabeled, MIRRORED] = True
+    needed[partly, MIRRORED] = not labels_alone
     needed[np.concatenate([trained, split.held_out]), PLAIN] = True
     return needed

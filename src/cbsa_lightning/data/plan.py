@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from cbsa_lightning.data.batch_sizes import (
     default_warmup_batch_size,
     steps_per_epoch,
 )
-from cbsa_lightning.data.splits import Split, make_split
+from cbsa_lightning.data.splits import Split, make_split, partly_labeled
 from cbsa_lightning.errors import ConfigError, DataError
 
 
@@ -35,6 +35,9 @@ class RunSettings:
 
     labeled_fraction: float | None = None
     split_file: str | None = None
+    known_fraction: float | None = None
+    known_file: str | None = None
+    unknown_as_absent: bool = False
     held_out_fraction: float | None = None
     seed: int = 1
     batch_size: int = 64
@@ -47,7 +50,7 @@ class RunSettings:
     max_epochs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("labeled_fraction", "held_out_fraction"):
+        for name in ("labeled_fraction", "held_out_fraction", "known_fraction"):
             if (share := getattr(self, name)) is not None:
                 check_number(name, share, 0, 1)
         for name in ("batch_size", "warmup_batch_size", "min_steps_per_epoch"):
@@ -87,6 +90,7 @@ class Plan:
         validated_classes: Number of classes with a positive among these images; the mAP is the mean over these classes.
         warmup: The stage on labeled images.
         second: The stage after it.
+        partly: Labeled rows that are trained on and have unknown entries.
     """
 
     split: Split
@@ -97,8 +101,13 @@ class Plan:
     validated_classes: int
     warmup: Stage
     second: Stage
+    partly: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
+NOTHING_UNKNOWN = (
+    "There is no unlabeled image and no unknown label, so there is nothing to learn from besides the labels. Add rows "
+    "without labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
+)
 _NONE = np.empty(0, dtype=np.int64)
 
 
@@ -111,7 +120,7 @@ def make_plan(
     """Plans how a run uses a data set.
 
     Args:
-        train: The training images.
+        train: The training images, with the labels that a run may see.
         test: The test images, if any.
         settings: Settings of the run.
         skipped: Rows of both tables whose images a run with ``on_error="skip"`` omits.
@@ -135,11 +144,9 @@ def make_plan(
     warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
     if not len(split.labeled):
         raise DataError("There is no labeled image to train on. Use another split_file, or draw a split without one.")
-    if not len(split.unlabeled) and not settings.labeled_only:
-        raise DataError(
-            "There is no unlabeled image, so there is nothing to learn from besides the labels. Add rows without "
-            "labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
-        )
+    partly = _NONE if settings.labeled_only else partly_labeled(train, split)
+    if not len(split.unlabeled) and not len(partly) and not settings.labeled_only:
+        raise DataError(NOTHING_UNKNOWN)
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
     if not len(split.held_out) and tested is None:
         raise ConfigError("There is neither a test table nor a held-out fraction to validate on.")
@@ -147,10 +154,12 @@ def make_plan(
     if not len(validated):
         raise ConfigError("No image is left to validate on: all test images are skipped. Repair some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
-    if settings.labeled_only:
-        images = len(split.unlabeled) or len(split.labeled)
-        per_batch = size - labeled if len(split.unlabeled) else size
-        second = Stage(steps_per_epoch(images, per_batch, least), warmup, 0, other)
+    if not len(split.unlabeled):
+        second = Stage(
+            steps_per_epoch(len(split.labeled), size, least), warmup if settings.labeled_only else size, 0, other
+        )
+    elif settings.labeled_only:
+        second = Stage(steps_per_epoch(len(split.unlabeled), size - labeled, least), warmup, 0, other)
     else:
         second = Stage(steps_per_epoch(len(split.unlabeled), size - labeled, least), labeled, size - labeled, other)
     return Plan(
@@ -162,6 +171,7 @@ def make_plan(
         int(np.count_nonzero((validated == POSITIVE).any(axis=0))),
         Stage(steps_per_epoch(len(split.labeled), warmup, least), warmup, 0, first),
         second,
+        partly,
     )
 
 

@@ -34,7 +34,7 @@ class SemiSupervisedData(Protocol):
         """Returns plain views of the images to validate on."""
 
     def weak_dataloader(self, epoch: int) -> Iterable[EvalBatch]:
-        """Returns weak views of this rank's share of all unlabeled images."""
+        """Returns weak views of this rank's share of all images with unknown labels, unlabeled or partly labeled."""
 
     def plain_dataloader(self, rows: np.ndarray) -> Iterable[EvalBatch]:
         """Returns plain views of this rank's share of these rows of ``train_table``."""
@@ -43,7 +43,11 @@ class SemiSupervisedData(Protocol):
         """Returns the labels ``(n_labeled, C)`` of the labeled rows, in {1, 0, -1 unknown}."""
 
     def hidden_targets(self) -> Tensor:
-        """Returns the known labels of the unlabeled rows ``(n_unlabeled, C)``, else -1; used only for metrics."""
+        """Returns the true labels ``(n, C)`` of the n images with unknown labels, else -1; used only for metrics.
+
+        They are in the order of :class:`~cbsa_lightning.data.incomplete.IncompleteImages`: unlabeled images, then
+        partly labeled images.
+        """
 
 
 _NAMES = [*SemiSupervisedData.__annotations__, *(name for name in vars(SemiSupervisedData) if name[0] != "_")]

@@ -274,27 +274,10 @@ def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> 
     return dataclasses.replace(split, labeled=split.labeled[~chosen], held_out=split.labeled[chosen])
 
 
-def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
-    """Draws which labels stay known in the partial-label setting.
-
-    It draws one uniform number for each (image, class) and keeps those below ``share``. Positives and negatives are
-    equally likely to stay known. The mask of a smaller share is a subset of the mask of a larger one.
-
-    Args:
-        num_images: n.
-        num_classes: C.
-        share: Expected fraction of known labels, from 0 to 1.
-        seed: Seed of ``np.random.RandomState``.
-
-    Returns:
-        (n, C) bool, True if the label is known.
-
-    Raises:
-        ConfigError: If the share is not between 0 and 1.
-    """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"fraction of known labels {share} is not between 0 and 1; 0.1 means 10 %")
-    return np.random.RandomState(seed).random_sample((num_images, num_classes)) < share
+def partly_labeled(table: AnnotationTable, split: Split) -> Rows:
+    """Returns the labeled rows of a split that have unknown labels."""
+    rows: Rows = split.labeled[(table.labels[split.labeled] == UNKNOWN).any(axis=1)]
+    return rows
 
 
 def _as_rows(rows: ArrayLike, part: str) -> Rows:

@@ -22,6 +22,7 @@ from cbsa_lightning.io.files import replacing, writing
 
 CONFIG = "config.yaml"
 SPLIT = "split.json"
+LABEL_MASK = "label_mask.json"  # with data.known_fraction or known_file
 LABELED = "labeled.parquet"
 METRICS = "metrics.csv"
 PREDICTIONS = "predictions.csv"
@@ -37,7 +38,7 @@ WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only folders of `cbsa fit` contain it
 # Written when training ends.
 WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, CHANGES, REPORT_PAGE)
-RESULTS = (CONFIG, SPLIT, LABELED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
+RESULTS = (CONFIG, SPLIT, LABEL_MASK, LABELED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
 _ENDING = 10.0  # seconds; loader workers of a killed process keep its lock for up to five

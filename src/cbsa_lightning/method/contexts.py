@@ -22,12 +22,13 @@ Assignment = Literal["cluster_qr", "kmeans"]
 
 
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
-    """Returns the co-occurrence matrix ``S_kl = (e_kl / n_k) ** power``.
+    """Returns the co-occurrence matrix ``S_kl = (e_kl / n_kl) ** power``.
 
-    ``e_kl`` is the number of images with both classes, ``n_k`` that of all images with class k. (The paper's "only the
-    k-th label" would divide by zero; the work that it follows counts all images.) Unknown entries are treated as
-    absent. Row k is 0 if no image has class k. The diagonal is 1 for every class that is present; :func:`partition`
-    ignores it.
+    ``e_kl`` is the number of images with both classes, ``n_kl`` that of images with class k in which l is known.
+    Without unknown entries, this is the paper's ``e_kl / n_k``. (The paper's "only the k-th label" would divide by
+    zero; the work that it follows counts all images.) If entries are unknown at random, ``S_kl`` still estimates the
+    fraction of the images of class k that have class l. It is 0 if ``n_kl`` is 0. The diagonal is 1 for every class
+    that is present; :func:`partition` ignores it.
 
     Args:
         labels: ``(n, C)`` in {1, 0, -1 unknown}, any integer type, any device.
@@ -51,12 +52,14 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
     if weights.shape != (len(labels),) or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise DataError(f"co-occurrence: {len(labels)} images need one finite weight >= 0 each")
     both = torch.zeros(labels.shape[1], labels.shape[1], dtype=torch.float64)
+    counts = torch.zeros_like(both)
     for start in range(0, len(labels), _ROWS):
         rows = slice(start, start + _ROWS)
-        present = (labels[rows] == 1).cpu().double()
-        both += (present * weights[rows, None]).T @ present
-    counts = both.diagonal()
-    return torch.where(counts[:, None] > 0, both / counts[:, None], 0.0) ** power
+        present, known = (labels[rows] == 1).cpu().double(), (labels[rows] >= 0).cpu().double()
+        weighted = (present * weights[rows, None]).T
+        both += weighted @ present
+        counts += weighted @ known
+    return torch.where(counts > 0, both / counts, 0.0) ** power
 
 
 def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", seed: int = 0) -> Tensor:

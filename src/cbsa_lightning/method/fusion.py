@@ -60,12 +60,13 @@ class Fusion:
     calibration: Tensor
 
     @classmethod
-    def of(cls, stack: Stack, inputs: list[Array], labels: NDArray[np.int8], share: float) -> Self:
+    def of(cls, stack: Stack, logits: Array, labels: NDArray[np.int8], share: float) -> Self:
         """Builds the fusion from a fitted stack.
 
         Args:
             stack: The stack.
-            inputs: Inputs of the stack's opinions for the unlabeled images, each ``(n, D)``.
+            logits: ``(n, C)``, its logits of the unlabeled images, or, without unlabeled images, its out-of-fold logits
+                of the labeled ones.
             labels: ``(m, C)`` in {1, 0, -1}, of the images that the stack was fitted to.
             share: Weight of the stack's logits in the average, in (0, 1].
         """
@@ -73,7 +74,6 @@ class Fusion:
         def tensor(array: Array) -> Tensor:
             return torch.from_numpy(array).float()
 
-        logits = stack.logits(inputs)
         bound = float(np.log((labels >= 0).sum() + 2))
         unset = torch.full((logits.shape[1],), torch.nan).float()
         return cls(

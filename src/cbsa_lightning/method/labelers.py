@@ -84,7 +84,10 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
 
 class Labeler(ABC):
-    """Computes pseudo-labels from the scores of the unlabeled images in each epoch; chosen in the configuration."""
+    """Computes pseudo-labels from the scores of images in each epoch; chosen in the configuration.
+
+    The images are the unlabeled and the partly labeled ones, whose known labels come as scores of 1 and 0.
+    """
 
     @abstractmethod
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
@@ -92,7 +95,7 @@ class Labeler(ABC):
 
         Args:
             scores: ``(n, C)`` probabilities of the weak views.
-            positive_rate: ``(C,)`` share of positives in the labeled set.
+            positive_rate: ``(C,)`` share of positives among the known entries of the labeled images.
         """
 
 
@@ -113,7 +116,11 @@ class Evidence(NamedTuple):
 
 
 class EvidenceLabeler(ABC):
-    """Labels the unlabeled images once, before training, from frozen features and the labeled images."""
+    """Labels the unlabeled images once, before training, from frozen features and the labeled images.
+
+    Unknown entries of partly labeled images are ignored, unless it is a
+    :class:`~cbsa_lightning.method.stacking.StackLabeler`, whose left-out probabilities they get.
+    """
 
     @abstractmethod
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
-REPORTED = ("mAP_with_zeros", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
+REPORTED = ("mAP_with_zeros", "mAP_envelope", "CF1", "OF1", "CF1_at_half", "OF1_at_half", "ECE", "Brier")
 """Metrics of a :class:`MultilabelReport` that are logged in addition to mAP and the average precision of each class."""
 
 
@@ -31,10 +31,13 @@ class MultilabelReport(Metric):
 
     ``compute`` returns a dict:
 
-    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives;
+    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives, and for a class with unknown entries
+      and no known negative, since any order of its images would have an AP of 1;
     - ``mAP``: mean over the other classes; NaN if there are none;
     - ``mAP_with_zeros``: mean over all C classes, with 0 for a class without positives (the convention of CAP and of
       torchmetrics' macro average);
+    - ``mAP_envelope``: like ``mAP``, with the area under the precision envelope (the highest precision at the same or a
+      higher recall): the interpolated AP of VOC 2010 and of the conventional systems of Table 5. It is never lower;
     - ``precision``, ``recall`` ``(C,)``: at the decision ``thresholds``; an undefined ratio is 0;
     - ``support`` ``(C,)``: number of positives;
     - ``CF1``, ``OF1``: harmonic means of class-averaged and of pooled precision and recall, over all C
@@ -124,11 +127,13 @@ class MultilabelReport(Metric):
         if not len(logits):
             raise DataError("report: no batch was added before compute()")
         positives = (targets == 1).sum(dim=0)
-        ap = torch.zeros(self.num_classes).float()
-        for k in positives.nonzero()[:, 0].tolist():
+        told = ((targets == 0).any(dim=0) | (targets >= 0).all(dim=0)) & (positives > 0)
+        ap, envelope = torch.zeros(2, self.num_classes).float()
+        for k in told.nonzero()[:, 0].tolist():
             known = targets[:, k] >= 0
             ap[k] = _average_precision(logits[known, k], targets[known, k])
-        used = positives >= self.min_positives
+            envelope[k] = _envelope_precision(logits[known, k], targets[known, k])
+        used = told & (positives >= self.min_positives)
         half = _Counts((logits >= 0).to(torch.int8), targets)
         # Predictions are compared as probabilities, so the report does the same.
         given = logits >= 0 if self.thresholds is None else logits.sigmoid() >= self.thresholds.cpu()
@@ -137,6 +142,7 @@ class MultilabelReport(Metric):
             "AP": torch.where(used, ap, torch.nan),
             "mAP": ap[used].mean(),
             "mAP_with_zeros": ap.mean(),
+            "mAP_envelope": envelope[used].mean(),
             "precision": counts.class_precision,
             "recall": counts.class_recall,
             "support": counts.actual,
@@ -152,6 +158,8 @@ class MultilabelReport(Metric):
 
 def _calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     known = targets >= 0
+    if not known.any():
+        return dict.fromkeys(("ECE", "Brier"), torch.tensor(torch.nan))
     scores, truth = logits[known].sigmoid(), targets[known].long()
     return {
         "ECE": binary_calibration_error(scores, truth, n_bins=15),
@@ -220,6 +228,16 @@ def _average_precision(logits: Tensor, targets: Tensor) -> Tensor:
     # torchmetrics applies a sigmoid to scores outside [0, 1], which would tie large logits. Ranks avoid this.
     rank = torch.unique(logits, return_inverse=True)[1]
     return binary_average_precision(rank.double() / len(rank), targets.long(), validate_args=False)
+
+
+def _envelope_precision(logits: Tensor, targets: Tensor) -> Tensor:
+    order = logits.argsort(descending=True)
+    ranked, hits = logits[order], (targets[order] == 1).double().cumsum(0)
+    last = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool)])  # of equal scores: one threshold
+    found, given = hits[last], torch.arange(1, len(hits) + 1)[last]
+    envelope = (found / given).flip(0).cummax(0).values.flip(0)
+    gained = found.diff(prepend=torch.zeros(1, dtype=torch.float64)) / found[-1]
+    return (gained * envelope).sum()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

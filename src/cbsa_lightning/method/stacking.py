@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
@@ -92,7 +92,7 @@ class StackLabeler(EvidenceLabeler):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """See :class:`EvidenceLabeler`."""
-        return soft_labels(self.fit(evidence), evidence)
+        return soft_labels(self.fit(evidence).logits(unlabeled_inputs(evidence)), evidence)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int
     Args:
         descriptors: ``(N, D)``, one row per image.
         labeled: ``(m,)``, indices of the labeled rows.
-        labels: ``(m, C)`` in {1, 0, -1}; an unknown entry is replaced by the class's mean.
+        labels: ``(m, C)`` in {1, 0, -1}; each class is fitted to its known entries. An image counts as left out of a
+            class if its label is unknown.
     """
     mean, scale = _moments(descriptors)
     x = (descriptors - mean.astype(descriptors.dtype)) * scale.astype(descriptors.dtype)
@@ -165,18 +166,40 @@ def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int
     deviation = np.sqrt(rate * (1 - rate))
     # Unit variance, so that the penalty suits rare classes as well as frequent ones.
     y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
-    # No intercept: a leave-one-out mean reveals the label of the image, more so the less informative the probe is.
-    ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
-    fit = ridge.fit(x[labeled].astype(np.float64), y)
-    chosen = ALPHAS.index(float(fit.alpha_))
-    left_out = np.asarray(fit.cv_results_).reshape(*y.shape, len(ALPHAS))[..., chosen]
-    coefficients = fit.coef_.reshape(y.shape[1], -1).T
+    coefficients, left_out = _ridge(x[labeled].astype(np.float64), y, known)
     # Training scores are too good, so the scale comes from the other images if there are any.
     others = np.delete(x, labeled, axis=0)
     mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
     weight = scale[:, None] * coefficients * score_scale
     left_out = np.clip((left_out - mean_score) * score_scale, -LIMIT, LIMIT)
     return Opinion(mean.astype(x.dtype), weight.astype(x.dtype), -mean_score * score_scale, left_out)
+
+
+def _ridge(x: Array, y: Array, known: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Coefficients ``(D, C)`` and leave-one-out predictions ``(m, C)``; one penalty for all classes."""
+    coefficients, left_out = np.zeros((x.shape[1], y.shape[1])), np.zeros(y.shape)
+    patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
+    fits, errors = [], np.zeros(len(ALPHAS))
+    for i, rows in enumerate(patterns.T):  # classes with the same known entries are fitted together
+        classes = np.flatnonzero(pattern_of.reshape(-1) == i)
+        if rows.sum() < 2:
+            continue
+        # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe
+        # knows.
+        ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
+        target = y[rows][:, classes]
+        fit = ridge.fit(x[rows], target)
+        without = np.asarray(fit.cv_results_).reshape(*target.shape, len(ALPHAS))
+        errors += ((without - target[..., None]) ** 2).sum((0, 1))
+        fits.append((rows, classes, fit, without))
+    chosen = int(errors.argmin())
+    for rows, classes, fit, without in fits:
+        if fit.alpha_ != ALPHAS[chosen]:
+            fit = Ridge(ALPHAS[chosen], fit_intercept=False).fit(x[rows], y[rows][:, classes])
+        coefficients[:, classes] = fit.coef_.reshape(len(classes), -1).T
+        left_out[:, classes] = x @ coefficients[:, classes]
+        left_out[np.ix_(rows, classes)] = without[..., chosen]
+    return coefficients, left_out
 
 
 def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
@@ -194,9 +217,9 @@ def _moments(values: Array) -> tuple[Array, Array]:
     return mean, varies / np.where(varies, deviation, 1.0)
 
 
-def soft_labels(stack: Stack, evidence: Evidence) -> Tensor:
-    """Returns a fitted stack's probabilities for the unlabeled images; see :class:`EvidenceLabeler`."""
-    probabilities = expit(stack.logits(unlabeled_inputs(evidence)))
+def soft_labels(logits: Array, evidence: Evidence) -> Tensor:
+    """Returns soft labels ``(n, C)`` from a stack's logits; -1 for a class without known entries."""
+    probabilities = expit(logits)
     probabilities[:, ~(evidence.labels.cpu().numpy() >= 0).any(0)] = -1
     return torch.from_numpy(probabilities).float()
 

@@ -18,7 +18,7 @@ from cbsa_lightning.arguments import constructor_arguments
 from cbsa_lightning.cli.class_paths import class_named
 from cbsa_lightning.cli.overlays import Settings, merged, read
 from cbsa_lightning.errors import ConfigError
-from cbsa_lightning.reproduce.paper import Row
+from cbsa_lightning.reproduce.paper import Row, Setting, share_text
 
 WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
@@ -49,9 +49,10 @@ class Cell:
     Attributes:
         row: The system.
         data: Name of the data set.
-        share: p, the labeled share of the training images.
+        share: p, the labeled share of the training images, or the share of known labels.
         seed: Of everything.
         recipe: The run's whole configuration but for where it writes.
+        setting: The argument of the data module that the share is of.
     """
 
     row: Row
@@ -59,11 +60,12 @@ class Cell:
     share: float
     seed: int
     recipe: Settings
+    setting: Setting = "labeled_fraction"
 
     @property
     def name(self) -> str:
         """What a person calls it."""
-        return f"{self.row.label} on {self.data}, p = {self.share:.2f}, seed {self.seed}"
+        return f"{self.row.label} on {self.data}, {share_text(self.setting, self.share)}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
@@ -76,7 +78,10 @@ class Cell:
                 place = place.get(key) or {}
             place.pop(last, None)
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
-        return f"{self.data}-p{round(1000 * self.share):03d}-seed{self.seed}-{'+'.join(self.row.overlays)}-{digest}"
+        kind = "p" if self.setting == "labeled_fraction" else "known"
+        return (
+            f"{self.data}-{kind}{round(1000 * self.share):03d}-seed{self.seed}-{'+'.join(self.row.overlays)}-{digest}"
+        )
 
 
 def make_cell(
@@ -87,17 +92,19 @@ def make_cell(
     configs: Path,
     extra: Iterable[Path] = (),
     clip: tuple[str, str] | None = None,
+    setting: Setting = "labeled_fraction",
 ) -> Cell:
     """A cell from the overlays: method, data set, what a method needs there, ``extra`` ones; then share and seed.
 
     Args:
         row: The system.
         data: The data set.
-        share: Labeled share.
+        share: Labeled share, or share of known labels.
         seed: Of everything.
         configs: Folder with ``methods/``.
         extra: Overlays over all of them, such as hardware.
         clip: Model and weights for systems that have a CLIP, instead of their own.
+        setting: The argument of the data module that the share is of.
 
     Raises:
         ConfigError: An overlay is not there or no mapping, or they name no module and data.
@@ -112,8 +119,8 @@ def make_cell(
             place["init_args"].update(clip=clip[0], pretrained=clip[1])
     recipe["model"]["init_args"].update(row.settings)
     recipe["seed_everything"] = seed
-    recipe["data"]["labeled_fraction"] = share
-    return Cell(row, data.name, share, seed, recipe)
+    recipe["data"][setting] = share
+    return Cell(row, data.name, share, seed, recipe, setting)
 
 
 def classes_of(recipe: Settings) -> list[Settings]:

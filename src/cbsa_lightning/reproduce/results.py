@@ -56,6 +56,11 @@ class Finished:
         """The number to report under CAP's other convention: over all classes, one without positives counts 0."""
         return 100 * _last(self.metric("val/mAP_with_zeros"))
 
+    def envelope(self) -> float:
+        """The number to report under the interpolated AP, over all classes with a test positive; NaN if unknown."""
+        values = self.metric("val/mAP_envelope")
+        return 100 * _last(values) if values else math.nan
+
 
 class Means:
     """Mean and standard error over the seeds of each row and column, of some figure of a cell."""
@@ -111,14 +116,15 @@ def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_posi
     """A line a run, mAP and F1 in %."""
     head = [
         *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1_at_half", "OF1_at_half"),
-        *("pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
+        *("mAP_envelope", "pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
     ]
     with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         out = csv.writer(stream)
         out.writerow(head)
         for f in finished:
             cell = f.cell
-            last = [f.metric(name) for name in ("val/CF1_at_half", "val/OF1_at_half", "pseudo/CF1")]
+            names = ("val/CF1_at_half", "val/OF1_at_half", "val/mAP_envelope", "pseudo/CF1")
+            last = [f.metric(name) for name in names]
             ms = f.metric("time/ms_per_image")
             figures = [f.mAP(min_positives), f.with_zeros(min_positives), f.best_on_test(min_positives)]
             out.writerow(

@@ -52,16 +52,17 @@ def write_table(
     parts = [
         _title(table),
         _introduction(cells, finished, min_positives),
-        _grid(rows, columns, lambda row, column: _beside_paper(table, means, row, column)),
+        _grid(table, rows, columns, lambda row, column: _beside_paper(table, means, row, column)),
         _costs(cost),
         _order(table, means, rows, columns),
         _against_ours(table, means, rows, columns),
         "## Best on test\n\nThe averaged weights' highest test mAP of any epoch, much as CAP reports. It is chosen on "
         "the test images, so it is too high; it is here to compare with papers that report it.",
-        _grid(rows, columns, Means(finished, lambda f: f.best_on_test(min_positives)).text),
+        _grid(table, rows, columns, Means(finished, lambda f: f.best_on_test(min_positives)).text),
         "## All classes, absent ones counting 0\n\nThe mean over all classes; one without test positives has AP 0 (the "
         "convention of CAP and torchmetrics).",
-        _grid(rows, columns, Means(finished, lambda f: f.with_zeros(min_positives)).text),
+        _grid(table, rows, columns, Means(finished, lambda f: f.with_zeros(min_positives)).text),
+        *_envelope(table, rows, columns, finished),
         _list("## Could not be run", problems),
         "## Settings of every cell\n\nOver its method's overlay in `configs/methods`:",
         *(f"`{name}`\n\n```yaml\n{text.strip()}\n```" for name, text in settings.items()),
@@ -75,7 +76,7 @@ def write_table(
         with replacing(picture) as draft:
             draw_table(table, means, rows, columns).savefig(draft, dpi=120)
         with replacing(pseudo_labels_picture) as draft:
-            draw_pseudo_labels(finished, rows).savefig(draft, dpi=120)
+            draw_pseudo_labels(table, finished, rows).savefig(draft, dpi=120)
 
 
 def refuse_other_files(file: Path, table: Table) -> None:
@@ -135,8 +136,20 @@ def _unlike(finished: Sequence[Finished]) -> Iterator[str]:
         yield f"**Cells were made with different versions**: {'; '.join(versions)}"
 
 
-def _grid(rows: Sequence[str], columns: Sequence[Column], text: Callable[[str, Column], str]) -> str:
-    head = ["system", *(f"{data} p = {share:.2f}" for data, share in columns)]
+def _envelope(
+    table: Table, rows: Sequence[str], columns: Sequence[Column], finished: Sequence[Finished]
+) -> Iterator[str]:
+    """Both definitions of AP stand in Table 5 of the paper: the interpolated one in the rows without a CLIP."""
+    if table.setting == "known_fraction":
+        yield (
+            "## Interpolated AP\n\nThe area under the precision envelope (VOC 2010), which the paper's rows without a "
+            "CLIP have. The AP of the first table, which its rows with a CLIP have, is never higher."
+        )
+        yield _grid(table, rows, columns, Means(finished, Finished.envelope).text)
+
+
+def _grid(table: Table, rows: Sequence[str], columns: Sequence[Column], text: Callable[[str, Column], str]) -> str:
+    head = ["system", *(table.column(*column) for column in columns)]
     return markdown(head, ([row, *(text(row, column) for column in columns)] for row in rows))
 
 
@@ -163,7 +176,7 @@ def _order(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Co
         ]
         if len(both) > 2:
             tau = kendalltau(*zip(*both, strict=True)).statistic
-            lines.append(f"{data} p = {share:.2f}: {tau:+.2f} ({len(both)} systems)")
+            lines.append(f"{table.column(data, share)}: {tau:+.2f} ({len(both)} systems)")
     if not lines:
         return ""
     return (
@@ -183,7 +196,7 @@ def _against_ours(table: Table, means: Means, rows: Sequence[str], columns: Sequ
     if len(rows) < 2:
         return ""
     return f"## {last} minus each other system\n\nOn the same seeds, points of mAP:\n\n" + _grid(
-        rows[:-1], columns, difference
+        table, rows[:-1], columns, difference
     )
 
 

@@ -25,7 +25,7 @@ def draw_table(table: Table, means: Means, rows: Sequence[str], columns: Sequenc
         told = [i for i, value in enumerate(paper) if value is not None]
         if told:
             panel.plot([paper[i] for i in told], places[told], "D", mfc="none", color="tab:orange", label="paper")
-        panel.set_title(f"{column[0]}, p = {column[1]:.2f}", fontsize=10)
+        panel.set_title(table.column(*column), fontsize=10)
         panel.set_xlabel("test mAP in %")
         panel.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(places, rows)
@@ -36,7 +36,7 @@ def draw_table(table: Table, means: Means, rows: Sequence[str], columns: Sequenc
     return figure
 
 
-def draw_pseudo_labels(finished: Sequence[Finished], rows: Sequence[str]) -> Figure:
+def draw_pseudo_labels(table: Table, finished: Sequence[Finished], rows: Sequence[str]) -> Figure:
     """A panel a data set and share: CF1 of each system's pseudo-labels over the epochs (Fig. 6), mean over seeds."""
     columns = list(dict.fromkeys((f.cell.data, f.cell.share) for f in finished))
     figure = Figure(figsize=(2 + 3.6 * len(columns), 4), layout="constrained")
@@ -54,7 +54,7 @@ def draw_pseudo_labels(finished: Sequence[Finished], rows: Sequence[str]) -> Fig
                 color, line = styles[row]
                 means = [100 * float(np.mean([run[epoch] for run in runs])) for epoch in epochs]
                 panel.plot(epochs, means, line, color=color, marker=".", label=row)
-        panel.set_title(f"{column[0]}, p = {column[1]:.2f}", fontsize=10)
+        panel.set_title(table.column(*column), fontsize=10)
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)

@@ -46,7 +46,7 @@ def table(args: Sequence[str] | None = None) -> Path:
     refuse_other_files(file, plan)
     sets, rows = _data_sets(plan, options), _rows(plan, options)
     cells = [
-        make_cell(row, data, share, seed, options.configs, options.config, _clip(options))
+        make_cell(row, data, share, seed, options.configs, options.config, _clip(options) or plan.clip, plan.setting)
         for seed in dict.fromkeys(options.seeds or plan.seeds)
         for data in sets
         for share in dict.fromkeys(options.shares or plan.shares)
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("number", type=int, help=f"of the table in the paper: {', '.join(map(str, TABLES))}")
     parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide; or a name and an overlay")
-    parser.add_argument("--shares", nargs="+", type=float, help="labeled shares, such as 0.05 0.10")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, help="labeled shares, such as 0.05 0.10; of Table 5 shares of known labels"
+    )
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--rows", nargs="+", help="labels of the table; or overlays in configs/methods, cbsa+cbsa_safe")
     parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,14 +70,26 @@ class FinalScores(nn.Module):
         self.fusion = self.expected = self.left_out = None
 
     def label_once(self, evidence: Evidence) -> Tensor:
-        """Returns the labels of an evidence labeler; keeps its stack if final scores are fused with it."""
-        if not self._describer or len(evidence.labeled) == len(evidence.descriptors[0]):
-            return cast(EvidenceLabeler, self.labeler)(evidence)
-        stack = cast(StackLabeler, self.labeler).fit(evidence)
-        labels = evidence.labels.cpu().numpy()
-        self.fusion = Fusion.of(stack, unlabeled_inputs(evidence), labels, self.stack_share)
-        self.left_out = self.fusion.calibrated(torch.from_numpy(stack.left_out()).float()).sigmoid()
-        return soft_labels(stack, evidence)
+        """Returns the labels of an evidence labeler; keeps its stack if final scores are fused with it.
+
+        Args:
+            evidence: Evidence of the m labeled images, then of the unlabeled ones.
+
+        Returns:
+            ``(N, C)`` in the same order. Rows of labeled images, used for their unknown entries, are a stack's
+            out-of-fold probabilities, or -1 if the labeler is not a :class:`StackLabeler`.
+        """
+        if not isinstance(self.labeler, StackLabeler):
+            made = cast(EvidenceLabeler, self.labeler)(evidence)
+            return torch.cat([torch.full_like(evidence.labels, -1).to(made), made])
+        stack = self.labeler.fit(evidence)
+        inputs, left_out = unlabeled_inputs(evidence), stack.left_out()
+        unlabeled = stack.logits(inputs)
+        if self._describer:
+            labels = evidence.labels.cpu().numpy()
+            self.fusion = Fusion.of(stack, unlabeled if len(unlabeled) else left_out, labels, self.stack_share)
+            self.left_out = self.fusion.calibrated(torch.from_numpy(left_out).float()).sigmoid()
+        return soft_labels(np.concatenate([left_out, unlabeled]), evidence)
 
     def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
         """Sets the decision thresholds, and the scale for fusing logits.

@@ -44,9 +44,9 @@ def step_loss(
         if targets.is_floating_point()
         else loss_of(output.logits, targets)
     )
-    per_image, known = each.sum(1), batch.labeled.to(torch.float32)
-    sup = (per_image * known).sum() / size
-    unsup = (per_image * (1 - known)).sum() / size
+    known = (batch.targets >= 0).to(torch.float32)
+    sup = (each * known).sum(1).sum() / size
+    unsup = (each * (1 - known)).sum(1).sum() / size
     loss = sup + module.unsup_weight * unsup
     terms = {"loss_sup": sup, "loss_unsup": unsup}
     if output.context_logits is not None and module.context_targets is not None:
@@ -72,7 +72,7 @@ def _targets(module: SSMLLModule, batch: TrainBatch) -> Tensor:
     """Returns labels and pseudo-labels ``(B, C)``; the latter may be soft."""
     if module.pseudo_labels is None:
         return batch.targets
-    return torch.where(batch.labeled[:, None], batch.targets, module.pseudo_labels[batch.index])
+    return torch.where(batch.targets >= 0, batch.targets, module.pseudo_labels[batch.index])
 
 
 def _mean_batch_size(module: SSMLLModule, batch: TrainBatch) -> float | Tensor:

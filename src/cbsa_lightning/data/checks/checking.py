@@ -21,6 +21,7 @@ from cbsa_lightning.data.checks.findings import (
 )
 from cbsa_lightning.data.checks.run_time import RunTime
 from cbsa_lightning.data.checks.survey import equal_rows, survey
+from cbsa_lightning.data.label_masks import make_mask, with_known_labels
 from cbsa_lightning.data.plan import Plan, RunSettings, make_plan
 from cbsa_lightning.errors import CBSAError
 
@@ -108,11 +109,15 @@ def check(
     skips = settings.on_error == "skip"
     skipped = [np.flatnonzero(part.unreadable) if skips else np.empty(0, np.int64) for part in surveys]
     plan, errors = None, []
+    warnings: list[Finding] = []
     try:
+        mask = make_mask(train, file=settings.known_file, fraction=settings.known_fraction, seed=settings.seed)
+        train, assumed = with_known_labels(train, mask, settings.unknown_as_absent)
+        warnings += [Finding("class_without_negative", assumed)] if assumed else []
         plan = make_plan(train, test, settings, (skipped[0], skipped[-1]))
     except CBSAError as error:
         errors.append(Finding("refused", str(error)))
-    warnings = list(class_findings(train, plan))
+    warnings += class_findings(train, plan)
     for finding in file_findings(tables, surveys):
         stops = finding.kind == "missing" or (finding.kind == "unreadable" and settings.on_error == "stop")
         (errors if stops else warnings).append(finding)
@@ -125,7 +130,7 @@ def check(
         files = [file_of(tables, row) for row in map(int, different)]
         for finding in similar_images(files, near_duplicates(files)):
             (errors if finding.kind == "unreadable" else warnings).append(finding)
-    counted = [count_labels(table.labels) for table in tables]
+    counted = [count_labels(table.labels) for table in (train, *tables[1:])]
     return Report(train.class_names, counted[0], counted[1] if test is not None else None, plan, errors, warnings)
 
 

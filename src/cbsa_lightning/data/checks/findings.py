@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, AnnotationTable, blocks
+from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, UNKNOWN, AnnotationTable, blocks
 from cbsa_lightning.data.checks.spelling import similar_names
 from cbsa_lightning.data.checks.survey import SMALLEST, Survey
 from cbsa_lightning.data.plan import Plan
@@ -41,7 +41,8 @@ class Finding:
 
     Attributes:
         kind: Machine-readable name: "missing", "unreadable", "leak", "refused", "misnamed", "tiny", "duplicate",
-            "held_out_duplicate", "near_duplicate", "similar_classes" or "class_without_positive".
+            "held_out_duplicate", "near_duplicate", "similar_classes", "class_without_positive",
+            "class_without_negative" or "class_without_label".
         message: What was found and how to fix it.
         count: Number of items.
         items: Yields the items one by one, so that a million of them need no memory.
@@ -59,8 +60,18 @@ def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Findin
         message = "Class names that are nearly the same; if they mean one class, use the same spelling."
         yield Finding("similar_classes", message, len(pairs), lambda: [Item(pair) for pair in pairs])
     if plan is not None:
-        positives = sum((train.labels[rows] == POSITIVE).sum(axis=0) for rows in blocks(plan.split.labeled))
-        lacking = [name for name, count in zip(train.class_names, positives, strict=True) if not count]
+        labeled = list(blocks(plan.split.labeled))
+        positives = sum((train.labels[rows] == POSITIVE).sum(axis=0) for rows in labeled)
+        known = sum((train.labels[rows] != UNKNOWN).sum(axis=0) for rows in labeled)
+        unknown = [name for name, count in zip(train.class_names, known, strict=True) if not count]
+        if unknown:
+            message = (
+                "Classes of which no label is known among the labeled images that are trained on: they get no "
+                "pseudo-positives, and nothing is measured of them. Label some, or take the class out."
+            )
+            yield Finding("class_without_label", message, len(unknown), lambda: [Item((name,)) for name in unknown])
+        counts = zip(train.class_names, positives, known, strict=True)
+        lacking = [name for name, count, entries in counts if entries and not count]
         if lacking:
             message = (
                 "Classes without a positive among the labeled images used for training; label some, or remove the "

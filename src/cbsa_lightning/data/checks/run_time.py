@@ -216,8 +216,8 @@ def estimate(plan: Plan, units: Units) -> RunTime:
 
 def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
     """Returns the number of views in a feature cache, and the seconds that one process needs to make them."""
-    alone = not plan.second.unlabeled
-    needed = needed_views(plan.split, plan.images, units.strong_views, alone)
+    alone = not plan.second.unlabeled and not len(plan.partly)
+    needed = needed_views(plan.split, plan.images, plan.partly, units.strong_views, alone)
     images = int(needed.any(1).sum()) + plan.test_images
     strong = int(needed[:, 2:].sum())
     views = int(needed.sum()) + plan.test_images
@@ -233,7 +233,7 @@ def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
     validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
     described = plan.validated * units.frozen + (labeled + unlabeled) * units.evidence
     at_the_end = plan.validated + unlabeled  # predictions.csv and labels.csv
-    thresholds = unlabeled * sum(1 for _ in _threshold_passes(plan, units, validated))
+    thresholds = (unlabeled + len(plan.partly)) * sum(1 for _ in _threshold_passes(plan, units, validated))
     scored = plan.validated * len(validated) + thresholds + described + at_the_end
     return scored, scored + plan.validated * len(validated)
 
@@ -241,7 +241,7 @@ def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
 def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:
     """Yields the epochs that start with scoring the unlabeled images; see :class:`UpdateThresholds`."""
     first, last = units.warmup_epochs, units.max_epochs
-    if not plan.second.unlabeled or first >= last:
+    if not (plan.second.unlabeled or len(plan.partly)) or first >= last:
         return
     yield first
     for epoch in range(first + 1, last + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -75,6 +75,21 @@ class ImageLabels:
         right = np.where(given, probabilities, 1 - probabilities)
         review = np.zeros_like(given) if sure is None else right < sure
         return cls(images, tuple(class_names), probabilities, given, review)
+
+    def with_known(self, first: int, known: NDArray[np.int8]) -> Self:
+        """The same with known labels instead of decisions; their probabilities are 1 and 0, and none is to be reviewed.
+
+        Args:
+            first: The image from which on labels are known.
+            known: ``(n - first, C)`` in {1, 0, -1 unknown}.
+        """
+        there = np.concatenate([np.full((first, len(self.class_names)), -1, np.int8), known])
+        return replace(
+            self,
+            probabilities=np.where(there < 0, self.probabilities, there).astype(np.float32),
+            given=np.where(there < 0, self.given, there == 1),
+            review=self.review & (there < 0),
+        )
 
     @cached_property
     def doubt(self) -> NDArray[np.float64]:

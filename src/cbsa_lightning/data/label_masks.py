@@ -1,0 +1,214 @@
+"""Partial labels: which entries of a label matrix are known, drawn by (fraction, seed) and kept as a file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, UNKNOWN, AnnotationTable
+from cbsa_lightning.errors import ConfigError, DataError, listed
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.reading import brief, read_text
+
+_FORMAT = "cbsa_lightning label mask 1"
+_ROWS = 1 << 14  # of random numbers at a time
+
+
+def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """Which labels stay known in the partial-label setting.
+
+    One uniform number for each (image, class), seeded, kept where it is below ``share``: positives and
+    negatives go alike, and the mask of a smaller share lies inside that of a larger one. The numbers are those of
+    ``np.random.random((n, C))`` after ``np.random.seed(seed)``: seed 0 gives the masks of SST, SARB, HST and DSRB for
+    the same order of images and classes. DualCoOp draws masks of the same distribution without a seed.
+
+    Args:
+        num_images: n.
+        num_classes: C.
+        share: Expected share of known labels, from 0 to 1.
+        seed: Seed of ``np.random.RandomState``.
+
+    Returns:
+        (n, C) bool, True where the label is known.
+
+    Raises:
+        ConfigError: The share is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share of known labels {share} is not between 0 and 1; 0.1 means 10 %")
+    random, known = np.random.RandomState(seed), np.empty((num_images, num_classes), dtype=bool)
+    for start in range(0, num_images, _ROWS):
+        block = known[start : start + _ROWS]
+        block[...] = random.random_sample(block.shape) < share
+    return known
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMask:
+    """Known entries of the labels of one annotation table.
+
+    Attributes:
+        known: (n, C) bool, False where training may not see the label.
+        table_digest: ``AnnotationTable.digest()`` of the table before the mask.
+        fraction: Share that was asked for; None for a mask that was made otherwise.
+        seed: What it was drawn with, or None.
+    """
+
+    known: NDArray[np.bool_]
+    table_digest: str
+    fraction: float | None = None
+    seed: int | None = None
+
+    @classmethod
+    def draw(cls, table: AnnotationTable, fraction: float, seed: int) -> LabelMask:
+        """Draws a mask; see :func:`known_mask`."""
+        return cls(known_mask(len(table), table.num_classes, fraction, seed), table.digest(), fraction, seed)
+
+    @classmethod
+    def of(cls, table: AnnotationTable, known: NDArray[np.bool_]) -> LabelMask:
+        """A mask of one's own, (n, C) bool.
+
+        Raises:
+            DataError: Its shape or type does not fit the table.
+        """
+        if known.shape != table.labels.shape or known.dtype != np.bool_:
+            raise DataError(
+                f"label mask: has shape {known.shape} and type {known.dtype}; expected {table.labels.shape} bool"
+            )
+        return cls(known, table.digest())
+
+    def __call__(self, table: AnnotationTable) -> AnnotationTable:
+        """The table with the other labels unknown."""
+        return dataclasses.replace(table, labels=np.where(self.known, table.labels, np.int8(UNKNOWN)))
+
+    @property
+    def digest(self) -> str:
+        """Sha256 over shape and entries: two runs with equal digests know the same entries."""
+        sha = hashlib.sha256(f"{self.known.shape}\n".encode())
+        sha.update(np.packbits(self.known).tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the mask as JSON, an entry a bit.
+
+        Raises:
+            OutputError: The file cannot be written; one that was there still is.
+        """
+        record = {
+            "format": _FORMAT,
+            "table_digest": self.table_digest,
+            "digest": self.digest,
+            "fraction": self.fraction,
+            "seed": self.seed,
+            "shape": list(self.known.shape),
+            "known": base64.b64encode(np.packbits(self.known).tobytes()).decode("ascii"),
+        }
+        with replacing(Path(path)) as draft:
+            draft.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, table: AnnotationTable) -> LabelMask:
+        """Reads a mask that :meth:`save` wrote.
+
+        Raises:
+            DataError: The file is missing, is no mask, was changed by hand, or belongs to another table.
+        """
+        record = _read(Path(path))
+        if record["table_digest"] != (digest := table.digest()):
+            raise DataError(
+                f"{path}: this label mask was made for the table with digest {brief(record['table_digest'])}, but the "
+                f"table here has digest {digest} ({len(table)} rows, {table.num_classes} classes); classes, paths and "
+                "labels must be the same in the same order: use the table that it was made for, or draw a new mask"
+            )
+        try:
+            packed = np.frombuffer(base64.b64decode(record["known"], validate=True), np.uint8)
+            if record["shape"] != list(table.labels.shape) or len(packed) != -(-table.labels.size // 8):
+                raise ValueError(f"it does not hold {table.labels.shape[0]} x {table.labels.shape[1]} entries")
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
+        known = np.unpackbits(packed, count=table.labels.size).astype(bool).reshape(table.labels.shape)
+        mask = cls(known, digest, record["fraction"], record["seed"])
+        if mask.digest != record["digest"]:
+            raise DataError(
+                f"{path}: its entries have digest {mask.digest} but the file says {brief(record['digest'])}: it was "
+                "changed after it was written; draw the mask again"
+            )
+        return mask
+
+
+def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | None, seed: int) -> LabelMask | None:
+    """The mask of a run from its settings; None where they ask for none.
+
+    Raises:
+        DataError: The file is of another table.
+        ConfigError: Both are given, or the fraction leaves no label.
+    """
+    if file is not None and fraction is not None:
+        raise ConfigError("known_file and known_fraction both say which labels are known: give one of them.")
+    if file is not None:
+        return LabelMask.load(file, table)
+    if fraction is None:
+        return None
+    mask = LabelMask.draw(table, fraction, seed)
+    if not (mask.known & (table.labels != UNKNOWN)).any():
+        raise ConfigError(
+            f"known_fraction {fraction} of {len(table)} x {table.num_classes} labels leaves none; use a larger one."
+        )
+    return mask
+
+
+def with_known_labels(
+    table: AnnotationTable, mask: LabelMask | None, unknown_as_absent: bool = False
+) -> tuple[AnnotationTable, str]:
+    """The table as training may see it, and what to tell about it.
+
+    Unknown labels of labeled images are taken as absent in a class of which positives are known but no negative. All
+    that is known of such a class is positive, so its rate would be 1 and every image a pseudo-positive. With single
+    positive labels all classes are like that.
+
+    Args:
+        table: All that the annotations say.
+        mask: Hides labels.
+        unknown_as_absent: Whether unknown labels of labeled images are taken as absent in all classes.
+    """
+    table = table if mask is None else mask(table)
+    labels = table.labels
+    positives_only = (labels == POSITIVE).any(axis=0) & ~(labels == NEGATIVE).any(axis=0)
+    changed = (labels == UNKNOWN) & (labels > UNKNOWN).any(axis=1, keepdims=True)
+    if not unknown_as_absent:
+        changed &= positives_only
+    if not changed.any():
+        return table, ""
+    told = ""
+    if not unknown_as_absent:
+        names = [name for name, some in zip(table.class_names, changed.any(axis=0), strict=True) if some]
+        told = (
+            f"{len(names)} of {table.num_classes} classes have known positives but no known negative: {listed(names)}. "
+            "Labeled images of which such a class is unknown count as without it. Mark some images as without the "
+            "class, so that its share can be told (docs/data.md)."
+        )
+    return dataclasses.replace(table, labels=np.where(changed, np.int8(NEGATIVE), labels)), told
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(read_text(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no label mask here; correct the path or draw one") from None
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
+    needed = ("table_digest", "digest", "fraction", "seed", "shape", "known")
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or any(key not in record for key in needed):
+        raise DataError(f"{path}: is no label mask; draw it again")
+    return record
