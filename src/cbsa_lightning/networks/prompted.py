@@ -121,4 +121,4 @@ def cosines(images: Tensor, text: Tensor) -> Tensor:
 def region_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
     """Weights of the places ``(B, h * w, C)`` as attention maps ``(B, C, h, w)``, each of which sums to 1."""
     maps = weights / weights.sum(1, keepdim=True)
-    return maps.transpose(1, 2).reshape(len(maps), -1, *grid)
+    return maps.transpose(1, 2).reshape(maps.shape[0], -1, *grid)
