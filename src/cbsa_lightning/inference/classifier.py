@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.checkpoints.files import SOURCE, read_checkpoint
 from cbsa_lightning.checkpoints.lean import FUSION, LeanCheckpoint
+from cbsa_lightning.checkpoints.portable import read_portable
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
@@ -55,6 +57,10 @@ class Classifier:
         image_size: Side of the square that images are resized to, in pixels; that of the training.
         device: Where to compute.
         fusion: What the network's scores are fused with, and a module that describes images for it.
+
+    Attributes:
+        text: The network's features of the classes.
+        calibrated: Whether scores are probabilities.
     """
 
     def __init__(
@@ -76,11 +82,11 @@ class Classifier:
             raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; give one for each class name.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
-        self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
-        self.calibrated = fusion is not None  # whether scores are probabilities
+        self.fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
+        self.calibrated = fusion is not None
         self._view = PlainView(image_size)
         with torch.no_grad():
-            self._text = self.network.encode_text()
+            self.text = self.network.encode_text()
 
     @classmethod
     def load(
@@ -100,7 +106,8 @@ class Classifier:
         in the warm-up, the plain weights are taken, as the module does.
 
         Args:
-            path: The checkpoint. It is read without running code from it.
+            path: The checkpoint, or a folder that `cbsa export` wrote with safetensors. It is read without running code
+                from it.
             device: Where to compute.
             image_size: Side of the views in pixels; None: as in the checkpoint, or, where it does not say, the
                 native size of the towers.
@@ -114,7 +121,8 @@ class Classifier:
                 weights.
             WeightsError: If the CLIP weights are not available.
         """
-        checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
+        needed = ("state_dict", "hyper_parameters", "class_names")
+        checkpoint = read_portable(Path(path)) if os.path.isdir(path) else read_checkpoint(path, needed)
         class_names = list(checkpoint["class_names"])
         moved = {name: value for name, value in (("clip", clip), ("pretrained", pretrained)) if value}
         make = network if network is not None else _network_of(checkpoint, moved)
@@ -188,7 +196,7 @@ class Classifier:
             raise DataError(f"batch_size is {batch_size}; give 1 or more.")
         start, rest = 0, iter(_each(images))  # by iteration, never by index: pandas would look an index up as a label
         while batch := list(islice(rest, batch_size)):
-            views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
+            views = [self.view(image, start + i) for i, image in enumerate(batch)]
             names = [_name(image, start + i) for i, image in enumerate(batch)]
             with torch.no_grad():
                 output = self._output_of(self.network.features(torch.stack(views).to(self.device)), **options)
@@ -200,10 +208,10 @@ class Classifier:
         """Moves everything to a device."""
         self.device = torch.device(device)
         self.network = self.network.to(self.device)
-        if self._fusion is not None:
-            self._fusion = (self._fusion[0].to(self.device), self._fusion[1].to(self.device))
+        if self.fusion is not None:
+            self.fusion = (self.fusion[0].to(self.device), self.fusion[1].to(self.device))
         with torch.no_grad():
-            self._text = self.network.encode_text()
+            self.text = self.network.encode_text()
         return self
 
     def logits_of(self, features: Tensor) -> Tensor:
@@ -213,15 +221,23 @@ class Classifier:
         return logits
 
     def _output_of(self, features: Tensor, **options: Any) -> NetworkOutput:
-        output: NetworkOutput = self.network(features, self._text, **options)
-        if self._fusion is None:
+        output: NetworkOutput = self.network(features, self.text, **options)
+        if self.fusion is None:
             return output
-        fusion, describe = self._fusion
+        fusion, describe = self.fusion
         stack = fusion.stack_logits(describe(features))
         return output._replace(logits=fusion.fused(output.logits, stack))
 
-    def _prepared(self, image: Any, position: int) -> Tensor:
-        """The view of one image, ``(3, S, S)`` uint8."""
+    def view(self, image: Any, position: int = 0) -> Tensor:
+        """An image as the network takes it, ``(3, S, S)`` uint8.
+
+        Args:
+            image: One of :data:`Images`.
+            position: Its number, for messages.
+
+        Raises:
+            DataError: An image that cannot be read or has another form.
+        """
         if isinstance(image, (str, os.PathLike)):
             return self._view(decode(image))
         try:
