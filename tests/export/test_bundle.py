@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +240,23 @@ def test_outputs_that_a_network_lacks_are_refused(clip_folder, tmp_path):
     for name, message in (("context", "no context head"), ("attention", "no attention maps")):
         with pytest.raises(ConfigError, match=message):
             bundle.export(file, tmp_path / "model", ["pt2"], [name], image_size=SIZE)
+
+
+def test_the_server_of_the_documentation_answers(exported, classifier, squares_folder, tmp_path):
+    Squares(squares_folder)
+    photo = next(squares_folder.rglob("*.png"))
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (tmp_path / "serve.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    command = [sys.executable, tmp_path / "serve.py", exported, "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().strip()
+            with urllib.request.urlopen(address, photo.read_bytes(), timeout=60) as reply:
+                answer = json.load(reply)
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                urllib.request.urlopen(address, b"no image", timeout=60)
+        finally:
+            server.kill()
+    prediction = classifier([photo])[0]
+    assert tuple(answer["labels"]) == prediction.labels
+    assert answer["probabilities"] == pytest.approx(prediction.scores, abs=1e-5)

@@ -14,7 +14,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnxruntime
@@ -132,19 +134,20 @@ def verify(folder: Path, names: Sequence[str] | None = None) -> None:
             raise BundleError(f"{file}: is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy it again.")
 
 
-def read(path: str | Path) -> np.ndarray:
-    """An image file as an upright RGB array ``(H, W, 3)`` uint8.
+def read(source: str | Path | BinaryIO) -> np.ndarray:
+    """An image file, or an open binary file, as an upright RGB array ``(H, W, 3)`` uint8.
 
     Raises:
         ImageError: It cannot be read.
     """
     try:
         # Not by path: Pillow 13 then applies the orientation of some TIFF files wrongly.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        file = BytesIO(Path(source).read_bytes()) if isinstance(source, (str, Path)) else source
+        with Image.open(file, formats=FORMATS) as image:
             image.load()
             return np.asarray(rgb(image))
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged files
-        raise ImageError(f"{path}: cannot be read as an image ({error}).") from error
+        raise ImageError(f"{source}: cannot be read as an image ({error}).") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
