@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-WRITTEN = {"my_systems.py", "recipe.yaml", "config.yaml"}  # written by examples and runs
+WRITTEN = {"my_systems.py", "serve.py", "recipe.yaml", "config.yaml"}  # written by examples and runs
 
 
 @pytest.fixture(scope="module")

@@ -234,11 +234,11 @@ def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
     arrays = [rgb, gray, rgba]
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{i}.png")
-    expected = [classifier._prepared(tmp_path / f"{i}.png", i) for i in (0, 1, 2, 1, 0, 0)]
+    expected = [classifier.view(tmp_path / f"{i}.png", i) for i in (0, 1, 2, 1, 0, 0)]
     bgr = rgb[..., ::-1].copy()
     tensor = torch.from_numpy(rgb).permute(2, 0, 1)
     for image, view in zip([rgb, gray, rgba, gray[..., None], bgr[..., ::-1], tensor], expected, strict=True):
-        assert torch.equal(classifier._prepared(image, 0), view)
+        assert torch.equal(classifier.view(image, 0), view)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from cbsa_lightning.arguments import check_kind, check_names, check_number
 from cbsa_lightning.checkpoints.files import SOURCE, read_checkpoint
 from cbsa_lightning.checkpoints.lean import FUSION, LeanCheckpoint
+from cbsa_lightning.checkpoints.portable import read_portable
 from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
@@ -56,6 +58,10 @@ class Classifier:
         image_size: Side of the square that images are resized to, in pixels; same as in training.
         device: Device for the computation.
         fusion: The stack to fuse with the network's scores, and a module that computes its inputs from images.
+
+    Attributes:
+        text: The network's features of the classes.
+        calibrated: Whether scores are probabilities.
     """
 
     def __init__(
@@ -77,11 +83,11 @@ class Classifier:
             raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one per class name.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
-        self._fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
-        self.calibrated = fusion is not None  # whether scores are probabilities
+        self.fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
+        self.calibrated = fusion is not None
         self._view = PlainView(image_size)
         with torch.no_grad():
-            self._text = self.network.encode_text()
+            self.text = self.network.encode_text()
 
     @classmethod
     def load(
@@ -101,7 +107,8 @@ class Classifier:
         the warm-up, the raw weights are used, as in the module.
 
         Args:
-            path: The checkpoint. Reading it does not run code from the file.
+            path: The checkpoint, or a folder written by `cbsa export` with safetensors. Reading it does not run code
+                from it.
             device: Device for the computation.
             image_size: Side of the views in pixels; None: as in the checkpoint, or the native size of the towers if the
                 checkpoint does not have it.
@@ -115,7 +122,8 @@ class Classifier:
                 frozen weights.
             WeightsError: If the CLIP weights are not available.
         """
-        checkpoint = read_checkpoint(path, ("state_dict", "hyper_parameters", "class_names"))
+        needed = ("state_dict", "hyper_parameters", "class_names")
+        checkpoint = read_portable(Path(path)) if os.path.isdir(path) else read_checkpoint(path, needed)
         class_names = list(checkpoint["class_names"])
         moved = {name: value for name, value in (("clip", clip), ("pretrained", pretrained)) if value}
         make = network if network is not None else _network_of(checkpoint, moved)
@@ -189,7 +197,7 @@ class Classifier:
             raise DataError(f"batch_size is {batch_size}; use 1 or more.")
         start, rest = 0, iter(_each(images))  # iterate, since pandas treats an index as a label
         while batch := list(islice(rest, batch_size)):
-            views = [self._prepared(image, start + i) for i, image in enumerate(batch)]
+            views = [self.view(image, start + i) for i, image in enumerate(batch)]
             names = [_name(image, start + i) for i, image in enumerate(batch)]
             with torch.no_grad():
                 output = self._output_of(self.network.features(torch.stack(views).to(self.device)), **options)
@@ -201,10 +209,10 @@ class Classifier:
         """Moves the classifier to a device."""
         self.device = torch.device(device)
         self.network = self.network.to(self.device)
-        if self._fusion is not None:
-            self._fusion = (self._fusion[0].to(self.device), self._fusion[1].to(self.device))
+        if self.fusion is not None:
+            self.fusion = (self.fusion[0].to(self.device), self.fusion[1].to(self.device))
         with torch.no_grad():
-            self._text = self.network.encode_text()
+            self.text = self.network.encode_text()
         return self
 
     def logits_of(self, features: Tensor) -> Tensor:
@@ -214,15 +222,23 @@ class Classifier:
         return logits
 
     def _output_of(self, features: Tensor, **options: Any) -> NetworkOutput:
-        output: NetworkOutput = self.network(features, self._text, **options)
-        if self._fusion is None:
+        output: NetworkOutput = self.network(features, self.text, **options)
+        if self.fusion is None:
             return output
-        fusion, describe = self._fusion
+        fusion, describe = self.fusion
         stack = fusion.stack_logits(describe(features))
         return output._replace(logits=fusion.fused(output.logits, stack))
 
-    def _prepared(self, image: Any, position: int) -> Tensor:
-        """Returns the view of one image, ``(3, S, S)`` uint8."""
+    def view(self, image: Any, position: int = 0) -> Tensor:
+        """Returns the input of the network for one image, ``(3, S, S)`` uint8.
+
+        Args:
+            image: One of :data:`Images`.
+            position: Its position, for error messages.
+
+        Raises:
+            DataError: If the image cannot be read or has another form.
+        """
         if isinstance(image, (str, os.PathLike)):
             return self._view(decode(image))
         try:

@@ -128,11 +128,11 @@ class LabelDecoderBlock(nn.Module):
         self, x: Tensor, labels: Tensor, keys: Tensor, values: Tensor, attention: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Runs the block on ``x (B or 1, C, d)``; ``labels (1, C, d)`` are added to the attention queries."""
-        batch = len(keys)
+        batch = keys.shape[0]
         if self.self_attention is not None and self.norm1 is not None:
             y = self.norm1(x)
             # Dropout differs for each image. Without dropout, shared queries need not be expanded.
-            images = batch if self.training and self.dropout.p else len(x)
+            images = batch if self.training and self.dropout.p else x.shape[0]
             mixed, _ = attend(self.self_attention, y, y, y, images)
             x = x + self.dropout(mixed)
         seen, weights = attend(self.cross_attention, self.norm2(x) + labels, keys, values, batch, attention)

@@ -155,4 +155,4 @@ def cosines(images: Tensor, text: Tensor) -> Tensor:
 def region_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
     """Reshapes weights of places ``(B, h * w, C)`` to attention maps ``(B, C, h, w)``, each normalized to sum 1."""
     maps = weights / weights.sum(1, keepdim=True)
-    return maps.transpose(1, 2).reshape(len(maps), -1, *grid)
+    return maps.transpose(1, 2).reshape(maps.shape[0], -1, *grid)

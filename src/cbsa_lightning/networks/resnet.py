@@ -73,7 +73,7 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
         """Maps ``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)``, attention ``(B, C, HW)``."""
-        seen, weights = attend(self.multihead_attn, queries, tokens, tokens, len(tokens), attention)
+        seen, weights = attend(self.multihead_attn, queries, tokens, tokens, tokens.shape[0], attention)
         x = self.norm2(queries + self.dropout(seen))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm3(x + self.dropout(mixed)), weights

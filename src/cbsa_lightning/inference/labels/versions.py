@@ -29,3 +29,9 @@ def version_of(run: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = run.resolve()
     return f"{folder.parent.name}-{folder.name}-{digest[:8]}"
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to, or None for a checkpoint that is not in a run's folder."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS else None

@@ -1,0 +1,63 @@
+"""`cbsa export`: a trained model as files that work without this library."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+FORMATS = "onnx,pt2,safetensors"
+
+
+def export_command(words: Sequence[str]) -> Path:
+    """Runs `cbsa export`.
+
+    Args:
+        words: The words of the command line after ``export``.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
+        CheckpointError: See there.
+        OutputError: See there.
+    """
+    args = _parser().parse_args(words)
+    from cbsa_lightning.inference.export.bundle import export  # after --help, since torch takes seconds to import
+    from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
+
+    source, folder = args.source, args.to
+    is_file = source.is_file()
+    checkpoint = source if is_file else checkpoint_of(source)
+    run = run_of(source) if is_file else source
+    options = {
+        name: value for name in ("clip", "pretrained", "image_size") if (value := getattr(args, name)) is not None
+    }
+    for line in export(checkpoint, folder, _names(args.format), _names(args.extra), run, **options):
+        print(line)
+    total = 0
+    for file in sorted(folder.iterdir()):
+        total += file.stat().st_size
+        print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+    print(f"Exported, and tested, {total / 1e6:.1f} MB: {folder}")
+    return Path(folder)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cbsa export",
+        description="Writes a trained model as a folder of files that give the same labels without this library.",
+    )
+    parser.add_argument("source", type=Path, help="folder of a finished run, or a checkpoint")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--format", default=FORMATS, help=f"formats, separated by commas (default: {FORMATS})")
+    parser.add_argument("--extra", default="", help="further outputs of the model: attention, context or both")
+    parser.add_argument("--clip", help="the CLIP towers, if they have been moved since the training")
+    parser.add_argument("--pretrained", help="the weights of the towers, if they have been moved")
+    parser.add_argument("--image_size", type=int, help="side of the images, for checkpoints that do not store it")
+    return parser

@@ -1,0 +1,97 @@
+"""Writes `labels.json` and `preprocess.json`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.runs import THRESHOLDS
+
+LABELS_FILE = "labels.json"
+PREPROCESS_FILE = "preprocess.json"
+
+
+def threshold_values(thresholds: Tensor) -> list[float | None]:
+    """Thresholds for JSON, which has no infinity: None for a class that is never predicted."""
+    return [value if math.isfinite(value) else None for value in thresholds.tolist()]
+
+
+def class_entries(
+    class_names: Sequence[str], prompt_names: Sequence[str], thresholds: Tensor, run: Path | None
+) -> list[dict[str, Any]]:
+    """What is known of each class: name, prompt, threshold and, with a run, its labels, precision and recall.
+
+    Args:
+        class_names: The C class names.
+        prompt_names: How prompts spell them.
+        thresholds: ``(C,)``.
+        run: Folder of the run. Its ``thresholds.csv`` is used if it belongs to the same thresholds.
+    """
+    values = threshold_values(thresholds)
+    entries = [
+        {"name": name, "prompt": prompt, "threshold": value}
+        for name, prompt, value in zip(class_names, prompt_names, values, strict=True)
+    ]
+    measured = [] if run is None else _measured(run / THRESHOLDS)
+    if [row["class"] for row in measured] != list(class_names):
+        return entries
+    if any(not _same(row["threshold"], value) for row, value in zip(measured, values, strict=True)):
+        return entries
+    for entry, row in zip(entries, measured, strict=True):
+        entry |= {
+            name: float(text) for name, text in row.items() if name not in ("class", "prompt", "threshold") and text
+        }
+    return entries
+
+
+def write_labels_file(folder: Path, entries: Sequence[dict[str, Any]], calibrated: bool) -> None:
+    """Writes `labels.json`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    _write(folder / LABELS_FILE, {"calibrated": calibrated, "classes": list(entries)})
+
+
+def write_preprocess_file(folder: Path, image_size: int) -> None:
+    """Writes `preprocess.json`: what has to be done with an image file before it is given to the model.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    content = {
+        "orientation": "apply the EXIF orientation",
+        "color": "RGB",
+        "transparency": "on white",
+        "size": [image_size, image_size],
+        "resize": "squash",  # without keeping the aspect ratio
+        "filter": "bilinear",
+        "antialias": True,
+        "layout": "NCHW",
+        "dtype": "uint8",
+        "normalization": "none; the model contains it",
+    }
+    _write(folder / PREPROCESS_FILE, content)
+
+
+def _write(file: Path, content: Any) -> None:
+    with replacing(file) as draft:
+        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _measured(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _same(text: str, value: float | None) -> bool:
+    return math.isclose(float(text or "nan"), math.inf if value is None else value, rel_tol=1e-5)

@@ -1,0 +1,136 @@
+"""Writes `README.md`, the model card of an exported model, with the YAML head of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import timm
+import yaml
+
+from cbsa_lightning.checkpoints.portable import network_section
+from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.io.checksums import SUMS
+from cbsa_lightning.io.files import replacing
+from cbsa_lightning.io.runs import METRICS
+
+CARD = "README.md"
+PURPOSES = {
+    "model.onnx": "for ONNX Runtime: uint8 RGB images `(B, 3, S, S)` to `logits`, `probabilities` and `labels`",
+    "model.pt2": 'the same for PyTorch: `torch.export.load("model.pt2").module()`',
+    "model.safetensors": "the trained weights, for `cbsa_lightning.Classifier.load(FOLDER)`",
+    "config.json": "how the network is built",
+    "predict.py": "labels images; needs Pillow, NumPy and ONNX Runtime only",
+    "labels.json": "classes, prompts and thresholds; precision and recall where known",
+    "preprocess.json": "how an image is prepared",
+    "check.npz": "generated images with their scores, for `python predict.py --check`",
+    SUMS: "checksums, for `sha256sum -c SHA256SUMS`",
+}
+UNKNOWN = "Their license is not stored with the model; look it up at their source."
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    checkpoint: Mapping[str, Any],
+    classifier: Classifier,
+    entries: Sequence[Mapping[str, Any]],
+    run: Path | None,
+) -> None:
+    """Writes the model card.
+
+    Args:
+        folder: The bundle, with all other files except the checksums.
+        name: Name of the model.
+        checkpoint: The exported checkpoint.
+        classifier: Its classifier.
+        entries: See :func:`~cbsa_lightning.inference.export.labels_file.class_entries`.
+        run: Folder of the run, if known, for its last validation mAP.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    mean_ap = None if run is None else _last_map(run / METRICS)
+    towers, towers_license = _towers(checkpoint)
+    files = [(file, text) for file, text in PURPOSES.items() if file == SUMS or (folder / file).is_file()]
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  # no HTML
+    environment.filters["quality"] = _quality
+    text = environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8")).render(
+        head=_head(name, mean_ap),
+        network=type(classifier.network).__name__,
+        version=version("cbsa-lightning"),
+        files=files,
+        runtime=_runtime() if (folder / "predict.py").is_file() else None,
+        size=classifier.image_size,
+        entries=entries,
+        mean_ap=mean_ap,
+        calibrated=classifier.calibrated,
+        towers=towers,
+        towers_license=towers_license,
+    )
+    with replacing(folder / CARD) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def _head(name: str, mean_ap: float | None) -> str:
+    """The YAML head; without huggingface_hub it lacks the result."""
+    fields: dict[str, Any] = {
+        "license": "other",
+        "library_name": "cbsa_lightning",
+        "pipeline_tag": "image-classification",
+        "tags": ["multi-label-classification", "clip", "onnx"],
+    }
+    if mean_ap is None or importlib.util.find_spec("huggingface_hub") is None:
+        return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    from huggingface_hub import EvalResult, ModelCardData
+
+    images = "validation images of the run"
+    result = EvalResult("image-classification", "custom", images, "mean_average_precision", round(mean_ap, 4))
+    return f"---\n{ModelCardData(model_name=name, eval_results=[result], **fields).to_yaml()}\n---\n"
+
+
+def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
+    """Name of the pretrained weights, and a sentence about their license."""
+    settings = checkpoint["hyper_parameters"]
+    if "clip" not in settings:
+        settings = (network_section(checkpoint) or {}).get("init_args") or {}
+    clip, backbone, pretrained = (settings.get(name) for name in ("clip", "backbone", "pretrained"))
+    if clip == "embedded":
+        return "the small CLIP of cbsa_lightning", "MIT license, like the library."
+    if clip is not None:
+        if pretrained == "openai":
+            return f"{clip} of OpenAI", "MIT license. OpenAI's model card calls any deployed use out of scope."
+        return Path(str(clip)).name, UNKNOWN
+    if backbone is not None and pretrained == "timm":
+        license_name = timm.get_pretrained_cfg(backbone).license
+        return str(backbone), f"License: {license_name}." if license_name else UNKNOWN
+    return str(backbone or "as in the configuration of the run"), UNKNOWN
+
+
+def _runtime() -> str:
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:  # on the path, but not installed
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+
+
+def _quality(entry: Mapping[str, Any], name: str) -> str:
+    """Measured precision or recall of a class, or else the expected one with a mark, or nothing."""
+    measured, expected = entry.get(f"validation_{name}"), entry.get(f"expected_{name}")
+    return f"{measured:.2f}" if measured is not None else f"{expected:.2f} \\*" if expected is not None else ""
+
+
+def _last_map(file: Path) -> float | None:
+    if not file.is_file():
+        return None
+    with file.open(encoding="utf-8", newline="") as lines:
+        values = [float(row["val/mAP"]) for row in csv.DictReader(lines) if row.get("val/mAP")]
+    return values[-1] if values and math.isfinite(values[-1]) else None

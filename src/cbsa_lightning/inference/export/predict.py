@@ -1,0 +1,271 @@
+"""Labels images with the model in this folder. Needs Pillow, NumPy and ONNX Runtime, and no other package.
+
+    python predict.py PHOTO_OR_FOLDER ...        prints a CSV table: image, labels, and the probability of each class
+    python predict.py --check                    tests that the model gives the same scores as when it was exported
+
+From Python: ``Model("FOLDER")(["photo.jpg"])`` returns the probabilities and labels of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+BATCH = 32
+TOLERANCE = 1e-4  # of probabilities; float32 on another processor differs by about 1e-6
+Image.init()
+FORMATS = [*{"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}.intersection(Image.OPEN)]
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
+UPRIGHT |= {7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+class BundleError(Exception):
+    """A file of the bundle that is missing, damaged, or does not belong to the others."""
+
+
+class ImageError(Exception):
+    """An image that cannot be read."""
+
+
+class Model:
+    """The exported model.
+
+    Args:
+        folder: Folder of the bundle.
+        threads: Number of CPU threads; 0 lets ONNX Runtime choose.
+
+    Raises:
+        BundleError: A file is missing, damaged or changed.
+    """
+
+    def __init__(self, folder: str | Path = HERE, threads: int = 0) -> None:
+        self.folder = Path(folder)
+        verify(self.folder, ["model.onnx", "preprocess.json"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        file = self.folder / "model.onnx"
+        try:
+            self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a class for each of its status codes
+            reason = str(error).partition("\n")[0]
+            raise BundleError(
+                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load the model ({reason}). If it does not "
+                "support the opset, install the version that README.md names, or a later one."
+            ) from error
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        self.class_names: list[str] = json.loads(self.metadata["class_names"])
+        self.thresholds: list[float | None] = json.loads(self.metadata["thresholds"])
+        self.size = int(self.metadata["image_size"])
+        self._compare_labels()
+
+    def __call__(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities ``(n, C)`` float32 and labels ``(n, C)`` bool of files, Pillow images or RGB arrays.
+
+        Raises:
+            ImageError: An image cannot be read.
+        """
+        empty = np.zeros((0, len(self.class_names)), np.float32)
+        parts = [self.run([self.view(image) for image in images[i : i + BATCH]]) for i in range(0, len(images), BATCH)]
+        probabilities, labels = zip(*parts, strict=True) if parts else ([empty], [empty.astype(bool)])
+        return np.concatenate(probabilities), np.concatenate(labels)
+
+    def run(self, views: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities and labels of resized images, each ``(S, S, 3)`` uint8 RGB."""
+        batch = np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2))
+        probabilities, labels = self.session.run(["probabilities", "labels"], {"images": batch})
+        if not np.isfinite(probabilities).all():
+            raise BundleError(f"{self.folder / 'model.onnx'}: the scores are not finite.")
+        return probabilities, labels
+
+    def view(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """An image as the model needs it, ``(S, S, 3)`` uint8 RGB."""
+        if isinstance(image, Image.Image):
+            image = np.asarray(rgb(image))
+        return resize(image if isinstance(image, np.ndarray) else read(image), self.size)
+
+    def _compare_labels(self) -> None:
+        file = self.folder / "labels.json"
+        try:
+            classes = json.loads(file.read_text(encoding="utf-8"))["classes"]
+            found = [(entry["name"], entry["threshold"]) for entry in classes]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{file}: cannot be read ({error}). Export the model again.") from error
+        expected = list(zip(self.class_names, self.thresholds, strict=True))
+        if len(found) != len(expected):
+            raise BundleError(f"{file}: has {len(found)} classes; model.onnx has {len(expected)}.")
+        for (name, threshold), (own_name, own) in zip(found, expected, strict=True):
+            if (name, threshold) != (own_name, own):
+                raise BundleError(
+                    f"{file}: threshold {threshold} for class {name!r}; model.onnx has {own} for class {own_name!r}. "
+                    "Thresholds are part of the model: apply your own to the probabilities, or export it again."
+                )
+
+
+def verify(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Compares files with the checksums in SHA256SUMS; all that it lists by default.
+
+    Raises:
+        BundleError: A file is missing or was changed.
+    """
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        raise BundleError(f"{sums}: is missing. Copy the whole folder, or export the model again.")
+    lines = sums.read_text(encoding="utf-8").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in expected if names is None else names:
+        file = folder / name
+        if not file.is_file():
+            raise BundleError(f"{file}: is missing. Copy the whole folder, or export the model again.")
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != expected.get(name):
+            raise BundleError(f"{file}: is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy it again.")
+
+
+def read(source: str | Path | BinaryIO) -> np.ndarray:
+    """An image file, or an open binary file, as an upright RGB array ``(H, W, 3)`` uint8.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    try:
+        # Not by path: Pillow 13 then applies the orientation of some TIFF files wrongly.
+        file = BytesIO(Path(source).read_bytes()) if isinstance(source, (str, Path)) else source
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            return np.asarray(rgb(image))
+    except Exception as error:  # Pillow's plugins raise nearly anything for damaged files
+        raise ImageError(f"{source}: cannot be read as an image ({error}).") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation, converts to 8-bit RGB, and puts transparent parts on white."""
+    try:
+        turned = UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF data counts as none
+        turned = None
+    if turned is not None:
+        image = image.transpose(Image.Transpose[turned])
+    if image.mode.startswith("I"):  # 16-bit gray
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ImageError("its gray values do not fit 16 bits")
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes ``(H, W, 3)`` uint8 to ``(size, size, 3)``, ignoring the aspect ratio, as in training.
+
+    This is an antialiased bilinear filter with fixed-point weights. It gives exactly the values of
+    ``torch.nn.functional.interpolate(mode="bilinear", antialias=True)`` for uint8; Pillow's own differs by at most one.
+    """
+    columns = _resize_rows(image.transpose(1, 0, 2), size)  # first along the width
+    return _resize_rows(columns.transpose(1, 0, 2), size)
+
+
+def _resize_rows(image: np.ndarray, size: int) -> np.ndarray:
+    length = image.shape[0]
+    if length == size:
+        return image
+    scale = length / size
+    support = max(scale, 1.0)
+    centers = scale * (np.arange(size) + 0.5)
+    first = np.maximum((centers - support + 0.5).astype(int), 0)
+    end = np.minimum((centers + support + 0.5).astype(int), length)
+    places = first[:, None] + np.arange((end - first).max())  # (size, taps)
+    weights = np.maximum(1 - np.abs((places - centers[:, None] + 0.5) / support), 0) * (places < end[:, None])
+    weights /= weights.sum(1, keepdims=True)
+    bits = next(bits for bits in range(23) if bits == 22 or int(0.5 + weights.max() * 2 ** (bits + 1)) >= 2**15)
+    fixed = np.floor(weights * 2**bits + 0.5).astype(np.int32)
+    rows = np.ascontiguousarray(image).reshape(length, -1)
+    total = np.full((size, rows.shape[1]), 2 ** (bits - 1), np.int32)
+    for weight, place in zip(fixed.T, places.T, strict=True):
+        total += weight[:, None] * rows[np.minimum(place, length - 1)]
+    result: np.ndarray = np.minimum(total >> bits, 255).astype(np.uint8).reshape(size, *image.shape[1:])
+    return result
+
+
+def check(model: Model) -> float:
+    """Runs the model on the images in check.npz.
+
+    Returns:
+        The largest difference of a probability from that of the exported model.
+
+    Raises:
+        BundleError: A file was changed, or a resized image, a probability or a label differs.
+    """
+    verify(model.folder)
+    file = model.folder / "check.npz"
+    with np.load(file, allow_pickle=False) as data:
+        images = [data[f"image_{i}"] for i in range(len(data["probabilities"]))]
+        views, expected, given = data["views"], data["probabilities"], data["labels"]
+    if any(not np.array_equal(model.view(image), view) for image, view in zip(images, views, strict=True)):
+        raise BundleError(f"{file}: the images are resized differently here than at the export.")
+    probabilities, labels = model(images)
+    difference = float(np.abs(probabilities - expected).max())
+    if difference > TOLERANCE or not np.array_equal(labels, given):
+        raise BundleError(f"{file}: other scores than at the export: they differ by {difference:.1e}.")
+    return difference
+
+
+def files_of(places: Sequence[str]) -> Iterator[Path]:
+    """Image files, and those in and below folders, in order."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    for place in map(Path, places):
+        if place.is_dir():
+            yield from sorted(path for path in place.rglob("*") if path.suffix.lower() in suffixes)
+        else:
+            yield place
+
+
+def write_table(model: Model, files: Sequence[Path]) -> None:
+    """Prints a CSV table of predictions."""
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["image", "labels", *model.class_names])
+    for start in range(0, len(files), BATCH):
+        batch = files[start : start + BATCH]
+        for file, row, given in zip(batch, *model(batch), strict=True):
+            names = [name for name, has in zip(model.class_names, given, strict=True) if has]
+            table.writerow([file, ";".join(names) or "none", *(f"{value:.6g}" for value in row)])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Labels images with the model in this folder.")
+    parser.add_argument("images", nargs="*", help="image files, or folders of images")
+    parser.add_argument("--check", action="store_true", help="test the model on the images in check.npz")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: chosen by ONNX Runtime)")
+    args = parser.parse_args()
+    try:
+        model = Model(HERE, args.threads)
+        if args.check:
+            difference = check(model)
+            print(f"The check passed: the probabilities differ by at most {difference:.1e}, and no label differs.")
+        elif not (files := list(files_of(args.images))):
+            parser.error("no images; give image files or folders, or --check")
+        else:
+            write_table(model, files)
+    except (BundleError, ImageError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""`cbsa export`: every format gives the scores of the classifier, and a bundle that was changed is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_lightning import Classifier
+from cbsa_lightning.__main__ import main
+from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.plain_view import squash
+from cbsa_lightning.errors import CheckpointError, ConfigError
+from cbsa_lightning.inference.export import bundle, onnx_model
+from cbsa_lightning.inference.export.program_file import read_program
+from tiny_data import SIZE, Squares, tiny_module, tiny_trainer
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'cbsa-lightning[export]'")
+pytest.importorskip("onnxscript", reason="needs the extra: pip install 'cbsa-lightning[export]'")
+
+
+def checkpoint_of(clip, file, **settings):
+    """A checkpoint with random weights, their averages, and thresholds, one of which no score reaches."""
+    module = tiny_module(clip, **settings)
+    module.ema.start(module.network)
+    with torch.no_grad():
+        for parameter in module.network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    module.ema.update(module.network)
+    module.cut.copy_(torch.tensor([0.3, 0.5, float("inf"), 0.6, 0.4]))
+    trainer = tiny_trainer(file.parent)
+    trainer.strategy.connect(module.eval())
+    trainer.save_checkpoint(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, clip_folder):
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint_of(clip_folder, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    words = ["export", str(run), "--to", str(folder), "--extra", "attention,context", "--image_size", str(SIZE)]
+    assert main(words) == folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(run):
+    return Classifier.load(run / "checkpoints" / "last.ckpt", image_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def predict(exported):
+    """The script of the bundle as a module."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("predict", exported / "predict.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(folder, *words):
+    return subprocess.run([sys.executable, folder / "predict.py", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_both_graphs_take_any_batch(exported, classifier, number):
+    images = torch.randint(0, 256, (number, 3, SIZE, SIZE), dtype=torch.uint8)
+    expected = classifier.scores(images)
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    names = ["logits", "probabilities", "labels", "attention", "context"]
+    assert [output.name for output in session.get_outputs()] == names
+    results = dict(zip(names, session.run(names, {"images": images.numpy()}), strict=True))
+    np.testing.assert_allclose(results["probabilities"], expected, atol=1e-6)
+    np.testing.assert_array_equal(results["labels"], expected >= classifier.thresholds)
+    np.testing.assert_allclose(results["attention"], classifier.attention(images), atol=1e-5)
+    np.testing.assert_allclose(results["context"].sum(1), 1, atol=1e-6)
+    module, metadata = read_program(exported / "model.pt2")
+    torch.testing.assert_close(module(images)[1], expected, atol=1e-6, rtol=0)
+    assert metadata == session.get_modelmeta().custom_metadata_map
+
+
+def test_the_file_says_what_it_needs(exported, classifier):
+    metadata = onnxruntime.InferenceSession(exported / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(classifier.class_names)
+    assert json.loads(metadata["thresholds"])[1:3] == [0.5, None]  # JSON has no infinity
+    assert metadata["image_size"] == str(SIZE)
+    assert len(metadata["frozen_fingerprint"]) == 64
+    entries = json.loads((exported / "labels.json").read_text())["classes"]
+    assert entries[2] == {"name": "blue", "prompt": "blue", "threshold": None}
+    assert json.loads((exported / "preprocess.json").read_text())["size"] == [SIZE, SIZE]
+    assert "| blue | never predicted |  |  |" in (exported / "README.md").read_text()
+    assert not any(path.name.startswith(".") for path in exported.parent.iterdir())
+
+
+def test_the_classifier_loads_the_folder(exported, classifier):
+    images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
+    loaded = Classifier.load(exported)
+    assert torch.equal(loaded.scores(images), classifier.scores(images))
+    assert torch.equal(loaded.thresholds, classifier.thresholds)
+    assert loaded.class_names == classifier.class_names
+
+
+def test_the_script_gives_the_labels_of_the_classifier(exported, classifier, squares_folder):
+    Squares(squares_folder)
+    files = sorted(squares_folder.rglob("*.png"))[:5]
+    result = script(exported, *map(str, files))
+    assert result.returncode == 0, result.stderr
+    header, *rows = [line.split(",") for line in result.stdout.splitlines()]
+    assert header == ["image", "labels", *classifier.class_names]
+    predictions = classifier(files)
+    assert [row[0] for row in rows] == [str(file) for file in files]
+    assert [row[1] for row in rows] == [";".join(p.labels) or "none" for p in predictions]
+    np.testing.assert_allclose([float(value) for value in rows[0][2:]], list(predictions[0].scores.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (31, 200), (300, 64), (517, 389), (5, 1), (1000, 90)])
+def test_the_script_resizes_exactly_as_the_library(predict, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(predict.resize(image, SIZE), squash(image, SIZE))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1"])
+def test_the_script_reads_images_as_the_library(predict, tmp_path, mode):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values[..., 0].astype(np.uint16) * 200)
+    else:
+        image = Image.fromarray(values if mode in ("RGBA", "LA") else values[..., :3]).convert(mode)
+    file = tmp_path / f"image.{'tiff' if mode == 'CMYK' else 'png'}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(file, exif=exif)
+    np.testing.assert_array_equal(predict.read(file), decode(file))
+
+
+def copied(folder, place):
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "preprocess.json", "check.npz", "labels.json"])
+def test_a_damaged_file_is_refused_by_name(exported, tmp_path, name):
+    folder = copied(exported, tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    result = script(folder, "--check")
+    assert result.returncode == 1
+    assert result.stderr.startswith("BundleError")
+    assert name in result.stderr
+    (folder / name).unlink()
+    assert name in script(folder, "--check").stderr
+
+
+def test_other_thresholds_are_refused(exported, tmp_path):
+    folder = copied(exported, tmp_path / "copy")
+    content = json.loads((folder / "labels.json").read_text())
+    content["classes"][1]["threshold"] = 0.25
+    (folder / "labels.json").write_text(json.dumps(content))
+    message = script(folder, str(folder)).stderr
+    assert "threshold 0.25 for class 'green'; model.onnx has 0.5" in message
+
+
+def test_an_opset_that_the_runtime_lacks_is_refused(exported, tmp_path, predict, monkeypatch):
+    import onnx
+
+    folder = copied(exported, tmp_path / "copy")
+    model = onnx.load(folder / "model.onnx")
+    model.opset_import[0].version = 99
+    onnx.save(model, folder / "model.onnx")
+    monkeypatch.setattr(predict, "verify", lambda *_: None)
+    with pytest.raises(predict.BundleError, match=r"model\.onnx: ONNX Runtime .* cannot load the model .*opset"):
+        predict.Model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_the_classifier_refuses_damaged_files_by_name(exported, tmp_path, name):
+    folder = copied(exported, tmp_path / "copy")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
+        Classifier.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+        Classifier.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": ["onnx", "coreml"]}, "Unknown format: coreml"),
+        ({"formats": []}, "No format"),
+        ({"extra": ["heat"]}, "Unknown extra output: heat"),
+    ],
+)
+def test_unknown_names_are_refused(run, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        bundle.export(run / "checkpoints" / "last.ckpt", tmp_path / "model", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_content_is_refused(run, exported):
+    with pytest.raises(ConfigError, match="exists already"):
+        bundle.export(run / "checkpoints" / "last.ckpt", exported)
+
+
+def test_a_failed_test_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "TOLERANCE", -1.0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors failed its test"):
+        bundle.export(run / "checkpoints" / "last.ckpt", tmp_path / "model", ["safetensors"], image_size=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "package_that_is_not_there"))
+    with pytest.raises(ConfigError, match=r"needs package_that_is_not_there: pip install 'cbsa-lightning\[export\]'"):
+        bundle.export(run / "checkpoints" / "last.ckpt", tmp_path / "model")
+
+
+def test_outputs_that_a_network_lacks_are_refused(clip_folder, tmp_path):
+    file = checkpoint_of(clip_folder, tmp_path / "a.ckpt", num_contexts=0, semantic_alignment=False)
+    for name, message in (("context", "no context head"), ("attention", "no attention maps")):
+        with pytest.raises(ConfigError, match=message):
+            bundle.export(file, tmp_path / "model", ["pt2"], [name], image_size=SIZE)
+
+
+def test_the_server_of_the_documentation_answers(exported, classifier, squares_folder, tmp_path):
+    Squares(squares_folder)
+    photo = next(squares_folder.rglob("*.png"))
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (tmp_path / "serve.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    command = [sys.executable, tmp_path / "serve.py", exported, "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().strip()
+            with urllib.request.urlopen(address, photo.read_bytes(), timeout=60) as reply:
+                answer = json.load(reply)
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                urllib.request.urlopen(address, b"no image", timeout=60)
+        finally:
+            server.kill()
+    prediction = classifier([photo])[0]
+    assert tuple(answer["labels"]) == prediction.labels
+    assert answer["probabilities"] == pytest.approx(prediction.scores, abs=1e-5)
