@@ -11,7 +11,7 @@ import torch
 
 from cbsa_lightning import SSMLLModule
 from cbsa_lightning.data.annotations import AnnotationTable
-from cbsa_lightning.data.splits import known_mask
+from cbsa_lightning.data.label_masks import known_mask
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.losses import MeanBinaryCrossEntropy
 from cbsa_lightning.networks.dsrb import DSRB

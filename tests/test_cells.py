@@ -107,7 +107,7 @@ def test_bad_overlays_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="and data"):
         cell(CBSA, extra=[write_overlay(tmp_path / "data.yaml", data=None)])
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"broken\.yaml is no YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         cell(CBSA, extra=[tmp_path / "broken.yaml"])
     with pytest.raises(ConfigError, match=r"cbsa\+cbsa_safe"):  # an overlay that goes over a method, alone
         cell(Row("cbsa_safe", ("cbsa_safe",)))

@@ -218,7 +218,7 @@ def test_a_resumed_run_takes_the_optimizers_new_settings(tmp_path, clip_folder, 
         rates.append(seen["lr"])
         assert all(map(torch.equal, seen["moments"], moments))
     assert rates[1] == pytest.approx([5 * rate for rate in rates[0]])
-    with pytest.raises(CheckpointError, match="optimizer AdamW, and this module has SGD"):
+    with pytest.raises(CheckpointError, match="optimizer AdamW, but this run uses SGD"):
         tiny_fit(tmp_path, clip_folder, squares, optimizer=lambda g: torch.optim.SGD(g, lr=0.1), **resume)
 
 

@@ -280,7 +280,7 @@ def test_gain_check_before_a_fit(
     cli = fit(files(*order), tmp_path, clip_folder, root, *check)
     assert isinstance(cli.model.labeler, StackedProbes)
     out = capsys.readouterr().out
-    assert "90% of the draws of these images give" in out
+    assert "90% bootstrap interval:" in out
     assert "did not use them" not in out
     folder = Path(cli.trainer.log_dir)
     rows = (folder / "gain.csv").read_text().splitlines()

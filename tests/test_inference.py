@@ -246,7 +246,7 @@ def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
     [
         ([np.zeros((8, 8, 3))], r"image 0: an array of float64 .* no known range"),
         ([np.zeros((3, 8, 9), np.uint8)], "channels first"),
-        ([np.zeros((8, 9, 7), np.uint8)], "is no image"),
+        ([np.zeros((8, 9, 7), np.uint8)], "is not an image"),
         ([torch.zeros(3, 8, 8)], r"image 0: a tensor must be \(3, H, W\) uint8"),
         ([7], "a int is not an image"),
         (np.zeros((8, 8, 3), np.uint8), "even for a single one"),

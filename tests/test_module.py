@@ -88,7 +88,7 @@ def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
     table = torch.full((9, 5), -1, dtype=torch.int8)
     table[2] = torch.tensor([1, 0, -1, 0, 0])
     table[6] = torch.tensor([0, 0, 0, 1, 1])
-    table[4] = 1  # a labeled image: its own labels count, not what the table says
+    table[4] = torch.tensor([0, 1, 1, 0, 1])  # a labeled image: only its unknown label is replaced
     contexts = torch.zeros(9, 3)
     contexts[4, 1] = contexts[2, 0] = 1.0
     contexts[0] = torch.tensor([0.5, 0.0, 0.5])
@@ -97,10 +97,11 @@ def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
     loss = module.training_step(TrainBatch(images, labels, rows, labeled), 0)
     with torch.no_grad():
         output = module.network(module.network.features(images))
-    targets = [labels[0].tolist(), labels[1].tolist(), table[2].tolist(), [-1] * 5, table[6].tolist()]
+    targets = [[1, 0, 0, 1, 1], labels[1].tolist(), table[2].tolist(), [-1] * 5, table[6].tolist()]
     each = asymmetric(output.logits.double().numpy(), np.array(targets), 0.0, 4.0, 0.05)[0]
     aux = cross_entropy(output.context_logits.double().numpy(), contexts[rows].double().numpy())
-    sup, unsup = each[:2].sum() / 5, each[2:].sum() / 5
+    sup = (each[:2].sum() - each[0, 4]) / 5
+    unsup = (each[2:].sum() + each[0, 4]) / 5
     assert min(sup, unsup, aux[0], aux[1], aux[2]) > 0
     assert aux[3] == aux[4] == 0
     expected = {"loss_sup": sup, "loss_unsup": unsup, "loss_aux": aux.sum() / 5}
@@ -378,5 +379,5 @@ def test_text_is_encoded_anew_after_a_pass(tmp_path, clip_folder, squares):
 
 
 def test_more_contexts_than_classes(clip_folder):
-    with pytest.raises(ConfigError, match="6 contexts cannot be made of 5 classes"):
+    with pytest.raises(ConfigError, match="6 contexts cannot be formed from 5 classes"):
         tiny_module(clip_folder, num_contexts=6)

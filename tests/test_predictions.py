@@ -276,7 +276,7 @@ def test_a_named_file_of_another_kind_says_what_to_do(tmp_path, name, content, k
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     folder = photos(tmp_path / "photos")
-    with pytest.raises(DataError, match="no image in it or below, it is empty"):
+    with pytest.raises(DataError, match="no image in it or its subfolders, it is empty"):
         read_images(folder, NAMES)
     (folder / "a.heic").touch()
     with pytest.raises(DataError, match=r"found only 1 \.heic"):

@@ -389,7 +389,7 @@ def words_of(*words):
 def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words_of("fit", "--config", "x") == (["fit", "--config", "x"], None, None)
-    with pytest.raises(ConfigError, match="runs holds no run"):
+    with pytest.raises(ConfigError, match="runs has no run"):
         words_of("fit", "--resume")
     make_run(Path("runs/cbsa/version_0"), checkpoint)
     make_run(Path("runs/cbsa/version_1"), checkpoint)
@@ -439,7 +439,7 @@ def test_a_run_is_resumed_from_its_own_checkpoints_wherever_they_are(tmp_path, c
         (tmp_path / "a" / "config.yaml").write_text(json.dumps(config))
         assert words_of("fit", "--resume=a").words[-1] == "--ckpt_path=shared/a.ckpt"
     (shared / "a.ckpt").unlink()
-    with pytest.raises(ConfigError, match=r"a has no checkpoint to go on from: .*b\.ckpt .* belong to another run"):
+    with pytest.raises(ConfigError, match=r"a has no checkpoint to resume from: .*b\.ckpt .* belong to another run"):
         words_of("fit", "--resume=a")
 
 
@@ -449,7 +449,7 @@ def test_a_run_without_a_checkpoint_begins_anew_only_where_nothing_is_lost(tmp_p
     file = run / "checkpoints" / "last.ckpt"
     weights = torch.load(file, weights_only=True)
     torch.save({key: value for key, value in weights.items() if key != "optimizer_states"}, file)
-    with pytest.raises(ConfigError, match=r"run has no checkpoint to go on from: checkpoints/last.ckpt hold weights"):
+    with pytest.raises(ConfigError, match=r"run has no checkpoint to resume from: checkpoints/last.ckpt have weights"):
         words_of("fit", f"--resume={run}")
     file.unlink()
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n")
@@ -507,5 +507,5 @@ def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(ConfigError, match=message):
             cli.main(["fit", "--config", str(tmp_path / name)])
-    with pytest.raises(ConfigError, match=r"d\.yaml: there is no such"):
+    with pytest.raises(ConfigError, match=r"d\.yaml: configuration file not found"):
         cli.main(["fit", f"--config={tmp_path / 'd.yaml'}"])

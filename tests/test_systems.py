@@ -108,7 +108,7 @@ def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
     for cell in cells:
         recipe, first = cell.recipe, cells[0].recipe
         assert {k: v for k, v in recipe.items() if k != "model"} == {k: v for k, v in first.items() if k != "model"}
-        own = {"network", "labeler", "num_contexts", "semantic_alignment", "clip", "pretrained"}
+        own = {"network", "labeler", "num_contexts", "semantic_alignment", "train_pool", "clip", "pretrained"}
         arguments = recipe["model"]["init_args"]
         assert set(arguments) - own == {"warmup_epochs"}
         assert arguments["warmup_epochs"] == 8

@@ -482,9 +482,10 @@ def test_cost_of_two_systems(recipes: dict[str, dict[str, Any]], tmp_path: Path)
     assert list(found) == ["Ours"]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipes["DualCoOp"]))
-    for ms, gb in (found["Ours"], measure(file, 1)):
-        assert 0.1 < ms < 10_000
-        assert 1e-6 < gb < 1
+    here = measure(file, 1)  # in a process that has had a higher peak of memory, 0 GB
+    assert 0.1 < found["Ours"].ms < 10_000
+    assert 1e-6 < found["Ours"].gb < 1
+    assert 0.1 < here.ms < 10_000
 
 
 def test_rounds_in_turn_and_the_least_of_each(

@@ -290,7 +290,7 @@ def test_a_resumed_run_goes_on_from_its_own_weights_and_still_reports(tmp_path, 
 
 def test_it_does_not_go_with_resume_or_compare(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
-    with pytest.raises(ConfigError, match="give only one of them"):
+    with pytest.raises(ConfigError, match="use only one of them"):
         main(["fit", "--resume", str(earlier), "--init_from", str(earlier)])
     with pytest.raises(ConfigError, match="--compare false"):
         fit(tmp_path / "new", config, "--init_from", str(earlier), "--compare", "true")
@@ -397,9 +397,9 @@ def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
     before, after = np.array([0.5, 0.5, np.nan, 0.9]), np.array([0.75, 0.4, np.nan, 0.9])
     changes = Changes(["a", "b", "c", "d"], before, after, np.array([9, 4, 1, 5]), None, 30, 2)
     assert changes.sentences() == [
-        "Measured on 30 validation images that neither run has trained on (2 are left out, since the earlier run has "
+        "Measured on 30 validation images that neither run has trained on (2 are skipped, since the earlier run has "
         "trained on their labels).",
-        "mAP 63.3 before, 68.3 after, over the 3 of 4 classes with 3 or more positives among them.",
+        "mAP 63.3 before, 68.3 after, over the 3 of 4 classes with at least 3 positives.",
         "Gained most, in points of AP: a +25.0 (9 positives).",
         "Lost most, in points of AP: b -10.0 (4 positives).",
     ]
@@ -408,4 +408,4 @@ def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
 def test_without_positives_nothing_is_measured():
     nothing = np.full(1, np.nan)
     told = Changes(["a"], nothing, nothing, np.zeros(1, int), np.zeros((1, 4), int), 30, 0).sentences()
-    assert told[1] == "mAP is not measured: no class of both runs has 3 positives among them."
+    assert told[1] == "mAP is not measured: no class of both runs has 3 positives."
