@@ -89,7 +89,7 @@ def test_the_decoder_is_trained(run: Any) -> None:
 
 def test_a_checkpoint_names_the_decoder_and_chooses_no_code(run: Any, clip_folder: Path) -> None:
     file = run.trainer.checkpoint_callback.last_model_path
-    with pytest.raises(CheckpointError, match=r"has its own decoder.*MeanToken.*network=\.\.\."):
+    with pytest.raises(CheckpointError, match=r"uses a custom decoder.*MeanToken.*network=\.\.\."):
         Classifier.load(file)
 
     def network(names: Any) -> CBSANetwork:

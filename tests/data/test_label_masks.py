@@ -95,7 +95,7 @@ def test_masks_of_other_tables_are_refused(tmp_path):
         ({"known": 5}, "cannot be read"),
         ({"shape": [7, 300]}, "does not hold"),
         ({"digest": "0" * 64}, "was changed after it was written"),
-        ({"format": "another"}, "is no label mask"),
+        ({"format": "another"}, "is not a valid label mask"),
     ],
 )
 def test_files_that_are_refused(tmp_path, change, words):
@@ -108,7 +108,7 @@ def test_files_that_are_refused(tmp_path, change, words):
 
 
 def test_no_file_and_no_json(tmp_path):
-    with pytest.raises(DataError, match="there is no label mask here"):
+    with pytest.raises(DataError, match="label mask not found"):
         LabelMask.load(tmp_path / "none.json", random_table())
     (tmp_path / "mask.json").write_text("[1")
     with pytest.raises(DataError, match="cannot be read as a label mask"):

@@ -1,4 +1,4 @@
-"""Training images with unknown labels: the unlabeled ones, and those of which only some labels are known."""
+"""Training images with unknown labels: unlabeled and partly labeled images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class IncompleteImages:
-    """Training images with at least one unknown label: those that pseudo-labels are made for.
+    """Training images with at least one unknown label, which receive pseudo-labels.
 
     Attributes:
-        unlabeled: ``(u,)`` rows of the train table of which training knows no label.
+        unlabeled: ``(u,)`` rows of the training table without any known label.
         partly: ``(p,)`` rows of labeled images with unknown entries.
-        known: ``(p, C)`` labels of the latter in {1, 0, -1 unknown}.
+        known: ``(p, C)`` labels of the partly labeled images in {1, 0, -1 unknown}.
     """
 
     unlabeled: Rows
@@ -31,20 +31,20 @@ class IncompleteImages:
 
     @classmethod
     def of(cls, data: SemiSupervisedData) -> IncompleteImages:
-        """Those of a data module."""
+        """Collects the incomplete images of a data module."""
         labels = data.labeled_targets()
         partly = (labels == UNKNOWN).any(1)
         return cls(data.split.unlabeled, data.split.labeled[partly.numpy()], labels[partly])
 
     @property
     def rows(self) -> Rows:
-        """All rows ``(u + p,)``, the unlabeled images first."""
+        """All rows ``(u + p,)``, unlabeled images first."""
         return np.concatenate([self.unlabeled, self.partly]) if len(self.partly) else self.unlabeled
 
     def completed(self, scores: Tensor) -> Tensor:
-        """Scores with 1 and 0 in the place of known labels.
+        """Returns the scores with 1 and 0 for known labels.
 
-        A labeler that takes a share of the highest scores then counts the known positives among them.
+        A labeler that selects a fraction of the highest scores therefore includes the known positives in it.
 
         Args:
             scores: ``(u + p, C)`` probabilities, in the order of :attr:`rows`.
@@ -56,7 +56,7 @@ class IncompleteImages:
         return torch.cat([scores[:u], tail])
 
     def without_known(self, labels: Tensor) -> Tensor:
-        """Labels ``(u + p, C)`` in the order of :attr:`rows`, -1 where the label is known."""
+        """Returns labels ``(u + p, C)`` in the order of :attr:`rows`, -1 for known labels."""
         if not len(self.partly):
             return labels
         u, known = len(self.unlabeled), self.known.to(labels.device)

@@ -1,4 +1,4 @@
-"""Partial labels: which entries of a label matrix are known, drawn by (fraction, seed) and kept as a file."""
+"""Partial labels: masks of known labels, drawn from a fraction and a seed, and stored in a file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.reading import brief, read_text
 
 _FORMAT = "cbsa_lightning label mask 1"
-_ROWS = 1 << 14  # of random numbers at a time
+_ROWS = 1 << 14  # rows drawn at a time
 
 
 def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
-    """Which labels stay known in the partial-label setting.
+    """Draws the labels that remain known in the partial-label setting.
 
-    One uniform number for each (image, class), seeded, kept where it is below ``share``: positives and
-    negatives go alike, and the mask of a smaller share lies inside that of a larger one. The numbers are those of
-    ``np.random.random((n, C))`` after ``np.random.seed(seed)``: seed 0 gives the masks of SST, SARB, HST and DSRB for
-    the same order of images and classes. DualCoOp draws masks of the same distribution without a seed.
+    A label is known if a uniform random number for its image and class is below ``share``. Positives and negatives are
+    therefore hidden at the same rate, and the mask of a smaller share is a subset of that of a larger one. The numbers
+    are those of ``np.random.random((n, C))`` after ``np.random.seed(seed)``: with seed 0, the masks are those of SST,
+    SARB, HST and DSRB for the same order of images and classes. DualCoOp draws masks from the same distribution without
+    a seed.
 
     Args:
         num_images: n.
@@ -41,7 +42,7 @@ def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> ND
         (n, C) bool, True where the label is known.
 
     Raises:
-        ConfigError: The share is not between 0 and 1.
+        ConfigError: If the share is not between 0 and 1.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share of known labels {share} is not between 0 and 1; 0.1 means 10 %")
@@ -57,10 +58,10 @@ class LabelMask:
     """Known entries of the labels of one annotation table.
 
     Attributes:
-        known: (n, C) bool, False where training may not see the label.
+        known: (n, C) bool, False for labels that are hidden from training.
         table_digest: ``AnnotationTable.digest()`` of the table before the mask.
-        fraction: Share that was asked for; None for a mask that was made otherwise.
-        seed: What it was drawn with, or None.
+        fraction: Requested fraction of known labels, or None if the mask was not drawn at random.
+        seed: Random seed, or None.
     """
 
     known: NDArray[np.bool_]
@@ -75,10 +76,10 @@ class LabelMask:
 
     @classmethod
     def of(cls, table: AnnotationTable, known: NDArray[np.bool_]) -> LabelMask:
-        """A mask of one's own, (n, C) bool.
+        """Creates a mask from a boolean array of shape (n, C).
 
         Raises:
-            DataError: Its shape or type does not fit the table.
+            DataError: If its shape or type does not fit the table.
         """
         if known.shape != table.labels.shape or known.dtype != np.bool_:
             raise DataError(
@@ -87,21 +88,21 @@ class LabelMask:
         return cls(known, table.digest())
 
     def __call__(self, table: AnnotationTable) -> AnnotationTable:
-        """The table with the other labels unknown."""
+        """Returns the table with all other labels set to unknown."""
         return dataclasses.replace(table, labels=np.where(self.known, table.labels, np.int8(UNKNOWN)))
 
     @property
     def digest(self) -> str:
-        """Sha256 over shape and entries: two runs with equal digests know the same entries."""
+        """SHA-256 of shape and entries; masks with equal digests have the same known entries."""
         sha = hashlib.sha256(f"{self.known.shape}\n".encode())
         sha.update(np.packbits(self.known).tobytes())
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes the mask as JSON, an entry a bit.
+        """Writes the mask as JSON, using one bit per entry.
 
         Raises:
-            OutputError: The file cannot be written; one that was there still is.
+            OutputError: If the file cannot be written. An existing file is left unchanged.
         """
         record = {
             "format": _FORMAT,
@@ -120,7 +121,7 @@ class LabelMask:
         """Reads a mask that :meth:`save` wrote.
 
         Raises:
-            DataError: The file is missing, is no mask, was changed by hand, or belongs to another table.
+            DataError: If the file is missing, is not a label mask, was modified, or belongs to another table.
         """
         record = _read(Path(path))
         if record["table_digest"] != (digest := table.digest()):
@@ -146,14 +147,14 @@ class LabelMask:
 
 
 def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | None, seed: int) -> LabelMask | None:
-    """The mask of a run from its settings; None where they ask for none.
+    """Returns the label mask for the given settings, or None if no mask is configured.
 
     Raises:
-        DataError: The file is of another table.
-        ConfigError: Both are given, or the fraction leaves no label.
+        DataError: If the file belongs to another table.
+        ConfigError: If both are given, or the fraction leaves no known label.
     """
     if file is not None and fraction is not None:
-        raise ConfigError("known_file and known_fraction both say which labels are known: give one of them.")
+        raise ConfigError("known_file and known_fraction both specify the known labels: use only one of them.")
     if file is not None:
         return LabelMask.load(file, table)
     if fraction is None:
@@ -169,16 +170,16 @@ def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | Non
 def with_known_labels(
     table: AnnotationTable, mask: LabelMask | None, unknown_as_absent: bool = False
 ) -> tuple[AnnotationTable, str]:
-    """The table as training may see it, and what to tell about it.
+    """Returns the table with the labels available to training, and a message for the user.
 
-    Unknown labels of labeled images are taken as absent in a class of which positives are known but no negative. All
-    that is known of such a class is positive, so its rate would be 1 and every image a pseudo-positive. With single
-    positive labels all classes are like that.
+    If a class has known positives but no known negatives, its unknown labels in labeled images are treated as negative.
+    Otherwise its positive rate would be 1, and every image would become a pseudo-positive. With single positive labels,
+    this applies to all classes.
 
     Args:
-        table: All that the annotations say.
-        mask: Hides labels.
-        unknown_as_absent: Whether unknown labels of labeled images are taken as absent in all classes.
+        table: The table with all annotated labels.
+        mask: Mask of known labels; None keeps all labels.
+        unknown_as_absent: Whether to treat unknown labels of labeled images as negative for all classes.
     """
     table = table if mask is None else mask(table)
     labels = table.labels
@@ -193,8 +194,8 @@ def with_known_labels(
         names = [name for name, some in zip(table.class_names, changed.any(axis=0), strict=True) if some]
         told = (
             f"{len(names)} of {table.num_classes} classes have known positives but no known negative: {listed(names)}. "
-            "Labeled images of which such a class is unknown count as without it. Mark some images as without the "
-            "class, so that its share can be told (docs/data.md)."
+            "In labeled images, unknown labels of these classes are treated as negative. Label some images as negative "
+            "for each class so that its frequency can be estimated (docs/data.md)."
         )
     return dataclasses.replace(table, labels=np.where(changed, np.int8(NEGATIVE), labels)), told
 
@@ -203,12 +204,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(read_text(path))
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no label mask here; correct the path or draw one") from None
+        raise DataError(f"{path}: label mask not found; correct the path or draw a new mask") from None
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
     needed = ("table_digest", "digest", "fraction", "seed", "shape", "known")
     if not isinstance(record, dict) or record.get("format") != _FORMAT or any(key not in record for key in needed):
-        raise DataError(f"{path}: is no label mask; draw it again")
+        raise DataError(f"{path}: is not a valid label mask; draw a new one")
     return record

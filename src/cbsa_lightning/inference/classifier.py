@@ -103,8 +103,8 @@ class Classifier:
         """Loads a checkpoint and rebuilds its network with averaged weights.
 
         Checkpoints of :class:`~cbsa_lightning.training.cbsa.CBSAModule`, and of any network of this library trained by
-        `cbsa fit`, describe their network. For other checkpoints, pass ``network``. If the average has not started, in
-        the warm-up, the raw weights are used, as in the module.
+        `cbsa fit`, describe their network. For other checkpoints, pass ``network``. During
+        the warm-up, before averaging starts, the raw weights are used, as in the module.
 
         Args:
             path: The checkpoint, or a folder written by `cbsa export` with safetensors. Reading it does not run code
@@ -317,7 +317,7 @@ def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Call
     for name, default in SETTINGS.items():
         if name == "decoder" and stored[name] is not None:
             raise CheckpointError(
-                f"{source} has its own decoder, {stored[name]!s:.200}. Say how the network is made: "
+                f"{source} uses a custom decoder, {stored[name]!s:.200}. Specify how to build the network: "
                 "Classifier.load(path, network=...)."
             )
         if type(default) is int and type(stored[name]) is not int:

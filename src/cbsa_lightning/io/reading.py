@@ -80,8 +80,8 @@ def refuse_larger_than_memory(path: Path, size: int) -> None:
     memory = memory_of_machine()
     if 2 * size > memory:
         raise DataError(
-            f"{path}: has {size / 1e9:,.1f} GB, and reading it needs twice as much; this machine has "
-            f"{memory / 1e9:,.1f} GB of memory: remove what is not needed (outlines, captions)"
+            f"{path}: the file has {size / 1e9:,.1f} GB and reading it needs twice as much memory, but this machine "
+            f"has {memory / 1e9:,.1f} GB; remove fields that are not needed (outlines, captions)"
         )
 
 

@@ -53,8 +53,8 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     """Computes pseudo-labels from class thresholds (Eq. 6).
 
     A score at or above ``tau_pos`` is positive. Otherwise, a score at or below ``tau_neg`` is negative. All other
-    entries are ignored. Images with equal scores are therefore labeled alike, so that ties can exceed the count behind
-    a threshold. A NaN threshold labels nothing.
+    entries are ignored. Images with equal scores get the same label, so ties can exceed the count behind a threshold.
+    A NaN threshold labels nothing.
 
     Args:
         scores: ``(n, C)``.
@@ -86,7 +86,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 class Labeler(ABC):
     """Computes pseudo-labels from the scores of images in each epoch; chosen in the configuration.
 
-    The images are the unlabeled and the partly labeled ones, whose known labels come as scores of 1 and 0.
+    The scores cover unlabeled and partly labeled images; known labels are passed as scores of 1 and 0.
     """
 
     @abstractmethod
@@ -118,8 +118,8 @@ class Evidence(NamedTuple):
 class EvidenceLabeler(ABC):
     """Labels the unlabeled images once, before training, from frozen features and the labeled images.
 
-    Unknown entries of partly labeled images are ignored, unless it is a
-    :class:`~cbsa_lightning.method.stacking.StackLabeler`, whose left-out probabilities they get.
+    Unknown entries of partly labeled images are ignored, except by a
+    :class:`~cbsa_lightning.method.stacking.StackLabeler`, which labels them with its out-of-fold probabilities.
     """
 
     @abstractmethod

@@ -1,6 +1,6 @@
-"""SSGRL: features decoupled by class names, passed along a graph of co-occurrence (Chen et al., ICCV 2019).
+"""SSGRL: features decoupled by class names, propagated over a co-occurrence graph (Chen et al., ICCV 2019).
 
-The four systems of the same group for partial labels (SST, SARB, HST, DSRB) add terms to the loss of this network.
+Four systems for partial labels by the same group (SST, SARB, HST, DSRB) add terms to the loss of this network.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class SSGRL(Network):
     """Semantic decoupling, a gated graph network, and a linear classifier for each class.
 
     Source: repository HCPLab-SYSU/SSGRL. Differences: the graph is computed from the known positives of the run, not
-    read from a file, and unknown labels have no loss (``MeanBinaryCrossEntropy``), as in the comparisons for
-    partial labels.
+    read from a file, and unknown labels do not contribute to the loss (``MeanBinaryCrossEntropy``), as in the
+    comparisons for partial labels.
 
     Args:
         class_names: The C class names, for word vectors.
-        backbone: Name of a ResNet of timm, with the tag of its weights; its last stage is trained.
+        backbone: A ResNet of timm, including its weight tag; its last stage is trained.
         pretrained: "timm" for the weights of the tag, a file of weights, or "random".
         words: Creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
         dim: Channels of the map after a 1 x 1 convolution with batch norm; None leaves the map unchanged.

@@ -21,7 +21,7 @@ SMALLEST = 32
 
 _THREADS = 8  # files read at once
 _CHUNK = 4096
-_REASONS = 1000  # maximum number kept as text; more failing files have a common cause
+_REASONS = 1000  # maximum number of stored messages; beyond this, the files usually fail for the same reason
 _DIGEST = 16  # bytes
 _JPEG = "jpg jpeg jpe jfif mpo"
 _SUFFIXES = {
@@ -72,12 +72,12 @@ class Survey:
 
 
 def survey(table: AnnotationTable) -> Survey:
-    """Reads every image file of a table once: a hash of its content, its header, and whether its end is present.
+    """Reads every image file of a table once to hash its content, parse its header and check that it is not truncated.
 
     Damage within a file that has a correct header and end is not detected.
 
     Args:
-        table: The images; a million of them need about thirty bytes each.
+        table: The images. The result needs about 30 bytes per image.
     """
     n = len(table)
     flags = np.zeros((4, n), dtype=bool)
@@ -130,7 +130,7 @@ def _examine(file: Path) -> tuple[bytes, Header | str]:
         with open_regular(file) as stream:
             content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_DIGEST)).digest()
             header = read_header(stream, file)
-    except Exception:  # noqa: S110 - of any kind, as in decode, which says it in a sentence
+    except Exception:  # noqa: S110 - any exception can occur here; decode() below reports it as a DataError
         pass
     if header is None or not header.whole:
         try:

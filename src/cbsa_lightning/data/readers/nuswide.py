@@ -26,7 +26,7 @@ _NAMES = """
     window zebra
 """
 NUSWIDE_CLASSES = tuple(_NAMES.split())  # the order of Concepts81.txt: alphabetical
-_REMEDY = "get the NUS-WIDE image lists and ground truth from its pages and unpack them there"
+_REMEDY = "download the image lists and ground truth from the NUS-WIDE website and unpack them into this folder"
 _OFFICIAL = "ImageList/{part}Imagelist.txt"
 _CONCEPT = "TrainTestLabels/Labels_{concept}_{part}.txt"
 
@@ -195,16 +195,16 @@ def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.in
 def _load_array(file: Path) -> NDArray[Any]:
     try:
         with open_regular(file) as stream:
-            array: Any = np.lib.format.read_array(stream, allow_pickle=False)  # a pickle could run any program
+            array: Any = np.lib.format.read_array(stream, allow_pickle=False)  # a pickle can execute arbitrary code
     except FileNotFoundError:
         raise DataError(f"{file} is missing; {_REMEDY}, or set the file names to what you have") from None
     except DataError:
         raise
-    # numpy parses the header as Python source, so damage can raise nearly anything: SyntaxError, TokenError, ...
+    # numpy parses the header as Python source, so a damaged file can raise almost any exception, such as SyntaxError.
     except Exception as error:
         raise DataError(
-            f"{file} cannot be read as a plain array ({error}); an array of objects is refused because it is "
-            "a pickle: save names as np.array(names, dtype=str) and labels as numbers"
+            f"{file} cannot be read as a plain array ({error}); object arrays are refused because they "
+            "are pickles: save names as np.array(names, dtype=str) and labels as numbers"
         ) from error
     loaded: NDArray[Any] = array
     return loaded

@@ -21,10 +21,10 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_packages() -> None:
-    """Refuses an export for which packages are missing.
+    """Checks that the packages needed for the export are installed.
 
     Raises:
-        ConfigError: Naming what to install.
+        ConfigError: If a package is missing; the message says what to install.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"The export needs {listed(missing)}: pip install 'cbsa-lightning[export]'.")
@@ -37,7 +37,7 @@ def write_onnx(
 
     Args:
         program: See :func:`~cbsa_lightning.inference.export.scoring.exported`.
-        file: Where to.
+        file: Output file.
         extra: Names of the outputs after :data:`~cbsa_lightning.inference.export.scoring.OUTPUTS`.
         metadata: The ``metadata_props`` of the file.
 
@@ -62,14 +62,14 @@ def write_onnx(
 
 
 def _name_batch(model: Any) -> None:
-    """Calls the first dimension of inputs and outputs "batch"; torch numbers its symbols."""
+    """Names the first dimension of all inputs and outputs "batch" instead of torch's generated symbol."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape[0] = "batch"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out what the converter says about optimizations that it skips."""
+    """Suppresses the converter's messages about skipped optimizations."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)
