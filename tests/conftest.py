@@ -24,6 +24,16 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 
+# Files that take long start first, so that no process waits for the other at the end.
+LONG = ("test_tables.py", "test_systems.py", "test_exported_systems.py", "test_command_line.py", "test_two_processes.py",
+        "test_runs.py", "test_resume.py", "test_configs.py", "test_notebooks.py", "test_label_features.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of long files to the front; the order within a file stays."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def realbench() -> Path:
     """Returns the folder of real images, outside the repository; tests that need it are skipped without it."""
