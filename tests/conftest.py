@@ -25,8 +25,10 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 
 
 # Files that take long start first, so that no process waits for the other at the end.
-LONG = ("test_tables.py", "test_systems.py", "test_exported_systems.py", "test_command_line.py", "test_two_processes.py",
-        "test_runs.py", "test_resume.py", "test_configs.py", "test_notebooks.py", "test_label_features.py")  # fmt: skip
+LONG = (
+    *("test_tables.py", "test_systems.py", "test_exported_systems.py", "test_command_line.py", "test_two_processes.py"),
+    *("test_runs.py", "test_resume.py", "test_configs.py", "test_notebooks.py", "test_label_features.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
