@@ -116,7 +116,7 @@ def test_no_file_and_no_json(tmp_path):
 
 
 def test_settings_that_exclude_each_other():
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="use only one of them"):
         make_mask(random_table(), file="mask.json", fraction=0.5, seed=1)
     with pytest.raises(ConfigError, match="leaves none"):
         make_mask(random_table(n=2), file=None, fraction=1e-9, seed=1)
