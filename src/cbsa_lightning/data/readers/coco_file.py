@@ -115,7 +115,7 @@ def _remedy(image: int | str, names: dict[int | str, str]) -> str:
     alike = [] if image in names else [other for other in names if str(other) == str(image)]
     if alike:
         types = f"its image_id is {_TYPES[type(image)]}, the id of the image {_TYPES[type(alike[0])]}"
-        return f"{types}; write both in one type"
+        return f"{types}; write both as text or both as integers"
     return "correct or remove it"
 
 
