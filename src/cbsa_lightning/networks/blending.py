@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbsa_lightning.arguments import check_number
 from cbsa_lightning.networks.contrast import contrast
-from cbsa_lightning.networks.gated_graph import LabelGraph
 from cbsa_lightning.networks.hooks import Batch, Moment
 from cbsa_lightning.networks.processes import mean_over
-from cbsa_lightning.networks.prototypes import due, sampled_positives
+from cbsa_lightning.networks.prototypes import Prototypes
 
 
-class Blending(LabelGraph):
-    """The loss terms of SARB and DSRB; subclasses compute the prototypes.
+class Blending(Prototypes):
+    """The loss terms of SARB and DSRB; subclasses select the prototypes.
 
     - *instance*: if a label is unknown and known positive in the image at the mirrored place of the batch, the feature
       becomes ``alpha * own + (1 - alpha) * other``, and the target ``1 - alpha``;
@@ -34,32 +32,16 @@ class Blending(LabelGraph):
         dim: Size of a label feature.
         number: Prototypes per class.
         start_epoch: First epoch with blending.
-        every: Epochs between two computations of the prototypes.
-        samples: Maximum number of known positives per class for its prototypes.
+        every: See :class:`~cbsa_lightning.networks.prototypes.Prototypes`.
+        samples: See :class:`~cbsa_lightning.networks.prototypes.Prototypes`.
     """
 
-    prototypes: Tensor
     contrast_weight = 0.05
 
     def __init__(self, num_classes: int, dim: int, number: int, start_epoch: int, every: int, samples: int) -> None:
-        super().__init__()
-        for name, value, least in (("start_epoch", start_epoch, 0), ("every", every, 1), ("samples", samples, 1)):
-            check_number(name, value, least, whole=True)
-        check_number("prototypes", number, 1, whole=True)
-        self.start_epoch, self.every, self.samples = start_epoch, every, samples
-        self.register_buffer("prototypes", torch.zeros(num_classes, number, dim))
+        super().__init__(num_classes, dim, number, start_epoch, every, samples)
         self.alpha = nn.Parameter(torch.tensor(0.5))
         self.beta = nn.Parameter(torch.tensor(0.5))
-
-    def idle(self, moment: Moment) -> bool:
-        """Returns whether the epoch is before the first one with prototypes."""
-        return moment.epoch < self.start_epoch
-
-    def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
-        """Selects known positives in epochs that compute prototypes."""
-        if not due(moment, self.start_epoch, self.every):
-            return None
-        return sampled_positives(labels, self.samples, moment)
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Returns a prototype ``(B, C, d)`` for each label of the images of this process, drawn with ``generator``."""

@@ -10,17 +10,15 @@ quadrant. The result is the same, and no map is stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cbsa_lightning.networks.blending import Blending
 from cbsa_lightning.networks.hooks import Batch, Moment, Seen
-from cbsa_lightning.networks.imagenet_weights import TIMM
 from cbsa_lightning.networks.prototypes import quadrant_means
 from cbsa_lightning.networks.ssgrl import SSGRL
-from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class DSRB(SSGRL):
@@ -32,15 +30,13 @@ class DSRB(SSGRL):
 
     Args:
         class_names: The C class names, for word vectors.
-        backbone: See :class:`SSGRL`.
-        pretrained: See :class:`SSGRL`.
-        words: See :class:`SSGRL`.
         dim: Size of a label feature.
         attention_width: Size of the space that map and word vectors are projected to.
-        steps: Number of updates of the graph network.
         start_epoch: First epoch with blending.
         every: Epochs between two computations of the prototypes.
         samples: Maximum number of known positives per class for its prototypes; 400 is about 100 per quadrant.
+        **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
+            :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
         ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
@@ -50,17 +46,14 @@ class DSRB(SSGRL):
     def __init__(
         self,
         class_names: Sequence[str],
-        backbone: str = "resnet101.tv_in1k",
-        pretrained: str | None = TIMM,
-        words: WordVectorsCallable = ClipWords,
         dim: int = 1024,
         attention_width: int = 512,
-        steps: int = 3,
         start_epoch: int = 5,
         every: int = 5,
         samples: int = 400,
+        **network: Any,
     ) -> None:
-        super().__init__(class_names, backbone, pretrained, words, dim, attention_width, steps)
+        super().__init__(class_names, dim=dim, attention_width=attention_width, **network)
         self.hooks = QuadrantBlending(len(class_names), dim, start_epoch, every, samples)
 
     def notes(self, found: Tensor, weights: Tensor) -> Tensor:

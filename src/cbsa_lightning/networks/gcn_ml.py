@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.gated_graph import conditional_cooccurrence
+from cbsa_lightning.networks.graph_convolution import graph_convolution
 from cbsa_lightning.networks.hooks import TrainingHooks
 from cbsa_lightning.networks.imagenet_weights import TIMM
 from cbsa_lightning.networks.partly_frozen import IMAGENET_MEAN, IMAGENET_STD
@@ -38,8 +39,8 @@ class GraphClassifiers(Head):
         super().__init__()
         self.register_buffer("words", vectors.clone())
         self.register_buffer("graph", torch.eye(num_classes))  # set by the hooks
-        self.first = _convolution(vectors.shape[1], hidden)
-        self.second = _convolution(hidden, num_features)
+        self.first = graph_convolution(vectors.shape[1], hidden)
+        self.second = graph_convolution(hidden, num_features)
 
     def classifiers(self) -> Tensor:
         """Returns the weights ``(C, D)`` of the classes."""
@@ -124,10 +125,3 @@ def neighbor_graph(cooccurrence: Tensor, threshold: float, neighbor_share: float
     joined = joined * neighbor_share / (joined.sum(0, keepdim=True) + 1e-6) + torch.eye(len(joined))
     degree = joined.sum(1).rsqrt()
     return degree[:, None] * joined.T * degree
-
-
-def _convolution(before: int, after: int) -> nn.Linear:
-    """Returns the weights of a graph convolution, initialized as in the original."""
-    layer = nn.Linear(before, after, bias=False)
-    nn.init.uniform_(layer.weight, -(after**-0.5), after**-0.5)
-    return layer

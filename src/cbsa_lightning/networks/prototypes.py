@@ -10,7 +10,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cbsa_lightning.arguments import check_number
+from cbsa_lightning.networks.gated_graph import LabelGraph
 from cbsa_lightning.networks.hooks import Moment, Seen
+
+
+class Prototypes(LabelGraph):
+    """Computes prototypes from known positives every few epochs; by default the centers of k-means.
+
+    Args:
+        num_classes: C.
+        dim: Size of a label feature.
+        number: Prototypes per class.
+        start_epoch: First epoch that uses prototypes.
+        every: Epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class for its prototypes.
+
+    Raises:
+        ConfigError: A setting is outside of its bounds.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, num_classes: int, dim: int, number: int, start_epoch: int, every: int, samples: int) -> None:
+        super().__init__()
+        for name, value, least in (("start_epoch", start_epoch, 0), ("every", every, 1), ("samples", samples, 1)):
+            check_number(name, value, least, whole=True)
+        check_number("prototypes", number, 1, whole=True)
+        self.start_epoch, self.every, self.samples = start_epoch, every, samples
+        self.register_buffer("prototypes", torch.zeros(num_classes, number, dim))
+
+    def idle(self, moment: Moment) -> bool:
+        """Returns whether the epoch is before the first one with prototypes."""
+        return moment.epoch < self.start_epoch
+
+    def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
+        """Selects known positives in epochs that compute prototypes."""
+        if not due(moment, self.start_epoch, self.every):
+            return None
+        return sampled_positives(labels, self.samples, moment)
+
+    def before_epoch(self, seen: Seen, moment: Moment) -> None:
+        """Computes the prototypes."""
+        num_classes, number, _ = self.prototypes.shape
+        self.prototypes.copy_(clustered(seen, num_classes, number, moment))
 
 
 def due(moment: Moment, start_epoch: int, every: int) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbsa_lightning.networks.blending import Blending
-from cbsa_lightning.networks.hooks import Batch, Moment, Seen
-from cbsa_lightning.networks.imagenet_weights import TIMM
-from cbsa_lightning.networks.prototypes import clustered
+from cbsa_lightning.networks.hooks import Batch
 from cbsa_lightning.networks.ssgrl import SSGRL
-from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class SARB(SSGRL):
@@ -24,16 +22,14 @@ class SARB(SSGRL):
 
     Args:
         class_names: The C class names, for word vectors.
-        backbone: See :class:`SSGRL`.
-        pretrained: See :class:`SSGRL`.
-        words: See :class:`SSGRL`.
         dim: Size of a label feature.
         attention_width: Size of the space that map and word vectors are projected to.
-        steps: Number of updates of the graph network.
         start_epoch: First epoch with blending.
         prototypes: Prototypes per class, the centers of k-means.
         every: Epochs between two computations of the prototypes.
         samples: Maximum number of known positives per class for its prototypes.
+        **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
+            :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
         ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
@@ -43,28 +39,20 @@ class SARB(SSGRL):
     def __init__(
         self,
         class_names: Sequence[str],
-        backbone: str = "resnet101.tv_in1k",
-        pretrained: str | None = TIMM,
-        words: WordVectorsCallable = ClipWords,
         dim: int = 1024,
         attention_width: int = 512,
-        steps: int = 3,
         start_epoch: int = 5,
         prototypes: int = 10,
         every: int = 5,
         samples: int = 1000,
+        **network: Any,
     ) -> None:
-        super().__init__(class_names, backbone, pretrained, words, dim, attention_width, steps)
+        super().__init__(class_names, dim=dim, attention_width=attention_width, **network)
         self.hooks = ClusterBlending(len(class_names), dim, prototypes, start_epoch, every, samples)
 
 
 class ClusterBlending(Blending):
     """Blending with centers of k-means."""
-
-    def before_epoch(self, seen: Seen, moment: Moment) -> None:
-        """Computes the centers."""
-        number = self.prototypes.shape[1]
-        self.prototypes.copy_(clustered(seen, len(self.prototypes), number, moment))
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Returns one random center per class, the same for all images, as in the released code."""

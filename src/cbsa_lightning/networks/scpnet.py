@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.networks.base import NetworkOutput
+from cbsa_lightning.networks.graph_convolution import graph_convolution
 from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, parameter_groups
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
@@ -61,7 +62,7 @@ class SCPNet(LearnedPrompts):
         # Derived from the class names and the frozen towers, so not part of a checkpoint.
         self.register_buffer("graph", relation_graph(cosines(text, text), neighbors), persistent=False)
         widths = (self.clip.embed_dim, hidden, hidden, self.clip.embed_dim)
-        self.convolutions = nn.ModuleList(_convolution(*ends) for ends in itertools.pairwise(widths))
+        self.convolutions = nn.ModuleList(graph_convolution(*ends) for ends in itertools.pairwise(widths))
 
     def encode_text(self) -> Tensor:
         """Returns refined class embeddings ``(C, d)``."""
@@ -79,13 +80,6 @@ class SCPNet(LearnedPrompts):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns parameter groups; the graph convolutions have their own learning rate factor."""
         return parameter_groups(self, self.convolutions, self.graph_lr_scale)
-
-
-def _convolution(before: int, after: int) -> nn.Linear:
-    """Creates a graph convolution, initialized as in the original."""
-    layer = nn.Linear(before, after, bias=False)
-    nn.init.uniform_(layer.weight, -(after**-0.5), after**-0.5)
-    return layer
 
 
 def relation_graph(relation: Tensor, neighbors: int | None = None) -> Tensor:

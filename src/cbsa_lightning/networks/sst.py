@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from cbsa_lightning.arguments import check_number
-from cbsa_lightning.networks.contrast import contrast
 from cbsa_lightning.networks.gated_graph import LabelGraph
 from cbsa_lightning.networks.hooks import Batch, Moment
-from cbsa_lightning.networks.imagenet_weights import TIMM
-from cbsa_lightning.networks.label_pairs import LabelPairs, pair_loss
-from cbsa_lightning.networks.processes import mean_over
+from cbsa_lightning.networks.label_pairs import LabelPairs
 from cbsa_lightning.networks.ssgrl import SSGRL
-from cbsa_lightning.networks.transfer import known_loss, mean_cosine, remember
-from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
+from cbsa_lightning.networks.transfer import known_loss, mean_cosine, pair_terms, remember
 
 
 class SST(SSGRL):
@@ -31,14 +27,12 @@ class SST(SSGRL):
 
     Args:
         class_names: The C class names, for word vectors.
-        backbone: See :class:`SSGRL`.
-        pretrained: See :class:`SSGRL`.
-        words: See :class:`SSGRL`.
         dim: Size of a label feature.
         attention_width: Size of the projections of map, word vectors and pairs.
-        steps: Number of updates of the graph network.
         start_epoch: First epoch with pseudo-positives.
         bank: Number of stored known positives per label.
+        **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
+            :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
         ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
@@ -48,16 +42,13 @@ class SST(SSGRL):
     def __init__(
         self,
         class_names: Sequence[str],
-        backbone: str = "resnet101.tv_in1k",
-        pretrained: str | None = TIMM,
-        words: WordVectorsCallable = ClipWords,
         dim: int = 1024,
         attention_width: int = 512,
-        steps: int = 3,
         start_epoch: int = 5,
         bank: int = 100,
+        **network: Any,
     ) -> None:
-        super().__init__(class_names, backbone, pretrained, words, dim, attention_width, steps)
+        super().__init__(class_names, dim=dim, attention_width=attention_width, **network)
         self.pairs = LabelPairs(len(class_names), dim, attention_width)
         self.hooks = Transfer(len(class_names), dim, start_epoch, bank)
 
@@ -73,7 +64,6 @@ class Transfer(LabelGraph):
     """
 
     bank: Tensor
-    cooccurrence_weight, contrast_weight = 10.0, 0.05
     highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # decreases by one step per epoch
 
     def __init__(self, num_classes: int, dim: int, start_epoch: int, bank: int) -> None:
@@ -92,13 +82,7 @@ class Transfer(LabelGraph):
         logits, features, targets = batch.output.logits, batch.features, batch.targets
         whole, labels = batch.whole.join(features), batch.whole.join(targets)
         remember(self.bank, whole, labels)
-        found = network.pairs(features)
-        together = pair_loss(found, network.pairs.targets(targets))
-        ramp = min(moment.passed, 1.0)
-        terms = {
-            "cooccurrence": self.cooccurrence_weight * ramp * mean_over(together, torch.ones_like(together).bool()),
-            "contrast": self.contrast_weight * ramp * contrast(whole, labels, moment.generator()),
-        }
+        found, terms = pair_terms(network, batch, moment, whole, labels)
         if moment.epoch >= self.start_epoch:
             margin = self.margin(moment.epoch)
             within = network.pairs.given_known(found.detach(), targets) >= margin

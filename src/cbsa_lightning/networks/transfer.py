@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbsa_lightning.networks.contrast import contrast
+from cbsa_lightning.networks.hooks import Batch, Moment
+from cbsa_lightning.networks.label_pairs import pair_loss
 from cbsa_lightning.networks.processes import mean_over
+
+COOCCURRENCE_WEIGHT, CONTRAST_WEIGHT = 10.0, 0.05
+
+
+def pair_terms(
+    network: Any, batch: Batch, moment: Moment, whole: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns pair logits of a batch, and the loss terms that need no pseudo-labels: co-occurrence and contrast.
+
+    Their weights increase linearly over the first epoch.
+
+    Args:
+        network: A network with ``pairs``, a :class:`~cbsa_lightning.networks.label_pairs.LabelPairs`.
+        batch: The step.
+        moment: Its place in the run.
+        whole: Label features of the batch, joined over the processes.
+        labels: Targets of the batch, joined over the processes.
+    """
+    found = network.pairs(batch.features)
+    together = pair_loss(found, network.pairs.targets(batch.targets))
+    ramp = min(moment.passed, 1.0)
+    return found, {
+        "cooccurrence": COOCCURRENCE_WEIGHT * ramp * mean_over(together, torch.ones_like(together).bool()),
+        "contrast": CONTRAST_WEIGHT * ramp * contrast(whole, labels, moment.generator()),
+    }
 
 
 def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) -> Tensor:
