@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbsa_lightning.data.annotations import NEGATIVE, POSITIVE, UNKNOWN, AnnotationTable
+from cbsa_lightning.data.drawn_files import check_table, check_unchanged, read_draw
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.files import replacing
-from cbsa_lightning.io.reading import brief, read_text
 
 _FORMAT = "cbsa_lightning label mask 1"
 _ROWS = 1 << 14  # rows drawn at a time
@@ -124,12 +124,7 @@ class LabelMask:
             DataError: If the file is missing, is not a label mask, was modified, or belongs to another table.
         """
         record = _read(Path(path))
-        if record["table_digest"] != (digest := table.digest()):
-            raise DataError(
-                f"{path}: this label mask was made for the table with digest {brief(record['table_digest'])}, but the "
-                f"table here has digest {digest} ({len(table)} rows, {table.num_classes} classes); classes, paths and "
-                "labels must be the same in the same order: use the table that it was made for, or draw a new mask"
-            )
+        digest = check_table(path, "label mask", record["table_digest"], table)
         try:
             packed = np.frombuffer(base64.b64decode(record["known"], validate=True), np.uint8)
             if record["shape"] != list(table.labels.shape) or len(packed) != -(-table.labels.size // 8):
@@ -138,11 +133,7 @@ class LabelMask:
             raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
         known = np.unpackbits(packed, count=table.labels.size).astype(bool).reshape(table.labels.shape)
         mask = cls(known, digest, record["fraction"], record["seed"])
-        if mask.digest != record["digest"]:
-            raise DataError(
-                f"{path}: its entries have digest {mask.digest} but the file says {brief(record['digest'])}: it was "
-                "changed after it was written; draw the mask again"
-            )
+        check_unchanged(path, "label mask", "entries", mask.digest, record["digest"])
         return mask
 
 
@@ -201,14 +192,7 @@ def with_known_labels(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: label mask not found; correct the path or draw a new mask") from None
-    except DataError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
+    record = read_draw(path, "label mask", "label mask not found; correct the path or draw a new mask")
     needed = ("table_digest", "digest", "fraction", "seed", "shape", "known")
     if not isinstance(record, dict) or record.get("format") != _FORMAT or any(key not in record for key in needed):
         raise DataError(f"{path}: is not a valid label mask; draw a new one")

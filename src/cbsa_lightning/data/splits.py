@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbsa_lightning.data.annotations import UNKNOWN, AnnotationTable, json_pieces
+from cbsa_lightning.data.drawn_files import check_table, check_unchanged, read_draw
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.files import replacing
-from cbsa_lightning.io.reading import brief, read_text
+from cbsa_lightning.io.reading import brief
 
 Rows = NDArray[np.int64]
 PARTS = ("labeled", "unlabeled", "held_out")
@@ -124,13 +125,7 @@ class Split:
                 contains rows that the table does not have.
         """
         record = _read_record(Path(path))
-        if record["table_digest"] != (digest := table.digest()):
-            raise DataError(
-                f"{path}: this split was made for the table with digest {record['table_digest']}, but the "
-                f"table here has digest {digest} ({len(table)} rows, {table.num_classes} classes); classes, "
-                "paths and labels must be the same in the same order: use the original table, "
-                "or draw a new split"
-            )
+        digest = check_table(path, "split", record["table_digest"], table)
         try:
             split = cls(
                 record["labelled"],
@@ -142,11 +137,7 @@ class Split:
             )
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        if split.digest != record["digest"]:
-            raise DataError(
-                f"{path}: its rows have digest {split.digest} but the file says {record['digest']}: it was "
-                "changed after it was written; draw the split again"
-            )
+        check_unchanged(path, "split", "rows", split.digest, record["digest"])
         if beyond := [
             row for part in PARTS for row in getattr(split, part)[getattr(split, part) >= len(table)].tolist()
         ]:
@@ -290,14 +281,7 @@ def _as_rows(rows: ArrayLike, part: str) -> Rows:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_text(path), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no split file here; correct the path or draw a split") from None
-    except DataError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a split ({error}); draw it again") from error
+    record = read_draw(path, "split", "there is no split file here; correct the path or draw a split")
     needed = ("table_digest", "digest", "fraction", "seed", *_STORED.values())
     absent = [key for key in needed if not isinstance(record, dict) or key not in record]
     if absent:
@@ -313,10 +297,3 @@ def _read_record(path: Path) -> dict[str, Any]:
     if seed is not None and type(seed) is not int:
         raise DataError(f"{path}: seed must be an integer or null; found {brief(seed)}; draw the split again")
     return dict(record)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key occurs twice, so its value is ambiguous")
-    return record
