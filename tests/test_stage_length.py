@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from cbsa_lightning.callbacks import limits
+from cbsa_lightning.data.batch_sizes import default_labeled_per_batch, steps_per_epoch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
 from tiny_data import Squares, differences, tiny_data, tiny_fit
@@ -133,6 +135,25 @@ def test_an_epoch_has_the_least_number_of_steps_in_both_stages(tmp_path, clip_fo
     assert trainer.global_step == 21
     assert rates.lengths == [7] * 7 + [14] * 14
     assert rates.steps[-1] == min(rates.steps)
+
+
+@pytest.mark.parametrize("known", [0.2, 0.4, 0.8])
+def test_an_epoch_on_partial_labels_is_one_pass_at_any_known_fraction(tmp_path, clip_folder, squares, known):
+    data = {"labeled_fraction": None, "known_fraction": known, "batch_size": 8, "warmup_batch_size": 8}
+    settings = {"num_contexts": 0, "labeler": LabeledOnly(), "warmup_epochs": 0, "data": data}
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, **settings)
+    split = trainer.datamodule.split
+    assert bool(len(split.unlabeled)) == (known < 0.5)  # some images have no known label
+    assert trainer.global_step == 2 * math.ceil((len(split.labeled) + len(split.unlabeled)) / 8)
+
+
+@pytest.mark.parametrize("labeled", range(4, 200, 4))
+def test_an_epoch_of_mostly_labeled_images_stays_short(labeled):
+    batch, images = 20, 200
+    per_batch = default_labeled_per_batch(labeled / images, batch)
+    assert steps_per_epoch(images - labeled, batch - per_batch) <= 3 * images / batch  # 2 but for rounding
+    if labeled <= images / 2:
+        assert per_batch == math.floor(1.25 * labeled / images * batch + 0.5)
 
 
 def test_a_longer_epoch_shows_every_image_equally_often_in_other_views(squares):

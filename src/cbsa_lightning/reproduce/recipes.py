@@ -124,7 +124,10 @@ def make_cell(
 
 
 def classes_of(recipe: Settings) -> list[Settings]:
-    """The recipe's module and, if it has one, its network, as places with ``class_path`` and ``init_args``.
+    """Lists the recipe's module, its network and the network's word vectors, as far as it has them.
+
+    Returns:
+        Parts of ``recipe``, each with ``class_path`` and ``init_args``.
 
     Raises:
         ConfigError: The recipe has no data or no module.
@@ -135,13 +138,15 @@ def classes_of(recipe: Settings) -> list[Settings]:
             "The overlays of a cell must name a model (class_path) and data. An overlay that goes over a method is a "
             "row together with it, such as cbsa+cbsa_safe."
         )
-    arguments = model.setdefault("init_args", {})
-    if "network" not in arguments:
-        return [model]
-    if isinstance(arguments["network"], str):
-        arguments["network"] = {"class_path": arguments["network"]}
-    arguments["network"].setdefault("init_args", {})
-    return [model, arguments["network"]]
+    found = [model]
+    for name in ("network", "words"):
+        arguments = found[-1].setdefault("init_args", {})
+        if name in arguments:
+            if isinstance(arguments[name], str):
+                arguments[name] = {"class_path": arguments[name]}
+            found.append(arguments[name])
+    found[-1].setdefault("init_args", {})
+    return found
 
 
 def takes(place: Settings, argument: str) -> bool:
