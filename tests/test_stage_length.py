@@ -15,6 +15,7 @@ from cbsa_lightning.callbacks import limits
 from cbsa_lightning.data.batch_sizes import default_labeled_per_batch, steps_per_epoch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
+from cbsa_lightning.training.schedules import OneCycle
 from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 
@@ -122,6 +123,25 @@ def test_the_batch_size_finder_decides_the_batch_size(tmp_path, clip_folder, squ
 def test_rates_of_a_schedule_end_with_its_length(tmp_path, clip_folder, squares):
     _, _, rates = fit(tmp_path, clip_folder, squares, max_epochs=4)
     assert torch.tensor(rates.steps[-1]) == min(rates.steps)
+
+
+def test_the_second_stage_may_have_its_own_schedule(tmp_path, clip_folder, squares):
+    _, _, rates = fit(tmp_path, clip_folder, squares, max_epochs=3)
+    whole = Rates()
+    _, trainer = tiny_fit(
+        tmp_path,
+        clip_folder,
+        squares,
+        max_epochs=3,
+        second_scheduler=OneCycle(cycle=1.5),
+        trainer={"callbacks": [whole]},
+    )
+    warmup = whole.lengths.count(whole.lengths[0])
+    assert 0 < warmup < trainer.global_step
+    assert whole.steps[:warmup] == rates.steps[:warmup]
+    second = trainer.global_step - warmup
+    assert whole.lengths[warmup:] == [round(1.5 * second)] * second
+    assert whole.steps[-1] > 10 * rates.steps[-1]
 
 
 # Small sets -----------------------------------------------------------------------------------------------------------
