@@ -82,7 +82,7 @@ def test_ids_follow_the_last_partition_and_pseudo_labels_count(data, pseudo_weig
 
 def test_weight_zero_and_the_warm_up_keep_the_labeled_partition(data):
     trainer = SimpleNamespace(datamodule=data)
-    for module in (Stub(pseudo_weight=0.0), Stub()):
+    for module in (Stub(), Stub(pseudo_weight=1.0)):
         UpdateContexts(UpdateThresholds()).on_fit_start(trainer, module)
         before = module.context_partition.clone()
         module.stage = module.stage if module.contexts.pseudo_weight == 0 else "warm-up"
