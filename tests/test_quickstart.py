@@ -79,7 +79,7 @@ def test_what_a_person_wants_to_look_at(run: Path) -> None:
     assert {"predictions.png", "attention.png", "contexts.png"} <= pictures
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<h2>Suspicious labels</h2>" in page
-    assert "the same network trained on the labels alone has" in page
+    assert "the same network trained on the labeled images only has" in page
     table = pyarrow.csv.read_csv(run / "predictions.csv")
     assert len(table) == 24
     assert {"image", "labels", "zero", "nine"} <= set(table.column_names)

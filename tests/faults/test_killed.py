@@ -68,7 +68,7 @@ def test_killed_at_random_moments(tmp_path, clip_folder, squares, whole, capsys)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares, whole, share):
+def test_sigterm_writes_a_checkpoint_of_the_last_step(tmp_path, clip_folder, squares, whole, share):
     """SIGTERM: nothing at all is lost, whatever the checkpoints' own rhythm."""
     policy = "at the epoch's end"
     expected, seconds = whole[policy]
