@@ -237,7 +237,7 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
                     average_precision_score(truth[:, k], scores[:, k]), abs=2e-3
                 )
     page = (folder / "report.html").read_text()
-    assert "Since the earlier run" in page
+    assert "Changes since the earlier run" in page
     assert "Measured on 25 validation images that neither run has trained on." in page
     before, now = source.train().labels[:20].sum(0), source.train().labels[:50].sum(0)
     for k, name in enumerate(CLASSES):

@@ -114,7 +114,7 @@ def class_examples(
     else:
         scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
     cut = min(row.threshold, 1.0)  # infinite if no image gets the class
-    for title, order in (("Most doubtful", np.abs(scores - cut)), ("Most typical", -scores)):
+    for title, order in (("Least certain", np.abs(scores - cut)), ("Most typical", -scores)):
         places = _first(order, len(scores))
         if unlabeled is not None:
             kinds.append((title, [_proposed(i, k, unlabeled, root) for i in places]))
