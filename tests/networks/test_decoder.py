@@ -85,7 +85,7 @@ def test_features_and_maps_equal_the_reference(self_attention):
     assert maps.std() > 1e-3
 
 
-def test_untrained_decoder_attends_by_cosine():
+def test_untrained_decoder_attends_by_cosine_similarity():
     """With one head, attention is a softmax of cosines, and the feature is the text plus the attended values."""
     decoder = build(heads=1, dropout=0.0)
     queries, local, places = inputs()
@@ -101,7 +101,7 @@ def test_untrained_decoder_attends_by_cosine():
     assert float(mean_pairwise_cosine(maps).mean()) < 0.9
 
 
-def test_a_single_class_attends_by_its_text():
+def test_a_single_class_attends_by_its_text_feature():
     decoder = build()
     queries, local, places = inputs()
     with torch.no_grad():
