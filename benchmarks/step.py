@@ -12,8 +12,8 @@ The following are measured in turn in each round, so that changes in the machine
   and decoder forward and backward. It excludes the loss, the optimizer, the average and the training loop.
 
 Both losses are compared before the measurement. The minimum over the rounds is reported because other processes can
-only increase a measurement. Memory is the growth of a separate process since before the first step, and torch's peak on
-a GPU. The weights are random.
+only increase a measurement. Memory is measured in a separate process: on a CPU, the growth of the process during the
+first steps, and on a GPU, torch's peak. The weights are random.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def by_sort(scores):
 
 
 def peak():
-    """Most memory that this process held so far, in MiB."""
+    """Returns the peak memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -103,7 +103,7 @@ def measure(way, n, num_classes, patience, threads):
 
 
 def alone(*args):
-    """Runs :func:`measure` in a new fork of this process, which has only run imports."""
+    """Runs :func:`measure` in a new fork of this process, which has done nothing except imports."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(measure, *args).result()
 
@@ -114,7 +114,7 @@ def left_out(way, n, num_classes, args):
     if gigabytes > args.max_gb:
         return f"needs {gigabytes:.1f} GB, more than --max-gb {args.max_gb:g}"
     if n * num_classes > args.max_scores:
-        return f"has {n * num_classes:.0e} scores, more than --max-scores {args.max_scores:.0e}, and takes minutes"
+        return f"has {n * num_classes:.0e} scores, more than --max-scores {args.max_scores:.0e}, which takes minutes"
     return ""
 
 

@@ -3,7 +3,7 @@
     uv run python benchmarks/unlabeled.py --out DIR --data digits photos --shares 0.05 0.1 0.2 \
         --photos DIR --clip DIR --gain [--picture FILE]
 
-All three have the same network, initial weights, stages and number of steps. ``--gain`` adds the estimates from the
+The three runs have the same network, initial weights, stages and number of steps. ``--gain`` adds estimates from the
 labeled images only (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
 ``estimates-FOLDS.jsonl`` and not repeated. The script prints the tables at the end. With ``--picture``, it also plots
 the estimates against the true gains.

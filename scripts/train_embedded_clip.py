@@ -2,8 +2,8 @@
 
     uv run python scripts/train_embedded_clip.py
 
-The training images are simple posters with captions: printed and handwritten digits and printed letters on backgrounds
-of soft colors. They share no digit images, no scenes and no co-occurrence with the quickstart's data set (`Digits`).
+The training images are simple posters with captions: printed and handwritten digits and printed letters on soft-colored
+backgrounds. They share no digit images, no scenes and no co-occurrence with the quickstart's data set (`Digits`).
 The model therefore recognizes those digits only moderately well, as CLIP does with photographs from a new source.
 
 An image and a caption are a positive pair if the image shows every digit in the caption. The loss is the sigmoid loss

@@ -57,7 +57,10 @@ _NO_CHECKPOINT = (
 
 
 def _seed(everything: bool | int) -> int:
-    """Returns the seed for split, order and views; 1 for `--seed_everything true`, because Lightning hides its seed."""
+    """Returns the seed for split, order and views.
+
+    With `--seed_everything true`, Lightning draws a seed but does not report it, so 1 is used.
+    """
     return 1 if isinstance(everything, bool) else everything
 
 
@@ -73,7 +76,7 @@ class CBSACLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Creates the Trainer: uses the folder of a resumed run, and no logger with ``barebones``."""
+        """Creates the Trainer, which writes to the folder of a resumed run and has no logger with ``barebones``."""
         if self._get(self.config_init, "trainer").get("barebones"):
             kwargs = {"logger": False, "num_sanity_val_steps": None, **kwargs}
         trainer = super().instantiate_trainer(**kwargs)
@@ -97,7 +100,7 @@ class CBSACLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
-        parser.add_lightning_class_args(WriteReportPage, "report_page")  # needs their files
+        parser.add_lightning_class_args(WriteReportPage, "report_page")  # reads their files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",
@@ -180,7 +183,7 @@ class CBSACLI(LightningCLI):
 
     @staticmethod
     def _lacks_training(source: Any) -> bool:
-        """Returns whether the training annotations of a source are missing. Training images are not checked."""
+        """Returns whether the training annotations of a source are missing, and warns if they are."""
         named = {name: value for name, value in source.init_args.items() if name in ("train", "train_annotations")}
         missing = [f"{file} ({name})" for name, file in named.items() if file is not None and not os.path.isfile(file)]
         if missing:
@@ -293,7 +296,7 @@ class CBSACLI(LightningCLI):
 
 
 def _useful(record: logging.LogRecord) -> bool:
-    """Returns whether a log message is useful; advertisements and a harmless warning of open_clip are not."""
+    """Returns whether a log message is useful, unlike advertisements and a harmless warning of open_clip."""
     text = record.getMessage()
     return "litlogger" not in text and not text.startswith("Multiple checkpoints found")
 
@@ -315,8 +318,8 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.15
         warnings.filterwarnings("ignore", message="Found .* in eval mode")  # intended for the frozen CLIP
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # for `cbsa table`
-        warnings.filterwarnings("ignore", message="The dirpath has changed")  # a moved checkpoint
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # expected: `cbsa table`
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # allowed: moved runs
         warnings.filterwarnings("ignore", message="You are using a custom batch sampler")  # intended
         for name in ("root", "lightning.pytorch.utilities.rank_zero"):
             logging.getLogger(name).addFilter(_useful)

@@ -99,7 +99,9 @@ def _run(cell: Cell, folder: Path) -> Settings:
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint is not None else []
     begun = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resumed
+        warnings.filterwarnings(
+            "ignore", message="Checkpoint directory .* exists and is not empty"
+        )  # expected for a resumed cell
         cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
     found = _found(cli, time.monotonic() - begun)
     for logger in cli.trainer.loggers:
@@ -113,7 +115,7 @@ def _run(cell: Cell, folder: Path) -> Settings:
 
 
 def _here(folder: Path, has_logger: bool) -> Settings:
-    """Returns the settings that every cell gets: one device, all output in ``folder``, and only the last checkpoint."""
+    """Returns settings that all cells share: one device, all output in ``folder``, and only the last checkpoint."""
     trainer: Settings = {"devices": 1}
     if not has_logger:
         logger = {"save_dir": str(folder), "name": "log"}  # each start writes a new subfolder

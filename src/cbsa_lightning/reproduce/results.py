@@ -99,7 +99,7 @@ def standard_error(values: Iterable[float]) -> float | None:
 
 
 def mean_and_error(values: Iterable[float], sign: str = "") -> str:
-    """Returns mean and standard error as text, or "-" without values. With ``sign="+"``, positive means have a sign."""
+    """Returns mean and standard error as text, or "-" without values. ``sign="+"`` adds a plus sign."""
     found = list(values)
     if not found:
         return "-"

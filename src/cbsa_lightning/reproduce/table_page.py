@@ -96,8 +96,8 @@ def refuse_other_files(file: Path, table: Table) -> None:
         ours = False
     if not ours and (others := [str(path) for path in _files(file) if path.exists()]):
         raise ConfigError(
-            f"{listed(others)} would be replaced, but was not written by `cbsa table {table.number}`. Move it, or "
-            "choose another folder with --out."
+            f"`cbsa table {table.number}` would replace {listed(others)}, which it did not write. Choose another "
+            "folder with --out, or move these files."
         )
 
 
@@ -181,7 +181,7 @@ def _order(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Co
     if not lines:
         return ""
     return (
-        "Rank correlation with the paper's systems (Kendall's tau; 1: same order, 0: unrelated, -1: reversed): "
+        "Rank correlation of the systems with the paper (Kendall's tau; 1: same order, 0: unrelated, -1: reversed): "
         + "; ".join(lines)
     )
 

@@ -108,7 +108,7 @@ def class_examples(
         truth, scores = validation.table.labels[:, k], validation.scores[:, k]
         wrong = (truth >= 0) & (validation.given[:, k] != (truth == 1))
         error = np.where(wrong, np.abs(scores - (truth == 1)), -1.0)
-        kinds.append(("Most wrong", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
+        kinds.append(("Largest errors", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
     if unlabeled is not None:
         scores = unlabeled.scores[k]
     else:
