@@ -76,7 +76,7 @@ def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path) -> No
 
 
 def test_a_new_class_starts_without_arguments(tmp_path: Path) -> None:
-    """Unlike the command line, which keeps the arguments that both classes accept."""
+    """This differs from the command line, which keeps the arguments that both classes accept."""
     overlays = [
         {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}}}},
         {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}}}},
@@ -135,7 +135,9 @@ def test_tables_share_cells() -> None:
     assert len({cell(row_of(*place)).folder for place in [(3, "TP + SAA"), (4, "K = 1")]} | folders) == 2
     assert cell(BY_LABEL["CAP"]).folder == cell(row_of(3, "CAP")).folder
     rows = [row for table in TABLES.values() for row in table.rows if table.number != 5]
-    assert len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1  # of Tables 3, 4, 6, 7, 8
+    assert (
+        len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1
+    )  # the summands are the additional rows of Tables 3, 4, 6, 7 and 8
 
 
 def test_recipes_contain_the_settings_of_their_rows() -> None:

@@ -237,7 +237,7 @@ def test_predict_uses_the_classes_of_the_checkpoint_without_a_training_table(mov
     assert Path("without.csv").read_text() == Path("with.csv").read_text()
 
 
-def test_uses_the_classes_of_the_checkpoint_without_a_training_table(moved_run, tmp_path, monkeypatch):
+def test_evaluation_uses_the_classes_of_the_checkpoint_without_a_training_table(moved_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = moved_run / "runs/cbsa/version_0"
     make_table(tmp_path, n_train=12, n_test=9)

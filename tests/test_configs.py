@@ -73,7 +73,7 @@ def run_flags(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["voc", "coco", "nuswide", "table"])
-def test_each_data_set_with_its_labeled_fraction(
+def test_each_data_set_with_a_labeled_fraction(
     name: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,7 +138,7 @@ def test_each_method(method: str, roots: dict[str, Path], clip_folder: Path, tmp
 def test_partial_labels(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All images are partially labeled, there are no pseudo-labels, and the run's folder contains the mask."""
+    """All images are partly labeled, there are no pseudo-labels, and the run's folder contains the mask."""
     monkeypatch.chdir(tmp_path)
     order = ["methods/cbsa", "data/voc", "methods/without_contexts", "methods/partial_labels"]
     root = f"--data.source.init_args.root={roots['voc']}"

@@ -96,7 +96,7 @@ def test_only_trained_parameters_are_averaged_and_restored():
 def test_frozen_norms_and_other_buffers_are_excluded():
     net = model()
     net[1].requires_grad_(False)
-    net[2].register_buffer("table", torch.zeros(3))  # a buffer that is not a running statistic
+    net[2].register_buffer("table", torch.zeros(3))  # this buffer is not a running statistic
     ema = ParameterEMA(net, 0.5)
     assert set(ema.state_dict()) == {"started", "average_of_0__weight", "average_of_2__weight", "average_of_2__bias"}
     ema.start(net)

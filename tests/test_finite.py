@@ -1,4 +1,4 @@
-"""NaN and infinite values are detected in their step and named, and training stops or skips the step."""
+"""NaN and infinite values are detected and named in the step in which they occur; training stops or skips the step."""
 
 from functools import partial
 

@@ -113,7 +113,7 @@ def test_decision_thresholds_predict_each_class_at_its_labeled_rate(run):
     for batch in data.weak_dataloader(3):
         scores.append(module(batch.images))
     given = (torch.cat(scores) >= module.decision_thresholds() - 2e-3).float().mean(0)
-    assert (given - rate).abs().max() < 0.15  # of 14 images
+    assert (given - rate).abs().max() < 0.15  # there are 14 images
 
 
 def test_tensors_of_a_checkpoint_restore_the_fusion(run):

@@ -65,8 +65,8 @@ def test_a_very_wrong_logit_has_a_corrective_gradient():
     x = torch.tensor([[-100.0, 100.0]], dtype=torch.float16, requires_grad=True)
     asymmetric_loss(x, torch.tensor([[1, 0]]), clip=0.0).sum().backward()
     assert x.grad.tolist() == [[-1.0, 1.0]]
-    # With a margin, the gradient of a negative is proportional to (1 - p) / margin. It is not 0 in float32, where
-    # 1 - p is 0.
+    # With a margin, the gradient of a negative is proportional to (1 - p) / margin. It must not be 0 in float32,
+    # although 1 - p is rounded to 0.
     x = torch.tensor([[20.0]], requires_grad=True)
     asymmetric_loss(x, torch.tensor([[0]]), clip=0.05).backward()
     assert x.grad.item() == pytest.approx(0.95**4 * math.exp(-20) / 0.05, rel=1e-3)
@@ -169,7 +169,7 @@ def test_soft_targets_weight_the_losses_of_both_labels(loss):
     assert (logits.grad[1:] != 0).all()
 
 
-def test_cross_entropy_with_soft_targets_is_torchs():
+def test_cross_entropy_with_soft_targets_equals_torchs():
     logits, _ = batch()
     soft = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
     expected = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")

@@ -203,7 +203,7 @@ def test_batch_norm_statistics_do_not_change(tmp_path, squares, monkeypatch):
 
 
 class HostReads(TorchDispatchMode):
-    """Records operations for whose result, or its shape, the host must wait on a device."""
+    """Records operations that make the host wait for a result, or its shape, from the device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
 
@@ -312,7 +312,7 @@ def test_a_single_context_equals_no_contexts(tmp_path, clip_folder, squares, pla
     assert differences(without, tiny_module(clip_folder).state_dict()), "nothing was trained"
 
 
-def test_hidden_labels_never_reach_training(tmp_path, clip_folder, squares, squares_folder, plain_run):
+def test_training_does_not_use_hidden_labels(tmp_path, clip_folder, squares, squares_folder, plain_run):
     data = plain_run[1].datamodule
     lying = Squares(squares_folder, hidden=data.split.unlabeled)
     changed = (lying.train().labels != squares.train().labels).any(1)

@@ -25,7 +25,7 @@ from reference.contexts import targets
 from reference.labelers import label, thresholds
 from tiny_data import CLASSES, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
-FULL, PARTLY = np.arange(8), np.arange(8, 24)  # of 40 training images
+FULL, PARTLY = np.arange(8), np.arange(8, 24)  # rows of the 40 training images
 
 
 class Joint(Squares):
@@ -139,7 +139,7 @@ def test_the_loss_uses_labels_for_known_entries_and_pseudo_labels_for_others(cli
     assert len(partly) > 0
 
 
-def test_hidden_entries_never_reach_training(run, tmp_path, clip_folder, squares_folder):
+def test_training_does_not_use_hidden_entries(run, tmp_path, clip_folder, squares_folder):
     lied_to = Joint(squares_folder, hidden=True)
     mask = tmp_path / "mask.json"
     LabelMask.of(lied_to.train(), lied_to.known).save(mask)

@@ -244,7 +244,7 @@ def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
     assert "3 files were skipped (3 unreadable)" in capsys.readouterr().out
 
 
-def test_a_damaged_image_keeps_earlier_predictions(tmp_path, clip_folder):
+def test_earlier_predictions_are_kept_if_an_image_is_damaged(tmp_path, clip_folder):
     folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
     with pytest.raises(DataError, match=r"d\.png: .*out\.csv has .* 3 images .* --predictions\.on_error skip"):
         predict(tmp_path, clip_folder, folder)

@@ -1,4 +1,4 @@
-"""The reliability diagram shows the bins that the expected calibration error is made of."""
+"""The reliability diagram shows the bins of the expected calibration error."""
 
 from __future__ import annotations
 

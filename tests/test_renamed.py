@@ -1,4 +1,4 @@
-"""Names of earlier versions: on the command line, in checkpoints, in imports."""
+"""Names of earlier versions on the command line, in checkpoints and in imports."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ ODD = ('<script>alert("a")</script>', "R&D 'lab'", "_$x^2$")
 
 
 class Page(HTMLParser):
-    """Parsed page: headings, rows of the class table and image sources; checks that all elements are closed."""
+    """A parsed page: headings, rows of the class table and image sources; checks that all elements are closed."""
 
     def __init__(self, text):
         super().__init__()

@@ -336,7 +336,7 @@ def test_a_metrics_file_is_continued(tmp_path):
         MetricsFile(tmp_path)
 
 
-def test_a_logger_goes_on_in_its_folder(tmp_path):
+def test_a_resumed_logger_uses_its_folder(tmp_path):
     plain = CSVLogger(tmp_path / "runs", "cbsa")
     for folder in (tmp_path / "runs" / "cbsa" / "version_3", tmp_path / "elsewhere" / "mine"):
         again = going_on(plain, folder)
@@ -346,7 +346,7 @@ def test_a_logger_goes_on_in_its_folder(tmp_path):
     assert going_on(other, tmp_path) is other
 
 
-def test_two_checkpoints_of_one_moment_are_one_file(tmp_path, clip_folder, squares):
+def test_two_checkpoints_of_the_same_step_are_one_file(tmp_path, clip_folder, squares):
     keep = ModelCheckpoint(tmp_path / "all", "{epoch}", save_last=True, save_top_k=-1)
     best = ModelCheckpoint(tmp_path / "best", "{epoch}", monitor="val/mAP", mode="max", save_last=True)
     run(tmp_path, clip_folder, squares, keep, best)
@@ -363,7 +363,7 @@ def test_two_checkpoints_of_one_moment_are_one_file(tmp_path, clip_folder, squar
     assert not (tmp_path / "all" / "last-v1.ckpt").exists()
 
 
-def test_without_links_there_are_two_files(tmp_path, clip_folder, squares, monkeypatch):
+def test_without_hard_links_there_are_two_files(tmp_path, clip_folder, squares, monkeypatch):
     def refuses(*_):
         raise OSError
 
@@ -386,7 +386,7 @@ def words_of(*words):
         return run
 
 
-def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
+def test_command_line_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words_of("fit", "--config", "x") == (["fit", "--config", "x"], None, None)
     with pytest.raises(ConfigError, match="runs has no run"):

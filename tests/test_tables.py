@@ -134,7 +134,7 @@ def test_results_are_compared_with_the_paper(tmp_path: Path) -> None:
         assert Image.open(tmp_path / "out" / name).width > 200
 
 
-def test_nothing_finished_yet(tmp_path: Path) -> None:
+def test_a_table_without_finished_cells(tmp_path: Path) -> None:
     text = written(tmp_path, 2, [finished("CAP", [0], data="nuswide").cell], [])
     assert grids(text)["Table 2: Comparison on NUS-WIDE"]["CAP"] == ["- (44.82)"]
     assert "0 of 1 cells are finished." in text

@@ -210,7 +210,7 @@ def test_networks_that_do_not_list_class_tensors_need_the_same_classes(clip_fold
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
-def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, caplog, clip_folder, source, earlier):
+def test_a_run_on_an_extended_table_reports_the_changes(tmp_path, caplog, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50)
     config = {**settings(clip_folder, table, **FUSED), "report": {"num_images": 1}}
     cli = fit(tmp_path / "new", config, "--init_from", str(earlier))
@@ -359,7 +359,7 @@ def test_other_commands_hold_out_the_same_images(tmp_path, clip_folder, source, 
     assert again.datamodule.split.digest == cli.datamodule.split.digest
 
 
-def test_images_that_were_trained_on_are_excluded(tmp_path, clip_folder, source, earlier):
+def test_training_images_in_a_test_table_are_excluded(tmp_path, clip_folder, source, earlier):
     trained = LabeledImages.read(earlier / "labeled.parquet").trained()
     table = source.train()
     files = [str(table.file(row)) for row in range(50)]

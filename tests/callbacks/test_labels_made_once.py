@@ -89,7 +89,7 @@ def test_quality_is_logged_and_the_network_sets_the_thresholds(run, squares_fold
     assert float(spy.logged[-1]["train/loss_unsup"]) > 0
 
 
-def test_hidden_labels_never_reach_training(run, tmp_path, clip_folder, squares_folder):
+def test_training_does_not_use_hidden_labels(run, tmp_path, clip_folder, squares_folder):
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
     lied_to, _ = fit(tmp_path, clip_folder, squares_folder, hidden=data.split.unlabeled)

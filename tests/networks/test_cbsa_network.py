@@ -1,4 +1,4 @@
-"""The paper's network: Eq. 5 by loops, gradients of each loss, and optional parts."""
+"""The paper's network: Eq. 5 compared with loops, gradients of each loss, and optional parts."""
 
 from __future__ import annotations
 

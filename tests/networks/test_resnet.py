@@ -1,4 +1,4 @@
-"""The ImageNet network: its heads compared with slow recomputations, its weights, and whole runs."""
+"""The ImageNet network: heads compared with slow recomputations, weights, and complete runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def images(number=4):
 
 
 def shaken(head):
-    """Converts to float64 without dropout. Norms and biases are not 0 or 1, so that omissions are noticed."""
+    """Converts to float64 without dropout. Norms and biases are not 0 or 1, so that omissions are detected."""
     with torch.no_grad():
         for p in head.parameters():
             p.add_(torch.randn(p.shape, generator=torch.manual_seed(p.numel())) * 0.1)

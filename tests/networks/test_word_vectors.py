@@ -27,7 +27,7 @@ def test_errors_name_missing_words(file):
     text = str(caught.value)
     assert "'chair' of class 'dining chair'" in text
     assert "'yak' of class 'yak'" in text
-    assert "'at' of class 'at'" in text  # the file's line for "at mail@x.org" is a different token
+    assert "'at' of class 'at'" in text  # "at mail@x.org" in the file is a different token
     assert "'dining'" not in text
     assert "ClipWords" in text
 
