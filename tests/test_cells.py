@@ -135,9 +135,8 @@ def test_tables_share_cells() -> None:
     assert len({cell(row_of(*place)).folder for place in [(3, "TP + SAA"), (4, "K = 1")]} | folders) == 2
     assert cell(BY_LABEL["CAP"]).folder == cell(row_of(3, "CAP")).folder
     rows = [row for table in TABLES.values() for row in table.rows if table.number != 5]
-    assert (
-        len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1
-    )  # the summands are the additional rows of Tables 3, 4, 6, 7 and 8
+    # The last summands are the additional rows of Tables 3, 4, 6, 7 and 8.
+    assert len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1
 
 
 def test_recipes_contain_the_settings_of_their_rows() -> None:
