@@ -50,6 +50,15 @@ def test_one_cycle_of_a_short_stage(steps, share):
         assert used[-1] == pytest.approx(1e-3 / 25e4)
 
 
+def test_the_unfinished_second_cycle_of_caps_code():
+    """8 + 32 epochs: its second cycle spans 40 epochs, of which 32 are trained."""
+    steps = 32 * 100
+    used = [row[0] for row in rates(OneCycle(cycle=40 / 32), steps)]
+    assert used.index(max(used)) == 8 * 100 - 1
+    assert used[-1] == pytest.approx(1.46e-4, rel=0.01)
+    assert sum(used) / steps == pytest.approx(6.2e-4, rel=0.01)
+
+
 def optimizer_of(lr=1e-3):
     return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
 

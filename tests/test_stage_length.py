@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 
@@ -11,8 +12,10 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 
 from cbsa_lightning.callbacks import limits
+from cbsa_lightning.data.batch_sizes import default_labeled_per_batch, steps_per_epoch
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
+from cbsa_lightning.training.schedules import OneCycle
 from tiny_data import Squares, differences, tiny_data, tiny_fit
 
 
@@ -122,6 +125,25 @@ def test_the_last_learning_rate_is_the_lowest(tmp_path, clip_folder, squares):
     assert torch.tensor(rates.steps[-1]) == min(rates.steps)
 
 
+def test_the_second_stage_can_have_a_different_schedule(tmp_path, clip_folder, squares):
+    _, _, rates = fit(tmp_path, clip_folder, squares, max_epochs=3)
+    whole = Rates()
+    _, trainer = tiny_fit(
+        tmp_path,
+        clip_folder,
+        squares,
+        max_epochs=3,
+        second_scheduler=OneCycle(cycle=1.5),
+        trainer={"callbacks": [whole]},
+    )
+    warmup = whole.lengths.count(whole.lengths[0])
+    assert 0 < warmup < trainer.global_step
+    assert whole.steps[:warmup] == rates.steps[:warmup]
+    second = trainer.global_step - warmup
+    assert whole.lengths[warmup:] == [round(1.5 * second)] * second
+    assert whole.steps[-1] > 10 * rates.steps[-1]
+
+
 # Small data sets ------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +155,25 @@ def test_epochs_of_both_stages_have_the_minimum_number_of_steps(tmp_path, clip_f
     assert trainer.global_step == 21
     assert rates.lengths == [7] * 7 + [14] * 14
     assert rates.steps[-1] == min(rates.steps)
+
+
+@pytest.mark.parametrize("known", [0.2, 0.4, 0.8])
+def test_an_epoch_on_partial_labels_is_one_pass_at_any_known_fraction(tmp_path, clip_folder, squares, known):
+    data = {"labeled_fraction": None, "known_fraction": known, "batch_size": 8, "warmup_batch_size": 8}
+    settings = {"num_contexts": 0, "labeler": LabeledOnly(), "warmup_epochs": 0, "data": data}
+    _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, **settings)
+    split = trainer.datamodule.split
+    assert bool(len(split.unlabeled)) == (known < 0.5)  # some images have no known label
+    assert trainer.global_step == 2 * math.ceil((len(split.labeled) + len(split.unlabeled)) / 8)
+
+
+@pytest.mark.parametrize("labeled", range(4, 200, 4))
+def test_an_epoch_of_mostly_labeled_images_stays_short(labeled):
+    batch, images = 20, 200
+    per_batch = default_labeled_per_batch(labeled / images, batch)
+    assert steps_per_epoch(images - labeled, batch - per_batch) <= 3 * images / batch  # 2 except for rounding
+    if labeled <= images / 2:
+        assert per_batch == math.floor(1.25 * labeled / images * batch + 0.5)
 
 
 def test_longer_epochs_show_each_image_equally_often_in_different_views(squares):

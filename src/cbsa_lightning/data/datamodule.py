@@ -22,6 +22,7 @@ from cbsa_lightning.data.batch_sizes import (
     check_batch,
     default_labeled_per_batch,
     default_warmup_batch_size,
+    labeled_only_steps,
     steps_per_epoch,
 )
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
@@ -79,7 +80,8 @@ class SSMLLDataModule(L.LightningDataModule):
             test table, else 0.2.
         seed: Seed of split, order and views.
         batch_size: B, images per step, labeled and unlabeled together, over all ranks.
-        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP.
+        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP, or
+            ``round((1 + p) / 2 B)`` if p > 2/3.
         warmup_batch_size: Labeled images per step of the warm-up; None: as in CAP, 16 for p = .05 to 64 for
             p = .20, at most B.
         min_steps_per_epoch: Minimum training steps of an epoch. A smaller set is passed several times, so that few
@@ -509,7 +511,7 @@ class SSMLLDataModule(L.LightningDataModule):
                 self.split.labeled,
                 self.warmup_batch_size,
                 self.seed,
-                self._semi_supervised_steps(),
+                self._labeled_only_steps(),
                 **self._ranks(),
             )
         else:
@@ -538,11 +540,15 @@ class SSMLLDataModule(L.LightningDataModule):
     def _warmup_steps(self) -> int | None:
         return self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
 
-    def _semi_supervised_steps(self) -> int:
-        """Returns the steps of a semi-supervised epoch; a labels-only run has as many, to be comparable."""
-        if len(self.split.unlabeled):
-            return len(self._paired())
-        return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
+    def _labeled_only_steps(self) -> int:
+        return labeled_only_steps(
+            len(self.split.labeled),
+            len(self.split.unlabeled),
+            len(partly_labeled(self.train_table, self.split)),
+            self.batch_size,
+            self.labeled_per_batch,
+            self.min_steps_per_epoch,
+        )
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Returns weak views of this rank's share of the images with unknown labels, in order."""

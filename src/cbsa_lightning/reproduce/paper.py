@@ -193,6 +193,12 @@ TABLES = {
             5,
             "Partial labels on COCO",
             (
+                Row("SSGRL", ("ssgrl",)),
+                Row("GCN-ML", ("gcn_ml",)),
+                Row("SST", ("sst",)),
+                Row("SARB", ("sarb",)),
+                Row("HST", ("hst",)),
+                Row("DSRB", ("dsrb",)),
                 Row("DualCoOp", ("dualcoop", "partial_labels")),
                 Row("SCPNet", ("scpnet", "partial_labels")),
                 Row("Ours (SAA)", ("cbsa", "without_contexts", "partial_labels")),

@@ -132,7 +132,10 @@ def make_cell(
 
 
 def classes_of(recipe: Settings) -> list[Settings]:
-    """Returns the settings (``class_path`` and ``init_args``) of the module and, if the recipe has one, its network.
+    """Returns the settings of the module and, if the recipe has them, of its network and the network's word vectors.
+
+    Returns:
+        Parts of ``recipe``, each with ``class_path`` and ``init_args``.
 
     Raises:
         ConfigError: If the recipe has no data or no module.
@@ -143,13 +146,15 @@ def classes_of(recipe: Settings) -> list[Settings]:
             "The overlays of a cell must name a model (class_path) and data. If an overlay only modifies a method, "
             "combine the two, as in cbsa+cbsa_safe."
         )
-    arguments = model.setdefault("init_args", {})
-    if "network" not in arguments:
-        return [model]
-    if isinstance(arguments["network"], str):
-        arguments["network"] = {"class_path": arguments["network"]}
-    arguments["network"].setdefault("init_args", {})
-    return [model, arguments["network"]]
+    found = [model]
+    for name in ("network", "words"):
+        arguments = found[-1].setdefault("init_args", {})
+        if name in arguments:
+            if isinstance(arguments[name], str):
+                arguments[name] = {"class_path": arguments[name]}
+            found.append(arguments[name])
+    found[-1].setdefault("init_args", {})
+    return found
 
 
 def takes(place: Settings, argument: str) -> bool:
