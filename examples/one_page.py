@@ -33,7 +33,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     known = torch.from_numpy(table.labels[split.labeled])
     has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labeled)).numpy()
     torch.manual_seed(seed)
-    # Builds prompts t^s and t^t, image tokens (Eq. 3), label decoder (Eq. 4), scaled cosine (Eq. 5) and context head.
+    # The network contains prompts t^s, t^t, image tokens (Eq. 3), decoder (Eq. 4), cosine (Eq. 5) and context head.
     small = {"prompt_length": 4, "decoder_feedforward": 256, "decoder_dropout": dropout}
     network = CBSANetwork(table.prompt_names, "embedded", num_contexts=contexts, **small)
     average, thresholds = ParameterEMA(network, decay), ClassDistributionAware()
