@@ -56,9 +56,9 @@ def write_table(
         _costs(cost),
         _order(table, means, rows, columns),
         _against_ours(table, means, rows, columns),
-        "## Best on test\n\nThe highest test mAP of the averaged weights over all epochs, similar to what CAP reports. "
-        "It is biased upward because the epoch is selected on the test images. Use it only to compare with papers that "
-        "report it.",
+        "## Best on test\n\nThe highest test mAP of all epochs, of raw and averaged weights, as in CAP's program (only "
+        "of averaged weights with `--min_positives` above 1). It is biased upward because the epoch is selected on the "
+        "test images. Use it only to compare with papers that report it.",
         _grid(table, rows, columns, Means(finished, lambda f: f.best_on_test(min_positives)).text),
         "## All classes\n\nThe mean over all classes, with AP 0 for classes without test positives (the convention of "
         "CAP and torchmetrics).",
