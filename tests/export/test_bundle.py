@@ -22,26 +22,11 @@ from cbsa_lightning.data.plain_view import squash
 from cbsa_lightning.errors import CheckpointError, ConfigError
 from cbsa_lightning.inference.export import bundle, onnx_model
 from cbsa_lightning.inference.export.program_file import read_program
-from tiny_data import SIZE, Squares, tiny_module, tiny_trainer
+from tiny_data import SIZE, Squares
+from tiny_export import checkpoint_of
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'cbsa-lightning[export]'")
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'cbsa-lightning[export]'")
-
-
-def checkpoint_of(clip, file, **settings):
-    """Writes a checkpoint with random weights, their averages, and thresholds, one of which is infinite."""
-    module = tiny_module(clip, **settings)
-    module.ema.start(module.network)
-    with torch.no_grad():
-        for parameter in module.network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    module.ema.update(module.network)
-    module.cut.copy_(torch.tensor([0.3, 0.5, float("inf"), 0.6, 0.4]))
-    trainer = tiny_trainer(file.parent)
-    trainer.strategy.connect(module.eval())
-    trainer.save_checkpoint(file)
-    return file
 
 
 @pytest.fixture(scope="module")
