@@ -1,4 +1,4 @@
-"""The `cbsa` command: check a data set; fit, validate, test, predict, label, export one run; the paper's tables."""
+"""The `cbsa` command: check a data set; fit, test, label and export a run; the paper's tables and figures."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ HELP = """usage: cbsa COMMAND [options]
   label      write labels of a run for a labeling tool: cbsa label RUN --to label-studio --output tasks.json
   export     write a trained model for use without this library: cbsa export RUN --to FOLDER
   table      run the systems of one of the paper's tables: cbsa table 1
+  figure     draw one of the paper's figures: cbsa figure 4 RUN
 
   cbsa COMMAND --help    all options of a command
   cbsa --version         the version of the library
@@ -36,8 +37,8 @@ def main(args: Sequence[str] | None = None) -> Any:
         args: Arguments instead of those of the process, for calls from Python and tests.
 
     Returns:
-        The LightningCLI of a run, the report of a check, the file of a table or of labels, the folder
-        of an export; None for help and version.
+        The LightningCLI of a run, the report of a check, the file of a table, a figure or of labels, the
+        folder of an export; None for help and version.
     """
     words = current_words(sys.argv[1:] if args is None else args)
     if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
@@ -55,6 +56,10 @@ def main(args: Sequence[str] | None = None) -> Any:
         from cbsa_lightning.cli.export import export_command
 
         return export_command(words[1:])
+    if words[:1] == ["figure"]:
+        from cbsa_lightning.reproduce.figures import figure_command
+
+        return figure_command(words[1:])
     if words[:1] == ["predict"] and _names_checkpoint_alone(words):
         from cbsa_lightning.inference.labels.new_images import predict
 

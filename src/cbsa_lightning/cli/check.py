@@ -223,3 +223,19 @@ def _run_settings(recipe: Settings) -> Settings:
 def _section(place: Any, name: str) -> Settings:
     found = place.get(name) if isinstance(place, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def source_of(files: Sequence[str]) -> tuple[Source, Settings]:
+    """Builds the source of a data set without checking it.
+
+    Args:
+        files: A file of annotations, or configurations, as for `cbsa check`.
+
+    Returns:
+        The source, and the merged settings.
+
+    Raises:
+        ConfigError: If a configuration is invalid.
+    """
+    recipe = _recipe(_parser().parse_args(["--", *files]))
+    return _built(recipe)[0], recipe

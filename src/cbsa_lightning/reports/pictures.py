@@ -89,7 +89,7 @@ def prediction_gallery(
         for column, i in enumerate(members):
             x = left + column * (side + gap)
             axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))
-            _show(axes, pictures[i])
+            show_image(axes, pictures[i])
             for number, mark in enumerate(marks[i]):
                 y = top - side - 0.12 - line * number
                 _text(figure, x / width, y / height, mark, va="top", size=9)
@@ -143,9 +143,9 @@ def attention_gallery(
             place = ((0.3 + column * (side + gap)) / width, bottom / height, side / width, side / height)
             axes = figure.add_axes(place)
             if k is None:
-                _show(axes, pictures[i])
+                show_image(axes, pictures[i])
                 continue
-            _show(axes, pictures[i], maps[i, k])
+            show_image(axes, pictures[i], maps[i, k])
             mark = _mark(class_names[k], scores[i, k], truths[i, k], scores[i, k] >= thresholds[k], 20)
             axes.set_title(mark.text, color=mark.color, size=9, pad=4, parse_math=False)
     return figure
@@ -388,7 +388,8 @@ def _as_arrays(images: Tensor) -> NDArray[np.uint8]:
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _show(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> None:
+def show_image(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] | None = None) -> None:
+    """Shows an image ``(S, S, 3)``, or its gray version with a map ``(h, w)`` in color."""
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
     if heat is None:
