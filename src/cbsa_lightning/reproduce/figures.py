@@ -57,12 +57,12 @@ def figure_command(words: Sequence[str]) -> Path | None:
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return None
-    if words[0] not in _FIGURES:
+    if words[0] not in FIGURES:
         raise ConfigError(
-            f"There is no figure {words[0]!r}. `cbsa figure` draws figures {', '.join(_FIGURES)}; the others of the "
+            f"There is no figure {words[0]!r}. `cbsa figure` draws figures {', '.join(FIGURES)}; the others of the "
             "paper are diagrams of the method."
         )
-    figure, args = _FIGURES[words[0]](words[1:])
+    figure, args = FIGURES[words[0]](words[1:])
     file = Path(args.out) / f"figure_{words[0]}.{args.format}"
     with replacing(file) as draft:
         figure.savefig(draft, dpi=110, format=args.format)
@@ -189,7 +189,7 @@ def _locations(words: Sequence[str]) -> tuple[Figure, argparse.Namespace]:
     return localization_gallery([_view(model, files[i]) for i, _ in pairs], titles, maps), args
 
 
-_FIGURES: dict[str, Callable[[Sequence[str]], tuple[Figure, argparse.Namespace]]] = {
+FIGURES: dict[str, Callable[[Sequence[str]], tuple[Figure, argparse.Namespace]]] = {
     "4": _contexts_of_images,
     "5": _contexts_of_classes,
     "6": _pseudo_labels,
