@@ -42,7 +42,7 @@ def localization_gallery(
     height = head + tall * len(blocks)
     figure = Figure(figsize=(width, height))
     figure.text(0.3 / width, 1 - 0.35 / height, "Location of each label", size=14, weight="bold", color=DARK)
-    note = "bright: high values, relative to the mean of the map; without color: no value above the mean"
+    note = "bright: high values, relative to the mean of the map; no color anywhere: the map is zero"
     figure.text(0.3 / width, 1 - 0.6 / height, note, color=GREY, size=9)
     for number, block in enumerate(blocks):
         top = height - head - number * tall - title
