@@ -199,9 +199,7 @@ FIGURES: dict[str, Callable[[Sequence[str]], tuple[Figure, argparse.Namespace]]]
 
 def _parser(number: int, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"cbsa figure {number}", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/figures"), help="output folder; existing files of the figure are replaced"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/figures"), help="output folder (default: runs/figures)")
     parser.add_argument("--format", choices=["png", "svg"], default="png", help="format of the image (default: png)")
     return parser
 
