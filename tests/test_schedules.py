@@ -90,7 +90,7 @@ def test_the_stages_length_never_becomes_another_setting(make):
 
 
 def test_schedules_that_follow_a_metric_are_refused():
-    with pytest.raises(ConfigError, match="follows a metric"):
+    with pytest.raises(ConfigError, match="depends on a metric"):
         scheduled(ReduceLROnPlateau, optimizer_of(), 37)
 
 

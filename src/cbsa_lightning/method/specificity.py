@@ -61,6 +61,6 @@ class Specificity(nn.Module):
         self._warned = True
         rank_zero_warn(
             f"The label decoder has collapsed: the features of two labels in one image have a mean cosine of "
-            f"{cosine:.4f}, and replacing them by their mean changes mAP by {-100 * gain:+.2f} points. All labels "
+            f"{cosine:.4f}, and replacing them with their mean changes mAP by {-100 * gain:+.2f} points. All labels "
             "share one image feature. See docs/choices.md, 'Label-specific features'."
         )
