@@ -251,7 +251,7 @@ def test_weights_alone_are_no_place_to_go_on_from(tmp_path, clip_folder, squares
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt"
-    with pytest.raises(CheckpointError, match=r"best.ckpt has weights only"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt contains only weights"):
         tiny_fit(tmp_path, clip_folder, squares, ckpt_path=str(tmp_path / "best.ckpt"))
     again = type(module).load_from_checkpoint(tmp_path / "best.ckpt")
     assert differences(dict(module.state_dict()), dict(again.state_dict())) == []
@@ -309,7 +309,7 @@ def test_the_newest_whole_checkpoint(tmp_path, checkpoint):
     torch.save({**content, "global_step": 40}, tmp_path / ".draft.ckpt")
     (tmp_path / "d.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-100])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.warns(UserWarning, match="Passed over") as warned:
+    with pytest.warns(UserWarning, match="Skipped") as warned:
         assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
     told = " ".join(str(w.message) for w in warned)
     assert all(name in told for name in ("c.ckpt", "d.ckpt", "foreign.ckpt"))
