@@ -298,7 +298,7 @@ def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
     counts = sorted(zip(positives, range(5), strict=True))
     classes = ", ".join(f"{Squares.class_names[k]} {n}" for n, k in counts)
     assert "Training images: 8 labeled, 14 unlabeled, 0 held out. " in caplog.text
-    assert f"5 classes with their labeled positives, fewest first: {classes}." in caplog.text
+    assert f"Labeled positives of 5 classes, fewest first: {classes}." in caplog.text
 
 
 @pytest.mark.parametrize(("found", "told"), [(1.0, 0), (0.9, 1)])

@@ -1,4 +1,4 @@
-"""Checks the metrics that callbacks monitor before the first step, not after an epoch."""
+"""Checks before the first step, instead of after an epoch, that the metrics that callbacks monitor exist."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _OURS = ("cbsa_lightning", "lightning")
 
 
 class CheckMonitors(L.Callback):
-    """Refuses to monitor metrics that are never logged.
+    """Raises an error if a callback monitors a metric that is never logged.
 
-    Does nothing if the module or a callback is from another package, since it may log its own metrics.
+    Nothing is checked if the module or a callback is from another package, since it may log its own metrics.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -39,7 +39,7 @@ class CheckMonitors(L.Callback):
 
 
 def logged_names(pl_module: Any) -> list[str]:
-    """Returns the names of all metrics that training of ``pl_module`` may log."""
+    """Returns the names of all metrics that may be logged while ``pl_module`` is trained."""
     names = [f"val/{name}" for name in ("mAP", "mAP_raw", *REPORTED)]
     names += ["val/mAP_network"] if pl_module.stack_share else []
     names += [f"val/AP/{name}" for name in pl_module.class_names]
