@@ -332,7 +332,7 @@ def test_a_metrics_file_goes_on(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "4"]
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"metrics.csv: is not a table of metrics"):
+    with pytest.raises(DataError, match=r"metrics.csv is not a table of metrics"):
         MetricsFile(tmp_path)
 
 

@@ -177,7 +177,7 @@ def test_other_thresholds_are_refused(exported, tmp_path):
     content["classes"][1]["threshold"] = 0.25
     (folder / "labels.json").write_text(json.dumps(content))
     message = script(folder, str(folder)).stderr
-    assert "threshold 0.25 for class 'green'; model.onnx has 0.5" in message
+    assert "the threshold 0.25 for class 'green', but model.onnx has 0.5" in message
 
 
 def test_an_opset_that_the_runtime_lacks_is_refused(exported, tmp_path, predict, monkeypatch):
@@ -207,7 +207,7 @@ def test_the_classifier_refuses_damaged_files_by_name(exported, tmp_path, name):
     ("options", "message"),
     [
         ({"formats": ["onnx", "coreml"]}, "Unknown format: coreml"),
-        ({"formats": []}, "No format"),
+        ({"formats": []}, "No export format"),
         ({"extra": ["heat"]}, "Unknown extra output: heat"),
     ],
 )
