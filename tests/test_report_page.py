@@ -186,7 +186,7 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
 def test_predictions_of_other_images_are_refused(tmp_path):
     run, table, _ = made(tmp_path)
     other = AnnotationTable(run.root, table.paths[::-1], table.labels, table.class_names)
-    with pytest.raises(DataError, match=r"predictions.csv: does not have the validation images"):
+    with pytest.raises(DataError, match=r"predictions.csv does not contain the validation images"):
         build_page(Run(**{**vars(run), "validation": other}))
 
 
