@@ -297,7 +297,7 @@ def test_configurations_of_a_fit_are_accepted(photos: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model: {}", "no data.source"),
+        ("model: {}", "data.source is missing"),
         ("data: 3", "data must map"),
         ("data: {source: nowhere.Table}", "nowhere"),
         ("data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {trian: x}}}", "trian"),

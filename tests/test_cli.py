@@ -172,8 +172,8 @@ def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPa
         (["--model.promt_length=3"], r"^--model has no setting 'promt_length'\. Similar names: prompt_length\.$"),
         (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it must be int\.$"),
         (["--trainer.precision=17"], r"^--trainer\.precision is 17; it must be 64, 32, 16 or "),
-        (["--model=Nope"], r"^--model: no class 'Nope' fits"),
-        (["--model.labeler=Nope"], r"^--model\.labeler: no class 'Nope' fits"),
+        (["--model=Nope"], r"^--model: there is no suitable class 'Nope'"),
+        (["--model.labeler=Nope"], r"^--model\.labeler: there is no suitable class 'Nope'"),
         (["--trainer.accelerator=gpu"], "No supported gpu backend"),
         (["--trainer.strategy=foo"], "invalid strategy name"),
         (

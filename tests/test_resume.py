@@ -500,9 +500,9 @@ def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
 
 def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):
     for name, content, message in (
-        ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line \d"),
-        ("b.yaml", "5", r"b\.yaml: must map settings"),
-        ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml: cannot be read as YAML .*utf-8"),
+        ("a.yaml", "trainer: [", r"a\.yaml cannot be read as YAML .*line \d"),
+        ("b.yaml", "5", r"b\.yaml must contain a mapping"),
+        ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml cannot be read as YAML .*utf-8"),
     ):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(ConfigError, match=message):

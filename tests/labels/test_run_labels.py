@@ -133,7 +133,7 @@ def test_the_command_writes_predictions_for_tasks_of_a_project(run, tmp_path, ca
 def test_the_command_gives_cvat_sizes_where_it_is_told_the_folder(run, tmp_path, capsys):
     words = ["label", str(run[0]), "--to", "cvat", "--output"]
     assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
-    assert "The file has no width and height" in capsys.readouterr().out
+    assert "The file contains no image sizes" in capsys.readouterr().out
     table = run[2].train_table
     count = len(run[2].split.unlabeled)
     assert main([*words, str(tmp_path / "b.xml"), "--root", str(table.root)]).read_text().count(" width=") == count
