@@ -346,9 +346,7 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
             text = "no positive image" if missing else f"{values[k]:.1f}"
             color = GREY if missing else DARK
             label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=color)
-            label.set_bbox(
-                {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-            )  # the text covers the line of the mean
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # it covers the line of the mean
         axes.set_yticks(range(len(some)), [_short(class_names[k], 24) for k in some], fontsize=8.5, parse_math=False)
         axes.set(xlim=(0, 112), ylim=(tall - 0.4, -0.6), xticks=[0, 25, 50, 75, 100])
         if len(known):
