@@ -175,11 +175,11 @@ def earlier_of(module, partition=None):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_length": 3}, "model.prompt_length is 2 there and 3 here"),
+        ({"prompt_length": 3}, "model.prompt_length is 2 in the checkpoint and 3 in this run"),
         ({"shared_prompts": True}, "model.shared_prompts differs"),
-        ({"decoder_layers": 2}, "is missing there.*config.yaml"),
-        ({"semantic_alignment": False}, "is missing here"),
-        ({"train_pool": False, "num_contexts": 0}, "is missing here"),
+        ({"decoder_layers": 2}, "is missing in the checkpoint.*config.yaml"),
+        ({"semantic_alignment": False}, "is missing in this run"),
+        ({"train_pool": False, "num_contexts": 0}, "is missing in this run"),
     ],
 )
 def test_other_settings_are_refused_with_both_sides(clip_folder, changes, message):

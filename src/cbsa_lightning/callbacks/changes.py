@@ -26,7 +26,7 @@ from cbsa_lightning.reports.changes import Changes, class_AP, in_order_of, label
 
 
 class ReportChanges(L.Callback):
-    """Compares the model of an earlier run with the new model after training, on the same validation images.
+    """Compares the model of an earlier run with the newly trained model on the same validation images.
 
     Images whose labels the earlier run was trained on are skipped. The changes are printed and written to
     ``changes.csv`` in the run's folder. A resumed run loads the earlier metrics from its checkpoint. The models are not
@@ -84,14 +84,14 @@ class ReportChanges(L.Callback):
         if self.earlier.labeled is None:
             return (
                 f"it is unknown which images {self.earlier.file} was trained on, so this run's metrics may be too "
-                "high as well. Pass the run's folder to --init_from if it has a labeled.parquet"
+                "high. Pass the run's folder to --init_from if it has a labeled.parquet"
             )
         data = trainer.datamodule
         tables = [table for table in (data.train_table, data.test_table) if table is not None]
         if not any(rows_among(table, self.earlier.labeled.trained()).any() for table in tables):
             return (
                 "none of the images that it was trained on is in this run's tables. If only their paths have "
-                "changed, this run's metrics may be too high as well"
+                "changed, this run's metrics may be too high"
             )
         return ""
 

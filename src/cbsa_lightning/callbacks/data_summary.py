@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from cbsa_lightning.errors import listed
 
-SHOWN = 20  # classes
+SHOWN = 20  # maximum number of classes in the summary
 
 
 class DataSummary(L.Callback):

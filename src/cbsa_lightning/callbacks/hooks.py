@@ -27,7 +27,7 @@ class RunHooks(L.Callback):
             hooks.before_training(pl_module.network, data_of(trainer).labeled_targets())
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Passes the features that the hooks select to the hooks; they are computed with the raw weights."""
+        """Computes features with the raw weights, and passes those that the hooks select to the hooks."""
         if (hooks := pl_module.network.hooks) is None:
             return
         data, moment = data_of(trainer), moment_of(trainer, 0)

@@ -1,4 +1,4 @@
-"""Writes labels of images with unknown labels and lists of images to label or check when training ends."""
+"""Writes predicted labels and lists of images to label or to check when training ends."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WriteLabels(L.Callback):
         self.enabled, self.budget, self.sure, self.favor_rare = enabled, budget, sure, favor_rare
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Rejects class names that the table cannot contain before training starts.
+        """Rejects, before training, class names that the table cannot contain.
 
         Raises:
             ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.

@@ -72,7 +72,7 @@ class ResultLimits(L.Callback):
         stage, longer = "The second stage", "trainer.max_epochs"
         if pl_module.stage == "warm-up":
             stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
-        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: max_steps sets the length
+        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1 if max_steps sets the length
         rank_zero_warn(
             f"{stage} has {pl_module.scheduled_steps} optimizer steps, which may be too few. Set "
             f"data.min_steps_per_epoch to {least} or more, or raise {longer}."

@@ -1,4 +1,4 @@
-"""Checks before the first step, instead of after an epoch, that the metrics that callbacks monitor exist."""
+"""Checks that monitored metrics exist, before the first step instead of after the first epoch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckMonitors(L.Callback):
             if name is not None and name not in known:
                 similar = difflib.get_close_matches(name.replace("_", "/", 1), known, cutoff=0.4) or ["val/mAP"]
                 raise ConfigError(
-                    f"{type(callback).__name__} monitors {name!r}, which this training does not log. Use one such as "
+                    f"{type(callback).__name__} monitors {name!r}, which this run does not log. Use a metric such as "
                     f"{listed(similar)}."
                 )
 

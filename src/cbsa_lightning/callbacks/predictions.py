@@ -151,7 +151,7 @@ Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
-    """Converts the output of ``predict_step`` to numpy (row, float32 scores, bool labels), except rows ``without``."""
+    """Converts the output of ``predict_step`` to arrays (row, float32 scores, bool labels), except rows ``without``."""
     index = output["index"].cpu().numpy()
     kept = ~np.isin(index, list(without))
     scores = output["scores"].float().cpu().numpy().astype(np.float32)
@@ -159,7 +159,7 @@ def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
 
 
 def gather(parts: list[Any]) -> list[Any]:
-    """Gathers the parts of all processes on each process; shards may differ in length."""
+    """Gathers the parts of all processes on each process; the numbers of parts may differ."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return parts
     everyone: list[list[Any] | None] = [None] * torch.distributed.get_world_size()

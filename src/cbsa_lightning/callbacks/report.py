@@ -80,14 +80,14 @@ class RunReport(L.Callback):
         """Rejects class names that the table of predictions cannot contain, and lists skipped images.
 
         Raises:
-            ConfigError: If a class name is rejected; see :func:`~cbsa_lightning.inference.predictions.check_output`. Or
-                if the folder contains the report of another run.
+            ConfigError: If :func:`~cbsa_lightning.inference.predictions.check_output` rejects a class name, or the
+                folder contains the report of another run.
         """
         folder = self._folder(trainer)
         if folder is None:
             return
         check_output(PREDICTIONS, pl_module.class_names)
-        if trainer.ckpt_path is None:  # the files of a resumed run may be its own
+        if trainer.ckpt_path is None:  # a resumed run may have written the files itself
             refuse_taken(folder, WRITTEN)
         left_out = getattr(trainer.datamodule, "left_out", None)
         if left_out and trainer.is_global_zero:

@@ -215,7 +215,7 @@ def _take_new_settings(trainer: Any, pl_module: Any) -> None:
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: the schedule steps before the optimizer
+        warnings.simplefilter("ignore")  # torch warns that the schedule steps before the optimizer
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
 

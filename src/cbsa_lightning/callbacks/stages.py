@@ -16,7 +16,7 @@ class Stages(L.Callback):
 
     As in CAP, the second stage starts from the weights at the end of the warm-up, and the optimizer, the schedule and
     the average are new. This callback also seeds each step, so that dropout depends only on (seed, epoch, step, rank).
-    A resumed run therefore needs no state of a random generator.
+    A resumed run therefore does not need the state of a random generator.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

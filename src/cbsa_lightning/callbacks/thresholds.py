@@ -24,7 +24,7 @@ from cbsa_lightning.networks.base import NetworkOutput
 
 
 class UpdateThresholds(L.Callback):
-    """Scores the weak views of images with unknown labels with the averaged weights, and computes pseudo-labels.
+    """Uses the averaged weights to score the weak views of images with unknown labels, and computes pseudo-labels.
 
     Unknown entries of partly labeled images get pseudo-labels like those of unlabeled images. Known entries are passed
     to the labeler as scores of 1 and 0, so that its positives include the known ones.
@@ -93,7 +93,7 @@ class UpdateThresholds(L.Callback):
         self._log_quality(pl_module, images, labels.cpu(), data.hidden_targets())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Updates thresholds and scales for the weights to validate, which checkpoints may store afterwards."""
+        """Updates thresholds and scales for the weights that are validated and may then be saved."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 

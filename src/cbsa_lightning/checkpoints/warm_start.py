@@ -104,22 +104,23 @@ def _differences(earlier: Earlier, network: Network, own: Mapping[str, Tensor]) 
     contexts = set(network.context_tensors)
     there = earlier.weights.keys() - contexts
     here = own.keys() - contexts
-    yield from (f"{name} is missing there" for name in sorted(here - there))
-    yield from (f"{name} is missing here" for name in sorted(there - here))
+    yield from (f"{name} is missing in the checkpoint" for name in sorted(here - there))
+    yield from (f"{name} is missing in this run" for name in sorted(there - here))
     for name in sorted(here & there):
         old, new = earlier.weights[name].shape, own[name].shape
         if name in by_class and len(old) > 0 and old[0] == len(earlier.class_names):
             old, new = old[1:], new[1:]  # rows of classes are matched by name
         if old != new:
-            yield f"{name} is {tuple(earlier.weights[name].shape)} there and {tuple(own[name].shape)} here" + (
-                _of_prompts(earlier.weights[name], own[name]) if name.endswith("words") else ""
-            )
+            yield (
+                f"{name} is {tuple(earlier.weights[name].shape)} in the checkpoint "
+                f"and {tuple(own[name].shape)} in this run"
+            ) + (_of_prompts(earlier.weights[name], own[name]) if name.endswith("words") else "")
 
 
 def _of_prompts(there: Tensor, here: Tensor) -> str:
     if there.ndim != here.ndim or there.ndim < 2:
         return " (model.shared_prompts differs)"
-    return f" (model.prompt_length is {there.shape[-2]} there and {here.shape[-2]} here)"
+    return f" (model.prompt_length is {there.shape[-2]} in the checkpoint and {here.shape[-2]} in this run)"
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe(options: argparse.Namespace) -> Settings:
-    """Returns the configuration of the run, which consists of the files, overridden by options."""
+    """Returns the configuration of the run, in which options override the configuration files."""
     configs = [name for name in options.files if Path(name).suffix.lower() in (".yaml", ".yml")]
     annotations = [name for name in options.files if name not in configs]
     if len(annotations) > 1:

@@ -53,7 +53,7 @@ def find_config(name: str | os.PathLike[str]) -> Path:
 
 
 def find_configs(words: Sequence[str]) -> list[str]:
-    """Replaces the names after ``--config`` in a command line by file paths; see :func:`find_config`."""
+    """Replaces the names after ``--config`` in a command line with file paths; see :func:`find_config`."""
     found = list(words)
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")

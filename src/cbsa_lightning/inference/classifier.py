@@ -82,7 +82,7 @@ class Classifier:
         self.network = network.to(self.device).eval()
         self.class_names = tuple(check_names("class_names", class_names))
         if tuple(thresholds.shape) != (len(self.class_names),):
-            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one per class name.")
+            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one threshold per class.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
         self.fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))

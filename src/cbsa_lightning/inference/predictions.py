@@ -61,8 +61,8 @@ def write_predictions(
 ) -> None:
     """Writes predictions as CSV or Parquet, in the order of the table.
 
-    The columns are ``image`` (the path as in the table), ``labels`` (names joined by ";", or "none"), and a float32
-    score for every class, under its name. The file is written atomically and replaces an existing one.
+    The columns are ``image`` (the path as in the table), ``labels`` (names joined by ";", or "none"), and one column
+    per class with its float32 scores. The file is written atomically and replaces an existing file.
 
     Args:
         path: Output file; the suffix, .csv or .parquet, determines the format. Missing folders are created.
@@ -114,7 +114,7 @@ def write_thresholds(
         path: Output file.
         class_names: The C class names.
         prompt_names: Class names in prompts.
-        thresholds: ``(C,)``, decision threshold of each class; inf if no score reaches the objective.
+        thresholds: ``(C,)``, decision threshold of each class; inf if no threshold meets the objective.
         positives: ``(C,)``, number of labeled images with the class.
         expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities. The
             columns are then empty.

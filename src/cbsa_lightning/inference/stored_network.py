@@ -40,7 +40,7 @@ def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[S
 
 
 def _object(value: Any, source: Any) -> Any:
-    """Converts a setting; a class of this library, with or without arguments, is converted to a function."""
+    """Converts a setting. A class of this library, with or without arguments, becomes a function that builds it."""
     if isinstance(value, dict) and "class_path" in value:
         return partial(_class(value["class_path"], source), **(value.get("init_args") or {}))
     return _class(value, source) if isinstance(value, str) and value.startswith(_OURS) else value

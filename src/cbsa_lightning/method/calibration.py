@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 OFFSET_DEVIATION, SLOPE_DEVIATION = 1.0, 0.5
-"""Standard deviations of the prior on a class's offset and on the logarithm of its slope, chosen on the digits data."""
+"""Standard deviations of the prior on a class's offset and on the logarithm of its slope.
+
+They were chosen on the digits data set.
+"""
 STEPS = 50
 
 
@@ -59,10 +62,10 @@ def _fit(z: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[NDArray[np.float
     prior = np.array([OFFSET_DEVIATION, SLOPE_DEVIATION]) ** -2.0
     mode = np.zeros(2)
     for _ in range(STEPS):
-        derivatives = np.stack([np.ones_like(z), np.exp(mode[1]) * z])  # of the logit
+        derivatives = np.stack([np.ones_like(z), np.exp(mode[1]) * z])  # derivatives of the logit
         p = expit(mode[0] + np.exp(mode[1]) * z)
-        # This is the Gauss-Newton approximation. With the exact second derivative by the log-slope, a step could
-        # increase the loss.
+        # This is the Gauss-Newton approximation. With the exact second derivative with respect to the log-slope, a step
+        # could increase the loss.
         hessian = (derivatives * (p * (1 - p))) @ derivatives.T + np.diag(prior)
         step = np.linalg.solve(hessian, derivatives @ (y - p) - prior * mode)
         mode = mode + np.clip(step, -1, 1)

@@ -57,7 +57,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class Share(Objective):
-    """Gives each class the fraction of images that it has among the labeled images; does not need probabilities."""
+    """Gives each class to the same fraction of images as among the labeled images; does not need probabilities."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""

@@ -136,7 +136,7 @@ class Fusion:
         return result
 
     def to(self, device: torch.device | str) -> Self:
-        """Returns a copy on a device."""
+        """Returns a copy on the given device."""
         if self.mean.device == torch.device(device):
             return self
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})

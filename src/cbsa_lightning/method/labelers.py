@@ -54,7 +54,8 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
     A score at or above ``tau_pos`` is positive. Otherwise, a score at or below ``tau_neg`` is negative. All other
     entries are ignored. Images with equal scores get the same label. In case of ties, more images can therefore get a
-    label than the count from which a threshold was computed. With a NaN threshold, no image gets the label.
+    label than the count from which a threshold was computed. If a threshold is NaN, no image gets the label that it
+    determines.
 
     Args:
         scores: ``(n, C)``.

@@ -1,6 +1,6 @@
 """Element-wise losses over images and classes, in float32; unknown entries contribute exactly 0.
 
-The functions do not reduce over images. The training loop does, and divides the sum of every term by the batch size.
+The functions do not reduce over images. The training loop sums every loss term and divides it by the batch size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def asymmetric_loss(
     - positive entries: ``(1 - p) ** gamma_pos * -log(p)``
     - negative entries: ``p_m ** gamma_neg * -log(1 - p_m)``
 
-    The focal weights (the powers) are constants in the gradient. With a margin, the gradient of a badly misclassified
-    negative is about ``(1 - p) / clip``. It vanishes as ``p`` approaches 1, so ASL discounts labels that are probably
-    wrong. If both gammas and the margin are 0, the loss is the binary cross-entropy on logits.
+    The gradient treats the focal weights (the powers) as constants. With a margin, the gradient of a badly
+    misclassified negative is about ``(1 - p) / clip``. It vanishes as ``p`` approaches 1, so ASL discounts labels that
+    are probably wrong. If both gammas and the margin are 0, the loss is the binary cross-entropy on logits.
 
     Args:
         logits: ``(B, C)``, any floating type; the loss is computed in float32 even under autocast.

@@ -31,8 +31,8 @@ class MultilabelReport(Metric):
 
     ``compute`` returns a dict:
 
-    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives, and for a class with unknown entries
-      and no known negative, since any order of its images would have an AP of 1;
+    - ``AP`` ``(C,)``: average precision; NaN for a class with fewer than ``min_positives`` positives, and for a class
+      with unknown entries and no known negative, since any order of its images would have an AP of 1;
     - ``mAP``: mean over the other classes; NaN if there are none;
     - ``mAP_with_zeros``: mean over all C classes, with 0 for a class without positives (the convention of CAP and of
       torchmetrics' macro average);

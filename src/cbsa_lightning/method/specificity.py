@@ -44,7 +44,11 @@ class Specificity(nn.Module):
         self.cosine.update(mean_pairwise_cosine(label_features))
 
     def compute(self, mean_ap: Tensor) -> dict[str, Tensor]:
-        """Returns ``specific_gain`` and ``feature_cosine`` over all processes from the network's own mAP."""
+        """Returns ``specific_gain`` and ``feature_cosine`` over all processes.
+
+        Args:
+            mean_ap: mAP of the network with label-specific features.
+        """
         gain = mean_ap - self.shared.compute()["mAP"]
         return {"specific_gain": gain, "feature_cosine": self.cosine.compute()}
 

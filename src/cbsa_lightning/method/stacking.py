@@ -83,7 +83,7 @@ class Stack(NamedTuple):
 class StackLabeler(EvidenceLabeler):
     """Base class of labelers that compute soft pseudo-labels with a :class:`Stack`.
 
-    The setting ``stack_share`` includes the stack's logits in the final scores.
+    If ``stack_share`` is set, the final scores include the stack's logits.
     """
 
     @abstractmethod

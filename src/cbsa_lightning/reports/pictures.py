@@ -152,7 +152,7 @@ def attention_gallery(
 
 
 def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) -> Figure:
-    """Draws the co-occurrence matrix of the classes sorted by context, and frames each context and lists its classes.
+    """Draws the co-occurrence matrix with classes sorted by context, frames around the contexts, and their classes.
 
     Args:
         S: ``(C, C)``; row k contains the fractions of the images with class k that also show the column's class. The

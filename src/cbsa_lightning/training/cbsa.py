@@ -33,9 +33,10 @@ class CBSAModule(SSMLLModule):
         loss: Element-wise loss. The default is ASL(0, 4, 0.05).
         warmup_epochs: Number of epochs on labeled images only.
         unsup_weight: Weight of the loss on pseudo-labels.
-        ema_decay: Decay of the average of the weights that computes pseudo-labels and reported metrics. By default, the
-            average covers a seventh of the second stage's steps, similar to 0.9997 in the paper's VOC runs.
-        average: Builds that average from the network and the decay.
+        ema_decay: Decay of the average of the weights, with which pseudo-labels and reported metrics are computed. By
+            default, the average covers a seventh of the second stage's steps, similar to 0.9997 in the paper's VOC
+            runs.
+        average: Builds this average from the network and the decay.
         optimizer: Builds the optimizer from parameter groups.
         scheduler: Builds the schedule of a stage. The default is one-cycle.
         second_scheduler: Builds the schedule of the second stage. The default is ``scheduler``.

@@ -1,4 +1,4 @@
-"""Validation, test and prediction: computes the scores of the averaged weights and logs the metrics."""
+"""Runs validation, test and prediction with the averaged weights, and logs the metrics."""
 
 from __future__ import annotations
 

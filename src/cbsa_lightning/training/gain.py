@@ -25,7 +25,7 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
+"""Runs in which the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
 LEAST = 3
 """Number of labeled positives that a class needs for a meaningful average precision."""
 
@@ -178,7 +178,7 @@ class GainCheck:
 
 
 def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
-    """Reports the estimate at the end of a fit: a sentence, ``gain.csv``, ``gain.png`` and the loggers.
+    """Reports the estimate at the end of a fit: prints a sentence, writes ``gain.csv`` and ``gain.png``, and logs it.
 
     Args:
         gain: the estimate.
@@ -229,7 +229,7 @@ def gain_of(
     truth = np.concatenate(targets)
     told = _told(truth)
     rng = np.random.default_rng(seed)
-    # The first draw is the original sample, each image once.
+    # The first draw is the original sample, which contains each image once.
     draws = np.concatenate(
         [np.ones((1, len(truth))), rng.multinomial(len(truth), [1 / len(truth)] * len(truth), DRAWS)]
     )
@@ -293,7 +293,7 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
         DataError: If there are fewer than two images per fold.
     """
     if len(labels) < 2 * folds:
-        raise DataError(f"gain check: {len(labels)} labeled images cannot be split into {folds} folds. Label more.")
+        raise DataError(f"gain check: {len(labels)} labeled images cannot form {folds} folds. Label more images.")
     number = np.where(labels == 1, (labels == 1).sum(0), len(labels) + 1)
     rarest = np.where((labels == 1).any(1), number.argmin(1), labels.shape[1])
     shuffled = np.random.default_rng(seed).permutation(len(labels))

@@ -80,10 +80,10 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             :class:`~cbsa_lightning.method.stacking.StackLabeler` such as ``StackedProbes``, and the network's own mAP
             is logged as ``val/mAP_network``.
         objective: Chooses the decision thresholds; see :mod:`~cbsa_lightning.method.decisions`. The default is
-            ``Share()``, which labels the same fraction of images with a class as among the labeled images. Other
+            ``Share()``, which gives each class to the same fraction of images as among the labeled images. Other
             objectives need a ``stack_share``.
-        optimizer: Builds the optimizer from parameter groups. The default is the paper's AdamW with a learning rate of
-            1e-3 and the weight decay of CAP, since the paper does not state one; the implementation is fused.
+        optimizer: Builds the optimizer from parameter groups. The default is fused AdamW with the paper's learning rate
+            of 1e-3. The paper does not state a weight decay, so that of CAP is used.
         scheduler: Builds the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
             torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. The default is one-cycle.
         second_scheduler: Builds the schedule of the second stage. The default is ``scheduler``.

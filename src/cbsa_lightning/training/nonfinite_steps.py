@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class NonFiniteSteps:
-    """Decides whether a step is taken or skipped.
+    """Decides whether a step is performed or skipped.
 
     Args:
         module: The trained module; not registered as a submodule.

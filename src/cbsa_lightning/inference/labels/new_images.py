@@ -55,16 +55,14 @@ def predict(words: Sequence[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="cbsa predict",
         allow_abbrev=False,
-        description="Labels images with a checkpoint of CBSA. More options, and other systems, need --config "
-        "RUN/config.yaml.",
+        description="Labels images with a checkpoint of CBSA. For more options and for other systems, add "
+        "--config RUN/config.yaml.",
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, help="the checkpoint")
     parser.add_argument(
         "--data.predict", dest="images", type=Path, required=True, help="folder, image or list of paths"
     )
-    parser.add_argument(
-        "--predictions.output", dest="output", type=Path, default=Path(PREDICTIONS), help="file to write"
-    )
+    parser.add_argument("--predictions.output", dest="output", type=Path, default=Path(PREDICTIONS), help="output file")
     args = parser.parse_args(words)
     if args.output.exists():
         raise ConfigError(f"{args.output} exists already. Choose another --predictions.output, or move the file.")

@@ -1,7 +1,7 @@
 """Predictions for existing tasks of a Label Studio project.
 
-The server assigns predictions to tasks by the id of the task if a list of predictions is sent to
-`POST /api/projects/ID/import/predictions`. The data, metadata and annotations of the tasks do not change, whereas
+To import predictions, send them as a list with `POST /api/projects/ID/import/predictions`. The server assigns each
+prediction to a task by the id of the task. The data, metadata and annotations of the tasks do not change, whereas
 importing whole tasks would create new tasks. The server silently drops predictions with unknown names or choices, so
 this module checks both.
 """
@@ -95,7 +95,7 @@ def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
     notes = []
     if other := [path for path in paths if path not in of_image]:
         notes.append(
-            f"{counted(len(other), 'task')} of images without labels of the run (for example, labeled images) get "
+            f"{counted(len(other), 'task')} of images that the run does not label (for example, labeled images) get "
             f"no prediction: {listed(map(brief, other), 5)}"
         )
     if alone := list(of_image.keys() - set(paths)):
