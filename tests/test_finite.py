@@ -76,7 +76,7 @@ def test_it_stops_before_anything_moves_and_names_what_is_wrong(tmp_path, clip_f
 
 
 def test_weights_that_are_broken_stop_whatever_may_be_skipped(tmp_path, clip_folder, squares):
-    with pytest.raises(NotFiniteError, match=r"so are the weights log_scale"):
+    with pytest.raises(NotFiniteError, match=r"the weights log_scale"):
         fit(tmp_path, clip_folder, squares, Poison("weights", {(1, 1)}), max_skipped_steps=9)
 
 

@@ -268,7 +268,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
 
 
 def _figures(trainer: Any) -> list[dict[str, Any]]:
-    """Returns the metrics that all processes logged in this epoch: the value of each, and the weight of a mean."""
+    """Returns the value of each metric that all processes logged in this epoch, and the weights of mean values."""
     figures = []
     for metric in lightning_private.epoch_results(trainer).values():
         if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:

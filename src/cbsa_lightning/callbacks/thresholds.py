@@ -143,7 +143,7 @@ class UpdateThresholds(L.Callback):
     def _score(
         self, trainer: L.Trainer, pl_module: Any, data: Any, images: np.ndarray, epoch: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns logits ``(n, C)`` and context probabilities ``(n, K)`` or None for n rows of the train table."""
+        """Returns logits ``(n, C)`` and context probabilities ``(n, K)``, if any, for n rows of the train table."""
         rows = torch.as_tensor(images, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)

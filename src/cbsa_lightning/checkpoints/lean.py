@@ -29,7 +29,7 @@ class LeanCheckpoint(nn.Module):
     network: nn.Module
     fusion: Fusion | None = None
     class_names: list[str]
-    _source = "The checkpoint"  # names the file and the version that wrote it in messages
+    _source = "The checkpoint"  # in messages, this names the file and the version that wrote it
 
     def _frozen_keys(self) -> set[str]:
         """Returns the state keys below ``network.clip`` whose weights are not trained."""
@@ -192,5 +192,5 @@ def _form(value: Any) -> str:
 
 
 def _sorted(keys: Iterable[str]) -> list[str]:
-    """Sorts keys with those of the network first, since the averages only repeat them under less readable names."""
+    """Sorts the keys so that those of the network come first; averages repeat them under less readable names."""
     return sorted(keys, key=lambda key: (key.startswith("ema."), key))

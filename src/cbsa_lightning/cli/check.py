@@ -34,7 +34,7 @@ def check_command(args: Sequence[str] | None = None) -> Report:
     """Checks a data set and prints the report.
 
     Args:
-        args: Command-line arguments, which ``--help`` lists. The default is those of the process.
+        args: Command-line arguments, which ``--help`` lists. By default, the arguments of the process are used.
 
     Returns:
         The report if no problem prevents training.

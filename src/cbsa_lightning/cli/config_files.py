@@ -126,7 +126,7 @@ def check_configs(words: Sequence[str]) -> None:
 
 @contextmanager
 def naming_files(words: Sequence[str]) -> Iterator[None]:
-    """Adds the configuration files that mention a rejected setting to the error, unless a flag sets it.
+    """Adds the configuration files that mention a rejected setting to the error, unless a flag sets this setting.
 
     Raises:
         ConfigError: The original error with the names of the files.

@@ -66,5 +66,5 @@ def problem_of_step(values: Mapping[str, Tensor], name_of: Callable[[int], objec
     return (
         f"not finite: {listed(not_finite(values)) or 'values on another process, or a sum'}"
         + (f", of {len(images)} image(s): {listed(images, 5)}" if images else "")
-        + (f"; so are the weights {listed(weights, 5)}" if weights else "")
+        + (f"; the weights {listed(weights, 5)} are not finite either" if weights else "")
     )

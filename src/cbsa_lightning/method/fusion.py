@@ -1,4 +1,4 @@
-"""Late fusion of the trained network with stacked probes, which makes the final scores calibrated probabilities.
+"""Late fusion of the trained network with stacked probes, which yields calibrated probabilities as final scores.
 
 The network ranks images well, but its scores are not calibrated, since ASL shifts its logits up. The stack's logits are
 calibrated, since the stack is fitted to out-of-fold scores of the labeled images. For each class, the network's logits

@@ -53,9 +53,8 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     """Computes pseudo-labels from class thresholds (Eq. 6).
 
     A score at or above ``tau_pos`` is positive. Otherwise, a score at or below ``tau_neg`` is negative. All other
-    entries are ignored. Images with equal scores get the same label. In case of ties, more images can therefore get a
-    label than the count from which a threshold was computed. If a threshold is NaN, no image gets the label that it
-    determines.
+    entries are ignored. Images with equal scores get the same label, so ties can make the number of labels exceed the
+    count that a threshold was computed for. A NaN threshold does not assign any labels.
 
     Args:
         scores: ``(n, C)``.

@@ -38,7 +38,7 @@ def asymmetric_loss(
         clip: probability margin of negatives, in [0, 1).
 
     Returns:
-        ``(B, C)`` float32, 0 at unknown entries.
+        ``(B, C)`` float32, 0 for unknown entries.
 
     Raises:
         ConfigError: If a gamma is negative or the margin is outside [0, 1).
@@ -89,7 +89,7 @@ def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, t
         targets: ``(B, C)``, floating-point: the probability t of the label in [0, 1], or -1 if it is unknown.
 
     Returns:
-        ``(B, C)``, 0 at unknown entries; equal to ``loss`` for targets of 0, 1 and -1.
+        ``(B, C)``, 0 for unknown entries; equal to ``loss`` for targets of 0, 1 and -1.
     """
     known = targets >= 0
     yes, no = (torch.where(known, answer, -1).to(torch.int8) for answer in (1, 0))

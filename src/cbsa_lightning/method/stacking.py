@@ -156,7 +156,7 @@ class StackedProbes(StackLabeler):
 
 
 def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
-    """Fits a ridge regression to all classes at once, with the penalty selected by leave-one-out error.
+    """Fits a ridge regression to all classes at once, and selects the penalty by the leave-one-out error.
 
     Args:
         descriptors: ``(N, D)``, one row per image.

@@ -23,18 +23,18 @@ def class_thresholds(
     """Computes the class-wise thresholds of CAT, at which pseudo-labels have the class proportions of the labeled set.
 
     For a class with n scores and positive rate ``gamma``, ``tau_pos`` is the r_pos-th largest score and ``tau_neg`` is
-    the r_neg-th smallest score, with ``r_pos = int(eta_pos * gamma * n)`` and ``r_neg = int(eta_neg * (1 - gamma) *
-    n)``. If ``r_pos`` is 0, ``tau_pos`` is +inf, so that there are no positives. If ``r_neg`` is 0, ``tau_neg`` is
-    -inf. ``tau_neg <= tau_pos`` always holds.
+    the r_neg-th smallest score, where ``r_pos = int(eta_pos * gamma * n)`` and
+    ``r_neg = int(eta_neg * (1 - gamma) * n)``. If ``r_pos`` is 0, ``tau_pos`` is +inf, so that there are no positives.
+    If ``r_neg`` is 0, ``tau_neg`` is -inf. ``tau_neg <= tau_pos`` always holds.
 
     Because a rate is a quotient of counts, a rounding error can make the product slightly smaller than a whole number
     (0.29 * 100 = 28.999...). The product is therefore increased by four rounding steps of the rate's dtype before it is
     truncated. For exact counts, pass float64 rates, as returned by
     :func:`~cbsa_lightning.method.labelers.positive_rates`.
 
-    The running time is linear in ``n * C``. On the CPU, the additional memory is one block of columns (512 MiB, or the
-    scores of one class if they are larger), and no selection is needed if eta is 0. On an accelerator, sorting needs a
-    few times as much memory.
+    The running time is linear in ``n * C``. On the CPU, one block of columns is copied, which takes 512 MiB or, if it
+    is larger, the memory of one class. No selection is needed if eta is 0. On an accelerator, sorting needs a few times
+    as much memory.
 
     Args:
         scores: ``(n, C)`` on any device; compared in float32.
@@ -103,7 +103,7 @@ def check_scores(scores: Tensor) -> None:
             of such scores per class.
     """
     if scores.ndim != 2:
-        raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
+        raise DataError(f"scores must have the shape (images, classes), got {tuple(scores.shape)}")
     if scores.numel() == 0:
         return
     # If a score is NaN or infinite, so is the minimum or the maximum. aminmax computes both in one pass without a mask.
@@ -111,8 +111,9 @@ def check_scores(scores: Tensor) -> None:
     if not extremes.isfinite().all():
         per_class = torch.stack([(~strip.isfinite()).sum(dim=0) for _, strip in row_strips(scores)]).sum(dim=0).cpu()
         raise DataError(
-            f"{int(per_class.sum())} of {scores.numel()} scores are not finite, in class {_with_counts(per_class)}; "
-            "training has diverged: lower the learning rate, or compute the scores in float32"
+            f"{int(per_class.sum())} of {scores.numel()} scores are not finite; classes (counts): "
+            f"{_with_counts(per_class)}. Training has diverged: lower the learning rate, or compute the scores in "
+            "float32."
         )
 
 

@@ -59,8 +59,9 @@ class OneCycle:
 
     Args:
         pct_start: Fraction of the cycle in which the learning rate increases (0.2 in CAP).
-        cycle: Length of the cycle relative to the stage, at least 1. If it is above 1, the stage ends before the cycle.
-            In the code of CAP, the second cycle is as long as both stages together, which is 1.25 for 8 + 32 epochs.
+        cycle: Length of the cycle relative to the stage, at least 1. If it is above 1, the stage ends before the cycle
+            is complete. In the code of CAP, the second cycle is as long as both stages together, so this value is 1.25
+            for 8 + 32 epochs.
     """
 
     def __init__(self, pct_start: float = 0.2, cycle: float = 1.0) -> None:

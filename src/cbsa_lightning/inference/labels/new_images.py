@@ -39,7 +39,7 @@ def label_images(checkpoint: Path, images: Path) -> ImageLabels:
 
 
 def predict(words: Sequence[str]) -> Path:
-    """Runs `cbsa predict` without a configuration, and writes a table of predictions of a checkpoint.
+    """Runs `cbsa predict` without a configuration, and writes the predictions of a checkpoint as a table.
 
     Args:
         words: Command-line arguments after ``predict``.

@@ -167,7 +167,7 @@ def _choices(
                 "project, or pass its labeling interface with --label_config"
             )
         unchecked = f"no annotation uses {len(missing)} of the {len(names)} classes, which may not be choices"
-        return names, [f"{unchecked} of the project (--label_config checks): {listed(missing, 5)}"] if missing else []
+        return names, [f"{unchecked} of the project (use --label_config): {listed(missing, 5)}"] if missing else []
     if missing:
         raise DataError(
             f"{project.label_config} has no choice for these classes of the run: {listed(missing)}. The server would "

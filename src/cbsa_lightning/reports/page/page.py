@@ -60,7 +60,7 @@ class Run:
 
 
 def build_page(run: Run) -> str:
-    """Builds the page as HTML. It shows a limited number of images, however many images and classes there are.
+    """Builds the page as HTML. The number of images on the page is limited, regardless of the size of the data set.
 
     Raises:
         DataError: If the images in ``predictions.csv`` differ from ``run.validation``, or ``labels.csv`` contains a

@@ -80,7 +80,9 @@ def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np
 
 
 def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabeled:
-    """Reads the labels of the unlabeled images, and the scores of the classes ``shown`` only, to save memory.
+    """Reads the labels of the unlabeled images, and the scores of the classes ``shown``.
+
+    Other scores are not kept in memory.
 
     Raises:
         DataError: If the file contains a class that the run does not have.
