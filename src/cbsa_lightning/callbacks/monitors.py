@@ -1,4 +1,4 @@
-"""Checks that monitored metrics exist, before the first step instead of after the first epoch."""
+"""Checks before the first step that monitored metrics exist, since an error after an epoch would be late."""
 
 from __future__ import annotations
 

@@ -25,11 +25,12 @@ Assignment = Literal["cluster_qr", "kmeans"]
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
     """Returns the co-occurrence matrix ``S_kl = (e_kl / n_kl) ** power``.
 
-    ``e_kl`` is the number of images with both classes, and ``n_kl`` is the number of images with class k in which class
-    l is known. Without unknown entries, this is the paper's ``e_kl / n_k``. (The paper counts images with "only the
-    k-th label" in ``n_k``, which can lead to a division by zero; the work that it follows counts all images with class
-    k.) If entries are unknown at random, ``S_kl`` still estimates the fraction of the images of class k that have class
-    l. ``S_kl`` is 0 if ``n_kl`` is 0. The diagonal is 1 for every class that is present; :func:`partition` ignores it.
+    ``e_kl`` is the number of images with both classes, and ``n_kl`` is the number of images with class k whose label
+    for class l is known. Without unknown entries, this is the paper's ``e_kl / n_k``. (The paper counts images with
+    "only the k-th label" in ``n_k``, which can lead to a division by zero; the work that it follows counts all images
+    with class k.) If the unknown entries are a random subset, ``S_kl`` still estimates the fraction of the images of
+    class k that have class l. ``S_kl`` is 0 if ``n_kl`` is 0. The diagonal is 1 for every class that is present;
+    :func:`partition` ignores it.
 
     Args:
         labels: ``(n, C)`` in {1, 0, -1 unknown}, any integer type, any device.

@@ -51,13 +51,13 @@ class Objective(ABC):
 
         Args:
             curve: See :class:`Curve`.
-            share: Number of images at which the fraction of positives is the same as among the labeled images.
+            share: Number of images for which the fraction of positives is the same as in the labeled set.
         """
 
 
 @dataclass(frozen=True)
 class Share(Objective):
-    """Gives each class to the same fraction of images as among the labeled images; does not need probabilities."""
+    """Assigns each class to the same fraction of images as in the labeled set; does not need probabilities."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""

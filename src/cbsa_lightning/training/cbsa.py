@@ -34,8 +34,8 @@ class CBSAModule(SSMLLModule):
         warmup_epochs: Number of epochs on labeled images only.
         unsup_weight: Weight of the loss on pseudo-labels.
         ema_decay: Decay of the average of the weights, with which pseudo-labels and reported metrics are computed. By
-            default, the average covers a seventh of the second stage's steps, similar to 0.9997 in the paper's VOC
-            runs.
+            default, the decay is chosen so that the average covers a seventh of the second stage's steps, as a decay of
+            about 0.9997 does in the paper's VOC runs.
         average: Builds this average from the network and the decay.
         optimizer: Builds the optimizer from parameter groups.
         scheduler: Builds the schedule of a stage. The default is one-cycle.

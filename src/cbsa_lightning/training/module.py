@@ -71,8 +71,8 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite. If there
             are more, the run stops. With 0, it stops at the first such step.
         ema_decay: Weight of the old average in each optimizer step. The average starts from the raw weights at the end
-            of the warm-up; until then, the raw weights are used. By default, the average covers a seventh of the second
-            stage's steps, similar to 0.9997 in the paper's VOC runs.
+            of the warm-up; until then, the raw weights are used. By default, the decay is chosen so that the average
+            covers a seventh of the second stage's steps, as a decay of about 0.9997 does in the paper's VOC runs.
         average: Builds the average from the network and the decay.
         stack_share: Weight of the labeler's stack in the final scores, in [0, 1]. With 0, only the network is used, and
             with 1, only the stack. If the weight is above 0, the scores are calibrated probabilities, computed from the
@@ -80,8 +80,8 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             :class:`~cbsa_lightning.method.stacking.StackLabeler` such as ``StackedProbes``, and the network's own mAP
             is logged as ``val/mAP_network``.
         objective: Chooses the decision thresholds; see :mod:`~cbsa_lightning.method.decisions`. The default is
-            ``Share()``, which gives each class to the same fraction of images as among the labeled images. Other
-            objectives need a ``stack_share``.
+            ``Share()``, which assigns each class to the same fraction of images as in the labeled set. Other objectives
+            need a ``stack_share``.
         optimizer: Builds the optimizer from parameter groups. The default is fused AdamW with the paper's learning rate
             of 1e-3. The paper does not state a weight decay, so that of CAP is used.
         scheduler: Builds the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
