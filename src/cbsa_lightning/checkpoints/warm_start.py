@@ -54,7 +54,7 @@ class Earlier(NamedTuple):
             weights.update({name: average for name, average in averages.items() if average is not None})
         names, partition = list(checkpoint["class_names"]), state.get("context_partition")
         if not isinstance(partition, Tensor) or partition.shape != (len(names),):
-            raise CheckpointError(f"{source}: its context_partition does not fit its classes. Use another checkpoint.")
+            raise CheckpointError(f"{source}: the context_partition does not fit the classes. Use another checkpoint.")
         if wrong := [name for name, weight in weights.items() if not isinstance(weight, Tensor)]:
             raise CheckpointError(f"{source}: {listed(wrong, 5)} are not tensors. Use another checkpoint.")
         if broken := not_finite(weights):

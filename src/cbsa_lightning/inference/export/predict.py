@@ -47,7 +47,7 @@ class Model:
         threads: Number of CPU threads. With 0, ONNX Runtime chooses the number.
 
     Raises:
-        BundleError: If a file is missing, damaged or was changed.
+        BundleError: If a file is missing or damaged, or was changed.
     """
 
     def __init__(self, folder: str | Path = HERE, threads: int = 0) -> None:
@@ -162,7 +162,7 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
-            raise ImageError("its gray values do not fit 16 bits")
+            raise ImageError("the gray values do not fit in 16 bits")
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError("floating-point pixels have no known range")
