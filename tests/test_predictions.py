@@ -246,7 +246,7 @@ def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
 
 def test_a_damaged_image_keeps_what_was_predicted_before(tmp_path, clip_folder):
     folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
-    with pytest.raises(DataError, match=r"d\.png: .*out\.csv has .* 3 images .* --predictions\.on_error skip"):
+    with pytest.raises(DataError, match=r"d\.png: .*out\.csv contains .* 3 images .* --predictions\.on_error skip"):
         predict(tmp_path, clip_folder, folder)
     assert column(tmp_path / "out.csv", "image") == ["a.png", "b.png", "c.png"]
 

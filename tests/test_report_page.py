@@ -195,10 +195,10 @@ def test_labels_of_other_classes_are_refused(tmp_path):
     labels = run.folder / "labels.csv"
     header, cells = labels.read_text(encoding="utf-8").split("\n", 1)
     labels.write_text(f"{header}\n{cells.replace('cat', 'horse')}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"labels.csv: names 'horse', which is not a class"):
+    with pytest.raises(DataError, match=r"labels.csv contains 'horse', which is not a class"):
         build_page(run)
     labels.write_text(f"{header.replace('cat', 'horse')}\n{cells}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"labels.csv: does not have the expected format"):
+    with pytest.raises(DataError, match=r"labels.csv does not have the expected format"):
         build_page(run)
 
 

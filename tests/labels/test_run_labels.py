@@ -164,7 +164,7 @@ def test_the_command_labels_new_images_by_the_checkpoint_alone(run, tmp_path, sq
 
 
 def test_the_command_refuses_what_it_cannot_do(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"end in \.xml"):
+    with pytest.raises(ConfigError, match=r"for cvat is \.xml"):
         main(["label", str(run[0]), "--to", "cvat", "--output", "t.json"])
     with pytest.raises(ConfigError, match="is not a finished run with unlabeled images"):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv")])
