@@ -1,4 +1,4 @@
-"""Every system exports, on every kind of tower: both graphs give the classifier's scores for any batch."""
+"""Every system can be exported with every kind of tower, and both graphs give the classifier's scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WITHOUT_CLIP = {
 
 
 def moved(network):
-    """The network with its trained weights away from their initial values."""
+    """Returns the network with noise added to its trained weights."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -56,7 +56,7 @@ def moved(network):
 
 
 def random_fusion(network, size):
-    """A fusion with random weights, and what describes images for it."""
+    """Returns a fusion with random weights, and the function that computes its features."""
     describe = network.describer(keep=True)
     description = describe(network.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)))
     widths = [part.shape[1] for part in (*description.descriptors, *description.scores)]
@@ -77,7 +77,7 @@ def random_fusion(network, size):
 
 
 def differences(classifier, folder, batches=(1, 2, 7), extra=()):
-    """Largest difference of a probability from the classifier's and number of labels that differ: ONNX, then pt2."""
+    """Returns the largest difference in probability and the number of different labels, for ONNX and pt2."""
     graph = ScoringGraph(classifier, extra)
     program = exported(graph, classifier.image_size)
     write_onnx(program, folder / "model.onnx", tuple(extra), {})
@@ -124,7 +124,7 @@ def test_cbsa_fused_with_a_stack(towers, tmp_path, kind):
 def test_systems_with_clip(towers, tmp_path, name):
     torch.manual_seed(0)
     network = SYSTEMS[name](NAMES, clip=str(towers["resnet"]))
-    fused = name == "zero-shot"  # the probes as systems
+    fused = name == "zero-shot"  # probes as systems
     assert_the_same(differences(classifier_of(network, 64, fused), tmp_path))
 
 
@@ -135,14 +135,14 @@ def test_systems_without_clip(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["DualCoOp", "DualCoOp++", "TaI", "CAP with ML-Decoder"])
-def test_attention_maps_export(towers, tmp_path, name):
+def test_attention_maps_can_be_exported(towers, tmp_path, name):
     torch.manual_seed(0)
     network = WITHOUT_CLIP[name](NAMES) if name in WITHOUT_CLIP else SYSTEMS[name](NAMES, clip=str(towers["resnet"]))
     assert_the_same(differences(classifier_of(network, 64), tmp_path, extra=("attention",)))
 
 
-def test_the_text_tower_is_left_out(towers):
+def test_the_text_tower_is_not_exported(towers):
     network = SYSTEMS["DualCoOp"](NAMES, clip=str(towers["resnet"]))
     graph = ScoringGraph(classifier_of(network, 64))
     assert not any("clip.text" in name for name in graph.state_dict())
-    assert sum(value.numel() for value in network.clip.text.state_dict().values()) > 0  # the network still has it
+    assert sum(value.numel() for value in network.clip.text.state_dict().values()) > 0  # the network still contains it

@@ -19,13 +19,14 @@ def export_command(words: Sequence[str]) -> Path:
         The output folder.
 
     Raises:
-        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
+        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`; also raised if the upload fails.
         CheckpointError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
         OutputError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
     """
     args = _parser().parse_args(words)
     # These imports take seconds because of torch, so --help must not trigger them.
     from cbsa_lightning.inference.export.bundle import export
+    from cbsa_lightning.inference.hub import push_to_hub
     from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
 
     source, folder = args.source, args.to
@@ -42,6 +43,8 @@ def export_command(words: Sequence[str]) -> Path:
         total += file.stat().st_size
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.name}")
     print(f"Exported and tested {total / 1e6:.1f} MB: {folder}")
+    if args.push_to:
+        print(f"Uploaded: {push_to_hub(folder, args.push_to, private=not args.public)}")
     return Path(folder)
 
 
@@ -61,4 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", help="location of the CLIP towers if it has changed since training")
     parser.add_argument("--pretrained", help="location of the weights of the towers if it has changed since training")
     parser.add_argument("--image_size", type=int, help="side length of images if the checkpoint does not contain it")
+    parser.add_argument("--push_to", metavar="USER/MODEL", help="also upload the folder to the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="create a public repository instead of a private one")
     return parser

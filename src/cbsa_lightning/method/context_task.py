@@ -60,8 +60,9 @@ class ContextTask:
             the context that most of its labels belong to.
         partition: Method that groups the classes. The default is ``NormalizedCut()``.
         power: Exponent that is applied to the co-occurrences before they are made symmetric; CPSD uses 0.5.
-        pseudo_weight: Weight of a pseudo-labeled image, relative to 1 for a labeled image, when the co-occurrences are
-            recomputed in each epoch. If it is 0, the partition depends only on the labeled images.
+        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrences, relative to 1 for a labeled image. If it
+            is 0, as in the paper, the partition depends only on the labeled images. If it is positive, the partition is
+            recomputed in each epoch from labels and pseudo-labels.
 
     Raises:
         ConfigError: If an option has the wrong type or is outside its range.
@@ -74,7 +75,7 @@ class ContextTask:
         soft_targets: bool = False,
         partition: Partition | None = None,
         power: float = 1.0,
-        pseudo_weight: float = 1.0,
+        pseudo_weight: float = 0.0,
     ) -> None:
         for name, value in (("weight", weight), ("power", power), ("pseudo_weight", pseudo_weight)):
             check_number(f"contexts.{name}", value, 0)
