@@ -169,18 +169,19 @@ class Classifier:
         token: str | None = None,
         **options: Any,
     ) -> Self:
-        """Loads a model from the Hugging Face Hub, uploaded by `cbsa export --push_to`.
+        """Loads a model that was uploaded to the Hugging Face Hub by `cbsa export --push_to`.
 
         Args:
-            repo_id: Repository, such as "user/model".
+            repo_id: Name of the repository, such as "user/model".
             device: Device for the computation.
-            revision: Branch, tag or commit; None: the default branch.
-            cache_dir: Folder for downloaded files; None: the default of huggingface_hub.
-            token: Access token for private repositories; None: the stored one.
-            **options: See :meth:`load`.
+            revision: Branch, tag or commit. If None, the default branch is used.
+            cache_dir: Folder for downloaded files. The default is that of huggingface_hub.
+            token: Access token for private repositories. The default is the token that `hf auth login` has stored.
+            **options: Options of :meth:`load`.
 
         Raises:
-            CheckpointError: If the repository is not available or not an exported model; see also :meth:`load`.
+            CheckpointError: If the repository is not available or does not contain an exported model, or if
+                :meth:`load` rejects the model.
             WeightsError: If the CLIP weights are not available.
         """
         return cls.load(download(repo_id, revision, cache_dir, token), device, **options)
