@@ -298,7 +298,7 @@ def test_configurations_of_a_fit_are_accepted(photos: Path, capsys: pytest.Captu
     ("setting", "message"),
     [
         ("model: {}", "data.source is missing"),
-        ("data: 3", "data must map"),
+        ("data: 3", "data must be a mapping"),
         ("data: {source: nowhere.Table}", "nowhere"),
         ("data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {trian: x}}}", "trian"),
         (
