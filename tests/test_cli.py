@@ -59,7 +59,7 @@ def test_share_that_leaves_no_labeled_image(arguments: list[str], tmp_path: Path
 def test_missing_weights_name_the_ways(arguments: list[str]) -> None:
     from cbsa_lightning.errors import WeightsError
 
-    with pytest.raises(WeightsError, match="Ways to get weights"):
+    with pytest.raises(WeightsError, match="Ways to obtain weights"):
         cli.main([*arguments, "--model.init_args.clip=RN50-quickgelu"])
 
 

@@ -240,7 +240,7 @@ def test_files_that_do_not_fit(tmp_path):
     assert "missing: conv1.0.weight" in text
     assert "unknown: odd" in text
     assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
-    assert f"{file} is not a plain mapping from names to tensors" in message({"state_dict": state})
+    assert f"{file} does not contain a plain mapping from names to tensors" in message({"state_dict": state})
     assert f"{file} cannot be read as a weights file" in message(Path("code"))  # it would have to be unpickled
     file.write_bytes(b"damaged")
     with pytest.raises(WeightsError, match="cannot be read as a weights file"):
