@@ -515,7 +515,7 @@ def test_settings_of_partial_labels(photos: Path, capsys: pytest.CaptureFixture[
     assert (report["train"]["partly"], report["train"]["unlabeled"]) == (1, 0)
     write_rows(photos / "full.csv", ["image", "cat", "dog", "sofa"], [["0.png", 1, 1, 1], *rows[1:]])
     report = run(capsys, "own.yaml", status=1)
-    assert "was made for the table with digest" in finding(report, "refused", "errors")["message"]
+    assert "was created for a table with digest" in finding(report, "refused", "errors")["message"]
 
 
 def test_a_class_of_which_no_label_is_known(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,7 +228,7 @@ def test_saved_split_is_reused(tmp_path, squares):
 def test_classes_are_known_before_tables_are_read(squares):
     data = tiny_data(squares)
     assert data.class_names == list(CLASSES) == data.prompt_names
-    with pytest.raises(ConfigError, match="Set the images to predict"):
+    with pytest.raises(ConfigError, match="Specify the images to label"):
         data.predict_dataloader()
 
 

@@ -127,11 +127,11 @@ def test_unreadable_files_raise_errors_with_name_and_remedy(tmp_path, content, m
     with pytest.raises(DataError, match=message) as caught:
         decode(path)
     assert str(path) in str(caught.value)
-    assert "fetch the file again" in str(caught.value)
+    assert "download or copy the file again" in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jpg: no such file; check the image root"):
+    with pytest.raises(DataError, match=r"none\.jpg: the file does not exist; check the image root"):
         decode(tmp_path / "none.jpg")
     with pytest.raises(DataError, match="is a folder, not a file"):
         decode(tmp_path)

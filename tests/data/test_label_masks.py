@@ -80,7 +80,7 @@ def test_masks_of_other_tables_are_refused(tmp_path):
     labels = table.labels.copy()
     labels[7, 3] = 1 - labels[7, 3]
     for other in (a_table(labels), random_table(seed=1), random_table(n=299), random_table(classes=6)):
-        with pytest.raises(DataError, match="was made for the table with digest"):
+        with pytest.raises(DataError, match="was created for a table with digest"):
             LabelMask.load(tmp_path / "mask.json", other)
     for known in (np.ones((300, 6), dtype=bool), np.ones((300, 7), dtype=np.int8)):
         with pytest.raises(DataError, match=r"expected \(300, 7\) bool"):

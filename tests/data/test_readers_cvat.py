@@ -116,7 +116,7 @@ def test_classes_may_differ_only_in_their_order(tmp_path):
     ('<image name="../a.jpg"/>', {}, ["'../a.jpg' is outside"]),
     ('<image name="/etc/passwd"/>', {}, ["is outside"]),
     ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["the same path twice", "image 1", "image 2"]),
-    ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["the same class twice"]),
+    ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["classes that occur twice"]),
 ])  # fmt: skip
 def test_invalid_exports(tmp_path, images, options, words):
     with pytest.raises(DataError) as error:

@@ -82,7 +82,7 @@ def test_present_absent_and_unknown(tmp_path):
     (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is not CSV"]),
     (ROWS, "/m/a,A,B\n", None, ["names.csv, row 1", "is not a label name and a class name"]),
     (ROWS, "/m/a,A\n/m/a,B\n", None, ["names.csv, row 2: label '/m/a' occurs twice"]),
-    (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: the same class twice"]),
+    (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: classes that occur twice"]),
     (ROWS, None, "ImageID,Subset\n1,train\n2,train\n", ["images that are not in", "images.csv: '3'"]),
     (ROWS, None, "ImageID,Subset\n1,a\n2,a\n3,a\n3,b\n", ["images.csv: an image is listed twice"]),
 ])  # fmt: skip

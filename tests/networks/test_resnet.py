@@ -108,7 +108,7 @@ def test_ml_decoder_head_has_the_published_sizes():
     (block,) = head.decoder["layers"]
     assert (block.multihead_attn.num_heads, block.linear1.out_features) == (8, 2048)
     assert (block.dropout.p, block.multihead_attn.dropout) == (0.1, 0.1)
-    with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 768"):
+    with pytest.raises(ConfigError, match="the feature width 768 is not divisible by 5 attention heads"):
         MLDecoderHead(2048, 80, heads=5)
 
 
@@ -180,7 +180,7 @@ def test_attention_maps():
 
 
 def test_backbones_that_do_not_fit():
-    with pytest.raises(ConfigError, match=r"has no model 'resnet50x'; similar names: .*resnet50"):
+    with pytest.raises(ConfigError, match=r"does not have a model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
     with pytest.raises(ConfigError, match=r"VisionTransformer returns \(1, 101, 64\), but a map \(B, 64, h, w\)"):

@@ -107,8 +107,8 @@ class CBSANetwork(PromptedCLIP):
         )
         if num_contexts > len(prompt_names):
             raise ConfigError(
-                f"num_contexts is {num_contexts}, but {len(prompt_names)} classes can form at most that many contexts; "
-                f"choose num_contexts <= {len(prompt_names)}, or 0 for none."
+                f"{num_contexts} contexts cannot be formed from {len(prompt_names)} classes; choose num_contexts <= "
+                f"{len(prompt_names)}, or 0 for no contexts."
             )
         if decoder is not None and not callable(decoder):
             raise ConfigError(

@@ -72,7 +72,13 @@ class CrossAttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Computes features ``(B, C, d)`` and attention ``(B, C, HW)`` from ``queries (1, C, d)`` and ``tokens (B, HW, d)``."""
+        """Computes features ``(B, C, d)`` and attention ``(B, C, HW)``.
+
+        Args:
+            queries: ``(1, C, d)``.
+            tokens: ``(B, HW, d)``.
+            attention: Whether to return the attention.
+        """
         seen, weights = attend(self.multihead_attn, queries, tokens, tokens, tokens.shape[0], attention)
         x = self.norm2(queries + self.dropout(seen))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
