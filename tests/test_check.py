@@ -130,7 +130,7 @@ def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
     assert plan.split.digest == again.split.digest
     evaluated.file(0).write_bytes(b"damaged")
     (found,) = check(source.train(), source.test(), settings).errors
-    assert ("neither a test table", "No image is left to validate on")[part] in found.message
+    assert ("Provide a test table", "all test images are skipped")[part] in found.message
 
 
 def test_a_split_file_is_used(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),
-        ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabeled image"),
+        ([[f"{i}.png", "cat"] for i in range(10)], "There are no unlabeled images"),
         ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = coco("train.json", [f"{i}.png" for i in range(20)])
     report = run(capsys, train, status=1)
     assert (report["train"]["images"], report["test"]) == (20, None)
-    assert "There is no unlabeled image" in finding(report, "refused", "errors")["message"]
+    assert "There are no unlabeled images" in finding(report, "refused", "errors")["message"]
     Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.method.labelers.LabeledOnly}}")
     test = coco("test.json", ["30.png", "31.png"])
     report = run(capsys, "alone.yaml", train, "--test", test)

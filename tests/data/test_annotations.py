@@ -270,7 +270,7 @@ def test_class_file_json_with_a_repeated_key(tmp_path):
 
 
 def test_class_file_missing(tmp_path):
-    with pytest.raises(DataError, match="there is no class file here"):
+    with pytest.raises(DataError, match="the class file does not exist"):
         read_class_file(tmp_path / "none.yaml")
 
 

@@ -72,7 +72,7 @@ def test_splits_are_nested_over_fractions_and_differ_over_seeds():
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1, 5, float("nan")])
 def test_fraction_out_of_range(fraction):
-    with pytest.raises(ConfigError, match="not above 0 and at most 1"):
+    with pytest.raises(ConfigError, match="must be greater than 0 and at most 1"):
         split_labeled(100, fraction, 1)
 
 
@@ -102,7 +102,7 @@ def test_hold_out():
     assert [i for i in split.labeled.tolist() if i in set(kept.labeled)] == kept.labeled.tolist()
     assert hold_out(split, 0.1, seed=5).digest == kept.digest
     assert hold_out(split, 0.1, seed=6).digest != kept.digest
-    with pytest.raises(ConfigError, match="held out already"):
+    with pytest.raises(ConfigError, match="already held out"):
         hold_out(kept, 0.1, seed=5)
 
 
@@ -113,7 +113,7 @@ def test_hold_out_refused(fraction):
 
 
 def test_parts_are_disjoint():
-    with pytest.raises(DataError, match="rows more than once: 2"):
+    with pytest.raises(DataError, match="rows that occur more than once: 2"):
         Split(np.array([1, 2]), np.array([2, 3]))
     with pytest.raises(DataError, match="-1 is negative"):
         Split(np.array([-1, 2]), np.array([3]))
@@ -162,7 +162,7 @@ def test_refused_rows_equal_those_of_a_plain_count(parts):
         with pytest.raises(DataError, match="row -1 is negative"):
             Split(*parts)
     elif twice:
-        with pytest.raises(DataError, match=f"rows more than once: {', '.join(map(str, twice))};"):
+        with pytest.raises(DataError, match=f"rows that occur more than once: {', '.join(map(str, twice))};"):
             Split(*parts)
     else:
         Split(*parts)
@@ -183,7 +183,7 @@ def test_load_refuses_another_table(tmp_path):
 def test_load_refuses_other_files(tmp_path):
     t = table([[1, 0], [0, 1], [-1, -1]])
     path = tmp_path / "split.json"
-    with pytest.raises(DataError, match="there is no split file here"):
+    with pytest.raises(DataError, match="the split file does not exist"):
         Split.load(path, t)
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as a split"):
@@ -197,7 +197,7 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(DataError, match="changed after it was written"):
         Split.load(path, t)
     path.write_text(json.dumps(record | {"labelled": [0, 0]}))
-    with pytest.raises(DataError, match="rows more than once"):
+    with pytest.raises(DataError, match="rows that occur more than once"):
         Split.load(path, t)
     path.write_text(json.dumps({k: v for k, v in record.items() if k != "seed"}))
     with pytest.raises(DataError, match="it has no seed"):
