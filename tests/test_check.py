@@ -86,7 +86,7 @@ def test_text_report_names_the_same_findings(photos: Path, capsys: pytest.Captur
     cli.main(["check", "photos.csv"])
     out = capsys.readouterr().out
     assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
-    assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
+    assert "3 classes with their numbers of positives, in ascending order: sofa 5, cat 10, dog 10." in out
     assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
     assert out.endswith("No faults found.\n")
 
