@@ -183,7 +183,7 @@ def test_unreadable_images_are_named_with_the_reason(photos: Path, capsys: pytes
     notes = [item["note"] for item in found["items"]]
     assert "cannot be read as an image" in notes[0]
     assert notes[1].startswith("the file is empty")
-    assert notes[2].startswith("HEIC files are not read")
+    assert notes[2].startswith("HEIC files are not supported")
 
 
 def test_unreadable_images_that_a_run_skips_are_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

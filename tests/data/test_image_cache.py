@@ -112,7 +112,9 @@ def test_sizes_and_decoding_settings_are_separate(tmp_path, cache):
         "images-40-fast",
         "images-8",
     ]
-    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(requested: 80"):
+    with pytest.raises(
+        ConfigError, match=r"images-40-fast.*decoded images were created with at_least 40 \(requested: 80"
+    ):
         cache.images(ImageFiles(table, 80), SIZE)
 
 

@@ -96,7 +96,11 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     ([""], {}, ["is empty"]),
     (["{"], {}, ["line 1: cannot be read as JSON"]),
     ([A, "[]"], {}, ["line 2 must be an object"]),
-    ([{"image_url": "azureml://a.jpg"}], {}, ["line 1: the line has neither 'source-ref' (SageMaker) nor", "'image_url'"]),
+    (
+        [{"image_url": "azureml://a.jpg"}],
+        {},
+        ["line 1: the line has neither 'source-ref' (SageMaker) nor", "'image_url'"],
+    ),
     ([A | {"source-ref": 3}], {}, ["source-ref must be a string, found 3"]),
     ([A | {"source-ref": "s3://other/a.jpg"}], {}, ["1 of 1", "'s3://other/a.jpg'", "not below 's3://b/photos/'"]),
     ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["is outside"]),

@@ -113,11 +113,11 @@ def change(path, value):
     ("path", "value", "words"),
     [
         (("categories",), [], ["categories is empty"]),
-        (("categories", 0, "id"), 2, ["same id twice", "categories[0] and categories[1]"]),
-        (("categories", 0, "name"), "cat", ["same name twice", "'cat'"]),
+        (("categories", 0, "id"), 2, ["ids that occur twice", "categories[0] and categories[1]"]),
+        (("categories", 0, "name"), "cat", ["names that occur twice", "'cat'"]),
         (("categories", 0, "name"), None, ["categories[0] has no name"]),
         (("categories", 0, "id"), "7", ["categories[0]", "integer", "'7'"]),
-        (("images", 1, "id"), 10, ["same id twice", "images[0] and images[1]"]),
+        (("images", 1, "id"), 10, ["ids that occur twice", "images[0] and images[1]"]),
         (
             ("images", 1, "file_name"),
             "a.jpg",

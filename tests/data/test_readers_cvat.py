@@ -83,7 +83,7 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
     assert matrix(source.train()) == {"a.jpg": [1], "c.jpg": [-1]}
     assert matrix(source.test()) == {"b.jpg": [0]}
     assert source.describe()[-1].endswith("1 validation image by its subset: read with the training images")
-    with pytest.raises(DataError, match=r"a\.xml: marks 1 image for testing.*also a test file .*b\.xml"):
+    with pytest.raises(DataError, match=r"a\.xml: the file marks 1 image for testing.*also a test file .*b\.xml"):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 
 
@@ -100,7 +100,7 @@ def test_classes_may_differ_only_in_their_order(tmp_path):
 
 @pytest.mark.parametrize(("images", "options", "words"), [
     ("<image>", {}, ["is not XML"]),
-    ("", {}, ["has no image"]),
+    ("", {}, ["contains no images"]),
     ('<image name="a.jpg"/>', {"labels": ""}, ["no labels of a task or project or job"]),
     ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', and none is a tag"]),
     ('<image name="a.jpg"/>', {"kind": "thing"}, ["no labels of a"]),
@@ -108,7 +108,7 @@ def test_classes_may_differ_only_in_their_order(tmp_path):
     ('<image name="a.jpg"><box label="cat"/></image>', {}, ["image 1 ('a.jpg'): the image has a 'box'", "COCO"]),
     ('<image name="a.jpg"><polygon label="cat"/></image>', {}, ["has a 'polygon'"]),
     ('<track id="0"/><image name="a.jpg"/>', {}, ["tracks of a video"]),
-    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' besides images"]),
+    ('<image name="a.jpg"/><box label="cat"/>', {}, ["besides images, the file contains 'box'"]),
     ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["unexpected element 'image'"]),
     ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["unexpected element 'tag'"]),
     ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is not a label", "did you mean 'cat'"]),

@@ -210,7 +210,7 @@ def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words)
 
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(
-        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in it"
+        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in this folder"
     ):
         read(tmp_path, [task("b.jpg")])
 
@@ -223,7 +223,7 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ("{", ["cannot be read as JSON"]),
     ("[" * 100_000, ["cannot be read as JSON"]),
     ({}, ["an export must be a list, found {}"]),
-    ([], ["has no task"]),
+    ([], ["contains no tasks"]),
     ([3], ["record 1 must be an object, found 3"]),
     ('[{"data": {}, "data": {}}]', ["the key 'data' occurs twice"]),
     ([{"data": {"image": "a.jpg"}}], ["has no 'annotations'", "export the project as JSON"]),
@@ -238,9 +238,9 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["also have 'x', 'y'", "whole images"]),
     ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a string"]),
     ([task("a.jpg", answer({"type": "choices", "value": {}}))], ["from_name None"]),
-    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["has no 'choices'"]),
+    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["there is no 'choices'"]),
     ([task("a.jpg", {"result": 1})], ["result must be a list, found 1"]),
-    ([task("a.jpg", {})], ["has no 'result'"]),
+    ([task("a.jpg", {})], ["there is no 'result'"]),
     ([task("a.jpg", {"result": [], "was_cancelled": "no"})], ["was_cancelled must be true or false, found 'no'"]),
     ([GOOD | {"project": 1}, GOOD | {"project": 2}], ["tasks of several projects: 1", "2"]),
     ([task("a.jpg", answer(choices("")))], ["empty name"]),
@@ -297,9 +297,9 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
     ([ROW | {"labels": "dog"}], {}, "ambiguous which column contains the choices"),
     ([ROW | {"more": {"choices": []}}], {}, "several do: 'labels', 'more'"),
     ([ROW], {"control": "label"}, r"no row has a column 'label' \(did you mean 'labels'"),
-    ([ROW, {"image": "a.jpg"}], {}, "record 2: has no 'annotation_id'"),
+    ([ROW, {"image": "a.jpg"}], {}, "record 2: there is no 'annotation_id'"),
     ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be an integer or null"),
-    ([ROW, ROW | {"annotation_id": None}], {}, "record 2: has 'labels' but no annotation_id"),
+    ([ROW, ROW | {"annotation_id": None}], {}, "record 2: the row has 'labels' but no annotation_id"),
     ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a string or an object"),
     ([ROW | {"labels": {"taxonomy": []}}], {"control": "labels"}, "labels must be a choice or"),
     ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "the data has no 'image'"),

@@ -184,8 +184,8 @@ def test_image_column_is_the_first_of_the_known_names(tmp_path):
         ("image,cat\na.jpg,1\nb.jpg,2\n", ["'2' (row 3)"]),
         ("image,cat\na.jpg,1\n,0\n", ["row 3", "empty"]),
         ("image,cat\na.jpg,1\nb.jpg,0\n./a.jpg,0\n", ["'a.jpg' (rows 2 and 4)"]),
-        ("image,labels\na.jpg,cat;\n", ["row 2", "empty name", "'none'"]),
-        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' next to"]),
+        ("image,labels\na.jpg,cat;\n", ["row 2", "is empty", "'none'"]),
+        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' occurs together with"]),
         ("image,labels\na.jpg,\nb.jpg,none\n", ["no classes"]),
         ("image,cat\n../a.jpg,1\n", ["row 2", "outside", "allow_outside"]),
         ("image,cat\n/etc/a.jpg,1\n", ["row 2", "outside"]),
@@ -513,7 +513,7 @@ def test_malicious_lists(tmp_path, name):
 
 
 def test_images_refused(tmp_path):
-    refused(["no image in it"], lambda: read_images(tmp_path, ["cat"]))
+    refused(["no image in this folder"], lambda: read_images(tmp_path, ["cat"]))
     refused(["t.txt, row 2", "empty"], lambda: read_images(text(tmp_path / "t.txt", "a\n\nb\n"), ["cat"]))
     refused(["(rows 1 and 2)"], lambda: read_images(text(tmp_path / "t.txt", "a\na\n"), ["cat"]))
     refused(["the file contains no paths"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))

@@ -101,7 +101,7 @@ def test_error_for_missing_files_names_archives_and_folder(tmp_path):
         assert word in str(error.value)
     make_voc(tmp_path, 3, 2)
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_val.txt").unlink()
-    with pytest.raises(DataError, match=r"no ImageSets/Main/cow_val\.txt\. Get"):
+    with pytest.raises(DataError, match=r"no ImageSets/Main/cow_val\.txt\. Download"):
         VOC(str(tmp_path)).prepare()
     with pytest.raises(DataError, match=r"cow_val\.txt is missing"):
         VOC(str(tmp_path)).test()
@@ -292,8 +292,8 @@ def test_custom_classes_without_a_test_list(tmp_path):
 
 @pytest.mark.parametrize(("objects", "message"), [
     ("<object></object>", r"a\.xml: object 0 has no name"),
-    ("<object>", r"a\.xml: is not XML"),
-    ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
+    ("<object>", r"a\.xml: the file is not XML"),
+    ("<!ENTITY x 'y'>", r"a\.xml: the file declares a document type"),
     ("\0", r"a\.xml: the file contains NUL characters"),
     ("", r"Annotations: no XML file contains an object"),
 ])  # fmt: skip

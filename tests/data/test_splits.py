@@ -77,7 +77,7 @@ def test_fraction_out_of_range(fraction):
 
 
 def test_empty_fraction():
-    with pytest.raises(ConfigError, match=r"0\.001 of 100 images leaves no labeled image; use at least 0\.01"):
+    with pytest.raises(ConfigError, match=r"0\.001 of 100 images leaves no labeled images; use at least 0\.01"):
         split_labeled(100, 0.001, 1)
     with pytest.raises(ConfigError, match="the table has no rows"):
         split_labeled(0, 0.5, 1)
@@ -189,7 +189,7 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(DataError, match="cannot be read as a split"):
         Split.load(path, t)
     path.write_text("[]")
-    with pytest.raises(DataError, match="is not a split file"):
+    with pytest.raises(DataError, match="the file is not a split"):
         Split.load(path, t)
     split_known(t).save(path)
     record = json.loads(path.read_text())
@@ -243,7 +243,7 @@ def test_load_refuses_rows_that_the_table_does_not_have(tmp_path):
     split_known(t).save(path)
     record = json.loads(path.read_text())
     path.write_text(json.dumps(made_good(record | {"unlabelled": [2, 3, 10**6]})))
-    with pytest.raises(DataError, match=r"split\.json: contains rows 3, 1000000, but the table has 3 rows"):
+    with pytest.raises(DataError, match=r"split\.json: the split contains rows 3, 1000000, but the table has 3 rows"):
         Split.load(path, t)
 
 
@@ -283,5 +283,5 @@ def test_rows_to_keep_are_not_held_out():
     found = hold_out(split, 0.2, seed=5, keep=keep)
     assert set(found.held_out) == set(split.labeled[45:])  # 10 are requested, 5 are left
     assert set(found.labeled) == set(keep)
-    with pytest.raises(ConfigError, match="a validation score would be too high"):
+    with pytest.raises(ConfigError, match="their validation score would be too high"):
         hold_out(split, 0.2, seed=5, keep=split.labeled)

@@ -116,7 +116,9 @@ def test_rows_and_keys_of_the_wrong_form_are_refused(tmp_path):
 def test_different_settings_are_named(tmp_path):
     put(open_store(tmp_path, names=("a", "b")), [1])
     assert len(open_store(tmp_path, names=["a", "b"])) == 1
-    with pytest.raises(ConfigError, match=r"features were made with size 224 \(requested: 448\); choose another fold"):
+    with pytest.raises(
+        ConfigError, match=r"features were created with size 224 \(requested: 448\); choose another fold"
+    ):
         open_store(tmp_path, names=["a", "b"], size=448)
     with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(requested: None\)"):
         open_store(tmp_path)

@@ -183,7 +183,9 @@ def test_backbones_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"does not have a model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
-    with pytest.raises(ConfigError, match=r"VisionTransformer returns \(1, 101, 64\), but a map \(B, 64, h, w\)"):
+    with pytest.raises(
+        ConfigError, match=r"VisionTransformer returns a tensor of shape \(1, 101, 64\), but a map \(B, 64, h, w\)"
+    ):
         net(torch.zeros(1, 3, 160, 160))
 
 

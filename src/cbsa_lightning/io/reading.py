@@ -47,7 +47,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         if kind == stat.S_IFREG:
             return file
         file.close()
-    raise DataError(f"{path}: this is {_KINDS.get(kind, 'a special file')}, not a regular file; correct the path")
+    raise DataError(f"{path}: this is {_KINDS.get(kind, 'a special file')}, not a file; correct the path")
 
 
 def read_text(path: Path, most: int | None = None) -> str:
