@@ -200,7 +200,7 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(DataError, match="rows that occur more than once"):
         Split.load(path, t)
     path.write_text(json.dumps({k: v for k, v in record.items() if k != "seed"}))
-    with pytest.raises(DataError, match="it has no seed"):
+    with pytest.raises(DataError, match="it lacks seed"):
         Split.load(path, t)
 
 

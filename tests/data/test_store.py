@@ -127,7 +127,7 @@ def test_different_settings_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(requested: \[3, 4\]\)"):
         open_store(tmp_path, shape=(3, 4), names=("a", "b"))
     (tmp_path / "settings.json").write_text('{"size": 2')
-    with pytest.raises(ConfigError, match=r"settings\.json: damaged .*delete the folder"):
+    with pytest.raises(ConfigError, match=r"settings\.json: the file is damaged .*delete the folder"):
         open_store(tmp_path)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ConfigError, match="is missing, but the folder contains features"):
