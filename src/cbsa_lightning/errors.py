@@ -21,7 +21,7 @@ class DataError(CBSAError, ValueError):
 
 
 class ConfigError(CBSAError, ValueError):
-    """Settings that contradict each other or do not fit the data."""
+    """Settings that contradict each other or are not compatible with the data."""
 
 
 class WeightsError(CBSAError, RuntimeError):

@@ -196,8 +196,8 @@ def test_forms_of_image_paths(tmp_path, value, prefix, path):
     (["http://[bad/1.jpg"], None, ["Invalid IPv6"]),
     (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["is outside"]),
     (["/etc/passwd"], None, ["is outside"]),
-    ([""], None, ["names no file"]),
-    (["folder/"], None, ["names no file"]),
+    ([""], None, ["contains no file name"]),
+    (["folder/"], None, ["contains no file name"]),
 ])  # fmt: skip
 def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words):
     for name in ("1.jpg", "beach/002.jpg", "city/002.jpg"):

@@ -74,7 +74,7 @@ class FrozenCLIP(nn.Module):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> Self:
-        """Builds a model and loads its weights. Weights are random only if this is requested.
+        """Builds a model and loads its weights. Random weights are used only if ``pretrained`` is "random".
 
         Args:
             model: A model name of open_clip, ``hf-hub:owner/name``, a folder with open_clip_config.json and a weights
@@ -90,12 +90,12 @@ class FrozenCLIP(nn.Module):
             image_std: Three channel standard deviations, which are determined in the same way.
 
         Raises:
-            WeightsError: If the weights do not exist or do not fit. The message lists the ways to obtain them.
+            WeightsError: If the weights are missing or do not match the model. The message lists the ways to obtain them.
             ConfigError: If ``pretrained`` is None, the model is unknown, the image tower has no local features, or
-                prompts cannot be learned through the text tower. Also if the weights were trained with QuickGELU but
-                the model does not use it. This can be detected for tags, OpenAI's archives, and files next to an
-                open_clip_config.json. If a model without QuickGELU has a variant with the suffix "-quickgelu", any
-                other weights file causes a warning.
+                prompts cannot be learned through the text tower. This error is also raised if the weights were trained
+                with QuickGELU but the model does not use it. The mismatch can be detected for tags, OpenAI's archives,
+                and files next to an open_clip_config.json. For other weights files, a warning is shown if the model
+                does not use QuickGELU but has a variant with the suffix "-quickgelu".
         """
         return cls(load_open_clip(model, pretrained, image_mean, image_std))
 
@@ -138,7 +138,7 @@ class FrozenCLIP(nn.Module):
         Raises:
             ConfigError: If a text is too long. CLIP's tokenizers would silently truncate it.
         """
-        # The limit is increased by one: a text whose last token is at the increased limit is too long.
+        # One more token than allowed is requested. If a text has this many tokens, it is too long.
         tokens = self.tokenizer(list(texts), context_length=self.context_length + 1)
         too_long = self.text.eot(tokens) >= self.context_length
         if too_long.any():

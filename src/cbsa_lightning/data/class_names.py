@@ -54,7 +54,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
         found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
         raise DataError(
-            f"{where}: names with a lone surrogate (half a character), which no file can store: {found}; correct them"
+            f"{where}: names that contain a lone surrogate (half a character) and cannot be stored: {found}; correct them"
         )
     if pairs := duplicates(names):
         found = listed(f"{brief(names[i])} (classes {i} and {j})" for i, j in pairs)
@@ -65,8 +65,8 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
 def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], where: str) -> tuple[str, ...]:
     """Normalizes prompt names, and rejects names that result in the same prompt text.
 
-    Names are compared after the following changes: CLIP's tokenizer converts texts to lower case and collapses white
-    space, and prompts replace "_" with a space.
+    CLIP's tokenizer converts texts to lower case and collapses white space, and prompts replace "_" with a space. Names
+    are compared after these changes.
 
     Raises:
         DataError: If the count is wrong, a text is empty, or two classes have the same text.
@@ -119,8 +119,8 @@ class ClassFile:
         """Returns the prompt names for the classes of a data set. Classes that are not in the file keep the default.
 
         Raises:
-            DataError: If the file contains a class that the data set does not have, neither under this name nor under
-                a synonym, or two classes have the same prompt text.
+            DataError: If the data set does not have a class of the file under its name or one of its synonyms, or
+                two classes have the same prompt text.
         """
         position = self.index()
         in_file = [position.get(clean_name(name)) for name in class_names]
@@ -145,7 +145,7 @@ def prompts_from(class_file: str | None, class_names: tuple[str, ...]) -> tuple[
 
 
 def read_class_file(path: str | Path) -> ClassFile:
-    """Reads a class file, which maps classes to prompt names. It is in YAML, or in JSON if its name ends with ".json".
+    """Reads a class file, which maps classes to prompt names in YAML, or in JSON if its name ends with ".json".
 
     A value is a prompt name, empty (the prompt name is the class name with "_" replaced by a space), or a mapping with
     the optional keys ``prompt`` and ``synonyms``::

@@ -71,7 +71,9 @@ class WholeBatch:
         return sum(self._sizes)
 
     def join(self, x: Tensor) -> Tensor:
-        """Returns the rows ``(n, ...)`` of all processes, given the rows ``(B, ...)`` of this one. Differentiable.
+        """Returns the rows ``(n, ...)`` of all processes, given the rows ``(B, ...)`` of this one.
+
+        Gradients are propagated to all processes.
 
         A loss that every process computes from the joined rows has the same gradient as with one process: the backward
         pass sums the gradients of all processes, and DDP divides the sum by the number of processes.

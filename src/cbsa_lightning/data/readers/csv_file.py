@@ -28,8 +28,8 @@ class _Header(NamedTuple):
 def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
     """Reads a UTF-8 file that has a header.
 
-    The delimiter is specified by a first line such as ``sep=;``, which is intended for Excel. Without such a line, it
-    is the first of comma, tab and semicolon that occurs in the header.
+    If the first line specifies a delimiter, for example ``sep=;`` for Excel, this delimiter is used. Otherwise, the
+    delimiter is the first of comma, tab and semicolon that occurs in the header.
 
     Args:
         path: Path of the file, for error messages.

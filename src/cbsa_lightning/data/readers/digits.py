@@ -37,7 +37,7 @@ GROUP_SHARES = (0.48, 0.32, 0.2)
 DECAY = 0.55  # ratio of the frequencies of successive digits of a group
 COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # fractions of images with 1, 2, 3 and 4 digits
 STRAY = 0.12  # probability that an additional digit belongs to another group
-# Probability that the scene is that of the group, which makes it a weak hint at the digits. Otherwise, it is random.
+# Probability that the scene is that of the group, which makes it weakly correlated with the digits.
 SAME_SCENE = 0.5
 Part: TypeAlias = Literal["train", "test"]
 DRAWING = 2  # increment it when the same settings result in other images, so that old images are not reused
@@ -104,7 +104,7 @@ class Digits(Source):
         return Path(self.root) / name
 
     def prepare(self) -> None:
-        """Generates the data set unless it exists. If this is interrupted, no incomplete data set remains.
+        """Generates the data set unless it exists. An interruption does not leave an incomplete data set.
 
         Raises:
             DataError: If the folder exists, but images or annotations are missing.
@@ -138,7 +138,7 @@ class Digits(Source):
         return self._table("train")
 
     def test(self) -> AnnotationTable:
-        """Returns the test images, which are drawn with other exemplars than the training images.
+        """Returns the test images. Their exemplars do not occur in the training images.
 
         Raises:
             DataError: If `prepare` has not been called, or the annotation file was changed.

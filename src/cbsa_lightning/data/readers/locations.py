@@ -99,7 +99,7 @@ class _Images:
         name = upload[1] if upload else location.rpartition("/")[2]
         found = [path for known in {name, _UPLOAD_PREFIX.sub("", name)} for path in self._named.get(known, ())]
         if len(found) != 1:
-            raise ValueError(f"{len(found) or 'no'} images have this name" if name else "names no file")
+            raise ValueError(f"{len(found) or 'no'} images have this name" if name else "contains no file name")
         return found[0], True
 
     @cached_property

@@ -28,7 +28,7 @@ ANNOTATOR_COLUMNS = (
 SCORE_COLUMNS = ("confidence", "score", "probability")
 REVIEW_COLUMN = "review"
 
-# The allowed cells of a class column mean present, absent or unknown.
+# Regular expression of the cells in a class column, which mean present, absent or unknown.
 LABEL_CELL = r"^(-?1|0)(\.0*)?$|^(true|false|)$"
 
 
