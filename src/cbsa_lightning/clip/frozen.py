@@ -90,7 +90,7 @@ class FrozenCLIP(nn.Module):
             image_std: Three channel standard deviations, which are determined in the same way.
 
         Raises:
-            WeightsError: If the weights are missing or do not match the model. The message lists the ways to obtain them.
+            WeightsError: If the weights are missing or do not match the model. The message explains how to get them.
             ConfigError: If ``pretrained`` is None, the model is unknown, the image tower has no local features, or
                 prompts cannot be learned through the text tower. This error is also raised if the weights were trained
                 with QuickGELU but the model does not use it. The mismatch can be detected for tags, OpenAI's archives,

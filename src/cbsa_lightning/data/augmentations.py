@@ -1,4 +1,4 @@
-"""Augmentations, which are the random transforms of weak and strong views. They are selected in the configuration.
+"""Random transforms for weak and strong views. The configuration selects which ones are used.
 
 All random numbers are drawn by albumentations, which :mod:`cbsa_lightning.data.views` seeds for each view.
 """

@@ -54,7 +54,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
         found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
         raise DataError(
-            f"{where}: names that contain a lone surrogate (half a character) and cannot be stored: {found}; correct them"
+            f"{where}: names with a lone surrogate (half a character) cannot be stored: {found}; correct them"
         )
     if pairs := duplicates(names):
         found = listed(f"{brief(names[i])} (classes {i} and {j})" for i, j in pairs)

@@ -61,7 +61,7 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
     """Data set of views and labels of images, indexed by :class:`Draw`.
 
     Args:
-        views: Returns the view of a draw, as a uint8 image or as float16 features.
+        views: Function that returns the view of a draw, as a uint8 image or as float16 features.
         targets: ``(n, C)`` int8, the labels, which are returned with the views.
         labeled: ``(n,)`` bool, which is also returned, or None. The targets of unlabeled rows are replaced by -1, so
             that they are hidden from training.

@@ -50,7 +50,7 @@ def load_trunk(backbone: str, pretrained: str | None) -> nn.Module:
 
     Raises:
         ConfigError: If timm does not have the model.
-        WeightsError: If the weights are not available or do not match the model. The message lists the ways to obtain them.
+        WeightsError: If the weights are missing or do not match the model. The message explains how to get them.
     """
     if pretrained is None:
         raise ConfigError(

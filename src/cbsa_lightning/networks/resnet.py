@@ -156,7 +156,7 @@ class ImageNetNetwork(Network):
 
     Raises:
         ConfigError: If timm does not have the model, or the means or standard deviations are not three numbers.
-        WeightsError: If the weights are not available or do not match the model. The message lists the ways to obtain them.
+        WeightsError: If the weights are missing or do not match the model. The message explains how to get them.
     """
 
     mean: Tensor

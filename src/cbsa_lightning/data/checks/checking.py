@@ -1,4 +1,4 @@
-"""The function of the command ``cbsa check``, which summarizes a data set and reports problems without training."""
+"""The implementation of ``cbsa check``, which summarizes a data set and reports its problems."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Export(Source):
         """Returns images and labels of the training file, without its test images."""
         table, _ = self._tables["train"]
         if table is None:
-            raise DataError(f"{self._train}: the file has no images for training; export some")
+            raise DataError(f"{self._train}: the file has no images for training; export some of them")
         return table
 
     def test(self) -> AnnotationTable | None:

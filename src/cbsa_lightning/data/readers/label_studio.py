@@ -80,7 +80,7 @@ class LabelStudio(Export):
             content = typed(read_json(file), (list,), f"{file}: an export")
             records = [typed(task, (dict,), f"{file}, record {i + 1}") for i, task in enumerate(content)]
             if not records:
-                raise DataError(f"{file}: the file contains no tasks; export some")
+                raise DataError(f"{file}: the file contains no tasks; export a project with tasks")
             if "annotation_id" in records[0]:
                 tasks, notes = read_json_min(file, records, name, key)
             else:
