@@ -91,8 +91,8 @@ class SSMLLDataModule(L.LightningDataModule):
             instead of once per epoch. It does not change the views.
         fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size for which both
             sides are at least ``image_size``. For 640 x 480 pixels, this is half the size, and decoding takes two
-            thirds of the time. The pixels of the views change by two gray levels on average, and by more than ten at
-            sharp edges. Runs can therefore be compared only if they use the same setting.
+            thirds of the time. The pixels of the views change by two gray levels on average, and by tens of levels
+            at sharp edges. Runs can therefore be compared only if they use the same setting.
         feature_cache: Cache of the features of the frozen tower. They are computed once before training. The images are
             then not read for thresholds and validation, nor for training if strong views are cached as well. With
             None, features are computed from the images each time.

@@ -14,7 +14,7 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode, looks_whole
 from cbsa_lightning.errors import DataError, listed
 
-_THREADS = 8  # more than the number of cores, since the threads mostly wait for the disk
+_THREADS = 8  # number of threads, which mostly wait for the disk
 _CHUNK = 4096
 
 

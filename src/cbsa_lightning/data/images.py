@@ -60,8 +60,8 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
 
     Gray, palette, CMYK and other modes are converted, and 16-bit gray values are scaled to 8 bits. Transparent areas
     are blended with white. Only the first frame of an animation is read. The EXIF orientation is applied. Unreadable
-    EXIF data is ignored, since it does not affect the pixels. A truncated file raises an error, whereas CAP's code lets
-    Pillow fill the rest with gray.
+    EXIF data is ignored, since it does not affect the pixels. A truncated file raises an error, whereas the code of
+    related systems lets Pillow fill the rest with gray.
 
     Args:
         path: A JPEG (including MPO), PNG, WebP, BMP, GIF, TIFF, PPM or JPEG 2000 file, or AVIF if Pillow supports it.

@@ -65,7 +65,8 @@ class StageBatches:
     def semi_supervised(self) -> PairedBatches | LabeledBatches:
         """Returns the batches of one pass over the unlabeled images. Each batch also contains labeled images.
 
-        If there are no unlabeled images, it returns one pass over the labeled images, which have unknown labels.
+        If there are no unlabeled images, it returns one pass over the labeled images, some of which have unknown
+        labels.
 
         Raises:
             DataError: If all labels are known.

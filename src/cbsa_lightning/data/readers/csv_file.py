@@ -29,7 +29,7 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
     """Reads a UTF-8 file that has a header.
 
     If the first line specifies a delimiter, for example ``sep=;`` for Excel, this delimiter is used. Otherwise, the
-    delimiter is the first of comma, tab and semicolon that occurs in the header.
+    delimiter is the first of comma, tab and semicolon that splits the header into several names.
 
     Args:
         path: Path of the file, for error messages.

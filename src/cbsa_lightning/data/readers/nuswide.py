@@ -205,7 +205,7 @@ def _load_array(file: Path) -> NDArray[Any]:
     # numpy parses the header as Python source, so a damaged file can raise almost any exception, such as SyntaxError.
     except Exception as error:
         raise DataError(
-            f"{file} cannot be read as a plain array ({error}); object arrays are refused because they "
+            f"{file} cannot be read as a plain array ({error}); object arrays are rejected because they "
             "are pickles. Save names as np.array(names, dtype=str), and labels as numbers"
         ) from error
     loaded: NDArray[Any] = array
