@@ -59,7 +59,7 @@ def test_a_fraction_without_labeled_images_is_refused(arguments: list[str], tmp_
 def test_the_error_for_missing_weights_lists_ways_to_get_them(arguments: list[str]) -> None:
     from cbsa_lightning.errors import WeightsError
 
-    with pytest.raises(WeightsError, match="Ways to get weights"):
+    with pytest.raises(WeightsError, match="Ways to obtain weights"):
         cli.main([*arguments, "--model.init_args.clip=RN50-quickgelu"])
 
 

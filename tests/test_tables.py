@@ -337,7 +337,7 @@ def test_other_cells_run_if_some_cannot(bench: Bench, stopped: str) -> None:
     for told in (stopped, text):
         for seed in (1, 2):
             assert f"- BCE on voc, p = 0.20, seed {seed}: WeightsError: the ImageNet weights" in told
-        assert "Ways to get weights" in told
+        assert "Ways to obtain weights" in told
     assert "Ours on voc" not in stopped
     assert "4 of 6 cells are finished" in text
     assert not list(bench.out.glob("*/last.ckpt"))
