@@ -60,6 +60,19 @@ def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the pictures of a report, which take longer than a tiny fit, with an empty one.
+
+    For tests of something else; ``callbacks/test_report.py``, ``test_quickstart.py`` and others draw them all.
+    """
+    from matplotlib.figure import Figure
+
+    from cbsa_lightning.callbacks.report import RunReport
+
+    monkeypatch.setattr(RunReport, "_pictures", lambda *_: iter([("training", Figure())]))
+
+
+@pytest.fixture
 def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that ask for float32 get float64."""
     import torch
