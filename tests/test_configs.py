@@ -83,8 +83,7 @@ def test_each_data_set_at_its_share(
         if name == "table"
         else f"--data.source.init_args.root={roots[name]}"
     )
-    drawn = f"--report.enabled={'true' if name == 'coco' else 'false'}"  # one report, with many classes
-    cli = fit(files(*overlays), tmp_path, clip_folder, where, drawn)
+    cli = fit(files(*overlays), tmp_path, clip_folder, where, "--report.enabled=false")
     metrics = cli.trainer.callback_metrics
     assert 0 <= metrics["val/mAP"] <= 1
     assert torch.isfinite(metrics["train/loss"])
@@ -190,6 +189,7 @@ def test_each_compared_system(
         assert module.labeler.k == 3
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "stacked_probes"])
 def test_each_system_without_training(
     method: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +207,7 @@ def test_each_system_without_training(
     assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_the_stack_alone_on_photos(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +223,7 @@ def test_the_stack_alone_on_photos(
     assert (Path(cli.trainer.log_dir) / "labels.csv").is_file()
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_thresholds_by_an_objective(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_gain_check_before_a_fit(
     assert saved["gain"] is None
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_wandb_overlay_offline(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
