@@ -354,7 +354,7 @@ def all_runs(root: Path, clip: Path, squares: Path) -> None:
     alone = Place(root, clip, squares)
     work(alone, {"run": whole_run})  # first, since the pair goes on with its checkpoints
     pair = torch.multiprocessing.start_processes(
-        process, (str(root), clip, squares), nprocs=2, join=False, start_method="spawn"
+        process, (str(root), clip, squares), nprocs=2, join=False, start_method="fork"
     )
     work(alone, BOTH)
     while not pair.join():

@@ -74,6 +74,7 @@ def test_a_resumed_run_is_the_same(run, step, tmp_path, squares_folder):
     assert differences(resumed.state_dict(), module.state_dict()) == []
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", OVERLAYS)
 def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
     """As it is, but for a tiny backbone; word vectors of the embedded CLIP."""
