@@ -77,10 +77,11 @@ def test_a_resumed_run_is_the_same(run, step, tmp_path, squares_folder):
 @pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", OVERLAYS)
 def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
-    """As it is, but for a tiny backbone; word vectors of the embedded CLIP."""
+    """As it is, but for its sizes; word vectors of the embedded CLIP."""
     monkeypatch.chdir(tmp_path)
     network = "--model.init_args.network.init_args"
     words = [] if method == "gcn_ml" else [f"{network}.attention_width=8"]
+    words += [] if method in ("gcn_ml", "ssgrl") else [f"{network}.dim=8"]
     cli = main(
         [
             *("fit", "--config", str(CONFIGS / "methods" / f"{method}.yaml")),
