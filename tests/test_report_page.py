@@ -203,7 +203,7 @@ def test_labels_of_other_classes_are_refused(tmp_path):
 
 
 def test_many_classes_and_images_make_a_page_of_a_few_megabytes(tmp_path):
-    run, *_ = made(tmp_path, images=1000, names=[f"class {k}" for k in range(1000)], unlabeled=3000, present=1000)
+    run, *_ = made(tmp_path, images=500, names=[f"class {k}" for k in range(1000)], unlabeled=500, present=500)
     start = time.perf_counter()
     text = build_page(run)
     assert time.perf_counter() - start < 60
@@ -273,6 +273,7 @@ def test_labels_alone_and_no_validation_make_a_page_too(tmp_path, clip_folder, s
     assert "Curves" not in page.headings
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize(
     "callbacks", [[RunReport(4), WriteReportPage(enabled=False)], [RunReport(enabled=False), WriteReportPage()]]
 )
