@@ -27,7 +27,8 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 # Files that take long start first, so that no process waits for the other at the end.
 LONG = (
     *("test_tables.py", "test_systems.py", "test_exported_systems.py", "test_command_line.py", "test_two_processes.py"),
-    *("test_runs.py", "test_resume.py", "test_configs.py", "test_notebooks.py", "test_label_features.py"),
+    *("test_runs.py", "test_resume.py", "test_configs.py", "test_cells.py", "test_warm_start.py"),
+    *("test_partial_systems.py", "test_quickstart.py", "test_notebooks.py", "test_label_features.py"),
 )
 
 

@@ -18,7 +18,7 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.stacking import StackedProbes
-from cbsa_lightning.training.gain import Gain
+from cbsa_lightning.training.gain import Gain, GainCheck
 from layouts import make_coco, make_cvat, make_label_studio, make_nuswide_list, make_table, make_voc
 from parsed import parse
 
@@ -290,6 +290,8 @@ def test_gain_check_before_a_fit(
     assert (folder / "gain.png").is_file()
     assert "gain/estimate" in (folder / "metrics.csv").read_text()
 
+    gain = cli._gain  # measured once
+    monkeypatch.setattr(GainCheck, "__call__", lambda *_: gain)
     monkeypatch.setattr(Gain, "hurts", True)
     cli = fit(files(*order), tmp_path, clip_folder, root, *check, "--compare=true")
     assert isinstance(cli.model.labeler, LabeledOnly)

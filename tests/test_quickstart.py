@@ -22,6 +22,7 @@ SMALL = [
     "--trainer.max_epochs=2",
     "--trainer.check_val_every_n_epoch=2",
     "--trainer.enable_progress_bar=false",
+    "--report.num_images=4",
 ]
 
 
