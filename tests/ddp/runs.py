@@ -350,7 +350,7 @@ def process(rank: int, root: str, clip: Path, squares: Path) -> None:
 
 
 def all_runs(root: Path, clip: Path, squares: Path) -> None:
-    """One process and two; the pair starts up while the one works."""
+    """One process and two; the pair is forked, since a new process takes seconds to import torch and Lightning."""
     alone = Place(root, clip, squares)
     work(alone, {"run": whole_run})  # first, since the pair goes on with its checkpoints
     pair = torch.multiprocessing.start_processes(
