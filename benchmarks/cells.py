@@ -1,7 +1,7 @@
-"""What the benchmarks on unlabeled images share: two data sets, one way to train a cell, and its figures in a file.
+"""Shared code of the benchmarks on unlabeled images: two data sets, training of a cell, and a file of results.
 
-*digits* are the embedded canvases, *photos* the photographs below ``--photos`` in the VOC layout. Features of the
-frozen tower are kept below ``--out``, strong views among them, so that a fit costs no tower.
+*digits* are the embedded canvases. *photos* are the photographs in ``--photos``, in the VOC layout. Features of the
+frozen tower, including those of strong views, are cached in ``--out``, so that training does not run the tower.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
 
-torch.set_num_threads(1)  # two cells can then run side by side, each on a core of its own
+torch.set_num_threads(1)  # allows two cells to run in parallel, each on one core
 
-LABELED_PER_BATCH = 16  # of the runs that do not follow CAP's share
-COUNTED = 5  # test positives that a class needs to count in the mean
+LABELED_PER_BATCH = 16  # in runs that do not use CAP's fraction of labeled images
+COUNTED = 5  # minimum number of test positives of a class to be included in mAP
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
 
 
 class Cell(NamedTuple):
-    """One draw of labeled images: data set ("digits" or "photos"), their share p, and the seed."""
+    """A sample of labeled images: data set ("digits" or "photos"), labeled fraction p, and seed."""
 
     data: str
     share: float
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What differs between the two data sets: lengths of the stages in epochs, images a step, kept strong views."""
+    """Settings of a data set: epochs of both stages, batch size, cached strong views, and arguments of the module."""
 
     warmup: int
     epochs: int
@@ -60,21 +60,21 @@ CONTEXTS = {"digits": 3, "photos": 2}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark here needs."""
+    """Returns a parser with the options that these benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for images, features and results")
     parser.add_argument("--data", nargs="+", default=["digits"], choices=list(SETTINGS))
-    parser.add_argument("--photos", help="folder that holds VOCdevkit")
-    parser.add_argument("--clip", help="open_clip folder or name, for the photographs")
+    parser.add_argument("--photos", help="folder that contains VOCdevkit")
+    parser.add_argument("--clip", help="open_clip folder or name for the photographs")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--drawing", type=int, default=0, help="seed of the canvases; settings were chosen on 7")
-    parser.add_argument("--only", nargs="*", help="names of the runs to make; all if not given")
+    parser.add_argument("--drawing", type=int, default=0, help="seed of the canvases (7 was used to choose settings)")
+    parser.add_argument("--only", nargs="*", help="names of the runs; default: all")
     return parser
 
 
 def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, **changes: Any) -> SSMLLDataModule:
-    """The data of a cell; ``labeled`` images a step instead of CAP's share, beside as many unlabeled ones."""
+    """Builds the data module of a cell; ``labeled`` changes the labeled images per step, but not the unlabeled ones."""
     size = SETTINGS[cell.data].batch
     caps = min(max(1, int(1.25 * cell.share * size + 0.5)), size - 1)
     labeled = caps if labeled is None else labeled
@@ -94,7 +94,7 @@ def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, 
 
 
 def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **changes: Any) -> CBSAModule:
-    """The untrained network of a cell, the same for the same cell but for the ``changes``."""
+    """Builds the untrained module of a cell; its initial weights depend only on the cell and the ``changes``."""
     L.seed_everything(cell.seed, verbose=False)
     settings = SETTINGS[cell.data]
     own = {"warmup_epochs": settings.warmup, "ema_decay": 0.98, "num_contexts": 0, **settings.model}
@@ -104,7 +104,7 @@ def make_module(cell: Cell, args: argparse.Namespace, data: SSMLLDataModule, **c
 
 
 def trainer_settings(cell: Cell) -> dict[str, Any]:
-    """Arguments of the Trainer: on the processor, nothing written, validated once at the end."""
+    """Returns arguments of a Trainer that runs on the CPU, writes no files, and validates once at the end."""
     total = SETTINGS[cell.data].warmup + SETTINGS[cell.data].epochs
     return {
         "max_epochs": total,
@@ -121,7 +121,7 @@ def trainer_settings(cell: Cell) -> dict[str, Any]:
 
 
 def train(cell: Cell, module: SSMLLModule, data: SSMLLDataModule, **changes: Any) -> dict[str, Any]:
-    """Trains and tests; gives mAP in %, AP of each class, quality of the pseudo-labels and processor seconds."""
+    """Trains and tests; returns mAP in %, AP of each class, quality of the pseudo-labels, and CPU time in seconds."""
     begun = time.process_time()
     trainer = L.Trainer(**{**trainer_settings(cell), **changes})
     trainer.fit(module, datamodule=data)
@@ -132,17 +132,17 @@ def train(cell: Cell, module: SSMLLModule, data: SSMLLDataModule, **changes: Any
 
 
 def counted_map(ap: dict[str, float], data: SSMLLDataModule) -> float:
-    """mAP in % over the classes with at least :data:`COUNTED` test positives."""
+    """Returns the mAP in % over the classes with at least :data:`COUNTED` test positives."""
     table = data.eval_table()
     positives = (table.labels == 1).sum(0)
     return 100 * float(np.mean([ap[n] for n, p in zip(table.class_names, positives, strict=True) if p >= COUNTED]))
 
 
 class Results:
-    """A file of finished runs, one JSON object a line; what is in it is not run again."""
+    """A file of finished runs with one JSON object per line. Runs in the file are not repeated."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        """Refuses to mix runs of other options in one folder."""
+        """Opens the file and checks that the folder has no runs with other options."""
         self.file = args.out / name
         args.out.mkdir(parents=True, exist_ok=True)
         for data in args.data:
@@ -151,25 +151,25 @@ class Results:
             if not file.exists():
                 file.write_text(json.dumps(mine))
             if (there := json.loads(file.read_text())) != mine:
-                raise SystemExit(f"{file} was written with {there}, asked for is {mine}: give another --out.")
+                raise SystemExit(f"{file} was written with {there}, but this run uses {mine}. Choose another --out.")
 
     def read(self) -> list[dict[str, Any]]:
-        """All finished runs."""
+        """Returns all finished runs."""
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
     def has(self, name: str, cell: Cell) -> bool:
-        """Whether this run is there."""
+        """Returns whether the file contains this run."""
         return any((r["run"], *(r[f] for f in Cell._fields)) == (name, *cell) for r in self.read())
 
     def add(self, name: str, cell: Cell, figures: dict[str, Any]) -> None:
-        """Writes a run down."""
+        """Appends a finished run and prints its mAP."""
         with self.file.open("a") as file:
             file.write(json.dumps({"run": name, **cell._asdict(), **figures}) + "\n")
         print(f"{cell.data} p={cell.share} seed={cell.seed} {name}: mAP {figures['mAP']:.2f}", flush=True)
 
 
 def mean_and_error(values: Iterable[float]) -> str:
-    """Mean and standard error of the mean."""
+    """Returns mean and standard error of the mean as text."""
     found = np.array(list(values))
     if len(found) < 2:
         return f"{found.mean():.1f}" if len(found) else "not run"
@@ -177,5 +177,5 @@ def mean_and_error(values: Iterable[float]) -> str:
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """All cells that were asked for."""
+    """Returns the requested cells."""
     return [Cell(d, p, s) for d in args.data for p in args.shares for s in args.seeds]

@@ -1,10 +1,10 @@
-"""What each economy of a training step is worth: the part that it changes, with and without it, in turn.
+"""Measures the speed-up of each optimization of a training step.
 
     uv run python benchmarks/economies.py [--tower RN50] [--batch 16] [--classes 80] [--compile] [--out FILE]
 
-Every row compares a part of the step as the library runs it with the same part without one economy, in one process and
-alternately; the ratio is the median over the rounds. All but the optimizer's and the average's rows run forward and
-backward where the part is trained. Weights are random.
+Each row compares a part of the step with and without one optimization. Both forms run alternately in one process, and
+the ratio is the median over the rounds. Trained parts run forward and backward, except in the rows of the optimizer and
+the average. The weights are random.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Part = Callable[[], Any]
 
 
 class Bench:
-    """The network under measurement, and its inputs."""
+    """The measured network and its inputs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.half = args.device, torch.float16 if args.device == "cuda" else torch.bfloat16
@@ -59,7 +59,7 @@ class Bench:
         return run
 
     def trained(self, function: Callable[[], list[Tensor]]) -> Part:
-        """Forward under autocast, and backward."""
+        """Returns a function that runs forward with autocast, and backward."""
 
         def run() -> None:
             with torch.autocast(self.device, self.half):
@@ -79,7 +79,7 @@ class Bench:
 
 
 def tower(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
-    """The frozen image tower."""
+    """Yields the rows of the frozen image tower."""
     images, ours = bench.images, bench.network.clip
     nhwc = copy.deepcopy(bench.plain)
     nhwc.tower.to(memory_format=torch.channels_last)
@@ -102,26 +102,30 @@ def tower(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
     if compiled:
         compiled_tower = copy.deepcopy(ours)
         compiled_tower.tower.compile()
-        yield "torch.compile of the tower (not kept)", bench.autocast(lambda: compiled_tower.features(images)), fast
+        yield "torch.compile of the tower (not used)", bench.autocast(lambda: compiled_tower.features(images)), fast
 
 
 def text(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
-    """The text tower, forward and backward."""
+    """Yields the rows of the text tower, forward and backward."""
     network, plain = bench.network, bench.plain
     sets = [network.target_prompts, network.semantic_prompts]
     mask = torch.full((77, 77), float("-inf"), device=bench.device).triu(1)
     ours = bench.trained(lambda: encode_prompt_sets(network.clip, sets))
 
     def stock(length: int | None) -> list[Tensor]:
-        """open_clip's own blocks over ``length`` places, or as many as are needed."""
+        """Runs open_clip's blocks on ``length`` positions; None uses as many as the prompts need."""
         embeddings, ends = (torch.cat(part) for part in zip(*(prompts() for prompts in sets), strict=True))
         x = nn.functional.pad(embeddings, (0, 0, 0, (length or embeddings.shape[1]) - embeddings.shape[1]))
         tower, n = plain.text, x.shape[1]
         x = tower.transformer(x + tower.positional_embedding[:n], attn_mask=mask[:n, :n])
         return [tower.ln_final(x)[torch.arange(len(x)), ends] @ tower.text_projection]
 
-    yield "prompts cut behind the last end token", bench.trained(lambda: stock(None)), bench.trained(lambda: stock(77))
-    yield "own blocks: no transposes, last block at the end tokens", ours, bench.trained(lambda: stock(None))
+    yield (
+        "prompts truncated after the last end token",
+        bench.trained(lambda: stock(None)),
+        bench.trained(lambda: stock(77)),
+    )
+    yield "custom blocks: no transposes, only end tokens in the last block", ours, bench.trained(lambda: stock(None))
     yield (
         "both prompt sets in one pass",
         ours,
@@ -134,19 +138,19 @@ def text(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
         embeddings, ends = (torch.cat(part) for part in zip(*(prompts() for prompts in shared), strict=True))
         return [network.clip.encode_prompts(embeddings, ends)]
 
-    yield "shared prompts: common words once", prefix_once, bench.trained(repeated)
+    yield "shared prompts: shared words encoded once", prefix_once, bench.trained(repeated)
     if compiled:
         other = copy.deepcopy(network)
         other.clip.text.compile()
         yield (
-            "torch.compile of the text tower (not kept)",
+            "torch.compile of the text tower (not used)",
             bench.trained(lambda: encode_prompt_sets(other.clip, [other.target_prompts, other.semantic_prompts])),
             ours,
         )
 
 
 def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
-    """Decoder and attention pool, forward and backward; the decoder also without gradient."""
+    """Yields the rows of decoder and attention pool, forward and backward, and of the decoder without gradient."""
     decoder = bench.network.decoder
     inputs = bench.queries, bench.tokens, bench.places
     stock = StockDecoder(decoder).to(bench.device)
@@ -164,7 +168,7 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
         return evaluate
 
     yield (
-        "the same without gradient",
+        "decoder without gradient",
         without_gradient(decoder, lambda: decoder(*inputs)),
         without_gradient(stock, lambda: stock(*inputs)),
     )
@@ -185,7 +189,7 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
 
 def update(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
-    """Optimizer and average."""
+    """Yields the rows of the optimizer and the weight average."""
     parameters = [p for p in bench.network.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -209,7 +213,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes on a CPU")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile (takes minutes on a CPU)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -223,7 +227,7 @@ def main() -> None:
             ratio = statistics.median(other / own for own, other in pairs)
             rows.append([name, f"{medians[0]:.1f}", f"{medians[1]:.1f}", f"{ratio:.2f}"])
             print(" | ".join(rows[-1]), flush=True)
-    table = markdown(["economy", "with, ms", "without, ms", "without/with"], rows)
+    table = markdown(["optimization", "with, ms", "without, ms", "without/with"], rows)
     shape = f"{args.tower} at {SIZES[args.tower]}, batch {args.batch}, {args.classes} classes"
     text_ = f"{where(args.device)}. {shape}.\n\n{table}\n"
     print(text_)

@@ -1,10 +1,11 @@
-"""The final model beside what its user would pick instead: mAP and calibration, over shares and seeds.
+"""Compares the final model with simpler alternatives: mAP and calibration for several labeled fractions and seeds.
 
     uv run python benchmarks/final_model.py --out DIR --data digits photos --shares 0.05 0.1 0.2 --photos DIR --clip DIR
 
-All networks have the same weights at the start, stages and number of steps; on photographs these are those of
-``configs/photos.yaml``. The probes, the preset's network and the final model come from one run. Finished runs are read
-from ``final.jsonl`` and not repeated; the logits of each preset run are kept in ``logits-*.npz``. Ends with the tables.
+All networks have the same initial weights, stages and number of steps. On the photographs, stages and steps are those
+of ``configs/photos.yaml``. The probes, the preset's network and the final model come from the same run. Finished runs
+are read from ``final.jsonl`` and not repeated. The logits of each preset run are saved in ``logits-*.npz``. The script
+prints the tables at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ DATA: dict[str, dict[str, Any]] = {
     "digits": {"min_steps_per_epoch": 10},
     "photos": {"min_steps_per_epoch": 20, "warmup_batch_size": 32},
 }
-# name: (labeler, labeled images a step or None for CAP's share)
+# name: (labeler, labeled images per step or None for CAP's fraction)
 RUNS: dict[str, tuple[Any, int | None]] = {
     "labeled only": (LabeledOnly(), None),
     "paper's recipe": (ClassDistributionAware(), None),
@@ -52,7 +53,7 @@ COLUMNS = ["zero-shot", "linear probe", "stacked probes", *NETWORKS, "preset's n
 
 
 def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
-    """Trains one network and measures it; with the preset also the probes and the final model."""
+    """Trains and evaluates one network; with the preset, also evaluates the probes and the final model."""
     labeler, labeled = RUNS[name]
     data = make_data(cell, args, labeled, **DATA[cell.data])
     preset = name == "preset"
@@ -78,7 +79,7 @@ def run(name: str, cell: Cell, args: Any) -> dict[str, Any]:
 
 
 class Probes:
-    """Logits of zero-shot CLIP, the linear probe and the stack, before training."""
+    """Logits of zero-shot CLIP, the linear probe and the stack, computed before training."""
 
     def __init__(self, module: CBSAModule, data: SSMLLDataModule) -> None:
         data.prepare_data()
@@ -111,7 +112,7 @@ def _described(describe: Any, module: CBSAModule, loader: Any) -> tuple[list[Ten
 
 @torch.no_grad()
 def scores_of(module: CBSAModule, loader: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of the averaged network and of the final model, and the rows of the images."""
+    """Returns the logits of the averaged network and of the final model, and the row indices of the images."""
     module.eval()
     module.cache_text()
     parts = []
@@ -125,7 +126,7 @@ def scores_of(module: CBSAModule, loader: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measured(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """mAP in % over the classes with enough positives, and calibration."""
+    """Returns the mAP in % over the classes with at least :data:`COUNTED` positives, and calibration metrics."""
     report = MultilabelReport(labels.shape[1], COUNTED)
     report.update(logits, torch.from_numpy(labels))
     found = report.compute()
@@ -133,7 +134,7 @@ def measured(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
 
 
 def tables(found: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
-    """mAP of each column, then ECE of the probes and the final model."""
+    """Returns the table of mAP, and the table of calibration metrics of the probes and the final model."""
     lines, calibration = [], []
     for data, share in wanted:
         mine = [r for r in found if (r["data"], r["share"]) == (data, share)]

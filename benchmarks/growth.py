@@ -1,13 +1,14 @@
-"""How time and memory grow with images, classes, prompt words and processes.
+"""Measures how time and memory grow with the number of images, classes, prompt words and processes.
 
     uv run python benchmarks/growth.py [--sections images classes prompts ranks] [--out FILE]
 
-Every figure is taken in a process of its own, forked from this one, so its peak of memory is its own too; what a
-process holds before it does anything is said first. Seconds are the median of three repeats where those take less than
-three seconds, else of as many as fit, at least one. "growth" is the slope of log value over log size, fitted to the
-larger half of the sizes: 1 is proportional. No process may take more than 70 % of the memory that is free as it starts;
-a cell that needs more, or fails, is left out, and standard error says why. Weights are random. Linux only, for its
-counts of memory.
+Each value is measured in a separate process, which is forked from this one, so that its peak memory can be measured.
+The report starts with the memory of an idle process. Times are the median of three repeats, or of fewer (at least one)
+if three repeats take more than three seconds. "growth" is the slope of the logarithm of the value over the logarithm of
+the size, fitted to the larger half of the sizes; 1 means proportional. A process may allocate at most 70 % of the
+memory that is free when it starts. If a measurement needs more, or fails, its entry is empty and the exit code is
+printed to standard error. The weights are random. The script runs only on Linux because it reads memory usage from
+``/proc``.
 """
 
 from __future__ import annotations
@@ -46,26 +47,28 @@ from cbsa_lightning.networks.decoder import LabelDecoder
 from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
 
 MODEL = "RN50-quickgelu"
-FORK = multiprocessing.get_context("fork")  # children have all imports at once; the parent never starts a thread
+FORK = multiprocessing.get_context(
+    "fork"
+)  # children inherit all imports; this is safe because the parent starts no threads
 MIB = 2**20
 
 
 class Cell(NamedTuple):
-    """A value, mostly seconds, and the peak of memory in MiB; both None where nothing was measured."""
+    """A value, usually in seconds, and the peak memory in MiB; None if it was not measured."""
 
     value: float | None = None
     peak: float | None = None
 
 
 class Row(NamedTuple):
-    """What was measured, over all sizes of a section."""
+    """A quantity, measured for all sizes of a section."""
 
     label: str
     cells: list[Cell]
 
 
 def timed(run: Callable[[], object], repeats: int = 3, budget: float = 3.0) -> float:
-    """Median seconds of ``run``."""
+    """Returns the median duration of ``run`` in seconds."""
     seconds: list[float] = []
     while not seconds or (len(seconds) < repeats and sum(seconds) * (1 + 1 / len(seconds)) < budget):
         start = time.perf_counter()
@@ -75,26 +78,26 @@ def timed(run: Callable[[], object], repeats: int = 3, budget: float = 3.0) -> f
 
 
 def peak() -> float:
-    """The most memory that this process has held, in MiB."""
+    """Returns the peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def available() -> float:
-    """The memory that is left on this machine, in MiB."""
+    """Returns the available memory of this machine in MiB."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) / 1024
 
 
 def stay_within(share: float) -> None:
-    """Lets allocations of this process fail beyond a share of the free memory, so that nobody else runs out of it."""
+    """Limits the allocations of this process to a fraction of the free memory, to protect other processes."""
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     limit = int(status["VmData"].split()[0]) * 1024 + int(share * available() * MIB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    Path("/proc/self/oom_score_adj").write_text("1000")  # should others take the rest meanwhile: this one goes first
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process is killed first
 
 
 def apart(measure: Callable[[int], float], size: int, threads: int) -> Cell:
-    """``measure(size)`` in a process of its own."""
+    """Runs ``measure(size)`` in a separate process."""
 
     def child() -> None:
         stay_within(0.7)
@@ -111,19 +114,19 @@ def apart(measure: Callable[[int], float], size: int, threads: int) -> Cell:
     except EOFError:
         cell = Cell()
     process.join()
-    if process.exitcode:  # negative: the signal that ended it, which says nothing on its own
+    if process.exitcode:  # a process that a signal ended (negative exit code) prints no message
         print(f"size {size:,} ended with exit code {process.exitcode}", file=sys.stderr)
     return cell
 
 
 @cache
 def idle() -> float:
-    """The peak of a process that measures nothing, in MiB."""
+    """Returns the peak memory of an idle process in MiB."""
     return apart(lambda _: 0.0, 0, 1).peak
 
 
 def sweep(label: str, measure: Callable[[int], float], sizes: Sequence[int], threads: int) -> Row:
-    """``measure`` at all sizes."""
+    """Runs ``measure`` for all sizes."""
     cells = []
     for size in sizes:
         print(f"{label}: {size:,}", file=sys.stderr)
@@ -132,7 +135,7 @@ def sweep(label: str, measure: Callable[[int], float], sizes: Sequence[int], thr
 
 
 def growth(sizes: Sequence[int], cells: Sequence[Cell]) -> str:
-    """Slope of log value over log size for the larger half of the sizes."""
+    """Returns the slope of log value over log size for the larger half of the sizes, as text."""
     half = len(sizes) // 2
     points = [(math.log(n), math.log(c.value)) for n, c in zip(sizes[half:], cells[half:], strict=True) if c.value]
     if len(points) < 2:
@@ -141,7 +144,7 @@ def growth(sizes: Sequence[int], cells: Sequence[Cell]) -> str:
 
 
 def rendered(title: str, symbol: str, sizes: Sequence[int], rows: Sequence[Row]) -> str:
-    """A section as Markdown: values with their peak of memory in MiB, and their growth."""
+    """Returns a section as Markdown: values with peak memory in MiB, and their growth."""
 
     def text(cell: Cell) -> str:
         if cell.value is None:
@@ -158,7 +161,7 @@ def rendered(title: str, symbol: str, sizes: Sequence[int], rows: Sequence[Row])
 
 
 def columns(n: int, classes: int, folder: str = "train2014") -> tuple[np.ndarray, np.ndarray]:
-    """Paths as COCO has them, and labels."""
+    """Returns paths in COCO's format, and labels."""
     paths = np.empty(n, dtype=np.dtypes.StringDType())
     labels = np.empty((n, classes), dtype=np.int8)
     pattern = (np.random.default_rng(0).random((2**14, classes)) < 0.05).astype(np.int8)
@@ -170,7 +173,7 @@ def columns(n: int, classes: int, folder: str = "train2014") -> tuple[np.ndarray
 
 
 def table(paths: np.ndarray, labels: np.ndarray) -> AnnotationTable:
-    """A table of these columns; building it checks shapes, label values, and empty and repeated paths."""
+    """Builds a table, which includes checks of shapes, label values, and empty and repeated paths."""
     return AnnotationTable(Path("/images"), paths, labels, tuple(f"class {k}" for k in range(labels.shape[1])))
 
 
@@ -189,7 +192,7 @@ def leaks(classes: int, n: int) -> float:
 
 
 def split(n: int) -> Split:
-    """A labeled share of 5 %, a fifth of it held out."""
+    """Returns a split with 5 % labeled images, a fifth of which are held out."""
     return hold_out(split_labeled(n, 0.05, 1, "digest"), 0.2, 1)
 
 
@@ -225,18 +228,18 @@ def draws_a_second(n: int, most: int = 20_000) -> float:
 
 def images(args: argparse.Namespace) -> str:
     measures = {
-        "AnnotationTable built and checked, s": partial(build, args.table_classes),
-        "its digest, s": partial(digest, args.table_classes),
-        "search for n / 100 test images among them, s": partial(leaks, args.table_classes),
-        "split drawn and held out, s": lambda n: timed(lambda: split(n)),
-        "split saved and loaded, s": save_and_load,
+        "building and checking an AnnotationTable, s": partial(build, args.table_classes),
+        "digest of the table, s": partial(digest, args.table_classes),
+        "finding shared images with n / 100 test images, s": partial(leaks, args.table_classes),
+        "drawing and holding out a split, s": lambda n: timed(lambda: split(n)),
+        "saving and loading a split, s": save_and_load,
         "first batch of an epoch, s": first_batch,
-        "draws a second": draws_a_second,
+        "draws per second": draws_a_second,
     }
     sizes = args.images
     rows = [sweep(label, measure, sizes, args.threads) for label, measure in measures.items()]
     room = [Cell(c.peak and max(0.0, c.peak - idle()) * MIB / n) for n, c in zip(sizes, rows[0].cells, strict=True)]
-    rows.insert(1, Row("its peak in bytes a row, paths and labels included", room))
+    rows.insert(1, Row("peak memory of the table, including paths and labels, bytes per row", room))
     return rendered(f"Images, {args.table_classes} classes", "n", sizes, rows)
 
 
@@ -244,13 +247,13 @@ def images(args: argparse.Namespace) -> str:
 
 
 def names(number: int) -> list[str]:
-    """Words that are one token each, so that prompts have one length whatever the number of classes."""
+    """Returns words of one token each, so that the length of prompts does not depend on the number of classes."""
     words = (token.removesuffix("</w>") for token in open_clip.get_tokenizer(MODEL).encoder if token.endswith("</w>"))
     return list(islice((word for word in words if len(word) > 3 and word.isalpha() and word.isascii()), number))
 
 
 def text(shared: bool, backward: bool, classes: int, length: int) -> float:
-    """The text features of one set of prompts, alone or with the gradient of their words."""
+    """Measures the text features of one prompt set, with or without the gradient of its words."""
     clip = FrozenCLIP.load(MODEL, None)
     prompts = ClassPrompts(clip, names(classes), length, shared)
 
@@ -286,14 +289,14 @@ def report(classes: int, n: int = 10_000) -> float:
         metric.update(torch.randn(labels.shape), labels)
 
     def run() -> None:
-        metric._computed = None  # torchmetrics remembers
+        metric._computed = None  # torchmetrics caches the result
         metric.compute()
 
     return timed(run)
 
 
 def random_labels(n: int, classes: int) -> torch.Tensor:
-    """Three labels an image or fewer, the first classes more often."""
+    """Returns random labels: at most three per image, more often of the first classes."""
     positions = (torch.rand(n, 3, generator=torch.Generator().manual_seed(0)) ** 2 * classes).long()
     return torch.zeros(n, classes, dtype=torch.int8).scatter_(1, positions, 1)
 
@@ -311,7 +314,7 @@ def classes(args: argparse.Namespace) -> str:
         "MultilabelReport.compute, 10,000 images, s": report,
     }
     rows = [sweep(label, measure, args.classes, args.threads) for label, measure in measures.items()]
-    return rendered("Classes (prompts of 16 words, one set of them)", "C", args.classes, rows)
+    return rendered("Classes (one prompt set of 16 words)", "C", args.classes, rows)
 
 
 def prompts(args: argparse.Namespace) -> str:
@@ -329,7 +332,7 @@ SCORES = (82_081, 80)  # COCO's training images and classes
 
 
 def reduce_scores(rank: int, world: int, store: str, results: multiprocessing.SimpleQueue) -> None:
-    """What callbacks/thresholds.py does once an epoch: each process has its own rows, and the others' as zeros."""
+    """Sums scores over processes, as callbacks/thresholds.py does once per epoch; other processes' rows are zero."""
     stay_within(0.7 / world)
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -351,7 +354,7 @@ def reduce_scores(rank: int, world: int, store: str, results: multiprocessing.Si
 
 
 def reduced(world: int) -> Cell:
-    """The slowest process and the highest peak."""
+    """Returns the time of the slowest process and the highest peak memory."""
     results = FORK.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         work = (world, f"{folder}/store", results)
@@ -364,10 +367,10 @@ def ranks(args: argparse.Namespace) -> str:
     size = 4 * math.prod(SCORES)
     rows = [
         Row("all-reduce of the epoch's scores, s", [reduced(world) for world in args.ranks]),
-        Row("bytes that each process holds for it", [Cell(size) for _ in args.ranks]),
-        Row("bytes that each sends, if in a ring", [Cell(2 * size * (world - 1) / world) for world in args.ranks]),
+        Row("memory of each process for the scores, bytes", [Cell(size) for _ in args.ranks]),
+        Row("bytes sent by each process in a ring", [Cell(2 * size * (world - 1) / world) for world in args.ranks]),
     ]
-    note = f"The processes share {os.cpu_count()} cores, so more of them than that also wait for each other."
+    note = f"The processes share {os.cpu_count()} cores. With more processes than cores, they also wait for each other."
     return (
         rendered(f"Processes, scores {SCORES[0]:,} x {SCORES[1]}, gloo", "processes", args.ranks, rows) + f"\n\n{note}"
     )
@@ -380,19 +383,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--images", nargs="+", type=int, default=[10**4, 10**5, 10**6, 10**7])
-    parser.add_argument("--table-classes", type=int, default=80, help="classes of the table of images")
+    parser.add_argument("--table-classes", type=int, default=80, help="number of classes in the table")
     parser.add_argument("--classes", nargs="+", type=int, default=[20, 80, 200, 500, 2000])
     parser.add_argument("--lengths", nargs="+", type=int, default=[4, 8, 16, 32, 64])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
-    # One by default: beside other work, several threads wait for each other and measure that.
-    parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
+    # The default is one because several threads wait for each other if the machine is busy.
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are meant
+    logging.getLogger().setLevel(logging.ERROR)  # hides open_clip's warning about random weights
     start = time.perf_counter()
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0]  # of others, who would make all figures too large
-    state = f"Load {load:.1f} before; a process that measures nothing holds {idle():,.0f} MiB."
+    load = os.getloadavg()[0]  # other processes would increase the measured times
+    state = f"Load average before the measurement: {load:.1f}. Memory of an idle process: {idle():,.0f} MiB."
     parts = [where(), state]
     print(*parts, sep="\n\n", end="\n\n")
     for name in args.sections:

@@ -1,10 +1,10 @@
-"""How long training changes what unlabeled images bring: the same three runs at several lengths of both stages.
+"""Measures how the effect of unlabeled images depends on the training length of both stages.
 
     uv run python benchmarks/lengths.py --out DIR --data digits --shares 0.05 --seeds 1 2 --lengths 4:1 15:4 40:10
 
-A length is epochs of warm-up and of the second stage; an epoch has at least 10 steps. Finished runs are read from
-``lengths.jsonl`` and not repeated. Ends with a table: labeled-only, the paper's recipe, the preset's network and the
-final model by number of steps.
+A length consists of the epochs of warm-up and second stage; an epoch has at least 10 steps. Finished runs are read from
+``lengths.jsonl`` and not repeated. The script prints a table at the end: labeled-only training, the paper's recipe, the
+preset's network and the final model by number of steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from measuring import markdown, where
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A row for each data set, share and length."""
+    """Returns a table with a row for each data set, labeled fraction and length."""
     keys = dict.fromkeys((r["data"], r["share"], r["length"]) for r in found)
     lines = []
     for data, share, length in keys:
@@ -30,7 +30,8 @@ def table(found: list[dict[str, Any]]) -> str:
         steps = round(np.mean([r["steps"] for r in mine]))
         values = (mean_and_error(of[name].values()) for name in RUNS)
         lines.append([data, share, length, steps, *values, mean_and_error(final), mean_and_error(gaps)])
-    head = ["data", "p", "epochs", "steps", *list(RUNS)[:2], "preset's network", "final", "recipe minus labeled only"]
+    epochs = "epochs (warm-up : second stage)"
+    head = ["data", "p", epochs, "steps", *list(RUNS)[:2], "preset's network", "final", "recipe minus labeled only"]
     return markdown(head, lines)
 
 

@@ -1,15 +1,15 @@
-"""Images a second that the data module can give, and how many cores a training step of a given speed needs.
+"""Measures the throughput of the data module, and computes the number of cores that a training step needs.
 
     uv run python benchmarks/loader.py --step-ms-per-image 0.5 1 2
 
-Measured are the steps of making a view, each in one process with one thread, and SSMLLDataModule.train_dataloader as
-training uses it, with several numbers of worker processes; from whole files, from files decoded at a part of their
-size (``fast_decode``), and from the image cache. Since others may use the machine at the same time, every figure is
-the median of several repeats, and what a core can do is told in seconds of its own, those given to others left out.
-Files and cache lie in the page cache after the first repeat: the disk is not measured.
+The script measures each step of creating a view, in one process with one thread, and ``train_dataloader`` with several
+numbers of worker processes. The images come from files decoded at full size, from files decoded at reduced size
+(``fast_decode``), and from the image cache. All values are medians of several repeats, and times of one core are CPU
+times, because other processes may use the machine at the same time. Files and cache are in the page cache after the
+first repeat, so the speed of the disk is not measured.
 
-Without ``--images`` the images are made here: smooth noise with grain, as JPEG of 640 x 480 pixels and quality 90,
-about as large as photographs of COCO.
+Without ``--images``, the images are generated: smooth noise with grain, as JPEG files of 640 x 480 pixels and quality
+90, which are about as large as COCO's photographs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLASSES = ("one", "other")
 
 
 def write_photographs(folder: Path, number: int) -> None:
-    """Noise whose strength falls with its frequency, as in photographs, and a little grain."""
+    """Writes images of noise whose amplitude decreases with frequency, as in photographs, and some grain."""
     rng = np.random.default_rng(0)
     for i in range(number):
         picture = np.full((480, 640, 3), 128.0)
@@ -59,7 +59,7 @@ def write_photographs(folder: Path, number: int) -> None:
 
 
 class Photographs(Source):
-    """The first images of a folder, with made-up labels."""
+    """The first images of a folder, with random labels."""
 
     class_names = prompt_names = CLASSES
 
@@ -70,7 +70,7 @@ class Photographs(Source):
         self._table = AnnotationTable(table.root, table.paths[:number], labels, CLASSES)
 
     def prepare(self) -> None:
-        """Everything is there."""
+        """Does nothing."""
 
     def train(self) -> AnnotationTable:
         return self._table
@@ -80,7 +80,7 @@ class Photographs(Source):
 
 
 def rate(work, number: int, repeats: int) -> float:
-    """Images a second of a core: the median of ``repeats`` passes of ``work(i)``, after one more."""
+    """Returns the images per second of one core: the median of ``repeats`` passes of ``work(i)`` after a first pass."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.process_time()
@@ -91,12 +91,12 @@ def rate(work, number: int, repeats: int) -> float:
 
 
 def steps_of_a_view(table: AnnotationTable, cached, size: int, number: int, repeats: int):
-    """Rows (step, images a second) of one process."""
+    """Returns rows (step, images per second) for one process."""
     number = min(number, len(table))
     files = [table.file(i) for i in range(number)]
     whole = [decode(file) for file in files]
     small = [squash(image, size) for image in whole]
-    draws = (Draw(0, i, 0) for i in count())  # never the same randomness twice
+    draws = (Draw(0, i, 0) for i in count())  # different random numbers for each view
     views = {"plain": PlainView(size), "weak": WeakView(size, 0), "strong": StrongView(size, 0)}
     work = {
         "decode, whole": lambda i: decode(files[i]),
@@ -118,7 +118,7 @@ def steps_of_a_view(table: AnnotationTable, cached, size: int, number: int, repe
 
 
 def loader_rate(data: SSMLLDataModule, repeats: int) -> tuple[float, float]:
-    """The training loader, its workers being up: images a second, and seconds of a core for each image."""
+    """Measures the training loader after its workers have started: images per second, and CPU seconds per image."""
     started = core_seconds()
     loader = data.train_dataloader()
     rates, total = [], 0
@@ -128,18 +128,18 @@ def loader_rate(data: SSMLLDataModule, repeats: int) -> tuple[float, float]:
         images = sum(len(batch.index) for batch in loader)
         rates.append(images / (time.perf_counter() - start))
         total += images
-    del loader  # ends the workers, whose time is known from then on
+    del loader  # ends the workers, so that their CPU time is available
     return statistics.median(rates[1:]), (core_seconds() - started) / total
 
 
 def core_seconds() -> float:
-    """CPU time of this process and of those that it started and that have ended."""
+    """Returns the CPU time of this process and its finished child processes."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def need(seconds: float, milliseconds: float, cores: int, goal: float) -> list[str]:
-    """What a step of so many ms an image waits for, and the workers that let it wait less than ``goal`` of the time."""
+    """Returns the required images per second of a step, the fraction of time it waits, and the cores for ``goal``."""
     wanted = 1000 / milliseconds
     waiting = max(0.0, 1 - cores / seconds / wanted)
     return [f"{wanted:.0f}", f"{100 * waiting:.0f} %", str(math.ceil((1 - goal) * wanted * seconds))]
@@ -147,16 +147,16 @@ def need(seconds: float, milliseconds: float, cores: int, goal: float) -> list[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="a folder of images; none: they are made")
-    parser.add_argument("--number", type=int, default=256, help="images used")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the views")
+    parser.add_argument("--images", type=Path, help="folder of images; default: images are generated")
+    parser.add_argument("--number", type=int, default=256, help="number of images")
+    parser.add_argument("--image-size", type=int, default=224, help="side length of the views")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loader processes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--step-ms-per-image", type=float, nargs="*", default=[], help="training steps to be served")
-    parser.add_argument("--cores", type=int, default=16, help="cores beside the GPU")
-    parser.add_argument("--goal", type=float, default=0.1, help="share of the time that a step may wait")
-    parser.add_argument("--out", type=Path, help="a Markdown file to write")
+    parser.add_argument("--step-ms-per-image", type=float, nargs="*", default=[], help="durations of a training step")
+    parser.add_argument("--cores", type=int, default=16, help="cores of the machine with the GPU")
+    parser.add_argument("--goal", type=float, default=0.1, help="maximum fraction of time that a step waits")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*suggested max number of worker.*")
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, work: Path) -> str:
-    """The whole report."""
+    """Returns the report."""
     folder = args.images
     if folder is None:
         folder = work / "images"
@@ -214,14 +214,14 @@ def measure(args: argparse.Namespace, work: Path) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("pillow", "albumentations"))
     parts = [
         f"{where()}; {packages}",
-        f"{len(table)} images of {bytes_each / 1000:.0f} kB in the mean from "
+        f"{len(table)} images with a mean size of {bytes_each / 1000:.0f} kB from "
         f"{args.images or 'photograph-like noise, 640 x 480, quality 90'}; views of {size} pixels; medians of "
-        f"{args.repeats} repeats; load at the end {os.getloadavg()[0]:.1f}.",
+        f"{args.repeats} repeats; load average at the end {os.getloadavg()[0]:.1f}.",
         "One core:",
-        markdown(["step", "images/s", "ms an image"], [(n, f"{r:.0f}", f"{1000 / r:.2f}") for n, r in single]),
-        f"Filling the cache, once: {filling:.0f} images/s without workers.",
-        "`train_dataloader`, strong views in batches: images/s, and in brackets ms of a core for each, all processes "
-        "together:",
+        markdown(["step", "images/s", "ms per image"], [(n, f"{r:.0f}", f"{1000 / r:.2f}") for n, r in single]),
+        f"Filling the cache without workers: {filling:.0f} images/s.",
+        "`train_dataloader` with batches of strong views: images/s, and CPU time per image in ms over all processes in "
+        "parentheses:",
         markdown(
             ["images from", *(f"{w} workers" for w in args.workers)],
             [(name, *(f"{r:.0f} ({1000 * s:.2f})" for r, s in found)) for name, found in rates.items()],
@@ -230,14 +230,14 @@ def measure(args: argparse.Namespace, work: Path) -> str:
     if args.step_ms_per_image:
         cost = {name: statistics.median(s for _, s in found) for name, found in rates.items()}
         parts += [
-            f"What a training step needs, if its machine has {args.cores} cores like these:",
+            f"Requirements of a training step on a machine with {args.cores} cores of this type:",
             markdown(
                 [
-                    "step, ms an image",
+                    "step, ms per image",
                     "images from",
-                    "images/s asked for",
-                    f"waits with {args.cores} cores",
-                    f"cores to wait < {100 * args.goal:.0f} %",
+                    "required images/s",
+                    f"waiting time with {args.cores} cores",
+                    f"cores for waiting time < {100 * args.goal:.0f} %",
                 ],
                 [
                     (f"{ms:g}", name, *need(seconds, ms, args.cores, args.goal))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: where they ran, and tables in Markdown."""
+"""Shared code of the benchmarks: description of the machine, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from cbsa_lightning.reproduce.results import markdown as markdown  # the benchmarks write tables as `cbsa table` does
+from cbsa_lightning.reproduce.results import markdown as markdown  # re-exported
 
 
 def where(device: str = "cpu") -> str:
-    """One line: device, versions and date."""
+    """Returns device, versions and date in one line."""
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     else:

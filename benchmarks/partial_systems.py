@@ -1,12 +1,11 @@
-"""A training step of the systems for partial labels, and the same step as their released programs compute it.
+"""Compares a training step of the systems for partial labels with the computation in their released code.
 
     python benchmarks/partial_systems.py --systems SSGRL SST HST SARB DSRB --batch 4
 
-Both forms have the same weights, and their losses are compared first. A step is that of an epoch with all terms: frozen
-stages, last stage, head, terms, backward pass and Adam, on random images at 448 and 80 classes, a tenth of whose labels
-are known. The written-out forms of this file follow the released programs in what they hold in memory: semantic
-decoupling with ``(B, H, W, C, m)`` and ``(B, H, W, C, D)`` tensors, pairs of labels joined before the first layer, and
-blended maps.
+Both forms have the same weights, and their losses are compared. A step belongs to an epoch with all loss terms: frozen
+stages, last stage, head, loss terms, backward pass and Adam, on random images of 448 pixels with 80 classes and 10 % of
+the labels known. The written-out forms in this file store the same tensors as the released code: ``(B, H, W, C, m)``
+and ``(B, H, W, C, D)`` for semantic decoupling, pairs of labels joined before the first layer, and blended maps.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ CLASSES, SIZE = 80, 448
 
 
 class RandomWords(WordVectors):
-    """As large as GloVe's."""
+    """Random vectors of GloVe's size."""
 
     def __init__(self, class_names: Any) -> None:
         self.vectors = 0.35 * torch.randn(len(class_names), 300)
 
 
 class WrittenOutDecoupling(nn.Module):
-    """Scores and attended features with a tensor entry for every place, class and channel."""
+    """Semantic decoupling that stores a value for each position, class and channel."""
 
     def __init__(self, ours: Any) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class WrittenOutDecoupling(nn.Module):
 
 
 class WrittenOutPairs(nn.Module):
-    """Layers over every pair of labels."""
+    """Label pairs that are joined before the first layer."""
 
     def __init__(self, ours: Any) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class WrittenOutPairs(nn.Module):
 
 
 def blend_maps(network: Any, hooks: Any, batch: Batch, other: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
-    """Loss of maps ``(B, H, W, C, D)`` blended with other maps."""
+    """Returns the loss of maps ``(B, H, W, C, D)`` that are blended with other maps."""
     maps = network.decouple.maps
     weight = torch.where(chosen, share, torch.ones_like(share))[:, None, None, :, None].expand_as(maps)
     logits = network.classify((weight * maps + (1 - weight) * other).sum(1).sum(1))
@@ -91,7 +90,7 @@ def blend_maps(network: Any, hooks: Any, batch: Batch, other: Tensor, chosen: Te
 
 
 class Step:
-    """One network with its optimizer and a batch."""
+    """A network with its optimizer and a batch."""
 
     def __init__(self, name: str, number: int, written_out: bool) -> None:
         torch.manual_seed(0)
@@ -120,7 +119,7 @@ class Step:
         return main + self._blended_maps(batch)
 
     def _blended_maps(self, batch: Batch) -> Any:
-        """The terms of DSRB on maps; ours says which prototypes and labels are drawn."""
+        """Returns the terms of DSRB on maps; the library's hooks choose the prototypes and labels."""
         network: Any = self.network
         hooks, terms = network.hooks, {}
 
@@ -129,7 +128,7 @@ class Step:
                 terms["instance"] = blend_maps(network, hooks, batch, network.decouple.maps.flip(0), chosen, share)
                 return terms["instance"]
             rows, columns = network.decouple.maps.shape[1:3]
-            # A prototype map of each quadrant, here constant, whose sum is the prototype.
+            # The prototype map of a quadrant is constant here, and its sum is the prototype.
             kept = (hooks.prototypes / (rows * columns))[None, :, :, None, None].repeat(
                 len(batch.targets), 1, 1, rows, columns, 1
             )
@@ -149,14 +148,14 @@ class Step:
 
 
 def measure(name: str, number: int, written_out: bool, steps: int) -> dict[str, float]:
-    """Seconds of one core for a step, the best of some, and GB that the first one takes beyond the weights.
+    """Measures the minimum CPU time of a step in seconds, and the memory of the first step without the weights in GB.
 
-    Processor time, on one thread: other jobs of the machine hardly change it. The memory holds gradients and optimizer
-    state, the same in both forms.
+    The time is CPU time of one thread, which other processes hardly affect. The memory includes gradients and optimizer
+    state, which are the same in both forms.
     """
     torch.set_num_threads(1)
     step = Step(name, number, written_out)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which includes loading (Linux only)
     before = resident("VmRSS")
     loss = step()
     memory = (resident("VmHWM") - before) / 1e9
@@ -181,7 +180,7 @@ def main() -> None:
     rows = []
     for name in args.systems:
         found = {}
-        for form in ("ours", "written out"):  # each in a process of its own, for its peak of memory
+        for form in ("ours", "written out"):  # in separate processes, to measure the peak memory of each
             command = [sys.executable, __file__, "--systems", name, "--batch", str(args.batch)]
             command += ["--steps", str(args.steps), "--one", form]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -192,8 +191,16 @@ def main() -> None:
         row += [f"{theirs['seconds'] / ours['seconds']:.1f}", *(f"{f['memory']:.2f}" for f in (ours, theirs))]
         rows.append([*row, f"{difference:.0e}"])
         print(rows[-1], file=sys.stderr, flush=True)
-    header = ["system", "ms/image", "written out", "ratio", "GB a step", "written out", "loss differs by"]
-    about = f"Batches of {args.batch}, {SIZE} px, {CLASSES} classes, float32, processor time of one thread"
+    header = [
+        "system",
+        "ms/image",
+        "written out",
+        "ratio",
+        "GB per step",
+        "written out",
+        "relative difference of the losses",
+    ]
+    about = f"Batches of {args.batch}, {SIZE} px, {CLASSES} classes, float32, CPU time of one thread"
     print(f"{where()}. {about}.\n\n{markdown(header, rows)}")
 
 

@@ -1,10 +1,10 @@
-"""Why pseudo-labels hurt: the paper's recipe with one thing changed at a time, and their quality over the epochs.
+"""Analyzes why pseudo-labels hurt: the paper's recipe with one change at a time, and the label quality by epoch.
 
     uv run python benchmarks/pseudo_labels.py --out DIR [--data digits photos --photos DIR --clip DIR] [--picture FILE]
 
-Hidden labels of the unlabeled images are looked at here, to understand; docs/unlabeled.md says what settings were
-chosen by. Finished runs are read from ``ablation.jsonl`` and not made again. Ends with the table, and with
-``--picture`` a chart.
+This analysis uses hidden labels of the unlabeled images. docs/unlabeled.md describes how settings were chosen. Finished
+runs are read from ``ablation.jsonl`` and not repeated. The script prints the table at the end and, with ``--picture``,
+writes a plot.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from cbsa_lightning.method.stacking import StackedProbes
 
 
 class Watched(Labeler):
-    """A labeler whose quality is written down at each epoch, and that may be corrected from the hidden truth.
+    """A labeler that records the quality of its labels in each epoch and optionally corrects them with hidden labels.
 
     Args:
-        labeler: Makes the labels.
+        labeler: Computes the labels.
         truth: ``(n, C)`` in {1, 0, -1}.
-        correct: Changes labels, given the truth; None leaves them.
+        correct: Changes the labels, given the truth; None keeps them.
     """
 
     def __init__(self, labeler: Labeler, truth: Tensor, correct: Any = None) -> None:
@@ -102,7 +102,13 @@ class IgnoreRare:
 
 
 class Changed(EvidenceLabeler):
-    """Stacked probes with one piece taken out: changes what they see, or what they say."""
+    """Stacked probes with a changed input or output.
+
+    Args:
+        see: Changes the evidence; None keeps it.
+        say: Changes the targets; None keeps them.
+        labeler: The labeler; by default stacked probes.
+    """
 
     def __init__(self, see: Any = None, say: Any = None, labeler: EvidenceLabeler | None = None) -> None:
         self.see, self.say, self.labeler = see, say, labeler if labeler is not None else StackedProbes()
@@ -126,7 +132,7 @@ def hard(targets: Tensor, evidence: Evidence) -> Tensor:
 
 
 def at_class_rates(targets: Tensor, evidence: Evidence) -> Tensor:
-    """CAT on the stack's probabilities in the place of the network's."""
+    """Applies CAT to the probabilities of the stack instead of the network's."""
     return PAPER(targets, positive_rates(evidence.labels)).labels.float()
 
 
@@ -135,48 +141,48 @@ def only_sure(targets: Tensor, evidence: Evidence) -> Tensor:
 
 
 PAPER = ClassDistributionAware()
-# name: (labeler, correction, labeled images a step or None for CAP's share, changes of the module)
+# name: (labeler, correction, labeled images per step or None for CAP's fraction, arguments of the module)
 RUNS: dict[str, tuple[Labeler | EvidenceLabeler, Any, int | None, dict[str, Any]]] = {
     "labeled-only": (LabeledOnly(), None, None, {}),
     "paper's recipe": (PAPER, None, None, {}),
     "wrong positives ignored (needs the truth)": (PAPER, ignore_wrong_positives, None, {}),
     "missed positives ignored (needs the truth)": (PAPER, ignore_missed_positives, None, {}),
-    "classes with under 3 labeled positives ignored": (PAPER, IgnoreRare, None, {}),
+    "classes with fewer than 3 labeled positives ignored": (PAPER, IgnoreRare, None, {}),
     "wide ignored band, eta (0.4, 0.8)": (ClassDistributionAware(0.4, 0.8), None, None, {}),
-    "16 labeled images a step": (PAPER, None, 16, {}),
-    "the average's decay 0.9997": (PAPER, None, None, {"ema_decay": 0.9997}),
-    "the average's decay 0.9": (PAPER, None, None, {"ema_decay": 0.9}),
+    "16 labeled images per step": (PAPER, None, 16, {}),
+    "average decay 0.9997": (PAPER, None, None, {"ema_decay": 0.9997}),
+    "average decay 0.9": (PAPER, None, None, {"ema_decay": 0.9}),
     "cross-entropy instead of ASL": (PAPER, None, None, {"loss": BinaryCrossEntropy}),
     "weight 0.3": (PAPER, None, None, {"unsup_weight": 0.3}),
     "true labels (needs the truth)": (PAPER, true_labels, None, {}),
     "safe preset": (StackedProbes(), None, LABELED_PER_BATCH, {}),
-    "preset, CAP's share of labeled images": (StackedProbes(), None, None, {}),
-    "preset, zero-shot scores alone": (Changed(see=only_zero_shot), None, LABELED_PER_BATCH, {}),
-    "preset, probes alone": (Changed(see=only_probes), None, LABELED_PER_BATCH, {}),
-    "preset, rare classes trusted like frequent ones": (StackedProbes(1e-9), None, LABELED_PER_BATCH, {}),
+    "preset, CAP's fraction of labeled images": (StackedProbes(), None, None, {}),
+    "preset, only zero-shot scores": (Changed(see=only_zero_shot), None, LABELED_PER_BATCH, {}),
+    "preset, only probes": (Changed(see=only_probes), None, LABELED_PER_BATCH, {}),
+    "preset, same weights for rare and frequent classes": (StackedProbes(1e-9), None, LABELED_PER_BATCH, {}),
     "preset, rounded to hard labels": (Changed(say=hard), None, LABELED_PER_BATCH, {}),
     "preset, CAT on its probabilities": (Changed(say=at_class_rates), None, LABELED_PER_BATCH, {}),
-    "preset, between .1 and .6 ignored": (Changed(say=only_sure), None, LABELED_PER_BATCH, {}),
+    "preset, probabilities between .1 and .6 ignored": (Changed(say=only_sure), None, LABELED_PER_BATCH, {}),
     "preset, cross-entropy instead of ASL": (StackedProbes(), None, LABELED_PER_BATCH, {"loss": BinaryCrossEntropy}),
 }
-# What the stack says of the test images itself, without a network.
+# The stack scores the test images directly, without a network.
 STACKS: dict[str, EvidenceLabeler] = {
-    "stack alone": StackedProbes(),
-    "stack alone, zero-shot scores": Changed(see=only_zero_shot),
-    "stack alone, probes": Changed(see=only_probes),
-    "stack alone, rare classes trusted like frequent ones": StackedProbes(1e-9),
+    "stack only": StackedProbes(),
+    "stack only, zero-shot scores": Changed(see=only_zero_shot),
+    "stack only, probes": Changed(see=only_probes),
+    "stack only, same weights for rare and frequent classes": StackedProbes(1e-9),
 }
 
 
 def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of the ablation, with the quality of its pseudo-labels at each epoch."""
+    """Trains one run of the ablation and records the quality of its pseudo-labels in each epoch."""
     labeler, correct, labeled, changes = RUNS[name]
     data = make_data(cell, args, labeled)
     data.prepare_data()
     data.setup("fit")
     if correct is IgnoreRare:
         correct = IgnoreRare(len(data.split.labeled))
-    # Only a labeler of each epoch has epochs to watch; one that labels nothing must be seen for what it is.
+    # Only labelers that run in each epoch are recorded. The training loop must recognize the type of the others.
     plain = isinstance(labeler, LabeledOnly | EvidenceLabeler)
     watched = labeler if plain else Watched(labeler, data.hidden_targets(), correct)
     made = {key: value() if key == "loss" else value for key, value in changes.items()}
@@ -189,7 +195,7 @@ def one(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stack_alone(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """What a stack says of the test images, which here lend their statistics in place of the unlabeled ones."""
+    """Evaluates a stack on the test images, whose statistics replace those of the unlabeled images."""
     data = make_data(cell, args)
     data.prepare_data()
     data.setup("fit")
@@ -214,7 +220,7 @@ def stack_alone(name: str, cell: Cell, args: argparse.Namespace) -> dict[str, An
 
 
 def table(found: list[dict[str, Any]], data: str, share: float) -> str:
-    """One row a run: mAP, difference to the paper's recipe on the same draws, quality at the last epoch."""
+    """Returns a table with one row per run: mAP, difference from the paper's recipe by seed, and final quality."""
     mine = [r for r in found if (r["data"], r["share"]) == (data, share)]
     paper = {r["seed"]: r["mAP"] for r in mine if r["run"] == "paper's recipe"}
     rows = []
@@ -233,7 +239,7 @@ def table(found: list[dict[str, Any]], data: str, share: float) -> str:
 
 
 def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Path) -> None:
-    """A row a data set: precision, recall and coverage of the paper's pseudo-labels by class, and the ablation."""
+    """Plots precision, recall and coverage of the paper's pseudo-labels by class, and the ablation, by data set."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -251,7 +257,7 @@ def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Pat
                 line = np.mean([[epoch[key][k] for epoch in r["epochs"]] for r in runs], axis=0)
                 color = matplotlib.colormaps["viridis"](norm(max(number, 0.3)))
                 ax.plot(range(1, len(line) + 1), line, color=color)
-                if key != "coverage":  # where all lines lie on one another
+                if key != "coverage":  # all lines of the coverage overlap
                     ax.annotate(n, (len(line), line[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
             ax.set(xlabel="epoch of the second stage", ylim=(0, 1.02), title=f"{data}, p = {share}: {key} by class")
         scale = matplotlib.cm.ScalarMappable(norm, "viridis")
@@ -268,13 +274,13 @@ def draw(found: list[dict[str, Any]], wanted: list[tuple[str, float]], file: Pat
             axes[3].plot(gaps[n], [y] * len(gaps[n]), ".", color="black", markersize=4)
         axes[3].axvline(0, color="gray", linewidth=0.8)
         axes[3].tick_params(axis="y", labelsize=8)
-        axes[3].set(xlabel="points of mAP", title="minus labeled-only (dots: seeds)")
+        axes[3].set(xlabel="mAP points", title="minus labeled-only (dots: seeds)")
     figure.savefig(file, dpi=80)
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--picture", type=Path, help="where to draw precision, recall and coverage over the epochs")
+    parser.add_argument("--picture", type=Path, help="file for the plot of precision, recall and coverage by epoch")
     args = parser.parse_args()
     print(where(), flush=True)
     results = Results("ablation.jsonl", args)

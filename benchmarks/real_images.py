@@ -1,11 +1,11 @@
-"""Zero-shot, labeled-only, CBSA without contexts and CBSA on a folder of real images in the VOC layout.
+"""Compares zero-shot CLIP, labeled-only training, CBSA without contexts and CBSA on real images in the VOC layout.
 
     uv run python benchmarks/real_images.py --root DIR --clip DIR_OR_TAG --out DIR [--caches none 0 4 16]
 
-``--caches`` says where frozen features come from: ``none`` computes them from the images each time, a number m keeps
-weak views exactly and m strong views an image in the place of fresh ones (0: strong views stay fresh). Features are
-kept under ``--out`` and shared by all runs; the minutes of a run say how long it took to find them there or to compute
-them. Finished runs are read from ``results.csv`` and not run again.
+``--caches`` sets the source of frozen features: ``none`` computes them from the images each time. A number m caches the
+weak views and m strong views per image, which replace new strong views (0: strong views are always new). Features are
+cached in ``--out`` and shared by all runs. The results include the minutes for reading or computing the features.
+Finished runs are read from ``results.csv`` and not repeated.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ METHODS = ("labeled-only", "CBSA without contexts", "CBSA")
 
 
 class Minutes(L.Callback):
-    """Minutes before the first epoch (features), and of training with its passes.
+    """Measures the minutes before the first epoch (features) and of training, including all passes.
 
-    Of the processor, so that other work on the machine does not count; on one thread and without workers that is what
-    an idle core would take.
+    The times are CPU times, which exclude other processes. With one thread and without workers, they equal the elapsed
+    time on an idle core.
     """
 
     def setup(self, trainer, pl_module, stage):
@@ -56,7 +56,7 @@ def make_data(share, seed, cache, args):
 
 
 def one_run(method, share, seed, cache, args):
-    """Trains one cell; gives mAP over classes with enough test positives, minutes, and the last logged metrics."""
+    """Trains one run; returns mAP in %, minutes, and the last logged metrics."""
     L.seed_everything(seed)
     data = make_data(share, seed, cache, args)
     module = CBSAModule(
@@ -88,19 +88,19 @@ def one_run(method, share, seed, cache, args):
 
 
 def counted_map(ap, table, least=5):
-    """mAP in % over the classes with at least ``least`` test positives."""
+    """Returns the mAP in % over the classes with at least ``least`` test positives."""
     positives = (table.labels == 1).sum(0)
     return 100 * float(np.mean([ap[n] for n, p in zip(table.class_names, positives, strict=True) if p >= least]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds VOCdevkit")
+    parser.add_argument("--root", type=Path, required=True, help="folder that contains VOCdevkit")
     parser.add_argument("--clip", required=True, help="open_clip folder or name")
     parser.add_argument("--out", type=Path, required=True, help="folder for features and results")
     parser.add_argument("--cells", nargs="+", default=["0.05:1", "0.1:1", "0.2:1", "0.05:2", "0.05:3"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--caches", nargs="+", default=["4"], help="none, or kept strong views an image")
+    parser.add_argument("--caches", nargs="+", default=["4"], help="none, or cached strong views per image")
     parser.add_argument("--limit-gb", type=float, default=50.0)
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the second stage")

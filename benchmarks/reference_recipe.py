@@ -1,10 +1,10 @@
-"""The training step as the related code takes it: the same mathematics as ours, none of its economies.
+"""Implements the training step as in the related code: the same computation as the library, without its optimizations.
 
-What is kept of their habits (``docs/speed.md`` names each): prompts at the full 77 tokens, each prompt set in a pass of
-its own; labeled and unlabeled images in passes of their own; no channels-last memory, no folded batch
-norms; queries repeated for every image; the text encoded anew for every batch of a pass without gradient, and two such
-passes for raw and averaged weights; the loss read on the host at each step; an average over the whole state dict. What
-is *not* kept, in its favor: no graph below the pool, no unused attention, no weak views that are thrown away.
+As in the related code (see ``docs/speed.md``), prompts use all 77 tokens, and each prompt set has a separate pass.
+Labeled and unlabeled images have separate passes. Memory is contiguous, and batch norms are not folded. Queries are
+repeated for each image. Evaluation encodes the text for each batch, and has separate passes for raw and averaged
+weights. The loss is read on the host in each step, and the average covers the complete state dict. Unlike the related
+code, this one builds no graph below the pool, computes no unused attention, and creates no unused weak views.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cbsa_lightning.networks.decoder import LabelDecoder
 
 
 class StockDecoder(nn.Module):
-    """The label decoder out of torch's own attention layers: queries repeated for every image, attention kept."""
+    """The label decoder with torch's attention layers, which repeat the queries for each image and return attention."""
 
     def __init__(self, decoder: LabelDecoder) -> None:
         super().__init__()
         self.blocks = copy.deepcopy(decoder.blocks)
 
     def forward(self, queries: Tensor, local: Tensor, places: Tensor) -> Tensor:
-        """Features ``(B, C, d)``; see :class:`LabelDecoder`."""
+        """Returns features ``(B, C, d)``; see :class:`LabelDecoder`."""
         labels = self._scaled(queries - queries.mean(0)).expand(len(local), -1, -1)
         keys, values = self._scaled(places - places.mean(1, keepdim=True)), self._scaled(local + places)
         x = labels
@@ -47,11 +47,11 @@ class StockDecoder(nn.Module):
 
 
 class ReferenceRecipe(nn.Module):
-    """CBSA's network, built from the plain parts that torch and open_clip bring.
+    """CBSA's network, built from the layers of torch and open_clip.
 
     Args:
-        clip: Towers with the weights of ``network``, as they were loaded.
-        network: Ours, whose trainable weights are taken as the start.
+        clip: Newly loaded towers with the frozen weights of ``network``.
+        network: The library's network, whose trainable weights are copied.
     """
 
     def __init__(self, clip: FrozenCLIP, network: CBSANetwork) -> None:
@@ -67,13 +67,13 @@ class ReferenceRecipe(nn.Module):
         self.register_buffer("mask", torch.full((length, length), float("-inf")).triu(1))
 
     def start_training(self) -> None:
-        """Optimizer and average; the latter holds everything, frozen weights too."""
+        """Creates the optimizer and the average, which includes frozen weights."""
         self.average = copy.deepcopy(self.state_dict())
         self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-3, weight_decay=1e-4)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.log_scale.is_cuda)
 
     def encode_text(self) -> tuple[Tensor, Tensor]:
-        """Target and semantic features ``(C, d)``, each in a pass over all 77 places."""
+        """Returns target and semantic features ``(C, d)``, each from a pass over all 77 positions."""
         return self._encode(self.prompts[0]), self._encode(self.prompts[1])
 
     def _encode(self, prompts: nn.Module) -> Tensor:
@@ -84,11 +84,11 @@ class ReferenceRecipe(nn.Module):
         return x[torch.arange(len(x)), end] @ text.text_projection
 
     def forward(self, images: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C)`` and context logits ``(B, K)``."""
+        """Returns logits ``(B, C)`` and context logits ``(B, K)``."""
         return self.after_tower(self.clip.features(images), target, semantic)
 
     def after_tower(self, features: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from features of the image tower."""
+        """Returns the same as :meth:`forward`, from features of the image tower."""
         tokens = self.clip.pool(features)
         aligned = self.decoder(semantic.to(tokens.l.dtype), tokens.l, self.clip.pool.values(features).l)
         z = nn.functional.normalize(aligned.float(), dim=-1)
@@ -96,7 +96,7 @@ class ReferenceRecipe(nn.Module):
         return self.log_scale.exp() * (z * t).sum(-1), self.context_head(tokens.g)
 
     def loss(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> Tensor:
-        """Eq. 12 on one batch."""
+        """Computes Eq. 12 on one batch."""
         with torch.autocast(batch.images.device.type, torch.float16, enabled=batch.images.is_cuda):
             target, semantic = self.encode_text()
             parts = [self(batch.images[rows], target, semantic) for rows in (batch.labeled, ~batch.labeled)]
@@ -108,7 +108,7 @@ class ReferenceRecipe(nn.Module):
         return (total + context_loss(context_logits, contexts[batch.index[index]]).sum()) / len(batch.images)
 
     def step(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> float:
-        """One training step; gives the loss, read on the host as their meters do."""
+        """Runs one training step and returns the loss, which is read on the host as in the related code."""
         loss = self.loss(batch, pseudo, contexts)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -117,7 +117,7 @@ class ReferenceRecipe(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Optimizer step, then the average over the state dict, tensor by tensor."""
+        """Runs the optimizer step and then updates the average of the state dict, tensor by tensor."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for name, value in self.state_dict().items():

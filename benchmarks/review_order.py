@@ -1,10 +1,11 @@
-"""What labels in the order of review bring, beside as many random ones: the whole way through Label Studio's files.
+"""Compares labels in review order with the same number of random labels, using Label Studio's file formats.
 
     uv run python benchmarks/review_order.py --out DIR --photos DIR --clip DIR --seeds 1 2 3 --rounds 2
 
-Starts with 5 % of the photographs below ``--photos`` (VOC layout) labeled in an export of Label Studio. In each round,
-`cbsa fit` trains stacked probes, `cbsa label` writes tasks, and this script answers ``--budget`` of them with the true
-labels: the first ones by their score, or random ones. Ends with a table of mAP in % on the test photographs.
+At the start, 5 % of the photographs in ``--photos`` (VOC layout) are labeled in an export of Label Studio. In each
+round, `cbsa fit` trains stacked probes, `cbsa label` writes tasks, and this script answers ``--budget`` tasks with the
+true labels: those with the lowest scores, or random ones. At the end, the script prints a table of the mAP in % on the
+test photographs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHARE = 0.05
 
 
 def export(file: Path, table: AnnotationTable, answered: set[str]) -> None:
-    """Writes an export of all images of a table, with the true labels of those that are answered."""
+    """Writes an export with all images of a table and the true labels of the answered ones."""
     tasks = []
     for number, (path, row) in enumerate(zip(table.paths.tolist(), table.labels, strict=True), 1):
         names = [name for name, label in zip(table.class_names, row, strict=True) if label == 1]
@@ -40,14 +41,14 @@ def export(file: Path, table: AnnotationTable, answered: set[str]) -> None:
 
 
 def interface(file: Path, class_names: tuple[str, ...]) -> None:
-    """Writes the labeling interface, which names the classes."""
+    """Writes the labeling interface, which lists the classes."""
     choices = "".join(f'<Choice value="{name}"/>' for name in class_names)
     controls = f'<Choices name="labels" toName="image" choice="multiple">{choices}</Choices>'
     file.write_text(f'<View><Image name="image" value="$image"/>{controls}</View>')
 
 
 def fit(folder: Path, files: dict[str, Path], args: argparse.Namespace, seed: int, test: AnnotationTable) -> float:
-    """Trains on an export; gives mAP in % over the classes with enough test positives."""
+    """Trains on an export; returns the mAP in % over the classes with at least :data:`COUNTED` test positives."""
     source = "--data.source.init_args"
     run = cbsa(
         [
@@ -69,7 +70,7 @@ def fit(folder: Path, files: dict[str, Path], args: argparse.Namespace, seed: in
 def rounds(
     order: str, seed: int, args: argparse.Namespace, train: AnnotationTable, test: AnnotationTable
 ) -> list[float]:
-    """mAP after each round, the first one before any further label."""
+    """Returns the mAP in % before the first round and after each round."""
     labeled = split_labeled(len(train), SHARE, seed, train.digest()).labeled
     answered, found = set(train.paths[labeled].tolist()), []
     rng = np.random.default_rng(seed)
@@ -93,10 +94,10 @@ def rounds(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder for exports and runs")
-    parser.add_argument("--photos", required=True, help="folder that holds VOCdevkit")
+    parser.add_argument("--out", type=Path, required=True, help="empty folder for exports and runs")
+    parser.add_argument("--photos", required=True, help="folder that contains VOCdevkit")
     parser.add_argument("--clip", required=True, help="open_clip folder or name")
-    parser.add_argument("--features", help="folder of kept features, if not below --out")
+    parser.add_argument("--features", help="folder of cached features (default: in --out)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--budget", type=int, default=100)
@@ -113,7 +114,7 @@ def main() -> None:
         columns = [[found[order, seed][number] for seed in args.seeds] for order in ORDERS]
         gains = [a - b for a, b in zip(*columns, strict=True)]
         lines.append([number * args.budget, *(mean_and_error(column) for column in columns), mean_and_error(gains)])
-    print("\n" + markdown(["further labels", *ORDERS, "difference"], lines))
+    print("\n" + markdown(["additional labels", *ORDERS, "difference"], lines))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Does the label decoder give each label its own image feature, and what does each of its parts bring?
+"""Measures whether the label decoder computes label-specific image features, and the effect of each of its parts.
 
     uv run python benchmarks/specificity.py --out DIR --data digits photos --shares 0.05 0.2 --seeds 1 2 3 \
         --photos DIR --clip DIR [--only NAME ...] [--epochs WARMUP SECOND]
     uv run python benchmarks/specificity.py --out DIR --mechanics [--only NAME ...] [--steps STEPS]
 
-Each row changes one thing of CBSA with the safe preset's pseudo-labels. For the averaged weights, on the test images,
-before training, after the warm-up and at the end:
+Each row changes one part of CBSA with the safe preset's pseudo-labels. The following metrics are computed from the
+averaged weights on the test images before training, after the warm-up and at the end:
 
-- *specific*: mAP minus the mAP when every label gets the mean of an image's features;
-- *z cosine*, *attention cosine*: mean over pairs of labels in one image, of features and of attention maps;
-- *pointing* (digits): how often the place with the most attention lies on the label's digit, on canvases of several
-  digits; its control is where the other digits of the same canvas point.
+- *specific gain*: mAP minus the mAP if each label uses the mean of an image's label features;
+- *z cosine*, *attention cosine*: mean cosine over pairs of labels in an image, of features and of attention maps;
+- *pointing* (digits): how often the position with the highest attention is on the label's digit, on canvases with
+  several digits. The control uses the attention maps of the other digits on the same canvas.
 
-Finished runs are read from ``specificity.jsonl``, with ``--epochs`` from ``specificity-WARMUP-SECOND.jsonl``, and not
-repeated. ``--mechanics`` trains RN50 with random weights on colored squares instead: nothing is known at the start, so
-what is specific at the end was learned.
+Finished runs are read from ``specificity.jsonl`` (with ``--epochs`` from ``specificity-WARMUP-SECOND.jsonl``) and not
+repeated. With ``--mechanics``, the script trains RN50 with random weights on colored squares instead. These weights
+contain no knowledge, so all specific features must come from the training.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ EPOCHS = {"digits": (120, 12), "photos": (24, 12)}
 
 
 class RandomStart(LabelDecoder):
-    """Torch's own initial weights."""
+    """The decoder with torch's default initialization."""
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
@@ -68,29 +68,29 @@ class RandomStart(LabelDecoder):
 
 
 class AttentionPathKeys(LabelDecoder):
-    """Keys, like values, from tokens that the pool's attention has mixed."""
+    """The decoder with keys and values from attention-path tokens."""
 
     def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return super().inputs(queries, local, local)
 
 
 class ValuePathValues(LabelDecoder):
-    """Values that describe their own place only."""
+    """The decoder with values from value-path tokens, which describe only their own position."""
 
     def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return super().inputs(queries, places, places)
 
 
 class ClassNotAdded(LabelDecoder):
-    """Attention from the features alone, whose class fades from block to block."""
+    """The decoder without the class query in the input of each cross-attention."""
 
     def inputs(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, labels, keys, values = super().inputs(*tensors)
-        return x, torch.zeros_like(labels), 2 * keys, values  # the factor keeps the sharpness at the start
+        return x, torch.zeros_like(labels), 2 * keys, values  # the factor keeps the initial sharpness of the attention
 
 
 class PostNormLayer(nn.TransformerDecoderLayer):
-    """Torch's block, which keeps its attention weights."""
+    """Torch's decoder block that stores its attention weights."""
 
     weights: Tensor
 
@@ -100,7 +100,7 @@ class PostNormLayer(nn.TransformerDecoderLayer):
 
 
 class PostNorm(nn.Module):
-    """The standard post-norm decoder on attention-path tokens: this library's until November 2026."""
+    """The standard post-norm decoder on attention-path tokens, which this library used until November 2026."""
 
     def __init__(self, dim: int, layers: int, heads: int, feedforward: int, dropout: float, _: bool) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class PostNorm(nn.Module):
 
 
 def decoder(kind: type[nn.Module]) -> Callable[[CBSAModule], None]:
-    """Gives a module another decoder."""
+    """Returns a function that replaces the decoder of a module."""
 
     def change(module: CBSAModule) -> None:
         old: Any = module.network.decoder
@@ -129,11 +129,11 @@ def decoder(kind: type[nn.Module]) -> Callable[[CBSAModule], None]:
 
 
 def freeze_semantic(module: CBSAModule) -> None:
-    """Keeps t^s at the features of "a photo of a <class>"."""
+    """Freezes t^s at the features of "a photo of a <class>"."""
     module.network.semantic_prompts = module.network._prompts(4, False, "a photo of a", trainable=False)
 
 
-# name: (changes of settings, change of the untrained module)
+# name: (changed settings, function that changes the untrained module)
 ROWS: dict[str, tuple[dict[str, Any], Callable[[CBSAModule], None] | None]] = {
     "TP": ({"semantic_alignment": False}, None),
     "TP + SAA": ({}, None),
@@ -156,13 +156,13 @@ ROWS: dict[str, tuple[dict[str, Any], Callable[[CBSAModule], None] | None]] = {
 
 @cache
 def boxes(drawing: int) -> list[dict[int, tuple[float, float, float, float]]]:
-    """Where the digits of the test canvases are."""
+    """Returns the bounding boxes of the digits on the test canvases."""
     return Digits(seed=drawing).boxes("test")
 
 
 @torch.no_grad()
 def measure(module: CBSAModule, data: SSMLLDataModule, cell: Cell, drawing: int) -> dict[str, float]:
-    """The figures of the averaged weights on the test images."""
+    """Computes the metrics of the averaged weights on the test images."""
     outputs, mean_logits, truth = [], [], []
     with module.evaluating(), module.ema.applied_to(module.network):
         text = module.network.encode_text()
@@ -185,14 +185,14 @@ def measure(module: CBSAModule, data: SSMLLDataModule, cell: Cell, drawing: int)
 
 
 def mean_ap(labels: np.ndarray, logits: Tensor) -> float:
-    """mAP in % over the classes with enough test positives."""
+    """Returns the mAP in % over the classes with at least :data:`COUNTED` test positives."""
     scores = logits.float().numpy()
     counted = np.flatnonzero(labels.sum(0) >= COUNTED)
     return 100 * float(np.mean([average_precision_score(labels[:, k], scores[:, k]) for k in counted]))
 
 
 def pointing(maps: Tensor, places: list[dict[int, tuple[float, float, float, float]]]) -> tuple[float, float]:
-    """Hits in %, and hits of the other digits' maps, on images of several digits."""
+    """Returns the hits in %, and those of the other digits' maps (control), on images with several digits."""
     side, hits, controls = maps.shape[-1], [], []
     for image, digits in zip(maps, places, strict=True):
         points = {k: (np.array(divmod(int(image[k].argmax()), side)) + 0.5) * 160 / side for k in digits}
@@ -207,7 +207,7 @@ def pointing(maps: Tensor, places: list[dict[int, tuple[float, float, float, flo
 
 
 class Watch(L.Callback):
-    """Measures before training, after the warm-up and at the end."""
+    """Computes the metrics before training, after the warm-up and at the end."""
 
     def __init__(self, data: SSMLLDataModule, cell: Cell, drawing: int) -> None:
         self.of = data, cell, drawing
@@ -223,7 +223,7 @@ class Watch(L.Callback):
 
 
 def row(name: str, cell: Cell, args: Any) -> dict[str, Any]:
-    """Trains a row and gives its figures at the three moments."""
+    """Trains a row and returns its metrics at the three points in time."""
     settings, change = ROWS[name]
     settings = {k: CONTEXTS[cell.data] if v == -1 else v for k, v in settings.items()}
     data = make_data(cell, args, LABELED_PER_BATCH)
@@ -239,7 +239,7 @@ def row(name: str, cell: Cell, args: Any) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], data: str, share: float) -> str:
-    """Means and standard errors over the seeds."""
+    """Returns a table of means and standard errors over the seeds."""
     lines = []
     for name in ROWS:
         mine = [r for r in rows if (r["run"], r["data"], r["share"]) == (name, data, share)]
@@ -252,13 +252,13 @@ def table(rows: list[dict[str, Any]], data: str, share: float) -> str:
                 means = [np.mean([r[moment].get(figure, np.nan) for r in mine]) for moment in ("untrained", "end")]
                 line.append(" → ".join(f"{mean:.3g}" for mean in means))
             lines.append(line)
-    moments = [x for m in ("untrained", "warm-up", "end") for x in (f"mAP, {m}", "specific")]
+    moments = [x for m in ("untrained", "warm-up", "end") for x in (f"mAP, {m}", "specific gain")]
     header = ["row", "seeds", "steps", *moments, "z cosine", "attention cosine", "pointing, %", "control, %"]
     return f"{data}, p = {share}\n\n" + markdown(header, lines)
 
 
 def squares(number: int, rng: np.random.Generator, colors: np.ndarray, size: int = 160) -> tuple[Tensor, Tensor]:
-    """Gray images with up to three colored squares at random places, uint8 ``(n, 3, S, S)``, and their labels."""
+    """Returns gray images with up to three colored squares at random positions, uint8 ``(n, 3, S, S)``, and labels."""
     images = rng.integers(90, 160, (number, size, size, 1)).repeat(3, 3).astype(np.uint8)
     labels = np.zeros((number, len(colors)), np.int8)
     for image, row in zip(images, labels, strict=True):
@@ -270,14 +270,17 @@ def squares(number: int, rng: np.random.Generator, colors: np.ndarray, size: int
 
 
 def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str]:
-    """Trains RN50 with random weights on labeled images; figures before and after."""
+    """Trains RN50 with random weights on labeled images; returns the metrics before and after training."""
     rng = np.random.default_rng(seed)
     colors = rng.permutation([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)])[:6]
     L.seed_everything(seed, verbose=False)
     module = CBSAModule([f"color {k}" for k in range(6)], clip="RN50-quickgelu", pretrained="random", prompt_length=4)
     settings, change = ROWS[name]
     if settings:
-        raise SystemExit(f"--mechanics trains on labels alone with the default settings: {name!r} has {settings}.")
+        raise SystemExit(
+            f"--mechanics trains on labels only with default settings, but {name!r} changes {settings}. Remove it from "
+            "--only."
+        )
     if change is not None:
         change(module)
     network = module.network
@@ -298,7 +301,7 @@ def mechanics_row(name: str, seed: int, steps: int, batch: int = 32) -> list[str
 
 @torch.no_grad()
 def mechanics_figures(network: Any, features: Tensor, labels: np.ndarray) -> list[str]:
-    """mAP, specific gain, and cosines of z and attention."""
+    """Returns mAP, specific gain, and the cosines of z and attention, as text."""
     network.eval()
     output = network(features, attention=True)
     mean_feature = mean_ap(labels, network.mean_feature_logits(output.label_features))
@@ -309,22 +312,22 @@ def mechanics_figures(network: Any, features: Tensor, labels: np.ndarray) -> lis
 
 
 def mechanics(names: list[str], seeds: list[int], steps: int) -> str:
-    """The table of :func:`mechanics_row`."""
+    """Returns the table of :func:`mechanics_row`."""
     lines = []
     for name in names:
         for seed in seeds:
             lines.append([name, seed, *mechanics_row(name, seed, steps)])
             print(lines[-1], flush=True)
-    figures = ["mAP", "specific", "z cosine", "attention cosine"]
+    figures = ["mAP", "specific gain", "z cosine", "attention cosine"]
     moments = ("untrained", f"{steps} steps")
     return markdown(["row", "seed", *(f"{f}, {m}" for m in moments for f in figures)], lines)
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--mechanics", action="store_true", help="RN50 with random weights on colored squares")
-    parser.add_argument("--steps", type=int, default=300, help="of --mechanics")
-    parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="instead of those above")
+    parser.add_argument("--mechanics", action="store_true", help="train RN50 with random weights on colored squares")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of --mechanics")
+    parser.add_argument("--epochs", nargs=2, type=int, metavar=("WARMUP", "SECOND"), help="epochs of both stages")
     args = parser.parse_args()
     print(where(), flush=True)
     if args.mechanics:
@@ -333,7 +336,7 @@ def main() -> None:
     for name in args.data:
         warmup, second = args.epochs or EPOCHS[name]
         shared.SETTINGS[name] = SETTINGS[name]._replace(warmup=warmup, epochs=second)
-    # Runs of other lengths are in files of their own: a finished run is found by its name and cell alone.
+    # Runs of other lengths are stored in separate files because runs are identified only by name and cell.
     results = Results("-".join(["specificity", *map(str, args.epochs or [])]) + ".jsonl", args)
     for cell in cells(args):
         for name in args.only or ROWS:

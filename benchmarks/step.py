@@ -1,19 +1,19 @@
-"""What a training step costs, beside the reference recipe and beside the floor that the mathematics sets.
+"""Compares the cost of a training step with the reference recipe and with a lower bound (floor).
 
     uv run python benchmarks/step.py [--cells COCO:RN50:64 VOC:RN50:8 ...] [--precision 32-true] [--compile]
                                      [--picture docs/step.png] [--out FILE]
 
-Three things are measured in turn, round by round, so that a machine whose speed drifts drifts for all of them:
+The following are measured in turn in each round, so that changes in the machine's speed affect all of them equally:
 
-- *step*: a step of CBSAModule inside a Lightning Trainer, from one batch to the next, optimizer, average and logging
-  included; the batches lie in memory.
-- *reference*: the same mathematics as the related code does it (reference_recipe.py).
-- *floor*: what the mathematics needs, each part alone in a loop, summed: frozen image tower on the batch, attention
-  pool, text tower and decoder forward and backward. No loss, optimizer, average or loop is in it.
+- *step*: a step of CBSAModule inside a Lightning Trainer, from one batch in memory to the next, including optimizer,
+  average and logging.
+- *reference*: the same computation, implemented as in the related code (reference_recipe.py).
+- *floor*: the sum of the necessary parts, each measured separately: frozen image tower, and attention pool, text tower
+  and decoder forward and backward. It excludes the loss, the optimizer, the average and the training loop.
 
-Both losses are compared before anything is timed. The least of the rounds counts, since other work on the machine only
-ever adds. Memory is the growth of a process of its own over what it held before the first step; on a GPU torch's peak.
-Weights are random.
+Both losses are compared before the measurement. The minimum over the rounds is reported because other processes can
+only increase a measurement. Memory is measured in a separate process: on a CPU, the growth of the process during the
+first steps, and on a GPU, torch's peak. The weights are random.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.data.batches import TrainBatch
 
-DATA = {  # classes, contexts, share of labeled images in a batch; images a pass: unlabeled at p = .05, validation
+DATA = {  # classes, contexts, labeled fraction of a batch, unlabeled images at p = .05, validation images
     "COCO": (80, 6, 4 / 64, 77977, 40137),
     "VOC": (20, 2, 1 / 8, 5432, 5823),
     "NUS": (81, 2, 4 / 64, 142500, 60260),
 }
 SIZES = {"RN50": 224, "RN101": 448}
-EVAL_BATCH = 128  # CAP's, of the passes without gradient
+EVAL_BATCH = 128  # CAP's batch size for evaluation
 
 
 def build(data: str, tower: str, dropout: float = 0.1) -> CBSAModule:
-    """CBSA's module as the paper sets it, with random towers."""
+    """Builds CBSA's module with the paper's settings and random towers."""
     classes, contexts = DATA[data][:2]
     torch.manual_seed(0)
     names = [f"class {i}" for i in range(classes)]
@@ -67,7 +67,7 @@ def build(data: str, tower: str, dropout: float = 0.1) -> CBSAModule:
 
 
 def make_batch(data: str, size: int, batch: int) -> tuple[TrainBatch, Tensor, Tensor]:
-    """A batch with labels, and tables of pseudo-labels and context targets for it."""
+    """Builds a batch with labels, and its pseudo-labels and context targets."""
     classes, contexts, share = DATA[data][:3]
     torch.manual_seed(1)
     labeled = torch.arange(batch) < max(1, round(share * batch))
@@ -83,12 +83,12 @@ def on(device: str, batch: TrainBatch) -> TrainBatch:
 
 
 class Ours:
-    """Steps of CBSAModule in a Trainer, and the parts of a step alone."""
+    """Runs steps of CBSAModule in a Trainer, and each part of a step separately."""
 
     def __init__(self, data: str, tower: str, batch: int, device: str, precision: str, compiled: bool) -> None:
         self.module, self.device, self.precision = build(data, tower), device, precision
         self.batch, pseudo, contexts = make_batch(data, SIZES[tower], batch)
-        self.module.configure_callbacks = list  # the tables are given, not made from a data set
+        self.module.configure_callbacks = list  # no callbacks: pseudo-labels and context targets are set below
         self.module.ema.start(self.module.network)
         self.module.pseudo_labels, self.module.context_targets = pseudo.to(device), contexts.to(device)
         if compiled:
@@ -96,7 +96,7 @@ class Ours:
             self.module.network.clip.text.compile()
 
     def steps(self, number: int) -> float:
-        """Seconds a step, from the start of the second to the end of the last of 1 + ``number`` steps."""
+        """Returns the seconds per step, over the last ``number`` of 1 + ``number`` steps."""
         clock = Clock(number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -122,7 +122,7 @@ class Ours:
         return torch.autocast(self.device, kind or torch.bfloat16, enabled=kind is not None)
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """What a step is made of, each to be run alone."""
+        """Returns the parts of a step, each of which can run separately."""
         self.module.to(self.device)
         network = self.module.network.train()
         batch = on(self.device, self.batch)
@@ -154,7 +154,7 @@ class Ours:
         return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
 
     def update(self) -> Callable[[], None]:
-        """Optimizer and average."""
+        """Returns a function that runs the optimizer and updates the average."""
         parameters = [p for p in self.module.network.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -167,7 +167,7 @@ class Ours:
         return run
 
     def passes(self) -> dict[str, float]:
-        """Seconds an image of the passes without gradient: thresholds, and validation of both sets of weights."""
+        """Returns the seconds per image of evaluation: for thresholds, and for validation of both sets of weights."""
         batch = on(self.device, self.batch)
         with torch.no_grad(), self.autocast(), self.module.evaluating():
             features = self.module.network.features(batch.images)
@@ -178,7 +178,7 @@ class Ours:
 
 
 class Reference:
-    """Steps of the reference recipe, and its parts."""
+    """Runs steps of the reference recipe, and its parts."""
 
     def __init__(self, data: str, tower: str, batch: int, device: str) -> None:
         ours = build(data, tower)
@@ -190,14 +190,14 @@ class Reference:
         self.device, self.batch, self.tables = device, on(device, values[0]), [t.to(device) for t in values[1:]]
 
     def steps(self, number: int) -> float:
-        """Seconds a step."""
+        """Returns the seconds per step."""
         return timed(lambda: self.recipe.step(self.batch, *self.tables), self.device, number)
 
     def autocast(self) -> Any:
         return torch.autocast(self.device, torch.float16, enabled=self.device == "cuda")
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """As of :class:`Ours`."""
+        """Returns the same parts as :meth:`Ours.parts`."""
         recipe, images = self.recipe, self.batch.images
         halves = (images[self.batch.labeled], images[~self.batch.labeled])
         with torch.no_grad(), self.autocast():
@@ -229,7 +229,7 @@ class Reference:
         return {"image tower": tower, "attention pool": pool, "text tower": encode, "decoder": decode}
 
     def update(self) -> Callable[[], None]:
-        """Optimizer and average."""
+        """Returns a function that runs the optimizer and updates the average."""
         for p in self.recipe.parameters():
             if p.requires_grad:
                 p.grad = torch.zeros_like(p)
@@ -238,7 +238,7 @@ class Reference:
         return self.recipe.update
 
     def passes(self) -> dict[str, float]:
-        """As of :class:`Ours`; the text is encoded for each batch, and validation goes over the images twice."""
+        """Returns the same as :meth:`Ours.passes`; each batch encodes the text, and validation has two passes."""
         n = len(self.batch.images)
         self.recipe.eval()
         with torch.no_grad(), self.autocast():
@@ -250,7 +250,7 @@ class Reference:
 
 
 class Clock(L.Callback):
-    """Seconds from the second to the last step of a fit; on a GPU its queue is emptied at both ends only."""
+    """Measures the seconds from the second to the last step of a fit; synchronizes a GPU only at both ends."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -272,7 +272,7 @@ def _settle(device: str) -> None:
 
 
 def timed(function: Callable[[], Any], device: str, number: int = 1) -> float:
-    """Seconds a call."""
+    """Returns the seconds per call."""
     _settle(device)
     begun = time.perf_counter()
     for _ in range(number):
@@ -283,7 +283,7 @@ def timed(function: Callable[[], Any], device: str, number: int = 1) -> float:
 
 @cache
 def same_loss(tower: str) -> float:
-    """Relative difference of both losses on four images of VOC's shape without dropout, in float32 on the CPU."""
+    """Returns the relative difference of both losses on four images without dropout, in float32 on the CPU."""
     module, data = build("VOC", tower, dropout=0.0), "VOC"
     torch.manual_seed(0)
     recipe = ReferenceRecipe(FrozenCLIP.load(f"{tower}-quickgelu", None), module.network).train()
@@ -296,14 +296,14 @@ def same_loss(tower: str) -> float:
 
 
 def matmul_rate(device: str, kind: torch.dtype) -> float:
-    """Operations a second of large matrix products: what the device can do at best."""
+    """Returns the operations per second of large matrix products, an upper bound for the device."""
     side = 8192 if device == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=kind)
     return 2 * side**3 / min(timed(lambda: a @ a, device, 3) for _ in range(3))
 
 
 def operations(ours: Ours) -> float:
-    """Operations of a step, as torch counts them: of the parts, since nothing else has any to speak of."""
+    """Returns the operations of a step as counted by torch, summed over its parts; the rest is negligible."""
     total = 0.0
     for part in ours.parts().values():
         with FlopCounterMode(display=False) as counter:
@@ -313,7 +313,7 @@ def operations(ours: Ours) -> float:
 
 
 def peak_memory(which: str, cell: str, device: str, precision: str) -> float:
-    """GB that one or two steps take beyond what was there before, in a process of its own."""
+    """Returns the memory growth during one or two steps in a separate process, in GB."""
     command = [sys.executable, __file__, "--memory-of", which, "--cells", cell, "--precision", precision]
     found = subprocess.run([*command, "--device", device], capture_output=True, text=True, check=True)
     return float(json.loads(found.stdout.splitlines()[-1]))
@@ -330,25 +330,25 @@ def print_memory(which: str, cell: str, device: str, precision: str) -> None:
         runner.steps(1)
         print(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
         return
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which includes loading (Linux only)
     before = resident("VmRSS")
     runner.steps(1)
     print(json.dumps((resident("VmHWM") - before) / 1e9))
 
 
 def resident(what: str) -> int:
-    """Bytes in memory: now (VmRSS) or at most so far (VmHWM)."""
+    """Returns the resident memory of the process in bytes: current (``VmRSS``) or peak (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
 def measure(cell: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one cell."""
+    """Returns all measurements of one cell."""
     data, tower, batch = cell.split(":")
     n = int(batch)
     difference = same_loss(tower)
     if difference > 1e-4:
-        raise SystemExit(f"{cell}: the two losses differ by {difference:.2g}; there is nothing to compare")
+        raise SystemExit(f"{cell}: the two losses differ by {difference:.2g}, so the times are not comparable.")
     ours = Ours(data, tower, n, args.device, args.precision, args.compile)
     reference = Reference(data, tower, n, args.device)
     both = {"step": ours, "reference": reference}
@@ -387,7 +387,7 @@ def _short(found: dict[str, Any]) -> str:
 
 
 def epoch(figures: dict[str, Any], who: str, cached: bool = False) -> float:
-    """Seconds of an epoch at p = .05, put together from measured steps and passes."""
+    """Returns the seconds of an epoch at p = .05, computed from measured steps and passes."""
     _, _, share, weak, validation = DATA[figures["data"]]
     n, passes = figures["images"], figures[f"{who} passes"]
     labeled = max(1, round(share * n))
@@ -398,7 +398,7 @@ def epoch(figures: dict[str, Any], who: str, cached: bool = False) -> float:
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
-    """The tables."""
+    """Returns the tables as Markdown."""
     steps, parts, epochs = [], [], []
     for cell, f in results.items():
         n = f["images"]
@@ -421,20 +421,22 @@ def report(results: dict[str, dict[str, Any]]) -> str:
             f"{hours['reference'] / hours['step']:.2f}", f"{cached / 60:.1f}", f"{hours['reference'] / cached:.2f}",
         ])  # fmt: skip
     header = ["data:tower:batch", "step ms/image", "reference", "floor", "step/floor", "reference/step"]
-    header += ["step GB/image", "reference GB/image", "GFLOP/image", "of matmul rate", "rounds"]
-    names = ["image tower", "attention pool", "text tower", "decoder", "optimizer + average", "rest", "all"]
+    header += ["step GB/image", "reference GB/image", "GFLOP/image", "fraction of matmul rate", "rounds"]
+    names = ["image tower", "attention pool", "text tower", "decoder", "optimizer + average", "rest", "total"]
     return "\n\n".join([
         markdown(header, steps),
-        "Where the time of a step goes, ms/image; each part alone, so the rest can be a little below zero:",
+        "Time of a step by component in ms/image. The components are measured separately, so the rest can be slightly "
+        "negative:",
         markdown(["data:tower:batch", "", *names], parts),
-        "An epoch at p = .05, minutes, put together from measured steps, threshold pass and validation of both sets of "
-        "weights (no loading); with weak views and validation images cached as features in the last two columns:",
+        "Minutes of an epoch at p = .05, computed from measured steps, the pass for thresholds and the validation of "
+        "both sets of weights, without loading. In the last two columns, weak views and validation images are cached "
+        "as features:",
         markdown(["data:tower:batch", "ours", "reference", "ratio", "ours, cached", "ratio"], epochs),
     ])  # fmt: skip
 
 
 def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
-    """Stacked bars of both steps, a pair a cell."""
+    """Plots the components of both steps as stacked bars, one pair per cell."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -455,7 +457,7 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
         axis.set_title(f"{cell}: reference / now = {f['reference'] / f['step']:.1f}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    axis.set_xlabel("ms an image", fontsize=9)
+    axis.set_xlabel("ms per image", fontsize=9)
     figure.savefig(file, dpi=110)
 
 
@@ -467,11 +469,11 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=cells if gpu else small, help="data:tower:batch")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
     parser.add_argument("--precision", default="16-mixed" if gpu else "bf16-mixed")
-    parser.add_argument("--number", type=int, default=20 if gpu else 1, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=6, help="at most")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds a cell after which no round begins")
+    parser.add_argument("--number", type=int, default=20 if gpu else 1, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=6, help="maximum number of rounds")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds per cell after which no new round starts")
     parser.add_argument("--reference-memory", action="store_true", help="also measure the reference recipe's memory")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for both towers of ours")
+    parser.add_argument("--compile", action="store_true", help="compile both towers of the library's network")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", choices=["step", "reference"], help=argparse.SUPPRESS)
@@ -481,7 +483,7 @@ def main() -> None:
         return
     results = {cell: measure(cell, args) for cell in args.cells}
     compiled = ", both towers compiled" if args.compile else ""
-    recipe = "float16 autocast" if args.device == "cuda" else "float32, as no autocast of theirs works on a CPU"
+    recipe = "float16 autocast" if args.device == "cuda" else "float32, because its autocast does not work on a CPU"
     text = f"{where(args.device)}. Ours: {args.precision}{compiled}; reference recipe: {recipe}.\n\n{report(results)}\n"
     print(text)
     if args.out:

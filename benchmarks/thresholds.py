@@ -1,16 +1,16 @@
-"""Class-wise thresholds at growing numbers of images and classes: time, memory beyond the scores, and how both grow.
+"""Measures time and memory of class-wise thresholds, and how both grow with the number of images and classes.
 
     uv run python benchmarks/thresholds.py [--images 100000 ...] [--classes 20 ...] [--max-gb 12] [--out FILE]
 
-Two ways to the same thresholds, on the CPU:
+Two algorithms compute the same thresholds on the CPU:
 
-- *sort*: every class sorted in full, as the library did it first; only here, for comparison.
-- *select*: class_thresholds on float32 scores.
+- *sort*: sorts each class completely; implemented here for comparison.
+- *select*: ``class_thresholds`` on float32 scores.
 
-Each cell runs in a process of its own. Time is the least of up to three repeats (no further one once --patience
-seconds are used up), since others may share the machine. Memory is how far the process's peak (VmHWM of Linux's /proc;
-getrusage would inherit its parent's) rises over what it was with the scores made. What *sort* finds is compared with
-what *select* finds.
+Each cell runs in a separate process. Time is the minimum of up to three repeats (no repeat starts after ``--patience``
+seconds) because other processes may use the machine. Memory is the growth of the peak memory of the process since the
+scores were created (``VmHWM`` of Linux's ``/proc``, because ``getrusage`` includes the peak of the parent). The results
+of *sort* and *select* are compared.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from measuring import markdown, where
 from cbsa_lightning.method.thresholds import class_thresholds
 
 REPEATS = 3
-# Bytes a score in memory at the peak: itself, and for the sort a transposed copy and sorted values with their indices.
+# Peak memory in bytes per score: the score and, for the sort, a transposed copy, the sorted values and their indices.
 BYTES = {"sort": 4 + 4 + 4 + 8, "select": 4}
 
 
 def positives(num_classes):
-    """Of a thousand images, how many have each class: from rare to common."""
+    """Returns the number of positives of each class per thousand images, from rare to common."""
     return torch.linspace(1, 300, num_classes, dtype=torch.float64).long()
 
 
@@ -45,12 +45,12 @@ def rates(num_classes):
 
 
 def new_scores(n, num_classes):
-    """Mostly low, as scores of many labels are; made in place, so that the peak is the scores."""
+    """Returns random scores, mostly low; created in place, so that the peak memory is that of the scores."""
     return torch.empty(n, num_classes).uniform_().square_()
 
 
 def by_sort(scores):
-    """Both etas are 1: all expected positives and negatives are asked for. n is at least a thousand."""
+    """Returns both thresholds if both etas are 1, for at least a thousand images."""
     if not torch.isfinite(scores).all():
         raise ValueError("scores are not finite")
     ascending = scores.T.contiguous().sort(dim=1).values
@@ -59,13 +59,13 @@ def by_sort(scores):
 
 
 def peak():
-    """Most memory that this process held so far, in MiB."""
+    """Returns the peak memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def least(call, patience):
-    """Least time of a few calls, in seconds."""
+    """Returns the minimum duration of a few calls in seconds."""
     seconds = [timed(call)]
     while len(seconds) < REPEATS and sum(seconds) < patience:
         seconds.append(timed(call))
@@ -83,7 +83,7 @@ def measure_held(way, n, num_classes, patience):
         return class_thresholds(scores, rates(num_classes), 1.0, 1.0)
 
     thresholds = by_sort if way == "sort" else by_selection
-    thresholds(new_scores(1000, num_classes))  # what loads at the first call
+    thresholds(new_scores(1000, num_classes))  # the first call loads code
     scores = new_scores(n, num_classes)
     found = []
     before = peak()
@@ -96,30 +96,30 @@ def measure_held(way, n, num_classes, patience):
 
 
 def measure(way, n, num_classes, patience, threads):
-    """Seconds, and MiB beyond the scores, of one cell."""
+    """Returns seconds and additional MiB of one cell."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     return measure_held(way, n, num_classes, patience)
 
 
 def alone(*args):
-    """Measures in a fresh copy of this process, which has only imported so far."""
+    """Runs :func:`measure` in a new fork of this process, which has done nothing except imports."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(measure, *args).result()
 
 
 def left_out(way, n, num_classes, args):
-    """Why a cell is not measured, or an empty text."""
+    """Returns the reason why a cell is not measured, or an empty string."""
     gigabytes = BYTES[way] * n * num_classes / 1e9
     if gigabytes > args.max_gb:
         return f"needs {gigabytes:.1f} GB, more than --max-gb {args.max_gb:g}"
     if n * num_classes > args.max_scores:
-        return f"has {n * num_classes:.0e} scores, more than --max-scores {args.max_scores:.0e}: takes minutes"
+        return f"has {n * num_classes:.0e} scores, more than --max-scores {args.max_scores:.0e}, which takes minutes"
     return ""
 
 
 def exponent(sizes, seconds):
-    """Slope of log time over log size, as text; 1 is linear."""
+    """Returns the slope of log time over log size as text; 1 is linear."""
     return f"{np.polyfit(np.log(sizes), np.log(seconds), 1)[0]:.2f}" if len(sizes) > 1 else ""
 
 
@@ -127,11 +127,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--classes", type=int, nargs="+", default=[20, 80, 200, 1000])
-    parser.add_argument("--max-gb", type=float, default=12.0, help="leave out cells that need more memory")
-    parser.add_argument("--max-scores", type=float, default=2e9, help="leave out cells that take too long")
-    parser.add_argument("--patience", type=float, default=3.0, help="seconds in which a repeat is begun")
+    parser.add_argument("--max-gb", type=float, default=12.0, help="skip cells that need more memory")
+    parser.add_argument("--max-scores", type=float, default=2e9, help="skip cells with more scores")
+    parser.add_argument("--patience", type=float, default=3.0, help="seconds after which no repeat starts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="file for what is printed")
+    parser.add_argument("--out", type=Path, help="file for the report")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -157,7 +157,7 @@ def report(args, cells, reasons):
         numbers += [f"{seconds / n / num_classes * 1e9:.1f}" for seconds, _ in found]
         numbers += [f"{beyond:.0f}" for _, beyond in found]
         rows.append([f"{n:,}", num_classes, *("" if number == "nan" else number for number in numbers)])
-    units = ("s", "ns a score", "MiB beyond")
+    units = ("s", "ns per score", "additional MiB")
     header = ["n", "C", *(f"{way}, {unit}" for unit in units for way in BYTES)]
     growth = []
     for way in BYTES:
@@ -167,7 +167,7 @@ def report(args, cells, reasons):
     growth_header = ["exponent", *(f"n, C = {c}" for c in args.classes), *(f"C, n = {n:,}" for n in args.images)]
     parts = [f"numpy {version('numpy')}; {where()}", markdown(header, rows), markdown(growth_header, growth)]
     if reasons:
-        parts.append("Left out:\n\n" + "\n".join(reasons))
+        parts.append("Skipped:\n\n" + "\n".join(reasons))
     return "\n\n".join(parts)
 
 

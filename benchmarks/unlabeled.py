@@ -1,11 +1,12 @@
-"""Do unlabeled images help? Labeled-only, the paper's recipe and the safe preset, and what each was said to bring.
+"""Measures whether unlabeled images help: labeled-only training, the paper's recipe, the safe preset, gain estimates.
 
     uv run python benchmarks/unlabeled.py --out DIR --data digits photos --shares 0.05 0.1 0.2 \
         --photos DIR --clip DIR --gain [--picture FILE]
 
-The three share network, weights at the start, stages and number of steps. ``--gain`` adds the estimates from the
-labeled images alone (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
-``estimates-FOLDS.jsonl`` and not made again. Ends with the tables, and with ``--picture`` estimates against true gains.
+The three runs have the same network, initial weights, stages and number of steps. ``--gain`` adds estimates from the
+labeled images only (:class:`cbsa_lightning.training.gain.GainCheck`). Finished runs are read from ``rows.jsonl`` and
+``estimates-FOLDS.jsonl`` and not repeated. The script prints the tables at the end. With ``--picture``, it also plots
+the estimates against the true gains.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from cbsa_lightning.method.labelers import ClassDistributionAware, LabeledOnly
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.training.gain import GainCheck
 
-# name: (labeler, labeled images a step or None for CAP's share)
+# name: (labeler, labeled images per step or None for CAP's fraction)
 ROWS: dict[str, tuple[Any, int | None]] = {
     "labeled-only": (LabeledOnly(), None),
     "paper's recipe": (ClassDistributionAware(), None),
@@ -44,14 +45,14 @@ ROWS: dict[str, tuple[Any, int | None]] = {
 
 
 def setting(name: str, cell: Cell, args):
-    """Data and untrained module of a row."""
+    """Returns the data module and the untrained module of a row."""
     labeler, labeled = ROWS[name]
     data = make_data(cell, args, labeled)
     return data, make_module(cell, args, data, labeler=labeler, num_contexts=CONTEXTS[cell.data])
 
 
 def row(name: str, cell: Cell, args) -> dict[str, Any]:
-    """Trains a row; the test images are looked at once, at its end."""
+    """Trains a row and evaluates it once, at the end, on the test images."""
     data, module = setting(name, cell, args)
     figures = train(cell, module, data)
     positives = (data.eval_table().labels == 1).sum(0).tolist()
@@ -59,7 +60,7 @@ def row(name: str, cell: Cell, args) -> dict[str, Any]:
 
 
 def estimate(name: str, cell: Cell, args) -> dict[str, Any]:
-    """The gain of a row as the labeled images tell it."""
+    """Estimates the gain of a row from the labeled images."""
     data, module = setting(name, cell, args)
     begun = time.process_time()
     gain = GainCheck(args.folds)(module, data, trainer_settings(cell))
@@ -73,7 +74,7 @@ def estimate(name: str, cell: Cell, args) -> dict[str, Any]:
 
 
 def row_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> str:
-    """Mean and standard error over the seeds, and the preset against labeled-only on the same draws."""
+    """Returns a table of means and standard errors over the seeds, and differences from labeled-only by seed."""
     lines = []
     for data, share in wanted:
         runs = {
@@ -88,12 +89,12 @@ def row_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]]) -> st
         lines.append(
             [data, share, *(mean_and_error(runs[name].values()) for name in ROWS), *map(mean_and_error, gaps), each]
         )
-    header = ["data", "p", *ROWS, "paper's minus labeled-only", "preset minus labeled-only", "that, seed by seed"]
+    header = ["data", "p", *ROWS, "recipe minus labeled-only", "preset minus labeled-only", "by seed"]
     return markdown(header, lines)
 
 
 def class_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]], extremes: int = 3) -> str:
-    """AP of the classes that the preset changes most, means over the seeds."""
+    """Returns a table of the classes whose mean AP over the seeds the preset changes most."""
     lines = []
     for data, share in wanted:
         mine = [r for r in rows if (r["data"], r["share"]) == (data, share)]
@@ -120,7 +121,7 @@ def class_table(rows: list[dict[str, Any]], wanted: list[tuple[str, float]], ext
 
 
 def pairs(rows: list[dict[str, Any]], estimates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each estimate beside the gain on the test images."""
+    """Returns the estimates, each with the true gain on the test images."""
     mean = {(r["run"], r["data"], r["share"], r["seed"]): r for r in rows}
     found = []
     for e in estimates:
@@ -139,7 +140,7 @@ def pairs(rows: list[dict[str, Any]], estimates: list[dict[str, Any]]) -> list[d
 
 
 def estimate_table(found: list[dict[str, Any]]) -> str:
-    """Estimated and true gains: error, correlation, sign, and how often the interval holds the truth."""
+    """Compares estimated and true gains: error, correlation, sign, and coverage of the interval."""
     lines = []
     for data in dict.fromkeys(p["data"] for p in found):
         for run in (*list(ROWS)[1:], "both"):
@@ -156,11 +157,11 @@ def estimate_table(found: list[dict[str, Any]]) -> str:
         "mean true gain",
         "mean absolute error",
         "correlation",
-        "sign right",
-        "truth in interval",
+        "sign correct",
+        "true gain in interval",
         "correlation over the same classes",
         "correlation by class",
-        "sign right by class",
+        "sign correct by class",
     ]
     return markdown(header, lines)
 
@@ -189,7 +190,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def draw(found: list[dict[str, Any]], file: Path) -> None:
-    """Estimated against true gains, each with its interval."""
+    """Plots estimated against true gains, each with its interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")
@@ -209,18 +210,18 @@ def draw(found: list[dict[str, Any]], file: Path) -> None:
     axes.plot(ends, ends, color="gray", linewidth=0.8)
     axes.axhline(0, color="gray", linewidth=0.5)
     axes.axvline(0, color="gray", linewidth=0.5)
-    axes.set_xlabel("true gain on the test images, points of mAP")
-    axes.set_ylabel("estimate from the labeled images alone, with its 90 % interval")
-    axes.set_title("What the unlabeled images bring")
+    axes.set_xlabel("true gain on the test images, mAP points")
+    axes.set_ylabel("estimate from the labeled images, with 90 % bootstrap interval")
+    axes.set_title("Gain from the unlabeled images")
     axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--gain", action="store_true", help="estimate the gains too")
+    parser.add_argument("--gain", action="store_true", help="also estimate the gains")
     parser.add_argument("--folds", type=int, default=2)
-    parser.add_argument("--picture", type=Path, help="where to draw estimates against true gains")
+    parser.add_argument("--picture", type=Path, help="file for the plot of estimates against true gains")
     args = parser.parse_args()
     print(where(), flush=True)
     rows, estimates = Results("rows.jsonl", args), Results(f"estimates-{args.folds}.jsonl", args)

@@ -11,7 +11,7 @@ from cbsa_lightning.data.readers import Digits
 from cbsa_lightning.data.samplers import InOrderBatches, LabeledBatches, PairedBatches
 from cbsa_lightning.data.splits import split_labeled
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
-from cbsa_lightning.method.contexts import context_targets, cooccurrence, match_partition, partition
+from cbsa_lightning.method.contexts import context_targets, cooccurrence, partition
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.labelers import ClassDistributionAware, positive_rates
 from cbsa_lightning.method.losses import asymmetric_loss, context_loss
@@ -33,7 +33,7 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     known = torch.from_numpy(table.labels[split.labeled])
     has_labels = torch.isin(torch.arange(len(table)), torch.from_numpy(split.labeled)).numpy()
     torch.manual_seed(seed)
-    # Builds prompts t^s and t^t, image tokens (Eq. 3), label decoder (Eq. 4), scaled cosine (Eq. 5) and context head.
+    # The network contains prompts t^s, t^t, image tokens (Eq. 3), decoder (Eq. 4), cosine (Eq. 5) and context head.
     small = {"prompt_length": 4, "decoder_feedforward": 256, "decoder_dropout": dropout}
     network = CBSANetwork(table.prompt_names, "embedded", num_contexts=contexts, **small)
     average, thresholds = ParameterEMA(network, decay), ClassDistributionAware()
@@ -53,7 +53,6 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
     context_of[split.labeled] = context_targets(known, groups, contexts)
 
     def stage(stage_epochs, batches):
-        nonlocal groups
         groups_of = [{"params": g["params"], "lr": 1e-3 * g["lr_scale"]} for g in network.parameter_groups()]
         optimizer = torch.optim.AdamW(groups_of, weight_decay=1e-4, fused=True)
         schedule = OneCycle()(optimizer, len(stage_epochs) * len(batches))
@@ -63,9 +62,6 @@ def train(source, share=0.05, warmup=30, epochs=60, contexts=3, size=160, dropou
                 pseudo_labels[split.unlabeled] = thresholds(logits.sigmoid(), positive_rates(known)).labels  # Eq. 6
                 confidence, context = context_logits.softmax(1).max(1)
                 context_of[split.unlabeled] = torch.where(confidence > 0.9, context, -1)  # Eq. 11, unlabeled
-                every = torch.cat([known, pseudo_labels[split.unlabeled].clamp(min=0)])
-                groups = match_partition(partition(cooccurrence(every), contexts), groups, contexts)
-                context_of[split.labeled] = context_targets(known, groups, contexts)
             batches.set_epoch(epoch)
             network.train()
             for batch in loader(table, StrongView(size, seed, CutoutRandAugment(0.25)), batches, has_labels):

@@ -1,11 +1,11 @@
-"""Reads a file of `cbsa label` by the tool that it is for, and compares its labels with the run's labels.csv.
+"""Reads a file of `cbsa label` with the corresponding labeling tool, and compares its labels with the run's labels.csv.
 
     cbsa label RUN --to cvat --root IMAGES --output annotations.xml
     python scripts/read_back.py datumaro annotations.xml IMAGES RUN/labels.csv
 
-Run it in an environment of its own that has the tool: datumaro, fiftyone, label-studio-sdk (`label_studio`, with the
-labeling interface beside the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). It does not import this
-library.
+Run it in a separate environment with the tool installed: datumaro, fiftyone, label-studio-sdk (`label_studio`; the
+labeling interface must be in the folder of the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). The script
+does not import this library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Labels = dict[str, set[str]]
 
 
 def datumaro(file: Path, images: Path) -> Labels:
-    """Format "cvat"; wants the images beside the XML, in a folder of that name."""
+    """Reads CVAT's XML with Datumaro, which expects the images in a folder ``images`` next to the XML file."""
     from datumaro.components.dataset import Dataset
 
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,7 @@ def datumaro(file: Path, images: Path) -> Labels:
 
 
 def fiftyone(file: Path, images: Path) -> Labels:
-    """FiftyOneImageClassificationDataset by its importer, without the database."""
+    """Reads a FiftyOneImageClassificationDataset with FiftyOne's importer, without the database."""
     os.environ["FIFTYONE_DATABASE_URI"] = "mongodb://none"
     from fiftyone.utils.data.importers import FiftyOneImageClassificationDatasetImporter
 
@@ -52,7 +52,7 @@ def fiftyone(file: Path, images: Path) -> Labels:
 
 
 def table(file: Path, images: Path) -> Labels:
-    """CSV, Parquet and JSON lines by pyarrow."""
+    """Reads CSV, Parquet and JSON lines with pyarrow."""
     import pyarrow.csv
     import pyarrow.json
     import pyarrow.parquet
@@ -66,7 +66,7 @@ def table(file: Path, images: Path) -> Labels:
 
 
 def label_studio(file: Path, images: Path) -> Labels:
-    """Tasks by the validation of the SDK, which the server uses as well."""
+    """Reads Label Studio tasks and checks them with the validation of the SDK, which the server also uses."""
     from label_studio_sdk.label_interface import LabelInterface
 
     interface = LabelInterface(file.with_suffix(".xml").read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def _names(cell: str) -> set[str]:
 
 
 def main() -> None:
-    """Compares, and says what differs."""
+    """Compares the labels, prints the differences, and exits with status 1 if there are any."""
     tool, file, images, run = sys.argv[1], *map(Path, sys.argv[2:])
     found = {"datumaro": datumaro, "fiftyone": fiftyone, "table": table, "label_studio": label_studio}[tool](
         file, images

@@ -1,18 +1,19 @@
-"""Trains the small CLIP that ships in ``src/cbsa_lightning/embedded``.
+"""Trains the small CLIP that ships with the package.
 
     uv run python scripts/train_embedded_clip.py
 
-The pictures are plain posters: printed and handwritten digits and printed letters on soft color grounds,
-captioned in a few ways. They share no exemplar, no scene and no co-occurrence with the quickstart's data set
-(`Digits`), so the model knows the digits there, but not well: as CLIP knows somebody else's photographs.
+The training images are simple posters with captions: printed and handwritten digits and printed letters on soft-colored
+backgrounds. They share no digit images, no scenes and no co-occurrence with the quickstart's data set (`Digits`).
+The model therefore recognizes those digits only moderately well, as CLIP does with photographs from a new source.
 
-Image and caption are a positive pair if every digit of the caption is in the image; the loss is the sigmoid loss
-over all pairs of a batch (SigLIP, arXiv 2303.15343). With ten digits most captions fit several images of a
-batch, which the softmax loss would count as errors. The learned bias is the same for every pair, so it changes no
-ranking, and is dropped at the end.
+An image and a caption are a positive pair if the image shows every digit in the caption. The loss is the sigmoid loss
+over all pairs of a batch (SigLIP, arXiv 2303.15343). With ten digits, most captions match several images of a batch,
+which the softmax loss would count as errors. The learned bias is the same for all pairs, so it does not affect the
+ranking and is not saved.
 
-The stages go from small posters with one digit to the full size with several. Digits keep their size in pixels,
-so the convolutions learn cheaply first. The same seed, threads and library versions give the same weights.
+The stages start with small posters with one digit and end with the full size and several digits. Digits keep their size
+in pixels, so the convolutions are first trained at low cost. The same seed, number of threads and library versions give
+the same weights.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ FONTS = (
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmss10",
 )  # fmt: skip
 LETTERS = "ABCDEFGHJKLMNPQRTUVWXY"
-HANDWRITTEN = 0.4  # share of digits that are handwritten; the rest is printed
+HANDWRITTEN = 0.4  # fraction of handwritten digits; the others are printed
 
 
 class Stage(NamedTuple):
-    """``steps`` batches of ``batch`` posters of ``size`` pixels with up to ``digits`` digits on each.
+    """``steps`` batches of ``batch`` posters with ``size`` pixels and up to ``digits`` digits.
 
-    ``color`` goes from 0, dark ink on white paper, to 1, any ink on any ground: a network that starts with the
-    latter learns nothing for a long time.
+    ``color`` ranges from 0 (dark digits on white) to 1 (any colors). Training from scratch with 1 makes no progress for
+    a long time.
     """
 
     size: int
@@ -97,7 +98,14 @@ STAGES = (
 
 
 class Batch(NamedTuple):
-    """``images`` (B, 3, S, S) in [0, 1]; digits ``present`` (B, 10) bool; B ``captions``; digits ``named`` (B, 10)."""
+    """A batch of posters.
+
+    Attributes:
+        images: ``(B, 3, S, S)`` in [0, 1].
+        present: ``(B, 10)`` bool, the digits on each poster.
+        captions: B captions.
+        named: ``(B, 10)`` bool, the digits in each caption.
+    """
 
     images: Tensor
     present: Tensor
@@ -106,7 +114,7 @@ class Batch(NamedTuple):
 
 
 class Posters:
-    """Draws captioned posters, batch by batch, from a bank of digit and letter masks."""
+    """Generates batches of posters with captions from a collection of digit and letter masks."""
 
     def __init__(self, seed: int, masks_per_digit: int = 500) -> None:
         self.rng = np.random.default_rng(seed)
@@ -134,7 +142,7 @@ class Posters:
         return np.asarray(page.resize((pixels, pixels)), dtype=np.float32)[..., None] / 255
 
     def batch(self, stage: Stage) -> Batch:
-        """One batch: images, what they show, and a caption each that names some or all of it."""
+        """Returns a batch in which each caption names some or all of the digits on its poster."""
         rng = self.rng
         cells = int(rng.integers(2, 6))
         coarse = torch.from_numpy(rng.random((stage.batch, 3, cells, cells), dtype=np.float32))
@@ -151,12 +159,12 @@ class Posters:
             shown[digits] = True
             told[digits[: 1 if rng.random() < 0.5 else rng.integers(1, len(digits) + 1)]] = True
             captions.append(self._caption(np.flatnonzero(told)))
-        grounds += rng.standard_normal(grounds.shape[1:], dtype=np.float32) * 0.03  # one grain for the batch
+        grounds += rng.standard_normal(grounds.shape[1:], dtype=np.float32) * 0.03  # shared by the whole batch
         images = torch.from_numpy(grounds.clip(0, 1)).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(present), captions, torch.from_numpy(named))
 
     def _pattern(self, canvas: np.ndarray, color: float) -> None:
-        """Lays blocks of color, or stripes or checks, over most of the grounds."""
+        """Adds colored blocks, stripes or a checkerboard to most backgrounds."""
         rng, size, kind = self.rng, len(canvas), self.rng.random()
         if kind < 0.4:
             for y, x, height, width in rng.uniform((0, 0, 0.1, 0.1), (1, 1, 0.6, 0.4), size=(5, 4)) * size:
@@ -169,7 +177,7 @@ class Posters:
             canvas += pattern[..., None] * (color * rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
     def _paste(self, canvas: np.ndarray, masks: list[np.ndarray], color: float) -> None:
-        """Inks masks onto the canvas, each at the least crowded of a few random places."""
+        """Draws masks on the canvas, each at the least crowded of eight random positions."""
         rng, size, taken = self.rng, len(canvas), np.zeros((0, 2))
         for mask in masks:
             width = len(mask)
@@ -180,9 +188,8 @@ class Posters:
             y0, x0, y1, x1 = max(y, 0), max(x, 0), min(y + width, size), min(x + width, size)
             area, alpha = canvas[y0:y1, x0:x1], mask[y0 - y : y1 - y, x0 - x : x1 - x]
             ground = area.mean((0, 1))
-            inks = 0.1 + color * (
-                rng.random((6, 3), dtype=np.float32) - 0.1
-            )  # the first that stands out from the ground
+            # The first color with enough contrast is used.
+            inks = 0.1 + color * (rng.random((6, 3), dtype=np.float32) - 0.1)
             ink = inks[np.argmax(np.abs(inks - ground).mean(-1) > 0.25)]
             area += alpha * (ink - area)
 
@@ -200,7 +207,7 @@ def resize_positions(pool: nn.Module, old: int, new: int) -> None:
 
 
 def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
-    """``encode_text`` on tokens cut to their first L places: equal, as the text tower looks back only, but cheaper."""
+    """Computes ``encode_text`` for truncated tokens, which is exact because the text tower is causal, and cheaper."""
     length = tokens.shape[1]
     x = model.token_embedding(tokens) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
@@ -209,7 +216,7 @@ def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_shot_ap(model: CLIP, tokenizer: open_clip.SimpleTokenizer, batches: list[Batch]) -> float:
-    """Mean average precision of "a photo of a three." and so on over posters."""
+    """Returns the mean average precision of the prompts "a photo of a three." etc. on posters."""
     from sklearn.metrics import average_precision_score
 
     text = model.encode_text(tokenizer([f"a photo of a {name}." for name in NAMES]), normalize=True)
@@ -219,12 +226,12 @@ def zero_shot_ap(model: CLIP, tokenizer: open_clip.SimpleTokenizer, batches: lis
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Images in [0, 1] as the image tower wants them."""
+    """Normalizes images in [0, 1] for the image tower."""
     return ((images - MEAN) / STD).contiguous(memory_format=torch.channels_last)
 
 
 def train(seed: int) -> CLIP:
-    """Trains the model through `STAGES`."""
+    """Trains the model in the stages of `STAGES`."""
     torch.manual_seed(seed)
     posters, held_out = Posters(seed), Posters(seed + 1, masks_per_digit=60)
     tokenizer = open_clip.get_tokenizer("RN50")
@@ -236,7 +243,7 @@ def train(seed: int) -> CLIP:
         for stage in STAGES:
             resize_positions(model.visual.attnpool, grid, stage.size // 32)
             grid = stage.size // 32
-            # Weight decay would shrink the word vectors that no caption uses.
+            # Weight decay would shrink word vectors that do not occur in captions.
             decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
             others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
             groups = [
@@ -282,15 +289,15 @@ def train(seed: int) -> CLIP:
 
 
 def main() -> None:
-    """Trains and writes the folder."""
+    """Trains the model and writes its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     package = Path(__file__).resolve().parents[1] / "src" / "cbsa_lightning" / "embedded"
-    parser.add_argument("--out", type=Path, default=package, help="folder to write (default: the package's)")
+    parser.add_argument("--out", type=Path, default=package, help="output folder (default: the folder in the package)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)
     model = train(args.seed)
-    # Half precision halves the file; open_clip copies it into a float32 model.
+    # Half precision halves the size of the file. open_clip copies the weights into a float32 model.
     weights = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in model.state_dict().items()
@@ -299,7 +306,7 @@ def main() -> None:
     (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
     file = args.out / "open_clip_model.safetensors"
     save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # some safetensors releases let only the owner read
+    file.chmod(0o644)  # some versions of safetensors make the file readable only for its owner
 
 
 if __name__ == "__main__":

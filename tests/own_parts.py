@@ -1,4 +1,4 @@
-"""Parts that a researcher would write, for tests/test_own_parts.py; a configuration names them by their class path."""
+"""Custom parts for tests/test_own_parts.py, which a configuration refers to by class path."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OddAndEven(Partition):
 
 
 class MeanToken(nn.Module):
-    """Gives every class the mean token, moved by a learned offset."""
+    """Gives every class the mean token plus a learned offset."""
 
     def __init__(self, width: int, start: float = 0.0) -> None:
         super().__init__()

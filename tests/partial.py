@@ -1,4 +1,4 @@
-"""Partly labeled squares and small networks on them, for tests of the systems for partial labels."""
+"""Partly labeled squares and small networks for tests of the systems for partial labels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SYSTEMS = {
 
 
 class TinyWords(WordVectors):
-    """Six fixed numbers a class."""
+    """Word vectors with six fixed values per class."""
 
     def __init__(self, class_names):
         rng = np.random.default_rng(5)
@@ -46,13 +46,13 @@ class TinyWords(WordVectors):
 
 
 class PartialSquares(Squares):
-    """Squares of which a share of the labels is known, and what ``change`` makes of them."""
+    """Squares of which a fraction of the labels is known; ``change`` modifies them further."""
 
     def __init__(self, folder: Path, share: float = 0.6, change: Any = None, **settings: Any) -> None:
         super().__init__(folder, **settings)
         labels = self._train.labels.copy()
         known = known_mask(*labels.shape, share, 0)
-        known[np.arange(len(labels)), np.arange(len(labels)) % len(CLASSES)] = True  # at least one of each image
+        known[np.arange(len(labels)), np.arange(len(labels)) % len(CLASSES)] = True  # at least one per image
         labels[~known] = -1
         if change is not None:
             change(labels)
@@ -60,7 +60,7 @@ class PartialSquares(Squares):
 
 
 def tiny_system(network: Any, **settings: Any) -> SSMLLModule:
-    """A module as the overlays of the partial systems make it; its weights are a function of these arguments alone."""
+    """Builds a module like the overlays of the partial systems; its weights depend only on these arguments."""
     torch.manual_seed(0)
     plain = {"labeler": LabeledOnly(), "loss": MeanBinaryCrossEntropy(), "warmup_epochs": 0, "ema_decay": 0.0}
     return SSMLLModule(CLASSES, partial(network, words=TinyWords, **SMALL), **{**plain, **settings})
@@ -71,7 +71,7 @@ def arrays(module):
 
 
 def check_gradients(found, wanted, value):
-    """Of a weighted sum of ``found`` by ``wanted``, against central differences of ``value``."""
+    """Compares gradients of a weighted sum of ``found`` with respect to ``wanted`` with central differences."""
     weighing = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
     gradients = torch.autograd.grad((found * weighing).sum(), list(wanted.values()))
     for (name, x), gradient in zip(wanted.items(), gradients, strict=True):

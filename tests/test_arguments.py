@@ -98,6 +98,7 @@ def test_arguments_of_the_data_module(tmp_path, settings, message):
     (partial(StackedProbes, trust="4"), "StackedProbes: trust must be a number"),
     (partial(AsymmetricLoss, gamma_neg=-1), "asymmetric loss: gamma_neg must be a number of at least 0, got -1"),
     (partial(AsymmetricLoss, clip="0.05"), "asymmetric loss: clip must be a number"),
+    (partial(OneCycle, cycle=0.5), "OneCycle: cycle must be a number .*at least 1, got 0.5"),
     (partial(OneCycle, pct_start=20), "OneCycle: pct_start must be a number .*at most 1, got 20"),
     (partial(RunReport, num_images=0), r"report\.num_images must be an integer of at least 1, got 0"),
     (partial(WritePredictions, on_error="ignore"), r"predictions\.on_error must be 'stop' or 'skip'"),

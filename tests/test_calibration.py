@@ -1,4 +1,4 @@
-"""The class-wise calibration is the maximum of its posterior; its covariance is the curvature there."""
+"""The class-wise calibration maximizes its posterior, and its covariance is the inverse curvature at the maximum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def loss(mode, z, y):
     return -np.where(y == 1, log_expit(logit), log_expit(-logit)).sum() + prior / 2
 
 
-def test_it_is_the_maximum_of_the_posterior():
+def test_calibration_maximizes_the_posterior():
     logits, labels = problem()
     found = fit_calibration(logits, labels)
     for k in range(3):
@@ -33,7 +33,7 @@ def test_it_is_the_maximum_of_the_posterior():
         np.testing.assert_allclose(found.mode[k], best.x, atol=1e-4)
 
 
-def test_it_finds_the_offset_and_slope_of_many_images():
+def test_offset_and_slope_are_recovered_from_many_images():
     rng = np.random.default_rng(0)
     z = rng.normal(0, 2, size=(20_000, 1))
     y = (rng.random(z.shape) < expit(0.7 + 1.4 * z)).astype(np.int8)
@@ -62,7 +62,7 @@ def test_constant_and_extreme_logits_give_finite_values():
         assert np.isfinite(found.packed()).all()
 
 
-def test_packed_values_give_it_back():
+def test_packed_values_restore_the_calibration():
     found = fit_calibration(*problem())
     again = Calibration.unpacked(found.packed())
     for ours, theirs in zip(found, again, strict=True):

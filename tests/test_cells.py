@@ -1,4 +1,4 @@
-"""Cells of the paper's tables: what they are made of, when two are one, and that each is made once."""
+"""Cells of the paper's tables: merging of overlays, identity, and running."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_overlays_merge_as_on_the_command_line(names: str, tmp_path: Path) -> No
     assert parse([write_overlay(tmp_path / "merged.yaml", **one)]) == parse(files)
 
 
-def test_another_class_begins_with_no_arguments(tmp_path: Path) -> None:
-    """The one difference: the command line hands on arguments that both classes have."""
+def test_a_new_class_starts_without_arguments(tmp_path: Path) -> None:
+    """This differs from the command line, which keeps the arguments that both classes accept."""
     overlays = [
         {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}}}},
         {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}}}},
@@ -88,7 +88,7 @@ def test_another_class_begins_with_no_arguments(tmp_path: Path) -> None:
     assert theirs["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
 
 
-def test_merging_changes_no_overlay() -> None:
+def test_merging_does_not_modify_the_overlays() -> None:
     below, above = {"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "d": {"e": 3}}}
     result = merged([below, above])
     assert result == {"a": {"b": 2, "c": [1], "d": {"e": 3}}}
@@ -96,7 +96,7 @@ def test_merging_changes_no_overlay() -> None:
     assert (below, above) == ({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "d": {"e": 3}}})
 
 
-def test_bad_overlays_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_invalid_overlay(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no overlay .*nowhere\.yaml.*--configs"):
         cell(Row("nowhere", ("nowhere",)))
     (tmp_path / "list.yaml").write_text("- 1")
@@ -109,7 +109,7 @@ def test_bad_overlays_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         cell(CBSA, extra=[tmp_path / "broken.yaml"])
-    with pytest.raises(ConfigError, match=r"cbsa\+cbsa_safe"):  # an overlay that goes over a method, alone
+    with pytest.raises(ConfigError, match=r"cbsa\+cbsa_safe"):  # an overlay that modifies a method, without the method
         cell(Row("cbsa_safe", ("cbsa_safe",)))
     assert cell(Row("", ("cbsa", "cbsa_safe"))).recipe["model"]["init_args"]["ema_decay"] == 0.98
     other = write_overlay(tmp_path / "own.yaml", model={"class_path": "nowhere.Module"})
@@ -128,23 +128,24 @@ def row_of(number: int, label: str) -> Row:
     return next(row for row in TABLES[number].rows if row.label == label)
 
 
-def test_a_run_that_stands_in_several_tables_is_one() -> None:
+def test_tables_share_cells() -> None:
     whole = [(1, "Ours"), (3, "TP + SAA + CI"), (4, "K = 6"), (6, "Random"), (7, "16"), (8, "CSP"), (9, "Ours")]
     folders = {cell(row_of(*place)).folder for place in [*whole, (10, "Ours")]}
     assert len(folders) == 1
     assert len({cell(row_of(*place)).folder for place in [(3, "TP + SAA"), (4, "K = 1")]} | folders) == 2
     assert cell(BY_LABEL["CAP"]).folder == cell(row_of(3, "CAP")).folder
     rows = [row for table in TABLES.values() for row in table.rows if table.number != 5]
-    assert len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1  # of Tables 3, 4, 6, 7, 8
+    # The last summands are the additional rows of Tables 3, 4, 6, 7 and 8.
+    assert len({cell(row).folder for row in rows}) == len(SYSTEMS) + 2 + 1 + 1 + 4 + 1
 
 
-def test_settings_of_rows_reach_their_recipes() -> None:
+def test_recipes_contain_the_settings_of_their_rows() -> None:
     def arguments(row: Row, data: str = "coco") -> dict[str, Any]:
         return cell(row, data).recipe["model"]["init_args"]
 
     assert arguments(CBSA)["num_contexts"] == 6
     assert arguments(CBSA, "voc")["num_contexts"] == 2
-    assert arguments(row_of(3, "TP + SAA"))["num_contexts"] == 0  # above what CBSA needs on COCO
+    assert arguments(row_of(3, "TP + SAA"))["num_contexts"] == 0  # overrides the setting of CBSA for COCO
     assert arguments(row_of(3, "TP"))["semantic_alignment"] is False
     assert arguments(row_of(4, "K = 4"))["num_contexts"] == 4
     assert arguments(row_of(6, "Template"))["prompt_template"] == "a photo of a"
@@ -157,8 +158,9 @@ def test_settings_of_rows_reach_their_recipes() -> None:
 
 
 def test_partial_labels() -> None:
-    """Shares of Table 5 are of labels, and its CLIP is a ResNet-101 at 448."""
+    """Table 5 varies the fraction of known labels and uses a ResNet-101 CLIP at 448 pixels."""
     table = TABLES[5]
+    batch_sizes = {"SSGRL": 4, "GCN-ML": 16, "SST": 8, "SARB": 8, "HST": 32, "DSRB": 8}
     for row in table.rows:
         found = cell(row, share=0.3, setting=table.setting, clip=table.clip)
         data, model = found.recipe["data"], found.recipe["model"]["init_args"]
@@ -167,13 +169,18 @@ def test_partial_labels() -> None:
         assert data["image_size"] == 448
         assert found.name == f"{row.label} on coco, 30 % known, seed 1"
         assert found.folder.startswith("coco-known300-seed1-")
-        if "partial_labels" in row.overlays:
+        if row.label in batch_sizes:
+            assert data["batch_size"] == batch_sizes[row.label]
+            network = model["network"]["init_args"]
+            assert network["words"]["init_args"] == {"clip": "RN101-quickgelu", "pretrained": "openai"}
+            assert network["backbone"] == "resnet101.tv_in1k"
+        else:
             assert {**model, **model.get("network", {}).get("init_args", {})}["clip"] == "RN101-quickgelu"
-            assert model["labeler"] == "LabeledOnly"
             assert model.get("num_contexts", 0) == 0
+        assert model["labeler"] == "LabeledOnly"
 
 
-def test_what_changes_speed_only_is_the_same_cell(tmp_path: Path) -> None:
+def test_settings_that_only_affect_speed_do_not_change_the_cell(tmp_path: Path) -> None:
     def folder(**overlay: Any) -> str:
         return cell(CBSA, extra=[write_overlay(tmp_path / "extra.yaml", **overlay)]).folder
 
@@ -200,8 +207,8 @@ def test_what_changes_speed_only_is_the_same_cell(tmp_path: Path) -> None:
     assert cell(CBSA).name == "Ours on coco, p = 0.05, seed 1"
 
 
-def test_the_name_of_a_folder_leaves_the_recipe_whole(tmp_path: Path) -> None:
-    """What is left out of its name must still be run."""
+def test_computing_the_folder_name_does_not_modify_the_recipe(tmp_path: Path) -> None:
+    """Settings that are excluded from the hash must still be in the recipe."""
     cell_of_cpu = cell(CBSA, extra=[CONFIGS / "hardware" / "cpu.yaml"])
     assert cell_of_cpu.folder
     assert cell_of_cpu.recipe["trainer"]["accelerator"] == "cpu"
@@ -209,7 +216,7 @@ def test_the_name_of_a_folder_leaves_the_recipe_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", BY_LABEL)
-def test_clip_reaches_every_network_that_has_one(label: str) -> None:
+def test_clip_is_set_in_every_network_that_uses_it(label: str) -> None:
     plain, other = (cell(BY_LABEL[label], clip=clip).recipe for clip in (None, ("tiny", "file.pt")))
     if label in ("BCE", "ASL", "CAP"):
         assert other == plain
@@ -230,7 +237,7 @@ def test_data_set_by_name_or_with_a_file() -> None:
 
 @pytest.fixture(scope="module")
 def short_cell(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Callable[..., Cell]:
-    """Makes a cell of ``epochs`` epochs that is cut off at the last one's first step while the file ``flag`` is."""
+    """Builds a cell that stops in the first step of its last epoch while the file ``flag`` exists."""
     folder = tmp_path_factory.mktemp("short")
     voc = tiny_voc(folder)
 
@@ -249,7 +256,7 @@ def history(cell: Cell, out: Path) -> dict[str, dict[str, float]]:
 
 
 def fails(*_: Any, **__: Any) -> None:
-    raise AssertionError("it was run")
+    raise AssertionError("this must not be called")
 
 
 @pytest.mark.parametrize(
@@ -257,10 +264,10 @@ def fails(*_: Any, **__: Any) -> None:
     [("Ours", 3, 1), ("Ours", 4, 2), pytest.param("DualCoOp", 3, 1, marks=pytest.mark.slow)],
     ids=["cbsa", "2nd", "dualcoop"],
 )
-def test_cut_off_in_the_second_stage_it_goes_on_as_if_it_never_was(
+def test_a_cell_interrupted_in_the_second_stage_resumes_bit_identically(
     label: str, epochs: int, every: int, short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From its last checkpoint, to the last bit of every metric of every epoch; also when the end was not written."""
+    """Every metric of every epoch is bit-identical, also if the process stopped before the result was written."""
     flag, whole, cut = (tmp_path / name for name in ("flag", "whole", "cut"))
     one = short_cell(BY_LABEL[label], flag, epochs, check_val_every_n_epoch=every)
     assert make(one, whole)
@@ -286,23 +293,23 @@ def test_cut_off_in_the_second_stage_it_goes_on_as_if_it_never_was(
     assert history(one, cut) == expected
     assert [file.name for file in folder.glob("*.ckpt")] == ["last.ckpt"]
 
-    if label == "Ours":  # killed between the last checkpoint and the result
+    if label == "Ours":  # as if killed between the last checkpoint and the result
         (folder / "result.json").unlink()
         assert make(one, cut)
         assert history(one, cut) == expected
     monkeypatch.setattr(cells, "make_cli", fails)
-    assert make(one, cut)  # never again
+    assert make(one, cut)  # a finished cell is not run again
 
 
 @pytest.fixture
 def instant(short_cell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cell:
-    """A cell whose run takes no time."""
+    """A cell whose run is replaced by a stub."""
     monkeypatch.setattr(cells, "make_cli", lambda args: SimpleNamespace(trainer=SimpleNamespace(loggers=[])))
     monkeypatch.setattr(cells, "_found", lambda cli, seconds: {"history": {}, "seconds": seconds})
     return short_cell(CBSA, tmp_path / "flag")
 
 
-def test_a_result_says_whose_it_is(instant: Cell, tmp_path: Path) -> None:
+def test_a_result_identifies_its_cell(instant: Cell, tmp_path: Path) -> None:
     assert make(instant, tmp_path)
     found = result_of(instant, tmp_path)
     assert found is not None
@@ -311,7 +318,9 @@ def test_a_result_says_whose_it_is(instant: Cell, tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / instant.folder / "recipe.yaml").read_text()) == instant.recipe
 
 
-def test_a_cell_in_other_hands_is_left_alone(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_another_process_is_running_is_skipped(
+    instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / instant.folder
     folder.mkdir()
     monkeypatch.setattr(cells, "make_cli", fails)
@@ -320,15 +329,15 @@ def test_a_cell_in_other_hands_is_left_alone(instant: Cell, tmp_path: Path, monk
     assert result_of(instant, tmp_path) is None
 
 
-def test_one_process_a_cell(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_runs_in_one_process(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="runs in one process"):
         make(instant, tmp_path)
     assert result_of(instant, tmp_path) is None
 
 
-def test_a_result_is_whole_or_not_there(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk in the middle of it; the checkpoint is still there to go on from."""
+def test_a_result_is_written_atomically(instant: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the disk is full while the result is written, the checkpoint remains for resuming."""
     write_text = Path.write_text
 
     def half(self: Path, text: str, **options: Any) -> int:
@@ -351,8 +360,8 @@ def test_a_result_is_whole_or_not_there(instant: Cell, tmp_path: Path, monkeypat
     assert not (folder / "last.ckpt").exists()
 
 
-def test_what_is_undefined_is_null(tmp_path: Path, short_cell: Any) -> None:
-    """Beside the classes of the test images, so that another count of classes needs no new run."""
+def test_undefined_metrics_are_null(tmp_path: Path, short_cell: Any) -> None:
+    """The result also has the positives of each class, so that ``--min_positives`` can change without a new run."""
     one = short_cell(CBSA, tmp_path / "flag", 2)
     assert make(one, tmp_path)
     text = (tmp_path / one.folder / "result.json").read_text()
@@ -365,12 +374,12 @@ def test_what_is_undefined_is_null(tmp_path: Path, short_cell: Any) -> None:
     assert found["seconds_since_last_start"] > 0
 
 
-def test_a_run_without_a_last_validation_is_refused(
+def test_a_run_that_does_not_validate_its_last_epoch_is_refused(
     tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = short_cell(CBSA, tmp_path / "flag", 3, check_val_every_n_epoch=2)
-    monkeypatch.setattr(cells, "make_cli", fails)  # before the work, not after it
-    with pytest.raises(ConfigError, match=r"check_val_every_n_epoch 2: the last epoch would not be validated"):
+    monkeypatch.setattr(cells, "make_cli", fails)  # the check comes before training
+    with pytest.raises(ConfigError, match=r"check_val_every_n_epoch is 2: the last epoch would not be validated"):
         make(one, tmp_path)
     assert result_of(one, tmp_path) is None
 
@@ -382,15 +391,13 @@ def test_a_run_that_is_stopped_early_has_no_result(tmp_path: Path, short_cell: A
     assert result_of(one, tmp_path) is None
 
 
-def test_what_the_command_line_refuses_is_an_error(tmp_path: Path, short_cell: Any) -> None:
+def test_invalid_options_raise_an_error(tmp_path: Path, short_cell: Any) -> None:
     one = short_cell(CBSA, tmp_path / "flag", 2, no_such_argument=1)
     with pytest.raises(ConfigError, match=r"recipe\.yaml: --trainer\.no_such_argument is not an option\.$"):
         make(one, tmp_path)
 
 
-def test_each_cell_is_a_run_of_its_own_at_wandb(
-    tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_cell_is_a_separate_wandb_run(tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": str(tmp_path)}}
     for label in ("TP", "DualCoOp"):

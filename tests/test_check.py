@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 from dataclasses import fields
@@ -107,9 +108,8 @@ def test_the_plan_equals_the_data_module(tmp_path: Path, settings: dict, test: i
     assert plan.validated == len(data.eval_table())
     assert plan.second.steps_per_epoch == len(data.train_dataloader())
     assert (plan.second.labeled, plan.warmup.labeled) == (data.labeled_per_batch, data.warmup_batch_size)
-    assert plan.warmup.steps_per_epoch == (
-        data._warmup_steps() or -(-len(data.split.labeled) // data.warmup_batch_size)
-    )
+    passes = math.ceil(len(data.split.labeled) / data.warmup_batch_size)
+    assert plan.warmup.steps_per_epoch == max(passes, settings.get("min_steps_per_epoch", 1))
 
 
 @pytest.mark.parametrize("test", [0, 3])

@@ -1,4 +1,4 @@
-"""What a checkpoint decides, and what flags do: nothing that is typed is dropped, nothing is used untrained."""
+"""Settings from checkpoints and flags: no flag is ignored, and no command uses untrained weights by mistake."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_optimizer(kind="torch.optim.AdamW", **values):
     ],
 )
 @pytest.mark.parametrize("below", [None, "fit"])
-def test_settings_that_a_command_line_mentions(tmp_path, words, names, below):
+def test_settings_in_a_command_line(tmp_path, words, names, below):
     model = {
         "class_path": "CBSAModule",
         "init_args": {"clip": "x", "optimizer": {"class_path": "SGD", "init_args": {"lr": 1}}},
@@ -77,7 +77,7 @@ def test_settings_that_a_command_line_mentions(tmp_path, words, names, below):
         (with_values(labeler={"class_path": "LabeledOnly"}), ["labeler"], False, STORED),
     ],
 )
-def test_the_checkpoint_decides_what_is_not_given(model, given, training, expected):
+def test_settings_that_are_not_given_come_from_the_checkpoint(model, given, training, expected):
     assert settle(model, given, {MODEL: yaml.safe_dump(STORED)}, "a.ckpt", training) == expected
 
 
@@ -90,12 +90,12 @@ def test_the_checkpoint_decides_what_is_not_given(model, given, training, expect
         ({**STORED, "class_path": "Other"}, ["class_path"], "'Other'"),
     ],
 )
-def test_what_contradicts_the_checkpoint_is_refused_with_both_values(model, given, message):
+def test_errors_for_contradicting_settings_contain_both_values(model, given, message):
     with pytest.raises(ConfigError, match=message):
         settle(model, given, {MODEL: yaml.safe_dump(STORED)}, "a.ckpt", training=True)
 
 
-def test_a_checkpoint_from_python_decides_by_its_hyper_parameters():
+def test_checkpoints_from_python_use_their_hyperparameters():
     checkpoint = {"hyper_parameters": {"clip": "old", "prompt_length": 3, "class_names": ["a"]}}
     assert settle(with_values(clip="x"), [], checkpoint, "a.ckpt", False) == with_values(prompt_length=3)
     with pytest.raises(ConfigError, match=r"prompt_length is 2, but a\.ckpt was trained with 3"):
@@ -110,7 +110,7 @@ def test_a_damaged_configuration_is_refused(text):
 
 @pytest.fixture(scope="module")
 def moved_run(tmp_path_factory, clip_folder):
-    """A run of the command line whose CLIP weights have moved since: folder of the run, old and new place."""
+    """Trains a run and moves its CLIP weights from ``before`` to ``after``; returns the folder of all of them."""
     folder = tmp_path_factory.mktemp("moved")
     shutil.copytree(clip_folder, folder / "before")
     make_table(folder, n_train=12, unlabeled=6)
@@ -135,7 +135,7 @@ report: {{enabled: false}}
     return folder
 
 
-def test_results_are_never_those_of_untrained_weights(moved_run, monkeypatch):
+def test_untrained_weights_are_used_only_on_request(moved_run, monkeypatch):
     monkeypatch.chdir(moved_run)
     words = ["--config", str(moved_run / "run.yaml"), f"--model.clip={moved_run}/after"]
     for verb in ("predict", "validate", "test"):
@@ -151,7 +151,7 @@ def test_results_are_never_those_of_untrained_weights(moved_run, monkeypatch):
     assert (moved_run / "p.csv").exists()
 
 
-def test_the_exit_status_says_that_images_were_skipped(moved_run, tmp_path, monkeypatch):
+def test_the_exit_status_is_3_if_images_were_skipped(moved_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(moved_run / "images", "images")
     broken = min(path for path in Path("images").iterdir())
@@ -165,7 +165,7 @@ def test_the_exit_status_says_that_images_were_skipped(moved_run, tmp_path, monk
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_weights_that_moved_are_named_by_a_flag_or_in_the_configuration(moved_run, tmp_path, monkeypatch, corrected):
+def test_moved_weights_are_found_by_flag_or_configuration(moved_run, tmp_path, monkeypatch, corrected):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(moved_run / "runs", tmp_path / "runs")
     run = tmp_path / "runs/cbsa/version_0"
@@ -187,7 +187,7 @@ def test_weights_that_moved_are_named_by_a_flag_or_in_the_configuration(moved_ru
     assert settings["clip"] == checkpoint["hyper_parameters"]["clip"] == f"{moved_run}/after"
     assert settings["unsup_weight"] == checkpoint["hyper_parameters"]["unsup_weight"] == 0.25
     assert settings["optimizer"]["init_args"]["lr"] == 0.01
-    assert checkpoint["optimizer_states"][0]["param_groups"][0]["max_lr"] in (0.01, 0.003)  # of the pool: 0.3 of it
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["max_lr"] in (0.01, 0.003)  # 0.003 for the pool
     with pytest.raises(ConfigError, match="prompt_length is 5"):
         cli.main([*predict, *flag, "--model.prompt_length=5"])
 
@@ -196,7 +196,7 @@ def adam(lr):
     return lambda groups: torch.optim.AdamW(groups, lr=lr)
 
 
-def test_a_resumed_run_takes_the_optimizers_new_settings(tmp_path, clip_folder, squares_folder):
+def test_a_resumed_run_uses_the_new_optimizer_settings(tmp_path, clip_folder, squares_folder):
     settings = {"num_contexts": 0, "max_epochs": 4}
     squares = Squares(squares_folder)
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, optimizer=adam(1e-3), trainer={"max_steps": 5}, **settings)
@@ -222,9 +222,7 @@ def test_a_resumed_run_takes_the_optimizers_new_settings(tmp_path, clip_folder, 
         tiny_fit(tmp_path, clip_folder, squares, optimizer=lambda g: torch.optim.SGD(g, lr=0.1), **resume)
 
 
-def test_predictions_take_the_classes_of_the_checkpoint_where_the_training_table_is_gone(
-    moved_run, tmp_path, monkeypatch
-):
+def test_predict_uses_the_classes_of_the_checkpoint_without_a_training_table(moved_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = moved_run / "runs/cbsa/version_0"
     words = [
@@ -239,7 +237,7 @@ def test_predictions_take_the_classes_of_the_checkpoint_where_the_training_table
     assert Path("without.csv").read_text() == Path("with.csv").read_text()
 
 
-def test_a_test_takes_the_classes_of_the_checkpoint_where_the_training_table_is_gone(moved_run, tmp_path, monkeypatch):
+def test_evaluation_uses_the_classes_of_the_checkpoint_without_a_training_table(moved_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = moved_run / "runs/cbsa/version_0"
     make_table(tmp_path, n_train=12, n_test=9)
@@ -251,7 +249,9 @@ def test_a_test_takes_the_classes_of_the_checkpoint_where_the_training_table_is_
     ]
     before = cli.main(["test", *words]).trainer.callback_metrics
     gone = "--data.source.init_args.train=gone.csv"
-    with pytest.warns(UserWarning, match=r"No file at .*gone.csv \(train\): the classes are those of the checkpoint"):
+    with pytest.warns(
+        UserWarning, match=r"gone.csv \(train\) does not exist: the classes are taken from the checkpoint"
+    ):
         after = cli.main(["test", *words, gone]).trainer.callback_metrics
     assert "test/mAP" in before
     assert after == before

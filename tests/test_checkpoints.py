@@ -1,4 +1,4 @@
-"""Lean checkpoints: what is in them, what they refuse, and going on from one."""
+"""Lean checkpoints: content, errors on loading, and resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def squares(squares_folder):
 
 @pytest.fixture(scope="module", params=["after validation", "at the epoch's end"])
 def run(request, tmp_path_factory, clip_folder, squares):
-    """A run of 2 + 2 epochs with a checkpoint of each."""
+    """A run of 2 + 2 epochs with a checkpoint of each epoch."""
     folder = tmp_path_factory.mktemp("run")
     at_end = request.param == "at the epoch's end"
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_end)
@@ -37,8 +37,8 @@ def scores(module):
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_resumed_at_an_epochs_end_it_goes_on_as_if_never_stopped(tmp_path, clip_folder, squares, run, epoch):
-    """Dropout included; epoch 1 is the last of the warm-up, so resuming there is also the change of stage."""
+def test_a_run_resumed_after_an_epoch_is_bit_identical(tmp_path, clip_folder, squares, run, epoch):
+    """Covers dropout and the change of stages: epoch 1 is the last epoch of the warm-up."""
     module, files = run
     resumed, trainer = tiny_fit(
         tmp_path, clip_folder, squares, max_epochs=EPOCHS, warmup_epochs=WARMUP, ckpt_path=str(files[epoch])
@@ -49,7 +49,7 @@ def test_resumed_at_an_epochs_end_it_goes_on_as_if_never_stopped(tmp_path, clip_
     assert torch.equal(module.context_targets, resumed.context_targets)
 
 
-def test_what_a_checkpoint_holds(run):
+def test_content_of_a_checkpoint(run):
     module, files = run
     checkpoint = torch.load(files[-1], weights_only=True)
     keys = set(checkpoint["state_dict"])
@@ -64,7 +64,7 @@ def test_what_a_checkpoint_holds(run):
     assert differences(checkpoint["state_dict"], module.state_dict()) == []
 
 
-def test_loads_without_arguments(run):
+def test_a_checkpoint_loads_without_arguments(run):
     module, files = run
     loaded = CBSAModule.load_from_checkpoint(files[-1])
     assert loaded.class_names == list(CLASSES)
@@ -95,7 +95,7 @@ def test_other_frozen_weights_are_refused(tmp_path, run):
         ({"train_pool": False, "num_contexts": 0}, r"unknown: .*average_of_clip__pool"),
     ],
 )
-def test_other_shapes_are_named(run, changes, found):
+def test_errors_name_tensors_of_other_shapes(run, changes, found):
     with pytest.raises(CheckpointError, match=found):
         CBSAModule.load_from_checkpoint(run[1][-1], **changes)
 
@@ -111,8 +111,8 @@ def test_the_label_decoder_of_earlier_checkpoints_is_refused(tmp_path, run):
         Classifier.load(tmp_path / "earlier.ckpt")
 
 
-def test_trained_on_from_a_checkpoint_nothing_of_the_old_run_is_left(tmp_path, clip_folder, squares_folder, run):
-    """More images, a warm-up of its own: tables and average start anew, contexts keep their ids."""
+def test_a_fit_from_loaded_weights_resets_the_state_of_the_earlier_run(tmp_path, clip_folder, squares_folder, run):
+    """With more images and a new warm-up, tables and average are reset, and contexts keep their ids."""
     module = CBSAModule.load_from_checkpoint(run[1][-1])
     assert bool(module.ema.started)
     partition = module.context_partition.clone()
@@ -126,8 +126,8 @@ def test_trained_on_from_a_checkpoint_nothing_of_the_old_run_is_left(tmp_path, c
     assert torch.equal(module.context_partition, partition)
 
 
-def test_a_frozen_state_may_come_along(clip_folder):
-    """A state with frozen weights, from elsewhere, loads too; a lean one says what it lacks."""
+def test_states_with_frozen_weights_can_be_loaded(clip_folder):
+    """A state with frozen weights can also be loaded, and a lean one reports missing weights."""
     module = tiny_module(clip_folder)
     state = torch.nn.Module.state_dict(module)
     assert len(state) > len(module.state_dict())

@@ -1,4 +1,4 @@
-"""What the command line refuses, and how it says so."""
+"""Errors of the command line and their messages."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def test_more_contexts_than_classes(arguments: list[str]) -> None:
         cli.main([*arguments, "--model.init_args.num_contexts=7"])
 
 
-def test_share_of_a_table_that_says_itself_what_is_labeled(arguments: list[str]) -> None:
+def test_labeled_fraction_is_refused_for_a_table_with_unlabeled_images(arguments: list[str]) -> None:
     with pytest.raises(DataError, match=r"6 of 12 training images have none. Omit it"):
         cli.main([*arguments, "--data.labeled_fraction=0.5"])
 
 
-def test_share_that_leaves_no_labeled_image(arguments: list[str], tmp_path: Path) -> None:
+def test_a_fraction_without_labeled_images_is_refused(arguments: list[str], tmp_path: Path) -> None:
     make_table(tmp_path, n_train=12, unlabeled=0)
     with pytest.raises(ConfigError, match=r"0\.01"):
         cli.main([*arguments, "--data.labeled_fraction=0.01"])
 
 
-def test_missing_weights_name_the_ways(arguments: list[str]) -> None:
+def test_the_error_for_missing_weights_lists_ways_to_get_them(arguments: list[str]) -> None:
     from cbsa_lightning.errors import WeightsError
 
     with pytest.raises(WeightsError, match="Ways to get weights"):
         cli.main([*arguments, "--model.init_args.clip=RN50-quickgelu"])
 
 
-def test_unknown_class_names_its_row(arguments: list[str], tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_class_names_its_row(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_text("cat: cat\ndog: dog\nzebra: zebra\n")
     write_rows(tmp_path / "bad.csv", ["image", "labels"], [["images/train_0.png", "cta"]])
     bad = [*arguments, "--data.source.init_args.train=bad.csv", "--data.source.init_args.class_file=classes.yaml"]
@@ -71,7 +71,7 @@ def test_unknown_class_names_its_row(arguments: list[str], tmp_path: Path) -> No
         cli.main(bad)
 
 
-def test_the_command_tells_an_error_in_a_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_end_the_command_with_one_sentence(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["cbsa", *arguments, "--model.init_args.num_contexts=7"])
     with pytest.raises(SystemExit) as stop:
         cli.entry_point()
@@ -79,7 +79,7 @@ def test_the_command_tells_an_error_in_a_sentence(arguments: list[str], monkeypa
 
 
 @pytest.mark.parametrize("callback", ["LearningRateMonitor", "DeviceStatsMonitor"])
-def test_what_lightning_refuses_ends_in_a_sentence(
+def test_errors_of_lightning_end_the_command_with_one_sentence(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, callback: str
 ) -> None:
     words = [*arguments, f"--trainer.callbacks+={callback}", "--trainer.logger=false"]
@@ -99,14 +99,16 @@ def test_what_lightning_refuses_ends_in_a_sentence(
     ],
     ids=lambda text: text[:20],
 )
-def test_odd_settings_are_refused_shortly(arguments: list[str], tmp_path: Path, setting: str, message: str) -> None:
+def test_errors_for_malformed_settings_are_short(
+    arguments: list[str], tmp_path: Path, setting: str, message: str
+) -> None:
     (tmp_path / "odd.yaml").write_text(setting)
     with pytest.raises(ConfigError, match=message) as refusal:
         cli.main([*arguments, "--config=odd.yaml"])
     assert len(str(refusal.value)) < 5100
 
 
-def test_too_little_memory_says_what_to_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_too_little_memory_names_settings_to_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
 
@@ -120,8 +122,8 @@ def test_unknown_option_is_refused(arguments: list[str]) -> None:
         cli.main([*arguments, "--model.init_args.num_context=2"])
 
 
-def test_a_network_of_ones_choice_takes_a_loss_object(arguments: list[str], clip_folder: Path) -> None:
-    """Of the labels too: CAP's and DualCoOp's ASL differ in their focus on negatives."""
+def test_a_loss_object_can_be_combined_with_another_network(arguments: list[str], clip_folder: Path) -> None:
+    """The loss can be configured, for example ASL with the ``gamma_neg`` of CAP or DualCoOp."""
     own = [
         part.replace("methods/cbsa", "methods/dualcoop").replace("init_args.clip", "init_args.network.init_args.clip")
         for part in arguments[1:]
@@ -136,13 +138,13 @@ def test_a_network_of_ones_choice_takes_a_loss_object(arguments: list[str], clip
     assert built.model.network.prompt_names == ["cat", "dog", "zebra"]
 
 
-def test_names_are_read_alike_with_and_without_the_command_line(clip_folder: Path) -> None:
+def test_prompt_names_are_the_same_in_python_and_on_the_command_line(clip_folder: Path) -> None:
     module = SSMLLModule(["fire_hydrant", "dog"], partial(DualCoOp, clip=str(clip_folder), prompt_length=2))
     assert module.prompt_names == ["fire hydrant", "dog"]
 
 
 @pytest.mark.parametrize("flag", ["--model.optimizer.lr=0.01", "--model.init_args.optimizer.init_args.lr=0.01"])
-def test_the_learning_rate_alone(arguments: list[str], flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_can_be_set_alone(arguments: list[str], flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
     monkeypatch.setattr(SSMLLModule, "on_train_start", lambda self: rates.append(self.make_optimizer([torch.zeros(1)])))
     cli.main([*arguments, "--model.init_args.num_contexts=0", "--trainer.max_steps=1", flag])
@@ -150,7 +152,7 @@ def test_the_learning_rate_alone(arguments: list[str], flag: str, monkeypatch: p
     assert rates[0].defaults["weight_decay"] == 1e-4
 
 
-def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_schedulers_can_be_configured(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def look(self: SSMLLModule) -> None:
@@ -182,9 +184,9 @@ def test_a_scheduler_of_torch(arguments: list[str], monkeypatch: pytest.MonkeyPa
         ),
     ],
 )
-def test_refusals_are_sentences(arguments: list[str], flags: list[str], message: str) -> None:
+def test_error_messages_are_single_sentences(arguments: list[str], flags: list[str], message: str) -> None:
     if "gpu" in flags[0] and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("needs a machine without a GPU")
     with pytest.raises(ConfigError, match=message) as refusal:
         cli.main([*arguments, *flags])
     assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Configurations are found by name wherever one works, and paths in them are expanded."""
+"""Configurations are found by name from any folder, and paths in them are expanded."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", ["methods/cbsa.yaml", "configs/methods/cbsa.yaml", Path("methods/cbsa.yaml")])
-def test_the_librarys_own_are_found_from_any_folder(tmp_path, monkeypatch, name):
+def test_shipped_configurations_are_found_from_any_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert find_config(name) == shipped_configs() / "methods/cbsa.yaml"
 
 
-def test_a_file_that_is_there_comes_first(tmp_path, monkeypatch):
+def test_existing_files_take_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/cbsa.yaml").write_text("trainer: {max_epochs: 1}")
@@ -38,13 +38,13 @@ def test_a_file_that_is_there_comes_first(tmp_path, monkeypatch):
         ("$UNSET_VARIABLE/a.yaml", r"\$UNSET_VARIABLE is not set"),
     ],
 )
-def test_missing_ones_are_named_with_similar_ones(tmp_path, monkeypatch, name, message):
+def test_errors_for_missing_configurations_suggest_similar_names(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         find_config(name)
 
 
-def test_only_file_names_of_a_command_line_are_replaced(tmp_path, monkeypatch):
+def test_only_file_names_in_a_command_line_are_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = str(shipped_configs() / "quickstart.yaml")
     words = [
@@ -72,7 +72,7 @@ def test_home_and_variables_in_paths(monkeypatch):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Folder of an installed wheel, and a way to run Python with it elsewhere."""
+    """Returns the package folder of an installed wheel, and a function that runs Python outside the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
@@ -91,7 +91,7 @@ def installed(tmp_path_factory):
     return folder / "site" / "cbsa_lightning", python
 
 
-def test_the_wheel_holds_the_configurations(installed):
+def test_the_wheel_contains_the_configurations(installed):
     package, python = installed
     inside = {path.relative_to(package / "configs") for path in (package / "configs").rglob("*.yaml")}
     assert inside == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")}
@@ -101,14 +101,14 @@ def test_the_wheel_holds_the_configurations(installed):
     assert found.strip() == str(package / "configs/methods/cbsa.yaml")
 
 
-def test_the_wheel_holds_the_template_of_the_report(installed):
+def test_the_wheel_contains_the_report_template(installed):
     package, _ = installed
     template = Path("reports/page/page.html")
     assert (package / template).read_bytes() == (ROOT / "src/cbsa_lightning" / template).read_bytes()
 
 
 @pytest.mark.slow
-def test_an_installed_package_trains_and_predicts_outside_of_the_checkout(installed):
+def test_an_installed_package_trains_and_predicts_outside_the_checkout(installed):
     package, python = installed
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--compare=false", "--report.enabled=false"]
     python(

@@ -1,4 +1,4 @@
-"""The command line parses every YAML file in configs/; data sets are fit on a few generated files."""
+"""The command line parses every YAML file in configs/, and data sets can be fit on small generated files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def fit(args: list[str], folder: Path, clip: Path, *more: str):
-    """One short run on the CPU with a tiny CLIP; whatever the overlays say of epochs and size."""
+    """Fits a tiny CLIP for a few steps on the CPU, regardless of the epochs and sizes in the overlays."""
     return main(["fit", *args, *network_flags(clip), *run_flags(folder), *more])
 
 
@@ -73,7 +73,7 @@ def run_flags(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["voc", "coco", "nuswide", "table"])
-def test_each_data_set_at_its_share(
+def test_each_data_set_with_a_labeled_fraction(
     name: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -90,7 +90,7 @@ def test_each_data_set_at_its_share(
     assert metrics["train/loss_unsup"] > 0
     assert "train/loss_aux" in metrics
     assert (cli.model.context_partition >= 0).all()
-    # What a stranger needs to repeat the run lies beside it.
+    # The folder of the run contains everything that is needed to repeat it.
     folder = Path(cli.trainer.log_dir)
     assert (folder / "config.yaml").is_file()
     assert (folder / "split.json").is_file()
@@ -101,7 +101,7 @@ def test_each_data_set_at_its_share(
 def test_exports_of_labeling_tools(
     name: str, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each overlay as it is, with its files in ``data``."""
+    """Uses each overlay unchanged, with its files in ``data``."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     labels = {"label_studio": make_label_studio, "cvat": make_cvat}[name](tmp_path / "data")
@@ -114,7 +114,7 @@ def test_exports_of_labeling_tools(
 
 
 @pytest.mark.parametrize("share", ["p05", "p10", "p15", "p20"])
-def test_shares_say_their_fraction(share: str, clip_folder: Path, tmp_path: Path) -> None:
+def test_overlays_of_shares_set_their_fraction(share: str, clip_folder: Path, tmp_path: Path) -> None:
     make_voc(tmp_path / "voc", n_train=40, n_test=12)
     root = f"--data.source.init_args.root={tmp_path / 'voc'}"
     overlays = files("methods/cbsa", "data/voc", f"shares/{share}")
@@ -137,7 +137,7 @@ def test_each_method(method: str, roots: dict[str, Path], clip_folder: Path, tmp
 def test_partial_labels(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only partly labeled images, without pseudo-labels; the mask lies in the run's folder."""
+    """All images are partly labeled, there are no pseudo-labels, and the run's folder contains the mask."""
     monkeypatch.chdir(tmp_path)
     order = ["methods/cbsa", "data/voc", "methods/without_contexts", "methods/partial_labels"]
     root = f"--data.source.init_args.root={roots['voc']}"
@@ -148,7 +148,7 @@ def test_partial_labels(
     assert mask.digest == cli.datamodule.label_mask.digest
 
 
-SYSTEMS = {  # on a data set for which the original has settings of its own, where there is one
+SYSTEMS = {  # each with a data set for which the original has specific settings, if there is one
     "dualcoop": "voc",
     "top_one": "voc",
     "top_k": "coco",
@@ -163,9 +163,9 @@ SYSTEMS = {  # on a data set for which the original has settings of its own, whe
 def test_each_compared_system(
     method: str, data: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path
 ) -> None:
-    """coco/cbsa, coco/dualcoop_plus, coco/scpnet, coco/top_k, nuswide/scpnet and nuswide/tai lie over their methods.
+    """Includes overlays with settings for one data set, such as coco/cbsa and nuswide/tai.
 
-    ``test_systems.py`` trains each of them.
+    ``test_systems.py`` trains each system.
     """
     own = [f"methods/{data}/{method}"] if (CONFIGS / "methods" / data / f"{method}.yaml").is_file() else []
     overlays = files(f"methods/{method}", f"data/{data}", *own, "shares/p20")
@@ -208,10 +208,10 @@ def test_each_system_without_training(
 
 
 @pytest.mark.usefixtures("one_picture")
-def test_the_stack_alone_on_photos(
+def test_stacked_probes_on_photos(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/photos.md: methods/stacked_probes.yaml after photos.yaml is measured and labels images as well."""
+    """methods/stacked_probes.yaml after photos.yaml reports metrics and labels images, as in docs/photos.md."""
     monkeypatch.chdir(tmp_path)
     overlays = files("photos", "methods/stacked_probes")
     source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
@@ -246,7 +246,7 @@ def test_thresholds_by_an_objective(
 def test_the_safe_preset_on_own_images(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table with a class list of its own and no test table."""
+    """The data set has a class list and no test table."""
     monkeypatch.chdir(tmp_path)
     source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"
     order = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
@@ -268,7 +268,7 @@ def test_gain_check_before_a_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It says what it found in a sentence, a table, a picture and the log; and leaves them out where asked."""
+    """The check writes a sentence, a table, a plot and log entries, and optionally disables the unlabeled images."""
     monkeypatch.chdir(tmp_path)
     root = f"--data.source.init_args.root={roots['voc']}"
     order = ["methods/cbsa", "data/voc", "methods/cbsa_safe"]
@@ -340,7 +340,7 @@ def test_cpu_overlay_keeps_features(
 
 
 @pytest.mark.parametrize(("images", "unlabeled", "classes"), [(20, 8, 2), (40, 30, 300)])
-def test_photos_of_ones_own(
+def test_photos_of_the_user(
     tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, images: int, unlabeled: int, classes: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -361,11 +361,11 @@ def below(overlay: Path) -> list[Path]:
     """Returns the configurations that an overlay extends."""
     folder, *deeper = overlay.relative_to(CONFIGS).parts[:-1] or [""]
     cbsa, voc = CONFIGS / "methods" / "cbsa.yaml", CONFIGS / "data" / "voc.yaml"
-    if not folder:  # a whole run
+    if not folder:  # a complete configuration
         return []
     if folder == "data":
         return [cbsa]
-    if deeper:  # what a method needs on one data set
+    if deeper:  # settings of a method for one data set
         return [CONFIGS / "methods" / overlay.name, CONFIGS / "data" / f"{deeper[0]}.yaml"]
     return [voc] if "class_path" in yaml.safe_load(overlay.read_text()).get("model", {}) else [cbsa, voc]
 

@@ -25,7 +25,7 @@ label_matrices = st.tuples(st.integers(1, 20), st.integers(1, 6)).flatmap(
 
 
 def blocks(sizes, seed=0, leak=0.05):
-    """A co-occurrence matrix with strong links inside blocks of the given sizes and weak ones between them."""
+    """Returns a co-occurrence matrix with strong links in blocks of the given sizes and weak links between them."""
     generator = np.random.default_rng(seed)
     member = np.repeat(np.arange(len(sizes)), sizes)
     strong = generator.uniform(0.5, 1.0, (len(member), len(member)))
@@ -53,7 +53,7 @@ def test_cooccurrence_equals_counting_and_follows_reordering(labels, power, data
     torch.testing.assert_close(cooccurrence(x), torch.from_numpy(reference.cooccurrence(labels)), rtol=1e-12, atol=0)
 
 
-def test_cooccurrence_of_many_images_counts_all_of_them():
+def test_cooccurrence_counts_all_of_many_images():
     labels = torch.zeros(140_000, 3, dtype=torch.int8)
     labels[::2, 0] = labels[::7, 1] = 1
     expected = torch.tensor([[1, 1 / 7, 0], [1 / 2, 1, 0], [0, 0, 0]], dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_partition_finds_blocks(sizes, assign):
     matrix, member = blocks(sizes)
     found = partition(matrix, len(sizes), assign)
     assert found.dtype == torch.int64
-    assert found.tolist() == member.tolist()  # ids are in the order of each group's first class
+    assert found.tolist() == member.tolist()  # ids follow the order of the first class of each group
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,7 +98,7 @@ def test_partition_follows_the_classes_and_ignores_the_diagonal(seed, num_contex
     assert set(found.tolist()) == set(range(num_contexts))
 
 
-def test_partition_into_one_and_into_singletons():
+def test_partition_into_one_group_and_into_single_classes():
     matrix, _ = blocks([2, 3])
     assert partition(matrix, 1).tolist() == [0] * 5
     assert partition(matrix, 5).tolist() == [0, 1, 2, 3, 4]
@@ -116,14 +116,14 @@ def test_a_class_that_is_always_alone_joins_the_largest_context():
 def test_groups_without_any_link():
     matrix, member = blocks([2, 5, 3], leak=0.0)
     assert partition(matrix, 3).tolist() == member.tolist()
-    assert partition(matrix, 2).tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # the smallest joins the largest
-    four = partition(matrix, 4)  # one group must be cut, none of the links between groups can help
+    assert partition(matrix, 2).tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]  # the smallest group joins the largest
+    four = partition(matrix, 4)  # one group must be split, although there are no links between groups
     assert len(four.unique()) == 4
     assert all(len(four[member == a].unique()) <= 2 for a in range(3))
     assert not set(four[member == 0].tolist()) & set(four[member == 1].tolist())
 
 
-def test_partition_refuses_what_does_not_fit():
+def test_partition_refuses_invalid_arguments():
     matrix, _ = blocks([2, 3])
     for num_contexts in (0, 6):
         with pytest.raises(ConfigError, match="between 1 and 5"):
@@ -216,7 +216,7 @@ def test_ties_go_to_the_rarest_label_of_the_tied_contexts():
     assert context_targets(labels, groups, 3, -frequency).tolist() == [0, 0, 0, 0, -1]
 
 
-def test_context_targets_refuse_what_does_not_fit():
+def test_context_targets_refuse_invalid_arguments():
     labels = torch.ones(2, 3, dtype=torch.int8)
     with pytest.raises(DataError, match="do not fit"):
         context_targets(labels, torch.zeros(2, dtype=torch.int64))

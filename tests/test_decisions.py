@@ -1,4 +1,4 @@
-"""Decision thresholds reach their objective, and their intervals hold the truth as often as they say."""
+"""Decision thresholds meet their objective, and their intervals have the nominal coverage."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def scores(n=20_000, seed=0):
 
 
 @pytest.mark.parametrize(("objective", "measure"), [(Precision(0.9), precision_score), (Recall(0.9), recall_score)])
-def test_a_target_is_reached_with_as_few_errors_as_possible(objective, measure):
+def test_a_target_is_met_with_the_fewest_errors(objective, measure):
     logits, truth = scores()
     found = decide(logits, EXACT, RATES, objective)
     given = expit(logits) >= found.thresholds
     assert measure(truth, given) == pytest.approx(0.9, abs=0.01)
 
 
-def test_f1_is_that_of_the_best_threshold():
+def test_the_f1_objective_chooses_the_best_threshold():
     logits, truth = scores()
     threshold = decide(logits, EXACT, RATES, F1()).thresholds[0]
 
@@ -40,7 +40,7 @@ def test_f1_is_that_of_the_best_threshold():
     assert f1(threshold) > max(f1(t) for t in np.linspace(0.05, 0.95, 91)) - 0.003
 
 
-def test_a_share_is_given_to_exactly_that_many_images():
+def test_a_share_predicts_the_class_for_exactly_that_many_images():
     logits, _ = scores(1000)
     found = decide(logits, EXACT, np.array([0.123]), Share())
     assert (expit(logits) >= found.thresholds).sum() == 123
@@ -55,7 +55,7 @@ def test_expected_precision_and_recall_are_sums_of_probabilities():
     assert recall == pytest.approx(p[:300].sum() / p.sum(), abs=0.01)
 
 
-def test_no_image_gets_a_class_whose_best_one_is_too_uncertain():
+def test_a_class_is_not_predicted_if_all_images_are_too_uncertain():
     logits = np.full((50, 1), logit(0.6))
     found = decide(logits, EXACT, RATES, Precision(0.9))
     assert found.thresholds[0] == np.inf
@@ -71,8 +71,8 @@ def test_few_or_equal_scores_give_defined_thresholds(objective, n):
     assert not np.isnan(found.expected[0, 3:]).any()
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Calibrated by 60 labeled images, in 150 repetitions, where offset and slope come from the prior."""
+def test_intervals_have_nominal_coverage():
+    """Uses calibrations on 60 labeled images, with offsets and slopes from the prior, in 150 repetitions."""
     rng = np.random.default_rng(1)
     held = []
     for _ in range(150):
@@ -91,6 +91,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 @pytest.mark.parametrize("target", [0, 1, -0.1, 2, "0.9"])
 @pytest.mark.parametrize("objective", [Precision, Recall])
-def test_a_wrong_target_is_refused(objective, target):
+def test_invalid_targets_are_refused(objective, target):
     with pytest.raises(ConfigError, match=f"{objective.__name__}: target"):
         objective(target)

@@ -1,4 +1,4 @@
-"""The average of weights against its closed form."""
+"""Compares the weight average with its closed form."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def model():
 def test_closed_form(name):
     net, decay, steps = model(), 0.9, 7
     ema = ParameterEMA(net, decay)
-    net(torch.randn(5, 3))  # before the start, which takes up what the statistics are by then
+    net(torch.randn(5, 3))  # changes the statistics before the start of the average
     ema.start(net)
     history = [net.state_dict()[name].double()]
     for _ in range(steps):
-        net(torch.randn(5, 3))  # moves the statistics
+        net(torch.randn(5, 3))  # changes the statistics
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
@@ -41,11 +41,11 @@ def test_closed_form(name):
     assert torch.equal(net.state_dict()[name].double(), history[-1])
 
 
-def test_applied_lends_and_gives_back():
+def test_applied_to_restores_the_weights():
     net = model()
     ema = ParameterEMA(net, 0.5)
     with ema.applied_to(net):
-        assert torch.equal(net[0].weight, ema.get_buffer("average_of_0__weight"))  # not started: its own weights
+        assert torch.equal(net[0].weight, ema.get_buffer("average_of_0__weight"))  # the average has not started
     start = {k: v.clone() for k, v in net.state_dict().items()}
     ema.start(net)
     net(torch.randn(5, 3))
@@ -74,7 +74,7 @@ def test_applied_lends_and_gives_back():
     assert torch.equal(ema.get_buffer("average_of_2__bias"), start["2.bias"])
 
 
-def test_only_what_is_trained_and_a_round_trip():
+def test_only_trained_parameters_are_averaged_and_restored():
     net = model()
     ema = ParameterEMA(net, 0.5)
     assert set(ema.state_dict()) == {
@@ -93,10 +93,10 @@ def test_only_what_is_trained_and_a_round_trip():
     torch.testing.assert_close(ema.get_buffer("average_of_2__bias"), other.get_buffer("average_of_2__bias") + 1.0)
 
 
-def test_frozen_norms_and_other_buffers_are_left_out():
+def test_frozen_norms_and_other_buffers_are_excluded():
     net = model()
     net[1].requires_grad_(False)
-    net[2].register_buffer("table", torch.zeros(3))  # beside trained weights, but no statistic
+    net[2].register_buffer("table", torch.zeros(3))  # this buffer is not a running statistic
     ema = ParameterEMA(net, 0.5)
     assert set(ema.state_dict()) == {"started", "average_of_0__weight", "average_of_2__weight", "average_of_2__bias"}
     ema.start(net)
@@ -107,7 +107,7 @@ def test_frozen_norms_and_other_buffers_are_left_out():
         assert torch.equal(net[1].running_mean, raw)
 
 
-def test_counters_stay_counters():
+def test_counters_are_not_averaged():
     net = model()
     ema = ParameterEMA(net, 0.5)
     ema.start(net)
@@ -118,8 +118,8 @@ def test_counters_stay_counters():
             assert net[1].num_batches_tracked == steps
 
 
-def test_averaged_weights_meet_their_own_statistics():
-    """At rest the average is the network itself, in evaluation too, however the statistics were moved before."""
+def test_averaged_weights_are_used_with_averaged_statistics():
+    """If training no longer changes the network, the average equals it, also in evaluation mode."""
     net, x = model(), torch.randn(5, 3)
     ema = ParameterEMA(net, 0.5)
     net(torch.randn(5, 3))
@@ -132,7 +132,7 @@ def test_averaged_weights_meet_their_own_statistics():
 
 
 def test_keys_of_a_clip_network_are_its_trained_weights(clip_folder):
-    """Checkpoints of before still load: frozen towers keep their BatchNorm statistics to themselves."""
+    """Earlier checkpoints still load because the average excludes BatchNorm statistics of frozen towers."""
     module = tiny_module(clip_folder)
     network = module.network
     assert any("running_mean" in name for name, _ in FrozenCLIP.load(str(clip_folder)).named_buffers())

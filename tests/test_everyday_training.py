@@ -1,4 +1,4 @@
-"""Ways in which people train, each of which once failed, some after hours: tests of kinds of faults."""
+"""Common ways of training that failed in earlier versions, some of them after hours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def squares(squares_folder):
 
 
 class OneColor(Squares):
-    """The squares with their first class alone."""
+    """The squares with only their first class."""
 
     class_names = prompt_names = Squares.class_names[:1]
 
@@ -47,7 +47,7 @@ class OneColor(Squares):
 
 
 def reported(folder):
-    """Arguments of a Trainer that leaves a report in ``folder``."""
+    """Returns arguments of a Trainer that writes a report to ``folder``."""
     return {"logger": CSVLogger(folder, name="run", version=0), "callbacks": [RunReport(num_images=2)]}
 
 
@@ -77,7 +77,7 @@ def default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-def test_a_host_program_may_set_double_precision_as_default(tmp_path, clip_folder, squares, default_dtype):
+def test_double_precision_can_be_the_default(tmp_path, clip_folder, squares, default_dtype):
     default_dtype(torch.float64)
     module, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer=reported(tmp_path))
     assert trainer.current_epoch == trainer.max_epochs
@@ -96,7 +96,7 @@ def test_a_default_device_without_values_is_refused(clip_folder):
         tiny_module(clip_folder)
 
 
-CALLBACKS = {  # of lightning, with what each must be given
+CALLBACKS = {  # callbacks of Lightning and their required arguments
     "Timer": {"duration": "00:01:00:00"},
     "LearningRateMonitor": {},
     "EarlyStopping": {"monitor": "val/mAP"},
@@ -111,7 +111,7 @@ CALLBACKS = {  # of lightning, with what each must be given
 }
 
 
-def test_callbacks_in_a_saved_configuration_are_read_again(tmp_path, capsys):
+def test_callbacks_in_a_saved_configuration_can_be_loaded(tmp_path, capsys):
     saved = tmp_path / "config.yaml"
     callbacks = [{"class_path": f"lightning.pytorch.callbacks.{k}", "init_args": v} for k, v in CALLBACKS.items()]
     saved.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
@@ -143,7 +143,7 @@ def test_gradients_are_clipped_under_mixed_precision(tmp_path, clip_folder, squa
     assert max(clipped) <= 1.0001e-3
 
 
-def test_a_compiled_network_trains_like_a_plain_one_and_shares_its_checkpoints(tmp_path, clip_folder, squares):
+def test_a_compiled_network_equals_a_plain_one_and_shares_its_checkpoints(tmp_path, clip_folder, squares):
     plain, _ = tiny_fit(tmp_path, clip_folder, squares)
     module = tiny_module(clip_folder)
     module.network = torch.compile(module.network, backend="eager")
@@ -176,7 +176,7 @@ class Exclusive(Squares):
         return self._two(super().test())
 
 
-def test_contexts_that_cannot_be_made_are_left_out_with_a_warning(tmp_path, clip_folder, squares_folder):
+def test_impossible_contexts_are_disabled_with_a_warning(tmp_path, clip_folder, squares_folder):
     settings = {"num_contexts": 2, "warmup_epochs": 1, "prompt_length": 2, "decoder_layers": 1, "ema_decay": 0.8}
 
     def fit(epochs, **limits):
@@ -213,7 +213,7 @@ def messages(caught):
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": 9, "trainer": {"max_steps": 2}}])
-def test_unlabeled_images_that_are_never_used_are_told_at_the_start(tmp_path, clip_folder, squares, limit):
+def test_unused_unlabeled_images_are_reported_at_the_start(tmp_path, clip_folder, squares, limit):
     with pytest.warns(UserWarning, match="warm-up") as caught:
         tiny_fit(tmp_path, clip_folder, squares, **limit, warmup_epochs=3)
     told = [text for text in messages(caught) if "unlabeled images" in text]
@@ -221,13 +221,13 @@ def test_unlabeled_images_that_are_never_used_are_told_at_the_start(tmp_path, cl
     assert "(model.warmup_epochs is 3), so the 14 unlabeled images are never used" in told[0]
 
 
-def test_a_run_that_stops_within_its_warm_up_says_so_at_its_end(tmp_path, clip_folder, squares):
+def test_a_run_that_stops_in_the_warm_up_reports_it_at_the_end(tmp_path, clip_folder, squares):
     stopped = {"max_time": {"seconds": 0}, "min_steps": 1}
     with pytest.warns(UserWarning, match="within the warm-up .*so the 14 unlabeled images were not used"):
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=9, warmup_epochs=3, trainer=stopped)
 
 
-def test_nothing_is_told_where_the_unlabeled_images_are_used_or_not_meant(tmp_path, clip_folder, squares):
+def test_nothing_is_reported_if_unlabeled_images_are_used_or_not_wanted(tmp_path, clip_folder, squares):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tiny_fit(tmp_path, clip_folder, squares)
@@ -235,13 +235,13 @@ def test_nothing_is_told_where_the_unlabeled_images_are_used_or_not_meant(tmp_pa
     assert not [text for text in messages(caught) if "unlabeled images" in text]
 
 
-def test_few_images_to_measure_on_are_told(tmp_path, clip_folder, squares):
+def test_few_validation_images_are_reported(tmp_path, clip_folder, squares):
     with pytest.warns(UserWarning, match="measured on 7 images, with positives of 5 of 5 classes"):
         tiny_fit(tmp_path, clip_folder, squares)
 
 
 class NoBetter(CBSAModule):
-    """Its validation reports a fixed mAP."""
+    """A module whose validation reports a fixed mAP."""
 
     found = 0.0
 
@@ -249,13 +249,13 @@ class NoBetter(CBSAModule):
         super()._log_report(prefix, {**report, "mAP": torch.tensor(self.found)})
 
 
-def test_a_final_map_that_zero_shot_reaches_is_told(tmp_path, clip_folder, squares, caplog, monkeypatch):
+def test_a_final_map_no_better_than_zero_shot_is_reported(tmp_path, clip_folder, squares, caplog, monkeypatch):
     caplog.set_level("INFO")
     data = tiny_data(squares)
     data.setup("fit")
     zero_shot = zero_shot_mAP(FrozenCLIP.load(str(clip_folder)), data)
     measured, compute = [], baselines._mAP
-    # Ranks of seven images by random towers change with the last bit, so the figure itself is fixed.
+    # The ranks of seven images with random towers depend on rounding, so the metric is fixed.
     monkeypatch.setattr(baselines, "_mAP", lambda *args: measured.append(compute(*args)) or zero_shot)
     for found, expected in ((zero_shot - 1e-4, 1), (zero_shot + 1e-4, 0)):
         module = NoBetter(Squares.class_names, clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2)
@@ -270,7 +270,7 @@ def test_a_final_map_that_zero_shot_reaches_is_told(tmp_path, clip_folder, squar
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplog, better):
+def test_a_probe_with_the_same_result_is_reported(tmp_path, clip_folder, squares, caplog, better):
     caplog.set_level("INFO")
     module = NoBetter(
         Squares.class_names, clip=str(clip_folder), num_contexts=0, warmup_epochs=1, prompt_length=2,
@@ -291,7 +291,7 @@ def test_a_probe_that_does_as_well_is_told(tmp_path, clip_folder, squares, caplo
     assert figures in [*told, caplog.text][0]
 
 
-def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
+def test_a_fit_reports_its_data(tmp_path, clip_folder, squares, caplog):
     caplog.set_level("INFO")
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer={"limit_val_batches": 0, "max_steps": 1})
     positives = (trainer.datamodule.labeled_targets() == 1).sum(0).tolist()
@@ -302,6 +302,6 @@ def test_a_fit_reports_what_it_has_read(tmp_path, clip_folder, squares, caplog):
 
 
 @pytest.mark.parametrize(("found", "told"), [(1.0, 0), (0.9, 1)])
-def test_a_perfect_result_is_no_failure(recwarn, found, told):
+def test_a_perfect_result_is_not_reported(recwarn, found, told):
     _tell_result(found, 2, {"zero-shot": 1.0 if found == 1 else 0.9}, trains=True)
     assert len([text for text in messages(recwarn) if "Training did not help" in text]) == told

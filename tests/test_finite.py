@@ -1,4 +1,4 @@
-"""Numbers that are NaN or infinite: noticed within the step, named, stopped or left out; nothing learns from them."""
+"""NaN and infinite values are detected and named in the step in which they occur; training stops or skips the step."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def squares(squares_folder):
 
 
 class Poison(L.Callback):
-    """Makes one number of given steps NaN or infinite, where it is asked to."""
+    """Replaces one value of the given steps with NaN or infinity."""
 
     def __init__(self, where, steps, value=float("nan")):
         self.where, self.steps, self.value = where, steps, value
@@ -65,7 +65,7 @@ def fit(tmp_path, clip_folder, squares, poison, **settings):
 @pytest.mark.parametrize(
     ("where", "named"), [("logits", "logits"), ("context_logits", "context logits"), ("features", "features")]
 )
-def test_it_stops_before_anything_moves_and_names_what_is_wrong(tmp_path, clip_folder, squares, where, named, value):
+def test_training_stops_before_an_update_and_names_the_tensor(tmp_path, clip_folder, squares, where, named, value):
     poison = Poison(where, {(1, 2)}, value)
     module = tiny_module(clip_folder)
     with pytest.raises(NotFiniteError, match=r"Epoch 1, step 2: not finite: .*of 1 image") as error:
@@ -75,21 +75,21 @@ def test_it_stops_before_anything_moves_and_names_what_is_wrong(tmp_path, clip_f
     assert differences(poison.before, module.state_dict()) == []
 
 
-def test_weights_that_are_broken_stop_whatever_may_be_skipped(tmp_path, clip_folder, squares):
+def test_nonfinite_weights_always_stop_training(tmp_path, clip_folder, squares):
     with pytest.raises(NotFiniteError, match=r"so are the weights log_scale"):
         fit(tmp_path, clip_folder, squares, Poison("weights", {(1, 1)}), max_skipped_steps=9)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_left_out_changes_no_weight_and_no_average(tmp_path, clip_folder, squares, precision, accumulate):
+def test_a_skipped_step_changes_no_weights_and_no_average(tmp_path, clip_folder, squares, precision, accumulate):
     check_a_step_left_out(tmp_path, clip_folder, squares, accumulate, precision=precision)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
-def test_a_step_left_out_on_a_gpu(tmp_path, clip_folder, squares, precision):
+def test_a_skipped_step_on_a_gpu(tmp_path, clip_folder, squares, precision):
     check_a_step_left_out(tmp_path, clip_folder, squares, 1, precision=precision, accelerator="gpu", devices=1)
 
 
@@ -109,14 +109,14 @@ def check_a_step_left_out(tmp_path, clip_folder, squares, accumulate, **settings
     moved = dict(compare.moved)
     assert not moved[(1, 1)]
     assert not moved[(1, 3)]
-    # Where gradients are scaled the first steps may be passed over, until the scale fits.
+    # With gradient scaling, the first steps may be skipped until the scale is suitable.
     assert moved[(1, 2)] == (accumulate == 1) or settings.get("precision") == "16-mixed"
     assert trainer.state.finished
     assert not not_finite(module.state_dict() | {k: torch.zeros(1) for k in ("tau_pos", "tau_neg", "cut")})
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
+def test_a_skipped_step_changes_no_running_statistics(tmp_path, squares):
     network = partial(ImageNetNetwork, backbone="test_resnet", pretrained="random")
     torch.manual_seed(0)
     module = SSMLLModule(CLASSES, network, warmup_epochs=1, max_skipped_steps=1)
@@ -126,7 +126,7 @@ def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
         if module.training and module.trainer.global_step == 1 and not seen:
             seen.append({k: v.clone() for k, v in module.network.named_buffers() if "running" in k})
             features = torch.full_like(features.float(), float("nan"))
-            plain(features)  # moves them
+            plain(features)  # changes the statistics
             output = plain(features)
             return output
         return plain(features, *args, **kwargs)
@@ -144,8 +144,8 @@ def test_a_step_left_out_moves_no_running_statistics(tmp_path, squares):
     assert seen[1:] == [True]
 
 
-def test_a_bad_batch_takes_its_whole_step_out(tmp_path, clip_folder, squares):
-    """The first of two batches of a step: the good one after it is not half a step."""
+def test_a_nonfinite_batch_skips_the_whole_accumulated_step(tmp_path, clip_folder, squares):
+    """If the first of two accumulated batches is not finite, the second batch is not used either."""
 
     class Compare(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -162,12 +162,12 @@ def test_a_bad_batch_takes_its_whole_step_out(tmp_path, clip_folder, squares):
     assert compare.compared
 
 
-def test_more_in_a_row_than_allowed_stop_it(tmp_path, clip_folder, squares):
+def test_too_many_consecutive_skipped_steps_stop_training(tmp_path, clip_folder, squares):
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NotFiniteError, match="step 2"):
         fit(tmp_path, clip_folder, squares, Poison("logits", {(1, 0), (1, 1), (1, 2)}), max_skipped_steps=2)
 
 
-def test_thresholds_never_move_on_scores_that_are_not_finite(tmp_path, clip_folder, squares):
+def test_nonfinite_scores_do_not_change_thresholds(tmp_path, clip_folder, squares):
     module, _ = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
     before = {name: getattr(module, name).clone() for name in ("tau_pos", "tau_neg", "cut", "context_partition")}
     labels = module.pseudo_labels.clone()
@@ -188,7 +188,7 @@ def test_thresholds_never_move_on_scores_that_are_not_finite(tmp_path, clip_fold
     assert module.pseudo_labels is None or torch.equal(labels, module.pseudo_labels)
 
 
-def test_validation_names_the_image(tmp_path, clip_folder, squares):
+def test_errors_in_validation_name_the_image(tmp_path, clip_folder, squares):
     module = tiny_module(clip_folder)
     score = module.score
 
@@ -202,7 +202,7 @@ def test_validation_names_the_image(tmp_path, clip_folder, squares):
         tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule=tiny_data(squares))
 
 
-def test_a_classifier_names_the_image(clip_folder, squares):
+def test_errors_of_the_classifier_name_the_image(clip_folder, squares):
     network = tiny_module(clip_folder).network
     with torch.no_grad():
         network.log_scale.fill_(float("nan"))
@@ -212,7 +212,7 @@ def test_a_classifier_names_the_image(clip_folder, squares):
         classifier([file])
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, clip_folder, squares):
+def test_nonfinite_weights_are_not_saved(tmp_path, clip_folder, squares):
     module, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     whole = (tmp_path / "run.ckpt").read_bytes()
@@ -224,7 +224,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, clip_folder, square
     assert [file.name for file in tmp_path.glob("*.ckpt")] == ["run.ckpt"]
 
 
-def test_the_parts():
+def test_checks_of_single_tensors():
     good, bad = torch.ones(3, 2), torch.tensor([[1.0, 2.0], [float("inf"), float("-inf")], [0.0, float("nan")]])
     assert bool(all_finite([good, None, torch.tensor(1e30)]))
     assert not bool(all_finite([good, bad]))

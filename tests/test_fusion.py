@@ -1,4 +1,4 @@
-"""Network and stack fused: final scores of validation, predictions and classifiers."""
+"""Fusion of network and stack: final scores of validation, predictions and classifiers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run(tmp_path_factory, clip_folder, squares):
 
 
 def by_hand(module, clip, data, loader):
-    """Fused scores of the images of a loader, from the definition, in float64."""
-    untrained = tiny_module(clip)  # whose pool is CLIP's own
+    """Computes the fused scores of the images of a loader from the definition, in float64."""
+    untrained = tiny_module(clip)  # its pool has CLIP's original weights
     describe = untrained.network.describer()
 
     def described(batches):
@@ -60,7 +60,7 @@ def by_hand(module, clip, data, loader):
     return mode[:, 0] + np.exp(mode[:, 1]) * averaged
 
 
-def test_validation_measures_the_mean_of_both_on_the_scale_of_the_stack(run, clip_folder, squares):
+def test_validation_scores_are_the_mean_on_the_scale_of_the_stack(run, clip_folder, squares):
     module, trainer, _ = run
     data = trainer.datamodule
     expected = by_hand(module, clip_folder, data, data.val_dataloader())
@@ -75,7 +75,7 @@ def test_validation_measures_the_mean_of_both_on_the_scale_of_the_stack(run, cli
     assert trainer.callback_metrics["val/mAP_network"] == pytest.approx(network, abs=1e-6)
 
 
-def test_training_is_the_same_without_it(run, tmp_path, clip_folder, squares):
+def test_training_does_not_depend_on_the_fusion(run, tmp_path, clip_folder, squares):
     plain, _ = tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, labeler=StackedProbes())
     states = [{k: v for k, v in m.state_dict().items() if k != "cut"} for m in (run[0], plain)]
     assert not differences(*states)
@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_with_the_same_scores(run, tmp_path, clip_folder, squ
     assert again.callback_metrics["val/mAP"] == trainer.callback_metrics["val/mAP"]
 
 
-def test_decision_thresholds_give_each_class_its_labeled_share(run):
+def test_decision_thresholds_predict_each_class_at_its_labeled_rate(run):
     module, trainer, _ = run
     data = trainer.datamodule
     rate = (data.labeled_targets() == 1).float().mean(0)
@@ -113,10 +113,10 @@ def test_decision_thresholds_give_each_class_its_labeled_share(run):
     for batch in data.weak_dataloader(3):
         scores.append(module(batch.images))
     given = (torch.cat(scores) >= module.decision_thresholds() - 2e-3).float().mean(0)
-    assert (given - rate).abs().max() < 0.15  # of 14 images
+    assert (given - rate).abs().max() < 0.15  # there are 14 images
 
 
-def test_tensors_of_a_checkpoint_give_it_back(run):
+def test_tensors_of_a_checkpoint_restore_the_fusion(run):
     fusion = run[0].fusion
     again = Fusion.from_tensors(fusion.tensors())
     assert len(again.weights) == len(fusion.weights) == 3
@@ -124,7 +124,7 @@ def test_tensors_of_a_checkpoint_give_it_back(run):
     assert again.tensors().keys() == fusion.tensors().keys()
 
 
-def test_a_class_on_which_the_network_does_not_vary_is_left_to_the_stack(run):
+def test_a_class_with_constant_network_scores_uses_the_stack(run):
     fusion = run[0].fusion.adapted(torch.tensor([[1.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1]]))
     stack = torch.full((2, 5), 3.0)
     averaged = fusion.averaged(torch.rand(2, 5), stack)
@@ -147,11 +147,11 @@ def test_a_damaged_fusion_is_refused(run, tmp_path, change):
 
 
 @pytest.mark.parametrize("settings", [{}, {"labeler": None}])
-def test_without_a_stack_it_is_refused(clip_folder, settings):
+def test_fusion_without_a_stack_is_refused(clip_folder, settings):
     with pytest.raises(ConfigError, match="Set labeler to StackedProbes"):
         tiny_module(clip_folder, stack_share=0.5, **settings)
 
 
-def test_the_first_stage_is_measured_by_the_network_alone(tmp_path, clip_folder, squares):
+def test_the_warm_up_is_validated_without_the_stack(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=1, warmup_epochs=1, **FUSED)
     assert trainer.callback_metrics["val/mAP"] == trainer.callback_metrics["val/mAP_network"]

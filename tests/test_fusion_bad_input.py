@@ -1,4 +1,4 @@
-"""Fused scores stay defined whatever the labels and the features are like."""
+"""Fused scores are defined for degenerate labels and features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_data import CLASSES, Squares, tiny_fit
 
 
 class Relabeled(Squares):
-    """The same images with a change of the labels."""
+    """The same images with changed labels."""
 
     def __init__(self, folder, change) -> None:
         super().__init__(folder)
@@ -52,9 +52,11 @@ def fused_fit(folder, clip, source, objective=None, **settings):
 
 @pytest.mark.parametrize("objective", [Share(), F1(), Precision(0.8), Recall(0.8)])
 @pytest.mark.parametrize("change", [no_positive, always_present, unknown_class, unknown_entries])
-def test_scores_and_thresholds_are_defined(tmp_path, monkeypatch, clip_folder, squares_folder, change, objective):
+def test_scores_and_thresholds_are_defined_for_degenerate_labels(
+    tmp_path, monkeypatch, clip_folder, squares_folder, change, objective
+):
     monkeypatch.chdir(tmp_path)
-    if not isinstance(objective, Share):  # plots do not depend on the objective
+    if not isinstance(objective, Share):  # the plots do not depend on the objective
         monkeypatch.setattr(RunReport, "_pictures", lambda *_: iter(()))
     module, trainer = fused_fit(tmp_path, clip_folder, Relabeled(squares_folder, change), objective)
     images = torch.cat([batch.images for batch in trainer.datamodule.val_dataloader()])
@@ -73,13 +75,13 @@ def test_one_labeled_image_is_refused(tmp_path, monkeypatch, clip_folder, square
         fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 0.05})
 
 
-def test_without_unlabeled_images_it_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
+def test_fusion_without_unlabeled_images_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"no unlabeled image.*LabeledOnly"):
         fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 1.0})
 
 
-def test_training_on_labels_alone_takes_thresholds_from_the_scores_of_validation(tmp_path, clip_folder, squares_folder):
+def test_labeled_only_training_computes_thresholds_from_validation_scores(tmp_path, clip_folder, squares_folder):
     settings = {"labeler": LabeledOnly(), "data": {"labeled_fraction": 1.0}}
     module, trainer = tiny_fit(tmp_path, clip_folder, Squares(squares_folder), **settings)
     data = trainer.datamodule

@@ -1,4 +1,4 @@
-"""The estimated gain against scikit-learn and by hand, and what a check trains and looks at."""
+"""Compares the estimated gain with scikit-learn and slow recomputations, and tests what a check trains and reads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tiny_data import CLASSES, Squares, tiny_data, tiny_module
 def scores_and_truth(m=40, classes=3, seed=0):
     rng = np.random.default_rng(seed)
     truth = (rng.random((m, classes)) < 0.3).astype(np.int64)
-    return np.round(truth + rng.normal(0, 1.5, truth.shape), 1), truth  # rounded: with ties
+    return np.round(truth + rng.normal(0, 1.5, truth.shape), 1), truth  # rounding creates ties
 
 
-def test_average_precision_is_scikit_learns_with_weights_and_ties():
+def test_average_precision_equals_scikit_learn_with_weights_and_ties():
     scores, truth = scores_and_truth(60)
     truth[5, 0] = truth[8, 0] = -1
     weights = np.random.default_rng(1).multinomial(60, [1 / 60] * 60, 20)
@@ -32,15 +32,15 @@ def test_average_precision_is_scikit_learns_with_weights_and_ties():
         assert got == pytest.approx(expected, abs=1e-12)
 
 
-def test_average_precision_without_a_drawn_positive_is_nan():
+def test_average_precision_without_sampled_positives_is_nan():
     assert np.isnan(average_precision(np.array([1.0, 0.0]), np.array([0, 1]), np.array([[2.0, 0.0]]))).all()
 
 
-def test_gain_by_hand():
-    """Two folds, ranks within each, scikit-learn's AP of what is put together."""
+def test_gain_equals_a_manual_computation():
+    """Ranks scores within two folds and computes scikit-learn's AP of the combined ranks."""
     parts = [scores_and_truth(30, seed=s) for s in (0, 1)]
     better = [(s + 5 * t, t) for s, t in parts]
-    # Another scale in one fold must not matter.
+    # The scale of the scores in a fold has no effect.
     better[1] = (1000 + 0.01 * better[1][0], better[1][1])
     gain = gain_of([p[0] for p in parts], [b[0] for b in better], [p[1] for p in parts], list("abc"), 30)
 
@@ -57,7 +57,7 @@ def test_gain_by_hand():
     assert not gain.hurts
 
 
-def test_nothing_gained_and_harm():
+def test_no_gain_and_negative_gain():
     scores, truth = scores_and_truth()
     same = gain_of([scores], [scores], [truth], list("abc"), 20)
     np.testing.assert_array_equal(same.overall, 0)
@@ -67,8 +67,8 @@ def test_nothing_gained_and_harm():
     assert "hurt" in harm.sentence()
 
 
-def test_interval_covers_as_often_as_it_says():
-    """Both arms equally good: zero lies in most of the 90 % intervals (a percentile bootstrap is a little short)."""
+def test_the_interval_has_nominal_coverage():
+    """If both networks are equally good, most 90 % intervals contain zero; percentile intervals are slightly short."""
     inside = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_interval_covers_as_often_as_it_says():
     assert 48 <= inside <= 59
 
 
-def test_classes_with_too_few_positives_are_left_out():
+def test_classes_with_too_few_positives_are_excluded():
     scores, truth = scores_and_truth()
     truth[:, 1] = 0
     truth[:2, 1] = 1
@@ -91,7 +91,7 @@ def test_classes_with_too_few_positives_are_left_out():
         gain_of([scores], [scores], [0 * truth], list("abc"), 20)
 
 
-def test_deal_gives_each_fold_its_share_of_each_rarest_label():
+def test_folds_are_stratified_by_the_rarest_label():
     rng = np.random.default_rng(0)
     labels = (rng.random((97, 5)) < [0.5, 0.3, 0.1, 0.06, 0.04]).astype(np.int8)
     fold = deal(labels, 3, seed=1)
@@ -113,8 +113,8 @@ SETTINGS = {
 }
 
 
-def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, tmp_path):
-    """And leaves module and data as they were."""
+def test_a_check_reads_no_hidden_and_no_test_labels(clip_folder, squares_folder, tmp_path):
+    """The check also does not modify module and data."""
     source = Squares(squares_folder, train=40, test=7)
     found = []
     for lie in (False, True):
@@ -145,15 +145,15 @@ def test_a_check_sees_no_hidden_and_no_test_label(clip_folder, squares_folder, t
     assert (tmp_path / "gain.png").stat().st_size > 5000
 
 
-def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypatch):
-    """The gain is that of the module as it is over labels alone, and each labeled image is held out once."""
+def test_each_fold_is_scored_by_both_networks(clip_folder, squares_folder, monkeypatch):
+    """The gain compares the module with labeled-only training, and each labeled image is held out once."""
     seen = []
 
     def scores(module, data, settings):
         alone = isinstance(module.labeler, LabeledOnly)
         truth = data.train_table.labels[data.split.held_out].astype(np.int64)
         seen.append((alone, data.split.labeled, data.split.held_out, data.labeled_per_batch, data.warmup_batch_size))
-        # Labels alone: upside down; with unlabeled images: right.
+        # The ranking is reversed with labels only, and correct with unlabeled images.
         return (1.0 - truth if alone else truth.astype(float)), truth
 
     monkeypatch.setattr(gain_module, "_held_out_scores", scores)
@@ -173,7 +173,7 @@ def test_each_fold_is_scored_by_both_arms(clip_folder, squares_folder, monkeypat
     assert "13 of 20 labeled images" in gain.sentence()
 
 
-def test_what_cannot_be_checked_is_refused(clip_folder, squares_folder):
+def test_invalid_checks_are_refused(clip_folder, squares_folder):
     with pytest.raises(ConfigError, match="2 folds"):
         GainCheck(1)
     with pytest.raises(ConfigError, match="labeled images only"):

@@ -1,4 +1,4 @@
-"""Training hooks: the example of the documentation, and what a run does with hooks."""
+"""Training hooks: the example in the documentation, and the calls during a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_documented_example(centered, tmp_path, squares_folder):
     metrics = trainer.callback_metrics
     assert metrics["train/loss_means"] > 0
     assert float(metrics["train/loss"]) == pytest.approx(float(metrics["train/loss_sup"] + metrics["train/loss_means"]))
-    # What the hooks saw in the last epoch are the features of known positives in undistorted images.
+    # In the last epoch, the hooks received the features of known positives in plain images.
     data, hooks = trainer.datamodule, module.network.hooks
     labels = data.labeled_targets()
     seen = []
@@ -54,7 +54,7 @@ def test_the_documented_example(centered, tmp_path, squares_folder):
     torch.testing.assert_close(seen[0].features, features[rows, classes])
 
 
-def test_idle_parameters_are_not_moved_by_weight_decay(tmp_path, squares_folder):
+def test_weight_decay_does_not_change_unused_parameters(tmp_path, squares_folder):
     settings = {"optimizer": lambda params: torch.optim.Adam(params, lr=0.01, weight_decay=0.1)}
 
     def small(names, **more):
@@ -68,7 +68,7 @@ def test_idle_parameters_are_not_moved_by_weight_decay(tmp_path, squares_folder)
     assert alphas[1] != 0.5
 
 
-def test_random_numbers_are_those_of_seed_epoch_and_step():
+def test_random_numbers_depend_on_seed_epoch_and_step():
     draws = [torch.rand(1, generator=Moment(*at).generator()).item() for at in ((1, 2, 5, 3), (1, 2, 9, 3))]
     assert draws[0] == draws[1]
     others = [Moment(2, 2, 5, 3), Moment(1, 3, 5, 3), Moment(1, 2, 5, 4)]
@@ -76,7 +76,7 @@ def test_random_numbers_are_those_of_seed_epoch_and_step():
     assert Moment(2, 1, 4).passed == 2.25
 
 
-def test_in_one_process_a_batch_is_whole():
+def test_a_batch_of_one_process_is_complete():
     whole, x = WholeBatch(torch.tensor([True, True, False])), torch.rand(3, 2)
     assert whole.join(x) is x
     assert whole.places.tolist() == [0, 1, 2]

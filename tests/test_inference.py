@@ -1,4 +1,4 @@
-"""Classifier: the same numbers as the module that made the checkpoint, without Lightning."""
+"""The Classifier gives the scores of the module that wrote the checkpoint, without Lightning."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_scores_are_those_of_the_module(module, classifier, images):
+def test_scores_equal_those_of_the_module(module, classifier, images):
     expected = module(images)
     assert torch.equal(classifier.scores(images), expected)
     torch.testing.assert_close(classifier.scores(images, batch_size=2), expected)
     raw = module.score(module.network.features(images), "raw").logits.sigmoid()
-    assert not torch.allclose(expected, raw)  # else the averages would not show
+    assert not torch.allclose(expected, raw)  # otherwise the test could not detect the average
 
 
-def test_before_the_average_the_plain_weights_count(towers, images, tmp_path):
+def test_before_the_average_starts_the_raw_weights_are_used(towers, images, tmp_path):
     module = make_module(towers, averaged=False)
     assert torch.equal(Classifier.load(save(module, tmp_path / "warm.ckpt")).scores(images), module(images))
 
@@ -90,7 +90,7 @@ def test_other_settings_are_rebuilt(towers, images, tmp_path, settings):
     assert torch.equal(classifier.scores(images), module(images))
 
 
-def test_labels_are_scores_at_the_thresholds(module, classifier, images):
+def test_labels_are_classes_above_their_thresholds(module, classifier, images):
     assert classifier.class_names == tuple(CLASSES)
     assert torch.equal(classifier.thresholds, torch.tensor([0.3, 0.5, 0.6]))
     scores = module(images)
@@ -101,7 +101,7 @@ def test_labels_are_scores_at_the_thresholds(module, classifier, images):
         assert prediction.labels == tuple(expected)
 
 
-def test_paths_pillow_and_arrays_are_the_same_image(classifier, tmp_path):
+def test_paths_pillow_images_and_arrays_give_equal_results(classifier, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     file = tmp_path / "image.png"
     Image.fromarray(array).save(file)
@@ -111,7 +111,7 @@ def test_paths_pillow_and_arrays_are_the_same_image(classifier, tmp_path):
     assert torch.allclose(classifier.scores(torch.from_numpy(array).permute(2, 0, 1)[None]), expected, atol=1e-6)
 
 
-def test_attention_is_that_of_the_module(module, classifier, images):
+def test_attention_equals_that_of_the_module(module, classifier, images):
     maps = classifier.attention(images, batch_size=3)
     expected = module.score(module.network.features(images), attention=True).attention
     assert maps.shape == (5, 3, 2, 2)
@@ -119,7 +119,7 @@ def test_attention_is_that_of_the_module(module, classifier, images):
     torch.testing.assert_close(maps.sum((2, 3)), torch.ones(5, 3))
 
 
-def test_no_image_and_no_decoder(classifier, towers, tmp_path):
+def test_missing_images_and_a_missing_decoder(classifier, towers, tmp_path):
     assert classifier([]) == []
     assert classifier.scores([]).shape == (0, 3)
     with pytest.raises(DataError, match="no image"):
@@ -139,12 +139,12 @@ def test_no_image_and_no_decoder(classifier, towers, tmp_path):
         (["nowhere/cat.png"], "nowhere/cat.png"),
     ],
 )
-def test_wrong_images_are_named(classifier, images, message):
+def test_errors_name_invalid_images(classifier, images, message):
     with pytest.raises(DataError, match=message):
         classifier(images)
 
 
-def test_wrong_files_are_refused(checkpoint, towers, tmp_path):
+def test_invalid_files_are_refused(checkpoint, towers, tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing\.ckpt"):
         Classifier.load(tmp_path / "nothing.ckpt")
     text = tmp_path / "text.ckpt"
@@ -174,7 +174,7 @@ def test_wrong_files_are_refused(checkpoint, towers, tmp_path):
         Classifier.load(tmp_path / "settings.ckpt")
 
 
-def test_a_setting_of_another_type_is_named(checkpoint, tmp_path):
+def test_errors_name_settings_of_another_type(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     for name, value in (("decoder_heads", 4.0), ("prompt_length", True), ("num_contexts", "2")):
         changed = {**content, "hyper_parameters": {**content["hyper_parameters"], name: value}}
@@ -183,7 +183,7 @@ def test_a_setting_of_another_type_is_named(checkpoint, tmp_path):
             Classifier.load(tmp_path / "changed.ckpt")
 
 
-def test_towers_that_moved(checkpoint, classifier, images, tmp_path):
+def test_moved_towers(checkpoint, classifier, images, tmp_path):
     moved, other = tiny_clip(tmp_path / "moved", "resnet"), tiny_clip(tmp_path / "other", "resnet", seed=1)
     assert torch.equal(Classifier.load(checkpoint, clip=str(moved)).scores(images), classifier.scores(images))
     with pytest.raises(CheckpointError, match="other frozen weights"):
@@ -199,7 +199,7 @@ def test_image_size_of_the_checkpoint(checkpoint, tmp_path):
 
 
 class Column:
-    """A column of pandas that was sorted: iterated in its order, but indexed by label."""
+    """Imitates a sorted pandas column: iteration follows its order, and indexing uses labels."""
 
     def __init__(self, values):
         self.values = list(values)
@@ -218,7 +218,7 @@ class Column:
     "given", [tuple, iter, lambda x: (y for y in x), Column, lambda x: dict(enumerate(x)).values(), np.array],
     ids=["tuple", "iterator", "generator", "column", "values", "array"],
 )  # fmt: skip
-def test_any_iterable_is_labeled_in_its_order(classifier, tmp_path, given, monkeypatch):
+def test_iterables_are_labeled_in_order(classifier, tmp_path, given, monkeypatch):
     paths, opened = [str(tmp_path / f"{i}.png") for i in range(5)], []
     for path in paths:
         Image.new("RGB", (40, 30)).save(path)
@@ -227,7 +227,7 @@ def test_any_iterable_is_labeled_in_its_order(classifier, tmp_path, given, monke
     assert opened == paths
 
 
-def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
+def test_arrays_are_read_like_files(classifier, tmp_path):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)
     gray, rgba = rgb[..., 0], np.dstack([rgb, rng.integers(0, 256, (30, 40), np.uint8)])
@@ -255,6 +255,6 @@ def test_arrays_are_read_like_the_files_that_hold_them(classifier, tmp_path):
         (5, "Pass a list"),
     ],
 )
-def test_what_is_no_image_is_refused(classifier, images, message):
+def test_other_objects_are_refused(classifier, images, message):
     with pytest.raises(DataError, match=message):
         classifier.scores(images)

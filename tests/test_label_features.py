@@ -1,4 +1,4 @@
-"""The label decoder stays label-specific while it is trained; a decoder that collapses fails these tests."""
+"""The features of the label decoder remain label-specific during training; a collapsed decoder fails these tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def canvases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(canvases):
-    """Network, features and labels of the test canvases, after 100 steps on labeled canvases."""
+    """Trains 100 steps on labeled canvases; returns the network, and features and labels of the test canvases."""
     torch.manual_seed(0)
     module = CBSAModule(canvases.class_names, clip="embedded", prompt_length=4, decoder_feedforward=256)
     network, loss = module.network, module.loss
@@ -60,8 +60,8 @@ def test_label_specific_features_raise_map(trained):
     assert mean_ap(labels, output.logits.numpy()) > mean_ap(labels, mean_logits.numpy()) + 0.01
 
 
-def test_attention_points_at_its_own_digit(trained, canvases):
-    """On canvases of several digits; the control is where the other digits of the canvas look."""
+def test_attention_is_on_the_digit_of_the_label(trained, canvases):
+    """Uses canvases with several digits; the control uses the attention maps of the other digits."""
     maps = trained[0].attention
     side, hits, controls = maps.shape[-1], [], []
     for image, boxes in zip(maps, canvases.boxes("test"), strict=True):

@@ -25,7 +25,7 @@ EVERY = [ClassDistributionAware(), TopOne(), TopK(2), InstanceAware(), Fixed()]
 
 
 def distinct(n, num_classes, seed=0):
-    """Scores without any tie inside a class."""
+    """Returns scores without ties within a class."""
     generator = np.random.default_rng(seed)
     ranks = np.stack([generator.permutation(n) for _ in range(num_classes)], axis=1)
     return torch.from_numpy(((ranks + 0.5) / n).astype(np.float32))
@@ -77,18 +77,18 @@ def test_a_class_without_labeled_positive_gets_no_pseudo_positive():
     assert (labels[:, 1] == 1).all()
 
 
-def test_default_share_of_ignored_entries():
+def test_default_fraction_of_ignored_entries():
     n = 10_000
     labels = ClassDistributionAware()(distinct(n, 3), torch.tensor([0.01, 0.3, 0.9], dtype=torch.float64)).labels
-    # 0.2 % of the expected negatives, cut to a whole number
+    # 0.2 % of the expected negatives, rounded down
     assert (labels == -1).sum(dim=0).tolist() == [n - 100 - 9880, n - 3000 - 6986, n - 9000 - 998]
 
 
-def test_ties_with_a_threshold_are_labeled_alike():
+def test_scores_equal_to_a_threshold_get_the_same_label():
     scores = torch.tensor([[0.9], [0.5], [0.5], [0.5], [0.1]])
     labels, tau_pos, tau_neg = ClassDistributionAware(1.0, 1.0)(scores, torch.tensor([0.4]))
     assert (tau_pos.item(), tau_neg.item()) == (0.5, 0.5)
-    assert labels[:, 0].tolist() == [1, 1, 1, 1, 0]  # two were asked for; a score in both ranges is positive
+    assert labels[:, 0].tolist() == [1, 1, 1, 1, 0]  # two positives are expected; a score in both ranges is positive
 
 
 @settings(max_examples=60, deadline=None)
@@ -110,13 +110,13 @@ def test_threshold_properties(scores, data):
     level = torch.tensor([0, 2, 1])[labels.long()]
     for k in range(num_classes):
         assert (level[x[:, k].argsort(stable=True), k].diff() >= 0).all()
-    # At least the asked number of positives; with ties there can be more.
+    # There are at least as many positives as expected, and more if there are ties.
     assert ((labels == 1).sum(dim=0) >= (eta_pos * rate * n).floor()).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(probabilities)
-def test_every_labeler_keeps_the_contract(scores):
+def test_every_labeler_follows_the_interface(scores):
     x = torch.from_numpy(scores)
     rate = torch.full((x.shape[1],), 0.3)
     for labeler in EVERY:
@@ -128,7 +128,7 @@ def test_every_labeler_keeps_the_contract(scores):
         assert result.labels.shape == x.shape
         assert result.tau_pos.shape == result.tau_neg.shape == rate.shape
         assert set(result.labels.unique().tolist()) <= {-1, 0, 1}
-        if not result.tau_pos.isnan().any():  # what predict does later with the stored thresholds
+        if not result.tau_pos.isnan().any():  # predict applies the stored thresholds
             assert torch.equal(pseudo_labels(x, result.tau_pos, result.tau_neg), result.labels)
 
 
@@ -143,7 +143,7 @@ def test_top_k_equals_sorting_each_image(scores, k):
     assert torch.equal(TopOne()(x, rate).labels, TopK(1)(x, rate).labels)
 
 
-def test_constant_cuts():
+def test_fixed_thresholds():
     scores = torch.tensor([[0.96, 0.95, 0.5, 0.49, 0.05, 0.0]])
     rate = torch.zeros(6)
     assert InstanceAware()(scores, rate).labels.tolist() == [[1, 1, 1, 0, 0, 0]]
@@ -157,7 +157,7 @@ def test_positive_rates_count_known_entries_only():
     assert positive_rates(labels).dtype == torch.float64
 
 
-def test_thresholds_never_set_label_nothing():
+def test_thresholds_that_are_not_set_assign_no_labels():
     unset = torch.full((2,), math.nan)
     assert pseudo_labels(torch.rand(3, 2), unset, unset).tolist() == [[-1, -1]] * 3
 
@@ -171,7 +171,7 @@ def test_scores_that_are_not_finite_are_counted():
             labeler(scores, torch.full((3,), 0.5))
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_arguments_are_refused():
     scores = torch.rand(10, 3)
     with pytest.raises(DataError, match=r"class 1: 1\.5"):
         class_thresholds(scores, torch.tensor([0.1, 1.5, 0.2]))

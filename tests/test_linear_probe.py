@@ -1,4 +1,4 @@
-"""The linear probe is scikit-learn's logistic regression, with one penalty for all classes."""
+"""The linear probe equals scikit-learn's logistic regression with one penalty for all classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbsa_lightning.method.linear_probe import PENALTIES, LinearProbe
 
 
 def linear_probe(x, labels, new):
-    """Logits of new images by a probe of labeled ones."""
+    """Returns the logits of new images from a probe that is fitted to labeled images."""
     known, others = torch.from_numpy(x), torch.zeros(len(x), 3)
     stack = LinearProbe().fit(Evidence([known], [others], torch.arange(len(x)), torch.from_numpy(labels)))
     return stack.logits([new, np.ones((len(new), 3))])
@@ -28,7 +28,7 @@ def problem(m=40, n=25, dims=6):
 
 
 def by_hand(x, labels, new, c):
-    """Logits of one regression a class, unknown entries left out."""
+    """Returns the logits of one regression per class, without unknown entries."""
     mean, deviation = x.mean(0), x.std(0)
     columns = []
     for k in range(labels.shape[1]):
@@ -38,7 +38,7 @@ def by_hand(x, labels, new, c):
     return np.stack(columns, axis=1)
 
 
-def test_it_is_the_regression_with_the_least_loss_on_images_left_out():
+def test_the_penalty_minimizes_the_loss_on_held_out_images():
     x, labels, new = problem()
     labels[3, 1] = labels[7, 0] = -1
     shuffled = np.random.default_rng(0).permutation(len(x))
@@ -86,7 +86,7 @@ def test_constant_features_give_the_same_score_everywhere():
     assert (logits == logits[:1]).all()
 
 
-def test_its_left_out_logits_are_by_probes_of_the_other_folds():
+def test_out_of_fold_logits_come_from_probes_of_the_other_folds():
     x, labels, _ = problem()
     known = Evidence([torch.from_numpy(x)], [], torch.arange(len(x)), torch.from_numpy(labels))
     left_out = LinearProbe().fit(known).left_out()

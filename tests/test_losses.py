@@ -49,7 +49,7 @@ def test_without_focus_and_margin_it_is_binary_cross_entropy():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("gamma_pos", "gamma_neg", "clip"), SETTINGS)
-def test_extreme_logits_stay_finite_in_every_precision(dtype, gamma_pos, gamma_neg, clip):
+def test_losses_of_extreme_logits_are_finite_in_every_precision(dtype, gamma_pos, gamma_neg, clip):
     logits = torch.tensor([-100.0, -20.0, -17.0, 0.0, 17.0, 20.0, 100.0], dtype=dtype).repeat(3, 1)
     targets = torch.tensor([1, 0, -1])[:, None].expand(3, 7)
     x = logits.clone().requires_grad_()
@@ -61,17 +61,18 @@ def test_extreme_logits_stay_finite_in_every_precision(dtype, gamma_pos, gamma_n
     np.testing.assert_allclose(x.grad.double().numpy(), rounded, rtol=2e-3, atol=1e-7)
 
 
-def test_a_badly_wrong_logit_is_pushed_back():
+def test_a_very_wrong_logit_has_a_corrective_gradient():
     x = torch.tensor([[-100.0, 100.0]], dtype=torch.float16, requires_grad=True)
     asymmetric_loss(x, torch.tensor([[1, 0]]), clip=0.0).sum().backward()
     assert x.grad.tolist() == [[-1.0, 1.0]]
-    # With a margin the negative's pull fades like (1 - p) / margin, but is there in float32, where 1 - p is 0.
+    # With a margin, the gradient of a negative is proportional to (1 - p) / margin. It must not be 0 in float32,
+    # although 1 - p is rounded to 0.
     x = torch.tensor([[20.0]], requires_grad=True)
     asymmetric_loss(x, torch.tensor([[0]]), clip=0.05).backward()
     assert x.grad.item() == pytest.approx(0.95**4 * math.exp(-20) / 0.05, rel=1e-3)
 
 
-def test_unknown_entries_contribute_exactly_nothing():
+def test_unknown_entries_have_zero_loss_and_gradient():
     x = torch.full((3, 4), 5.0, requires_grad=True)
     loss = asymmetric_loss(x, torch.full((3, 4), -1, dtype=torch.int8))
     loss.sum().backward()
@@ -79,7 +80,7 @@ def test_unknown_entries_contribute_exactly_nothing():
     assert torch.equal(x.grad, torch.zeros(3, 4))
 
 
-def test_autocast_and_grad_mode_around_it_change_nothing():
+def test_losses_do_not_depend_on_autocast_and_grad_mode():
     logits, targets = batch(2)
     expected = asymmetric_loss(logits, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -91,7 +92,7 @@ def test_autocast_and_grad_mode_around_it_change_nothing():
 
 
 @given(st.floats(-60, 60), st.floats(0.01, 20), st.sampled_from([0, 1]))
-def test_a_more_wrong_logit_never_costs_less(logit, step, target):
+def test_the_loss_is_monotone_in_the_error(logit, step, target):
     worse = logit + step if target == 0 else logit - step
     pair = asymmetric_loss(torch.tensor([[logit, worse]]), torch.tensor([[target, target]]))
     assert pair[0, 1] >= pair[0, 0] >= 0
@@ -106,12 +107,12 @@ def test_loss_objects_equal_their_functions():
 
 
 @pytest.mark.parametrize("setting", [(-1.0, 4.0, 0.05), (0.0, math.nan, 0.05), (0.0, 4.0, 1.0), (0.0, 4.0, -0.1)])
-def test_impossible_settings_are_refused(setting):
+def test_invalid_settings_are_refused(setting):
     with pytest.raises(ConfigError, match="asymmetric loss"):
         AsymmetricLoss(*setting)
 
 
-def test_targets_that_do_not_fit_are_refused():
+def test_invalid_targets_of_losses_are_refused():
     with pytest.raises(DataError, match="differ in shape"):
         asymmetric_loss(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int8))
     with pytest.raises(DataError, match="float32"):
@@ -133,7 +134,7 @@ def test_context_loss_equals_the_definition():
     assert soft[3] == 0.0
 
 
-def test_one_context_costs_nothing_and_pulls_nothing():
+def test_a_single_context_has_zero_loss_and_gradient():
     x = torch.randn(5, 1, requires_grad=True)
     loss = context_loss(x, torch.zeros(5, dtype=torch.int64))
     loss.sum().backward()
@@ -145,13 +146,13 @@ def test_one_context_costs_nothing_and_pulls_nothing():
     "targets",
     [torch.zeros(4, dtype=torch.int64), torch.zeros(5), torch.zeros(5, 2), torch.zeros(5, 3, dtype=torch.int64)],
 )
-def test_context_targets_that_do_not_fit_are_refused(targets):
+def test_invalid_context_targets_are_refused(targets):
     with pytest.raises(DataError, match="context loss"):
         context_loss(torch.zeros(5, 3), targets)
 
 
 @pytest.mark.parametrize("loss", [AsymmetricLoss(), BinaryCrossEntropy()])
-def test_soft_targets_mix_the_losses_of_both_answers(loss):
+def test_soft_targets_weight_the_losses_of_both_labels(loss):
     logits, hard = batch()
     assert torch.equal(soft_target_loss(loss, logits, hard.half()), loss(logits, hard))
     soft = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -168,7 +169,7 @@ def test_soft_targets_mix_the_losses_of_both_answers(loss):
     assert (logits.grad[1:] != 0).all()
 
 
-def test_cross_entropy_with_soft_targets_is_torchs():
+def test_cross_entropy_with_soft_targets_equals_torchs():
     logits, _ = batch()
     soft = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
     expected = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")

@@ -47,7 +47,7 @@ def test_average_precision_equals_scikit_learn(values, decimals):
 
 
 def test_f1_equals_scikit_learn():
-    logits, targets = batch(values=(0, 0, 1), decimals=0)  # rounded: some logits are exactly at the cut
+    logits, targets = batch(values=(0, 0, 1), decimals=0)  # after rounding, some logits equal the threshold
     found = report_of(logits, targets)
     predicted = (logits >= 0).astype(int)
     precision = precision_score(targets, predicted, average="macro")
@@ -57,7 +57,7 @@ def test_f1_equals_scikit_learn():
 
 
 @pytest.mark.parametrize("values", [(0, 1), (-1, 0, 0, 1)])
-def test_calibration_by_hand(values):
+def test_calibration_equals_a_manual_computation(values):
     logits, targets = batch(values=values)
     found = report_of(logits, targets, parts=3)
     known = targets >= 0
@@ -71,7 +71,7 @@ def test_calibration_by_hand(values):
     assert found["ECE"].item() == pytest.approx(error, abs=1e-6)
 
 
-def test_calibration_without_a_known_entry_is_no_error():
+def test_calibration_error_is_zero_or_undefined_without_known_entries():
     found = report_of(np.zeros((3, 2), np.float32), np.full((3, 2), -1, np.int8))
     assert not found["ECE"] > 0
 
@@ -99,7 +99,7 @@ def test_report_equals_counting(shape, data):
     assert found["OF1"].item() == pytest.approx(of1, abs=1e-6)
 
 
-def test_a_class_of_which_only_positives_are_known_says_nothing():
+def test_a_class_with_only_known_positives_is_excluded():
     targets = np.array([[1, 1, 1], [-1, 1, 0], [1, 1, -1]], dtype=np.int8)
     found = report_of(np.arange(9, dtype=np.float32).reshape(3, 3), targets)
     assert found["AP"].isnan().tolist() == [True, False, False]
@@ -120,7 +120,7 @@ def test_classes_without_positives_follow_both_conventions():
     assert found["mAP"].item() == pytest.approx(kept.mean().item())
     assert found["mAP_with_zeros"].item() == pytest.approx(kept.sum().item() / 6)
     assert found["num_classes_used"].item() == 4
-    # torchmetrics' macro average cannot take a class without any known entry, so it is compared with a negative one.
+    # torchmetrics' macro average does not support classes without known entries, so such a class gets a negative entry.
     targets[:, 4] = 0
     macro = MultilabelAveragePrecision(6, average="macro")
     with pytest.warns(UserWarning, match="No positive samples"):
@@ -128,7 +128,7 @@ def test_classes_without_positives_follow_both_conventions():
     assert report_of(logits, targets)["mAP_with_zeros"].item() == pytest.approx(theirs.item(), abs=1e-6)
 
 
-def test_min_positives_drops_rare_classes_from_the_mean():
+def test_min_positives_excludes_rare_classes_from_the_mean():
     logits, targets = batch(values=(0, 1))
     targets[:, 1] = 0
     targets[:3, 1] = 1
@@ -147,7 +147,7 @@ def test_one_class():
     assert found["CF1"].item() == pytest.approx(f1_score(targets[:, 0], logits[:, 0] >= 0), abs=1e-6)
 
 
-def test_logits_that_a_sigmoid_would_tie_keep_their_order():
+def test_logits_with_equal_sigmoid_values_keep_their_order():
     logits = torch.tensor([[90.0], [60.0], [30.0], [18.0]])
     metric = MultilabelReport(1)
     metric.update(logits, torch.tensor([[1], [1], [0], [0]]))
@@ -179,7 +179,7 @@ def _report_of_a_share(rank, folder, shares):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [[*range(0, 31, 2)], [*range(31)]], ids=["ragged", "one without images"])
-def test_two_processes_report_like_one(tmp_path, first):
+def test_two_processes_report_the_same_as_one(tmp_path, first):
     shares = [first, [i for i in range(31) if i not in first]]
     torch.multiprocessing.spawn(_report_of_a_share, (str(tmp_path), shares), nprocs=2)
     expected = report_of(*batch(n=31))
@@ -189,7 +189,7 @@ def test_two_processes_report_like_one(tmp_path, first):
             torch.testing.assert_close(found[name], value)
 
 
-def test_report_refuses_what_does_not_fit():
+def test_report_refuses_invalid_input():
     metric = MultilabelReport(3)
     logits = torch.zeros(4, 3)
     logits[1, 2] = math.nan
@@ -220,19 +220,19 @@ def test_pseudo_label_quality_equals_counting(shape, data):
     assert found["class_precision"].mean().item() == pytest.approx(cp, abs=1e-6)
 
 
-def test_pseudo_label_quality_by_hand():
+def test_pseudo_label_quality_equals_a_manual_computation():
     pseudo = torch.tensor([[1, 1], [1, -1], [0, 0], [-1, 0]], dtype=torch.int8)
     truth = torch.tensor([[1, 1], [0, 1], [1, 0], [0, -1]], dtype=torch.int8)
     found = pseudo_label_quality(pseudo, truth)
     assert found["class_precision"].tolist() == [0.5, 1.0]
     assert found["class_recall"].tolist() == [0.5, 0.5]
     assert found["CF1"].item() == pytest.approx(0.6)  # harmonic mean of 0.75 and 0.5
-    assert found["coverage"].item() == pytest.approx(6 / 8)  # of all entries, the one of unknown truth too
+    assert found["coverage"].item() == pytest.approx(6 / 8)  # coverage includes the entry with unknown truth
     with pytest.raises(DataError, match="must both be"):
         pseudo_label_quality(pseudo, truth[:2])
 
 
-def test_labels_are_counted_at_the_thresholds_in_use():
+def test_labels_are_counted_at_the_current_thresholds():
     rng = np.random.default_rng(5)
     scores, truth = rng.random((200, 4)), rng.integers(0, 2, (200, 4))
     thresholds = np.array([0.1, 0.5, 0.9, np.inf])

@@ -1,4 +1,4 @@
-"""The training loop: its loss by hand, its stages, and what may and what may not change a weight."""
+"""The training loop: its loss, its stages, and what may and may not change the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARMUP, EPOCHS = 2, 4
 
 
 class Spy(L.Callback):
-    """Writes down what each step and each epoch did."""
+    """Records values of each step and epoch."""
 
     def __init__(self):
         self.rates, self.labeled, self.sizes, self.weights, self.ema, self.metrics = [], [], [], [], [], []
@@ -59,7 +59,7 @@ def squares(squares_folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, clip_folder, squares):
-    """One run of 2 + 2 epochs, and the frozen state before it."""
+    """Trains a run of 2 + 2 epochs; also returns the frozen state before training."""
     spy = Spy()
     before = {k: v.clone() for k, v in nn.Module.state_dict(tiny_module(clip_folder).network.clip).items()}
     module, trainer = tiny_fit(
@@ -74,7 +74,7 @@ def run(tmp_path_factory, clip_folder, squares):
     return module, trainer, spy, before
 
 
-def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
+def test_the_loss_equals_the_equations_of_the_paper(tmp_path, clip_folder, monkeypatch):
     module = tiny_module(
         clip_folder, num_contexts=3, unsup_weight=0.7, contexts=ContextTask(weight=0.3), decoder_dropout=0.0
     )
@@ -113,7 +113,7 @@ def test_the_loss_is_the_papers_by_hand(tmp_path, clip_folder, monkeypatch):
     assert loss.requires_grad
 
 
-def test_in_the_warm_up_only_labels_count(tmp_path, clip_folder, monkeypatch):
+def test_the_warm_up_uses_only_labels(tmp_path, clip_folder, monkeypatch):
     module = tiny_module(clip_folder)
     module.trainer = tiny_trainer(tmp_path)
     logged = {}
@@ -126,7 +126,7 @@ def test_in_the_warm_up_only_labels_count(tmp_path, clip_folder, monkeypatch):
     assert "train/loss_aux" not in logged
 
 
-def test_each_stage_has_its_own_schedule_of_true_length(run):
+def test_each_stage_has_a_schedule_of_its_length(run):
     spy = run[2]
     for epochs in (range(WARMUP), range(WARMUP, EPOCHS)):
         stage = np.array([row[1:] for row in spy.rates if row[0] in epochs])
@@ -138,9 +138,10 @@ def test_each_stage_has_its_own_schedule_of_true_length(run):
     assert spy.optimizers[0] is spy.optimizers[1] is not spy.optimizers[2]
 
 
-def test_what_the_batches_of_each_stage_hold(run):
+def test_batches_of_each_stage(run):
     spy = run[2]
-    # 8 labeled of 22 in batches of 4; then 4 labeled of 8 (1.25 * 0.4 * 8), and 14 unlabeled in 4 batches.
+    # Warm-up: 8 labeled images of 22 in batches of 4. Second stage: 4 labeled images in batches of 8 (1.25 * 0.4 * 8),
+    # and 14 unlabeled images in 4 batches.
     assert spy.sizes == [4] * 4 + [8, 8, 8, 6] * 2
     assert spy.labeled == [4] * 12
 
@@ -158,7 +159,7 @@ def test_average_starts_when_the_warm_up_ends_and_has_its_closed_form(run):
     assert spy.ema[3] != second[-1]
 
 
-def test_before_that_both_weights_are_one(run):
+def test_averaged_and_raw_weights_are_equal_during_the_warm_up(run):
     spy = run[2]
     for metrics in spy.metrics[:WARMUP]:
         assert metrics["val/mAP"] == metrics["val/mAP_raw"]
@@ -182,7 +183,7 @@ def test_logged_names(run):
     assert run[1].callback_metrics["time/ms_per_image"] > 0
 
 
-def test_nothing_frozen_has_moved(run):
+def test_frozen_parameters_do_not_change(run):
     module, _, _, before = run
     after = nn.Module.state_dict(module.network.clip)
     pool = {key for key in before if key.startswith("pool.")}
@@ -191,8 +192,8 @@ def test_nothing_frozen_has_moved(run):
     assert differences({k: before[k] for k in pool}, after), "the pool did not train"
 
 
-def test_batch_norm_statistics_never_move(tmp_path, squares, monkeypatch):
-    monkeypatch.setattr(FrozenCLIP, "speed_up", lambda self: None)  # as in a tower whose batch norms cannot be folded
+def test_batch_norm_statistics_do_not_change(tmp_path, squares, monkeypatch):
+    monkeypatch.setattr(FrozenCLIP, "speed_up", lambda self: None)  # as for a tower whose batch norms cannot be folded
     clip = tiny_clip(tmp_path / "clip", "timm")
     before = {k: v.clone() for k, v in nn.Module.state_dict(tiny_module(clip).network.clip.tower).items()}
     assert any("running_mean" in key for key in before)
@@ -202,7 +203,7 @@ def test_batch_norm_statistics_never_move(tmp_path, squares, monkeypatch):
 
 
 class HostReads(TorchDispatchMode):
-    """Notes operations whose outcome, or its shape, the host must wait for on a device."""
+    """Records operations that make the host wait for a result, or its shape, from the device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
 
@@ -220,7 +221,7 @@ class HostReads(TorchDispatchMode):
 
 
 class Watch(L.Callback):
-    """Watches each semi-supervised step from its batch to the next, Lightning's own part included."""
+    """Observes each step of the second stage from its batch to the next, including Lightning's code."""
 
     def __init__(self):
         self.steps = []
@@ -236,7 +237,7 @@ class Watch(L.Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_waits_for_one_value_whether_its_loss_is_finite(tmp_path, clip_folder, squares, precision):
+def test_a_step_synchronizes_only_to_check_that_the_loss_is_finite(tmp_path, clip_folder, squares, precision):
     watch = Watch()
     tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [watch], "precision": precision})
     assert len(watch.steps) >= 2
@@ -247,7 +248,7 @@ def test_a_step_waits_for_one_value_whether_its_loss_is_finite(tmp_path, clip_fo
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
-def test_a_step_waits_for_no_other_value_of_a_gpu(tmp_path, clip_folder, squares, precision, monkeypatch):
+def test_a_step_on_a_gpu_has_no_other_synchronization(tmp_path, clip_folder, squares, precision, monkeypatch):
     asked = SSMLLModule._is_finite
 
     def allowed(*args):
@@ -271,7 +272,7 @@ def test_a_step_waits_for_no_other_value_of_a_gpu(tmp_path, clip_folder, squares
     assert trainer.global_step > 2
 
 
-def test_the_fused_optimizer_steps_like_the_plain_one():
+def test_the_fused_optimizer_equals_the_plain_one():
     found = []
     default = inspect.signature(SSMLLModule).parameters["optimizer"].default
     for make in (default, lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)):
@@ -285,7 +286,7 @@ def test_the_fused_optimizer_steps_like_the_plain_one():
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
-def test_epoch_state_is_in_buffers(run):
+def test_state_of_an_epoch_is_stored_in_buffers(run):
     state = run[0].state_dict()
     assert state["tau_pos"].isfinite().any()
     assert set(state["context_partition"].tolist()) == {0, 1}
@@ -298,11 +299,11 @@ def test_epoch_state_is_in_buffers(run):
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory, clip_folder, squares):
-    """One warm-up epoch and one more, without contexts."""
+    """Trains one epoch of warm-up and one of the second stage, without contexts."""
     return tiny_fit(tmp_path_factory.mktemp("plain"), clip_folder, squares, num_contexts=0)
 
 
-def test_one_context_is_no_context(tmp_path, clip_folder, squares, plain_run):
+def test_a_single_context_equals_no_contexts(tmp_path, clip_folder, squares, plain_run):
     one, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=1)
     without = plain_run[0].state_dict()
     assert without.keys() < one.state_dict().keys()
@@ -311,7 +312,7 @@ def test_one_context_is_no_context(tmp_path, clip_folder, squares, plain_run):
     assert differences(without, tiny_module(clip_folder).state_dict()), "nothing was trained"
 
 
-def test_hidden_labels_never_reach_training(tmp_path, clip_folder, squares, squares_folder, plain_run):
+def test_training_does_not_use_hidden_labels(tmp_path, clip_folder, squares, squares_folder, plain_run):
     data = plain_run[1].datamodule
     lying = Squares(squares_folder, hidden=data.split.unlabeled)
     changed = (lying.train().labels != squares.train().labels).any(1)
@@ -322,12 +323,12 @@ def test_hidden_labels_never_reach_training(tmp_path, clip_folder, squares, squa
     assert trainer.callback_metrics["pseudo/recall"] != plain_run[1].callback_metrics["pseudo/recall"]
 
 
-def test_workers_change_nothing(tmp_path, clip_folder, squares, plain_run):
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path, clip_folder, squares, plain_run):
     module, _ = tiny_fit(tmp_path, clip_folder, squares, num_contexts=0, data={"num_workers": 2})
     assert differences(plain_run[0].state_dict(), module.state_dict()) == []
 
 
-def test_labels_alone_take_as_many_steps(tmp_path, clip_folder, squares, plain_run):
+def test_labeled_only_training_has_the_same_number_of_steps(tmp_path, clip_folder, squares, plain_run):
     spy = Spy()
     _, trainer = tiny_fit(
         tmp_path, clip_folder, squares, num_contexts=0, labeler=LabeledOnly(), trainer={"callbacks": [spy]}
@@ -338,7 +339,7 @@ def test_labels_alone_take_as_many_steps(tmp_path, clip_folder, squares, plain_r
     assert "pseudo/precision" not in trainer.callback_metrics
 
 
-def test_labels_alone_need_no_unlabeled_image(tmp_path, clip_folder, squares):
+def test_labeled_only_training_needs_no_unlabeled_images(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(
         tmp_path,
         clip_folder,
@@ -351,7 +352,7 @@ def test_labels_alone_need_no_unlabeled_image(tmp_path, clip_folder, squares):
     assert trainer.global_step == 2
 
 
-def test_predictions_use_the_average_and_the_thresholds(run):
+def test_predictions_use_averaged_weights_and_stored_thresholds(run):
     module, _, _, _ = run
     module.eval()
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -365,7 +366,7 @@ def test_predictions_use_the_average_and_the_thresholds(run):
     assert tiny_module(module.hparams.clip).decision_thresholds().tolist() == [0.5] * len(CLASSES)
 
 
-def test_text_is_encoded_anew_after_a_pass(tmp_path, clip_folder, squares):
+def test_text_is_encoded_again_after_a_pass(tmp_path, clip_folder, squares):
     module, data = tiny_module(clip_folder), tiny_data(squares, predict=str(squares.train().root / "test"))
     trainer = tiny_trainer(tmp_path)
     trainer.predict(module, datamodule=data)
@@ -378,6 +379,6 @@ def test_text_is_encoded_anew_after_a_pass(tmp_path, clip_folder, squares):
     assert (module(images) - before).abs().max() > 1e-4
 
 
-def test_more_contexts_than_classes(clip_folder):
+def test_more_contexts_than_classes_are_refused(clip_folder):
     with pytest.raises(ConfigError, match="6 contexts cannot be formed from 5 classes"):
         tiny_module(clip_folder, num_contexts=6)

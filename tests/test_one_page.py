@@ -1,4 +1,4 @@
-"""The method on one page of plain torch: its weights are those of ``CBSAModule``."""
+"""The method on one page of plain torch gives the weights of ``CBSAModule``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_the_page_is_short():
     assert len(PAGE.read_text(encoding="utf-8").splitlines()) <= 90
 
 
-def test_both_stages_give_the_weights_of_the_module(tmp_path):
-    """Without dropout, whose masks the module draws from the number of the step, all weights are equal bit by bit."""
+def test_both_stages_equal_the_module(tmp_path):
+    """Without dropout, whose masks depend on the step in the module, all weights are bit-identical."""
     source = Digits(str(tmp_path / "digits"), num_train=40, num_test=40)
     train = runpy.run_path(str(PAGE))["train"]
     network, average, mean_ap = train(source, share=0.4, warmup=1, epochs=3, dropout=0.0, seed=1)

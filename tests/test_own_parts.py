@@ -1,4 +1,4 @@
-"""A configuration replaces views, decoder, average and partition by objects of another package."""
+"""A configuration can replace views, decoder, average and partition with objects of another package."""
 
 from __future__ import annotations
 
@@ -64,21 +64,21 @@ def test_training_sees_the_strong_view(run: Any) -> None:
         assert torch.equal(image, 255 - PlainView(64)(images[row])), table.file(row)
 
 
-def test_pseudo_labels_are_made_from_the_weak_view(run: Any) -> None:
+def test_pseudo_labels_use_the_weak_view(run: Any) -> None:
     batch = next(iter(run.datamodule.weak_dataloader(0)))
     images = run.datamodule._train_images
     for image, row in zip(batch.images, batch.index.tolist(), strict=True):
         assert torch.equal(image, PlainView(64)(images[row]))
 
 
-def test_the_average_is_that_of_the_configuration(run: Any) -> None:
+def test_the_configured_average_is_used(run: Any) -> None:
     assert type(run.model.ema) is LastWeights
     weights = dict(run.model.network.named_parameters())
     for name in run.model.ema.names:
         assert torch.equal(run.model.ema.get_buffer(run.model.ema.key(name)), weights[name])
 
 
-def test_the_partition_is_that_of_the_configuration(run: Any) -> None:
+def test_the_configured_partition_is_used(run: Any) -> None:
     num_classes = len(run.model.class_names)
     assert run.model.context_partition.tolist() == [k % 2 for k in range(num_classes)]
 

@@ -1,4 +1,4 @@
-"""The tables that `cbsa table` compares with: every figure stands in the paper."""
+"""The tables that `cbsa table` compares with contain exactly the paper's values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.reproduce.paper import KNOWN_SHARES, OURS, PAPER_COSTS, PAPE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT.parent / "shared" / "reference" / "paper.txt"
-COLUMNS = {1: ("voc", "coco"), 2: ("nuswide",), 3: ("coco", "voc"), 9: (), 10: ("coco",)}  # others: COCO alone
+COLUMNS = {1: ("voc", "coco"), 2: ("nuswide",), 3: ("coco", "voc"), 9: (), 10: ("coco",)}  # the others: COCO only
 TICKS = {0: "CAP", 1: "TP", 2: "TP + SAA", 3: "TP + SAA + CI"}
 
 
@@ -24,7 +24,7 @@ def lines() -> list[str]:
 
 
 def printed(lines: list[str], number: int) -> dict[str, list[str]]:
-    """Cells of a table by what stands at the left of them; its lines are those that hold tabs above its caption."""
+    """Returns the cells of a printed table by row label. Its lines are the ones with tabs above the caption."""
     end = next(i for i, line in enumerate(lines) if line.startswith(f"Table {number}. "))
     while "\t" not in lines[end - 1]:
         end -= 1
@@ -32,11 +32,11 @@ def printed(lines: list[str], number: int) -> dict[str, list[str]]:
     while "\t" in lines[begin - 1]:
         begin -= 1
     grid = [line.split("\t") for line in lines[begin:end]]
-    if number == 2:  # systems lie beside each other there
+    if number == 2:  # this table has one column per system
         grid = [list(row) for row in zip(*grid, strict=True)]
-    if number == 5:  # the data set stands on the left
+    if number == 5:  # the first column is the data set
         grid = [row[1:] for row in grid]
-    if number == 3:  # and are told by ticks here
+    if number == 3:  # the first three columns have ticks instead of a label
         grid = [[TICKS[row[:3].count("✓")], *row[3:]] for row in grid]
     figures = re.compile(r"[\d.]+(±[\d.]+)?")
     return {
@@ -51,7 +51,7 @@ def test_all_tables() -> None:
 
 
 @pytest.mark.parametrize("number", TABLES)
-def test_every_figure_stands_in_the_paper(number: int, lines: list[str]) -> None:
+def test_every_value_is_in_the_paper(number: int, lines: list[str]) -> None:
     table, found = TABLES[number], printed(lines, number)
     labels = [row.label for row in table.rows]
     assert labels == [label for label in found if label in labels or number != 5]
@@ -74,7 +74,7 @@ def test_every_figure_stands_in_the_paper(number: int, lines: list[str]) -> None
 
 
 @pytest.mark.parametrize("number", TABLES)
-def test_a_table_says_the_same_in_all_places(number: int) -> None:
+def test_the_fields_of_a_table_are_consistent(number: int) -> None:
     table = TABLES[number]
     assert table.number == number
     assert table.shares == {5: KNOWN_SHARES, 9: (0.05,)}.get(number, SHARES)
@@ -89,7 +89,7 @@ def test_a_table_says_the_same_in_all_places(number: int) -> None:
         assert (ROOT / "configs" / "data" / f"{data}.yaml").is_file()
 
 
-def test_settings_are_what_labels_say() -> None:
+def test_settings_match_the_labels() -> None:
     table = TABLES[7]
     assert {row.label: row.settings.get("prompt_length") for row in table.rows if row.settings} == {
         label: int(label) for label in ("8", "32", "48", "64")
@@ -108,14 +108,14 @@ def test_nothing_is_reported_beyond_the_table() -> None:
     assert table.paper("mine", "voc", 0.05) is None
 
 
-def test_rows_by_label_and_of_ones_own() -> None:
+def test_select_accepts_labels_and_overlays() -> None:
     ours, mine = TABLES[1].select([OURS, "mine"])
     assert ours.overlays == ("cbsa",)
     assert mine == Row("mine", ("mine",))
 
 
 @pytest.mark.parametrize("number", [0, 11, -1])
-def test_other_tables_are_refused(number: int) -> None:
-    with pytest.raises(ConfigError, match=rf"no table {number} to run.*1, 2, 3, 4, 5, 6, 7, 8, 9, 10\."):
+def test_unknown_tables_are_refused(number: int) -> None:
+    with pytest.raises(ConfigError, match=rf"no table {number}; choose one of.*1, 2, 3, 4, 5, 6, 7, 8, 9, 10\."):
         table_of(number)
     assert table_of(10) is TABLES[10]

@@ -1,4 +1,4 @@
-"""Runs in which some images are fully labeled, some partly and some not at all."""
+"""Runs with fully labeled, partly labeled and unlabeled images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from reference.contexts import targets
 from reference.labelers import label, thresholds
 from tiny_data import CLASSES, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
-FULL, PARTLY = np.arange(8), np.arange(8, 24)  # of 40 training images
+FULL, PARTLY = np.arange(8), np.arange(8, 24)  # rows of the 40 training images
 
 
 class Joint(Squares):
-    """Squares of which the first 8 are fully labeled, 16 in part, the others not at all.
+    """Squares of which the first 8 are fully labeled, 16 are partly labeled, and the others are unlabeled.
 
     Args:
-        hidden: Whether the labels that training must not see are 1 - label, not unknown.
+        hidden: Whether labels that training must not use are 1 - label instead of unknown.
         mask: Known entries; by default half of those of ``PARTLY``.
     """
 
@@ -51,7 +51,7 @@ class Joint(Squares):
 
 
 class Spy(L.Callback):
-    """What the second stage trains on, at the first step of each of its epochs."""
+    """Records the targets of the second stage at the first step of each epoch."""
 
     def __init__(self):
         self.epochs = []
@@ -93,7 +93,7 @@ def run(tmp_path_factory, clip_folder, squares_folder):
     return module, trainer, spy.epochs
 
 
-def test_the_three_kinds_of_images(squares_folder):
+def test_kinds_of_images_are_distinguished(squares_folder):
     data = tiny_data(Joint(squares_folder), labeled_fraction=None)
     data.setup("fit")
     images = IncompleteImages.of(data)
@@ -117,7 +117,7 @@ def test_unknown_entries_of_partly_labeled_images_get_pseudo_labels(run):
         assert (found[len(images.unlabeled) :][known < 0] >= 0).any()
 
 
-def test_the_loss_takes_labels_where_they_are_known_and_pseudo_labels_elsewhere(clip_folder, squares_folder, tmp_path):
+def test_the_loss_uses_labels_for_known_entries_and_pseudo_labels_for_others(clip_folder, squares_folder, tmp_path):
     seen, made = [], []
 
     class Watch(L.Callback):
@@ -139,7 +139,7 @@ def test_the_loss_takes_labels_where_they_are_known_and_pseudo_labels_elsewhere(
     assert len(partly) > 0
 
 
-def test_hidden_entries_never_reach_training(run, tmp_path, clip_folder, squares_folder):
+def test_training_does_not_use_hidden_entries(run, tmp_path, clip_folder, squares_folder):
     lied_to = Joint(squares_folder, hidden=True)
     mask = tmp_path / "mask.json"
     LabelMask.of(lied_to.train(), lied_to.known).save(mask)
@@ -152,14 +152,14 @@ def test_hidden_entries_never_reach_training(run, tmp_path, clip_folder, squares
         assert 0 <= trainer.callback_metrics[f"pseudo/{name}"] <= 1
 
 
-def test_coverage_is_of_the_unknown_entries(run):
+def test_coverage_counts_unknown_entries(run):
     images, table = run[2][-1]["images"], run[2][-1]["table"]
     known = np.concatenate([np.full((len(images.unlabeled), 5), -1), images.known.numpy()]) >= 0
     covered = (table[images.rows].numpy() >= 0)[~known].mean()
     assert run[1].callback_metrics["pseudo/coverage"].item() == pytest.approx(covered, abs=1e-6)
 
 
-def test_contexts_follow_known_positives(run):
+def test_contexts_use_known_positives(run):
     data, last = run[1].datamodule, run[2][-1]
     labels = data.labeled_targets().numpy()
     told = (labels == 1).any(1) | (labels >= 0).all(1)
@@ -169,7 +169,7 @@ def test_contexts_follow_known_positives(run):
     assert (~told).any(), "some have no known positive, and the weak view's context or none"
 
 
-def test_a_resumed_run_ends_alike(run, tmp_path, clip_folder, squares_folder):
+def test_a_resumed_run_is_bit_identical(run, tmp_path, clip_folder, squares_folder):
     saves = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     trainer = {"callbacks": [saves], "enable_checkpointing": True}
     joint_fit(tmp_path, clip_folder, squares_folder, trainer=trainer, max_epochs=3)
@@ -178,7 +178,9 @@ def test_a_resumed_run_ends_alike(run, tmp_path, clip_folder, squares_folder):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_soft_labels_of_partly_labeled_images_are_left_out_probabilities(tmp_path, clip_folder, squares_folder, cached):
+def test_soft_labels_of_partly_labeled_images_are_out_of_fold_probabilities(
+    tmp_path, clip_folder, squares_folder, cached
+):
     cache = FeatureCache(str(tmp_path / "cache"), strong_views=2) if cached else None
     module, trainer = joint_fit(
         tmp_path,
@@ -197,7 +199,7 @@ def test_soft_labels_of_partly_labeled_images_are_left_out_probabilities(tmp_pat
 
 
 @pytest.mark.parametrize("labeler", [ClassDistributionAware(), StackedProbes(), LabeledOnly()])
-def test_partly_labeled_images_alone(tmp_path, clip_folder, squares_folder, labeler):
+def test_partly_labeled_images_without_fully_labeled_ones(tmp_path, clip_folder, squares_folder, labeler):
     stack = {"stack_share": 0.5} if isinstance(labeler, StackedProbes) else {}
     source = Squares(squares_folder, train=40)
     data = {"known_fraction": 0.6, "seed": 2}
@@ -238,7 +240,7 @@ def test_rates_from_known_entries_are_unbiased():
         known[:6] = True  # some images are fully labeled
         draws.append(positive_rates(torch.where(known, labels, -1)))
         negative.append(positive_rates(torch.where(known, labels, 0)))
-    # The fully labeled images are fixed, so the expectation is that of their rate and of the others' together.
+    # The fully labeled images are fixed, so the expectation combines their rate with that of the other images.
     found, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / len(draws) ** 0.5
     first, rest = labels[:6].double().sum(0), labels[6:].double().mean(0)
     expected = sum(_binomial(54, m, 0.4) * (first + m * rest) / (6 + m) for m in range(55))
@@ -246,11 +248,11 @@ def test_rates_from_known_entries_are_unbiased():
     assert ((torch.stack(negative).mean(0) - truth)[:2] < -0.1).all(), "unknown as absent halves the rates"
 
 
-def test_rates_of_fully_and_partly_labeled_images_drawn_alike_are_unbiased():
+def test_rates_of_randomly_drawn_labeled_images_are_unbiased():
     rng = np.random.default_rng(1)
     labels = (rng.random((400, 3)) < (0.5, 0.2, 0.05)).astype(np.int8)
     draws = []
-    for _ in range(3000):  # images are drawn to be full, partial or unlabeled, then entries to be known
+    for _ in range(3000):  # first draws fully labeled, partly labeled and unlabeled images, then known entries
         kind = rng.permutation(400)
         known = np.zeros(labels.shape, dtype=bool)
         known[kind[:20]] = True
@@ -260,7 +262,7 @@ def test_rates_of_fully_and_partly_labeled_images_drawn_alike_are_unbiased():
     assert (np.abs(np.mean(draws, axis=0) - labels.mean(0)) < 4.5 * error).all()
 
 
-def test_pseudo_labels_have_the_share_of_positives_of_the_whole():
+def test_pseudo_labels_have_the_positive_rate_of_all_images():
     rng = np.random.default_rng(2)
     labels = (rng.random((600, 2)) < (0.4, 0.1)).astype(np.int8)
     scores = torch.from_numpy(np.clip(labels * 0.3 + 0.7 * rng.random(labels.shape), 0, 1)).float()
@@ -274,7 +276,7 @@ def test_pseudo_labels_have_the_share_of_positives_of_the_whole():
     assert np.abs(np.mean(counts, axis=0) - 1).max() < 0.03
 
 
-def test_cooccurrence_of_known_entries_is_that_of_all():
+def test_cooccurrence_of_known_entries_estimates_that_of_all():
     rng = np.random.default_rng(3)
     labels = torch.from_numpy((rng.random((4000, 4)) < (0.5, 0.3, 0.3, 0.2)).astype(np.int8))
     labels[:, 3] = labels[:, 2] & labels[:, 3]
@@ -298,7 +300,7 @@ def test_single_positive_labels(tmp_path, clip_folder, squares_folder):
     assert module.cut.isfinite().all()
 
 
-def test_a_class_of_which_nothing_is_known(tmp_path, clip_folder, squares_folder):
+def test_a_class_without_known_labels(tmp_path, clip_folder, squares_folder):
     known = Joint(squares_folder).known
     known[:, 4] = False
     module, _ = joint_fit(tmp_path, clip_folder, squares_folder, Joint(squares_folder, mask=known))
@@ -307,13 +309,13 @@ def test_a_class_of_which_nothing_is_known(tmp_path, clip_folder, squares_folder
     assert all(value.isfinite().all() for value in module.network.parameters())
 
 
-def test_no_known_label_at_all(squares_folder):
+def test_missing_known_labels_are_refused(squares_folder):
     data = tiny_data(Joint(squares_folder, mask=np.zeros((40, 5), dtype=bool)), labeled_fraction=None)
     with pytest.raises(DataError, match="are unlabeled"):
         data.setup("fit")
 
 
-def test_a_data_module_that_forgets_partly_labeled_images(tmp_path, clip_folder, squares_folder):
+def test_a_data_module_without_partly_labeled_images_is_refused(tmp_path, clip_folder, squares_folder):
     data = tiny_data(Joint(squares_folder), labeled_fraction=None)
     data.setup("fit")
     partly = IncompleteImages.of(data).partly

@@ -1,4 +1,4 @@
-"""Pictures: what they say is right, and no text covers another."""
+"""Plots of a run: correct content and no overlapping texts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names_of(count: int) -> list[str]:
 
 
 def texts(figure: Figure) -> list[Text]:
-    """The texts that are drawn: matplotlib also holds ticks beyond the limits, and those of axes without frame."""
+    """Returns the visible texts; matplotlib also has ticks outside the limits, and ticks of hidden axes."""
     found = [*figure.texts, *([figure._suptitle] if figure._suptitle else [])]
     for axes in figure.axes:
         found += [axes.title, axes._left_title, *axes.texts]
@@ -50,7 +50,7 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """No text leaves the figure, and no two overlap."""
+    """Asserts that no text exceeds the figure and that no two texts overlap."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     boxes = {}
@@ -60,13 +60,13 @@ def assert_readable(figure: Figure) -> None:
         assert box.y0 >= -1, text
         assert box.x1 <= figure.bbox.width + 1, text
         assert box.y1 <= figure.bbox.height + 1, text
-        boxes[text] = box.padded(-1)  # glyphs seldom fill their box
+        boxes[text] = box.padded(-1)  # glyphs are usually smaller than their box
     for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
         assert not a.overlaps(b), (one, other)
 
 
 @pytest.mark.parametrize("classes", [5, 20, 80])
-def test_no_text_covers_another(classes):
+def test_texts_do_not_overlap(classes):
     rng = np.random.default_rng(0)
     names = names_of(classes)
     truths = (rng.random((6, classes)) < 0.1).astype(np.int8)
@@ -82,7 +82,7 @@ def test_no_text_covers_another(classes):
     assert_readable(per_class_bars(AP, names))
 
 
-def test_signs_and_colors_of_labels():
+def test_symbols_and_colors_of_labels():
     truths = np.array([[1, 0, 1, 0, -1]])
     scores = np.array([[0.9, 0.8, 0.3, 0.2, 0.7]])
     figure = prediction_gallery(IMAGES[:1], truths, scores, np.full(5, 0.5), [*"abcd", "$x$"])
@@ -94,12 +94,12 @@ def test_signs_and_colors_of_labels():
     assert not any(" d " in text for text in shown)
 
 
-def test_more_labels_than_lines_are_counted():
+def test_labels_without_a_line_are_counted():
     figure = prediction_gallery(IMAGES[:1], np.ones((1, 9)), np.ones((1, 9)), np.zeros(9), names_of(9), max_labels=4)
     assert "… and 6 more" in [t.get_text() for t in texts(figure)]
 
 
-def test_attention_shows_predicted_labels_best_first():
+def test_attention_maps_are_sorted_by_score():
     scores = np.array([[0.6, 0.9, 0.1], [0.1, 0.2, 0.3]])
     maps = np.random.default_rng(0).random((2, 3, 2, 2))
     figure = attention_gallery(IMAGES[:2], maps, np.zeros((2, 3)), scores, np.full(3, 0.5), list("abc"))
@@ -107,7 +107,7 @@ def test_attention_shows_predicted_labels_best_first():
     assert titles == ["", "✗ b 0.90", "✗ a 0.60", "", "○ c 0.30"]
 
 
-def test_even_attention_shows_nothing_and_a_peak_shows_fully():
+def test_uniform_attention_is_transparent_and_a_peak_is_opaque():
     maps = np.full((1, 2, 3, 3), 1 / 9)
     maps[0, 1] = 0.01
     maps[0, 1, 2, 0] = 0.92
@@ -172,6 +172,6 @@ def test_bars_are_sorted_and_averaged():
     assert "mean" not in per_class_bars(np.array([np.nan]), ["a"]).get_suptitle()
 
 
-def test_no_images_is_an_error():
+def test_missing_images_raise_an_error():
     with pytest.raises(DataError, match="no image"):
         prediction_gallery(IMAGES[:0], np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(2), ["a", "b"])

@@ -58,7 +58,7 @@ def test_parquet_reads_back_and_replaces(tmp_path):
     assert np.array_equal(np.array([content[name] for name in NAMES], np.float32).T, SCORES)
 
 
-def test_nothing_is_left_when_it_cannot_be_written(tmp_path):
+def test_failed_writes_leave_no_files(tmp_path):
     file = tmp_path / "out.csv"
     file.write_text("old")
     holes = SCORES.copy()
@@ -77,12 +77,12 @@ def test_nothing_is_left_when_it_cannot_be_written(tmp_path):
     ("out.csv", ("labels", "dog", "cat"), "'labels'"),
     ("out.csv", ("a;b", "dog", "cat"), "'a;b'"),
 ])  # fmt: skip
-def test_what_could_not_be_written_is_refused(tmp_path, name, classes, message):
+def test_unwritable_values_are_refused(tmp_path, name, classes, message):
     with pytest.raises(ConfigError, match=message):
         write_predictions(tmp_path / name, table(tmp_path), classes, SCORES, LABELS)
 
 
-def test_places_where_no_file_can_be_are_refused_before_any_work(tmp_path, monkeypatch):
+def test_invalid_output_paths_are_refused_before_prediction(tmp_path, monkeypatch):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").write_text("")
     for place, message in (
@@ -98,7 +98,7 @@ def test_places_where_no_file_can_be_are_refused_before_any_work(tmp_path, monke
         check_output(tmp_path / "out.csv", NAMES)
 
 
-def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+def test_errors_name_a_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -109,8 +109,8 @@ def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
-def test_odd_names_read_back(tmp_path, name):
-    """What may be in the names of classes and files: quotes, line breaks, controls, an emoji."""
+def test_unusual_names_read_back(tmp_path, name):
+    """Names of classes and files may contain quotes, line breaks, control characters and emoji."""
     classes = ("a\nb", 'say "x"', "c,d", "\x01", "🏳️‍🌈", "=1+1", "'", "z\u2028b")
     paths = ["a\nb.jpg", '"c".jpg', "\t.jpg", "é.jpg"]
     odd = AnnotationTable(tmp_path, np.array(paths, np.dtypes.StringDType()), np.full((4, 8), -1, np.int8), classes)
@@ -126,7 +126,7 @@ def test_odd_names_read_back(tmp_path, name):
     assert {row[1] for row in rows} == {";".join(classes)}
 
 
-def test_rows_come_in_any_order():
+def test_rows_can_be_in_any_order():
     parts = [(np.array(rows), SCORES[rows], LABELS[rows]) for rows in ([3, 0], [2], [1, 3])]
     scores, labels = in_table_order(4, 3, parts)
     assert np.array_equal(scores, SCORES)
@@ -188,7 +188,7 @@ def damaged(folder: Path, *names: str) -> Path:
 
 
 def predict(tmp_path: Path, clip: Path, folder: Path, on_error: str = "stop") -> WritePredictions:
-    """Predicts a folder into ``out.csv``, two images a batch; gives the callback."""
+    """Predicts a folder into ``out.csv`` with two images per batch; returns the callback."""
     data = SSMLLDataModule(
         Digits(str(tmp_path), 1, 1), image_size=64, eval_batch_size=2, num_workers=0, predict=str(folder)
     )
@@ -208,7 +208,7 @@ def column(file: Path, name: str) -> list[str]:
         return [row[name] for row in csv.DictReader(lines)]
 
 
-def test_files_that_are_not_predicted_are_counted_and_listed(tmp_path, clip_folder, capsys):
+def test_skipped_files_are_counted_and_listed(tmp_path, clip_folder, capsys):
     folder = photos(tmp_path / "photos", "a.png", "b.JPG")
     Image.new("RGB", (9, 9)).save(folder / "c.mpo", "MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])
     (folder / "deep").mkdir()
@@ -223,7 +223,7 @@ def test_files_that_are_not_predicted_are_counted_and_listed(tmp_path, clip_fold
     assert str(tmp_path / "out_left_out.csv") in said
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow decodes no AVIF")
+@pytest.mark.skipif(not features.check("avif"), reason="this version of Pillow cannot decode AVIF")
 def test_avif_is_predicted(tmp_path, clip_folder):
     predict(tmp_path, clip_folder, photos(tmp_path / "photos", "a.avif"))
     assert column(tmp_path / "out.csv", "image") == ["a.avif"]
@@ -244,21 +244,21 @@ def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
     assert "3 files were skipped (3 unreadable)" in capsys.readouterr().out
 
 
-def test_a_damaged_image_keeps_what_was_predicted_before(tmp_path, clip_folder):
+def test_earlier_predictions_are_kept_if_an_image_is_damaged(tmp_path, clip_folder):
     folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
     with pytest.raises(DataError, match=r"d\.png: .*out\.csv has .* 3 images .* --predictions\.on_error skip"):
         predict(tmp_path, clip_folder, folder)
     assert column(tmp_path / "out.csv", "image") == ["a.png", "b.png", "c.png"]
 
 
-def test_without_a_table_a_damaged_image_is_an_error(tmp_path):
+def test_a_damaged_image_without_an_output_file_is_an_error(tmp_path):
     folder = damaged(photos(tmp_path / "photos", "a.png"), "a.png")
     data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, num_workers=0, predict=str(folder))
     with pytest.raises(DataError, match=r"a\.png"):
         next(iter(data.predict_dataloader()))
 
 
-def test_another_way_with_errors_is_refused():
+def test_invalid_on_error_is_refused():
     with pytest.raises(ConfigError, match=r"predictions\.on_error must be 'stop' or 'skip', got 'ignore'"):
         WritePredictions(on_error="ignore")
 
@@ -267,14 +267,14 @@ def test_another_way_with_errors_is_refused():
     ("a.heic", b"", "HEIC"), ("b.jpg", b"\0\0\0\x18ftypheic", "HEIC"), ("c.dcm", b"", "DICOM"),
     ("d.jpg", bytes(128) + b"DICM", "DICOM"), ("e.NEF", b"", "camera raw"), ("f.mp4", b"", "video"),
 ])  # fmt: skip
-def test_a_named_file_of_another_kind_says_what_to_do(tmp_path, name, content, kind):
+def test_the_error_for_a_file_of_another_kind_has_a_remedy(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content + bytes(200))
     data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, num_workers=0, predict=str(tmp_path / name))
     with pytest.raises(DataError, match=f"{name}: {kind} files are not read; convert it to JPEG or PNG"):
         next(iter(data.predict_dataloader()))
 
 
-def test_a_folder_without_images_says_what_is_there(tmp_path):
+def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
     folder = photos(tmp_path / "photos")
     with pytest.raises(DataError, match="no image in it or its subfolders, it is empty"):
         read_images(folder, NAMES)
@@ -285,7 +285,7 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
 
 def _process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    rows = np.arange(rank, 5, 2)  # three rows here, two there
+    rows = np.arange(rank, 5, 2)  # three rows in one process, two in the other
     parts = gather([(rows[i : i + 1], rows[i : i + 1, None] / 8, rows[i : i + 1, None] > 2) for i in range(len(rows))])
     scores, labels = in_table_order(5, 1, parts)
     assert scores[:, 0].tolist() == [0, 0.125, 0.25, 0.375, 0.5]
@@ -301,7 +301,7 @@ def test_two_processes_with_uneven_shards(tmp_path):
     assert (tmp_path / "done1").exists()
 
 
-def test_thresholds_are_a_row_a_class_and_unknown_values_stay_empty(tmp_path):
+def test_thresholds_have_one_row_per_class_and_empty_unknown_values(tmp_path):
     expected = np.array([[0.9, 0.8, 1.0, 0.5, 0.4, 0.6], [np.nan] * 3 + [0.0] * 3])
     measured = {"precision": np.array([0.75, 0]), "recall": np.array([1.0, 0]), "positives": np.array([3, 0])}
     file = tmp_path / "thresholds.csv"
@@ -315,7 +315,7 @@ def test_thresholds_are_a_row_a_class_and_unknown_values_stay_empty(tmp_path):
     assert (first["validation_precision"], first["validation_positives"]) == ("0.75", "3")
 
 
-def test_thresholds_without_probabilities_and_validation_leave_these_columns_out(tmp_path):
+def test_thresholds_without_probabilities_and_validation_omit_these_columns(tmp_path):
     file = tmp_path / "thresholds.csv"
     write_thresholds(file, ["a"], ["a"], np.array([0.5]), np.array([2]), None, {})
     with file.open(newline="") as lines:

@@ -34,7 +34,7 @@ def squares(squares_folder):
 
 @pytest.fixture(scope="module")
 def baselines(tmp_path_factory, clip_folder, squares):
-    """What ``--compare`` shows for a run of CBSA on the same data."""
+    """Returns the results of ``--compare`` for a run of CBSA on the same data."""
     measure = MeasureBaselines()
     tiny_fit(tmp_path_factory.mktemp("cbsa"), clip_folder, squares, trainer={"callbacks": [measure]})
     return measure.results
@@ -50,10 +50,10 @@ def fitted(folder, clip, squares, **settings):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_fit_reaches_what_compare_shows(tmp_path, clip_folder, squares, baselines, name):
+def test_a_fit_has_the_results_of_compare(tmp_path, clip_folder, squares, baselines, name):
     module, trainer = fitted(tmp_path, clip_folder, squares, **SYSTEMS[name])
     assert trainer.callback_metrics["val/mAP"] == pytest.approx(baselines[name], abs=1e-6)
-    assert trainer.current_epoch == 1  # one step, whatever the limits say
+    assert trainer.current_epoch == 1  # one step, regardless of the limits
     file = tmp_path / "system.ckpt"
     trainer.save_checkpoint(file)
     classifier = Classifier.load(file, network=functools.partial(ZeroShotCLIP, clip=str(clip_folder)))
@@ -62,7 +62,7 @@ def test_a_fit_reaches_what_compare_shows(tmp_path, clip_folder, squares, baseli
     torch.testing.assert_close(classifier.thresholds, module.decision_thresholds())
 
 
-def test_a_stack_alone_is_not_moved_by_the_network(tmp_path, clip_folder, squares):
+def test_a_stack_without_network_ignores_the_network(tmp_path, clip_folder, squares):
     module, trainer = fitted(tmp_path, clip_folder, squares, **SYSTEMS["stacked probes"])
     features = module.network.features(next(iter(trainer.datamodule.val_dataloader())).images)
     stack = module.fusion.stack_logits(module.network.describer()(features))
@@ -86,11 +86,11 @@ def test_several_processes_are_refused(clip_folder):
         TrainingChecks().setup(trainer, module, "fit")
 
 
-def test_no_strong_view_is_kept_where_nothing_is_trained(tmp_path, clip_folder, squares):
+def test_no_strong_views_are_cached_without_training(tmp_path, clip_folder, squares):
     network = functools.partial(ZeroShotCLIP, clip=str(clip_folder))
     module = SSMLLModule(Squares.class_names, network, labeler=StackedProbes(), stack_share=1.0)
     data = tiny_data(squares, feature_cache=FeatureCache(str(tmp_path / "cache"), strong_views=3))
     tiny_trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
     (index,) = tmp_path.rglob("index.bin")
     views = 2 * len(data.split.unlabeled) + len(data.split.labeled) + len(data.eval_table())
-    assert index.stat().st_size == 36 * views  # bytes a key
+    assert index.stat().st_size == 36 * views  # 36 bytes per key

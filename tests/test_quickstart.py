@@ -1,4 +1,4 @@
-"""The README's first command in small: the shipped quickstart on few canvases, with all that it leaves behind."""
+"""A small version of the README's first command: the shipped quickstart on few canvases, and its output files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "quickstart" / "version_0"
 
 
-def test_three_numbers_side_by_side(run: Path) -> None:
+def test_the_comparison_contains_simpler_systems(run: Path) -> None:
     rows = list(csv.reader((run / "comparison.csv").open()))
     assert [row[0] for row in rows] == [
         "run",
@@ -50,7 +50,7 @@ def test_three_numbers_side_by_side(run: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_checkpoint_alone_gives_the_number_again(verb: str, run: Path) -> None:
+def test_the_checkpoint_reproduces_the_result(verb: str, run: Path) -> None:
     reported = float(list(csv.reader((run / "comparison.csv").open()))[-1][1])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[2])
@@ -67,7 +67,7 @@ def test_checkpoint_alone_gives_the_number_again(verb: str, run: Path) -> None:
     assert float(cli.trainer.callback_metrics[f"{prefix}/mAP"]) == pytest.approx(reported, abs=1e-6)
 
 
-def test_seed_zero_stays_zero(run: Path, tmp_path: Path) -> None:
+def test_seed_zero_is_supported(run: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[2])
         arguments = ["--config", str(run / "config.yaml"), "--seed_everything=0", "--trainer.logger=false"]
@@ -75,12 +75,12 @@ def test_seed_zero_stays_zero(run: Path, tmp_path: Path) -> None:
     assert cli.datamodule.seed == 0
 
 
-def test_what_a_person_wants_to_look_at(run: Path) -> None:
+def test_output_files_of_a_run(run: Path) -> None:
     pictures = {p.name for p in (run / "pictures").iterdir() if p.stat().st_size > 5_000}
     assert {"predictions.png", "attention.png", "contexts.png"} <= pictures
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<h2>Suspicious labels</h2>" in page
-    assert "the same network trained on the labels alone has" in page
+    assert "the same network trained on the labeled images only has" in page
     table = pyarrow.csv.read_csv(run / "predictions.csv")
     assert len(table) == 24
     assert {"image", "labels", "zero", "nine"} <= set(table.column_names)
@@ -93,7 +93,7 @@ def test_what_a_person_wants_to_look_at(run: Path) -> None:
     assert {"image", "class", "given", "wrong"} == set(pyarrow.csv.read_csv(run / "suspicious_labels.csv").column_names)
 
 
-def test_checkpoint_loads_as_data_and_predicts_alike(run: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_loads_with_weights_only_and_predicts_equally(run: Path, tmp_path: Path) -> None:
     """`cbsa predict` on a folder, and the Classifier without a Trainer, give the same scores."""
     checkpoint = run / "checkpoints" / "last.ckpt"
     content = torch.load(checkpoint, weights_only=True)

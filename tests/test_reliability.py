@@ -1,4 +1,4 @@
-"""The reliability diagram shows the bins that the expected calibration error is made of."""
+"""The reliability diagram shows the bins of the expected calibration error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def points(figure):
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
-def test_points_are_mean_score_and_share_of_positives_of_each_bin():
+def test_points_are_mean_score_and_fraction_of_positives_by_bin():
     scores, truths = entries()
     x, y = points(reliability_diagram(scores, truths))
     known = truths >= 0
@@ -33,7 +33,7 @@ def test_points_are_mean_score_and_share_of_positives_of_each_bin():
         assert y[i] == pytest.approx((truths[here] == 1).mean())
 
 
-def test_its_error_is_the_logged_one():
+def test_the_error_equals_the_logged_one():
     scores, truths = entries()
     report = MultilabelReport(3)
     report.update(torch.logit(torch.from_numpy(scores)).float(), torch.from_numpy(truths))
@@ -42,7 +42,7 @@ def test_its_error_is_the_logged_one():
 
 
 @pytest.mark.parametrize("scores", [np.zeros((4, 2)), np.ones((4, 2)), np.full((4, 2), 0.5), np.zeros((0, 2))])
-def test_extreme_equal_and_missing_scores_are_drawn(scores):
+def test_extreme_equal_and_missing_scores_are_plotted(scores):
     truths = np.zeros(scores.shape, dtype=np.int8)
     x, _ = points(reliability_diagram(scores, truths))
     assert len(x) == min(1, len(scores))

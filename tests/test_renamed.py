@@ -1,4 +1,4 @@
-"""Names of earlier versions: on the command line, in checkpoints, in imports."""
+"""Names of earlier versions on the command line, in checkpoints and in imports."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from cbsa_lightning import cli
 from cbsa_lightning.cli.renamed import current, current_words
 
 
-def test_class_paths_of_the_first_version_are_those_of_today():
+def test_class_paths_of_the_first_version_are_renamed():
     stored = {"labeler": {"class_path": "cbsa_lightning.labelers.LabelledOnly"}, "other": ["torch.optim.AdamW", 3]}
     today = {"labeler": {"class_path": "cbsa_lightning.method.labelers.LabeledOnly"}, "other": ["torch.optim.AdamW", 3]}
     assert current(stored) == current(today) == today
 
 
-def test_flags_with_british_names_work_and_name_the_new_one(capsys):
+def test_flags_with_british_names_work_with_a_hint(capsys):
     words = [
         "fit",
         "--data.labelled_fraction=.5",
@@ -25,6 +25,6 @@ def test_flags_with_british_names_work_and_name_the_new_one(capsys):
     assert "--data.labelled_fraction is now --data.labeled_fraction." in capsys.readouterr().err
 
 
-def test_the_command_is_imported_from_where_it_was():
+def test_the_command_can_be_imported_from_its_old_module():
     assert cli.main is command.main
     assert cli.entry_point is command.entry_point

@@ -1,4 +1,4 @@
-"""The page about a run: what it says, what it leaves out, and that it stays small."""
+"""The report page of a run: its content, omitted sections, and its size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ODD = ('<script>alert("a")</script>', "R&D 'lab'", "_$x^2$")
 
 
 class Page(HTMLParser):
-    """Headings, rows of the table of classes, addresses of pictures, and whether all elements are closed."""
+    """A parsed page: headings, rows of the class table and image sources; checks that all elements are closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def made(folder, images=30, names=(*ODD, "cat", "dog"), unlabeled=40, validation=True, doubts=True, present=10):
-    """A run's folder with made-up scores, and the run; image files of the first ``present`` rows are there."""
+    """Writes a run with random scores, in which only the first ``present`` rows have image files."""
     rng = np.random.default_rng(0)
     root, C = folder / "photos", len(names)
     root.mkdir(parents=True)
@@ -97,7 +97,7 @@ def made(folder, images=30, names=(*ODD, "cat", "dog"), unlabeled=40, validation
     return Run(run, tuple(names), root, {"validation images": images}, table if validation else None), table, scores
 
 
-def test_every_element_is_closed_and_nothing_is_fetched(tmp_path):
+def test_the_page_is_valid_html_without_external_resources(tmp_path):
     page = Page(build_page(made(tmp_path)[0]))
     assert page.headings == [
         *("Classes", "Images by class", "What to label next", "Suspicious labels"),
@@ -118,14 +118,14 @@ def test_names_of_classes_and_files_are_escaped(tmp_path):
     assert page.tags.count("script") == 1
 
 
-def test_the_table_holds_the_figures_of_the_predictions(tmp_path):
+def test_the_table_contains_the_metrics_of_the_predictions(tmp_path):
     run, table, scores = made(tmp_path)
     page = Page(build_page(run))
     AP = average_precisions(scores, table.labels)
     labels = pyarrow.csv.read_csv(run.folder / "labels.csv")["labels"].to_pylist()
     for k, row in enumerate(page.cells[1:]):
         given, truth = scores[:, k] >= 0.5, table.labels[:, k] == 1
-        if k == len(AP) - 1:  # its threshold is infinite
+        if k == len(AP) - 1:  # the threshold of the last class is infinite
             assert row[4:6] == ["never", "–"]
             continue
         precision, recall = (given & truth).sum() / given.sum(), (given & truth).sum() / truth.sum()
@@ -136,7 +136,7 @@ def test_the_table_holds_the_figures_of_the_predictions(tmp_path):
     assert f"mean average precision (mAP) of {100 * AP.mean():.0f} %" in page.text
 
 
-def test_images_that_cannot_be_read_leave_a_placeholder(tmp_path):
+def test_unreadable_images_are_replaced_by_a_placeholder(tmp_path):
     run = made(tmp_path)[0]
     broken = run.root / "<b>0&.png"
     broken.write_bytes(broken.read_bytes()[:100])
@@ -157,7 +157,7 @@ def test_images_that_cannot_be_read_leave_a_placeholder(tmp_path):
         ({"validation": False, "unlabeled": 0, "doubts": False}, {"Classes"}),
     ],
 )
-def test_missing_pieces_leave_their_section_out(tmp_path, missing, headings):
+def test_sections_without_data_are_omitted(tmp_path, missing, headings):
     page = Page(build_page(made(tmp_path, **missing)[0]))
     assert set(page.headings) == headings | {"Training, settings and versions"}
     if "validation" in missing:
@@ -172,7 +172,7 @@ def test_contexts_are_listed_with_their_classes(tmp_path):
     assert "Context 2: cat, dog" in page.text
 
 
-def test_weak_classes_and_next_steps_are_said(tmp_path):
+def test_weak_classes_and_next_steps_are_listed(tmp_path):
     run, *_ = made(tmp_path)
     run = Run(**{**vars(run), "baselines": {"a linear probe": 0.5}, "few_images": 50})
     text = Page(build_page(run)).text
@@ -180,7 +180,7 @@ def test_weak_classes_and_next_steps_are_said(tmp_path):
     assert "With only 30 images" in text
     assert "Fewer than 10 labeled images show" in text
     assert "Next, label the 40 images in next_to_label.csv" in text
-    assert re.search(r"check the \d+ given labels in suspicious_labels.csv", text)
+    assert re.search(r"check the \d+ existing labels in suspicious_labels.csv", text)
 
 
 def test_predictions_of_other_images_are_refused(tmp_path):
@@ -202,7 +202,7 @@ def test_labels_of_other_classes_are_refused(tmp_path):
         build_page(run)
 
 
-def test_many_classes_and_images_make_a_page_of_a_few_megabytes(tmp_path):
+def test_the_size_of_the_page_is_bounded(tmp_path):
     run, *_ = made(tmp_path, images=500, names=[f"class {k}" for k in range(1000)], unlabeled=500, present=500)
     start = time.perf_counter()
     text = build_page(run)
@@ -211,7 +211,7 @@ def test_many_classes_and_images_make_a_page_of_a_few_megabytes(tmp_path):
     page = Page(text)
     assert len(page.cells) == 1001
     assert 30 * 10 < len(page.sources) <= 30 * 12 + 2 * 24
-    assert "Shown are 30 of 1,000 classes, those with the lowest AP" in page.text
+    assert "shows the 30 of 1,000 classes with the lowest AP" in page.text
 
 
 def test_curves_show_the_mean_and_the_lowest_classes():
@@ -241,13 +241,13 @@ def fit(folder, clip, source, callbacks=None, trainer=None, **settings):
 
 
 class Metrics(Callback):
-    """Figures at the end of a fit."""
+    """Stores the metrics at the end of a fit."""
 
     def on_fit_end(self, trainer, module):
         self.found = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def test_a_run_has_a_page_with_its_figures(tmp_path, clip_folder, squares_folder):
+def test_the_page_of_a_run_contains_its_metrics(tmp_path, clip_folder, squares_folder):
     metrics = Metrics()
     callbacks = [MeasureBaselines(), metrics, RunReport(4), WriteLabels(budget=5), WriteReportPage()]
     settings = {"labeler": StackedProbes(), "stack_share": 0.5}
@@ -265,7 +265,7 @@ def test_a_run_has_a_page_with_its_figures(tmp_path, clip_folder, squares_folder
     assert "16 labeled images, 24 unlabeled images, 7 validation images." in page.text
 
 
-def test_labels_alone_and_no_validation_make_a_page_too(tmp_path, clip_folder, squares_folder):
+def test_labeled_only_runs_without_validation_have_a_page(tmp_path, clip_folder, squares_folder):
     trainer = {"limit_val_batches": 0}
     fit(tmp_path / "run", clip_folder, Squares(squares_folder), trainer=trainer, labeler=LabeledOnly())
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
@@ -277,7 +277,7 @@ def test_labels_alone_and_no_validation_make_a_page_too(tmp_path, clip_folder, s
 @pytest.mark.parametrize(
     "callbacks", [[RunReport(4), WriteReportPage(enabled=False)], [RunReport(enabled=False), WriteReportPage()]]
 )
-def test_no_page_is_written_where_it_is_off_or_has_nothing_to_show(tmp_path, clip_folder, squares_folder, callbacks):
+def test_no_page_is_written_if_it_is_disabled_or_has_no_content(tmp_path, clip_folder, squares_folder, callbacks):
     fit(tmp_path / "run", clip_folder, Squares(squares_folder), callbacks)
     assert not (tmp_path / "run" / "report.html").exists()
     with pytest.raises(ConfigError, match=r"report_page\.enabled"):

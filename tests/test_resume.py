@@ -1,4 +1,4 @@
-"""From a checkpoint of any moment a run goes on as if it had never stopped; finding runs and checkpoints again."""
+"""A run resumes from any checkpoint with bit-identical results; finding runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def squares(squares_folder):
 
 
 class Record(Logger):
-    """Keeps what is logged."""
+    """Logger that stores all logged metrics, except times."""
 
     name = version = "record"
 
@@ -48,7 +48,7 @@ class Record(Logger):
 
 
 class SaveAlways(Checkpoint):
-    """Writes a checkpoint wherever Lightning's own callback may write one."""
+    """Writes a checkpoint at every point where Lightning's callback may write one."""
 
     def __init__(self, folder):
         self.folder, self.files = folder, []
@@ -69,7 +69,7 @@ class SaveAlways(Checkpoint):
 
 
 class Steps(L.Callback):
-    """Which images each step had."""
+    """Records the images of each step."""
 
     def __init__(self):
         self.batches = []
@@ -105,19 +105,19 @@ def run(folder, clip, squares, *callbacks, ckpt_path=None, data=None, **settings
     ],
     ids=str,
 )
-def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder, squares, settings):
-    """Weights, average, thresholds, partition, labels, optimizer; every batch; every row of figures, lost or not."""
+def test_a_run_resumed_from_any_checkpoint_is_bit_identical(tmp_path, clip_folder, squares, settings):
+    """Compares weights, average, thresholds, partition, labels, optimizer, all batches and all logged metrics."""
     saves = SaveAlways(tmp_path)
     state, rows, batches = run(tmp_path, clip_folder, squares, saves, **settings)
     assert len(saves.files) > 10
     for file, logged in saves.files:
         again, more, rest = run(tmp_path, clip_folder, squares, ckpt_path=file, **settings)
-        last = file == saves.files[-1][0]  # no step follows, so nothing needs the optimizer's state
+        last = file == saves.files[-1][0]  # no step follows, so the checkpoint has no optimizer state
         assert not (last and read_checkpoint(file)["optimizer_states"][0]["state"])
         assert again.keys() == {key for key in state if not (last and key.startswith("optimizer."))}, file.name
         assert differences(state, again) == [], file.name
         assert rest == batches[len(batches) - len(rest) :], file.name
-        # What was logged before the checkpoint and what is logged after it are all rows: none is lost in between.
+        # The rows logged before the checkpoint and after resuming include all rows of the uninterrupted run.
         assert more == rows[len(rows) - len(more) :], file.name
         assert logged + len(more) >= len(rows), file.name
 
@@ -125,8 +125,8 @@ def test_from_every_checkpoint_it_ends_with_the_same_bits(tmp_path, clip_folder,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "32-true"])
-def test_from_every_checkpoint_on_a_gpu(tmp_path, clip_folder, squares, precision):
-    """Its kernels need not give the same bits twice, so to rounding; the scale of gradients is part of a checkpoint."""
+def test_a_run_resumed_on_a_gpu_is_equal_up_to_rounding(tmp_path, clip_folder, squares, precision):
+    """Compares up to rounding because GPU kernels are not deterministic; also restores the gradient scale."""
     saves, settings = SaveAlways(tmp_path), {"accelerator": "gpu", "devices": 1, "precision": precision}
     state, _, batches = run(tmp_path, clip_folder, squares, saves, **settings)
     for file, _ in saves.files[::3]:
@@ -137,17 +137,17 @@ def test_from_every_checkpoint_on_a_gpu(tmp_path, clip_folder, squares, precisio
         torch.testing.assert_close({k: again[k].float() for k in weights}, weights, atol=1e-2, rtol=1e-2)
 
 
-def test_a_run_that_is_over_can_be_prolonged_only_where_its_learning_rate_allows(tmp_path, clip_folder, squares):
+def test_a_finished_run_cannot_be_extended_if_the_schedule_depends_on_its_length(tmp_path, clip_folder, squares):
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     with pytest.raises(CheckpointError, match=r"end.ckpt: the semi-supervised stage .* 4 steps.* settings it has 8"):
         tiny_fit(tmp_path, clip_folder, squares, max_epochs=3, ckpt_path=str(tmp_path / "end.ckpt"))
     _, again = tiny_fit(tmp_path, clip_folder, squares, max_epochs=2, ckpt_path=str(tmp_path / "end.ckpt"))
-    assert again.global_step == trainer.global_step  # nothing left to do, and nothing done
+    assert again.global_step == trainer.global_step  # no step is left
 
 
-def test_a_length_in_steps_can_be_prolonged(tmp_path, clip_folder, squares):
-    """The optimizer's averages stay, the learning rate goes on as in a run that was as long from the beginning."""
+def test_a_run_with_max_steps_can_be_extended(tmp_path, clip_folder, squares):
+    """After resuming, the learning rates equal those of a run that had this length from the start."""
 
     class Rates(L.Callback):
         def __init__(self):
@@ -169,7 +169,7 @@ def test_a_length_in_steps_can_be_prolonged(tmp_path, clip_folder, squares):
     assert rates == pytest.approx({step: rate for step, rate in whole.items() if step > 5})
 
 
-def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
+def test_sigterm_writes_a_checkpoint_of_the_last_step(tmp_path, clip_folder, squares):
     class Ask(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if (trainer.current_epoch, batch_idx) == (1, 1):
@@ -186,8 +186,8 @@ def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares):
 
 
 @pytest.mark.parametrize("moment", ["step", "epoch", "exchanged"])
-def test_no_checkpoint_is_written_where_its_parts_would_not_belong_together(tmp_path, clip_folder, squares, moment):
-    """Within a step, while an epoch begins, while the network holds the averages: an exception or a signal may ask."""
+def test_no_inconsistent_checkpoint_is_written(tmp_path, clip_folder, squares, moment):
+    """Exceptions and signals may request a checkpoint in a step, at an epoch start, or while weights are swapped."""
     module, trainer = tiny_module(clip_folder), tiny_trainer(tmp_path)
     file, asked = tmp_path / "within.ckpt", []
     file.write_text("an earlier one")
@@ -204,7 +204,7 @@ def test_no_checkpoint_is_written_where_its_parts_would_not_belong_together(tmp_
 
         return asking
 
-    if moment == "step":  # the weights have made a step, the average has not
+    if moment == "step":  # the weights are updated, but their average is not
         module.ema.update = before(module.ema.update)
     elif moment == "epoch":
         progress = trainer.fit_loop.epoch_progress.current
@@ -218,7 +218,7 @@ def test_no_checkpoint_is_written_where_its_parts_would_not_belong_together(tmp_
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
-def test_a_run_that_was_stopped_early_stays_stopped(tmp_path, clip_folder, squares, at_the_end):
+def test_a_resumed_run_stops_early_like_the_original(tmp_path, clip_folder, squares, at_the_end):
     def stops():
         return EarlyStopping("val/mAP", min_delta=9, patience=0, mode="max", check_on_train_epoch_end=at_the_end)
 
@@ -232,7 +232,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path, clip_folder, squar
         assert more == rows[len(rows) - len(more) :], file.name
 
 
-def test_it_goes_on_with_its_own_data_only(tmp_path, clip_folder, squares, squares_folder):
+def test_resuming_with_other_data_is_refused(tmp_path, clip_folder, squares, squares_folder):
     _, trainer = tiny_fit(tmp_path, clip_folder, squares)
     file = str(tmp_path / "run.ckpt")
     trainer.save_checkpoint(file)
@@ -246,7 +246,7 @@ def test_it_goes_on_with_its_own_data_only(tmp_path, clip_folder, squares, squar
             tiny_fit(tmp_path, clip_folder, source, data=data, ckpt_path=file)
 
 
-def test_weights_alone_are_no_place_to_go_on_from(tmp_path, clip_folder, squares):
+def test_resuming_from_weights_only_is_refused(tmp_path, clip_folder, squares):
     module, trainer = tiny_fit(tmp_path, clip_folder, squares)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
@@ -268,7 +268,7 @@ def checkpoint(tmp_path_factory, clip_folder, squares):
     return folder / "run.ckpt"
 
 
-def test_every_changed_byte_of_the_content_is_noticed(tmp_path, checkpoint):
+def test_every_changed_byte_is_detected(tmp_path, checkpoint):
     whole = checkpoint.read_bytes()
     content = read_checkpoint(checkpoint)
     file, unnoticed = tmp_path / "changed.ckpt", 0
@@ -276,7 +276,7 @@ def test_every_changed_byte_of_the_content_is_noticed(tmp_path, checkpoint):
         changed = bytearray(whole)
         changed[place] ^= 0x10
         file.write_bytes(bytes(changed))
-        with contextlib.suppress(CheckpointError):  # bytes that fill up to the next 64th are nobody's
+        with contextlib.suppress(CheckpointError):  # padding bytes are not covered by a checksum
             assert differences(read_checkpoint(file)["state_dict"], content["state_dict"]) == []
             unnoticed += 1
     assert unnoticed < 20
@@ -286,7 +286,7 @@ def test_every_changed_byte_of_the_content_is_noticed(tmp_path, checkpoint):
             read_checkpoint(file)
 
 
-def test_every_checkpoint_is_data(checkpoint):
+def test_checkpoints_load_with_weights_only(checkpoint):
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
     assert read_checkpoint(checkpoint)[SOURCE] == str(checkpoint)
 
@@ -301,7 +301,7 @@ def test_urls_are_refused(clip_folder, squares, tmp_path):
             ask("http://localhost:1/x.ckpt")
 
 
-def test_the_newest_whole_checkpoint(tmp_path, checkpoint):
+def test_newest_checkpoint_ignores_incomplete_files(tmp_path, checkpoint):
     assert newest_checkpoint(tmp_path) is None
     content = torch.load(checkpoint, weights_only=True)
     for name, step, torn in (("a", 5, False), ("b", 9, False), ("c", 12, True)):
@@ -315,7 +315,7 @@ def test_the_newest_whole_checkpoint(tmp_path, checkpoint):
     assert all(name in told for name in ("c.ckpt", "d.ckpt", "foreign.ckpt"))
 
 
-def test_a_metrics_file_goes_on(tmp_path):
+def test_a_metrics_file_is_continued(tmp_path):
     rows = [(0, {"epoch": 0, "val/mAP": 0.5}), (0, {"epoch": 0, "train/loss": 2.0}), (4, {"epoch": 1, "val/mAP": 0.6})]
 
     def log(file, rows):
@@ -325,7 +325,7 @@ def test_a_metrics_file_goes_on(tmp_path):
 
     log(MetricsFile(tmp_path), rows)
     whole = (tmp_path / "metrics.csv").read_text()
-    # It was cut off after a later step; and from the checkpoint of step 0 the last row is logged once more.
+    # The run was interrupted after a later step, so resuming from step 0 logs the last row again.
     log(MetricsFile(tmp_path), [(8, {"epoch": 2, "val/mAP": 9.0})])
     log(MetricsFile(tmp_path), rows[1:])
     assert (tmp_path / "metrics.csv").read_text() == whole
@@ -336,7 +336,7 @@ def test_a_metrics_file_goes_on(tmp_path):
         MetricsFile(tmp_path)
 
 
-def test_a_logger_goes_on_in_its_folder(tmp_path):
+def test_a_resumed_logger_uses_its_folder(tmp_path):
     plain = CSVLogger(tmp_path / "runs", "cbsa")
     for folder in (tmp_path / "runs" / "cbsa" / "version_3", tmp_path / "elsewhere" / "mine"):
         again = going_on(plain, folder)
@@ -346,7 +346,7 @@ def test_a_logger_goes_on_in_its_folder(tmp_path):
     assert going_on(other, tmp_path) is other
 
 
-def test_two_checkpoints_of_one_moment_are_one_file(tmp_path, clip_folder, squares):
+def test_two_checkpoints_of_the_same_step_are_one_file(tmp_path, clip_folder, squares):
     keep = ModelCheckpoint(tmp_path / "all", "{epoch}", save_last=True, save_top_k=-1)
     best = ModelCheckpoint(tmp_path / "best", "{epoch}", monitor="val/mAP", mode="max", save_last=True)
     run(tmp_path, clip_folder, squares, keep, best)
@@ -357,13 +357,13 @@ def test_two_checkpoints_of_one_moment_are_one_file(tmp_path, clip_folder, squar
     assert [last.samefile(file) for file in sorted((tmp_path / "all").glob("epoch*"))] == [False, False, True]
     for epoch in range(3):
         assert read_checkpoint(tmp_path / "all" / f"epoch={epoch}.ckpt")["epoch"] == epoch
-    # Resumed from any of them, Lightning knows that last.ckpt is its own and writes no last-v1.ckpt beside it.
+    # After resuming, Lightning recognizes last.ckpt as its own file and does not write last-v1.ckpt.
     again = ModelCheckpoint(tmp_path / "all", "{epoch}", save_last=True, save_top_k=-1)
     run(tmp_path, clip_folder, squares, again, ckpt_path=tmp_path / "all" / "epoch=0.ckpt")
     assert not (tmp_path / "all" / "last-v1.ckpt").exists()
 
 
-def test_without_links_there_are_two_files(tmp_path, clip_folder, squares, monkeypatch):
+def test_without_hard_links_there_are_two_files(tmp_path, clip_folder, squares, monkeypatch):
     def refuses(*_):
         raise OSError
 
@@ -386,7 +386,7 @@ def words_of(*words):
         return run
 
 
-def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
+def test_command_line_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words_of("fit", "--config", "x") == (["fit", "--config", "x"], None, None)
     with pytest.raises(ConfigError, match="runs has no run"):
@@ -406,7 +406,7 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
         assert found.wandb_id == "abc"
         assert "--trainer.devices=2" in found.words
         assert not any("resume" in word for word in found.words)
-    # With a configuration the same words begin a run and go on with it.
+    # With --config, the same command starts a run and later resumes it.
     assert words_of("fit", "--config=x", "--resume=new") == (["fit", "--config=x"], Path("new"), None)
     assert words_of("fit", "--config=x", f"--resume={second}").words[-1].startswith("--ckpt_path=")
     (second / "checkpoints" / ".last-1.ckpt").write_text("half")
@@ -426,7 +426,7 @@ def test_words_of_a_resumed_run(tmp_path, checkpoint, monkeypatch):
             words_of(*words)
 
 
-def test_a_run_is_resumed_from_its_own_checkpoints_wherever_they_are(tmp_path, checkpoint, monkeypatch):
+def test_checkpoints_of_a_run_are_found_in_any_folder(tmp_path, checkpoint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         make_run(tmp_path / name, checkpoint, global_step=5 if name == "a" else 9)
@@ -439,17 +439,17 @@ def test_a_run_is_resumed_from_its_own_checkpoints_wherever_they_are(tmp_path, c
         (tmp_path / "a" / "config.yaml").write_text(json.dumps(config))
         assert words_of("fit", "--resume=a").words[-1] == "--ckpt_path=shared/a.ckpt"
     (shared / "a.ckpt").unlink()
-    with pytest.raises(ConfigError, match=r"a has no checkpoint to resume from: .*b\.ckpt .* belong to another run"):
+    with pytest.raises(ConfigError, match=r"a has no checkpoint to resume from\. .* belong to another run: .*b\.ckpt"):
         words_of("fit", "--resume=a")
 
 
-def test_a_run_without_a_checkpoint_begins_anew_only_where_nothing_is_lost(tmp_path, checkpoint):
+def test_a_run_without_a_checkpoint_restarts_only_if_nothing_is_lost(tmp_path, checkpoint):
     run = tmp_path / "run"
     make_run(run, checkpoint)
     file = run / "checkpoints" / "last.ckpt"
     weights = torch.load(file, weights_only=True)
     torch.save({key: value for key, value in weights.items() if key != "optimizer_states"}, file)
-    with pytest.raises(ConfigError, match=r"run has no checkpoint to resume from: checkpoints/last.ckpt have weights"):
+    with pytest.raises(ConfigError, match=r"have only weights, .* belong to another run: checkpoints/last.ckpt"):
         words_of("fit", f"--resume={run}")
     file.unlink()
     (run / "metrics.csv").write_text("epoch,step,val/mAP\n0,1,0.5\n")
@@ -483,7 +483,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, checkpoint, monkeyp
     assert words_of("fit", f"--resume={run}").folder == run
 
 
-def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path, checkpoint, monkeypatch):
     seen = []
     monkeypatch.setattr(
         lightning_cli, "make_cli", lambda words, folder: seen.append((folder, os.environ.get("WANDB_RUN_ID")))
@@ -498,7 +498,7 @@ def test_a_resumed_run_has_its_wandb_id(tmp_path, checkpoint, monkeypatch):
     assert os.environ["WANDB_RUN_ID"] == "mine"
 
 
-def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path):
+def test_errors_for_unreadable_configurations_name_the_file(tmp_path):
     for name, content, message in (
         ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line \d"),
         ("b.yaml", "5", r"b\.yaml: must map settings"),

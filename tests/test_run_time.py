@@ -263,7 +263,7 @@ def test_images_that_a_run_skips_are_not_measured(photos: Path) -> None:
     given = recipe(photos)
     given["data"]["on_error"] = "skip"
     assert unit_times(Request(given, [0, 3], [], 1)).images == 1
-    with pytest.raises(CBSAError, match="None of the images"):
+    with pytest.raises(CBSAError, match="None of the sampled images"):
         unit_times(Request(given, [3], [], 1))
 
 

@@ -1,4 +1,4 @@
-"""Figures that show whether the decoder gives each label its own image feature."""
+"""Metrics that show whether the decoder computes label-specific image features."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_a_collapsed_decoder_is_reported_once():
 
 
 @pytest.mark.parametrize(("gain", "cosine"), [(0.02, 0.999), (0.0, 0.9), (float("nan"), 0.999), (0.0, float("nan"))])
-def test_features_that_bring_something_or_differ_are_not_reported(gain, cosine):
+def test_useful_or_distinct_features_are_not_reported(gain, cosine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Specificity(3).warn_if_collapsed({"specific_gain": torch.tensor(gain), "feature_cosine": torch.tensor(cosine)})
 
 
-def test_a_reset_forgets_the_pass():
+def test_reset_discards_the_pass():
     targets = torch.tensor([[1, 0, 0], [0, 1, 1]], dtype=torch.int8)
     features = torch.randn(2, 3, 7, generator=torch.manual_seed(0))
     specificity = filled(features, 2.0 * targets - 1, targets)

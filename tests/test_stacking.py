@@ -1,4 +1,4 @@
-"""Stacked probes against plain re-computations, and on data whose answer is known."""
+"""Compares stacked probes with slow recomputations, and evaluates them on data with known results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cbsa_lightning.method.stacking import ALPHAS, StackedProbes, probe, ready
 
 
 def problem(n=400, m=60, classes=4, noise=1.0, seed=0):
-    """Labels that depend on 12 descriptors; the rarest class has one positive in fifteen or so."""
+    """Returns labels that depend on 12 descriptors; the rarest class has about one positive in fifteen images."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 12))
     raw = x @ rng.normal(size=(12, classes)) / 12**0.5 + noise * rng.normal(size=(n, classes))
@@ -28,7 +28,7 @@ def evidence(x, labels, rows, scores=()):
     )
 
 
-def test_left_out_scores_are_those_of_probes_without_the_image():
+def test_leave_one_out_scores_equal_probes_without_the_image():
     x, labels, rows = problem()
     known = labels[rows].copy()
     known[3, 1] = known[10, 0] = -1
@@ -36,7 +36,7 @@ def test_left_out_scores_are_those_of_probes_without_the_image():
     rate = (known == 1).sum(0) / (known >= 0).sum(0)
     y = ((known == 1) - rate) / np.sqrt(rate * (1 - rate))
     errors = {}
-    for alpha in ALPHAS:  # slow and plain: one fit an image and class
+    for alpha in ALPHAS:  # the slow reference: one fit per image and class
         left, scores = np.zeros(y.shape), np.zeros((len(x), y.shape[1]))
         for k in range(y.shape[1]):
             told = known[:, k] >= 0
@@ -55,7 +55,7 @@ def test_left_out_scores_are_those_of_probes_without_the_image():
     np.testing.assert_allclose(ours.left_out, expected[1], atol=1e-6)
 
 
-def test_unknown_entries_cost_less_than_counting_them_as_absent():
+def test_unknown_entries_are_better_than_counting_them_as_absent():
     found = {-1: [], 0: []}
     for seed in range(6):
         x, labels, rows = problem(n=1500, m=200, seed=seed)
@@ -68,7 +68,7 @@ def test_unknown_entries_cost_less_than_counting_them_as_absent():
     assert np.mean(found[-1]) > np.mean(found[0]) + 0.01
 
 
-def test_ready_scores_are_only_scaled():
+def test_given_scores_are_only_scaled():
     scores = np.random.default_rng(0).normal(3, 7, size=(50, 3))
     scores[:, 2] = 5.0
     opinion = ready(scores, np.arange(4))
@@ -78,8 +78,8 @@ def test_ready_scores_are_only_scaled():
     np.testing.assert_array_equal(opinion.left_out, scaled[:4])
 
 
-def test_the_whole_stack_by_hand():
-    """One opinion, one regression over all entries, written out entry by entry."""
+def test_the_stack_equals_a_manual_computation():
+    """With one classifier, the stack is a single regression over all entries."""
     x, labels, rows = problem()
     trust = 3.0
     ours = StackedProbes(trust)(evidence(x, labels, rows))
@@ -112,8 +112,8 @@ def test_probabilities_are_calibrated_and_rank_well():
     assert np.mean(hits) > 0.8
 
 
-def test_an_opinion_counts_as_much_as_the_labels_confirm():
-    """Scores that tell the truth move the probabilities, noise in their place hardly does."""
+def test_the_weight_of_a_classifier_depends_on_its_accuracy():
+    """Informative scores change the probabilities, and noise hardly changes them."""
     x, labels, rows = problem(noise=3.0)
     rng = np.random.default_rng(1)
     truth = np.delete(labels, rows, axis=0)
@@ -129,8 +129,8 @@ def test_an_opinion_counts_as_much_as_the_labels_confirm():
 
 
 @pytest.mark.parametrize("dimensions", [12, 200])
-def test_a_descriptor_that_says_nothing_does_no_harm(dimensions):
-    """Left-out scores must not tell the label: a weak probe would then be believed, upside down."""
+def test_an_uninformative_descriptor_does_no_harm(dimensions):
+    """Leave-one-out scores must not leak the label, because a weak probe would then get a negative weight."""
     harm, alone = [], []
     for seed in range(6):
         _, labels, rows = problem(noise=3.0, seed=seed)
@@ -149,7 +149,7 @@ def test_a_descriptor_that_says_nothing_does_no_harm(dimensions):
     assert np.mean(alone) < 0.5
 
 
-def test_a_class_of_which_nothing_is_known_is_ignored():
+def test_classes_without_known_labels_are_ignored():
     x, labels, rows = problem()
     labels[:, 2] = -1
     p = StackedProbes()(evidence(x, labels, rows))
@@ -157,7 +157,7 @@ def test_a_class_of_which_nothing_is_known_is_ignored():
     assert (p[:, [0, 1, 3]] > 0).all()
 
 
-def test_new_images_are_scored_like_those_it_was_fitted_beside():
+def test_new_images_are_scored_like_unlabeled_images_of_the_fit():
     x, labels, rows = problem()
     known = evidence(x, labels, rows)
     stack = StackedProbes().fit(known)
@@ -168,7 +168,7 @@ def test_new_images_are_scored_like_those_it_was_fitted_beside():
     assert stack.left_out().shape == (len(rows), labels.shape[1])
 
 
-def test_without_unlabeled_images_there_is_nothing_to_say():
+def test_the_result_without_unlabeled_images_is_empty():
     x, labels, _ = problem()
     assert StackedProbes()(evidence(x, labels, np.arange(len(x)))).shape == (0, 4)
 
@@ -176,7 +176,7 @@ def test_without_unlabeled_images_there_is_nothing_to_say():
 def test_a_class_without_labeled_positives_gets_small_probabilities():
     x, labels, rows = problem()
     labels[:, 3] = 0
-    labels[np.setdiff1d(np.arange(len(x)), rows)[:5], 3] = 1  # positives are there, but none is labeled
+    labels[np.setdiff1d(np.arange(len(x)), rows)[:5], 3] = 1  # there are positives, but none is labeled
     p = StackedProbes()(evidence(x, labels, rows))
     assert (rounded(p)[:, 3] == 0).all()
     assert 0 < p[:, 3].max() < 0.2
@@ -198,7 +198,7 @@ def test_order_of_images_and_hidden_labels_do_not_matter():
     np.testing.assert_allclose(other.numpy()[place], p.numpy(), atol=1e-4)
 
 
-def test_too_little_is_refused():
+def test_too_few_labels_are_refused():
     x, labels, rows = problem()
     with pytest.raises(DataError, match="1 labeled images"):
         StackedProbes()(evidence(x, labels, rows[:1]))

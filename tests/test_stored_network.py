@@ -1,4 +1,4 @@
-"""Networks that a checkpoint describes: those of the library are built, others are refused."""
+"""Networks of the library are built from a checkpoint, and others are refused."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_a_network_of_the_library_is_built_with_its_settings(clip_folder):
     "path",
     ["os.system", "my_systems.LinearProbe", "cbsa_lightning.networks.base.gone", "cbsa_lightning.networks..os", 3],
 )
-def test_a_file_chooses_no_other_code(path):
+def test_checkpoints_cannot_choose_other_code(path):
     with pytest.raises(CheckpointError, match=r"a\.ckpt has the network .*not a network of this library"):
         stored_network(checkpoint(class_path=path))
 
 
 @pytest.mark.parametrize("text", [None, "[", "3", "{init_args: {}}", "{init_args: {network: null}}", "{init_args: 3}"])
-def test_a_checkpoint_that_does_not_say_is_refused(text):
+def test_checkpoints_without_a_network_are_refused(text):
     with pytest.raises(CheckpointError, match="does not name its network"):
         stored_network({SOURCE: "a.ckpt", MODEL: text})

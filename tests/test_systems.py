@@ -1,4 +1,4 @@
-"""Every system of the paper's tables on the embedded data: trains, validates, saves, loads and predicts."""
+"""Every system of the paper's tables trains, validates, saves, loads and predicts on the embedded data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ model: {init_args: {network: {init_args: {backbone: test_resnet.r160_in1k, pretr
 
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data and features are written where a run starts."""
+    """Changes to a temporary folder, because a run writes data and features to the working folder."""
     monkeypatch.chdir(folder)
 
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finished(row: Row, folder: Path) -> tuple[Cell, dict[str, Any]]:
-    """The row's cell, one epoch of warm-up and one of the second stage, with its checkpoint."""
+    """Runs the cell of a row with one epoch of warm-up and one of the second stage; keeps its checkpoint."""
     imagenet = row.label in IMAGENET
     extra = [folder / "short.yaml", folder / ("resnet.yaml" if imagenet else "kept.yaml")]
     data = DataSet("digits", folder / "digits.yaml")
@@ -81,10 +81,10 @@ def test_trains_validates_saves(row: Row, folder: Path) -> None:
     assert set(history["val/mAP"]) == {"0", "1"}
     assert 0 < history["val/mAP"]["1"] < 1
     assert np.isfinite(history["train/loss"]["1"])
-    assert set(history["time/ms_per_image"]) == {"0", "1"}  # of each epoch, not of the one before
+    assert set(history["time/ms_per_image"]) == {"0", "1"}  # both epochs are measured
     learns_from_labels_alone = row.label in ("BCE", "ASL")
     assert (history["train/loss_unsup"]["1"] == 0) == learns_from_labels_alone
-    # CF1 of the pseudo-labels is there for every system that makes any.
+    # Every system with pseudo-labels logs their CF1.
     assert ("pseudo/CF1" in history) == (not learns_from_labels_alone)
     assert ("train/loss_aux" in history) == (row.label == "Ours")
 
@@ -105,8 +105,8 @@ def test_loads_predicts(row: Row, folder: Path) -> None:
     np.testing.assert_allclose(classifier.scores(images).numpy(), scores, atol=2e-3)
 
 
-def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
-    """Rows that are set side by side share data, stages and the average; those of CAP have its own optimizer."""
+def test_recipes_differ_only_in_the_system(folder: Path) -> None:
+    """Rows that are compared have the same data, stages and average; rows of CAP use CAP's optimizer."""
     data = DataSet("digits", folder / "digits.yaml")
     cells = [make_cell(row, data, 0.3, 1, CONFIGS) for row in ROWS if row.label not in IMAGENET]
     for cell in cells:
@@ -118,13 +118,13 @@ def test_recipes_differ_in_the_system_alone(folder: Path) -> None:
         assert arguments["warmup_epochs"] == 8
 
 
-def test_yaml_of_a_recipe_is_what_a_run_takes(folder: Path) -> None:
+def test_recipes_can_be_run_as_yaml_files(folder: Path) -> None:
     cell, _ = finished(SYSTEMS[-1], folder)
     assert yaml.safe_load((folder / "out" / cell.folder / "recipe.yaml").read_text()) == cell.recipe
 
 
-def test_the_example_of_the_docs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system of one's own in one file and one YAML, as docs/systems.md shows it, beside one of the paper's."""
+def test_the_example_of_the_documentation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the example of docs/systems.md: a custom system in one Python file and one YAML file."""
     text = (CONFIGS.parent / "docs" / "systems.md").read_text().split("## A system of your own")[1]
     code, overlay = (re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)[0] for language in ("python", "yaml"))
     assert len((code + overlay).splitlines()) <= 30

@@ -21,7 +21,7 @@ HALF = [torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    """Everything in one piece, or a few scores at a time."""
+    """Runs a test with all scores in one block and with small blocks."""
     if request.param == "many blocks":
         monkeypatch.setattr(thresholds, "BLOCK", 250)
         monkeypatch.setattr(thresholds, "STRIP", 12)
@@ -37,7 +37,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("n", [1, 2, 100, 997])
 @pytest.mark.parametrize("levels", [3, 10**6])
 def test_thresholds_equal_the_sorted_definition(blocks, n, dtype, levels):
-    positives = torch.tensor([0, 1, 29, 50, 57, 99, 100])  # among them no positive, no negative
+    positives = torch.tensor([0, 1, 29, 50, 57, 99, 100])  # including classes without positives and without negatives
     generator = torch.Generator().manual_seed(n)
     scores = (torch.randint(levels + 1, (n, 7), generator=generator) / levels).to(dtype)
     before = scores.clone()
@@ -60,7 +60,7 @@ def test_counts_are_exact_for_every_possible_rate():
     assert (labels == 0).sum(dim=0).tolist() == [(m - count) * n // m for count in range(m + 1)]
 
 
-def test_any_layout_gives_the_same_and_stays_as_it_is(blocks):
+def test_thresholds_do_not_depend_on_memory_layout_or_modify_scores(blocks):
     rates = torch.tensor([0.1, 0.0, 0.5, 1.0], dtype=torch.float64)
     scores = torch.rand(101, 4)
     wide = torch.rand(202, 12)
@@ -77,7 +77,7 @@ def test_any_layout_gives_the_same_and_stays_as_it_is(blocks):
 
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 40)), elements=st.floats(-2, 2, width=32)))
-def test_selecting_equals_sorting(columns):
+def test_selection_equals_sorting(columns):
     classes, n = columns.shape
     generator = np.random.default_rng(n)
     r_pos = torch.from_numpy(generator.integers(0, n + 1, classes))
@@ -86,8 +86,8 @@ def test_selecting_equals_sorting(columns):
     assert_equal(thresholds._partitioned(torch.from_numpy(columns.copy()), r_pos, r_neg), by_sort)
 
 
-def test_falling_scores_are_selected_in_linear_time():
-    """torch.kthvalue would take minutes here."""
+def test_descending_scores_are_selected_in_linear_time():
+    """``torch.kthvalue`` needs minutes for these scores."""
     scores = torch.arange(1_000_000, 0, -1.0)[:, None] / 1_000_000
     tau_pos, tau_neg = class_thresholds(scores, torch.tensor([0.03], dtype=torch.float64), 1.0, 1.0)
     assert torch.equal(tau_pos, scores[29_999])
@@ -97,7 +97,7 @@ def test_falling_scores_are_selected_in_linear_time():
 def test_scores_that_are_not_finite_are_counted_over_all_strips(blocks):
     scores = torch.rand(50, 3, dtype=torch.float64)
     scores[2, 1] = scores[43, 1] = math.nan
-    scores[44, 2] = -1e300  # infinite in float32, in which scores are compared
+    scores[44, 2] = -1e300  # infinite in float32, the type used for comparisons
     for call in (lambda: class_thresholds(scores, torch.zeros(3)), lambda: TopOne()(scores, torch.zeros(3))):
         with pytest.raises(DataError, match=r"3 of 150 scores are not finite, in class 1 \(2\), 2 \(1\)"):
             call()
@@ -126,8 +126,8 @@ print(*run(torch.empty(400_000, 64).uniform_()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-def test_memory_beyond_the_scores_is_bounded():
-    """In a process of its own. The block is one that the allocator gives back when it is freed (above 32 MiB)."""
+def test_additional_memory_is_bounded():
+    """Runs in a separate process. Blocks are above 32 MiB, so that the allocator returns them when they are freed."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     before, labeled, selected = (int(kib) / 1024 for kib in run.stdout.split())
     scores, labels, block = (400_000 * 64 * 4 / 2**20, 400_000 * 64 / 2**20, 24 * 400_000 * 4 / 2**20)
@@ -137,7 +137,7 @@ def test_memory_beyond_the_scores_is_bounded():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
-def test_an_accelerator_gives_the_same():
+def test_accelerator_and_cpu_give_equal_thresholds():
     scores, rates = torch.rand(100_000, 30).square().half(), torch.linspace(0, 1, 30, dtype=torch.float64)
     expected = class_thresholds(scores, rates)
     found = class_thresholds(scores.cuda(), rates)

@@ -1,4 +1,4 @@
-"""`cbsa fit --init_from`: the weights of an earlier run in a new one, and what has changed between both."""
+"""`cbsa fit --init_from`: a new run starts from the weights of an earlier run and reports the changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUSED = {"labeler": "cbsa_lightning.method.stacking.StackedProbes", "stack_share
 
 
 def write_table(file, source, labeled, classes=CLASSES, images=60):
-    """The first images of the squares, the first of them with labels."""
+    """Writes a table of the first images of the squares, the first of which have labels."""
     table = source.train()
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -46,7 +46,7 @@ def source(squares_folder):
 
 
 def settings(clip, table, **model):
-    """A configuration of two epochs on a table."""
+    """Returns the configuration of a run of two epochs on a table."""
     return {
         "model": {
             "class_path": "cbsa_lightning.CBSAModule",
@@ -70,7 +70,7 @@ def settings(clip, table, **model):
 
 
 def fit(folder, config, *words):
-    """A run in ``folder``; its CLI."""
+    """Trains a run in ``folder`` and returns its CLI."""
     file = folder.parent / f"{folder.name}.yaml"
     file.write_text(yaml.safe_dump(config))
     place = f"{{save_dir: {folder.parent}, name: {folder.name}}}"
@@ -80,7 +80,7 @@ def fit(folder, config, *words):
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory, clip_folder, source):
-    """A finished run of fused scores, 20 of whose 60 images are labeled."""
+    """A finished run with fused scores; 20 of its 60 images are labeled."""
     folder = tmp_path_factory.mktemp("earlier")
     table = write_table(folder / "photos.csv", source, 20)
     fit(folder / "run", settings(clip_folder, table, **FUSED))
@@ -93,7 +93,7 @@ def fresh(clip, classes=CLASSES, **model):
 
 
 def taken_over(earlier_weights, module, partition=None):
-    """Takes the weights over; the sentence about it, and the state before."""
+    """Copies the weights of an earlier run; returns the message and the previous state."""
     own = _state(module)
     before = {name: value.clone() for name, value in own.items()}
     check_fits(earlier_weights, module.network, own, module.class_names)
@@ -141,7 +141,7 @@ def test_classes_are_matched_by_name(earlier, clip_folder, classes):
         (CLASSES, [-1] * 5, 2, False),
     ],
 )
-def test_the_context_head_is_taken_over_with_the_same_partition_only(
+def test_the_context_head_is_reused_only_with_the_same_partition(
     tmp_path, clip_folder, classes, partition, contexts, same
 ):
     old = fresh(clip_folder, num_contexts=2)
@@ -159,7 +159,7 @@ def test_the_context_head_is_taken_over_with_the_same_partition_only(
 
 
 def earlier_of(module, partition=None):
-    """What a checkpoint of a module gives."""
+    """Returns the earlier run of a module's checkpoint."""
     checkpoint = {"state_dict": dict(module.state_dict()), "read_from": "old.ckpt"}
     with torch.no_grad():
         for name, value in checkpoint["state_dict"].items():
@@ -182,7 +182,7 @@ def earlier_of(module, partition=None):
         ({"train_pool": False, "num_contexts": 0}, "is missing here"),
     ],
 )
-def test_other_settings_are_refused_with_both_sides(clip_folder, changes, message):
+def test_errors_for_other_settings_contain_both_values(clip_folder, changes, message):
     weights, module = earlier_of(fresh(clip_folder)), fresh(clip_folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         check_fits(weights, module.network, _state(module), module.class_names)
@@ -202,7 +202,7 @@ def test_another_class_of_network_is_refused(clip_folder):
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
-def test_a_network_that_does_not_tell_its_class_tensors_needs_the_same_classes(clip_folder, monkeypatch):
+def test_networks_that_do_not_list_class_tensors_need_the_same_classes(clip_folder, monkeypatch):
     module = fresh(clip_folder, CLASSES[::-1])
     weights = earlier_of(fresh(clip_folder))
     monkeypatch.setattr(type(module.network), "class_tensors", lambda self: None)
@@ -210,7 +210,7 @@ def test_a_network_that_does_not_tell_its_class_tensors_needs_the_same_classes(c
         check_fits(weights, module.network, _state(module), module.class_names)
 
 
-def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, caplog, clip_folder, source, earlier):
+def test_a_run_on_an_extended_table_reports_the_changes(tmp_path, caplog, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50)
     config = {**settings(clip_folder, table, **FUSED), "report": {"num_images": 1}}
     cli = fit(tmp_path / "new", config, "--init_from", str(earlier))
@@ -237,7 +237,7 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
                     average_precision_score(truth[:, k], scores[:, k]), abs=2e-3
                 )
     page = (folder / "report.html").read_text()
-    assert "Since the earlier run" in page
+    assert "Changes since the earlier run" in page
     assert "Measured on 25 validation images that neither run has trained on." in page
     before, now = source.train().labels[:20].sum(0), source.train().labels[:50].sum(0)
     for k, name in enumerate(CLASSES):
@@ -249,7 +249,7 @@ def test_a_grown_table_starts_from_the_run_and_reports_the_changes(tmp_path, cap
         ]
 
 
-def test_classes_that_are_gone_and_new_are_listed_without_figures(tmp_path, clip_folder, source, earlier):
+def test_removed_and_new_classes_are_listed_without_metrics(tmp_path, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50, CLASSES[1:])
     fit(tmp_path / "new", settings(clip_folder, table, **FUSED), "--init_from", str(earlier / "checkpoints/last.ckpt"))
     rows = {row["class"]: row for row in csv.DictReader((tmp_path / "new/version_0/changes.csv").open())}
@@ -257,7 +257,7 @@ def test_classes_that_are_gone_and_new_are_listed_without_figures(tmp_path, clip
     assert int(rows["red"]["labels_removed"]) == source.train().labels[:20, 0].sum()
 
 
-def test_a_network_without_trained_parts_takes_nothing_over(tmp_path, caplog, clip_folder, source):
+def test_networks_without_trained_parts_reuse_nothing(tmp_path, caplog, clip_folder, source):
     config = settings(clip_folder, write_table(tmp_path / "photos.csv", source, 30))
     network = {
         "class_path": "cbsa_lightning.networks.zero_shot.ZeroShotCLIP",
@@ -274,7 +274,7 @@ def test_a_network_without_trained_parts_takes_nothing_over(tmp_path, caplog, cl
     assert (tmp_path / "second" / "version_0" / "changes.csv").is_file()
 
 
-def test_a_resumed_run_goes_on_from_its_own_weights_and_still_reports(tmp_path, clip_folder, source, earlier):
+def test_a_resumed_run_uses_its_own_weights_and_reports_changes(tmp_path, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50)
     config = settings(clip_folder, table, **FUSED)
     whole = fit(tmp_path / "whole", config, "--init_from", str(earlier))
@@ -288,7 +288,7 @@ def test_a_resumed_run_goes_on_from_its_own_weights_and_still_reports(tmp_path, 
     assert (run / "changes.csv").read_text() == changes
 
 
-def test_it_does_not_go_with_resume_or_compare(tmp_path, clip_folder, source, earlier):
+def test_init_from_excludes_resume_and_compare(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
     with pytest.raises(ConfigError, match="use only one of them"):
         main(["fit", "--resume", str(earlier), "--init_from", str(earlier)])
@@ -300,7 +300,7 @@ def test_it_does_not_go_with_resume_or_compare(tmp_path, clip_folder, source, ea
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_places_are_refused_before_anything_is_written(tmp_path, clip_folder, source, earlier):
+def test_invalid_runs_are_refused_before_anything_is_written(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50))
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04")
@@ -319,7 +319,7 @@ def test_bad_places_are_refused_before_anything_is_written(tmp_path, clip_folder
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_without_its_run_is_taken_over_but_not_compared(tmp_path, clip_folder, source, earlier):
+def test_a_checkpoint_without_its_run_is_reused_but_not_compared(tmp_path, clip_folder, source, earlier):
     shutil.copy(earlier / "checkpoints/last.ckpt", tmp_path / "alone.ckpt")
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
     with pytest.warns(UserWarning, match="it is unknown which images .* was trained on"):
@@ -338,7 +338,7 @@ def test_checkpoints_name_the_class_of_their_network(earlier):
     assert read_checkpoint(earlier / "checkpoints/last.ckpt")["network_class"] == "CBSANetwork"
 
 
-def test_labeled_images_are_read_as_written(tmp_path):
+def test_labeled_images_are_stored_and_restored(tmp_path):
     labels = np.array([[1, 0], [0, -1]], np.int8)
     images = LabeledImages(
         ["a;b", "ü"], ["1.png", "x,2.png"], ["/d/1.png", "/d/x,2.png"], np.array([False, True]), labels
@@ -350,7 +350,7 @@ def test_labeled_images_are_read_as_written(tmp_path):
     assert found.trained() == {"1.png", "/d/1.png"}
 
 
-def test_other_passes_of_the_run_hold_out_the_same_images(tmp_path, clip_folder, source, earlier):
+def test_other_commands_hold_out_the_same_images(tmp_path, clip_folder, source, earlier):
     table = write_table(tmp_path / "grown.csv", source, 50)
     cli = fit(tmp_path / "new", settings(clip_folder, table, **FUSED), "--init_from", str(earlier))
     run = tmp_path / "new" / "version_0"
@@ -359,7 +359,7 @@ def test_other_passes_of_the_run_hold_out_the_same_images(tmp_path, clip_folder,
     assert again.datamodule.split.digest == cli.datamodule.split.digest
 
 
-def test_images_of_a_test_table_that_were_trained_on_are_left_out(tmp_path, clip_folder, source, earlier):
+def test_training_images_in_a_test_table_are_excluded(tmp_path, clip_folder, source, earlier):
     trained = LabeledImages.read(earlier / "labeled.parquet").trained()
     table = source.train()
     files = [str(table.file(row)) for row in range(50)]
@@ -393,7 +393,7 @@ def test_added_and_removed_labels_are_counted_by_image():
     assert found.tolist() == [[2, 2, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 1]]
 
 
-def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
+def test_classes_with_the_largest_changes_are_listed_with_positives():
     before, after = np.array([0.5, 0.5, np.nan, 0.9]), np.array([0.75, 0.4, np.nan, 0.9])
     changes = Changes(["a", "b", "c", "d"], before, after, np.array([9, 4, 1, 5]), None, 30, 2)
     assert changes.sentences() == [
@@ -405,7 +405,7 @@ def test_classes_that_gain_and_lose_most_are_told_with_their_positives():
     ]
 
 
-def test_without_positives_nothing_is_measured():
+def test_changes_without_positives_are_not_measured():
     nothing = np.full(1, np.nan)
     told = Changes(["a"], nothing, nothing, np.zeros(1, int), np.zeros((1, 4), int), 30, 0).sentences()
     assert told[1] == "mAP is not measured: no class of both runs has 3 positives."

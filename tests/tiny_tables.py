@@ -1,4 +1,4 @@
-"""Short cells on a VOC of a few generated files, and a callback that cuts one off."""
+"""Short cells on a small generated VOC, and a callback that interrupts them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def write_overlay(file: Path, **content: Any) -> Path:
 
 
 def tiny_voc(folder: Path) -> Path:
-    """An overlay of a data set of 24 training and 12 test images, where 4 of 20 classes have 2 test images or more."""
+    """Writes the overlay of 24 training and 12 test images; 4 of 20 classes have at least 2 test positives."""
     make_voc(folder / "voc")
     source = {"class_path": "cbsa_lightning.data.readers.voc.VOC", "init_args": {"root": str(folder / "voc")}}
     return write_overlay(folder / "tiny_voc.yaml", data={"source": source, "batch_size": 8, "image_size": 64})
 
 
 def short(folder: Path, epochs: int, **trainer: Any) -> Path:
-    """An overlay for the CPU: one epoch of warm-up, ``epochs`` in all, two steps each."""
+    """Writes an overlay for the CPU: ``epochs`` epochs of two steps, the first of which is the warm-up."""
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     return write_overlay(
         folder / "short.yaml",
@@ -38,11 +38,11 @@ def short(folder: Path, epochs: int, **trainer: Any) -> Path:
 
 
 class PowerCutError(Exception):
-    """No error of the library: it goes through all of it."""
+    """Not an error of the library, so no code catches it."""
 
 
 class PowerCut(L.Callback):
-    """Ends a run at the first step of an epoch, once: where the file ``flag`` is, which it removes."""
+    """Stops a run in the first step of an epoch if the file ``flag`` exists, and removes the file."""
 
     def __init__(self, flag: str, epoch: int) -> None:
         self.flag, self.epoch = Path(flag), epoch

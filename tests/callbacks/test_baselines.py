@@ -1,4 +1,4 @@
-"""Baselines of --compare: fitted to the labeled images alone, measured on the validation images."""
+"""Baselines of --compare are fitted to the labeled images only and evaluated on the validation images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def described(module, loader):
 
 
 def expected(clip, squares):
-    """The same figures image by image, without a Trainer."""
+    """Computes the same metrics image by image, without a Trainer."""
     module, data = tiny_module(clip), tiny_data(squares)
     data.setup("fit")
     rows = np.concatenate([data.split.labeled, data.split.unlabeled])
@@ -47,15 +47,15 @@ def expected(clip, squares):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_figures_are_those_of_the_classifiers(tmp_path, clip_folder, squares, cached):
+def test_results_equal_those_of_the_classifiers(tmp_path, clip_folder, squares, cached):
     baselines = MeasureBaselines()
     data = {"feature_cache": FeatureCache(str(tmp_path / "cache"))} if cached else {}
     tiny_fit(tmp_path, clip_folder, squares, data=data, trainer={"callbacks": [baselines]})
-    tolerance = 0.1 if cached else 1e-6  # kept features are float16, and one exchange of seven images counts much
+    tolerance = 0.1 if cached else 1e-6  # cached float16 features can change the ranking of seven images
     assert baselines.results == pytest.approx(expected(clip_folder, squares), abs=tolerance)
 
 
-def test_a_resumed_run_has_them_from_its_checkpoint(tmp_path, clip_folder, squares):
+def test_a_resumed_run_restores_the_baselines_from_its_checkpoint(tmp_path, clip_folder, squares):
     first, second = MeasureBaselines(), MeasureBaselines()
     _, trainer = tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [first], "max_steps": 3})
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
@@ -63,14 +63,14 @@ def test_a_resumed_run_has_them_from_its_checkpoint(tmp_path, clip_folder, squar
     assert second.results == first.results != {}
 
 
-def test_training_is_the_same_with_them(tmp_path, clip_folder, squares):
+def test_training_does_not_depend_on_the_baselines(tmp_path, clip_folder, squares):
     plain, _ = tiny_fit(tmp_path, clip_folder, squares)
     measured, _ = tiny_fit(tmp_path, clip_folder, squares, trainer={"callbacks": [MeasureBaselines()]})
     for ours, theirs in zip(measured.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_run_on_labels_alone_describes_no_unlabeled_image(tmp_path, clip_folder, squares):
+def test_a_labeled_only_run_describes_no_unlabeled_images(tmp_path, clip_folder, squares):
     baselines = MeasureBaselines()
     data = {"feature_cache": FeatureCache(str(tmp_path / "cache"))}
     settings = {"labeler": LabeledOnly(), "trainer": {"callbacks": [baselines]}, "data": data}

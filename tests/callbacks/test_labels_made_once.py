@@ -1,4 +1,4 @@
-"""A labeler that labels once, before training, in whole runs."""
+"""Complete runs with a labeler that computes pseudo-labels once, before training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAIN = 40  # 16 labeled
 
 
 class Tables(L.Callback):
-    """The table of pseudo-labels at each epoch's first step, and what was logged at its end."""
+    """Records the pseudo-labels at the first step of each epoch, and the metrics at its end."""
 
     def __init__(self):
         self.epochs = []
@@ -46,7 +46,7 @@ def run(tmp_path_factory, clip_folder, squares_folder):
 
 
 def by_hand(clip_folder, squares_folder, kept_as=torch.float32):
-    """What an untrained network says of each image, one at a time."""
+    """Computes the evidence of an untrained network image by image."""
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
     network = tiny_module(clip_folder).network
@@ -62,7 +62,7 @@ def by_hand(clip_folder, squares_folder, kept_as=torch.float32):
     )
 
 
-def test_labels_are_those_of_the_untrained_towers(run, clip_folder, squares_folder):
+def test_labels_come_from_the_untrained_towers(run, clip_folder, squares_folder):
     module, spy, _ = run
     data, evidence = by_hand(clip_folder, squares_folder)
     expected = StackedProbes()(evidence)
@@ -76,7 +76,7 @@ def test_labels_are_those_of_the_untrained_towers(run, clip_folder, squares_fold
     assert module.pseudo_labels.dtype == torch.float16
 
 
-def test_their_quality_is_logged_and_the_network_still_sets_the_cuts(run, squares_folder):
+def test_quality_is_logged_and_the_network_sets_the_thresholds(run, squares_folder):
     module, spy, _ = run
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
@@ -89,7 +89,7 @@ def test_their_quality_is_logged_and_the_network_still_sets_the_cuts(run, square
     assert float(spy.logged[-1]["train/loss_unsup"]) > 0
 
 
-def test_hidden_labels_never_reach_training(run, tmp_path, clip_folder, squares_folder):
+def test_training_does_not_use_hidden_labels(run, tmp_path, clip_folder, squares_folder):
     data = tiny_data(Squares(squares_folder, train=TRAIN))
     data.setup("fit")
     lied_to, _ = fit(tmp_path, clip_folder, squares_folder, hidden=data.split.unlabeled)
@@ -97,16 +97,16 @@ def test_hidden_labels_never_reach_training(run, tmp_path, clip_folder, squares_
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_resumed_it_keeps_its_labels(run, tmp_path, clip_folder, squares_folder, epoch):
-    """Also from within the warm-up: the attention pool has moved by then, so they could not be made anew."""
+def test_a_resumed_run_keeps_its_labels(run, tmp_path, clip_folder, squares_folder, epoch):
+    """The checkpoint stores the labels because they cannot be recomputed: training changes the attention pool."""
     module, _, folder = run
     resumed, _ = fit(tmp_path, clip_folder, squares_folder, ckpt_path=str(folder / f"epoch={epoch}.ckpt"))
     assert torch.equal(resumed.pseudo_labels, module.pseudo_labels)
     assert differences(module.state_dict(), resumed.state_dict()) == []
 
 
-def test_labels_of_another_labeler_are_not_taken_over(run, tmp_path, clip_folder, squares_folder):
-    """Resumed from a run with thresholds, whose labels are whole numbers, it makes its own."""
+def test_labels_of_another_labeler_are_not_reused(run, tmp_path, clip_folder, squares_folder):
+    """If the earlier run used thresholds, whose labels are integers, the labels are computed again."""
     source = Squares(squares_folder, train=TRAIN)
     saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
     settings = {"callbacks": [saver], "enable_checkpointing": True}
@@ -118,10 +118,10 @@ def test_labels_of_another_labeler_are_not_taken_over(run, tmp_path, clip_folder
     assert ((labels > 0) & (labels < 1)).all()
 
 
-def test_kept_features_give_the_labels_of_half_precision(tmp_path, clip_folder, squares_folder):
-    """This random tower's images differ by little more than half precision holds, so they are other labels."""
+def test_cached_features_give_the_labels_of_half_precision(tmp_path, clip_folder, squares_folder):
+    """The features of this random tower differ by little more than the precision of float16, so the labels change."""
     cache = FeatureCache(str(tmp_path / "cache"))
     module, _ = fit(tmp_path, clip_folder, squares_folder, data={"feature_cache": cache})
     data, evidence = by_hand(clip_folder, squares_folder, kept_as=torch.float16)
     found = module.pseudo_labels[data.split.unlabeled].float()
-    torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.1, rtol=0)  # batches round differently
+    torch.testing.assert_close(found, StackedProbes()(evidence), atol=0.1, rtol=0)  # rounding depends on the batch size

@@ -1,4 +1,4 @@
-"""Monitors that do not exist are refused before the first step; the list of metrics is what a run logs."""
+"""Monitors that do not exist are refused before the first step; the list of metrics equals what a run logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def squares(squares_folder):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_contexts": 0, "semantic_alignment": False}])
-def test_the_list_is_what_a_run_logs(tmp_path, clip_folder, squares, settings):
+def test_the_list_equals_the_logged_metrics(tmp_path, clip_folder, squares, settings):
     module, trainer = tiny_fit(tmp_path, clip_folder, squares, **settings)
     logged = {name for name in trainer.callback_metrics if "/" in name}
     assert logged == set(logged_names(module))
@@ -31,7 +31,7 @@ def test_an_unknown_metric_is_refused(tmp_path, clip_folder, squares, name, make
         tiny_fit(tmp_path, clip_folder, squares, trainer=settings)
 
 
-def test_callbacks_of_ones_own_may_log_more(tmp_path, clip_folder, squares):
+def test_custom_callbacks_may_log_more_metrics(tmp_path, clip_folder, squares):
     class Mine(L.Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
             pl_module.log("mine", 1.0)

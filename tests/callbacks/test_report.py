@@ -1,4 +1,4 @@
-"""RunReport: what it writes is what the averaged weights say, and it never writes where it should not."""
+"""RunReport writes the results of the averaged weights, and writes nothing if it is disabled."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fit(towers: Path, digits: Digits, report: RunReport, folder: Path, *loggers,
 def run(towers, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     report = RunReport(num_images=4)
-    patient = wandb.Settings(init_timeout=600)  # its service starts slowly on a busy machine
+    patient = wandb.Settings(init_timeout=600)  # the W&B service starts slowly on a busy machine
     wandb_logger = WandbLogger(save_dir=folder, offline=True, project="test", settings=patient)
     loggers = CSVLogger(folder, name="", version="run"), wandb_logger
     module, data, trainer = fit(towers, digits, report, folder, *loggers)
@@ -74,7 +74,7 @@ def expected(run) -> np.ndarray:
     return module(torch.stack([PlainView(64)(decode(table.file(i))) for i in range(len(table))])).numpy()
 
 
-def test_predictions_are_those_of_the_averaged_weights(run, expected):
+def test_predictions_use_the_averaged_weights(run, expected):
     module, data, _, _, folder = run
     with (folder / "run" / "predictions.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
@@ -89,7 +89,7 @@ def test_predictions_are_those_of_the_averaged_weights(run, expected):
     ]
 
 
-def test_pictures_are_there_and_not_blank(run):
+def test_plots_exist_and_are_not_blank(run):
     folder = run[-1] / "run" / "pictures"
     assert {file.stem for file in folder.iterdir()} == PICTURES
     for file in folder.iterdir():
@@ -98,7 +98,7 @@ def test_pictures_are_there_and_not_blank(run):
             assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_history_is_what_was_logged(run):
+def test_history_contains_the_logged_metrics(run):
     report, folder = run[3], run[4]
     with (folder / "run" / "metrics.csv").open(newline="") as file:
         logged = [
@@ -116,14 +116,14 @@ def test_history_is_what_was_logged(run):
     assert resumed.history == report.history
 
 
-def test_wandb_has_pictures_and_tables(run):
+def test_wandb_has_plots_and_tables(run):
     module, data, _, _, folder = run
     media = next(folder.glob("wandb/offline-run-*/files/media"))
     assert {file.name.rsplit("_", 2)[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
     content = json.loads(next((media / "table" / "report").glob("AP_*.json")).read_text())
     assert content["columns"] == ["class", "AP"]
     labels = data.eval_table().labels
-    # In batches as the callback has them: these scores are so alike that the last bit decides their order.
+    # Uses the batches of the callback, because rounding determines the order of these similar scores.
     outputs = [module.score(module.network.features(batch.images)).logits for batch in data.val_dataloader()]
     logits = torch.cat(outputs).numpy()
     for (name, value), truth, score in zip(content["data"], labels.T, logits.T, strict=True):
@@ -143,7 +143,7 @@ def test_without_attention_and_contexts(towers, digits, tmp_path):
     assert names == {"predictions", "classes", "precision_recall", "reliability", "training"}
 
 
-def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):
+def test_without_validation_there_are_only_curves_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(), tmp_path, epochs=1, limit_val_batches=0)
     assert {file.stem for file in (tmp_path / "run" / "pictures").iterdir()} == {"contexts", "training"}
     assert not (tmp_path / "run" / "predictions.csv").exists()
@@ -153,7 +153,7 @@ def test_without_validation_only_curves_and_contexts(towers, digits, tmp_path):
     ("report", "settings", "reason"),
     [(RunReport(), {"fast_dev_run": True}, "fast_dev_run"), (RunReport(enabled=False), {}, "report.enabled is false")],
 )
-def test_nothing_is_written(towers, digits, tmp_path, caplog, report, settings, reason):
+def test_nothing_is_written_if_the_report_is_disabled(towers, digits, tmp_path, caplog, report, settings, reason):
     with caplog.at_level(logging.DEBUG, "cbsa_lightning"):
         fit(towers, digits, report, tmp_path, epochs=1, **settings)
     assert "No report: " in caplog.text
@@ -162,6 +162,6 @@ def test_nothing_is_written(towers, digits, tmp_path, caplog, report, settings, 
     assert not list(tmp_path.rglob("predictions.csv"))
 
 
-def test_no_images_is_refused():
+def test_a_report_without_images_is_refused():
     with pytest.raises(ConfigError, match="num_images must be an integer of at least 1, got 0"):
         RunReport(num_images=0)

@@ -1,4 +1,4 @@
-"""How often a run scores the unlabeled images, and whose thresholds its checkpoints hold."""
+"""How often a run scores the unlabeled images, and to which weights the thresholds in its checkpoints belong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_data import Squares, tiny_fit
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Epochs whose scores were computed."""
+    """Records the epochs in which scores are computed."""
     epochs, original = [], UpdateThresholds._score
 
     def counted(self, trainer, pl_module, data, rows, epoch):
@@ -38,12 +38,12 @@ def fit(folder, clip_folder, squares_folder, every, saves=None, **module):
     ("labeler", "contexts", "every", "expected"),
     [
         (StackedProbes(), 0, 3, [1, 3, 6]),  # validations after epochs 2 and 5
-        (StackedProbes(), 0, 4, [1, 4, 6]),  # the last epoch has none
+        (StackedProbes(), 0, 4, [1, 4, 6]),  # the last epoch has no validation
         (StackedProbes(), 2, 3, [1, 2, 3, 4, 5, 6]),  # contexts depend on the scores
-        (ClassDistributionAware(), 0, 3, [1, 2, 3, 4, 5, 6]),  # and so do labels
+        (ClassDistributionAware(), 0, 3, [1, 2, 3, 4, 5, 6]),  # the labels also depend on the scores
     ],
 )
-def test_scores_are_computed_where_they_are_used(
+def test_scores_are_computed_only_in_epochs_that_use_them(
     tmp_path, clip_folder, squares_folder, passes, labeler, contexts, every, expected
 ):
     module, _ = fit(tmp_path, clip_folder, squares_folder, every, labeler=labeler, num_contexts=contexts)
@@ -51,7 +51,7 @@ def test_scores_are_computed_where_they_are_used(
     assert not module.cut.isnan().any()
 
 
-def test_fixed_labels_train_alike_however_often_images_are_scored(tmp_path, clip_folder, squares_folder):
+def test_training_on_fixed_labels_does_not_depend_on_scoring(tmp_path, clip_folder, squares_folder):
     often, rarely = (
         fit(tmp_path, clip_folder, squares_folder, every, labeler=StackedProbes(), stack_share=0.5, num_contexts=0)[0]
         for every in (1, 5)
@@ -61,7 +61,7 @@ def test_fixed_labels_train_alike_however_often_images_are_scored(tmp_path, clip
     assert torch.equal(often.expected, rarely.expected)
 
 
-def test_checkpoints_of_every_epoch_hold_the_thresholds_of_their_weights(tmp_path, clip_folder, squares_folder):
+def test_checkpoints_contain_the_thresholds_of_their_weights(tmp_path, clip_folder, squares_folder):
     settings = {"labeler": StackedProbes(), "stack_share": 0.5, "num_contexts": 0}
     saves = ModelCheckpoint(tmp_path / "rarely", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     fit(tmp_path, clip_folder, squares_folder, 3, saves, **settings)

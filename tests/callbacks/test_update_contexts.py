@@ -16,7 +16,7 @@ from tiny_data import GROUPS, Squares, tiny_data
 
 
 class Stub:
-    """What the callback needs of a module."""
+    """The parts of a module that the callback uses."""
 
     def __init__(self, num_contexts=2, **settings):
         self.num_contexts, self.class_names, self.device = num_contexts, list("abcde"), torch.device("cpu")
@@ -59,13 +59,13 @@ def test_soft_targets_and_an_image_without_any_label(data):
 
 
 @pytest.mark.parametrize("pseudo_weight", [1.0, 0.25])
-def test_ids_follow_the_last_partition_and_pseudo_labels_count(data, pseudo_weight):
+def test_ids_match_the_previous_partition_and_pseudo_labels_are_counted(data, pseudo_weight):
     trainer, module = SimpleNamespace(datamodule=data), Stub(pseudo_weight=pseudo_weight)
     UpdateContexts(UpdateThresholds()).on_fit_start(trainer, module)
     before = module.context_partition.numpy().copy()
-    module.context_partition = 1 - module.context_partition  # as if the head had learned the other numbering
+    module.context_partition = 1 - module.context_partition  # as if the head had learned other context ids
     pseudo = np.zeros((14, 5), dtype=np.int8)
-    pseudo[:, [1, 2]] = 1  # now classes 1 and 2 meet, in all unlabeled images
+    pseudo[:, [1, 2]] = 1  # classes 1 and 2 now occur together in all unlabeled images
     module.pseudo_labels = torch.full((22, 5), -1, dtype=torch.int8)
     module.pseudo_labels[data.split.unlabeled] = torch.from_numpy(pseudo)
     UpdateContexts(UpdateThresholds()).on_train_epoch_start(trainer, module)
@@ -82,7 +82,7 @@ def test_ids_follow_the_last_partition_and_pseudo_labels_count(data, pseudo_weig
 
 def test_weight_zero_and_the_warm_up_keep_the_labeled_partition(data):
     trainer = SimpleNamespace(datamodule=data)
-    for module in (Stub(pseudo_weight=0.0), Stub()):
+    for module in (Stub(), Stub(pseudo_weight=1.0)):
         UpdateContexts(UpdateThresholds()).on_fit_start(trainer, module)
         before = module.context_partition.clone()
         module.stage = module.stage if module.contexts.pseudo_weight == 0 else "warm-up"

@@ -1,4 +1,4 @@
-"""Pseudo-labels of a run against those made by hand from the averaged weights and the weak views."""
+"""Compares the pseudo-labels of a run with those computed manually from the averaged weights and the weak views."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from reference.contexts import targets as slow_context_targets
 from reference.labelers import label, thresholds
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
-SURE = 0.616  # the first epoch's confidences lie below, the second's above
+SURE = 0.616  # between the confidences of the first and second epoch
 
 
 def scores_by_hand(module, data, epoch):
-    """Class and context scores of an epoch's weak views by the averaged weights, one image at a time."""
+    """Computes class and context scores of the weak views of an epoch with the averaged weights, image by image."""
     module.eval()
     scores, contexts = [], []
     with torch.no_grad(), module.ema.applied_to(module.network):
@@ -37,14 +37,14 @@ def scores_by_hand(module, data, epoch):
 
 
 def cut_by_hand(module, data, epoch):
-    """The score of each class above which its labeled share of the unlabeled images lies."""
+    """Returns the score of each class above which its labeled fraction of the unlabeled images is."""
     truth = data.train_table.labels[data.split.labeled]
     scores, _ = scores_by_hand(module, data, epoch)
     return thresholds(scores, (truth == 1).sum(0), (truth >= 0).sum(0), "1", "1")[0]
 
 
 class ByHand(L.Callback):
-    """At the first step of each semi-supervised epoch, makes everything anew, one image at a time."""
+    """Recomputes all results image by image, at the first step of each epoch of the second stage."""
 
     def __init__(self):
         self.epochs = []
@@ -102,7 +102,7 @@ def test_thresholds_and_pseudo_labels(run):
         assert {0, 1} <= set(epoch["labels"].ravel().tolist())
 
 
-def test_predictions_are_cut_at_the_labeled_share(run):
+def test_predictions_have_the_labeled_positive_rate(run):
     for epoch in run[1]:
         np.testing.assert_allclose(epoch["cut"], epoch["expected_cut"], atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_thresholds_are_those_of_the_final_weights(tmp_path, clip_folder, square
     assert trainer.global_step < 20
     saved = read_checkpoint(last.last_model_path, ("state_dict",))["state_dict"]["cut"]
     assert saved.tolist() == module.cut.tolist()
-    # The weak views are those of the epoch that would come next.
+    # The weak views are those of the next epoch.
     epoch = 2 if reason in ("epochs", "validation every second epoch") else trainer.current_epoch
     np.testing.assert_allclose(module.cut, cut_by_hand(module, trainer.datamodule, epoch), atol=1e-5)
 
@@ -138,11 +138,11 @@ def test_scores_of_an_epoch_are_computed_once(tmp_path, clip_folder, squares_fol
     score = UpdateThresholds._score
     monkeypatch.setattr(UpdateThresholds, "_score", lambda *args: passes.append(args[-1]) or score(*args))
     tiny_fit(tmp_path, clip_folder, Squares(squares_folder), max_epochs=4)
-    assert passes == [1, 2, 3, 4]  # the last one for the final weights
+    assert passes == [1, 2, 3, 4]  # the last pass is for the final weights
 
 
 class Unlabeled(Squares):
-    """The truth of the last 12 training images is unknown."""
+    """Squares with unknown labels of the last 12 training images."""
 
     def train(self):
         table = super().train()
@@ -151,7 +151,7 @@ class Unlabeled(Squares):
         return AnnotationTable(table.root, table.paths, labels, table.class_names)
 
 
-def test_coverage_is_told_where_the_truth_is_unknown(tmp_path, clip_folder, squares_folder):
+def test_coverage_is_logged_if_the_truth_is_unknown(tmp_path, clip_folder, squares_folder):
     _, trainer = tiny_fit(
         tmp_path,
         clip_folder,
@@ -164,7 +164,7 @@ def test_coverage_is_told_where_the_truth_is_unknown(tmp_path, clip_folder, squa
 
 
 def test_contexts_of_unlabeled_images(run):
-    """Eq. 11: the weak view's context where it is surer than tau, else none."""
+    """Tests Eq. 11: the context of the weak view if its confidence is above tau, otherwise none."""
     counted = 0
     for epoch in run[1]:
         sure, context = epoch["context_scores"].max(1)
@@ -176,20 +176,20 @@ def test_contexts_of_unlabeled_images(run):
     assert 0 < counted < 28
 
 
-def test_measured_against_the_hidden_truth(run):
+def test_pseudo_labels_are_compared_with_the_hidden_truth(run):
     for epoch in run[1]:
         quality = pseudo_label_quality(torch.from_numpy(epoch["expected_labels"]), epoch["hidden"])
         for name in ("precision", "recall", "CF1", "coverage"):
             assert float(epoch["logged"][f"pseudo/{name}"]) == pytest.approx(float(quality[name])), name
     last = run[1][-1]
     hidden = last["hidden"].numpy()
-    # The accuracy is told under the partition that the head has learned: the one of the epoch before.
+    # The accuracy refers to the partition that the head has learned, which is that of the previous epoch.
     true = slow_context_targets(hidden, run[1][0]["partition"], 2, (hidden == 1).sum(0))
     found = last["context_scores"].argmax(1).numpy()
     assert float(last["logged"]["context/accuracy"]) == pytest.approx((found == true)[true >= 0].mean())
 
 
-def test_loaders_alone_are_refused(tmp_path, clip_folder, squares_folder):
+def test_loaders_without_a_data_module_are_refused(tmp_path, clip_folder, squares_folder):
     data = tiny_data(Squares(squares_folder))
     data.setup("fit")
     with pytest.raises(ConfigError, match="datamodule=SSMLLDataModule"):

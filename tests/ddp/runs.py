@@ -1,6 +1,7 @@
-"""Small runs that one process makes and then two, one after the other in the same pair: to start processes costs most.
+"""Small runs with one process and with two processes.
 
-Jobs write what they found below ``root / world size``; ``test_two_processes.py`` compares the files.
+All jobs run in the same pair of processes because starting processes takes most of the time. Jobs write their results
+to ``root / world size``, and ``test_two_processes.py`` compares the files.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from partial import SYSTEMS as PARTIAL
 from partial import PartialSquares, tiny_system
 from tiny_data import CLASSES, SIZE, Squares, tiny_data, tiny_module, tiny_trainer
 
-TRAIN = 21  # 8 labeled, 13 unlabeled
+TRAIN = 21  # 8 labeled and 13 unlabeled images
 EPOCHS, WARMUP = 3, 1
-# All last batches are uneven: 5 then 3 labeled in the warm-up, three times 3 + 4 with unlabeled ones, then 3 + 1; and
-# in passes without gradient 13 = (3 + 3 + 1) + (3 + 3) weak views, 7 = (3 + 1) + 3 test images.
+# All last batches are uneven. Warm-up: 5, then 3 labeled images. Second stage: three times 3 labeled + 4 unlabeled
+# images, then 3 + 1. Evaluation: 13 = (3 + 3 + 1) + (3 + 3) weak views, and 7 = (3 + 1) + 3 test images.
 DATA = {"warmup_batch_size": 5, "labeled_per_batch": 3, "batch_size": 7, "eval_batch_size": 3}
 
 
-CONTEXTS = ContextTask(weight=1e-5)  # for the context head is sharpened below, and its gradient with it
+CONTEXTS = ContextTask(weight=1e-5)  # small, because the context head is scaled below, which also scales its gradient
 TABLES = (
     *("tau_pos", "tau_neg", "cut", "positive_rate"),
     *("context_partition", "pseudo_labels", "context_targets"),
@@ -59,7 +60,7 @@ TABLES = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process works."""
+    """Folders, rank and number of processes of a job."""
 
     root: Path
     clip: Path
@@ -76,14 +77,14 @@ class Place:
 
 
 class Record(L.Callback):
-    """Keeps what this process has: tables at each epoch's first step, each step's loss, each epoch's figures."""
+    """Records tables at the first step of each epoch, the loss of each step, and the metrics of each epoch."""
 
     def __init__(self, within: Path | None = None):
-        self.within = within  # where to keep a checkpoint from within the second epoch
+        self.within = within  # file for a checkpoint from within the second epoch
         self.found: dict[str, Any] = {"tables": [], "steps": [], "epochs": [], "gradients": [], "wrapped": None}
 
     def setup(self, trainer, module, stage):
-        # Channels-last kernels round differently for other batch sizes; see double_precision().
+        # Rounding of channels-last kernels depends on the batch size; see double_precision().
         if hasattr(module.network, "clip"):
             module.network.clip.tower.to(memory_format=torch.contiguous_format)
 
@@ -116,7 +117,7 @@ class Record(L.Callback):
             self.found["tables"].append({"epoch": trainer.current_epoch, **tables, "weights": trained(module)})
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        if len(self.found["steps"]) in (0, 2):  # the first step of each stage
+        if len(self.found["steps"]) in (0, 2):  # first step of each stage
             self.found["gradients"].append({n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -154,7 +155,7 @@ def fit(
     source=None,
     **settings,
 ):
-    """A run in float64, with the plain gradient step: Adam's would make of rounding a step of full size."""
+    """Trains a run in float64 with plain gradient steps, because Adam would amplify rounding errors to full steps."""
     settings = {"warmup_epochs": WARMUP, "decoder_dropout": 0.0, "optimizer": sgd, **settings}
     module = module if module is not None else tiny_module(place.clip, **settings)
     record = Record(within)
@@ -173,17 +174,17 @@ def fit(
 
 
 def sgd(groups):
-    return torch.optim.SGD(groups, lr=0.01, momentum=0.5)  # the momentum, so that there is state to resume
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.5)  # momentum adds state to resume
 
 
 def whole_run(place: Place) -> None:
-    """The paper's method, a checkpoint an epoch."""
+    """Trains the paper's method with a checkpoint per epoch."""
     within = place.folder() / "run" / "within.ckpt"
     fit(place, "run", callbacks=[saves(place, "run")], contexts=CONTEXTS, within=within)
 
 
 def predictions(place: Place) -> None:
-    """What the run's last checkpoint says of 7 images, as a table."""
+    """Predicts 7 images with the run's last checkpoint and writes a table."""
     writer = WritePredictions(str(place.folder() / "predictions.csv"))
     trainer = tiny_trainer(place.folder(), callbacks=[writer], precision="64-true", **strategy(place))
     data = tiny_data(Squares(place.squares, train=TRAIN), predict=str(place.squares / "test"), **DATA)
@@ -197,13 +198,13 @@ def saves(place: Place, name: str) -> ModelCheckpoint:
 
 
 def moved(place: Place, name: str, run: str, world: int, checkpoint: str) -> None:
-    """Goes on with a checkpoint that ``world`` processes wrote after or within an epoch of a run."""
+    """Resumes from a checkpoint that ``world`` processes wrote after or within an epoch of a run."""
     file = place.folder(world) / run / f"{checkpoint}.ckpt"
     fit(place, name, callbacks=[saves(place, name)], ckpt_path=str(file), contexts=CONTEXTS)
 
 
 def asked_to_end(place: Place) -> None:
-    """Only the second process gets the signal, in the midst of its epoch."""
+    """Sends SIGTERM only to the second process, in the middle of an epoch."""
 
     class Ask(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -218,12 +219,12 @@ def asked_to_end(place: Place) -> None:
 
 
 def kept_features(place: Place) -> None:
-    """One process and two each fill a cache of their own."""
+    """Fills separate caches with one process and with two processes."""
     fit(place, "kept", data={"feature_cache": cache(place, place.world)}, epochs=1, warmup_epochs=0)
 
 
 def kept_features_again(place: Place) -> None:
-    """One process reads what two have filled."""
+    """Reads with one process the cache that two processes filled."""
     (index,) = (place.folder(2) / "cache").glob("features-*/index.bin")
     before = index.read_bytes()
     found = fit(place, "kept again", data={"feature_cache": cache(place, 2)}, epochs=1, warmup_epochs=0)
@@ -239,7 +240,7 @@ def labels_made_once(place: Place) -> None:
     fit(place, "once", callbacks=[WriteLabels()], **settings)
 
 
-# Beside the paper's method with contexts, which is the whole run: settings of CBSAModule, or a network of its own.
+# Systems other than the paper's method with contexts (``whole_run``): settings of CBSAModule, or another network.
 SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
     "CBSA without contexts": {"num_contexts": 0},
     "CBSA on labels alone": {"labeler": LabeledOnly()},
@@ -249,7 +250,7 @@ SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
     "DualCoOp++": partial(DualCoOpPlusPlus, prompt_length=2),
     "SCPNet": partial(SCPNet, prompt_length=2, hidden=16),
     "TaI": partial(TaI, prompt_length=2),
-    "partly labeled": {  # 16 of the images, the others are unlabeled
+    "partly labeled": {  # 16 images are partly labeled, the others are unlabeled
         "data": {"labeled_fraction": None, "known_fraction": 0.3, "warmup_batch_size": 6, "min_steps_per_epoch": 3}
     },
     "ImageNet": partial(ImageNetNetwork, backbone="test_resnet", pretrained="random"),
@@ -258,7 +259,7 @@ SYSTEMS: dict[str, dict[str, Any] | partial[Any]] = {
 
 
 def system(place: Place, name: str) -> None:
-    """An epoch of each stage."""
+    """Trains one epoch of each stage."""
     made = SYSTEMS[name]
     if isinstance(made, dict):
         fit(place, name, epochs=2, **made)
@@ -269,7 +270,7 @@ def system(place: Place, name: str) -> None:
 
 
 def partial_system(place: Place, name: str) -> None:
-    """Two epochs on partial labels; batch norms, whose statistics are of a process's own images, are replaced."""
+    """Trains two epochs on partial labels, without batch norms, whose statistics depend on the images of a process."""
     module = tiny_system(PARTIAL[name], optimizer=sgd)
     for parent in list(module.network.modules()):
         for child, layer in list(parent.named_children()):
@@ -313,10 +314,11 @@ AFTER = {
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """All in float64, also losses and cosines, for which Lightning's "64-true" is not enough: they ask for float32.
+    """Computes everything in float64, including losses and cosines, which convert to float32 with "64-true".
 
-    A batch of another size is rounded otherwise. Whatever ties within rounding, a pseudo-label at its threshold or two
-    images of a ranking, could then differ between one process and two, and these tests are of the algorithm.
+    Rounding depends on the batch size. With one and two processes, results that are equal up to rounding could
+    otherwise differ, such as a pseudo-label at its threshold or the ranks of two images. These tests are for the
+    algorithm only.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -328,7 +330,7 @@ def double_precision() -> Iterator[None]:
 
 
 def work(place: Place, jobs: dict[str, Callable[[Place], None]]) -> None:
-    """Does all jobs; one that fails leaves its traceback, and the next one begins."""
+    """Runs all jobs. If one fails, writes its traceback and continues with the next."""
     for name, job in jobs.items():
         try:
             with double_precision():
@@ -338,21 +340,21 @@ def work(place: Place, jobs: dict[str, Callable[[Place], None]]) -> None:
 
 
 def process(rank: int, root: str, clip: Path, squares: Path) -> None:
-    """One of the two, under the variables that torchrun sets."""
+    """Runs one of the two processes with the environment variables of torchrun."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
     torch.set_num_threads(1)
-    # Before Lightning does, for a short timeout: a process that fails alone would leave the other waiting for long.
+    # Initialized before Lightning does, with a short timeout, because a process waits if only the other one fails.
     meeting = {"init_method": f"file://{root}/meeting", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60), **meeting)
     work(Place(Path(root), clip, squares, rank, 2), PAIR)
-    with suppress(RuntimeError):  # the other one may be gone
+    with suppress(RuntimeError):  # the other process may have ended
         torch.distributed.destroy_process_group()
 
 
 def all_runs(root: Path, clip: Path, squares: Path) -> None:
-    """One process and two; the pair is forked, since a new process takes seconds to import torch and Lightning."""
+    """Runs the jobs with one process and with a pair, which is forked because importing torch takes seconds."""
     alone = Place(root, clip, squares)
-    work(alone, {"run": whole_run})  # first, since the pair goes on with its checkpoints
+    work(alone, {"run": whole_run})  # first, because the pair resumes from its checkpoints
     pair = torch.multiprocessing.start_processes(
         process, (str(root), clip, squares), nprocs=2, join=False, start_method="fork"
     )

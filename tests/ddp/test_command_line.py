@@ -1,4 +1,4 @@
-"""The command on two processes, as a user starts it: nothing hangs, and what is told is told once."""
+"""The command with two processes, started like a user would: it does not hang, and messages are printed once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tuple[str, str, Path]:
-    """What a small run printed, what it logged, and its folder."""
+    """Trains a small run; returns its output, its metrics and its folder."""
     make_table(folder, n_train=24, unlabeled=12)
     overlays = ["methods/cbsa", "data/table", "methods/cbsa_safe"]
     command = [
@@ -44,7 +44,7 @@ def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tup
     return ran.stdout, ran.stderr, next((folder / "runs").glob("*/version_0"))
 
 
-def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder: Path) -> None:
+def test_a_complete_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder: Path) -> None:
     said, _, folder = fit(tmp_path, clip_folder, [sys.executable], "--gain.folds=2", "--compare=true")
     assert said.count("points of mAP in cross-validation") == 1
     for name in ("config.yaml", "split.json", "gain.csv", "gain.png", "comparison.csv", "checkpoints/last.ckpt"):
@@ -52,7 +52,7 @@ def test_a_whole_run_with_gain_check_and_comparison(tmp_path: Path, clip_folder:
 
 
 @pytest.mark.slow
-def test_under_torchrun_as_the_docs_say(tmp_path: Path, clip_folder: Path) -> None:
+def test_under_torchrun_as_documented(tmp_path: Path, clip_folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     _, logged, folder = fit(tmp_path, clip_folder, torchrun)
     assert logged.count("All distributed processes registered. Starting with 2 processes") == 1

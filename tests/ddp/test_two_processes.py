@@ -1,6 +1,6 @@
-"""Two gloo processes do what one does: the same steps, thresholds, pseudo-labels, contexts, weights and metrics.
+"""Two gloo processes give the steps, thresholds, pseudo-labels, contexts, weights and metrics of one process.
 
-The runs are those of ``runs.py``, in float64, so that what differs is not rounding.
+The runs of ``runs.py`` use float64, so that differences are not due to rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from cbsa_lightning.inference.labels.image_labels import read_labels
 from tiny_data import CLASSES, Squares
 
-TOLERANCE = 1e-9  # absolute and relative; weights move by 0.1 and more
+TOLERANCE = 1e-9  # absolute and relative; weights change by 0.1 and more
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def root(tmp_path_factory, clip_folder, squares_folder):
 
 @pytest.fixture(scope="module")
 def read(root):
-    """Gives what a run left: first the one process, then each of the two."""
+    """Returns the results of a run: first of the single process, then of each of the two processes."""
 
     def read(name, world, rank=0):
         found = torch.load(root / str(world) / f"{name}-{rank}.pt", weights_only=False)
@@ -43,7 +43,7 @@ def both(read):
 
 
 def close(found, expected, what):
-    """Equal within TOLERANCE, structure, NaN and None included."""
+    """Asserts equality within TOLERANCE, including structure, NaN and None."""
     assert type(found) is type(expected), what
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), what
@@ -69,7 +69,7 @@ def figures(epoch):
 
 
 def same_run(found, expected):
-    """Tables of every epoch, figures, weights and averages."""
+    """Asserts equal tables of each epoch, metrics, weights and averages."""
     close(found["tables"], expected["tables"], "tables")
     for i, (a, b) in enumerate(zip(found["epochs"], expected["epochs"], strict=True)):
         close(figures(a), figures(b), f"figures of epoch {i}")
@@ -78,7 +78,7 @@ def same_run(found, expected):
 
 
 def processes_agree(first, second):
-    """Bit for bit: they must not drift apart."""
+    """Asserts that the results of both processes are bit-identical."""
     for a, b in zip(first["tables"] + first["epochs"], second["tables"] + second["epochs"], strict=True):
         for key in a.keys() - {"epoch", "figures"}:
             pairs = [(a[key][n], b[key][n]) for n in a[key]] if isinstance(a[key], dict) else [(a[key], b[key])]
@@ -89,7 +89,7 @@ def processes_agree(first, second):
 # The paper's method -----------------------------------------------------------------------------------------------
 
 
-def test_the_runs_are_as_uneven_as_they_should_be(both, squares_folder):
+def test_the_runs_have_uneven_batches(both, squares_folder):
     one, *two = both("run")
     sizes = [[len(step["index"]) for step in run["steps"]] for run in (one, *two)]
     assert sizes == [[5, 3, *[7, 7, 7, 4] * 2], [3, 2, *[4, 4, 4, 3] * 2], [2, 1, *[3, 3, 3, 1] * 2]]
@@ -105,23 +105,23 @@ def test_the_runs_are_as_uneven_as_they_should_be(both, squares_folder):
         assert set(sure[rank::2].tolist()) == {0.0, 1.0}, "no process is sure of some contexts and not of others"
 
 
-def test_a_step_is_of_the_same_images(both):
+def test_steps_have_the_same_images(both):
     one, *two = both("run")
     for whole, *shares in zip(one["steps"], *(run["steps"] for run in two), strict=True):
-        for labeled in (True, False):  # each part of the global batch is dealt out in turn
+        for labeled in (True, False):  # labeled and unlabeled images of the global batch are distributed separately
             expected = whole["index"][whole["labeled"] == labeled].tolist()
             for rank, share in enumerate(shares):
                 assert share["index"][share["labeled"] == labeled].tolist() == expected[rank::2]
         views = dict(zip(whole["index"].tolist(), whole["images"], strict=True))
         if len(views) < len(whole["index"]):
-            continue  # an image comes twice, in two views
+            continue  # an image occurs twice, with two views
         for share in shares:
             for row, image in zip(share["index"].tolist(), share["images"], strict=True):
                 assert torch.equal(image, views[row])
 
 
 def test_loss_and_gradient_of_a_step(both):
-    """Each process has its share of the loss; their mean is the loss of the whole batch."""
+    """The mean of the losses of both processes is the loss of the whole batch."""
     one, *two = both("run")
     losses = [[step["loss"] for step in run["steps"]] for run in (one, *two)]
     assert np.mean(losses[1:], axis=0) == pytest.approx(losses[0], rel=TOLERANCE, abs=TOLERANCE)
@@ -131,7 +131,7 @@ def test_loss_and_gradient_of_a_step(both):
         close(run["gradients"], one["gradients"], "gradients")
 
 
-def test_tables_figures_and_weights_of_every_epoch(both):
+def test_tables_metrics_and_weights_of_every_epoch(both):
     one, *two = both("run")
     for run in two:
         same_run(run, one)
@@ -148,7 +148,7 @@ def test_tables_figures_and_weights_of_every_epoch(both):
     names |= {"pseudo/precision", "pseudo/recall", "pseudo/coverage", "context/coverage", "context/accuracy"}
     assert names <= one["epochs"][-1]["figures"].keys()
     start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
-    learned = [name for name in start if "context_head" not in name]  # that one was also moved by hand
+    learned = [name for name in start if "context_head" not in name]  # the context head is also changed by the test
     assert max(float((end[name] - start[name]).abs().max()) for name in learned) > 0.1
 
 
@@ -168,8 +168,8 @@ def test_predictions(root, both):
 
 
 @pytest.mark.parametrize(("name", "world"), [("one to two", 2), ("two to one", 1), ("one to two to one", 1)])
-def test_a_checkpoint_goes_on_with_another_number_of_processes(root, read, name, world):
-    """After the warm-up and within the second stage, to the end of the run that was one process all the time."""
+def test_resuming_with_another_number_of_processes(root, read, name, world):
+    """Resuming after the warm-up or within the second stage gives the result of an uninterrupted single process."""
     whole = read("run", 1)
     for rank in range(world):
         run = read(name, world, rank)
@@ -184,16 +184,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(root, read, name,
 
 
 @pytest.mark.parametrize(("name", "world"), [("one to two within", 2), ("two to one within", 1)])
-def test_a_checkpoint_from_within_an_epoch_goes_on_with_another_number_of_processes(root, read, name, world):
-    """Figures too, which are means over steps before and after it."""
+def test_resuming_within_an_epoch_with_another_number_of_processes(root, read, name, world):
+    """The metrics, which are means over steps before and after the checkpoint, are also equal."""
     whole = read("run", 1)
     for rank in range(world):
         run = read(name, world, rank)
-        assert len(run["steps"]) == len(whole["steps"]) - 4  # two of the warm-up, two of the epoch
+        assert len(run["steps"]) == len(whole["steps"]) - 4  # two steps of the warm-up, two of the epoch
         same_run(run, {"tables": whole["tables"][-1:], "epochs": whole["epochs"][-2:]})
 
 
-def test_when_one_process_is_asked_to_end_both_do_after_the_same_step(root, read):
+def test_both_processes_stop_after_the_same_step_if_one_gets_sigterm(root, read):
     assert all(read("asked to end", 2, rank)["ended"] for rank in range(2))
     checkpoint = torch.load(root / "2" / "asked to end" / "last.ckpt", weights_only=True)
     whole, run = read("run", 1), read("asked to end, then one", 1)
@@ -201,7 +201,7 @@ def test_when_one_process_is_asked_to_end_both_do_after_the_same_step(root, read
     same_run(run, {"tables": whole["tables"][-1:], "epochs": whole["epochs"][-2:]})
 
 
-def test_checkpoints_of_one_process_and_of_two_are_the_same(root, both):
+def test_checkpoints_of_one_and_two_processes_are_equal(root, both):
     both("run")
     for epoch in range(runs.EPOCHS):
         one, two = (torch.load(root / world / "run" / f"epoch={epoch}.ckpt", weights_only=True) for world in "12")
@@ -214,21 +214,20 @@ def test_checkpoints_of_one_process_and_of_two_are_the_same(root, both):
 # Other runs -------------------------------------------------------------------------------------------------------
 
 
-def test_kept_features_are_computed_in_shares(read, both):
+def test_cached_features_are_distributed_over_processes(read, both):
     one, *two = both("kept")
-    again = read("kept again", 1)  # one process, from what the two computed
+    again = read("kept again", 1)  # one process reads the features that two processes computed
     for run in (*two, again):
         same_run(run, one)
         assert all("images" not in step for step in run["steps"]), "images were read"
     processes_agree(*two)
     before, after = again["index"]
-    assert before == after, "one process computed something anew"
-    assert len(before) == 36 * (
-        13 * 2 + 8 + 21 + 7
-    )  # bytes a key; weak views, plain labeled, strong views, test images
+    assert before == after, "one process computed features again"
+    # 36 bytes per key of the weak views, plain labeled views, strong views and test images.
+    assert len(before) == 36 * (13 * 2 + 8 + 21 + 7)
 
 
-def test_labels_made_once(both):
+def test_pseudo_labels_computed_once(both):
     one, *two = both("once")
     assert (one["tables"][0]["pseudo_labels"] > 0).any()
     assert one["tables"][0]["pseudo_labels"].is_floating_point()
@@ -262,8 +261,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_plain_ddp_reduces_what_is_trained_and_nothing_else(both, name):
-    """A parameter that a stage left unused would have stopped the run at the second step."""
+def test_plain_ddp_reduces_only_trained_parameters(both, name):
+    """A parameter that a stage does not use would stop the run in the second step."""
     for run in both(name)[1:]:
         names = run["epochs"][-1]["weights"].keys()
         assert {weight.split(".")[1] for weight in names} == PARTS[name]
@@ -282,14 +281,14 @@ def test_every_system(both, name):
     start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
     assert max(float((end[weight] - start[weight]).abs().max()) for weight in start) > 0.001
     if name == "ImageNet":
-        return  # batch norm takes its statistics of a process's own images: docs/several_gpus.md
+        return  # the statistics of batch norms differ between processes: docs/several_gpus.md
     for run in two:
         same_run(run, one)
 
 
 @pytest.mark.parametrize("name", runs.PARTIAL)
 def test_every_system_for_partial_labels(both, name):
-    """Pairs of images, prototypes and banks are those of the whole batch, in its order."""
+    """Pairs of images, prototypes and banks use the whole batch in its order."""
     one, *two = both(name)
     sizes = [[len(step["index"]) for step in run["steps"]] for run in (one, *two)]
     assert sizes == [[5] * 6, [3] * 6, [2] * 6]

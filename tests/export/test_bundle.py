@@ -1,4 +1,4 @@
-"""`cbsa export`: every format gives the scores of the classifier, and a bundle that was changed is refused."""
+"""`cbsa export`: every format gives the scores of the classifier, and a modified bundle is refused."""
 
 from __future__ import annotations
 
@@ -22,26 +22,11 @@ from cbsa_lightning.data.plain_view import squash
 from cbsa_lightning.errors import CheckpointError, ConfigError
 from cbsa_lightning.inference.export import bundle, onnx_model
 from cbsa_lightning.inference.export.program_file import read_program
-from tiny_data import SIZE, Squares, tiny_module, tiny_trainer
+from tiny_data import SIZE, Squares
+from tiny_export import checkpoint_of
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'cbsa-lightning[export]'")
 pytest.importorskip("onnxscript", reason="needs the extra: pip install 'cbsa-lightning[export]'")
-
-
-def checkpoint_of(clip, file, **settings):
-    """A checkpoint with random weights, their averages, and thresholds, one of which no score reaches."""
-    module = tiny_module(clip, **settings)
-    module.ema.start(module.network)
-    with torch.no_grad():
-        for parameter in module.network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    module.ema.update(module.network)
-    module.cut.copy_(torch.tensor([0.3, 0.5, float("inf"), 0.6, 0.4]))
-    trainer = tiny_trainer(file.parent)
-    trainer.strategy.connect(module.eval())
-    trainer.save_checkpoint(file)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +51,7 @@ def classifier(run):
 
 @pytest.fixture(scope="module")
 def predict(exported):
-    """The script of the bundle as a module."""
+    """Imports the script of the bundle as a module."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("predict", exported / "predict.py")
@@ -90,7 +75,7 @@ def program(exported):
 
 
 @pytest.mark.parametrize("number", [1, 2, 7])
-def test_both_graphs_take_any_batch(session, program, classifier, number):
+def test_both_graphs_accept_any_batch_size(session, program, classifier, number):
     images = torch.randint(0, 256, (number, 3, SIZE, SIZE), dtype=torch.uint8)
     expected = classifier.scores(images)
     names = ["logits", "probabilities", "labels", "attention", "context"]
@@ -105,7 +90,7 @@ def test_both_graphs_take_any_batch(session, program, classifier, number):
     assert metadata == session.get_modelmeta().custom_metadata_map
 
 
-def test_the_file_says_what_it_needs(exported, session, classifier):
+def test_the_bundle_contains_its_metadata(exported, session, classifier):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == list(classifier.class_names)
     assert json.loads(metadata["thresholds"])[1:3] == [0.5, None]  # JSON has no infinity
@@ -118,7 +103,7 @@ def test_the_file_says_what_it_needs(exported, session, classifier):
     assert not any(path.name.startswith(".") for path in exported.parent.iterdir())
 
 
-def test_the_classifier_loads_the_folder(exported, classifier):
+def test_the_classifier_loads_the_bundle(exported, classifier):
     images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
     loaded = Classifier.load(exported)
     assert torch.equal(loaded.scores(images), classifier.scores(images))
@@ -140,13 +125,13 @@ def test_the_script_gives_the_labels_of_the_classifier(exported, classifier, squ
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (31, 200), (300, 64), (517, 389), (5, 1), (1000, 90)])
-def test_the_script_resizes_exactly_as_the_library(predict, shape):
+def test_the_script_resizes_exactly_like_the_library(predict, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     np.testing.assert_array_equal(predict.resize(image, SIZE), squash(image, SIZE))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1"])
-def test_the_script_reads_images_as_the_library(predict, tmp_path, mode):
+def test_the_script_reads_images_like_the_library(predict, tmp_path, mode):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     if mode == "I;16":
         image = Image.fromarray(values[..., 0].astype(np.uint16) * 200)
@@ -167,7 +152,7 @@ def copied(folder, place):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "preprocess.json", "check.npz", "labels.json"])
-def test_a_damaged_file_is_refused_by_name(exported, tmp_path, name):
+def test_errors_name_the_damaged_file(exported, tmp_path, name):
     folder = copied(exported, tmp_path / "copy")
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -180,7 +165,7 @@ def test_a_damaged_file_is_refused_by_name(exported, tmp_path, name):
     assert name in script(folder, "--check").stderr
 
 
-def test_other_thresholds_are_refused(exported, tmp_path):
+def test_modified_thresholds_are_refused(exported, tmp_path):
     folder = copied(exported, tmp_path / "copy")
     content = json.loads((folder / "labels.json").read_text())
     content["classes"][1]["threshold"] = 0.25
@@ -189,7 +174,7 @@ def test_other_thresholds_are_refused(exported, tmp_path):
     assert "threshold 0.25 for class 'green'; model.onnx has 0.5" in message
 
 
-def test_an_opset_that_the_runtime_lacks_is_refused(exported, tmp_path, predict, monkeypatch):
+def test_an_opset_that_the_runtime_does_not_support_is_refused(exported, tmp_path, predict, monkeypatch):
     import onnx
 
     folder = copied(exported, tmp_path / "copy")
@@ -202,7 +187,7 @@ def test_an_opset_that_the_runtime_lacks_is_refused(exported, tmp_path, predict,
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_the_classifier_refuses_damaged_files_by_name(exported, tmp_path, name):
+def test_errors_of_the_classifier_name_the_damaged_file(exported, tmp_path, name):
     folder = copied(exported, tmp_path / "copy")
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
@@ -226,25 +211,25 @@ def test_unknown_names_are_refused(run, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_content_is_refused(run, exported):
+def test_a_folder_that_is_not_empty_is_refused(run, exported):
     with pytest.raises(ConfigError, match="exists already"):
         bundle.export(run / "checkpoints" / "last.ckpt", exported)
 
 
-def test_a_failed_test_leaves_nothing(run, tmp_path, monkeypatch):
+def test_a_failed_test_leaves_no_files(run, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "TOLERANCE", -1.0)
     with pytest.raises(CheckpointError, match=r"model\.safetensors failed its test"):
         bundle.export(run / "checkpoints" / "last.ckpt", tmp_path / "model", ["safetensors"], image_size=SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages_are_named(run, tmp_path, monkeypatch):
+def test_errors_name_missing_packages(run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_model, "PACKAGES", ("onnx", "package_that_is_not_there"))
     with pytest.raises(ConfigError, match=r"needs package_that_is_not_there: pip install 'cbsa-lightning\[export\]'"):
         bundle.export(run / "checkpoints" / "last.ckpt", tmp_path / "model")
 
 
-def test_outputs_that_a_network_lacks_are_refused(clip_folder, tmp_path):
+def test_outputs_that_a_network_does_not_have_are_refused(clip_folder, tmp_path):
     file = checkpoint_of(clip_folder, tmp_path / "a.ckpt", num_contexts=0, semantic_alignment=False)
     for name, message in (("context", "no context head"), ("attention", "no attention maps")):
         with pytest.raises(ConfigError, match=message):

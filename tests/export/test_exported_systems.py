@@ -1,4 +1,4 @@
-"""Every system exports as ONNX, every kind of tower and head also as a program, with the classifier's scores."""
+"""Every system exports to ONNX, and every kind of tower and head also to pt2, with the scores of the classifier."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WITHOUT_CLIP = {
 
 
 def moved(network):
-    """The network with its trained weights away from their initial values."""
+    """Returns the network with noise added to its trained weights."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -56,7 +56,7 @@ def moved(network):
 
 
 def random_fusion(network, size):
-    """A fusion with random weights, and what describes images for it."""
+    """Returns a fusion with random weights, and the function that computes its features."""
     describe = network.describer(keep=True)
     description = describe(network.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)))
     widths = [part.shape[1] for part in (*description.descriptors, *description.scores)]
@@ -77,7 +77,7 @@ def random_fusion(network, size):
 
 
 def differences(classifier, folder, formats=("onnx", "pt2"), extra=()):
-    """Largest difference of a probability from the classifier's and number of labels that differ, by format."""
+    """Returns the largest difference in probability and the number of different labels, for each format."""
     graph = ScoringGraph(classifier, extra)
     program = exported(graph, classifier.image_size)
     run = {}
@@ -127,10 +127,10 @@ def test_cbsa_fused_with_a_stack(towers, tmp_path, kind):
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "CBSA"])
 def test_systems_with_clip(towers, tmp_path, name):
-    """With attention maps, if the system has any: they are one more output of the same graph."""
+    """Exports attention maps too if the system has any, since they are one more output of the same graph."""
     torch.manual_seed(0)
     network = SYSTEMS[name](NAMES, clip=str(towers["resnet"]))
-    fused = name == "zero-shot"  # the probes as systems
+    fused = name == "zero-shot"  # probes as systems
     extra = ("attention",) if name in ("DualCoOp", "DualCoOp++", "TaI") else ()
     assert_the_same(differences(classifier_of(network, 64, fused), tmp_path, ("onnx",), extra))
 
@@ -140,7 +140,7 @@ def test_systems_with_clip(towers, tmp_path, name):
     [
         ("CAP", ("onnx", "pt2"), ()),
         ("CAP with ML-Decoder", ("onnx",), ()),
-        ("CAP with ML-Decoder", ("onnx", "pt2"), ("attention",)),  # which the fused kernel does not give
+        ("CAP with ML-Decoder", ("onnx", "pt2"), ("attention",)),  # the fused kernel does not compute them
     ],
 )
 def test_systems_without_clip(tmp_path, name, formats, extra):
@@ -148,8 +148,8 @@ def test_systems_without_clip(tmp_path, name, formats, extra):
     assert_the_same(differences(classifier_of(WITHOUT_CLIP[name](NAMES), 64), tmp_path, formats, extra))
 
 
-def test_the_text_tower_is_left_out(towers):
+def test_the_text_tower_is_not_exported(towers):
     network = SYSTEMS["DualCoOp"](NAMES, clip=str(towers["resnet"]))
     graph = ScoringGraph(classifier_of(network, 64))
     assert not any("clip.text" in name for name in graph.state_dict())
-    assert sum(value.numel() for value in network.clip.text.state_dict().values()) > 0  # the network still has it
+    assert sum(value.numel() for value in network.clip.text.state_dict().values()) > 0  # the network still contains it

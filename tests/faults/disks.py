@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and what is told about them."""
+"""Full and read-only disks, and checks of the error messages."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ BALLAST = "ballast"
 
 
 def _system(*words: str) -> None:
-    """Runs a command of the system, or skips the test where it is refused: a mount needs rights."""
+    """Runs a system command, or skips the test if it fails, because mounting needs privileges."""
     try:
         done = subprocess.run(words, capture_output=True, text=True)
     except OSError as error:
         pytest.skip(f"{words[0]}: {error}")
     if done.returncode:
-        pytest.skip(f"{' '.join(words[:1])} is refused here: {done.stderr.strip()}")
+        pytest.skip(f"{' '.join(words[:1])} is not permitted: {done.stderr.strip()}")
 
 
 @contextmanager
 def small_disk(folder: Path, size: str = "64m") -> Iterator[Path]:
-    """A file system of a few bytes at ``folder``."""
+    """Mounts a small file system at ``folder``."""
     folder.mkdir(parents=True)
     _system("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     try:
@@ -41,7 +41,7 @@ def small_disk(folder: Path, size: str = "64m") -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """A folder in which nobody may write, root neither."""
+    """Makes a folder read-only, even for root."""
     _system("mount", "--bind", str(folder), str(folder))
     try:
         _system("mount", "-o", "remount,bind,ro", str(folder))
@@ -51,7 +51,7 @@ def read_only(folder: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int = 0) -> None:
-    """Leaves only some bytes free on a disk."""
+    """Fills a disk except for ``left`` bytes."""
     with (disk / BALLAST).open("wb") as file:
         file.write(b"\0" * max(shutil.disk_usage(disk).free - left, 0))
 
@@ -63,7 +63,7 @@ def make_room(disk: Path) -> None:
 
 @contextmanager
 def short_files(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond ``size`` bytes; Python ignores the signal that comes with it."""
+    """Limits the size of files of this process to ``size`` bytes; Python ignores the corresponding signal."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -73,15 +73,15 @@ def short_files(size: int) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder but the ballast."""
+    """Returns the content of all files below a folder, except the ballast."""
     found = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != BALLAST)
     return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 def filling_at(disk: Path, name: str, time: int, do: Callable[[], None]) -> Callable[[], None]:
-    """``do``, on a disk that becomes full right before a file is written for the ``time``-th time.
+    """Returns ``do`` with a disk that is filled directly before the file ``name`` is written for the ``time``-th time.
 
-    For a process of its own: it is not undone.
+    The patch is not undone, so run the result in a separate process.
     """
     plain, seen = files.writing, []
 
@@ -100,19 +100,19 @@ def filling_at(disk: Path, name: str, time: int, do: Callable[[], None]) -> Call
 
 
 def typed(words: Sequence[str]) -> None:
-    """The `cbsa` command as from a shell."""
+    """Runs the `cbsa` command as from a shell."""
     sys.argv = ["cbsa", *words]
     try:
         cli.entry_point()
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # which Python prints when it ends
+        if isinstance(stop.code, str):  # Python prints this text on exit
             print(stop.code, file=sys.stderr)
         if stop.code:
             raise
 
 
 def told(log: Path, name: str, reason: str = "No space left on device") -> str:
-    """The sentence with which a command ended, on the file ``name``; empties the log."""
+    """Returns the error message of a command, which must name the file ``name``, and empties the log."""
     text = log.read_text()
     log.write_text("")
     assert "Traceback" not in text, text

@@ -1,4 +1,4 @@
-"""Runs of the command line in processes that are killed, and what such a run leaves behind."""
+"""Runs of the command line in processes that are killed, and comparison of their files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def words_of(folder: Path, clip: Path, *more: str) -> list[str]:
-    """A tiny run: one warm-up epoch and two more, a checkpoint after every step, two validations an epoch."""
+    """Returns the command of a tiny run of 1 + 2 epochs, with a checkpoint per step and two validations per epoch."""
     make_table(folder / "data", n_train=26, unlabeled=16)
     return [
         "fit",
@@ -56,7 +56,8 @@ def words_of(folder: Path, clip: Path, *more: str) -> list[str]:
     ]
 
 
-POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of ModelCheckpoint, and of the Trainer
+# name: (settings of ModelCheckpoint, settings of the Trainer)
+POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "every step": ({"every_n_train_steps": 1}, {}),
     "every third step, two validations an epoch": ({"every_n_train_steps": 3}, {"val_check_interval": 0.5}),
     "after validation": ({"monitor": "val/mAP", "mode": "max", "save_on_train_epoch_end": False}, {}),
@@ -69,7 +70,7 @@ POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of ModelCheckp
 
 
 def fit(run: Path, clip: Path, source: Squares, policy: str) -> None:
-    """Begins a tiny run in a folder, or goes on with it."""
+    """Starts a tiny run in a folder, or resumes it."""
     keep, settings = POLICIES[policy]
     callbacks = [ModelCheckpoint(run / "checkpoints", save_last=True, **keep), RunReport(enabled=False)]
     logger = RunLogger(run.parent, "", run.name)
@@ -79,20 +80,20 @@ def fit(run: Path, clip: Path, source: Squares, policy: str) -> None:
 
 
 def command(words: list[str], run: Path) -> None:
-    """The command line; keeps its end, which no checkpoint of its own rhythm needs to hold."""
+    """Runs the command line and saves the final state, which the checkpoints need not contain."""
     cli.main(words).trainer.save_checkpoint(run / "end.ckpt")
 
 
 def in_a_process(do: Callable[[], Any], log: Path, kill: tuple[float, int] | None = None) -> int:
-    """Does something in a forked process, which shares the imports that take ten seconds.
+    """Runs a function in a forked process, which inherits imports that take ten seconds.
 
     Args:
-        do: What.
-        log: Where its output goes.
-        kill: Seconds after which it gets a signal, and which.
+        do: The function.
+        log: File for its output.
+        kill: Seconds until the process receives a signal, and the signal.
 
     Returns:
-        Its exit status, negative for a signal.
+        The exit status; negative if a signal ended the process.
     """
     child = os.fork()
     if child == 0:
@@ -122,7 +123,7 @@ def in_a_process(do: Callable[[], Any], log: Path, kill: tuple[float, int] | Non
 
 
 def left_behind(run: Path) -> dict[str, Any]:
-    """All that a run ends with, but for clocks and paths: what two runs must have alike, bit for bit."""
+    """Returns the final state of a run without times and paths, which must be bit-identical in two runs."""
     checkpoint = read_checkpoint(run / "end.ckpt")
     report = next(state for key, state in checkpoint["callbacks"].items() if key.startswith("RunReport"))
     with (run / "metrics.csv").open(newline="") as file:
@@ -139,7 +140,7 @@ def left_behind(run: Path) -> dict[str, Any]:
 
 
 def unlike(first: Any, second: Any, where: str = "") -> list[str]:
-    """Places in which two structures differ; tensors bit for bit, NaN equals NaN."""
+    """Returns the locations at which two structures differ; tensors are compared bit by bit, and NaN equals NaN."""
     if isinstance(first, torch.Tensor):
         same = first.shape == second.shape and torch.allclose(first, second, 0, 0, equal_nan=True)
         return [] if same else [where]

@@ -1,4 +1,4 @@
-"""Full disks and folders that are read-only: one clear sentence, and nothing lost that was there."""
+"""Full disks and read-only folders: one clear error message, and no loss of existing files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tiny_data import Squares
 from tiny_tables import CONFIGS, short, tiny_voc
 
 FULL = os.strerror(errno.ENOSPC)
-# To be taken out with the change of data/ that has it raise OutputError.
+# Remove this when data/ raises OutputError.
 LONG = os.strerror(errno.EFBIG)
 FIXED = os.strerror(errno.EROFS)
 
@@ -67,7 +67,7 @@ def some_predictions(folder, version, name):
 
 
 def a_result(folder, version):
-    """Of a cell that is not made as long as the result of the last time is there, so that goes first."""
+    """Runs a cell, after removing the result of the previous run, which would otherwise be reused."""
     cell = SimpleNamespace(folder="cell")
     cells._run = lambda *_: {"history": [version] * 5000}
     (folder / "cell" / "result.json").unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def a_split(folder, version):
     split_labeled(2000, 0.1 * version, 1, table_digest="of a table").save(folder / "split.json")
 
 
-WRITERS = {  # who writes, and what
+WRITERS = {  # name: (function that writes, file)
     "checkpoint": (a_checkpoint, "last.ckpt"),
     "metrics": (some_metrics, "metrics.csv"),
     "hparams": (some_hparams, "hparams.yaml"),
@@ -99,12 +99,12 @@ def refused(do, name, reason):
 
 @writers
 @pytest.mark.parametrize("left", [0, 8192])
-def test_a_full_disk(tmp_path, writer, left):
+def test_errors_of_a_full_disk(tmp_path, writer, left):
     write, name = WRITERS[writer]
     with small_disk(tmp_path / "disk", "1m") as disk:
         fill(disk, left)
         refused(lambda: write(disk, 1), name, FULL)
-        assert contents(disk) == {}  # half a file neither
+        assert contents(disk) == {}  # including partial files
         make_room(disk)
         write(disk, 1)
         before = contents(disk)
@@ -118,8 +118,8 @@ def test_a_full_disk(tmp_path, writer, left):
 
 
 @writers
-def test_a_file_that_may_not_grow(tmp_path, writer):
-    """As with a quota; needs no rights, so it is run everywhere."""
+def test_files_with_a_size_limit(tmp_path, writer):
+    """Behaves like a quota and needs no privileges, so it runs everywhere."""
     write, name = WRITERS[writer]
     write(tmp_path, 1)
     before = contents(tmp_path)
@@ -131,7 +131,7 @@ def test_a_file_that_may_not_grow(tmp_path, writer):
 
 
 @writers
-def test_a_folder_that_is_read_only(tmp_path, writer):
+def test_read_only_folders(tmp_path, writer):
     write, name = WRITERS[writer]
     write(tmp_path, 1)
     before = contents(tmp_path)
@@ -141,8 +141,8 @@ def test_a_folder_that_is_read_only(tmp_path, writer):
     assert contents(tmp_path) == before
 
 
-def test_the_result_of_a_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "_run", cells._run)  # put back at the end
+def test_the_result_of_a_cell_on_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "_run", cells._run)  # restored at the end of the test
     with small_disk(tmp_path / "disk", "1m") as disk:
         (disk / "cell").mkdir()
         (disk / "cell" / "last.ckpt").write_bytes(b"to go on from")
@@ -172,8 +172,8 @@ def in_cache(images, cache):
 
 
 @pytest.mark.parametrize("left", [0, 4096, 3 * 64 * 64 * 4])
-def test_an_image_cache(tmp_path, images, left):
-    """What was kept before is kept; the rest is decoded once there is room."""
+def test_an_image_cache_on_a_full_disk(tmp_path, images, left):
+    """Cached images remain, and the others are decoded when there is space."""
     expected = in_cache(images, ImageCache(str(tmp_path / "cache")))
     few = ImageFiles(images.table.select(np.arange(4)), None)
     with small_disk(tmp_path / "disk", "1m") as disk:
@@ -189,21 +189,21 @@ def test_an_image_cache(tmp_path, images, left):
         assert in_cache(images, cache) == expected
 
 
-def test_an_image_cache_that_is_read_only(tmp_path, images):
+def test_a_read_only_image_cache(tmp_path, images):
     folder = tmp_path / "cache"
     few = ImageFiles(images.table.select(np.arange(4)), None)
     expected = in_cache(few, ImageCache(str(folder)))
     before = contents(folder)
     with read_only(folder):
-        assert in_cache(few, ImageCache(str(folder))) == expected  # all is there: nothing needs to be written
+        assert in_cache(few, ImageCache(str(folder))) == expected  # all images are cached, so nothing is written
         refused(lambda: in_cache(images, ImageCache(str(folder))), "cache", FIXED)
         refused(lambda: in_cache(images, ImageCache(str(folder / "new"))), "cache", FIXED)
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("how", ["full", "long", "read-only"])
-def test_features(tmp_path, how):
-    """Rows of a store, as features are: a part that was written is not taken for whole."""
+def test_features_on_a_full_disk(tmp_path, how):
+    """Partially written rows of a store are not used as features."""
     keys = [bytes([i]) * 32 for i in range(8)]
     rows = np.random.default_rng(0).random((8, 4096)).astype(np.float16)
 
@@ -231,7 +231,7 @@ def test_features(tmp_path, how):
 
 
 @pytest.mark.parametrize("left", [0, 32768])
-def test_digits_that_are_drawn(tmp_path, left):
+def test_generated_digits_on_a_full_disk(tmp_path, left):
     with small_disk(tmp_path / "disk", "1m") as disk:
         digits = Digits(str(disk / "digits"), num_train=8, num_test=2, image_size=64)
         fill(disk, left)
@@ -250,14 +250,14 @@ def test_digits_that_are_drawn(tmp_path, left):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, clip_folder):
-    """A run of two epochs with a report."""
+    """Returns the command of a run of two epochs with a report."""
     words = words_of(tmp_path_factory.mktemp("words"), clip_folder, "--trainer.max_epochs=2")
     return [word for word in words if word != "--report.enabled=false"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, words):
-    """What the run ends with that nothing disturbed."""
+    """Returns the final state of an undisturbed run."""
     run = tmp_path_factory.mktemp("whole") / "run"
     log = run.parent / "log"
     assert in_a_process(partial(command, [*words, f"--resume={run}"], run), log) == 0, log.read_text()
@@ -285,7 +285,7 @@ def report(run):
     ],
 )
 def test_a_run_on_a_full_disk(tmp_path, words, whole, name, time):
-    """It ends, is begun again in vain, and once there is room goes on to the same end."""
+    """The run stops, cannot be resumed while the disk is full, and has the same final state once there is space."""
     log = tmp_path / "log"
     with small_disk(tmp_path / "disk") as disk:
         run = disk / "run"
@@ -293,7 +293,7 @@ def test_a_run_on_a_full_disk(tmp_path, words, whole, name, time):
         assert in_a_process(filling_at(disk, name, time, partial(typed, words)), log) == 9, log.read_text()
         told(log, name)
         before = contents(disk)
-        assert [file for file in before if "/." in file] == ["run/.lock"]  # no draft is left
+        assert [file for file in before if "/." in file] == ["run/.lock"]  # no temporary file remains
         assert in_a_process(partial(typed, words), log) == 9, log.read_text()
         told(log, "run")
         assert contents(disk) == before
@@ -305,8 +305,8 @@ def test_a_run_on_a_full_disk(tmp_path, words, whole, name, time):
 
 
 @pytest.mark.slow
-def test_a_run_where_nothing_may_be_written(tmp_path, words, whole):
-    """Refused before the training; a run that is there stays as it is."""
+def test_a_run_in_a_read_only_folder(tmp_path, words, whole):
+    """The run is refused before training, and existing files do not change."""
     log, runs = tmp_path / "log", tmp_path / "runs"
     shutil.copytree(whole, runs / "run")
     before = contents(runs)
@@ -321,8 +321,8 @@ def test_a_run_where_nothing_may_be_written(tmp_path, words, whole):
 
 
 @pytest.mark.slow
-def test_images_that_are_read_only(tmp_path, clip_folder):
-    """Nothing is written beside the data."""
+def test_read_only_images(tmp_path, clip_folder):
+    """Nothing is written to the folder of the data."""
     words, log, run = words_of(tmp_path, clip_folder, "--trainer.max_epochs=2"), tmp_path / "log", tmp_path / "run"
     with read_only(tmp_path / "data"):
         assert in_a_process(partial(typed, [*words, f"--resume={run}"]), log) == 0, log.read_text()
@@ -361,7 +361,7 @@ def test_predictions_of_the_command(tmp_path, words, whole, suffix):
 
 @pytest.mark.slow
 def test_a_table_on_a_full_disk(tmp_path, clip_folder):
-    """The cell's last checkpoint stays, and it goes on from there."""
+    """The cell resumes from its last checkpoint, which remains."""
     log = tmp_path / "log"
     with small_disk(tmp_path / "disk") as disk:
         words = ["table", "1", f"--data=voc={tiny_voc(tmp_path)}", "--shares=0.2", "--rows=Ours"]

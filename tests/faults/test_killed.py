@@ -1,4 +1,4 @@
-"""Runs that are killed anywhere, or fail at their worst moment, go on and end with the same bits."""
+"""Runs that are killed at any time, or fail while they write a checkpoint, resume with bit-identical results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cbsa_lightning.checkpoints.files import newest_checkpoint
 from tiny_data import Squares
 
 pytestmark = pytest.mark.slow
-KILLS = 75  # fifteen a policy
+KILLS = 75  # fifteen per policy
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def squares(squares_folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, clip_folder, squares):
-    """For each policy what a run ends with that nobody stopped, and how long it took."""
+    """Returns, for each policy, the final state of an uninterrupted run and its duration in seconds."""
     found = {}
     for policy in POLICIES:
         run = tmp_path_factory.mktemp("whole") / "run"
@@ -36,7 +36,7 @@ def whole(tmp_path_factory, clip_folder, squares):
         again, begun = run.parent / "again", time.monotonic()
         assert in_a_process(partial(fit, again, clip_folder, squares, policy), log) == 0
         found[policy] = left_behind(run), time.monotonic() - begun
-        assert unlike(found[policy][0], left_behind(again)) == []  # else nothing could be told below
+        assert unlike(found[policy][0], left_behind(again)) == []  # otherwise the comparisons would be meaningless
     return found
 
 
@@ -53,7 +53,7 @@ def test_killed_at_random_moments(tmp_path, clip_folder, squares, whole, capsys)
         expected, seconds = whole[policy]
         run, log = tmp_path / f"{number}" / "run", tmp_path / f"{number}.log"
         do = partial(fit, run, clip_folder, squares, policy)
-        for _ in range(1 + number % 3):  # some runs are killed twice or three times
+        for _ in range(1 + number % 3):  # some runs are killed two or three times
             moment = float(rng.uniform(0.05, 1.0)) * seconds
             ended = in_a_process(do, log, kill=(moment, signal.SIGKILL))
             assert ended in (-signal.SIGKILL, 0), log.read_text()
@@ -68,20 +68,20 @@ def test_killed_at_random_moments(tmp_path, clip_folder, squares, whole, capsys)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
-def test_asked_to_end_it_keeps_the_last_step(tmp_path, clip_folder, squares, whole, share):
-    """SIGTERM: nothing at all is lost, whatever the checkpoints' own rhythm."""
+def test_sigterm_writes_a_checkpoint_of_the_last_step(tmp_path, clip_folder, squares, whole, share):
+    """After SIGTERM, no step is lost, regardless of the interval of checkpoints."""
     policy = "at the epoch's end"
     expected, seconds = whole[policy]
     run, log = tmp_path / "run", tmp_path / "log"
     do = partial(fit, run, clip_folder, squares, policy)
     ended = in_a_process(do, log, kill=(share * seconds, signal.SIGTERM))
-    if ended == 9:  # it ended as asked, and not before it had begun or after it was done
+    if ended == 9:  # the process stopped on the signal, and neither before its start nor after its end
         assert (run / "checkpoints" / "last.ckpt").exists()
     finish(do, run, log, expected)
 
 
 def dying(write, moment):
-    """A torch.save that writes half of the file and then has its process killed, at the moment-th call."""
+    """Returns a torch.save that writes half of the file and kills its process at the ``moment``-th call."""
     calls = []
 
     def save(checkpoint, stream):
@@ -97,7 +97,7 @@ def dying(write, moment):
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9, 14])
-def test_killed_in_the_midst_of_a_checkpoint(tmp_path, clip_folder, squares, whole, moment):
+def test_killed_while_writing_a_checkpoint(tmp_path, clip_folder, squares, whole, moment):
     run, log, policy = tmp_path / "run", tmp_path / "log", "every step"
 
     def half():
@@ -105,7 +105,7 @@ def test_killed_in_the_midst_of_a_checkpoint(tmp_path, clip_folder, squares, who
         fit(run, clip_folder, squares, policy)
 
     assert in_a_process(half, log) == -signal.SIGKILL, log.read_text()
-    assert len(list((run / "checkpoints").glob(".*.ckpt"))) == 1  # the half, which nobody takes for a checkpoint
+    assert len(list((run / "checkpoints").glob(".*.ckpt"))) == 1  # the partial file is not used as a checkpoint
     finish(partial(fit, run, clip_folder, squares, policy), run, log, whole[policy][0])
 
 
@@ -123,7 +123,7 @@ def failing(write, moment, error):
 
 
 @pytest.mark.parametrize("moment", [1, 5, 10])
-def test_a_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, clip_folder, squares, whole, moment):
+def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path, clip_folder, squares, whole, moment):
     run, log, policy = tmp_path / "run", tmp_path / "log", "every step"
 
     def full():
@@ -173,15 +173,15 @@ def test_the_command_killed_and_resumed(tmp_path, clip_folder):
         run = tmp_path / f"run{number}"
         sent = (signal.SIGKILL, signal.SIGTERM)[number % 2]
         in_a_process(partial(command, [*words, f"--resume={run}"], run), log, kill=(share * seconds, sent))
-        # The same command begins and resumes; once there is a checkpoint the folder alone says all.
+        # The same command starts and resumes the run. Once there is a checkpoint, the folder is sufficient.
         again = ["fit", f"--resume={run}"] if newest_checkpoint(run) else [*words, f"--resume={run}"]
         assert in_a_process(partial(command, again, run), log) == 0, log.read_text()
         assert unlike(expected, left_behind(run)) == [], sent
 
 
-def test_the_wandb_run_goes_on_under_its_id(tmp_path, clip_folder):
+def test_the_wandb_run_keeps_its_id(tmp_path, clip_folder):
     words = [*words_of(tmp_path, clip_folder), f"--config={CONFIGS / 'loggers' / 'wandb.yaml'}"]
-    words += [f"--trainer.logger+.init_args.save_dir={tmp_path}"]  # of the last one, W&B's
+    words += [f"--trainer.logger+.init_args.save_dir={tmp_path}"]  # for the W&B logger, which is the last one
     log, run = tmp_path / "log", tmp_path / "run"
     os.environ["WANDB_MODE"] = "offline"
     for again in ([*words, f"--resume={run}"], ["fit", f"--resume={run}"]):

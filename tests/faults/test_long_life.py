@@ -1,4 +1,4 @@
-"""A run of many epochs holds no more at its end than near its beginning: memory, files, processes, threads."""
+"""Memory, open files, processes and threads of a run do not grow over many epochs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tiny_data import Squares, tiny_fit
 
 pytestmark = pytest.mark.slow
 EPOCHS, SETTLED = 200, 50
-# What an epoch rightly leaves are its figures, some twenty, in the rows of metrics.csv and in the report's history:
-# 2 to 4 KiB of Python objects. A batch, a loader or a copy of the weights that is not let go of is 30 KiB and more.
+# Each epoch adds about twenty metrics to metrics.csv and to the report's history: 2 to 4 KiB of Python objects. A
+# leaked batch, loader or copy of the weights has at least 30 KiB.
 LEAK = 20 * 1024
 
 
 class Holdings(L.Callback):
-    """Notes at the end of every epoch what the process holds."""
+    """Records the resources of the process at the end of each epoch."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -47,20 +47,20 @@ class Holdings(L.Callback):
 
 
 def long_run(folder: Path, clip: Path, source: Squares, num_workers: int) -> None:
-    """One epoch of warm-up, then the semi-supervised stage."""
-    gc.freeze()  # what was imported is not looked through again in every epoch
+    """Trains one epoch of warm-up, then the second stage."""
+    gc.freeze()  # excludes imported objects from the count in each epoch
     callbacks = [
         ModelCheckpoint(folder / "checkpoints", monitor="val/mAP", mode="max", save_last=True),
         RunReport(enabled=False),
         Holdings(folder / "holdings.jsonl"),
     ]
     trainer = {"logger": RunLogger(folder, "", "run"), "callbacks": callbacks, "enable_checkpointing": True}
-    data = {"num_workers": num_workers, "batch_size": 5}  # two steps an epoch
+    data = {"num_workers": num_workers, "batch_size": 5}  # two steps per epoch
     tiny_fit(folder, clip, source, max_epochs=EPOCHS, data=data, trainer=trainer)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_nothing_grows(tmp_path, clip_folder, num_workers, capsys):
+def test_resources_do_not_grow(tmp_path, clip_folder, num_workers, capsys):
     source, log, begun = Squares(tmp_path / "squares", train=10, test=4), tmp_path / "log", time.monotonic()
     assert in_a_process(partial(long_run, tmp_path, clip_folder, source, num_workers), log) == 0, log.read_text()
     noted = [json.loads(line) for line in (tmp_path / "holdings.jsonl").read_text().splitlines()]

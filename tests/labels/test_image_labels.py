@@ -1,4 +1,4 @@
-"""Tables of labels: decisions, the order of review, and the way back through the reader of tables."""
+"""Tables of labels: decisions, review order, and reading them as a table."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def labels(sure=0.8):
     return ImageLabels.decided(images, NAMES, PROBABILITIES, THRESHOLDS, sure)
 
 
-def test_decisions_follow_thresholds_and_unsure_ones_are_reviewed():
+def test_decisions_follow_thresholds_and_uncertain_labels_are_reviewed():
     found = labels()
     assert found.names(found.given) == [["cat", "sofa"], [], ["cat"], ["cat", "sofa"]]
-    assert found.names(found.review) == [["sofa"], [], ["cat", "dog"], []]  # dog: .85 and not given
+    assert found.names(found.review) == [["sofa"], [], ["cat", "dog"], []]  # dog has .85 and is not predicted
     assert not labels(sure=None).review.any()
 
 
@@ -53,7 +53,7 @@ def test_a_table_of_labels_reads_as_it_was_written(tmp_path, suffix):
     assert np.array_equal(found.review, labels().review)
 
 
-def test_json_lines_hold_a_row_each(tmp_path):
+def test_json_lines_have_one_row_per_line(tmp_path):
     write_labels(tmp_path / "labels.jsonl", labels())
     lines = (tmp_path / "labels.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4
@@ -73,7 +73,7 @@ def test_json_lines_hold_a_row_each(tmp_path):
         (lambda text: "", "cannot be read as a table of labels"),
     ],
 )
-def test_another_table_is_refused(tmp_path, change, message):
+def test_tables_of_another_format_are_refused(tmp_path, change, message):
     file = tmp_path / "labels.csv"
     write_labels(file, labels())
     file.write_text(change(file.read_text(encoding="utf-8").replace('"', "")), encoding="utf-8")
@@ -82,19 +82,19 @@ def test_another_table_is_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("name", ["place", "none", "a;b"])
-def test_classes_that_a_table_could_not_hold_are_refused(tmp_path, name):
+def test_class_names_that_a_table_cannot_store_are_refused(tmp_path, name):
     images = np.array(["a.jpg"], np.dtypes.StringDType())
     found = ImageLabels.decided(images, ("cat", name), PROBABILITIES[:1, :2], THRESHOLDS[:2])
     with pytest.raises(ConfigError, match=f"cannot contain these classes: '{name}'"):
         write_labels(tmp_path / "labels.csv", found)
 
 
-def test_another_suffix_is_refused(tmp_path):
+def test_other_suffixes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"written as .csv, .parquet, .jsonl"):
         write_labels(tmp_path / "labels.txt", labels())
 
 
-def test_the_reader_of_tables_takes_labels_back_and_leaves_reviewed_ones_unknown(tmp_path):
+def test_tables_of_labels_can_be_read_with_reviewed_labels_unknown(tmp_path):
     found = labels()
     write_labels(tmp_path / "labels.csv", found)
     table = read_table(tmp_path / "labels.csv")
@@ -102,4 +102,4 @@ def test_the_reader_of_tables_takes_labels_back_and_leaves_reviewed_ones_unknown
     expected = np.where(found.review, -1, found.given.astype(np.int8))
     classes = [NAMES.index(name) for name in table.class_names]
     assert np.array_equal(table.labels, expected[:, classes])
-    assert table.labels[1].tolist() == [0] * len(classes)  # seen, shows nothing: not unlabeled
+    assert table.labels[1].tolist() == [0] * len(classes)  # a reviewed image without classes is labeled

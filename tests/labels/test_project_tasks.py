@@ -1,4 +1,4 @@
-"""Predictions for tasks that a Label Studio project has already."""
+"""Predictions for existing tasks of a Label Studio project."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_tasks_of_a_real_export_keep_their_ids(labels):
     assert "'new.jpg'" in text
 
 
-def test_names_come_from_the_labeling_interface(animals, tmp_path):
+def test_names_are_read_from_the_labeling_interface(animals, tmp_path):
     export = write(tmp_path, [task(7, "b.jpg"), task(3, "./a.jpg", "dog", meta={"x": 1}), task(4, "a.jpg")])
     before = export.read_bytes()
     made, notes = predictions(animals, export, write(tmp_path, CONFIG, "c.xml"))
@@ -81,7 +81,7 @@ def test_names_come_from_the_labeling_interface(animals, tmp_path):
     assert export.read_bytes() == before
 
 
-def test_names_come_from_the_answers(animals, tmp_path):
+def test_names_are_read_from_the_annotations(animals, tmp_path):
     made, notes = predictions(animals, write(tmp_path, [task(1, "a.jpg"), task(2, "b.jpg", "dog")]))
     assert made[0]["result"][0]["from_name"] == "tags"
     assert made[0]["result"][0]["to_name"] == "picture"

@@ -1,4 +1,4 @@
-"""Lists of images to label next and of doubtful given labels."""
+"""Lists of images to label next and of suspicious labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("cat", "dog")
 IMAGES = np.array(["a", "b", "c"], np.dtypes.StringDType())
 
 
-def test_the_most_doubtful_images_come_first():
+def test_the_least_certain_images_are_first():
     probabilities = np.array([[0.9, 0.0], [0.5, 0.4], [0.3, 1.0]], np.float32)
     labels = ImageLabels.decided(IMAGES, NAMES, probabilities, np.array([0.5, 0.5]))
     found = next_to_label(labels, budget=2)
@@ -21,14 +21,14 @@ def test_the_most_doubtful_images_come_first():
     assert next_to_label(labels, budget=9).num_rows == 3
 
 
-def test_rare_classes_count_more_where_they_are_favored():
+def test_rare_classes_can_have_more_weight():
     probabilities = np.array([[0.5, 0.0], [0.0, 0.3], [0.0, 0.0]], np.float32)
     labels = ImageLabels.decided(IMAGES, NAMES, probabilities, np.array([0.5, 0.5]))
     assert next_to_label(labels, 1)["image"].to_pylist() == ["a"]
     assert next_to_label(labels, 1, positives=np.array([99, 0]))["image"].to_pylist() == ["b"]
 
 
-def test_labels_that_left_out_probabilities_contradict_are_listed_worst_first():
+def test_labels_that_out_of_fold_probabilities_contradict_are_listed():
     given = np.array([[1, 0], [0, -1], [1, 1]], np.int8)
     left_out = np.array([[0.1, 0.6], [0.2, 0.99], [0.8, 0.05]])
     found = suspicious_labels(IMAGES, NAMES, given, left_out)

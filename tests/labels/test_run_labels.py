@@ -1,4 +1,4 @@
-"""Labels that a run leaves behind, and `cbsa label`."""
+"""Label files of a run, and `cbsa label`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {"labels.csv", "next_to_label.csv", "suspicious_labels.csv"}
 
 
 def fit(folder, clip, source, **settings):
-    """A run in ``folder`` with the checkpoint that Lightning would write."""
+    """Trains a run in ``folder`` with the checkpoint that Lightning writes by default."""
     writer = settings.pop("writer", None) or WriteLabels(budget=5)
     trainer = tiny_trainer(folder, max_epochs=2, callbacks=[writer])
     set_folder(trainer, folder)
@@ -52,7 +52,7 @@ def test_every_unlabeled_image_has_the_labels_of_the_classifier(run):
     assert 0 < found.review.sum() < found.review.size
 
 
-def test_lists_name_the_images_to_look_at(run):
+def test_lists_contain_the_images_to_review(run):
     folder, module, data = run
     nexts = list(csv.DictReader((folder / "next_to_label.csv").open(encoding="utf-8")))
     found = read_labels(folder / "labels.csv")
@@ -68,19 +68,19 @@ def test_lists_name_the_images_to_look_at(run):
     assert len(doubts) == (np.where(known == 1, 1 - left_out, left_out) >= 0.5).sum()
 
 
-def test_left_out_probabilities_are_those_of_other_images_probes(run, clip_folder, squares_folder):
+def test_out_of_fold_probabilities_come_from_probes_of_other_images(run, clip_folder, squares_folder):
     _, module, data = run
     assert module.left_out.shape == (len(data.split.labeled), len(CLASSES))
     assert ((module.left_out > 0) & (module.left_out < 1)).all()
 
 
-def test_scores_that_are_no_probabilities_are_not_reviewed(tmp_path, clip_folder, squares_folder):
+def test_scores_that_are_not_probabilities_are_not_reviewed(tmp_path, clip_folder, squares_folder):
     fit(tmp_path / "run", clip_folder, Squares(squares_folder))
     assert not read_labels(tmp_path / "run" / "labels.csv").review.any()
     assert not (tmp_path / "run" / "suspicious_labels.csv").exists()
 
 
-def test_nothing_is_written_on_request(tmp_path, clip_folder, squares_folder):
+def test_label_files_can_be_disabled(tmp_path, clip_folder, squares_folder):
     fit(tmp_path / "run", clip_folder, Squares(squares_folder), writer=WriteLabels(enabled=False))
     assert not FILES & {path.name for path in (tmp_path / "run").iterdir()}
 
@@ -95,7 +95,7 @@ def test_settings_out_of_range_are_refused(setting):
     ("tool", "name"),
     [("label-studio", "t.json"), ("cvat", "t.xml"), ("fiftyone", "t.json"), ("csv", "t.csv"), ("parquet", "t.parquet")],
 )
-def test_the_command_writes_for_a_tool(run, tmp_path, tool, name):
+def test_the_command_writes_files_for_a_tool(run, tmp_path, tool, name):
     output = tmp_path / name
     assert main(["label", str(run[0]), "--to", tool, "--output", str(output)]) == output
     count = len(run[2].split.unlabeled)
@@ -130,7 +130,7 @@ def test_the_command_writes_predictions_for_tasks_of_a_project(run, tmp_path, ca
     assert f"Predictions for {len(tasks) - 1} tasks" in said
 
 
-def test_the_command_gives_cvat_sizes_where_it_is_told_the_folder(run, tmp_path, capsys):
+def test_the_command_writes_image_sizes_for_cvat_if_the_folder_is_known(run, tmp_path, capsys):
     words = ["label", str(run[0]), "--to", "cvat", "--output"]
     assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
     assert "The file has no width and height" in capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_options_without_effect_are_refused(run, tmp_path, to, option):
         main(["label", str(run[0]), "--to", to, "--output", str(output), option, "x"])
 
 
-def test_the_command_labels_new_images_by_the_checkpoint_alone(run, tmp_path, squares_folder):
+def test_the_command_labels_new_images_from_the_checkpoint_only(run, tmp_path, squares_folder):
     output = tmp_path / "new.csv"
     main(["label", str(run[0]), "--to", "csv", "--output", str(output), "--images", str(squares_folder / "test")])
     found = read_labels(output)
@@ -163,7 +163,7 @@ def test_the_command_labels_new_images_by_the_checkpoint_alone(run, tmp_path, sq
     torch.testing.assert_close(torch.from_numpy(found.probabilities), scores, atol=1e-6, rtol=0)
 
 
-def test_the_command_refuses_what_it_cannot_do(run, tmp_path):
+def test_the_command_refuses_invalid_arguments(run, tmp_path):
     with pytest.raises(ConfigError, match=r"end in \.xml"):
         main(["label", str(run[0]), "--to", "cvat", "--output", "t.json"])
     with pytest.raises(ConfigError, match="is not a finished run with unlabeled images"):

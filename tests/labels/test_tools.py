@@ -1,4 +1,4 @@
-"""Files for labeling tools: what they hold, and that names the tools would drop are refused."""
+"""Files for labeling tools: their content, and errors for names that a tool would ignore."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_label_studio_tasks(labels):
     assert second["result"] == [choices | {"value": {"choices": ["car"]}}]
     assert nothing["result"] == []
     scores = [task["predictions"][0]["score"] for task in tasks]
-    assert 0 <= scores[1] < scores[0] < scores[2] <= 1  # uncertainty sampling hands out the lowest first
+    assert 0 <= scores[1] < scores[0] < scores[2] <= 1  # uncertainty sampling starts with the lowest score
     assert tasks[1]["data"]["scores"] == "car 0.50, dog & cat 0.40"
 
 
@@ -49,7 +49,7 @@ def test_label_studio_config_names_all_classes(labels):
     assert [choice.get("value") for choice in control] == list(NAMES)
 
 
-def test_cvat_tags_stand_in_the_order_of_review(labels, tmp_path):
+def test_cvat_tags_are_in_review_order(labels, tmp_path):
     file = tmp_path / "annotations.xml"
     cvat_xml(labels).write(file, encoding="utf-8")
     root = ElementTree.parse(file).getroot()
@@ -62,10 +62,10 @@ def test_cvat_tags_stand_in_the_order_of_review(labels, tmp_path):
     ]
 
 
-def test_cvat_has_the_sizes_of_the_upright_images(labels, tmp_path):
+def test_cvat_files_contain_the_sizes_of_the_upright_images(labels, tmp_path):
     picture = Image.new("RGB", (30, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # the image is stored rotated by 90 degrees
     (tmp_path / "beach").mkdir()
     picture.save(tmp_path / "beach" / "001.jpg", exif=exif)
     picture.save(tmp_path / "plain.png")
@@ -83,7 +83,7 @@ def test_cvat_has_the_sizes_of_the_upright_images(labels, tmp_path):
     }
 
 
-def test_sizes_are_read_without_decoding(tmp_path, monkeypatch):
+def test_image_sizes_are_read_without_decoding(tmp_path, monkeypatch):
     for suffix in ("jpg", "png", "webp", "tif"):
         Image.new("RGB", (30, 20)).save(tmp_path / f"a.{suffix}")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
@@ -100,7 +100,7 @@ def test_fiftyone_names_images_without_their_suffix(labels):
     assert found["labels"]["city/003"] == []
 
 
-def test_fiftyone_cannot_tell_suffixes_apart():
+def test_fiftyone_refuses_names_that_differ_only_in_the_suffix():
     images = np.array(["a.jpg", "a.png"], np.dtypes.StringDType())
     labels = ImageLabels.decided(images, NAMES, np.zeros((2, 2), np.float32), np.ones(2))
     with pytest.raises(DataError, match="these are ambiguous: a"):

@@ -1,4 +1,4 @@
-"""The paper's network: Eq. 5 by loops, gradients of each loss, and optional parts."""
+"""The paper's network: Eq. 5 compared with loops, gradients of each loss, and optional parts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_text_features_of_both_prompts(clip_folder):
     assert network.target_prompts.words is not network.semantic_prompts.words
 
 
-def test_context_loss_alone_trains_a_weight_shared_with_the_label_task(clip_folder):
+def test_the_context_loss_trains_weights_shared_with_the_label_task(clip_folder):
     network = build(clip_folder, num_contexts=2)
     features = network.features(pictures())
     context_loss(network(features).context_logits, torch.tensor([0, 1])).sum().backward()
@@ -96,7 +96,7 @@ def test_a_frozen_pool_with_contexts_is_reported(clip_folder):
         build(clip_folder, num_contexts=2)
 
 
-def test_parts_of_table_3(clip_folder):
+def test_variants_of_table_3(clip_folder):
     fixed = build(clip_folder, target_prompts=False)
     assert not fixed.target_prompts.words.requires_grad
     assert fixed.semantic_prompts.words.requires_grad
@@ -150,4 +150,4 @@ def test_descriptions_are_outputs_of_the_towers_in_float32(tmp_path, kind):
         half = network.describer()(features)
     assert half.scores[0].dtype == half.descriptors[0].dtype == half.descriptors[1].dtype == torch.float32
     torch.testing.assert_close(half.descriptors[1], g, atol=1e-6, rtol=0)
-    torch.testing.assert_close(half.scores[0], scores, atol=5e-3, rtol=0)  # the text was encoded in half precision
+    torch.testing.assert_close(half.scores[0], scores, atol=5e-3, rtol=0)  # the text is encoded in half precision

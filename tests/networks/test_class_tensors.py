@@ -1,4 +1,4 @@
-"""Every network names its tensors whose rows are the classes, that is, those that grow with the classes."""
+"""Every network lists the tensors whose rows are classes."""
 
 from __future__ import annotations
 

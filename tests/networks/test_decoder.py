@@ -1,4 +1,4 @@
-"""Compares the label decoder with torch's own layers, a plain recomputation, and CLIP's similarity."""
+"""Compares the label decoder with torch's layers, a slow recomputation, and CLIP's similarity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(**settings):
 
 
 def shaken(decoder):
-    """Adds noise to all weights, since omissions go unnoticed if weights are 0 or 1."""
+    """Adds noise to all weights because omissions are not detected if weights are 0 or 1."""
     with torch.no_grad():
         for i, p in enumerate(decoder.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.manual_seed(i)) * 0.1)
@@ -85,7 +85,7 @@ def test_features_and_maps_equal_the_reference(self_attention):
     assert maps.std() > 1e-3
 
 
-def test_untrained_decoder_attends_by_cosine():
+def test_untrained_decoder_attends_by_cosine_similarity():
     """With one head, attention is a softmax of cosines, and the feature is the text plus the attended values."""
     decoder = build(heads=1, dropout=0.0)
     queries, local, places = inputs()
@@ -96,12 +96,12 @@ def test_untrained_decoder_attends_by_cosine():
     centered = nn.functional.normalize(places - places.mean(1, keepdim=True), dim=-1)
     shares = (SHARPNESS * text @ centered.transpose(1, 2)).softmax(-1)
     found = shares @ nn.functional.normalize(local + places, dim=-1)
-    # The second block attends again by the class and the first result, and adds nothing yet.
+    # The second block attends with the class and the first result, and its output is still zero.
     torch.testing.assert_close(z, 24**0.5 * (text + found), atol=1e-3, rtol=0)
     assert float(mean_pairwise_cosine(maps).mean()) < 0.9
 
 
-def test_a_single_class_attends_by_its_text():
+def test_a_single_class_attends_by_its_text_feature():
     decoder = build()
     queries, local, places = inputs()
     with torch.no_grad():

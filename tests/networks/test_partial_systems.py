@@ -1,4 +1,4 @@
-"""Whole runs of the systems for partial labels: train, validate, save, load, predict, resume."""
+"""Complete runs of the systems for partial labels: training, validation, checkpoints, prediction, resuming."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(request, tmp_path_factory, squares_folder):
     return request.param, module, trainer, folder
 
 
-def test_a_whole_run(run):
+def test_a_complete_run(run):
     name, module, trainer, _ = run
     metrics = trainer.callback_metrics
     assert 0 <= metrics["val/mAP"] <= 1
@@ -55,7 +55,7 @@ def test_a_whole_run(run):
     assert graph is None or graph.any(), name
 
 
-def test_a_checkpoint_predicts_as_the_run_did(run):
+def test_a_checkpoint_predicts_like_the_run(run):
     name, module, _, folder = run
     images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.manual_seed(1))
     torch.manual_seed(99)
@@ -67,7 +67,7 @@ def test_a_checkpoint_predicts_as_the_run_did(run):
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["within an epoch", "after an epoch"])
-def test_a_resumed_run_is_the_same(run, step, tmp_path, squares_folder):
+def test_a_resumed_run_is_bit_identical(run, step, tmp_path, squares_folder):
     name, module, _, folder = run
     file = folder / f"epoch=0-step={step}.ckpt"
     resumed, _ = fit(tmp_path, squares_folder, SYSTEMS[name], ckpt_path=str(file))
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_same(run, step, tmp_path, squares_folder):
 @pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", OVERLAYS)
 def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
-    """As it is, but for its sizes; word vectors of the embedded CLIP."""
+    """Uses each overlay with small networks and word vectors from the embedded CLIP."""
     monkeypatch.chdir(tmp_path)
     network = "--model.init_args.network.init_args"
     words = [] if method == "gcn_ml" else [f"{network}.attention_width=8"]
@@ -105,14 +105,14 @@ def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
 
 
 def forget_a_class(labels):
-    """Of one class nothing is known, and of another no positive."""
+    """Makes one class completely unknown and removes the known positives of another."""
     labels[:, 0] = -1
     labels[:, 1][labels[:, 1] == 1] = -1
-    labels[:, 2] = np.arange(len(labels)) % 2  # some label of each image is known
+    labels[:, 2] = np.arange(len(labels)) % 2  # each image has a known label
 
 
 def keep_positives(labels):
-    """No negative is known at all."""
+    """Makes all negatives unknown."""
     labels[labels == 0] = -1
     labels[np.arange(len(labels)), np.arange(len(labels)) % 5] = 1
 
@@ -123,7 +123,7 @@ def keep_negatives(labels):
 
 @pytest.mark.parametrize("change", [forget_a_class, keep_positives])
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_labels_with_gaps(name, change, tmp_path, squares_folder):
+def test_labels_with_unknown_or_missing_classes(name, change, tmp_path, squares_folder):
     module, trainer = fit(tmp_path, squares_folder, SYSTEMS[name], change=change)
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert all(value.isfinite().all() for value in module.network.state_dict().values())
@@ -140,7 +140,7 @@ def test_prototypes_need_a_known_positive(name, tmp_path, squares_folder):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_pseudo_labels_of_unlabeled_images_in_half_precision(name, tmp_path, squares_folder):
-    """Some images without labels, CAT's pseudo-labels for them, bfloat16."""
+    """Trains with unlabeled images and CAT's pseudo-labels in bfloat16."""
     module = tiny_system(SYSTEMS[name], labeler=None, warmup_epochs=1)
     trainer = tiny_trainer(tmp_path, 3, precision="bf16-mixed")
     trainer.fit(module, datamodule=tiny_data(Squares(squares_folder)))

@@ -1,4 +1,4 @@
-"""Terms of the loss of the systems for partial labels against slow re-computations: values and gradients."""
+"""Compares loss terms of the systems for partial labels with slow recomputations: values and gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def a_batch(logits, features, targets=TARGETS, notes=None):
 
 @pytest.mark.parametrize("targets", [TARGETS, TARGETS.clamp(max=0), torch.full_like(TARGETS, -1)])
 def test_contrast(targets):
-    """With pairs of labels that both images have, without any, and with nothing known."""
+    """Covers images with common labels, without common labels, and without known labels."""
     features, moment = drawn(BATCH, CLASSES, DIM), Moment(2, 1, 5, 3)
     found = contrast(features, targets, moment.generator())
 
@@ -77,7 +77,7 @@ def test_pair_loss():
 def test_bank_of_known_positives():
     bank, features = torch.zeros(CLASSES, 3, DIM, dtype=torch.float64), drawn(BATCH, CLASSES, DIM).detach()
     remember(bank, features, TARGETS)
-    assert torch.equal(bank[0], features[[0, 1, 3], 0])  # the oldest falls out
+    assert torch.equal(bank[0], features[[0, 1, 3], 0])  # the oldest feature is removed
     assert torch.equal(bank[3], torch.stack([features[1, 3], bank[3, 1], bank[3, 1]]))
     assert not bank[3, 1:].any()
     newer = features + 1
@@ -90,19 +90,19 @@ def test_bank_of_known_positives():
 
 
 class Parts(torch.nn.Module):
-    """What the hooks need of a network."""
+    """The parts of a network that the hooks use."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.pairs = LabelPairs(CLASSES, DIM, 5).double()
         with torch.no_grad():
-            self.pairs.bias.uniform_(1, 5)  # so that some pairs are sure
+            self.pairs.bias.uniform_(1, 5)  # makes some pairs certain
 
 
 @pytest.mark.parametrize("epoch", [0, 5, 7])
 def test_terms_of_sst(epoch):
-    """All terms at once, by the labels, logits and features of a batch."""
+    """Compares all terms together, for random labels, logits and features of a batch."""
     network, moment = Parts(), Moment(epoch, 2, 4, 0)
     logits = drawn(BATCH, CLASSES, seed=1)
     features = (1 + 0.7 * drawn(BATCH, CLASSES, DIM, seed=2).detach()).requires_grad_()
@@ -143,11 +143,11 @@ def test_terms_of_sst(epoch):
 # Prototypes and blending -------------------------------------------------------------------------------------------
 
 
-def test_when_prototypes_are_due():
+def test_epochs_that_update_prototypes():
     assert [epoch for epoch in range(17) if due(Moment(epoch), 5, 5)] == [5, 10, 15]
 
 
-def test_a_sample_of_the_known_positives():
+def test_known_positives_are_sampled():
     labels = torch.randint(-1, 2, (50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     labels[:, 2] = -1
     labels[4:, 1] = 0
@@ -169,7 +169,7 @@ def test_centers_of_k_means():
     means = torch.stack([features[:3].mean(0), features[3:6].mean(0)])
     torch.testing.assert_close(found[0][found[0][:, 0].argsort()], means)
     assert found[1].tolist() == [[1, 2], [1, 2]]  # fewer features than centers
-    assert not found[2].any()  # no known positive
+    assert not found[2].any()  # a class without known positives
 
 
 def test_means_of_quadrants():
@@ -183,7 +183,7 @@ def test_means_of_quadrants():
 
 
 class Linear(torch.nn.Module):
-    """Classifies label features by a vector a class and their sum over the other classes."""
+    """Classifies label features with one vector per class and the sum of the other classes' features."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ class Linear(torch.nn.Module):
 
 
 def check_blending(hooks, network, batch, moment, others, chosen_of):
-    """Values and gradients of the terms, given the drawn prototypes and which labels they go to."""
+    """Compares values and gradients of the terms for given prototypes and labels to blend."""
     targets, features = batch.targets.numpy(), batch.features
     terms = hooks.terms(network, batch, moment)
     unknown = targets < 0
@@ -236,7 +236,7 @@ def first_choice(targets):
 
 
 def test_terms_of_sarb():
-    """The third image has no unknown label, so it is not blended."""
+    """The third image has no unknown labels, so it is not blended."""
     hooks, network = ClusterBlending(CLASSES, DIM, 3, 5, 5, 10).double(), Linear()
     hooks.prototypes.copy_(drawn(CLASSES, 3, DIM, seed=4).detach())
     features = drawn(BATCH, CLASSES, DIM, seed=5)
@@ -249,7 +249,7 @@ def test_terms_of_sarb():
     check_blending(hooks, network, batch, Moment(6, 1, 4, 2), others, first_choice(FULL))
 
 
-def test_blending_waits_and_passes_over_classes_without_prototypes():
+def test_blending_skips_early_epochs_and_classes_without_prototypes():
     hooks, network, features = ClusterBlending(CLASSES, DIM, 3, 5, 5, 10).double(), Linear(), drawn(4, 4, DIM)
     batch = a_batch(network.classify(features), features, FULL)
     assert set(hooks.terms(network, batch, Moment(4))) == {"contrast"}
@@ -302,8 +302,8 @@ def test_terms_of_hst(epoch, margin):
         check_gradients(total, {**wanted, "logits": logits, **margins}, value)
 
 
-def test_positives_are_drawn_to_their_prototypes():
-    """The released code has the opposite sign."""
+def test_positives_move_toward_their_prototypes():
+    """Positives move toward their prototypes; the released code has the opposite sign."""
     hooks, features = LearnedTransfer(CLASSES, DIM, 2, 5, 5, 10).double(), drawn(BATCH, CLASSES, DIM)
     hooks.prototypes.copy_(drawn(CLASSES, 2, DIM, seed=3).detach())
     term = hooks.terms(Parts(), a_batch(drawn(BATCH, CLASSES, seed=1), features), Moment(5))["prototype"]
@@ -316,8 +316,8 @@ def test_positives_are_drawn_to_their_prototypes():
 # DSRB --------------------------------------------------------------------------------------------------------------
 
 
-def test_terms_of_dsrb_are_those_of_blended_maps():
-    """Maps are blended and then summed, as in the released code; here sums are blended."""
+def test_terms_of_dsrb_equal_those_of_blended_maps():
+    """Blending sums, as implemented here, equals summing blended maps, as in the released code."""
     torch.manual_seed(0)
     hooks, network = QuadrantBlending(CLASSES, DIM, 5, 5, 10).double(), Linear()
     found = torch.randn(BATCH, DIM, 4, 4, dtype=torch.float64)

@@ -15,7 +15,7 @@ from cbsa_lightning.networks.scpnet import SCPNet
 from cbsa_lightning.networks.tai import TaI
 
 NAMES = ["dog", "fire hydrant", "cat"]
-NETWORKS = {  # class, prompts of its text features in order, other trained parameters
+NETWORKS = {  # (class, prompts of its text features in order, other trained parameters)
     "DualCoOp": (DualCoOp, ["positive", "negative"], set()),
     "DualCoOp++": (DualCoOpPlusPlus, ["evidential", "positive", "negative"], {"log_temperature"}),
     "SCPNet": (partial(SCPNet, hidden=8), [], {"prompts.words", *(f"convolutions.{i}.weight" for i in range(3))}),

@@ -1,4 +1,4 @@
-"""Compares prompts with open_clip's own token embeddings and encode_text."""
+"""Compares prompts with open_clip's token embeddings and encode_text."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_fixed_embeddings_equal_those_of_open_clip(clip, reference):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("template", ["a photo of a", "itap of many"])  # both four tokens
-def test_a_template_has_the_features_of_its_sentences(clip, reference, shared, template):
+@pytest.mark.parametrize("template", ["a photo of a", "itap of many"])  # both have four tokens
+def test_features_of_a_template_equal_those_of_its_sentences(clip, reference, shared, template):
     prompts = ClassPrompts(clip, NAMES, length=16, shared=shared, template=template)
     assert prompts.words.shape == ((4, 16) if shared else (3, 4, 16))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_a_template_has_the_features_of_its_sentences(clip, reference, shared, t
 
 
 def test_shared_words_sum_the_gradients_of_all_classes(clip_folder):
-    clip = FrozenCLIP.load(str(clip_folder)).double()  # a sum of gradients in another order, whatever the processor
+    clip = FrozenCLIP.load(str(clip_folder)).double()  # because the gradients are summed in another order
     own = ClassPrompts(clip, NAMES, template="a photo of a").double()
     shared = ClassPrompts(clip, NAMES, shared=True, template="a photo of a").double()
     weights = torch.randn(3, 24, generator=torch.manual_seed(0), dtype=torch.float64)

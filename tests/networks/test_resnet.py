@@ -1,4 +1,4 @@
-"""The ImageNet network: its heads compared with slow recomputations, its weights, and whole runs."""
+"""The ImageNet network: heads compared with slow recomputations, weights, and complete runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def images(number=4):
 
 
 def shaken(head):
-    """Converts to float64 without dropout. Norms and biases are not 0 or 1, so that omissions are noticed."""
+    """Converts to float64 without dropout. Norms and biases are not 0 or 1, so that omissions are detected."""
     with torch.no_grad():
         for p in head.parameters():
             p.add_(torch.randn(p.shape, generator=torch.manual_seed(p.numel())) * 0.1)
@@ -133,7 +133,7 @@ def test_everything_is_trained(head):
     assert net.num_contexts == 0
 
 
-def test_features_are_the_images():
+def test_features_of_the_network_are_the_images():
     net, batch = network(), images()
     assert torch.equal(net.features(batch), batch.float() / 255)
     assert torch.equal(net.features(batch.float() / 255), net.features(batch))
@@ -179,7 +179,7 @@ def test_attention_maps():
     torch.testing.assert_close(output.logits, plain.logits)
 
 
-def test_backbones_that_do_not_fit():
+def test_unsuitable_backbones_are_refused():
     with pytest.raises(ConfigError, match=r"has no model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
@@ -201,7 +201,7 @@ def test_offline_error_lists_the_ways_to_get_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(tmp_path, suffix):
-    """Files may have a classifier, as on the hub, and lack counters, as in torchvision's older files."""
+    """Files may contain a classifier, as on the Hub, and lack counters, as older files of torchvision do."""
     torch.manual_seed(7)
     source = ImageNetNetwork(CLASSES, TINY, "random").trunk
     state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -213,7 +213,7 @@ def test_weights_from_a_file(tmp_path, suffix):
     assert not torch.equal(trunk.state_dict()["conv1.0.weight"], network().trunk.state_dict()["conv1.0.weight"])
 
 
-def test_torchvisions_file_yields_torchvisions_network(tmp_path):
+def test_a_file_of_torchvision_restores_its_network(tmp_path):
     torch.manual_seed(3)
     theirs, file = resnet18().eval(), tmp_path / "resnet18.pth"
     torch.save(theirs.state_dict(), file)
@@ -224,7 +224,7 @@ def test_torchvisions_file_yields_torchvisions_network(tmp_path):
         torch.testing.assert_close(ours(x).logits, theirs(x)[:, : len(CLASSES)])
 
 
-def test_files_that_do_not_fit(tmp_path):
+def test_unsuitable_files_are_refused(tmp_path):
     state, file = network().trunk.state_dict(), tmp_path / "w.pth"
 
     def message(content):
@@ -241,7 +241,7 @@ def test_files_that_do_not_fit(tmp_path):
     assert "unknown: odd" in text
     assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
     assert f"{file} is not a plain mapping from names to tensors" in message({"state_dict": state})
-    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # it would have to be unpickled
+    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # reading it would require unpickling
     file.write_bytes(b"damaged")
     with pytest.raises(WeightsError, match="cannot be read as a weights file"):
         network(pretrained=str(file))
@@ -264,7 +264,7 @@ def test_bce_row_uses_binary_cross_entropy():
 
 @pytest.fixture(scope="module", params=HEADS)
 def run(request, tmp_path_factory, squares_folder):
-    """Returns a run of 1 + 1 epochs, its checkpoint, and a function that creates its network."""
+    """Returns a run of 1 + 1 epochs, its checkpoint, and a function that builds its network."""
     folder = tmp_path_factory.mktemp("run")
     make = partial(ImageNetNetwork, backbone=TINY, pretrained="random", head=HEADS[request.param])
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def run(request, tmp_path_factory, squares_folder):
     return module, trainer, folder / "last.ckpt", make
 
 
-def test_a_whole_run(run):
+def test_a_complete_run(run):
     module, trainer, _, _ = run
     metrics = trainer.callback_metrics
     assert 0 <= metrics["val/mAP"] <= 1
@@ -299,7 +299,7 @@ def test_a_checkpoint_predicts_like_the_run(run):
     loaded = SSMLLModule.load_from_checkpoint(file, network=make, weights_only=True).eval()
     assert torch.equal(loaded(images()), module.eval()(images()))
     assert torch.equal(loaded.decision_thresholds(), module.decision_thresholds())
-    with module.ema.applied_to(module.network):  # averaged weights belong with averaged statistics
+    with module.ema.applied_to(module.network):  # averaged weights need averaged statistics
         assert torch.equal(module.network(module.network.features(images())).logits.sigmoid(), loaded(images()))
 
 
@@ -328,7 +328,7 @@ def build(folder, method, *more):
 
 @pytest.mark.parametrize("method", ["bce", "asl", "cap", "cap_ml_decoder"])
 def test_each_overlay(method, tmp_path):
-    """Checks settings only; ``test_systems.py`` trains these systems."""
+    """Checks only the settings; ``test_systems.py`` trains these systems."""
     cli = build(tmp_path, method)
     module, net = cli.model, cli.model.network
     assert isinstance(net, ImageNetNetwork)

@@ -1,4 +1,4 @@
-"""The parts of SSGRL against slow re-computations: values, gradients, and what the parts never hold in memory."""
+"""Compares the parts of SSGRL with slow recomputations: values, gradients, and the size of intermediate tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def network(**settings):
 
 
 @pytest.mark.parametrize("at_once", [1, 30, 1 << 18])
-def test_decoupling_by_hand(at_once, in_double, monkeypatch):
-    """However few products are held at a time."""
+def test_decoupling_equals_the_reference(at_once, in_double, monkeypatch):
+    """The result does not depend on the number of products that are computed at a time."""
     monkeypatch.setitem(decoupling._AT_ONCE, "cpu", at_once)
     torch.manual_seed(0)
     part = SemanticDecoupling(4, 3, 5).double()
@@ -52,7 +52,7 @@ def test_graph_of_known_positives():
     assert not found[4].any()  # a class without a known positive
 
 
-def test_classification_by_hand():
+def test_classification_equals_the_reference():
     net = network(steps=2).double()
     net.trunk.width = None
     torch.manual_seed(1)
@@ -80,7 +80,7 @@ def test_mean_over_known_entries():
     assert float(MeanBinaryCrossEntropy()(logits, torch.full_like(LABELS, -1)).sum()) == 0
 
 
-def test_the_last_stage_is_trained_and_the_others_stay():
+def test_only_the_last_stage_is_trained():
     net = network().train()
     images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -102,7 +102,7 @@ def test_other_backbones_are_refused():
         network(backbone="test_vit")
 
 
-def test_one_fingerprint_a_frozen_part():
+def test_each_frozen_part_has_a_fingerprint():
     assert network().frozen_weights == network().frozen_weights
     other = network()
     next(iter(other.trunk.frozen.parameters())).data.add_(1)
@@ -112,14 +112,14 @@ def test_one_fingerprint_a_frozen_part():
 # GCN-ML ------------------------------------------------------------------------------------------------------------
 
 
-def test_neighbor_graph_by_hand():
+def test_neighbor_graph_equals_the_reference():
     together = conditional_cooccurrence(LABELS).double()
     expected = semantic.neighbor_graph(together.numpy(), 0.5, 0.25)
     np.testing.assert_allclose(neighbor_graph(together, 0.5, 0.25).numpy(), expected, rtol=1e-6)
-    assert (expected[4] == [0, 0, 0, 0, 1]).all()  # a class without a known positive stands alone
+    assert (expected[4] == [0, 0, 0, 0, 1]).all()  # a class without known positives has no neighbors
 
 
-def test_graph_classifiers_by_hand():
+def test_graph_classifiers_equal_the_reference():
     torch.manual_seed(0)
     head = GraphClassifiers(4, 5, torch.randn(5, 3), 6).double()
     head.graph.copy_(torch.rand(5, 5))
@@ -133,7 +133,7 @@ def test_graph_classifiers_by_hand():
     check_gradients(logits, {"features": features, **dict(head.named_parameters())}, value)
 
 
-def test_gcn_ml_trains_its_trunk_slowly():
+def test_gcn_ml_trains_its_trunk_with_a_lower_learning_rate():
     net = GCNML(CLASSES, **SMALL, words=TinyWords, hidden=8)
     rest, trunk = net.parameter_groups()
     assert (rest["lr_scale"], trunk["lr_scale"]) == (1.0, 0.1)

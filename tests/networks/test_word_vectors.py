@@ -1,4 +1,4 @@
-"""Word vectors of class names: from a file, and of CLIP in its place."""
+"""Word vectors of class names from a file, and CLIP's text features as a replacement."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def test_words_of_a_name_are_averaged(file):
     assert found.tolist() == [[1, 2, 3], [1, 0, 1], [1, 0, 1], [1, 2, 3]]
 
 
-def test_missing_words_are_named(file):
+def test_errors_name_missing_words(file):
     with pytest.raises(WeightsError) as caught:
         GloVe(["dog", "dining chair", "at", "yak"], file)
     text = str(caught.value)
     assert "'chair' of class 'dining chair'" in text
     assert "'yak' of class 'yak'" in text
-    assert "'at' of class 'at'" in text  # the line of "at mail@x.org" is not its own
+    assert "'at' of class 'at'" in text  # "at mail@x.org" in the file is a different token
     assert "'dining'" not in text
     assert "ClipWords" in text
 
 
-def test_files_that_are_no_vectors(tmp_path):
+def test_files_without_vectors_are_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"no GloVe vectors can be read .*ClipWords"):
         GloVe(["dog"], str(tmp_path / "not_there.txt"))
     (tmp_path / "text.txt").write_text("dog is an animal\n")
@@ -43,7 +43,7 @@ def test_files_that_are_no_vectors(tmp_path):
         GloVe(["dog"], str(tmp_path / "nan.txt"))
 
 
-def test_text_features_in_their_place(clip_folder):
+def test_text_features_replace_word_vectors(clip_folder):
     found = ClipWords(["dog", "cat"], str(clip_folder), "random").vectors
     torch.testing.assert_close(found.square().mean(1).sqrt(), torch.full((2,), ENTRY))
     assert not found.requires_grad

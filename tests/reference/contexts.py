@@ -1,4 +1,4 @@
-"""Slow re-computations around contexts: counts by loops, a cut by trying every grouping."""
+"""Slow recomputations for contexts: counts with loops, and the best cut over all groupings."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ def cooccurrence(labels, weights=None, power=1.0):
 
 
 def normalized_cut(matrix, groups):
-    """Sum over the groups of (links that leave it) / (all its links), of the symmetric part without diagonal."""
+    """Sums (links that leave the group) / (all its links) over the groups, for the symmetric part without diagonal."""
     affinity = (matrix + matrix.T) / 2
     np.fill_diagonal(affinity, 0.0)
     total = 0.0
@@ -28,7 +28,7 @@ def normalized_cut(matrix, groups):
 
 
 def best_cut(matrix, num_contexts):
-    """The lowest normalized cut over all groupings into exactly ``num_contexts`` groups; for tiny matrices."""
+    """Returns the lowest normalized cut over all groupings into exactly ``num_contexts`` groups of a tiny matrix."""
     every = (np.array(g) for g in product(range(num_contexts), repeat=len(matrix)))
     return min(normalized_cut(matrix, g) for g in every if len(np.unique(g)) == num_contexts)
 

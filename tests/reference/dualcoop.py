@@ -1,4 +1,4 @@
-"""DualCoOp by loops over images, classes and regions, with two logits and losses on their softmax."""
+"""DualCoOp with loops over images, classes and regions, with two logits and losses on their softmax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DualCoOp++ by loops over images, regions and classes: evidence selects regions, at which classes compete."""
+"""DualCoOp++ with loops over images, regions and classes: evidence selects regions, in which classes compete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reference.regions import cosine, softmax, table, values
 
 
 def won(similarities, normalized):
-    """Returns a region's positive similarities, a list over classes, after the competition."""
+    """Returns the positive similarities of a region after the competition, as a list over classes."""
     best = max(similarities)
     weight = softmax([200 * c * best for c in similarities])
     if normalized:

@@ -1,4 +1,4 @@
-"""Slow re-computations of the labelers: one class and one entry at a time, counts in exact fractions."""
+"""Slow recomputations of the labelers: one class and one entry at a time, with counts as exact fractions."""
 
 from fractions import Fraction
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def thresholds(scores, positives, known, eta_pos, eta_neg):
-    """``positives[k]`` of ``known[k]`` labeled entries are positive; etas are decimal strings."""
+    """Returns thresholds if ``positives[k]`` of ``known[k]`` labeled entries are positive; etas are decimal strings."""
     n, num_classes = scores.shape
     tau_pos, tau_neg = [], []
     for k in range(num_classes):

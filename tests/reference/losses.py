@@ -1,4 +1,4 @@
-"""Slow float64 re-computations of the losses: one entry at a time, from the definitions."""
+"""Slow float64 recomputations of the losses from their definitions, one entry at a time."""
 
 import math
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def asymmetric(logits, targets, gamma_pos, gamma_neg, clip):
-    """Returns the loss and its gradient with respect to the logit, focal weights held constant."""
+    """Returns the loss and its gradient with respect to the logit, with constant focal weights."""
     loss, gradient = np.zeros(logits.shape), np.zeros(logits.shape)
     for place in np.ndindex(logits.shape):
         x = float(logits[place])
-        p, complement = 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))  # both to full relative precision
+        p, complement = 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))  # both have full relative precision
         if targets[place] == 1:
             weight = complement**gamma_pos
             loss[place] = weight * -math.log(p)
@@ -23,7 +23,7 @@ def asymmetric(logits, targets, gamma_pos, gamma_neg, clip):
 
 
 def cross_entropy(logits, targets):
-    """Returns one value an image; ``targets`` are ids with -1 for none, or rows of shares."""
+    """Returns one value per image; ``targets`` are ids, with -1 for none, or rows of probabilities."""
     result = np.zeros(len(logits))
     for i, row in enumerate(logits):
         top = max(float(value) for value in row)

@@ -1,10 +1,10 @@
-"""Slow re-computations of the metrics, by loops over classes and entries."""
+"""Slow recomputations of the metrics, with loops over classes and entries."""
 
 import numpy as np
 
 
 def average_precision(scores, truth):
-    """Non-interpolated: over distinct score values from the top, precision times the gain in recall."""
+    """Returns the non-interpolated AP: the sum of precision times gain in recall over distinct scores."""
     positives = sum(int(t == 1) for t in truth)
     total, last_recall = 0.0, 0.0
     for value in sorted(set(scores.tolist()), reverse=True):
@@ -18,7 +18,7 @@ def average_precision(scores, truth):
 
 
 def envelope_precision(scores, truth):
-    """Interpolated: at each gain in recall, the highest precision at that or a higher recall."""
+    """Returns the interpolated AP, which uses the highest precision at the same or a higher recall."""
     positives = sum(int(t == 1) for t in truth)
     points = []
     for value in sorted(set(scores.tolist()), reverse=True):
@@ -34,7 +34,7 @@ def envelope_precision(scores, truth):
 
 
 def f1(predicted, truth):
-    """CP, CR, CF1, OF1 over entries of known truth, undefined ratios being 0."""
+    """Returns CP, CR, CF1 and OF1 over known entries; undefined ratios are 0."""
     precisions, recalls, pooled = [], [], np.zeros(3)
     for k in range(truth.shape[1]):
         pairs = [(p, t) for p, t in zip(predicted[:, k], truth[:, k], strict=True) if t != -1]

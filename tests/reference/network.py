@@ -1,4 +1,4 @@
-"""Eq. 5 and the context head by loops over images and classes, in float64."""
+"""Eq. 5 and the context head with loops over images and classes, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations of RandAugment pixel by pixel, from their definitions: slow, plain, and without Pillow.
+"""Slow recomputations of the operations of RandAugment from their definitions, pixel by pixel and without Pillow.
 
 Images are (H, W, 3) uint8 arrays. Blends use float64, so results may differ from Pillow by one gray level.
 """

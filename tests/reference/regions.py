@@ -1,4 +1,4 @@
-"""Regions of an image in CLIP's joint space, place by place, and helpers for references of prompted networks.
+"""Regions of an image in CLIP's joint space, one by one, and helpers for references of prompted networks.
 
 These are plain loops in float64 torch, so that autograd computes the reference's gradients too.
 """

@@ -1,4 +1,4 @@
-"""The heads of the ImageNet network by loops over images, classes and places, in float64."""
+"""The heads of the ImageNet network with loops over images, classes and positions, in float64."""
 
 from __future__ import annotations
 

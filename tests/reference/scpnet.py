@@ -1,4 +1,4 @@
-"""SCPNet's class graph, its convolutions and its logits by loops over classes."""
+"""SCPNet's class graph, its convolutions and its logits with loops over classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def relation(text):
 
 
 def graph(relation, neighbors):
-    """Each class has weight 0.8 and its nearest ones share 0.2; ``neighbors`` includes the class itself."""
+    """Returns the graph: each class has weight 0.8, and its nearest neighbors have 0.2 in total.
+
+    ``neighbors`` includes the class itself.
+    """
     count = len(relation)
     result = torch.zeros(count, count, dtype=torch.float64)
     for k in range(count):

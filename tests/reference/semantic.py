@@ -1,4 +1,4 @@
-"""SSGRL and the systems built on it, by loops over images, classes and places, in float64."""
+"""SSGRL and the systems that extend it, with loops over images, classes and positions, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def sigmoid(x):
 
 
 def decouple(features, words, w):
-    """Features ``(B, C, D)`` and attention ``(B, C, R)`` of maps ``(B, D, h, w)``."""
+    """Returns features ``(B, C, D)`` and attention ``(B, C, R)`` of maps ``(B, D, h, w)``."""
     places = features.reshape(*features.shape[:2], -1)
     batch, dim, number = places.shape
     found = np.zeros((batch, len(words), dim))
@@ -29,7 +29,7 @@ def decouple(features, words, w):
 
 
 def spread(nodes, graph, w, steps):
-    """Gated updates of ``nodes (C, d)`` of one image."""
+    """Returns ``nodes (C, d)`` of one image after the gated updates."""
     d = nodes.shape[1]
     gate = {name: slice(i * d, (i + 1) * d) for i, name in enumerate(("update", "reset", "candidate"))}
     for _ in range(steps):
@@ -47,7 +47,7 @@ def spread(nodes, graph, w, steps):
 
 
 def cooccurrence(labels):
-    """Share of the known positives of class i that are known positives of class j as well."""
+    """Returns the fraction of the known positives of class i that are also known positives of class j."""
     number = labels.shape[1]
     graph = np.zeros((number, number))
     for i in range(number):
@@ -59,7 +59,7 @@ def cooccurrence(labels):
 
 
 def classify(own, graph, w, steps=3):
-    """Logits ``(B, C)`` of decoupled features ``(B, C, d)``; ``w`` of the whole network."""
+    """Returns logits ``(B, C)`` of decoupled features ``(B, C, d)``; ``w`` are the weights of the network."""
     logits = np.zeros(own.shape[:2])
     inner = {name.removeprefix("spread."): value for name, value in w.items() if name.startswith("spread.")}
     for b, nodes in enumerate(own):
@@ -71,7 +71,7 @@ def classify(own, graph, w, steps=3):
 
 
 def mean_bce(logits, targets):
-    """Mean over known entries of targets in {1, 0, -1}."""
+    """Returns the mean loss over known entries; targets are in {1, 0, -1}."""
     losses = []
     for x, t in zip(logits.flatten(), targets.flatten(), strict=True):
         if t >= 0:
@@ -80,7 +80,7 @@ def mean_bce(logits, targets):
 
 
 def neighbor_graph(together, threshold, share):
-    """Adjacency of GCN-ML from conditional co-occurrence."""
+    """Returns the adjacency matrix of GCN-ML from the conditional co-occurrence."""
     number = len(together)
     joined = np.zeros((number, number))
     for i in range(number):
@@ -98,7 +98,7 @@ def neighbor_graph(together, threshold, share):
 
 
 def graph_classifiers(features, w):
-    """Logits ``(B, C)`` of maps ``(B, D, h, w)``."""
+    """Returns logits ``(B, C)`` of maps ``(B, D, h, w)``."""
 
     def convolve(nodes, weight):
         return np.array([sum(w["graph"][i, j] * (weight @ node) for j, node in enumerate(nodes)) for i in range(count)])
@@ -117,7 +117,10 @@ def cosine(a, b):
 
 
 def contrast(features, targets, orders):
-    """``orders`` gives a random order of the pairs of a kind that has more than one: for (+, -), then for (-, -)."""
+    """Returns the contrastive loss.
+
+    ``orders`` contains a random order of the pairs for each kind with more than one: first (+, -), then (-, -).
+    """
     kinds = {"alike": [], "unlike": [], "neither": []}
     for i in range(len(features)):
         for j in range(i + 1, len(features)):
@@ -142,7 +145,7 @@ def contrast(features, targets, orders):
 
 
 def pair_logits(features, w):
-    """Logits ``(B, pairs)`` as the released code computes them, pair by pair."""
+    """Returns logits ``(B, pairs)``, computed pair by pair as in the released code."""
     number, rows = features.shape[1], []
     for image in features:
         row, p = [], 0
@@ -157,7 +160,7 @@ def pair_logits(features, w):
 
 
 def pair_loss(logits, targets):
-    """Mean over pairs, of label targets ``(B, C)``."""
+    """Returns the mean loss over label pairs for targets ``(B, C)``."""
     losses = []
     for row, labels in zip(logits, targets, strict=True):
         p = 0
@@ -172,7 +175,7 @@ def pair_loss(logits, targets):
 
 
 def given_known(logits, targets):
-    """Mean probability of each label with the known positives of its image."""
+    """Returns the mean probability of each label given the known positives of its image."""
     found = np.zeros(targets.shape)
     number = targets.shape[1]
     place = {}
@@ -192,14 +195,14 @@ def mean_cosine(features, examples):
 
 
 def soft_bce(logits, targets, counted):
-    """Mean over counted entries of soft targets."""
+    """Returns the mean loss of soft targets over counted entries."""
     p, targets = sigmoid(logits), targets * 1.0
     losses = -targets * np.log(p) - (1 - targets) * np.log(1 - p)
     return losses[counted].mean() if counted.any() else 0.0
 
 
 def blended(features, targets, others, chosen, share, classify):
-    """Loss with the features of chosen labels blended with those of ``others``."""
+    """Returns the loss if the features of chosen labels are blended with those of ``others``."""
     mixed, soft = features.copy(), (targets == 1) * 1.0
     for b, k in zip(*np.nonzero(chosen), strict=True):
         mixed[b, k] = share * features[b, k] + (1 - share) * others[b, k]
@@ -208,7 +211,7 @@ def blended(features, targets, others, chosen, share, classify):
 
 
 def maps_of(features, attention):
-    """Maps ``(B, h, w, C, D)``, the attention times the features of the places, and the quadrants of their peaks."""
+    """Returns maps ``(B, h, w, C, D)``, which are attention times features, and the quadrants of their peaks."""
     batch, dim, rows, columns = features.shape
     number = attention.shape[1]
     maps, quadrants = np.zeros((batch, rows, columns, number, dim)), np.zeros((batch, number), dtype=int)
@@ -225,7 +228,7 @@ def maps_of(features, attention):
 
 
 def map_prototypes(maps, quadrants, targets):
-    """Mean map ``(C, 4, h, w, D)`` of the positives in each quadrant; of all of them where a quadrant has none."""
+    """Returns mean maps ``(C, 4, h, w, D)`` of the positives in each quadrant, or of all positives if it has none."""
     number = targets.shape[1]
     found = np.zeros((number, 4, *maps.shape[1:3], maps.shape[4]))
     for k in range(number):

@@ -1,4 +1,4 @@
-"""TaI's two prompts on images by loops: the mean of the global score and the score of the best places."""
+"""TaI's two prompts on images with loops: the mean of the global score and the score of the best positions."""
 
 from __future__ import annotations
 

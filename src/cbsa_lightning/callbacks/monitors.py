@@ -48,5 +48,6 @@ def logged_names(pl_module: Any) -> list[str]:
     if pl_module.specificity is not None:
         names += ["val/feature_cosine", "val/specific_gain"]
     if pl_module.num_contexts:
-        names += ["train/loss_aux", "context/coverage", "context/accuracy", "context/changed_classes"]
+        names += ["train/loss_aux", "context/coverage", "context/accuracy"]
+        names += ["context/changed_classes"] if pl_module.contexts.pseudo_weight else []
     return [*names, "time/ms_per_image"]

@@ -1,7 +1,7 @@
-"""What a checkpoint decides about a model, and what flags and configuration files do.
+"""Combines the model settings of a checkpoint with command-line flags and configuration files.
 
-A checkpoint knows the model that it belongs to. Settings that the command line does not mention come from it. Of those
-that it mentions, some may differ; for all others another value is refused, so nothing that a user types is dropped.
+Settings that the command line does not mention come from the checkpoint. Some settings may differ from the checkpoint.
+A different value of any other setting raises an error, so that no flag is silently ignored.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from cbsa_lightning.cli.renamed import current
 from cbsa_lightning.errors import CheckpointError, ConfigError
 
 _FREE = ("clip", "pretrained", "network.clip", "network.pretrained", "unsup_weight", "max_skipped_steps", "optimizer")
-"""May differ from the checkpoint: where CLIP's weights are, which its fingerprint checks, and what a step reads. Of the
-optimizer this is all but its class."""
+"""Settings that may differ from the checkpoint: the location of CLIP's weights, which the fingerprint verifies, and
+settings that each step reads. For the optimizer, this includes everything except its class."""
 
 _TRAINING = ("optimizer", "scheduler", "loss", "labeler", "contexts", "warmup_epochs", "ema_decay", "unsup_weight")
-"""What only training reads; without it, whatever the command line says makes no difference."""
+"""Settings that only training reads; they have no effect on other commands."""
 
 
 def settle(
     model: Mapping[str, Any], given: Collection[str], checkpoint: Mapping[str, Any], source: str, training: bool
 ) -> dict[str, Any] | None:
-    """Merges the model's configuration with that of a checkpoint.
+    """Merges the configuration of the model with that of a checkpoint.
 
     Args:
-        model: ``class_path`` and ``init_args``, resolved, with defaults.
-        given: Names of the settings that the command line or its files mention; see :func:`mentioned`.
+        model: Resolved ``class_path`` and ``init_args``, including defaults.
+        given: Names of the settings in the command line and its configuration files; see :func:`mentioned`.
         checkpoint: The checkpoint.
-        source: Its file, for messages.
-        training: Whether training goes on from it.
+        source: File of the checkpoint, for messages.
+        training: Whether training resumes from the checkpoint.
 
     Returns:
-        The configuration to use, or None if the checkpoint does not know its settings.
+        The configuration to use, or None if the checkpoint does not contain its settings.
 
     Raises:
-        ConfigError: If a setting that may not differ was given another value; names both.
-        CheckpointError: If the checkpoint's configuration is damaged.
+        ConfigError: If a setting that must not differ has a different value; the message contains both values.
+        CheckpointError: If the configuration in the checkpoint is damaged.
     """
     stored = _stored(model, checkpoint, source)
     if stored is None:
@@ -54,15 +54,15 @@ def settle(
         if _is_free(name) or (not training and _below(name, _TRAINING)):
             continue
         raise ConfigError(
-            f"--model.{name} is {here.get(name)!r}, but {source} was trained with {there.get(name)!r}. Leave it out, "
-            "or train a new model."
+            f"--model.{name} is {here.get(name)!r}, but {source} was trained with {there.get(name)!r}. Remove this "
+            "setting, or train a new model."
         )
     free = {name: value for name, value in here.items() if _is_free(name) and _is_given(name, given)}
     return _with(stored, free)
 
 
 def mentioned(words: Sequence[str]) -> set[str]:
-    """Names of the model's settings in a command line and its configuration files.
+    """Returns the names of the model settings in a command line and its configuration files.
 
     Returns:
         Dotted names without ``model.`` and ``init_args.``, such as ``optimizer.lr``.
@@ -85,26 +85,24 @@ def mentioned(words: Sequence[str]) -> set[str]:
 
 
 def _stored(model: Mapping[str, Any], checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:
-    """The checkpoint's own configuration; that of a checkpoint from Python is in its hyper-parameters."""
+    """Returns the configuration in the checkpoint; checkpoints written from Python have it in ``hyper_parameters``."""
     if (text := checkpoint.get(MODEL)) is not None:
         try:
             stored = current(yaml.safe_load(text))
         except (yaml.YAMLError, AttributeError) as error:
-            raise CheckpointError(
-                f"{source}: its {MODEL} cannot be read ({error}). Take another checkpoint."
-            ) from error
+            raise CheckpointError(f"{source}: its {MODEL} cannot be read ({error}). Use another checkpoint.") from error
         if not isinstance(stored, dict) or not isinstance(stored.get("init_args") or {}, dict):
-            raise CheckpointError(f"{source}: its {MODEL} is no configuration of a model. Take another checkpoint.")
+            raise CheckpointError(f"{source}: its {MODEL} is not a model configuration. Use another checkpoint.")
         return stored
     init = dict(model.get("init_args") or {})
     if "network" in init:
-        return None  # an object: hyper-parameters hold plain values alone
+        return None  # the network is an object, and hyperparameters contain only plain values
     known = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if k in init}
     return {**model, "init_args": {**init, **known}}
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names, without ``init_args``, and values of what is no mapping."""
+    """Yields the dotted name, without ``init_args``, and the value of each setting that is not a mapping."""
     if isinstance(value, Mapping) and (value or not name):
         for key, part in value.items():
             yield from _leaves(part, name if key == "init_args" else f"{name}.{key}" if name else str(key))
@@ -137,5 +135,5 @@ def _is_given(name: str, given: Collection[str]) -> bool:
 
 
 def _below(name: str, names: Collection[str]) -> bool:
-    """Whether a setting is one of ``names`` or a part of one."""
+    """Returns whether a setting is one of ``names`` or nested in one of them."""
     return any(name == other or name.startswith(f"{other}.") for other in names)

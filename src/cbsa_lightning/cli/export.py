@@ -19,12 +19,13 @@ def export_command(words: Sequence[str]) -> Path:
         The folder that was written.
 
     Raises:
-        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
+        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`; or the upload fails.
         CheckpointError: See there.
         OutputError: See there.
     """
     args = _parser().parse_args(words)
     from cbsa_lightning.inference.export.bundle import export  # after --help, since torch takes seconds to import
+    from cbsa_lightning.inference.hub import push_to_hub
     from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
 
     source, folder = args.source, args.to
@@ -41,6 +42,8 @@ def export_command(words: Sequence[str]) -> Path:
         total += file.stat().st_size
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.name}")
     print(f"Exported, and tested, {total / 1e6:.1f} MB: {folder}")
+    if args.push_to:
+        print(f"Uploaded: {push_to_hub(folder, args.push_to, private=not args.public)}")
     return Path(folder)
 
 
@@ -60,4 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", help="the CLIP towers, if they have been moved since the training")
     parser.add_argument("--pretrained", help="the weights of the towers, if they have been moved")
     parser.add_argument("--image_size", type=int, help="side of the images, for checkpoints that do not store it")
+    parser.add_argument("--push_to", metavar="USER/MODEL", help="also upload the folder to the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="create a public repository instead of a private one")
     return parser

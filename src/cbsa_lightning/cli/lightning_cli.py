@@ -1,4 +1,4 @@
-"""A run from YAML overlays and flags: LightningCLI with what this library adds to it."""
+"""LightningCLI with the extensions of this library: runs from YAML overlays and flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # prevents a network request on import
 
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import cbsa_lightning
-import cbsa_lightning.cli.class_paths  # class names without a module are found once it is imported
+import cbsa_lightning.cli.class_paths  # makes class names without a module available
 from cbsa_lightning.callbacks.baselines import MeasureBaselines
 from cbsa_lightning.callbacks.changes import ReportChanges
 from cbsa_lightning.callbacks.labels import WriteLabels
@@ -47,17 +47,20 @@ from cbsa_lightning.training.module import SSMLLModule
 _CLASSES = "cbsa_lightning.data.readers.classes"
 
 SKIPPED = 3
-"""Exit status of a `cbsa predict` that has left out images that cannot be read."""
+"""Exit status of `cbsa predict` if it skipped unreadable images."""
 
 _NO_CHECKPOINT = (
-    "cbsa {0} needs the file of a checkpoint, got {1}. Give --ckpt_path RUN/checkpoints/last.ckpt, or "
-    "--untrained true for the network as it is before training.",
-    "cbsa {0} needs the file of a checkpoint, got {1}. To resume a run, give --resume RUN.",
+    "cbsa {0} needs a checkpoint file, got {1}. Use --ckpt_path RUN/checkpoints/last.ckpt, or "
+    "--untrained true to use the untrained network.",
+    "cbsa {0} needs a checkpoint file, got {1}. To resume a run, use --resume RUN.",
 )
 
 
 def _seed(everything: bool | int) -> int:
-    """Seed of split, order and views; `--seed_everything true` lets Lightning draw one that we are not told."""
+    """Returns the seed for split, order and views.
+
+    With `--seed_everything true`, Lightning draws a seed but does not report it, so 1 is used.
+    """
     return 1 if isinstance(everything, bool) else everything
 
 
@@ -67,25 +70,25 @@ def _words_of(args: ArgsType) -> list[str]:
 
 
 class CBSACLI(LightningCLI):
-    """LightningCLI with classes taken from the data, and a comparison after the fit on request.
+    """LightningCLI that reads the classes from the data and optionally compares systems after the fit.
 
     Args:
-        folder: Where a run is or goes on; None: where its logger says.
+        folder: Folder of the run; None uses the folder of the logger.
     """
 
     def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
         self._folder = folder
-        self._words = _words_of(kwargs.get("args"))  # the command line alone says what a user has set
+        self._words = _words_of(kwargs.get("args"))  # shows the settings that the user chose
         super().__init__(*args, **kwargs)
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the object only
-        """Returns the given subcommand, or all if none is given: it takes a tenth of a second to set one up."""
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on instances only
+        """Returns the given subcommand, or all if none is given; setting up a parser takes a tenth of a second."""
         known = LightningCLI.subcommands()
         chosen = set(self._words[:1]) & set(known)
         return {name: skipped for name, skipped in known.items() if not chosen or name in chosen}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Has the run's own folder written to, if it goes on there; lets ``barebones`` leave loggers out."""
+        """Creates the Trainer, which writes to the folder of a resumed run and has no logger with ``barebones``."""
         if self._get(self.config_init, "trainer").get("barebones"):
             kwargs = {"logger": False, "num_sanity_val_steps": None, **kwargs}
         trainer = super().instantiate_trainer(**kwargs)
@@ -95,13 +98,13 @@ class CBSACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leaves the checkpoints of ``--checkpoint`` out where there are to be none; Lightning refuses both at once."""
+        """Removes the callback of ``--checkpoint`` if checkpoints are disabled, because Lightning rejects both."""
         if config.get("barebones") or config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Links what data and model share, and adds what every run leaves behind."""
+        """Links the settings that data and model share, and adds the callbacks that write the output of a run."""
         for names in ("class_names", "prompt_names"):
             parser.link_arguments(f"data.{names}", f"model.init_args.{names}", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
@@ -109,39 +112,39 @@ class CBSACLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
-        parser.add_lightning_class_args(WriteReportPage, "report_page")  # after those whose files it shows
+        parser.add_lightning_class_args(WriteReportPage, "report_page")  # reads their files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",
             type=bool,
             default=False,
-            help="After the fit, train the same network on the labeled images alone for as many steps, and print its "
-            "mAP beside those of zero-shot CLIP, of probes on frozen features, and of this run.",
+            help="After the fit, train the same network on the labeled images only, for the same number of steps, and "
+            "print its mAP next to that of this run, zero-shot CLIP, and probes on frozen features.",
         )
 
         parser.add_argument(
             "--untrained",
             type=bool,
             default=False,
-            help="Let validate, test and predict work without a checkpoint, with the network as it is before training.",
+            help="Run validate, test or predict with the untrained network instead of a checkpoint.",
         )
         parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
-            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint), also where "
-            "classes or labels have changed, and report what has changed since (docs/photos.md).",
+            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint), even if "
+            "classes or labels have changed, and report the differences (docs/photos.md).",
         )
         parser.add_argument(
             "--gain",
             type=GainCheck | None,
             default=None,
-            help="Before the fit, estimate from the labeled images alone whether the unlabeled ones will help, for "
-            "example --gain.folds 2; with --gain.keep_labeled_only true train without them if they will not.",
+            help="Before the fit, estimate from the labeled images only whether the unlabeled images help, for "
+            "example --gain.folds 2. With --gain.keep_labeled_only true, train without them if they do not.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Names the file of a configuration that cannot be parsed, and expands its paths."""
+        """Parses the arguments and expands paths; errors name the configuration file."""
         with naming_files(self._words):
             super().parse_arguments(parser, args)
         self.config = expand_paths(self.config)
@@ -150,7 +153,7 @@ class CBSACLI(LightningCLI):
         """Merges the model's settings with those of the checkpoint; see :mod:`cbsa_lightning.cli.checkpoint_flags`.
 
         Raises:
-            ConfigError: Where results would be those of untrained weights, or a setting contradicts the checkpoint.
+            ConfigError: If the command would use untrained weights, or if a setting contradicts the checkpoint.
         """
         subcommand = self.config.get("subcommand")
         if subcommand is None:
@@ -173,9 +176,9 @@ class CBSACLI(LightningCLI):
             self.config = self.parser.parse_object({subcommand: {"model": settled}}, self.config)
 
     def instantiate_classes(self) -> None:
-        """Builds data and model; jsonargparse buries what they raise in a message of its own, so it is dug out.
+        """Builds data and model, and raises their errors without the message that jsonargparse wraps around them.
 
-        With ``--init_from``, images that the earlier run has trained on are not held out, also in other passes.
+        With ``--init_from``, images that the earlier run has trained on are not held out.
         """
         place = self._get(self.config, "init_from")
         self._earlier = None if place is None else read_earlier(place)
@@ -191,18 +194,18 @@ class CBSACLI(LightningCLI):
 
     @staticmethod
     def _lacks_training(source: Any) -> bool:
-        """Whether the training annotations of a source are missing; their images may be."""
+        """Returns whether the training annotations of a source are missing, and warns if they are."""
         named = {name: value for name, value in source.init_args.items() if name in ("train", "train_annotations")}
         missing = [f"{file} ({name})" for name, file in named.items() if file is not None and not os.path.isfile(file)]
         if missing:
             rank_zero_warn(
-                f"No file at {listed(missing)}: the classes are those of the checkpoint, and whether a test image was "
-                "a training image is not checked."
+                f"{listed(missing)} does not exist: the classes are taken from the checkpoint, and the test images are "
+                "not checked for overlap with the training images."
             )
         return bool(missing)
 
     def _take_classes(self, checkpoint: Mapping[str, Any], subcommand: str, path: str) -> None:
-        """Takes the classes of the checkpoint, so that the training annotations are not needed."""
+        """Uses the classes of the checkpoint, so that the training annotations are not needed."""
         names = checkpoint.get("class_names")
         if names is None:
             return
@@ -219,14 +222,14 @@ class CBSACLI(LightningCLI):
         self.config = self.parser.parse_object({subcommand: {"data": {"source": source}}}, self.config)
 
     def before_fit(self) -> None:
-        """The earlier run, gain check and comparison, if asked for; the last needs a copy of the untrained model."""
+        """Prepares ``--init_from``, ``--gain`` and ``--compare``, which needs a copy of the untrained model."""
         self._gain: Gain | None = None
         self._left_out = False
         trainer: Any = self.trainer
         self._start_from_earlier(trainer)
         self._check_gain()
         if (comparing := self._get(self.config, "compare")) and trainer.barebones:
-            raise ConfigError("--compare needs metrics, which --trainer.barebones leaves out; give one of them only.")
+            raise ConfigError("--compare needs metrics, which --trainer.barebones disables; use only one of them.")
         if comparing and not trainer.fast_dev_run:
             self._check_validates(trainer)
         self._untrained = copy.deepcopy(self.model) if comparing and not trainer.fast_dev_run else None
@@ -235,37 +238,37 @@ class CBSACLI(LightningCLI):
             trainer.callbacks.append(self._baselines)
 
     def _start_from_earlier(self, trainer: Any) -> None:
-        """Sets up what ``--init_from`` asks for.
+        """Adds the callbacks for ``--init_from``.
 
         Raises:
-            ConfigError: Together with ``--compare``, or with a checkpoint to go on from.
+            ConfigError: If it is combined with ``--compare`` or a checkpoint to resume from.
         """
         if self._earlier is None:
             return
         options = {word.partition("=")[0] for word in self._words}
         if {"--init_from", "--ckpt_path"} <= options:
-            raise ConfigError("--init_from starts a new run, --ckpt_path resumes one; give only one of them.")
+            raise ConfigError("--init_from starts a new run, --ckpt_path resumes one; use only one of them.")
         if self._get(self.config, "compare"):
             raise ConfigError(
-                "--compare trains a second network from fresh weights, so it says nothing about a run with "
-                "--init_from; add --compare false, or leave out --init_from."
+                "--compare trains a second network from new weights, which is not comparable with a run that uses "
+                "--init_from; add --compare false, or remove --init_from."
             )
-        # Before the callback that shows what they write.
+        # These callbacks must run before the callback that shows the files they write.
         trainer.callbacks[:0] = [StartFrom(self._earlier.weights), ReportChanges(self._earlier)]
 
     @staticmethod
     def _check_validates(trainer: Any) -> None:
-        """Refuses a comparison whose run never validates, before it trains."""
+        """Raises an error before training if a run with ``--compare`` would never validate."""
         every, most = trainer.check_val_every_n_epoch, trainer.max_epochs
         if not trainer.limit_val_batches or (every and most and 0 <= most < every):
             raise ConfigError(
                 f"--compare needs a validation, but this run has none: its {most} epochs are fewer than "
-                f"trainer.check_val_every_n_epoch {every}, or trainer.limit_val_batches is 0. Change these, or leave "
-                "out --compare."
+                f"trainer.check_val_every_n_epoch {every}, or trainer.limit_val_batches is 0. Change these settings, "
+                "or remove --compare."
             )
 
     def _check_gain(self) -> None:
-        """Estimates the gain of a new run; a resumed one goes on as it was begun."""
+        """Estimates the gain of a new run; a resumed run keeps the decision from its start."""
         check: GainCheck | None = self._get(self.config_init, "gain")
         if check is None or self._get(self.config_init, "ckpt_path") is not None:
             return
@@ -274,7 +277,7 @@ class CBSACLI(LightningCLI):
         self._left_out = check.keep_labeled_only and self._gain.hurts
         if self._left_out:
             self.model.labeler = LabeledOnly()
-            # The saved configuration is to say what was trained, also for who resumes the run.
+            # The saved configuration must describe the actual training, so that the run can be resumed.
             config = self.config[str(self.subcommand)]
             config.model.init_args.labeler = {"class_path": "LabeledOnly"}
             config.model.init_args.stack_share = 0.0
@@ -282,56 +285,56 @@ class CBSACLI(LightningCLI):
             config.gain = None
 
     def after_predict(self) -> None:
-        """Ends with a status of its own where images were skipped."""
+        """Exits with status :data:`SKIPPED` if images were skipped."""
         trainer: Any = self.trainer  # Lightning sets its callbacks late, so their attribute has no type
         writers = [callback for callback in trainer.callbacks if isinstance(callback, WritePredictions)]
         if any(writer.unread for writer in writers):
             sys.exit(SKIPPED)
 
     def after_fit(self) -> None:
-        """What the gain check found and the comparison, if asked for."""
+        """Reports the result of the gain check and runs the comparison, if requested."""
         if self._gain is not None:
             report_gain(self._gain, self.trainer, self._left_out)
         if self._untrained is not None and self._left_out:
-            rank_zero_info("No comparison: this run is the labeled-only one.")
+            rank_zero_info("The comparison is skipped because this run already trains on the labeled images only.")
         elif self._untrained is not None:
             settings = dict(self._get(self.config_init, "trainer"))
             found = compare(self.trainer, self.datamodule, self._untrained, settings, self._baselines.results)
-            others = {"the same network trained on the labels alone": found["labeled only"]}
+            others = {"the same network trained on the labeled images only": found["labeled only"]}
             trainer: Any = self.trainer
             for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
                 page.write(trainer, self.model, others)
 
 
 def _useful(record: logging.LogRecord) -> bool:
-    """Whether a user can act on a message: not on advertisements, nor on a folder with one file of weights."""
+    """Returns whether a log message is useful, unlike advertisements and a harmless warning of open_clip."""
     text = record.getMessage()
     return "litlogger" not in text and not text.startswith("Multiple checkpoints found")
 
 
 def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None) -> CBSACLI:
-    """Fits, validates, tests or predicts, as the first of ``args`` says.
+    """Runs the subcommand that is the first of ``args``: fit, validate, test or predict.
 
     Args:
-        args: Arguments instead of those of the process.
-        run: False only builds Trainer, module and data; there is then no verb among ``args``.
-        folder: Where the run is or goes on; None: where its logger says.
+        args: Command-line arguments; by default those of the process.
+        run: If False, only builds Trainer, module and data; ``args`` must then contain no subcommand.
+        folder: Folder of the run; None uses the folder of the logger.
 
     Raises:
-        ConfigError: A configuration file that is no YAML mapping, or settings that do not fit.
+        ConfigError: If a configuration file is not a YAML mapping, or if settings are invalid.
     """
     check_configs(_words_of(args))
     with warnings.catch_warnings():
-        # Raised by lightning 2.6 for jsonargparse 4.53's renamed functions; gone with lightning's move to 5.0.
+        # Lightning 2.6 uses functions that jsonargparse 4.53 renamed.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 under torch 2.15
-        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the frozen CLIP, on purpose
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant: we run cells of our own
-        warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint is used where it lies
-        warnings.filterwarnings("ignore", message="You are using a custom batch sampler")  # ours return all indices
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 with torch 2.15
+        warnings.filterwarnings("ignore", message="Found .* in eval mode")  # intended for the frozen CLIP
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # expected: `cbsa table`
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # allowed: moved runs
+        warnings.filterwarnings("ignore", message="You are using a custom batch sampler")  # intended
         for name in ("root", "lightning.pytorch.utilities.rank_zero"):
             logging.getLogger(name).addFilter(_useful)
-        warnings.filterwarnings("ignore", message="The number of training batches")  # epochs are what we log
+        warnings.filterwarnings("ignore", message="The number of training batches")  # metrics are logged per epoch
         return CBSACLI(
             SSMLLModule,
             SSMLLDataModule,
@@ -341,7 +344,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
             save_config_kwargs={"save_to_log_dir": False, "resumed": folder is not None},
             seed_everything_default=1,
             trainer_defaults={
-                "use_distributed_sampler": False,  # our samplers share the work themselves
+                "use_distributed_sampler": False,  # the samplers distribute the images themselves
                 "num_sanity_val_steps": 0,
                 "logger": {
                     "class_path": "RunLogger",

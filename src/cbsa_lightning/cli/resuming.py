@@ -35,9 +35,9 @@ class Resumed(NamedTuple):
 def resumed(words: Sequence[str]) -> Iterator[Resumed]:
     """Replaces ``--resume [FOLDER]`` in a command line, and locks the run against other jobs.
 
-    Without ``--config``, the run's own ``config.yaml`` is used; FOLDER is a run, or a folder of runs; then the newest
-    one is used (default ``runs``). With ``--config``, FOLDER is the folder of the run: the same command starts
-    it and later resumes it.
+    Without ``--config``, FOLDER is a run or a folder of runs (default ``runs``), of which the newest is used, together
+    with its ``config.yaml``. With ``--config``, FOLDER is the folder of the run, and the same command starts the run
+    and later resumes it.
 
     Raises:
         ConfigError: If there is nothing to resume, another process trains the run, or the arguments contradict each
@@ -83,13 +83,13 @@ def _place_to_go_on(run: Path) -> Path | None:
     checkpoint = newest_checkpoint(*folders, run_id=runs.run_id(run))
     if checkpoint is None and (files := checkpoint_files(*folders)):
         raise ConfigError(
-            f"{run} has no checkpoint to resume from: {listed((str(_within(file, run)) for file in files), 3)} have "
-            "weights only, are damaged, or belong to another run. Start a new run."
+            f"{run} has no checkpoint to resume from. The following files have only weights, are damaged, or belong to "
+            f"another run: {listed((str(_within(file, run)) for file in files), 3)}. Start a new run."
         )
     if checkpoint is None and _has_finished_an_epoch(run):
         raise ConfigError(
-            f"{run} has metrics of finished epochs, but no checkpoint to resume from. Start a new run, or put its "
-            "checkpoints back."
+            f"{run} has metrics of finished epochs, but no checkpoint to resume from. Start a new run, or "
+            "restore its checkpoints."
         )
     return checkpoint
 

@@ -9,13 +9,17 @@ CAP_BATCH = 64
 
 
 def default_labeled_per_batch(labeled_share: float, batch_size: int) -> int:
-    """Returns the labeled images in a batch of the semi-supervised stage, by CAP's rule.
+    """Returns the labeled images in a batch of the semi-supervised stage: by CAP's rule 1.25 p B up to p = 2/3.
+
+    For a larger p, half of the fraction of unlabeled images remains unlabeled, so that an epoch, one pass over them,
+    never has more than about 2 n / B steps for n training images.
 
     Args:
         labeled_share: p, the labeled fraction of the training images.
         batch_size: B, labeled and unlabeled images together.
     """
-    return min(max(1, int(1.25 * labeled_share * batch_size + 0.5)), batch_size - 1)
+    fraction = min(1.25 * labeled_share, (1 + labeled_share) / 2)
+    return min(max(1, int(fraction * batch_size + 0.5)), batch_size - 1)
 
 
 def default_warmup_batch_size(labeled_share: float, batch_size: int) -> int:
@@ -40,3 +44,24 @@ def check_batch(batch_size: int, labeled_per_batch: int) -> None:
 def steps_per_epoch(images: int, per_batch: int, least: int = 1) -> int:
     """Returns the steps of one pass, but at least ``least``: smaller sets are then passed several times."""
     return max(least, -(-images // per_batch))
+
+
+def labeled_only_steps(
+    labeled: int, unlabeled: int, partly_labeled: int, batch_size: int, labeled_per_batch: int, least: int = 1
+) -> int:
+    """Returns the steps per epoch of a second stage that trains on labels alone.
+
+    These are the steps of the semi-supervised stage, so that both are comparable. With partly labeled images, an epoch
+    is one pass over all training images: its length does not depend on how many labels are known.
+
+    Args:
+        labeled: Number of images with at least one known label.
+        unlabeled: Number of images without any.
+        partly_labeled: Number of labeled images with unknown labels.
+        batch_size: B of the semi-supervised stage.
+        labeled_per_batch: Labeled images in its batches.
+        least: Minimum number of steps.
+    """
+    if partly_labeled or not unlabeled:
+        return steps_per_epoch(labeled + unlabeled, batch_size, least)
+    return steps_per_epoch(unlabeled, batch_size - labeled_per_batch, least)

@@ -15,15 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from cbsa_lightning import lightning_private
-from cbsa_lightning.arguments import check_choice, check_flags, check_kind, check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.augmentations import Augmentation, CutoutRandAugment, Flip
-from cbsa_lightning.data.batch_sizes import (
-    check_batch,
-    default_labeled_per_batch,
-    default_warmup_batch_size,
-    steps_per_epoch,
-)
+from cbsa_lightning.data.batch_sizes import check_batch, default_labeled_per_batch, default_warmup_batch_size
 from cbsa_lightning.data.batches import EvalBatch, TrainBatch
 from cbsa_lightning.data.caches.feature_cache import (
     CachedViews,
@@ -51,11 +45,12 @@ from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.label_masks import LabelMask, make_mask, with_known_labels
 from cbsa_lightning.data.labeled_images import rows_among
 from cbsa_lightning.data.needed_views import PLAIN, needed_views
-from cbsa_lightning.data.plan import NOTHING_UNKNOWN
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabeled import left_out, read_images
-from cbsa_lightning.data.samplers import InOrderBatches, LabeledBatches, PairedBatches
+from cbsa_lightning.data.samplers import InOrderBatches
+from cbsa_lightning.data.settings import check_settings
 from cbsa_lightning.data.splits import Split, make_split, partly_labeled
+from cbsa_lightning.data.stage_batches import StageBatches
 from cbsa_lightning.data.views import PlainView, StrongView, WeakView
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
@@ -79,7 +74,8 @@ class SSMLLDataModule(L.LightningDataModule):
             test table, else 0.2.
         seed: Seed of split, order and views.
         batch_size: B, images per step, labeled and unlabeled together, over all ranks.
-        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP.
+        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP, or
+            ``round((1 + p) / 2 B)`` if p > 2/3.
         warmup_batch_size: Labeled images per step of the warm-up; None: as in CAP, 16 for p = .05 to 64 for
             p = .20, at most B.
         min_steps_per_epoch: Minimum training steps of an epoch. A smaller set is passed several times, so that few
@@ -146,52 +142,9 @@ class SSMLLDataModule(L.LightningDataModule):
         known_file: str | None = None,
         unknown_as_absent: bool = False,
     ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        check_kind("source", source, Source, "a source of cbsa_lightning.data.readers, such as Table(train=FILE)")
-        for name, share in (
-            ("labeled_fraction", labeled_fraction),
-            ("held_out_fraction", held_out_fraction),
-            ("known_fraction", known_fraction),
-        ):
-            if share is not None:
-                check_number(name, share, 0, 1)
-        for name, view in (("weak_view", weak_view), ("strong_view", strong_view)):
-            check_kind(name, view, Augmentation, "an object such as CutoutRandAugment(cutout=0.25)")
-        for name, size in (
-            ("image_size", image_size),
-            ("seed", seed),
-            ("batch_size", batch_size),
-            ("min_steps_per_epoch", min_steps_per_epoch),
-            ("eval_batch_size", eval_batch_size),
-            ("num_workers", num_workers),
-            ("labeled_per_batch", labeled_per_batch),
-            ("warmup_batch_size", warmup_batch_size),
-        ):
-            if size is not None:
-                check_number(name, size, whole=True)
-        check_choice("data.on_error", on_error, ("stop", "skip"))
-        check_paths(split_file=split_file, known_file=known_file, predict=predict)
-        check_flags(fast_decode=fast_decode, unknown_as_absent=unknown_as_absent)
-        check_kind(
-            "image_cache", image_cache, ImageCache, "ImageCache(FOLDER) of cbsa_lightning.data.caches.image_cache"
-        )
-        check_kind(
-            "feature_cache",
-            feature_cache,
-            FeatureCache,
-            "FeatureCache(FOLDER) of cbsa_lightning.data.caches.feature_cache",
-        )
-        for name, value, least, most in (
-            ("image_size", image_size, 1, 1 << 13),
-            ("seed", seed, 0, (1 << 32) - 1),  # the range of numpy's RandomState, which draws splits
-            ("batch_size", batch_size, None, 1 << 20),
-            ("labeled_per_batch", labeled_per_batch, None, 1 << 20),
-            ("warmup_batch_size", warmup_batch_size, 1, 1 << 20),
-            ("min_steps_per_epoch", min_steps_per_epoch, 1, 1 << 20),
-            ("eval_batch_size", eval_batch_size, 1, 1 << 20),
-            ("num_workers", num_workers, 0, 1 << 10),
-        ):
-            _refuse_outside(name, value, least, most)
+        check_settings(settings)
         self.source = source
         self.image_size = image_size
         self.labeled_fraction = labeled_fraction
@@ -499,50 +452,30 @@ class SSMLLDataModule(L.LightningDataModule):
         view = StrongView(self.image_size, self.seed, self.strong_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labeled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
-        paired = self._paired() if second == "semi-supervised" else None  # errors appear now, not after the warm-up
+        stages = self._batches()
+        paired = stages.semi_supervised() if second == "semi-supervised" else None  # errors appear before the warm-up
+        batches: Any = paired
         if stage == "warm-up":
-            batches: Any = LabeledBatches(
-                self.split.labeled, self.warmup_batch_size, self.seed, self._warmup_steps(), **self._ranks()
-            )
+            batches = stages.warm_up()
         elif stage == "labeled-only":
-            batches = LabeledBatches(
-                self.split.labeled,
-                self.warmup_batch_size,
-                self.seed,
-                self._semi_supervised_steps(),
-                **self._ranks(),
-            )
-        else:
-            batches = paired
+            batches = stages.labeled_only()
         if self.trainer is not None:
             batches.set_epoch(self.trainer.current_epoch)
             loop = self.trainer.fit_loop
             batches.skip(loop.epoch_loop.batch_progress.current.ready if loop.restarted_mid_epoch else 0)
         return self._loader(dataset, batches)
 
-    def _paired(self) -> PairedBatches | LabeledBatches:
-        if not len(self._incomplete):
-            raise DataError(NOTHING_UNKNOWN)
-        if not len(self.split.unlabeled):  # partly labeled images alone
-            steps = self._more_than_a_pass(len(self.split.labeled), self.batch_size)
-            return LabeledBatches(self.split.labeled, self.batch_size, self.seed, steps, **self._ranks())
-        lb = self.labeled_per_batch
-        ub = self.batch_size - lb
-        steps = self._more_than_a_pass(len(self.split.unlabeled), ub)
-        return PairedBatches(self.split.labeled, self.split.unlabeled, lb, ub, self.seed, steps, **self._ranks())
-
-    def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
-        """Returns the steps of an epoch, or None if one pass over the images is enough."""
-        return self.min_steps_per_epoch if self.min_steps_per_epoch > steps_per_epoch(images, batch_size) else None
-
-    def _warmup_steps(self) -> int | None:
-        return self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
-
-    def _semi_supervised_steps(self) -> int:
-        """Returns the steps of a semi-supervised epoch; a labels-only run has as many, to be comparable."""
-        if len(self.split.unlabeled):
-            return len(self._paired())
-        return steps_per_epoch(len(self.split.labeled), self.batch_size, self.min_steps_per_epoch)
+    def _batches(self) -> StageBatches:
+        return StageBatches(
+            self.split,
+            partly_labeled(self.train_table, self.split),
+            self.batch_size,
+            self.labeled_per_batch,
+            self.warmup_batch_size,
+            self.min_steps_per_epoch,
+            self.seed,
+            **self._ranks(),
+        )
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
         """Returns weak views of this rank's share of the images with unknown labels, in order."""
@@ -625,10 +558,3 @@ class SSMLLDataModule(L.LightningDataModule):
     def predict_left_out(self) -> list[str]:
         """Returns files in the folder of ``predict`` that are not images, by their suffix."""
         return left_out(self.predict) if self.predict is not None else []
-
-
-def _refuse_outside(name: str, value: int | None, least: int | None, most: int) -> None:
-    """Checks bounds. None as ``least`` leaves small values to a later check, which can explain them better."""
-    if value is not None and not (value if least is None else least) <= value <= most:
-        bounds = f"at most {most}" if least is None else f"between {least} and {most}"
-        raise ConfigError(f"{name} must be {bounds}, got {value}.")

@@ -14,6 +14,7 @@ from cbsa_lightning.data.batch_sizes import (
     check_batch,
     default_labeled_per_batch,
     default_warmup_batch_size,
+    labeled_only_steps,
     steps_per_epoch,
 )
 from cbsa_lightning.data.splits import Split, make_split, partly_labeled
@@ -144,7 +145,7 @@ def make_plan(
     warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
     if not len(split.labeled):
         raise DataError("There is no labeled image to train on. Use another split_file, or draw a split without one.")
-    partly = _NONE if settings.labeled_only else partly_labeled(train, split)
+    partly = partly_labeled(train, split)
     if not len(split.unlabeled) and not len(partly) and not settings.labeled_only:
         raise DataError(NOTHING_UNKNOWN)
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
@@ -154,12 +155,11 @@ def make_plan(
     if not len(validated):
         raise ConfigError("No image is left to validate on: all test images are skipped. Repair some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
-    if not len(split.unlabeled):
-        second = Stage(
-            steps_per_epoch(len(split.labeled), size, least), warmup if settings.labeled_only else size, 0, other
-        )
-    elif settings.labeled_only:
-        second = Stage(steps_per_epoch(len(split.unlabeled), size - labeled, least), warmup, 0, other)
+    if settings.labeled_only:
+        steps = labeled_only_steps(len(split.labeled), len(split.unlabeled), len(partly), size, labeled, least)
+        second = Stage(steps, warmup, 0, other)
+    elif not len(split.unlabeled):
+        second = Stage(steps_per_epoch(len(split.labeled), size, least), size, 0, other)
     else:
         second = Stage(steps_per_epoch(len(split.unlabeled), size - labeled, least), labeled, size - labeled, other)
     return Plan(
@@ -171,7 +171,7 @@ def make_plan(
         int(np.count_nonzero((validated == POSITIVE).any(axis=0))),
         Stage(steps_per_epoch(len(split.labeled), warmup, least), warmup, 0, first),
         second,
-        partly,
+        _NONE if settings.labeled_only else partly,
     )
 
 

@@ -22,6 +22,7 @@ from cbsa_lightning.data.class_names import default_prompts
 from cbsa_lightning.data.images import as_rgb, decode
 from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.errors import CBSAError, CheckpointError, ConfigError, DataError, WeightsError, listed
+from cbsa_lightning.inference.hub import download
 from cbsa_lightning.inference.stored_network import stored_network
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.method.finite import refuse_scores
@@ -153,6 +154,33 @@ class Classifier:
         ready = trained.fusion is not None and trained.fusion.ready
         fusion = (trained.fusion, describe) if ready and trained.fusion and describe else None
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Loads a model from the Hugging Face Hub, uploaded by `cbsa export --push_to`.
+
+        Args:
+            repo_id: Repository, such as "user/model".
+            device: Device for the computation.
+            revision: Branch, tag or commit; None: the default branch.
+            cache_dir: Folder for downloaded files; None: the default of huggingface_hub.
+            token: Access token for private repositories; None: the stored one.
+            **options: See :meth:`load`.
+
+        Raises:
+            CheckpointError: If the repository is not available or not an exported model; see also :meth:`load`.
+            WeightsError: If the CLIP weights are not available.
+        """
+        return cls.load(download(repo_id, revision, cache_dir, token), device, **options)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
         """Predicts labels and scores of images, in their order.

@@ -60,8 +60,9 @@ class ContextTask:
             context.
         partition: Groups the classes; None: ``NormalizedCut()``.
         power: Exponent of the co-occurrence before it is made symmetric; CPSD uses 0.5.
-        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrence that is recomputed in each epoch, relative
-            to 1 for a labeled image; 0 keeps the partition of the labeled images.
+        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrence, relative to 1 for a labeled image. With 0,
+            as in the paper, the partition is that of the labeled images. With a positive weight, it is recomputed in
+            each epoch from labels and pseudo-labels.
 
     Raises:
         ConfigError: If an option has the wrong type or is outside its range.
@@ -74,7 +75,7 @@ class ContextTask:
         soft_targets: bool = False,
         partition: Partition | None = None,
         power: float = 1.0,
-        pseudo_weight: float = 1.0,
+        pseudo_weight: float = 0.0,
     ) -> None:
         for name, value in (("weight", weight), ("power", power), ("pseudo_weight", pseudo_weight)):
             check_number(f"contexts.{name}", value, 0)

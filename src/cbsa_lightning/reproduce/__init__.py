@@ -1,1 +1,1 @@
-"""The paper's tables: their rows, runs, results, pages and pictures."""
+"""The paper's tables: rows, runs, results, pages and plots."""

@@ -1,4 +1,8 @@
-"""Cells of the paper's tables: one system, data set, labeled share and seed; each a run of its own, made once."""
+"""Runs the cells of the paper's tables.
+
+A cell is one combination of system, data set, labeled fraction and seed. Each cell is a separate run. A finished cell
+is not run again.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,19 @@ from cbsa_lightning.reproduce.recipes import Cell
 
 
 def result_of(cell: Cell, out: Path) -> Settings | None:
-    """What a finished cell found, or None."""
+    """Returns the result of a finished cell, or None if the cell is not finished."""
     file = out / cell.folder / "result.json"
     found: Settings | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return found
 
 
 def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
-    """Runs a cell, from its last checkpoint on if it was stopped; a finished one is left alone.
+    """Runs a cell unless it is finished, and resumes an interrupted one from its last checkpoint.
 
-    Several processes may work in the same ``out``: a cell that another one has in hand is left to it.
+    Several processes may work in the same ``out``. A cell that another process is running is skipped.
 
     Returns:
-        Whether it is finished now.
+        Whether the cell is finished.
     """
     folder = out / cell.folder
     locked = lock(folder)
@@ -57,7 +61,7 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
 
 
 def busy(cell: Cell, out: Path) -> bool:
-    """Whether a process has the cell in hand."""
+    """Returns whether a process is running the cell."""
     folder = out / cell.folder
     if not folder.is_dir():
         return False
@@ -68,13 +72,13 @@ def busy(cell: Cell, out: Path) -> bool:
 
 
 def refuse_ranks() -> None:
-    """Refuses to be one of several processes of a run: each would do the same cells.
+    """Checks that this process is not one of several ranks, because each rank would run the same cells.
 
     Raises:
-        ConfigError: torchrun or the like started this process.
+        ConfigError: If torchrun or a similar launcher started this process.
     """
     if "LOCAL_RANK" in os.environ:
-        raise ConfigError("A cell runs in one process: start `cbsa table` once a GPU, without torchrun.")
+        raise ConfigError("A cell runs in one process: start `cbsa table` once per GPU, without torchrun.")
 
 
 def _run(cell: Cell, folder: Path) -> Settings:
@@ -83,8 +87,8 @@ def _run(cell: Cell, folder: Path) -> Settings:
     epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
     if not epochs or epochs % every:
         raise ConfigError(
-            f"max_epochs is {epochs} and check_val_every_n_epoch {every}: the last epoch would not be validated, and "
-            "there would be nothing to report. Let the latter divide the former."
+            f"max_epochs is {epochs} and check_val_every_n_epoch is {every}: the last epoch would not be validated, so "
+            "the cell would have no result. Set max_epochs to a multiple of check_val_every_n_epoch."
         )
     recipe, here = folder / "recipe.yaml", folder / "here.yaml"
     for file, settings in ((recipe, cell.recipe), (here, _here(folder, "logger" in trainer))):
@@ -95,42 +99,45 @@ def _run(cell: Cell, folder: Path) -> Settings:
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint is not None else []
     begun = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # the cell's own
+        warnings.filterwarnings(
+            "ignore", message="Checkpoint directory .* exists and is not empty"
+        )  # expected for a resumed cell
         cli = make_cli(["fit", f"--config={recipe}", f"--config={here}", *resume])
     found = _found(cli, time.monotonic() - begun)
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # the cell is done; a later training would end it only when it begins
+            logger.experiment.finish()  # otherwise the W&B run would stay open until the next cell starts
     del cli
-    gc.collect()  # a Trainer and its module know each other; the next cell needs the memory
+    gc.collect()  # frees the reference cycle of Trainer and module, because the next cell needs the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {"cell": cell.name, "row": cell.row.label, "data": cell.data, "share": cell.share, "seed": cell.seed} | found
 
 
 def _here(folder: Path, has_logger: bool) -> Settings:
-    """Where and how a cell runs: on one device, all into its folder, one checkpoint an epoch, the last."""
+    """Returns settings that all cells share: one device, all output in ``folder``, and only the last checkpoint."""
     trainer: Settings = {"devices": 1}
     if not has_logger:
-        logger = {"save_dir": str(folder), "name": "log"}  # a folder a start below it
+        logger = {"save_dir": str(folder), "name": "log"}  # each start writes a new subfolder
         trainer["logger"] = {"class_path": "RunLogger", "init_args": logger}
-    # Not save_last, which lightning 2.6 obeys only where another checkpoint is written too, or training ends.
+    # save_last is not used: lightning 2.6 writes it only together with another checkpoint or when training ends.
     checkpoint = {
         **{"dirpath": str(folder), "filename": "last", "enable_version_counter": False},
         **{"monitor": None, "save_top_k": 1, "save_last": False},
-        "save_on_train_epoch_end": True,  # after the report has taken the epoch's figures
+        "save_on_train_epoch_end": True,  # after the report has stored the metrics of the epoch
     }
     without = {name: {"enabled": False} for name in ("labels", "report_page")}
     return {"trainer": trainer, "checkpoint": checkpoint, **without}
 
 
 def _found(cli: Any, seconds: float) -> Settings:
-    """What a finished run tells: every metric of every epoch, and what they were measured on."""
+    """Returns the result of a finished run: all metrics of all epochs, and the images and versions it used."""
     report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, RunReport))
     last = cli.trainer.max_epochs - 1
     if last not in report.history.get("val/mAP", {}):
         raise ConfigError(
-            f"The run ended without a validation in its last epoch, {last}; no callback or limit may stop it early."
+            f"The run ended without a validation in its last epoch, {last}. Remove callbacks and limits that stop it "
+            "early."
         )
     data = cli.datamodule
     test = data.eval_table()

@@ -1,9 +1,10 @@
-"""What a training step of a system costs: milliseconds and memory an image (Table 9).
+"""Measures the cost of a training step of a system: milliseconds and memory per image (Table 9).
 
-Every system is measured in processes of its own, in turn and round by round, so that a machine whose speed drifts
-drifts for all of them. A step is one of the second stage inside a Trainer, from one batch to the next: frozen tower,
-forward, backward, optimizer and average, on images that lie in memory; decoding, views and the pass for pseudo-labels
-are not in it. Weights are random, since they cost the same. Without a GPU memory is measured on Linux only.
+Each measurement runs in a separate process. The systems take turns in each round, so that changes in the machine's
+speed affect all of them equally. A step is measured in the second stage inside a Trainer, from one batch to the next:
+frozen tower, forward pass, backward pass, optimizer and weight average, on images in memory. It excludes decoding,
+views and the scoring pass for pseudo-labels. The weights are random because this does not affect the cost. Without a
+GPU, memory can only be measured on Linux.
 """
 
 from __future__ import annotations
@@ -30,30 +31,33 @@ from cbsa_lightning.data.batches import TrainBatch
 from cbsa_lightning.errors import CBSAError
 from cbsa_lightning.reproduce.recipes import classes_of, takes
 
-UNCOUNTED = 2  # steps at the start, in which memory is taken and kernels are chosen
+UNCOUNTED = 2  # steps before the measurement, in which memory is allocated and kernels are selected
 
 
 class Cost(NamedTuple):
-    """Milliseconds and gigabytes (10^9 bytes) an image."""
+    """Milliseconds and gigabytes (10^9 bytes) per image."""
 
     ms: float
     gb: float
 
 
 def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int = 5) -> dict[str, Cost]:
-    """Measures every recipe in turn, ``rounds`` times, and takes the least of each, since other work only adds.
+    """Measures the recipes in turn, ``rounds`` times, and returns the minimum for each.
+
+    The minimum is the best estimate because other processes can only increase a measurement.
 
     Args:
-        recipes: Configuration of a run by name of its system; see :mod:`cbsa_lightning.reproduce.recipes`.
-        rounds: How often each is measured.
-        steps: Steps that are counted in a round.
+        recipes: Maps the name of each system to the configuration of a run; see
+            :mod:`cbsa_lightning.reproduce.recipes`.
+        rounds: Number of measurements of each system.
+        steps: Number of measured steps in a round.
 
     Raises:
-        CBSAError: A system could not be measured, with what its process said.
+        CBSAError: If a system cannot be measured; the message contains the output of its process.
     """
     found: dict[str, list[Cost]] = {name: [] for name in recipes}
     with TemporaryDirectory() as folder:
-        for _ in tqdm(range(rounds), desc="Cost of a step, rounds"):
+        for _ in tqdm(range(rounds), desc="Measuring the cost of a step"):
             for name, recipe in recipes.items():
                 file = Path(folder) / "recipe.yaml"
                 file.write_text(yaml.safe_dump(with_random_weights(recipe)), encoding="utf-8")
@@ -66,7 +70,7 @@ def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int 
 
 
 def with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe that needs no download; its steps take the same time."""
+    """Returns a copy of a recipe with random weights, which need no download and cost the same per step."""
     changed = copy.deepcopy(dict(recipe))
     for place in classes_of(changed):
         if takes(place, "pretrained"):
@@ -75,7 +79,10 @@ def with_random_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(recipe: Path, steps: int) -> Cost:
-    """Trains on random images; best in a process of its own, whose memory nothing else has touched."""
+    """Measures training on random images.
+
+    Call it in a new process: earlier allocations would distort the measured memory.
+    """
     cli = make_cli([f"--config={recipe}"], run=False)
     size = cli.datamodule.image_size
     batch = random_batch(cli, torch.randint(0, 256, (cli.datamodule.batch_size, 3, size, size), dtype=torch.uint8))
@@ -86,7 +93,7 @@ def measure(recipe: Path, steps: int) -> Cost:
 
 
 def random_batch(cli: CBSACLI, views: torch.Tensor) -> TrainBatch:
-    """A batch of given views, uint8 images or features of them, with random labels on a sixteenth of them."""
+    """Returns a batch of the given views (uint8 images or features), one sixteenth of them with random labels."""
     count, classes = len(views), len(cli.datamodule.class_names)
     labeled = torch.arange(count) < max(1, count // 16)
     targets = (torch.rand(count, classes) < 0.05).to(torch.int8).masked_fill(~labeled[:, None], -1)
@@ -95,7 +102,7 @@ def random_batch(cli: CBSACLI, views: torch.Tensor) -> TrainBatch:
 
 
 def quiet_trainer(cli: CBSACLI, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
-    """A Trainer on one device, with the accelerator and precision of the configuration, that writes nothing."""
+    """Returns a Trainer that uses one device and the configured accelerator and precision, and writes no files."""
     given: dict[str, Any] = cli.config_init["trainer"]
     return L.Trainer(
         max_epochs=1,
@@ -111,9 +118,9 @@ def quiet_trainer(cli: CBSACLI, callbacks: Sequence[L.Callback] = ()) -> L.Train
 
 
 def train_on(cli: CBSACLI, batch: TrainBatch, clock: Clock) -> None:
-    """Trains on one batch again and again, as the second stage does, until the clock has its steps."""
+    """Runs second-stage training steps on the same batch until the clock has measured its steps."""
     module = cli.model
-    module.configure_callbacks = list  # the tables are given, not made from a data set
+    module.configure_callbacks = list  # _give_tables replaces what the callbacks compute
     module.warmup_epochs = 0
     module.ema.start(module.network)
     trainer = quiet_trainer(cli, [clock])
@@ -132,33 +139,33 @@ def _give_tables(module: Any, batch: TrainBatch, device: torch.device) -> None:
 
 
 class Clock(L.Callback):
-    """Seconds of the counted steps together."""
+    """Callback that measures the total time of the counted steps, in seconds."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.seconds = 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Starts before the first counted step."""
+        """Starts the measurement before the first counted step."""
         if batch_idx == UNCOUNTED:
             settle(pl_module.device)
             self._begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stops after the last one."""
+        """Stops the measurement after the last counted step."""
         if batch_idx == UNCOUNTED + self.steps - 1:
             settle(pl_module.device)
             self.seconds = time.perf_counter() - self._begun
 
 
 class _Meter(Clock):
-    """And the memory of training: on a GPU torch's peak, else how far the process grew."""
+    """Clock that also measures memory: PyTorch's peak on a GPU, otherwise the growth of the process during training."""
 
     memory = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.device.type != "cuda":
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading (Linux)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which includes loading (Linux only)
             self._before = _resident("VmRSS")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -169,13 +176,13 @@ class _Meter(Clock):
 
 
 def settle(device: torch.device) -> None:
-    """Waits until a GPU has done what it was given."""
+    """Waits until the GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def _resident(what: str) -> int:
-    """Bytes in memory: now (VmRSS) or at most so far (VmHWM)."""
+    """Returns the resident memory of the process in bytes: current (``VmRSS``) or peak (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 

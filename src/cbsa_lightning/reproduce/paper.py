@@ -1,4 +1,4 @@
-"""The paper's tables: which systems, which columns, and what it reports, in percent of mAP."""
+"""The paper's tables: their systems, columns and reported values (mAP in %)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        label: As the paper prints it.
-        overlays: Names of the YAML overlays below ``configs/methods``, one over the other.
-        settings: Changes of the module's arguments over them.
+        label: The name in the paper.
+        overlays: Names of YAML overlays in ``configs/methods``; later ones override earlier ones.
+        settings: Arguments of the module that override the overlays.
     """
 
     label: str
@@ -34,15 +34,15 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        number: Its number there.
-        title: What it shows.
-        rows: Its systems.
-        reported: What the paper reports: (label, data set) to one value a share, in percent.
-        data: Its data sets, names of overlays below ``configs/data``.
-        shares: Its labeled shares, or shares of known labels.
-        seeds: Its seeds; the paper's runs have seed 1 unless it says otherwise.
-        setting: The argument of the data module that the shares are of.
-        clip: Model and weights for rows that have a CLIP, where they are not those of the rows' overlays.
+        number: The number in the paper.
+        title: The title.
+        rows: The systems.
+        reported: Maps (label, data set) to the values in the paper, one for each fraction, in %.
+        data: The data sets, as names of overlays in ``configs/data``.
+        shares: The labeled fractions, or the fractions of known labels.
+        seeds: The seeds; 1 unless the paper reports several runs.
+        setting: The argument of the data module that ``shares`` sets.
+        clip: Model and weights of all rows that use a CLIP; None keeps those of the rows' overlays.
     """
 
     number: int
@@ -56,22 +56,22 @@ class Table:
     clip: tuple[str, str] | None = None
 
     def column(self, data: str, share: float) -> str:
-        """Heading of a column."""
+        """Returns the heading of a column."""
         return f"{data} {share_text(self.setting, share)}"
 
     def select(self, names: Sequence[str]) -> tuple[Row, ...]:
-        """Rows by their labels; any other name is overlays in ``configs/methods``, one over the other: "cbsa+mine"."""
+        """Returns rows by label; other names are overlays in ``configs/methods``, joined by "+" ("cbsa+mine")."""
         by_label = {row.label: row for row in self.rows}
         return tuple(by_label.get(name, Row(name, tuple(name.split("+")))) for name in names)
 
     def paper(self, label: str, data: str, share: float) -> float | None:
-        """What the paper reports for a cell, or None where it reports nothing."""
+        """Returns the paper's value for a cell in %, or None if the paper has none."""
         values = self.reported.get((label, data))
         return dict(zip(self.shares, values, strict=True)).get(share) if values else None
 
 
 def share_text(setting: Setting, share: float) -> str:
-    """A share as tables print it: "p = 0.05", or "10 % known"."""
+    """Returns a fraction as tables print it: "p = 0.05" or "10 % known"."""
     return f"p = {share:.2f}" if setting == "labeled_fraction" else f"{100 * share:g} % known"
 
 
@@ -178,7 +178,7 @@ TABLES = {
             4,
             "Number of contexts",
             (
-                Row("K = 1", ("cbsa", "without_contexts")),  # one context is none: the run is the same to the last bit
+                Row("K = 1", ("cbsa", "without_contexts")),  # bit-identical, because a single context has no effect
                 _variant("K = 4", num_contexts=4),
                 _variant("K = 6", num_contexts=6),
             ),
@@ -193,6 +193,12 @@ TABLES = {
             5,
             "Partial labels on COCO",
             (
+                Row("SSGRL", ("ssgrl",)),
+                Row("GCN-ML", ("gcn_ml",)),
+                Row("SST", ("sst",)),
+                Row("SARB", ("sarb",)),
+                Row("HST", ("hst",)),
+                Row("DSRB", ("dsrb",)),
                 Row("DualCoOp", ("dualcoop", "partial_labels")),
                 Row("SCPNet", ("scpnet", "partial_labels")),
                 Row("Ours (SAA)", ("cbsa", "without_contexts", "partial_labels")),
@@ -215,7 +221,7 @@ TABLES = {
         ),
         Table(
             6,
-            "Where prompts start from",
+            "Initialization of the prompts",
             (Row("Random", ("cbsa",)), _variant("Template", prompt_template="a photo of a")),
             {
                 ("Random", "coco"): (69.09, 71.86, 73.23, 74.28),
@@ -242,7 +248,7 @@ TABLES = {
         ),
         Table(
             8,
-            "Prompts of each class (CSP), or shared by all",
+            "Class-specific prompts (CSP) and shared prompts",
             (Row("CSP", ("cbsa",)), _variant("w/o CSP", shared_prompts=True)),
             {
                 ("CSP", "coco"): (69.09, 71.86, 73.23, 74.28),
@@ -284,18 +290,18 @@ PAPER_COSTS = {
     "DualCoOp": (3.314, 0.107),
     OURS: (3.533, 0.120),
 }
-"""Table 9: training latency in ms an image and memory in GB an image, on COCO at p = .05, on one RTX 3090."""
+"""Table 9: training latency in ms and memory in GB, both per image, on COCO at p = .05 with one RTX 3090."""
 
 PAPER_ERRORS = (0.064, 0.146, 0.357, 0.250)
-"""Table 10: what follows the "±", which the paper calls both a 95 % interval and a standard error."""
+"""Table 10: the values after "±". The paper calls them both a 95 % interval and a standard error."""
 
 
 def table_of(number: int) -> Table:
-    """A table by its number.
+    """Returns a table by its number.
 
     Raises:
-        ConfigError: The paper has no such table.
+        ConfigError: If the paper has no such table.
     """
     if number not in TABLES:
-        raise ConfigError(f"There is no table {number} to run; choose one of {', '.join(map(str, TABLES))}.")
+        raise ConfigError(f"There is no table {number}; choose one of {', '.join(map(str, TABLES))}.")
     return TABLES[number]

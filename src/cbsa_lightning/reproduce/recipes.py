@@ -1,7 +1,7 @@
-"""Recipes of the paper's tables: the whole configuration of one run, merged from overlays.
+"""Recipes of the paper's tables: the complete configuration of one run, merged from overlays.
 
-A recipe is one YAML that ``cbsa fit --config recipe.yaml`` runs as well. A cell's folder is named after what its recipe
-says, so that two tables with the same cell share it, and a changed setting makes a new one.
+A recipe is a single YAML file, which ``cbsa fit --config recipe.yaml`` can also run. The folder name of a cell contains
+a hash of its recipe. Tables with the same cell therefore share it, and a changed setting creates a new cell.
 """
 
 from __future__ import annotations
@@ -25,19 +25,24 @@ WITHOUT_EFFECT = (
     *("trainer.logger", "report", "labels", "report_page", "predictions"),
     *("data.num_workers", "data.image_cache", "data.feature_cache.folder", "data.feature_cache.limit_gb"),
 )
-"""Settings that change no number of a run, so that another machine finds the same cell."""
+"""Settings that do not affect the results. They are excluded from the hash, so that cells can move between machines."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of a table: ``name`` is the paper's (voc, coco, nuswide) or one's own, ``file`` its overlay."""
+    """A data set of a table.
+
+    Attributes:
+        name: A name of the paper (voc, coco, nuswide) or any other name.
+        file: The overlay.
+    """
 
     name: str
     file: Path
 
     @classmethod
     def named(cls, text: str, configs: Path) -> DataSet:
-        """From "voc", which means ``configs/data/voc.yaml``, or "voc=my_voc.yaml"."""
+        """Parses "voc", which means ``configs/data/voc.yaml``, or "voc=my_voc.yaml"."""
         name, _, file = text.partition("=")
         return cls(name, Path(file) if file else configs / "data" / f"{name}.yaml")
 
@@ -49,10 +54,10 @@ class Cell:
     Attributes:
         row: The system.
         data: Name of the data set.
-        share: p, the labeled share of the training images, or the share of known labels.
-        seed: Of everything.
-        recipe: The run's whole configuration but for where it writes.
-        setting: The argument of the data module that the share is of.
+        share: p, the labeled fraction of the training images, or the fraction of known labels.
+        seed: Seed of the run.
+        recipe: The configuration of the run, except its output folder.
+        setting: The argument of the data module that ``share`` sets.
     """
 
     row: Row
@@ -64,12 +69,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """Description for messages, such as "CAP on voc, p = 0.05, seed 1"."""
         return f"{self.row.label} on {self.data}, {share_text(self.setting, self.share)}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
-        """Folder of the run; the same recipe has the same."""
+        """Name of the run's folder, which is the same for equal recipes."""
         plain = copy.deepcopy(self.recipe)
         for path in WITHOUT_EFFECT:
             *parents, last = path.split(".")
@@ -94,25 +99,28 @@ def make_cell(
     clip: tuple[str, str] | None = None,
     setting: Setting = "labeled_fraction",
 ) -> Cell:
-    """A cell from the overlays: method, data set, what a method needs there, ``extra`` ones; then share and seed.
+    """Builds a cell from overlays.
+
+    Overlays are merged in this order: the method, the data set, settings of the method for this data set, ablations of
+    the method, and ``extra``. The settings of the row, the fraction and the seed are applied last.
 
     Args:
         row: The system.
         data: The data set.
-        share: Labeled share, or share of known labels.
-        seed: Of everything.
-        configs: Folder with ``methods/``.
-        extra: Overlays over all of them, such as hardware.
-        clip: Model and weights for systems that have a CLIP, instead of their own.
-        setting: The argument of the data module that the share is of.
+        share: Labeled fraction, or fraction of known labels.
+        seed: Seed of the run.
+        configs: Folder that contains ``methods/``.
+        extra: Additional overlays, such as hardware settings.
+        clip: Model and weights that replace those of systems with a CLIP.
+        setting: The argument of the data module that ``share`` sets.
 
     Raises:
-        ConfigError: An overlay is not there or no mapping, or they name no module and data.
+        ConfigError: If an overlay is missing or is not a mapping, or if the overlays do not name a module and data.
     """
     files = [configs / "methods" / f"{name}.yaml" for name in row.overlays]
     special = [configs / "methods" / data.name / f"{name}.yaml" for name in row.overlays]
     there = [file for file in special if file.is_file()]
-    # What a method needs on this data set stands above the method, and below its ablations.
+    # Settings for this data set override the method, and ablations override both.
     recipe = merged(read(file) for file in (files[0], data.file, *there, *files[1:], *extra))
     for place in classes_of(recipe):
         if clip is not None and takes(place, "clip"):
@@ -124,30 +132,35 @@ def make_cell(
 
 
 def classes_of(recipe: Settings) -> list[Settings]:
-    """The recipe's module and, if it has one, its network, as places with ``class_path`` and ``init_args``.
+    """Returns the settings of the module and, if the recipe has them, of its network and the network's word vectors.
+
+    Returns:
+        Parts of ``recipe``, each with ``class_path`` and ``init_args``.
 
     Raises:
-        ConfigError: The recipe has no data or no module.
+        ConfigError: If the recipe has no data or no module.
     """
     model = recipe.get("model")
     if not isinstance(model, dict) or "class_path" not in model or not isinstance(recipe.get("data"), dict):
         raise ConfigError(
-            "The overlays of a cell must name a model (class_path) and data. An overlay that goes over a method is a "
-            "row together with it, such as cbsa+cbsa_safe."
+            "The overlays of a cell must name a model (class_path) and data. If an overlay only modifies a method, "
+            "combine the two, as in cbsa+cbsa_safe."
         )
-    arguments = model.setdefault("init_args", {})
-    if "network" not in arguments:
-        return [model]
-    if isinstance(arguments["network"], str):
-        arguments["network"] = {"class_path": arguments["network"]}
-    arguments["network"].setdefault("init_args", {})
-    return [model, arguments["network"]]
+    found = [model]
+    for name in ("network", "words"):
+        arguments = found[-1].setdefault("init_args", {})
+        if name in arguments:
+            if isinstance(arguments[name], str):
+                arguments[name] = {"class_path": arguments[name]}
+            found.append(arguments[name])
+    found[-1].setdefault("init_args", {})
+    return found
 
 
 def takes(place: Settings, argument: str) -> bool:
-    """Whether the class of a place of :func:`classes_of` has such an argument.
+    """Returns whether the class of a mapping from :func:`classes_of` accepts an argument of this name.
 
     Raises:
-        ConfigError: There is no such class.
+        ConfigError: If the class does not exist.
     """
     return argument in constructor_arguments(class_named(place["class_path"]))

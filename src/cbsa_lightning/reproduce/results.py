@@ -1,4 +1,4 @@
-"""What the cells of a table found: figures of each, means and errors over seeds, and both as CSV files."""
+"""Results of the cells of a table: values per cell, means and standard errors over seeds, and CSV files."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from cbsa_lightning.reproduce.paper import Table
 from cbsa_lightning.reproduce.recipes import Cell
 
 Column = tuple[str, float]
-"""Data set and labeled share."""
+"""Data set and labeled fraction."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished cell with what its run told.
+    """A finished cell with the result of its run.
 
-    All mAP are in percent. They average the classes with at least ``min_positives`` test positives, but for
-    :meth:`with_zeros`.
+    All mAP values are in %. Except in :meth:`with_zeros` and :meth:`envelope`, they are means over the classes with at
+    least ``min_positives`` test positives.
     """
 
     cell: Cell
     found: Mapping[str, Any]
 
     def metric(self, name: str) -> dict[int, float]:
-        """Values of a metric by epoch, undefined ones left out."""
+        """Returns the values of a metric by epoch, without undefined values."""
         values = self.found["history"].get(name, {})
         return {int(epoch): value for epoch, value in values.items() if value is not None}
 
     def mAP_by_epoch(self, min_positives: int) -> dict[int, float]:
-        """Test mAP of the averaged weights in each epoch that was validated; NaN where no class counts."""
+        """Returns the test mAP of the averaged weights by validated epoch; NaN if no class has enough positives."""
         counted = [name for name, number in self.found["positives"].items() if number >= min_positives]
         by_class = [self.metric(f"val/AP/{name}") for name in counted]
         return {
@@ -45,25 +45,35 @@ class Finished:
         }
 
     def mAP(self, min_positives: int) -> float:
-        """The number to report: the averaged weights after the last epoch."""
+        """Returns the mAP to report: that of the averaged weights after the last epoch."""
         return _last(self.mAP_by_epoch(min_positives))
 
     def best_on_test(self, min_positives: int) -> float:
-        """The best epoch's, chosen on the test images themselves, as CAP reports: too high by that choice."""
-        return max(self.mAP_by_epoch(min_positives).values())
+        """Returns the highest mAP of any epoch, which is biased upward because the test images select the epoch.
+
+        As in CAP's program, the better of raw and averaged weights counts. The mAP of the raw weights is available over
+        all classes with test positives, so they are omitted if ``min_positives`` is above 1.
+        """
+        raw = self.metric("val/mAP_raw").values() if min_positives <= 1 else ()
+        return max([*self.mAP_by_epoch(min_positives).values(), *(100 * value for value in raw)])
 
     def with_zeros(self, min_positives: int) -> float:
-        """The number to report under CAP's other convention: over all classes, one without positives counts 0."""
+        """Returns the mAP over all classes, with AP 0 for classes without test positives (CAP's convention)."""
         return 100 * _last(self.metric("val/mAP_with_zeros"))
 
     def envelope(self) -> float:
-        """The number to report under the interpolated AP, over all classes with a test positive; NaN if unknown."""
+        """Returns the mAP with interpolated AP, over all classes with test positives; NaN if it was not measured."""
         values = self.metric("val/mAP_envelope")
         return 100 * _last(values) if values else math.nan
 
 
 class Means:
-    """Mean and standard error over the seeds of each row and column, of some figure of a cell."""
+    """Mean and standard error over the seeds for each row and column.
+
+    Args:
+        finished: Finished cells.
+        figure: Computes the value of a cell; NaN values are ignored.
+    """
 
     def __init__(self, finished: Iterable[Finished], figure: Callable[[Finished], float]) -> None:
         self.by_seed: dict[tuple[str, Column], dict[int, float]] = {}
@@ -73,28 +83,28 @@ class Means:
                 self.by_seed.setdefault(place, {})[f.cell.seed] = value
 
     def mean(self, label: str, column: Column) -> float | None:
-        """None where no seed is finished."""
+        """Returns the mean, or None if no seed is finished."""
         found = self.by_seed.get((label, column))
         return float(np.mean(list(found.values()))) if found else None
 
     def error(self, label: str, column: Column) -> float | None:
-        """Standard error of the mean, None for fewer than two seeds."""
+        """Returns the standard error of the mean, or None for fewer than two seeds."""
         found = self.by_seed.get((label, column), {})
         return standard_error(found.values())
 
     def text(self, label: str, column: Column) -> str:
-        """Such as "69.1 ± 0.1"."""
+        """Returns mean and standard error as text, such as "69.1 ± 0.1"."""
         return mean_and_error(self.by_seed.get((label, column), {}).values())
 
 
 def standard_error(values: Iterable[float]) -> float | None:
-    """Standard error of the mean, None for fewer than two values."""
+    """Returns the standard error of the mean, or None for fewer than two values."""
     found = list(values)
     return float(np.std(found, ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
 
 
 def mean_and_error(values: Iterable[float], sign: str = "") -> str:
-    """Mean and standard error in text; "-" for no value. ``sign`` "+" shows that of a positive mean."""
+    """Returns mean and standard error as text, or "-" without values. ``sign="+"`` adds a plus sign."""
     found = list(values)
     if not found:
         return "-"
@@ -107,13 +117,13 @@ def _last(by_epoch: Mapping[int, float]) -> float:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; numbers come ready as text."""
+    """Returns a Markdown table; numbers must already be formatted."""
     lines = [" | ".join(map(str, line)) for line in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_positives: int) -> None:
-    """A line a run, mAP and F1 in %."""
+    """Writes a CSV file with one row per run; mAP and F1 are in %."""
     head = [
         *("system", "data", "p", "seed", "mAP", "mAP_with_zeros", "best_on_test", "CF1_at_half", "OF1_at_half"),
         *("mAP_envelope", "pseudo_CF1", "ms_per_image", "paper_mAP", "device", "folder"),
@@ -140,7 +150,7 @@ def write_cells(file: Path, table: Table, finished: Sequence[Finished], min_posi
 
 
 def write_pseudo_labels(file: Path, finished: Sequence[Finished]) -> None:
-    """Quality of the pseudo-labels of each epoch against the hidden labels, in %."""
+    """Writes a CSV file with the quality of the pseudo-labels by epoch in %, measured against the hidden labels."""
     names = ("CF1", "precision", "recall", "coverage")
     with replacing(file) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         out = csv.writer(stream)

@@ -1,4 +1,4 @@
-"""A table of the paper as a page: Markdown, with its CSV files and pictures beside it."""
+"""Writes the page of a table: a Markdown file, with CSV files and plots next to it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def write_table(
     settings: Mapping[str, str],
     cost: Mapping[str, Cost],
 ) -> None:
-    """Writes ``file``, and beside it ``.csv``, ``.png``, ``_pseudo_labels.csv`` and ``_pseudo_labels.png``.
+    """Writes ``file`` and, next to it, ``.csv``, ``.png``, ``_pseudo_labels.csv`` and ``_pseudo_labels.png``.
 
     Args:
-        file: Markdown file.
-        table: The paper's.
-        cells: All cells that the table wants.
-        finished: Those that are finished.
-        problems: Why some could not be run, by name.
-        min_positives: Test positives that a class needs to count.
-        settings: Overlays that every cell ran under, by name.
-        cost: Of a step of each system, where it was measured.
+        file: The Markdown file.
+        table: The paper's table.
+        cells: All cells of the table.
+        finished: The finished cells.
+        problems: Maps the names of cells that could not run to the reasons.
+        min_positives: Minimum number of test positives for a class to be included in mAP.
+        settings: Maps the names of the overlays of all cells to their content.
+        cost: Cost of a step by system; empty if it was not measured.
     """
     rows = list(dict.fromkeys(cell.row.label for cell in cells))
     columns = list(dict.fromkeys((cell.data, cell.share) for cell in cells))
@@ -56,15 +56,16 @@ def write_table(
         _costs(cost),
         _order(table, means, rows, columns),
         _against_ours(table, means, rows, columns),
-        "## Best on test\n\nThe averaged weights' highest test mAP of any epoch, much as CAP reports. It is chosen on "
-        "the test images, so it is too high; it is here to compare with papers that report it.",
+        "## Best on test\n\nThe highest test mAP of all epochs, of raw and averaged weights, as in CAP's program (only "
+        "of averaged weights with `--min_positives` above 1). It is biased upward because the epoch is selected on the "
+        "test images. Use it only to compare with papers that report it.",
         _grid(table, rows, columns, Means(finished, lambda f: f.best_on_test(min_positives)).text),
-        "## All classes, absent ones counting 0\n\nThe mean over all classes; one without test positives has AP 0 (the "
-        "convention of CAP and torchmetrics).",
+        "## All classes\n\nThe mean over all classes, with AP 0 for classes without test positives (the convention of "
+        "CAP and torchmetrics).",
         _grid(table, rows, columns, Means(finished, lambda f: f.with_zeros(min_positives)).text),
         *_envelope(table, rows, columns, finished),
-        _list("## Could not be run", problems),
-        "## Settings of every cell\n\nOver its method's overlay in `configs/methods`:",
+        _list("## Errors", problems),
+        "## Settings of all cells\n\nThese overlays were applied after the method's overlay in `configs/methods`:",
         *(f"`{name}`\n\n```yaml\n{text.strip()}\n```" for name, text in settings.items()),
     ]
     with replacing(file) as draft:
@@ -80,14 +81,14 @@ def write_table(
 
 
 def refuse_other_files(file: Path, table: Table) -> None:
-    """Refuses to replace files that :func:`write_table` did not write.
+    """Checks that :func:`write_table` would replace only files that it wrote itself.
 
     Args:
         file: The Markdown file to be written.
         table: The table.
 
     Raises:
-        ConfigError: Such a file is there.
+        ConfigError: If it would replace another file.
     """
     try:
         ours = file.read_text(encoding="utf-8").startswith(_title(table))
@@ -95,13 +96,13 @@ def refuse_other_files(file: Path, table: Table) -> None:
         ours = False
     if not ours and (others := [str(path) for path in _files(file) if path.exists()]):
         raise ConfigError(
-            f"{listed(others)} would be replaced, but no earlier `cbsa table {table.number}` wrote it. Move it away, "
-            "or give another folder with --out."
+            f"`cbsa table {table.number}` would replace {listed(others)}, which it did not write. Choose another "
+            "folder with --out, or move these files."
         )
 
 
 def _files(file: Path) -> tuple[Path, ...]:
-    """The Markdown file and those beside it: cells, pseudo-labels and their pictures."""
+    """Returns the Markdown file and the files next to it: cells, pseudo-labels and their plots."""
     pseudo_labels = file.with_name(f"{file.stem}_pseudo_labels")
     return file, *(part.with_suffix(suffix) for part in (file, pseudo_labels) for suffix in (".csv", ".png"))
 
@@ -112,11 +113,11 @@ def _title(table: Table) -> str:
 
 def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:
     seeds = sorted({cell.seed for cell in cells})
-    counted = "with a test positive" if min_positives == 1 else f"with {min_positives} test positives or more"
+    counted = "test positives" if min_positives == 1 else f"at least {min_positives} test positives"
     text = (
-        f"Test mAP in % over the classes {counted}: averaged weights after the last epoch; mean over seeds "
-        f"{', '.join(map(str, seeds))} and its standard error where there are two or more; in brackets what the paper "
-        f"reports and our difference from it. {len(finished)} of {len(cells)} cells are finished"
+        f"Test mAP in % of the averaged weights after the last epoch, over the classes with {counted}: mean and, for "
+        f"two or more seeds, standard error over seeds {', '.join(map(str, seeds))}. The paper's value and the "
+        f"difference from it are in parentheses. {len(finished)} of {len(cells)} cells are finished"
     )
     if finished:
         devices = sorted({f.found["device"] for f in finished})
@@ -126,24 +127,24 @@ def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_posit
 
 
 def _unlike(finished: Sequence[Finished]) -> Iterator[str]:
-    """What should be the same in cells that are set side by side, and is not: the recipe alone does not tell."""
+    """Yields warnings about cells that are not comparable for reasons that their recipes do not contain."""
     for data in dict.fromkeys(f.cell.data for f in finished):
         images = {str(f.found["images"]) for f in finished if f.cell.data == data}
         if len(images) > 1:
-            yield f"**The images or labels of {data} changed between its cells**: delete the older ones' folders"
+            yield f"**The images or labels of {data} changed between its cells**: delete the folders of the older cells"
     versions = sorted({" ".join(map(" ".join, sorted(f.found["versions"].items()))) for f in finished})
     if len(versions) > 1:
-        yield f"**Cells were made with different versions**: {'; '.join(versions)}"
+        yield f"**Cells were run with different versions**: {'; '.join(versions)}"
 
 
 def _envelope(
     table: Table, rows: Sequence[str], columns: Sequence[Column], finished: Sequence[Finished]
 ) -> Iterator[str]:
-    """Both definitions of AP stand in Table 5 of the paper: the interpolated one in the rows without a CLIP."""
+    """Yields the section on interpolated AP, which the rows without a CLIP in Table 5 of the paper use."""
     if table.setting == "known_fraction":
         yield (
-            "## Interpolated AP\n\nThe area under the precision envelope (VOC 2010), which the paper's rows without a "
-            "CLIP have. The AP of the first table, which its rows with a CLIP have, is never higher."
+            "## Interpolated AP\n\nThe area under the precision envelope (VOC 2010). The paper's rows without a CLIP "
+            "use this definition. Its rows with a CLIP use the AP of the first table, which is never higher."
         )
         yield _grid(table, rows, columns, Means(finished, Finished.envelope).text)
 
@@ -165,7 +166,7 @@ def _beside_paper(table: Table, means: Means, row: str, column: Column) -> str:
 
 
 def _order(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Column]) -> str:
-    """How far the order of the systems agrees with the paper's, column by column."""
+    """Returns the rank correlation of the systems with the paper for each column."""
     lines = []
     for data, share in columns:
         both = [
@@ -180,13 +181,13 @@ def _order(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Co
     if not lines:
         return ""
     return (
-        "Order of the systems against the paper's, Kendall's tau (1 the same, 0 unrelated, -1 reversed): "
+        "Rank correlation of the systems with the paper (Kendall's tau; 1: same order, 0: unrelated, -1: reversed): "
         + "; ".join(lines)
     )
 
 
 def _against_ours(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Column]) -> str:
-    """The last row minus each other one, seed by seed."""
+    """Returns the section with the differences between the last row and every other row, paired by seed."""
     last = rows[-1]
 
     def difference(row: str, column: Column) -> str:
@@ -195,13 +196,13 @@ def _against_ours(table: Table, means: Means, rows: Sequence[str], columns: Sequ
 
     if len(rows) < 2:
         return ""
-    return f"## {last} minus each other system\n\nOn the same seeds, points of mAP:\n\n" + _grid(
+    return f"## {last} minus each other system\n\nDifferences in mAP points for equal seeds:\n\n" + _grid(
         table, rows[:-1], columns, difference
     )
 
 
 def _costs(cost: Mapping[str, Cost]) -> str:
-    """Milliseconds and gigabytes an image, as they are and beside the paper's as multiples of its own method's."""
+    """Returns the section on cost: values per image and relative to the paper's method, here and in the paper."""
     if not cost:
         return ""
     head = ["system", "ms/image", "GB/image"]
@@ -215,11 +216,11 @@ def _costs(cost: Mapping[str, Cost]) -> str:
             line += [f"{c.ms / own.ms:.2f}{times[0]}", f"{c.gb / own.gb:.2f}{times[1]}"]
         lines.append(line)
     if own is not None:
-        head += [f"time, multiple of {OURS} (paper)", f"memory, multiple of {OURS} (paper)"]
+        head += [f"time relative to {OURS} (paper)", f"memory relative to {OURS} (paper)"]
     return (
-        "## Cost\n\nOf a training step of the second stage, least of three rounds in which all systems took turns; "
-        "memory is torch's peak on a GPU, else what the process grew by while training. The paper's: one RTX 3090, "
-        f"COCO.\n\n{markdown(head, lines)}"
+        "## Cost\n\nCost of a training step of the second stage: the minimum of three rounds in which all systems take "
+        "turns. Memory is PyTorch's peak on a GPU, and otherwise the growth of the process during training. The "
+        f"paper's values are for COCO on one RTX 3090.\n\n{markdown(head, lines)}"
     )
 
 

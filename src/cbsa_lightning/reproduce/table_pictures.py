@@ -1,4 +1,4 @@
-"""Pictures of a table of the paper: our figures beside the paper's, and the quality of pseudo-labels (Fig. 6)."""
+"""Plots of a table: the results compared with the paper's, and the quality of the pseudo-labels (Fig. 6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.reproduce.results import Column, Finished, Means
 
 
 def draw_table(table: Table, means: Means, rows: Sequence[str], columns: Sequence[Column]) -> Figure:
-    """A panel a column: our mean with its error, and the paper's value."""
+    """Plots, in one panel per column, the mean and standard error of each row, and the paper's value."""
     figure = Figure(figsize=(1.5 + 3.2 * len(columns), 1.4 + 0.32 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     places = np.arange(len(rows))[::-1]
@@ -37,7 +37,7 @@ def draw_table(table: Table, means: Means, rows: Sequence[str], columns: Sequenc
 
 
 def draw_pseudo_labels(table: Table, finished: Sequence[Finished], rows: Sequence[str]) -> Figure:
-    """A panel a data set and share: CF1 of each system's pseudo-labels over the epochs (Fig. 6), mean over seeds."""
+    """Plots the CF1 of the pseudo-labels by epoch (Fig. 6), averaged over seeds; a panel per data set and fraction."""
     columns = list(dict.fromkeys((f.cell.data, f.cell.share) for f in finished))
     figure = Figure(figsize=(2 + 3.6 * len(columns), 4), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""`cbsa table N`: runs the cells of a table of the paper and writes it, beside what the paper reports."""
+"""`cbsa table N`: runs the cells of a table and writes the results, compared with the paper's."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from cbsa_lightning.reproduce.table_page import refuse_other_files, write_table
 
 
 def table(args: Sequence[str] | None = None) -> Path:
-    """Runs the cells of a table that are not finished, then writes it.
+    """Runs the unfinished cells of a table and writes the table.
 
     Args:
-        args: Arguments instead of those of the process; ``--help`` lists them.
+        args: Command-line arguments; by default those of the process. ``--help`` lists them.
 
     Returns:
-        The Markdown file; CSV files and pictures lie beside it.
+        The Markdown file. CSV files and plots are in the same folder.
 
     Raises:
-        ConfigError: Cells could not be run; the table is written nevertheless, and says which.
+        ConfigError: If the arguments are invalid, or if cells could not run. In the latter case, the table is still
+            written and lists these cells.
     """
     refuse_ranks()
     options = _parser().parse_args(args)
@@ -40,7 +41,7 @@ def table(args: Sequence[str] | None = None) -> Path:
     plan = table_of(options.number)
     if options.min_positives < 1:
         raise ConfigError(
-            f"--min_positives is {options.min_positives}; a class without any has no AP, so give 1 or more."
+            f"--min_positives is {options.min_positives}, but a class without positives has no AP; use 1 or more."
         )
     file: Path = options.out / f"table_{plan.number}.md"
     refuse_other_files(file, plan)
@@ -61,53 +62,53 @@ def table(args: Sequence[str] | None = None) -> Path:
             problems["Cost of a step"] = f"{type(error).__name__}: {error}"
     finished = [Finished(cell, found) for cell in cells if (found := result_of(cell, options.out))]
     write_table(file, plan, cells, finished, problems, options.min_positives, _settings(options, sets), cost)
-    print(f"{len(finished)} of {len(cells)} cells are in {file}")
+    print(f"{file} contains {len(finished)} of {len(cells)} cells")
     if problems:
         listed = "\n".join(f"- {name}: {problem}" for name, problem in problems.items())
-        raise ConfigError(f"Not all could be run; the rest is in {file}.\n{listed}")
+        raise ConfigError(f"Some cells could not run; {file} contains the others.\n{listed}")
     return file
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa table",
-        description="Runs the cells of a table of the paper and writes it as Markdown, CSV and pictures, beside what "
-        "the paper reports. A finished cell is never run again, a stopped one goes on from its last epoch. Several "
-        "processes may share --out: start the command once a GPU.",
+        description="Runs the cells of a table of the paper, writes the results as Markdown, CSV and plots, and "
+        "compares them with the paper's. Finished cells are not run again, and interrupted cells resume from their "
+        "last epoch. Several processes can share --out: start the command once per GPU.",
     )
-    parser.add_argument("number", type=int, help=f"of the table in the paper: {', '.join(map(str, TABLES))}")
-    parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide; or a name and an overlay")
+    parser.add_argument("number", type=int, help=f"number of the table: {', '.join(map(str, TABLES))}")
+    parser.add_argument("--data", nargs="+", metavar="NAME[=FILE]", help="voc, coco, nuswide, or a name and an overlay")
     parser.add_argument(
-        "--shares", nargs="+", type=float, help="labeled shares, such as 0.05 0.10; of Table 5 shares of known labels"
+        "--shares", nargs="+", type=float, help="labeled fractions, such as 0.05 0.10 (Table 5: known labels)"
     )
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--rows", nargs="+", help="labels of the table; or overlays in configs/methods, cbsa+cbsa_safe")
-    parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays over every cell, such as hardware")
-    parser.add_argument("--clip", help="open_clip model or folder for all rows that have a CLIP, instead of theirs")
-    parser.add_argument("--pretrained", help="its weights: an open_clip tag or a file; a folder has its own")
+    parser.add_argument("--rows", nargs="+", help="labels of rows, or overlays in configs/methods (cbsa+cbsa_safe)")
+    parser.add_argument("--config", nargs="+", type=Path, default=[], help="overlays for all cells, such as hardware")
+    parser.add_argument("--clip", help="open_clip model or folder, for all rows that use a CLIP")
+    parser.add_argument("--pretrained", help="weights for --clip: an open_clip tag or a file; not needed for a folder")
     parser.add_argument(
-        "--min_positives", type=int, default=1, help="test positives that a class needs to count in mAP"
+        "--min_positives", type=int, default=1, help="minimum number of test positives of a class to be included in mAP"
     )
-    parser.add_argument("--keep_checkpoints", action="store_true", help="of finished cells too")
-    parser.add_argument("--write_only", action="store_true", help="run nothing, write what is finished")
-    parser.add_argument("--configs", type=Path, help="folder of the overlays; default: configs, or the library's own")
-    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and of the table")
+    parser.add_argument("--keep_checkpoints", action="store_true", help="keep the checkpoints of finished cells")
+    parser.add_argument("--write_only", action="store_true", help="write the finished cells without running others")
+    parser.add_argument("--configs", type=Path, help="folder of the overlays (default: configs, or the package's)")
+    parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and the table")
     return parser
 
 
 def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, str]:
-    """Makes what is not finished; gives the problems of the cells that could not be run."""
+    """Runs the unfinished cells and returns the errors of those that could not run, by name."""
     todo = [cell for cell in {cell.folder: cell for cell in cells}.values() if result_of(cell, out) is None]
     problems: dict[str, str] = {}
     begun, done = time.monotonic(), 0
     for i, cell in enumerate(todo):
-        left = "" if not done else f", about {_span((time.monotonic() - begun) / done * (len(todo) - i))} to go"
+        left = "" if not done else f", about {_span((time.monotonic() - begun) / done * (len(todo) - i))} left"
         print(f"Cell {i + 1} of {len(todo)}: {cell.name}{left}", flush=True)
         try:
             if make(cell, out, keep_checkpoints):
                 done += 1
             else:
-                print("... another process has it in hand", flush=True)
+                print("... skipped: another process is running it", flush=True)
         except CBSAError as error:
             problems[cell.name] = f"{type(error).__name__}: {error}"
     return problems
@@ -118,10 +119,10 @@ def _data_sets(plan: Table, options: argparse.Namespace) -> list[DataSet]:
     for data in sets:
         if not data.file.is_file():
             raise ConfigError(
-                f"There is no {data.file}. Give --data NAME=FILE, or a name of {options.configs / 'data'}."
+                f"There is no {data.file}. Use --data NAME=FILE, or the name of a file in {options.configs / 'data'}."
             )
     if len({data.name for data in sets}) < len(sets):
-        raise ConfigError("--data names a data set twice: its cells could not be told apart. Give each its own name.")
+        raise ConfigError("--data contains the same name twice. Use a different name for each data set.")
     return sets
 
 
@@ -132,27 +133,31 @@ def _rows(plan: Table, options: argparse.Namespace) -> tuple[Row, ...]:
             if not (options.configs / "methods" / f"{name}.yaml").is_file():
                 labels = ", ".join(repr(known.label) for known in plan.rows)
                 raise ConfigError(
-                    f"Table {plan.number} has no row '{row.label}', and {options.configs / 'methods'} no {name}.yaml. "
-                    f"Its rows are {labels}."
+                    f"Table {plan.number} has no row '{row.label}', and {options.configs / 'methods'} has no "
+                    f"{name}.yaml. The rows of the table are {labels}."
                 )
     return rows
 
 
 def _clip(options: argparse.Namespace) -> tuple[str, str] | None:
     if options.pretrained and not options.clip:
-        raise ConfigError("--pretrained says which weights --clip has: give both, or set them in an overlay.")
+        raise ConfigError("--pretrained sets the weights of --clip: use both options, or set both in an overlay.")
     return (options.clip, options.pretrained or OWN) if options.clip else None
 
 
 def _cost(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Cost]:
-    """What a step of each row costs: all rows in turn, once for the same cells, while no other process trains one."""
+    """Returns the cost of a step by row: stored values if the cells are the same, otherwise new measurements.
+
+    Raises:
+        ConfigError: If other processes are running cells, which would distort the measurement.
+    """
     file = options.out / "table_9_cost.json"
     names = [cell.folder for cell in cells]
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"cells": [], "cost": {}}
     if stored["cells"] != names and not options.write_only:
         if any(busy(cell, options.out) for cell in cells):
             raise ConfigError(
-                "other processes train cells now, which would disturb it; start again when they are done."
+                "Other processes are running cells, which would distort the measurement. Try again when they finish."
             )
         stored = {"cells": names, "cost": costs({cell.row.label: cell.recipe for cell in cells})}
         with replacing(file) as draft:
@@ -166,12 +171,12 @@ def _span(seconds: float) -> str:
 
 
 def _settings(options: argparse.Namespace, sets: Sequence[DataSet]) -> dict[str, str]:
-    """What every cell ran under beside its method: name and text of each overlay."""
+    """Returns the name and content of each overlay that all cells use in addition to their method."""
     files = [*(data.file for data in sets), *options.config]
     names = [file.name for file in files]
     found = {
         file.name if names.count(file.name) == 1 else str(file): file.read_text(encoding="utf-8") for file in files
     }
     if options.clip:
-        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained or 'its own'}\n"
+        found["--clip"] = f"{Path(options.clip).name}, weights: {options.pretrained or 'those of the folder'}\n"
     return found

@@ -1,8 +1,8 @@
-"""Seconds that the parts of a run take on this machine: a view, the frozen tower, a training step, a score.
+"""Measures the duration of each part of a run on this machine: views, the frozen tower, a training step, scoring.
 
 ``python -m cbsa_lightning.reproduce.unit_times`` reads a :class:`~cbsa_lightning.data.checks.run_time.Request` as YAML
-and prints :class:`~cbsa_lightning.data.checks.run_time.Units` as JSON; `cbsa check --time` starts it. Weights are
-random, since they cost the same and need no download. Nothing is written to the caches of the run.
+and prints :class:`~cbsa_lightning.data.checks.run_time.Units` as JSON. `cbsa check --time` starts it. The weights are
+random, which costs the same and needs no download. The caches of the run are not modified.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from cbsa_lightning.method.labelers import EvidenceLabeler
 from cbsa_lightning.reproduce.cost import Clock, quiet_trainer, random_batch, settle, train_on, with_random_weights
 
 _VIEWS = 64
-"""Views that the frozen tower is timed on at once, about as many as when a feature cache is filled."""
+"""Batch size for timing the frozen tower, similar to the one used to fill a feature cache."""
 
 
 def unit_times(request: Request) -> Units:
     """Measures the parts of a run.
 
     Args:
-        request: The run, images to read, and sizes of a step.
+        request: The run, the images to read, and the batch sizes of a step.
 
     Raises:
-        CBSAError: The configuration cannot be built, or an image cannot be read.
+        CBSAError: If the configuration cannot be built or an image cannot be read.
     """
     cli = _built(request.recipe)
     module, data = cli.model, cli.datamodule
@@ -85,7 +85,7 @@ def unit_times(request: Request) -> Units:
 
 
 def _built(recipe: dict[str, Any]) -> CBSACLI:
-    """Module, data and Trainer of a recipe, without an image cache: it would be filled."""
+    """Builds module, data and Trainer of a recipe, without the image cache, which would otherwise be filled."""
     recipe = copy.deepcopy(recipe)
     recipe["data"].pop("image_cache", None)
     recipe["trainer"] = {**(recipe.get("trainer") or {}), "logger": False}
@@ -99,7 +99,7 @@ def _built(recipe: dict[str, Any]) -> CBSACLI:
 
 
 class _Loading(NamedTuple):
-    """Seconds of an image: to decode it, and for its plain and strong view; and plain views ``(n, 3, S, S)``."""
+    """Seconds per image for decoding and for the plain and strong views, and the plain views ``(n, 3, S, S)``."""
 
     read: float
     plain: float
@@ -113,7 +113,10 @@ def _loading(data: Any, rows: list[int]) -> _Loading:
     if data.on_error == "skip":
         chosen = np.setdiff1d(chosen, unreadable(table, chosen))
     if not len(chosen):
-        raise DataError("None of the images that were tried can be read, so nothing can be measured on them.")
+        raise DataError(
+            "None of the sampled images can be read, so the duration cannot be measured. Run `cbsa check` to find "
+            "unreadable images."
+        )
     files = ImageFiles(table, data.image_size if data.fast_decode else None)
     arrays = [files[row] for row in chosen]
     plain, strong = PlainView(data.image_size), StrongView(data.image_size, data.seed, data.strong_view)
@@ -133,7 +136,7 @@ def _loading(data: Any, rows: list[int]) -> _Loading:
 
 @torch.no_grad()
 def _without_gradient(cli: CBSACLI, views: Tensor) -> tuple[Tensor, float, float]:
-    """Features of views, and seconds an image of the frozen tower and of what scores its features."""
+    """Returns features of the views, and the seconds per image of the frozen tower and of scoring its features."""
     module, data, trainer = cli.model, cli.datamodule, quiet_trainer(cli)
     device = trainer.strategy.root_device
     module.to(device)
@@ -158,7 +161,7 @@ def _without_gradient(cli: CBSACLI, views: Tensor) -> tuple[Tensor, float, float
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a second call, and what it gave; the first one may load code or take memory."""
+    """Returns the duration in seconds and the result of a second call; the first may load code or allocate memory."""
     work()
     begun = time.perf_counter()
     found = work()
@@ -166,7 +169,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _repeated(rows: Tensor, count: int) -> Tensor:
-    """``count`` rows, the given ones again and again."""
+    """Returns ``count`` rows by repeating the given ones."""
     return rows[torch.arange(count, device=rows.device) % len(rows)]
 
 

@@ -38,6 +38,7 @@ class CBSAModule(SSMLLModule):
         average: Builds that average from the network and the decay.
         optimizer: Builds the optimizer from parameter groups.
         scheduler: Builds the schedule of a stage; None: one-cycle.
+        second_scheduler: Builds the schedule of the second stage; None: ``scheduler``.
         max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite; 0 stops at
             the first.
         stack_share: Weight of the labeler's stack in the final scores; a value above 0 needs ``StackedProbes()``.
@@ -63,6 +64,7 @@ class CBSAModule(SSMLLModule):
         average: AverageCallable = ParameterEMA,
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
+        second_scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
         stack_share: float = 0.0,
         objective: Objective | None = None,
@@ -81,6 +83,7 @@ class CBSAModule(SSMLLModule):
             average=average,
             optimizer=optimizer,
             scheduler=scheduler,
+            second_scheduler=second_scheduler,
             max_skipped_steps=max_skipped_steps,
             stack_share=stack_share,
             objective=objective,

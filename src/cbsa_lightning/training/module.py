@@ -85,6 +85,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             CAP's weight decay, since the paper states none.
         scheduler: Builds the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
             torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. None: one-cycle.
+        second_scheduler: Builds the schedule of the second stage; None: ``scheduler``.
     """
 
     network: Network
@@ -109,6 +110,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         # A lambda in the signature lets jsonargparse read its settings, for example --model.optimizer.lr 0.01.
         optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-3, weight_decay=1e-4, fused=True),
         scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
+        second_scheduler: SchedulerCallable | LRSchedulerCallable | None = None,
         max_skipped_steps: int = 0,
         stack_share: float = 0.0,
         objective: Objective | None = None,
@@ -119,7 +121,10 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             prompt_names = check_names("prompt_names", prompt_names, len(class_names))
         check_kind("labeler", labeler, (Labeler, EvidenceLabeler), "an object such as TopK(k=2)")
         check_kind("contexts", contexts, ContextTask, "a ContextTask()")
-        made = {"network": network, "loss": loss, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+        made = {
+            **{"network": network, "loss": loss, "average": average, "optimizer": optimizer},
+            **{"scheduler": scheduler, "second_scheduler": second_scheduler},
+        }
         for name, value in made.items():
             if value is not None and not callable(value):
                 raise ConfigError(
@@ -145,6 +150,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.evidence: Evidence | None = None  # from the start of a fit to its first epoch
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
+        self.make_second_schedule = second_scheduler if second_scheduler is not None else self.make_schedule
         self.ema_decay = ema_decay
         self.ema = average(self.network, 0.0 if ema_decay is None else ema_decay)
         # All processes compute the same averages, so DDP need not broadcast them in each step. Running statistics that
@@ -229,7 +235,8 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         }
         self.scheduled_steps = self.stage_steps()
-        schedule = scheduled(self.make_schedule, optimizer, self.scheduled_steps)
+        make = self.make_schedule if self.stage == "warm-up" else self.make_second_schedule
+        schedule = scheduled(make, optimizer, self.scheduled_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def stage_steps(self) -> int:

@@ -54,21 +54,25 @@ def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) 
 
 
 class OneCycle:
-    """One-cycle policy over the stage's exact length, with each group's learning rate as its peak.
+    """One-cycle policy with each group's learning rate as its peak.
 
     Args:
-        pct_start: Fraction of the stage in which the rate increases (CAP: 0.2).
+        pct_start: Fraction of the cycle in which the rate increases (CAP: 0.2).
+        cycle: Length of the cycle relative to the stage, at least 1. Above 1, the stage ends before the cycle does.
+            In CAP's program, the second cycle is as long as both stages together: 1.25 for 8 + 32 epochs.
     """
 
-    def __init__(self, pct_start: float = 0.2) -> None:
+    def __init__(self, pct_start: float = 0.2, cycle: float = 1.0) -> None:
         check_number("OneCycle: pct_start", pct_start, 0, 1)
+        check_number("OneCycle: cycle", cycle, 1)
         self.pct_start = pct_start
+        self.cycle = cycle
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Schedules ``total_steps`` optimizer steps."""
         peaks = [group["lr"] for group in optimizer.param_groups]
         # Rise and fall have at least one step each, since torch divides by zero for a phase without steps.
-        steps = max(total_steps, 3)
+        steps = max(round(self.cycle * total_steps), 3)
         return _OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
 
 

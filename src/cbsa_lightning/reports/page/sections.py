@@ -108,13 +108,13 @@ def class_examples(
         truth, scores = validation.table.labels[:, k], validation.scores[:, k]
         wrong = (truth >= 0) & (validation.given[:, k] != (truth == 1))
         error = np.where(wrong, np.abs(scores - (truth == 1)), -1.0)
-        kinds.append(("Most wrong", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
+        kinds.append(("Largest errors", [_judged(i, k, validation) for i in _first(-error, int(wrong.sum()))]))
     if unlabeled is not None:
         scores = unlabeled.scores[k]
     else:
         scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
     cut = min(row.threshold, 1.0)  # infinite if no image gets the class
-    for title, order in (("Most doubtful", np.abs(scores - cut)), ("Most typical", -scores)):
+    for title, order in (("Least certain", np.abs(scores - cut)), ("Most typical", -scores)):
         places = _first(order, len(scores))
         if unlabeled is not None:
             kinds.append((title, [_proposed(i, k, unlabeled, root) for i in places]))

@@ -78,8 +78,8 @@ def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str
         )
     if suspicious is not None and suspicious.total:
         steps.append(
-            f"check the {_counted(suspicious.total, 'given label')} in {SUSPICIOUS_LABELS} that may be wrong, most "
-            "doubtful first"
+            f"check the {_counted(suspicious.total, 'existing label')} in {SUSPICIOUS_LABELS} that may be wrong, "
+            "starting with the first"
         )
     return f"Next, {', and '.join(steps)}; then run the same command with the new labels." if steps else ""
 
