@@ -65,7 +65,7 @@ def test_weights_in_half_precision_are_refused_at_the_start(tmp_path, clip_folde
         tiny_fit(tmp_path, clip_folder, squares, trainer={"precision": precision})
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_other_precisions_are_reported(tmp_path, clip_folder, squares, precision):
     tiny_fit(tmp_path, clip_folder, squares, trainer={"precision": precision, **reported(tmp_path)})
     assert (tmp_path / "run/version_0/predictions.csv").exists()

@@ -203,7 +203,7 @@ def test_labels_of_other_classes_are_refused(tmp_path):
 
 
 def test_the_size_of_the_page_is_bounded(tmp_path):
-    run, *_ = made(tmp_path, images=1000, names=[f"class {k}" for k in range(1000)], unlabeled=3000, present=1000)
+    run, *_ = made(tmp_path, images=500, names=[f"class {k}" for k in range(1000)], unlabeled=500, present=500)
     start = time.perf_counter()
     text = build_page(run)
     assert time.perf_counter() - start < 60
@@ -273,6 +273,7 @@ def test_labeled_only_runs_without_validation_have_a_page(tmp_path, clip_folder,
     assert "Curves" not in page.headings
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize(
     "callbacks", [[RunReport(4), WriteReportPage(enabled=False)], [RunReport(enabled=False), WriteReportPage()]]
 )

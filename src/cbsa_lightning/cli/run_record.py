@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,18 @@ class RunRecord(SaveConfigCallback):
         self._lock = ExitStack()
         self._folder = Path()  # set in setup()
         self._id = ""
+
+    @cached_property
+    def _plain(self) -> str:
+        """The configuration as YAML; cached because jsonargparse needs a tenth of a second to write it."""
+        text: str = self.parser.dump(self.config, skip_none=False)
+        return text
+
+    @cached_property
+    def _model(self) -> str:
+        """The model section of the configuration as YAML."""
+        text: str = yaml.safe_dump(yaml.safe_load(self._plain)["model"], sort_keys=False)
+        return text
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Locks the run's folder and saves the records; this hook is called on all processes."""
@@ -69,8 +82,7 @@ class RunRecord(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the run's ID and the model section of the configuration."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+        checkpoint[MODEL] = self._model
         checkpoint[RUN] = self._id
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -85,7 +97,7 @@ class RunRecord(SaveConfigCallback):
         """Saves the configuration on the first process."""
         if stage == "fit":
             runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
-        plain = self.parser.dump(self.config, skip_none=False)
+        plain = self._plain
         # Lightning's own method can leave a truncated file if the disk is full.
         runs.note(self._folder / runs.CONFIG, plain)
         for logger in trainer.loggers:
