@@ -240,7 +240,7 @@ def test_the_server_of_the_documentation_answers(exported, classifier, squares_f
     Squares(squares_folder)
     photo = next(squares_folder.rglob("*.png"))
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
-    (tmp_path / "serve.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    (tmp_path / "serve.py").write_text(re.search(r"```python\n(\"\"\"HTTP server.*?)```", text, re.DOTALL)[1])
     command = [sys.executable, tmp_path / "serve.py", exported, "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
