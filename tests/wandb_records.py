@@ -47,7 +47,7 @@ class OfflineRun:
         run: Its ``RunRecord``.
         metrics: Definitions of metrics, by name or by pattern that ends in ``*``.
         history: Logged values as ``{key: value}``, one dictionary per call.
-        artifacts: Type and files of each artifact, by name.
+        artifacts: Type of each artifact, and its files as {path in the artifact: file}, by name.
         summary: Last value of each key in the summary.
     """
 
@@ -56,7 +56,7 @@ class OfflineRun:
         self.run: Any = None
         self.metrics: dict[str, MetricRecord] = {}
         self.history: list[dict[str, Any]] = []
-        self.artifacts: dict[str, tuple[str, set[str]]] = {}
+        self.artifacts: dict[str, tuple[str, dict[str, Path]]] = {}
         self.summary: dict[str, Any] = {}
         for record in finished_records(next(folder.glob("run-*.wandb"))):
             if record.HasField("run"):
@@ -67,7 +67,8 @@ class OfflineRun:
                 self.history.append(_values(record.history.item))
             elif record.HasField("artifact"):
                 found = record.artifact
-                self.artifacts[found.name] = (found.type, {entry.path for entry in found.manifest.contents})
+                files = {entry.path: Path(entry.local_path) for entry in found.manifest.contents}
+                self.artifacts[found.name] = (found.type, files)
             elif record.HasField("summary"):
                 self.summary.update(_values(record.summary.update))
 
@@ -77,9 +78,10 @@ class OfflineRun:
         return {key for step in self.history for key in step if not key.startswith("_")}
 
     def table(self, key: str) -> dict[str, Any]:
-        """Returns columns and data of a table."""
-        (entry,) = (step[key] for step in self.history if key in step)  # W&B shows only the first of several
-        return dict(json.loads((self.folder / "files" / entry["path"]).read_text(encoding="utf-8")))
+        """Returns columns and data of a table, whose images are dictionaries."""
+        path = f"{key}.table.json"
+        (file,) = (files[path] for _, files in self.artifacts.values() if path in files)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
     def definition(self, key: str) -> MetricRecord | None:
         """Returns the definition of a key: its own, or that of the longest pattern that matches."""
