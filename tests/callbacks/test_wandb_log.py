@@ -51,7 +51,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Any:
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DATA_DIR", str(folder))
-        cli = main(["fit", *words(folder, clip_folder)])
+        cli = main(["fit", *words(folder, clip_folder, "--compare=true")])
         wandb.finish()
     (run,) = offline_runs(folder)
     return SimpleNamespace(cli=cli, run=run, folder=folder / cli.trainer.log_dir)
@@ -85,8 +85,8 @@ def test_the_summary_has_the_last_and_the_highest_mAP(fitted: Any) -> None:
 
 
 def test_the_history_has_all_tables_and_charts_once(fitted: Any) -> None:
-    keys = {key for key in fitted.run.keys if key.startswith(("report/", "pictures/"))}
-    charts = {f"{key}_table" for key in CHARTS}
+    keys = {key for key in fitted.run.keys if key.startswith(("report/", "pictures/", "Custom"))}
+    charts = {f"Custom Chart Tables/{key}_table" for key in CHARTS}
     assert keys == TABLES | charts | {f"pictures/{name}" for name in PICTURES | {"training"}}
     for key in TABLES | charts:
         assert sum(key in step for step in fitted.run.history) == 1
@@ -156,10 +156,10 @@ def test_the_pseudo_labels_of_each_class_and_epoch(fitted: Any) -> None:
 
 
 def test_the_curves(fitted: Any) -> None:
-    curves = fitted.run.table("report/precision_recall_table")
+    curves = fitted.run.table("Custom Chart Tables/report/precision_recall_table")
     assert curves["columns"] == ["class", "recall", "precision"]
     assert 1 <= len({row[0] for row in curves["data"]}) <= 10
-    points = fitted.run.table("report/reliability_table")
+    points = fitted.run.table("Custom Chart Tables/report/reliability_table")
     assert points["columns"] == ["step", "lineKey", "lineVal"]
     assert {row[1] for row in points["data"]} == {"calibrated", "measured"}
 
@@ -173,6 +173,10 @@ def test_artifacts(fitted: Any) -> None:
         f"predictions-{run.run.run_id}": ("predictions", {"predictions.csv", "labels.csv"}),
         f"report-{run.run.run_id}": ("report", {"report.html"}),
     }
+    # The page is written again after the comparison.
+    page = run.artifacts[f"report-{run.run.run_id}"][1]["report.html"].read_text()
+    assert "trained on the labeled images only" in page
+    assert page == (fitted.folder / "report.html").read_text()
 
 
 def test_an_online_run_uses_the_split_as_an_input(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ class LogToWandb(L.Callback):
                     "x-axis-title": "recall",
                     "y-axis-title": "precision",
                 },
+                split_table=True,
             )
         if (points := reliability_table(validation)).rows:
             scores, rates = (list(column) for column in zip(*points.rows, strict=True))
@@ -142,6 +143,7 @@ class LogToWandb(L.Callback):
                 keys=["calibrated", "measured"],
                 title="Fraction of positives by score",
                 xname="score",
+                split_table=True,
             )
         return found
 
