@@ -105,7 +105,8 @@ class RunReport(L.Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the other metrics of the epoch, and the values of each class."""
-        self.classes.record(trainer, pl_module)
+        if self.enabled:
+            self.classes.record(trainer, pl_module)
         self._keep(trainer, lambda name: not name.startswith("val/"))
 
     def _keep(self, trainer: Any, wanted: Any) -> None:
