@@ -352,11 +352,11 @@ def process(rank: int, root: str, clip: Path, squares: Path) -> None:
 
 
 def all_runs(root: Path, clip: Path, squares: Path) -> None:
-    """Runs the jobs with one process while the pair of processes starts, and then with the pair."""
+    """Runs the jobs with one process and with a pair, which is forked because importing torch takes seconds."""
     alone = Place(root, clip, squares)
     work(alone, {"run": whole_run})  # first, because the pair resumes from its checkpoints
     pair = torch.multiprocessing.start_processes(
-        process, (str(root), clip, squares), nprocs=2, join=False, start_method="spawn"
+        process, (str(root), clip, squares), nprocs=2, join=False, start_method="fork"
     )
     work(alone, BOTH)
     while not pair.join():

@@ -1,4 +1,4 @@
-"""Logs the pictures of a run to W&B and TensorBoard."""
+"""Logs the plots of a run to W&B and TensorBoard."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def _table(content: Table) -> Any:
 
 
 def _thumbnail(table: AnnotationTable, row: int) -> Any:
-    """Returns a small picture; None if the image cannot be read any more."""
+    """Returns a thumbnail of an image, or None if the image cannot be read."""
     import wandb
 
     try:

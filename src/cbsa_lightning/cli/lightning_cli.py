@@ -65,6 +65,11 @@ def _seed(everything: bool | int) -> int:
     return 1 if isinstance(everything, bool) else everything
 
 
+def _words_of(args: ArgsType) -> list[str]:
+    """Returns the arguments of the command line, those of the process by default."""
+    return sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+
+
 class CBSACLI(LightningCLI):
     """LightningCLI that reads the classes from the data and optionally compares systems after the fit.
 
@@ -74,7 +79,14 @@ class CBSACLI(LightningCLI):
 
     def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
         self._folder = folder
+        self._words = _words_of(kwargs.get("args"))  # shows the settings that the user chose
         super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on instances only
+        """Returns the given subcommand, or all if none is given; setting up a parser takes a tenth of a second."""
+        known = LightningCLI.subcommands()
+        chosen = set(self._words[:1]) & set(known)
+        return {name: skipped for name, skipped in known.items() if not chosen or name in chosen}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Creates the Trainer, which writes to the folder of a resumed run and has no logger with ``barebones``."""
@@ -134,8 +146,7 @@ class CBSACLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the arguments and stores the command line, which shows the settings that the user chose."""
-        self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+        """Parses the arguments and expands paths; errors name the configuration file."""
         with naming_files(self._words):
             super().parse_arguments(parser, args)
         self.config = expand_paths(self.config)
@@ -316,7 +327,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
     Raises:
         ConfigError: If a configuration file is not a YAML mapping, or if settings are invalid.
     """
-    check_configs(sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)])
+    check_configs(_words_of(args))
     with warnings.catch_warnings():
         # Lightning 2.6 uses functions that jsonargparse 4.53 renamed.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")

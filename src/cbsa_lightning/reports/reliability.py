@@ -1,4 +1,4 @@
-"""Reliability diagram: shows whether scores are calibrated probabilities."""
+"""Reliability diagram, which shows whether scores are calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 from cbsa_lightning.reports.pictures import BLUE, GREY
 
 BINS = 15
-"""Number of equal score bins, the same as in the expected calibration error (``val/ECE``)."""
+"""Number of score bins of equal width, as in the expected calibration error (``val/ECE``)."""
 
 
 def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
-    """Plots the fraction of positives against the score over all classes, with the number of entries per score.
+    """Plots the fraction of positives against the score, over all classes, and the number of entries per score.
 
     Args:
         scores: ``(n, C)`` in [0, 1].
@@ -43,7 +43,7 @@ def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
     )
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="fraction of positives")
     above.set_title(f"Expected calibration error {error:.3f}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # does not cover a curve
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside, it does not cover a curve
     below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, color=BLUE, alpha=0.6)
     below.set_yscale("log")
     below.set(xlabel="score", ylabel="entries")
