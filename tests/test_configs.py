@@ -314,7 +314,7 @@ def test_wandb_overlay_offline(
     run = cli.trainer.loggers[1].experiment
     assert run.config["data"]["labeled_fraction"] == 0.2
     assert run.config["model"]["init_args"]["num_contexts"] == 2
-    assert run.summary["val/mAP"] == pytest.approx(float(cli.trainer.callback_metrics["val/mAP"]))
+    assert run.summary["val/mAP"]["last"] == pytest.approx(float(cli.trainer.callback_metrics["val/mAP"]))
     import wandb
 
     wandb.finish()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,6 +33,11 @@ def has_begun(logger: Any) -> bool:
 def log_into(logger: TensorBoardLogger, folder: Path) -> None:
     """Makes a logger write to an existing folder. Its constructor would append a version to the path."""
     logger._root_dir, logger._name, logger._version = str(folder.parent), "", folder.name
+
+
+def logs_model(logger: WandbLogger) -> bool:
+    """Whether a logger logs checkpoints as artifacts itself."""
+    return bool(logger._log_model)
 
 
 def csv_settings(logger: CSVLogger) -> tuple[str, int]:

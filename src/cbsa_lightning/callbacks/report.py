@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cbsa_lightning.arguments import check_flags, check_number
+from cbsa_lightning.callbacks.class_history import ClassHistory
+from cbsa_lightning.callbacks.logged_pictures import log_pictures
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.annotations import AnnotationTable
@@ -27,6 +28,7 @@ from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
 from cbsa_lightning.method.contexts import cooccurrence
 from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.reports.class_heat_maps import class_heat_maps
 from cbsa_lightning.reports.pictures import (
     attention_gallery,
     context_map,
@@ -49,9 +51,10 @@ class RunReport(L.Callback):
 
     The averaged weights score the validation images batch by batch; only the images for the plots are kept in memory.
     The plots show predictions, attention (if the network has it), contexts (if there are any), the average precision of
-    each class, precision-recall curves, a reliability diagram and training curves. With a ``WandbLogger``, they are
-    also logged to W&B, together with tables of the classes and of the images in the plots. With
-    ``limit_val_batches=0``, only contexts and training curves are plotted. Nothing is written in a ``fast_dev_run``.
+    each class, precision-recall curves, a reliability diagram, the pseudo-labels of each class over the epochs, and
+    training curves. They are also logged to W&B and TensorBoard if the Trainer has such a logger. With
+    ``limit_val_batches=0``, only plots that do not show the validation images are written. Nothing is written in a
+    ``fast_dev_run``.
 
     Args:
         num_images: Number of images in the plots, evenly spaced over the validation images.
@@ -67,14 +70,16 @@ class RunReport(L.Callback):
         self.num_images = num_images
         self.enabled = enabled
         self.history: dict[str, dict[int, float]] = {}
+        self.classes = ClassHistory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the metrics of all epochs so far, so that the curves of a resumed run are complete."""
-        return {"history": self.history}
+        """Returns the values of all epochs so far, so that the curves of a resumed run are complete."""
+        return {"history": self.history, "classes": self.classes.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the metrics of :meth:`state_dict`."""
         self.history = state_dict["history"]
+        self.classes.epochs = state_dict.get("classes", {})  # an earlier version did not record them
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Rejects class names that the table of predictions cannot contain, and lists skipped images.
@@ -100,7 +105,9 @@ class RunReport(L.Callback):
             self._keep(trainer, lambda name: name.startswith("val/"))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stores the other metrics of the epoch."""
+        """Stores the other metrics of the epoch, and the values of each class."""
+        if self.enabled:
+            self.classes.record(trainer, pl_module)
         self._keep(trainer, lambda name: not name.startswith("val/"))
 
     def _keep(self, trainer: Any, wanted: Any) -> None:
@@ -130,9 +137,7 @@ class RunReport(L.Callback):
             files[name] = folder / PICTURES / f"{name}.png"
             with replacing(files[name]) as draft:
                 figure.savefig(draft, dpi=110)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _to_wandb(logger, names, files, found)
+        log_pictures(trainer, files)
         print(f"Predictions and plots of this run: {folder}")
 
     def _folder(self, trainer: Any) -> Path | None:
@@ -209,6 +214,8 @@ class RunReport(L.Callback):
         partition = pl_module.context_partition.cpu()
         if pl_module.num_contexts and bool((partition >= 0).all()):
             yield "contexts", context_map(cooccurrence(trainer.datamodule.labeled_targets()), partition, names)
+        if self.classes.epochs:
+            yield "pseudo_labels", class_heat_maps(self.classes.epochs, names)
         if self.history:
             yield "training", training_curves(self.history, pl_module.warmup_epochs)
 
@@ -254,26 +261,3 @@ def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluati
     )
     positives = (labels == 1).sum(0).numpy()
     write_thresholds(file, pl_module.class_names, pl_module.prompt_names, thresholds, positives, expected, measured)
-
-
-def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:
-    """Logs the plots, the average precision of each class, and the plotted images with true and predicted labels."""
-    import wandb
-
-    for name, file in files.items():
-        logger.log_image(f"pictures/{name}", [str(file)])
-    if found is None:
-        return
-    per_class = [
-        [name, None if np.isnan(value) else float(value)]
-        for name, value in zip(names, found.figures["AP"], strict=True)
-    ]
-    logger.log_table("report/AP", columns=["class", "AP"], data=per_class)
-    rows = []
-    for row, image in zip(found.rows.tolist(), found.images, strict=True):
-        picture = wandb.Image(image.permute(1, 2, 0).numpy())
-        truth = [name for name, label in zip(names, found.table.labels[row], strict=True) if label == 1]
-        given = [name for name, label in zip(names, found.labels[row], strict=True) if label]
-        score = {name: round(float(s), 4) for name, s in zip(names, found.scores[row], strict=True)}
-        rows.append([str(found.table.paths[row]), picture, ", ".join(truth), ", ".join(given), str(score)])
-    logger.log_table("report/images", columns=["image", "picture", "truth", "predicted", "scores"], data=rows)

@@ -27,6 +27,7 @@ from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
+from cbsa_lightning.callbacks.wandb_log import LogToWandb
 from cbsa_lightning.callbacks.warm_start import StartFrom
 from cbsa_lightning.checkpoints.earlier_run import read_earlier
 from cbsa_lightning.checkpoints.files import read_checkpoint
@@ -113,6 +114,7 @@ class CBSACLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
         parser.add_lightning_class_args(WriteReportPage, "report_page")  # reads their files
+        parser.add_lightning_class_args(LogToWandb, "wandb")  # logs all of these files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",
@@ -304,6 +306,8 @@ class CBSACLI(LightningCLI):
             trainer: Any = self.trainer
             for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
                 page.write(trainer, self.model, others)
+            for tracker in (callback for callback in trainer.callbacks if isinstance(callback, LogToWandb)):
+                tracker.log_report_page(trainer)
 
 
 def _useful(record: logging.LogRecord) -> bool:

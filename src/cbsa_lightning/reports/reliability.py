@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cbsa_lightning.reports.pictures import BLUE, GREY
 
@@ -21,12 +21,9 @@ def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
     """
     known = np.asarray(truths) >= 0
     score, positive = np.asarray(scores)[known], np.asarray(truths)[known] == 1
-    place = np.minimum((score * BINS).astype(int), BINS - 1)
-    counts = np.bincount(place, minlength=BINS)
+    counts, mean, rate = reliability_bins(score, positive)
     used = counts > 0
     divisor = np.maximum(counts, 1)
-    mean = np.bincount(place, score, BINS) / divisor
-    rate = np.bincount(place, positive, BINS) / divisor
     error = float((counts * np.abs(mean - rate)).sum() / max(counts.sum(), 1))
     deviation = np.sqrt(rate * (1 - rate) / divisor)
 
@@ -53,3 +50,18 @@ def reliability_diagram(scores: ArrayLike, truths: ArrayLike) -> Figure:
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def reliability_bins(
+    score: NDArray[np.floating], positive: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Returns number of entries, mean score and fraction of positives of each bin, all ``(BINS,)``; 0 if it is empty.
+
+    Args:
+        score: ``(m,)`` in [0, 1].
+        positive: ``(m,)``.
+    """
+    place = np.minimum((score * BINS).astype(int), BINS - 1)
+    counts = np.bincount(place, minlength=BINS)
+    divisor = np.maximum(counts, 1)
+    return counts, np.bincount(place, score, BINS) / divisor, np.bincount(place, positive, BINS) / divisor
