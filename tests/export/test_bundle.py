@@ -190,10 +190,10 @@ def test_an_opset_that_the_runtime_does_not_support_is_refused(exported, tmp_pat
 def test_errors_of_the_classifier_name_the_damaged_file(exported, tmp_path, name):
     folder = copied(exported, tmp_path / "copy")
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
+    with pytest.raises(CheckpointError, match=f"{name}: the file is damaged"):
         Classifier.load(folder)
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+    with pytest.raises(CheckpointError, match=f"{name}: the file is missing"):
         Classifier.load(folder)
 
 
