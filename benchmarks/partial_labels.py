@@ -23,6 +23,7 @@ from cbsa_lightning import SSMLLModule
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.label_masks import LabelMask
 from cbsa_lightning.method.labelers import ClassDistributionAware
+from cbsa_lightning.method.losses import BinaryCrossEntropy
 from cbsa_lightning.method.stacking import StackedProbes
 from cbsa_lightning.networks.zero_shot import ZeroShotCLIP
 
@@ -31,6 +32,7 @@ STEPS = 27  # minimum steps per epoch: one pass over the unlabeled photographs a
 PROBES = "probes"  # stacked probes without a network
 METHODS: dict[str, dict[str, Any]] = {
     "CAT": {"labeler": ClassDistributionAware()},
+    "CAT, BCE": {"labeler": ClassDistributionAware(), "loss": BinaryCrossEntropy()},
     "safe": {"labeler": StackedProbes(), "stack_share": 0.5},
 }
 # name: (known labels, whether unknown labels of labeled images count as absent)

@@ -91,7 +91,8 @@ class DataSettings(Target):
 # An error about settings may speak of what they mean; the places are checked loosely here.
 _WORDS = (
     "image_size", "fraction", "held", "seed", "batch", "strong_view", "num_workers", "limit_gb", "labeled",
-    "there is no split file", "no table here", "correct the path", "size of a view", "cannot be read as a split",
+    "the split file does not exist", "the table does not exist", "correct the path", "size of a view",
+    "cannot be read as a split",
 )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 # Files that take long start first, so that no process waits for the other at the end.
 LONG = (
     *("test_tables.py", "test_systems.py", "test_exported_systems.py", "test_command_line.py", "test_two_processes.py"),
-    *("test_runs.py", "test_resume.py", "test_configs.py", "test_notebooks.py", "test_label_features.py"),
+    *("test_runs.py", "test_resume.py", "test_configs.py", "test_cells.py", "test_warm_start.py"),
+    *("test_partial_systems.py", "test_quickstart.py", "test_notebooks.py", "test_label_features.py"),
 )
 
 
@@ -57,6 +58,19 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def squares_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder shared by tests with ``tiny_data.Squares``, so that its images are written once."""
     return tmp_path_factory.mktemp("squares")
+
+
+@pytest.fixture
+def one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the pictures of a report, which take longer than a tiny fit, with an empty one.
+
+    For tests of something else; ``callbacks/test_report.py``, ``test_quickstart.py`` and others draw them all.
+    """
+    from matplotlib.figure import Figure
+
+    from cbsa_lightning.callbacks.report import RunReport
+
+    monkeypatch.setattr(RunReport, "_pictures", lambda *_: iter([("training", Figure())]))
 
 
 @pytest.fixture

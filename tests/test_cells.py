@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,10 @@ from cbsa_lightning.reproduce import cells
 from cbsa_lightning.reproduce.cells import make, result_of
 from cbsa_lightning.reproduce.paper import CBSA, SYSTEMS, TABLES, Row
 from cbsa_lightning.reproduce.recipes import Cell, DataSet, classes_of, make_cell
+from cbsa_lightning.reproduce.wandb_runs import with_run_name
 from parsed import parse
 from tiny_tables import CONFIGS, PowerCutError, short, tiny_voc, write_overlay
+from wandb_records import offline_runs
 
 LABELERS = "cbsa_lightning.method.labelers"
 BY_LABEL = {row.label: row for row in SYSTEMS}
@@ -399,11 +402,33 @@ def test_invalid_options_raise_an_error(tmp_path: Path, short_cell: Any) -> None
 
 def test_each_cell_is_a_separate_wandb_run(tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": str(tmp_path)}}
+    made = []
     for label in ("TP", "DualCoOp"):
         row = next(row for row in (*TABLES[3].rows, *SYSTEMS) if row.label == label)
-        assert make(short_cell(row, tmp_path / "flag", 2, logger=[logger]), tmp_path)
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+        made.append(short_cell(row, tmp_path / "flag", 2, logger=[logger]))
+        assert make(made[-1], tmp_path, table=3)
+    found = {(run.display_name, run.run_group, run.job_type) for run in (run.run for run in offline_runs(tmp_path))}
+    assert found == {(cell.name, "table 3/voc/p = 0.20", cell.row.label) for cell in made}
+    assert len({cell.name for cell in made}) == 2
+
+
+def test_names_of_wandb_runs_do_not_change_the_hash() -> None:
+    path = "lightning.pytorch.loggers.WandbLogger"
+    overlay = CONFIGS / "loggers" / "wandb.yaml"
+    plain, logged = cell(CBSA), cell(CBSA, extra=[overlay])
+    before = copy.deepcopy(logged.recipe)
+    _, named = with_run_name(logged.recipe["trainer"]["logger"], logged, None)
+    arguments = {"name": logged.name, "group": "coco/p = 0.05", "job_type": CBSA.label}
+    assert named == {"class_path": path, "init_args": {"save_dir": "runs", "project": "cbsa", **arguments}}
+    assert logged.recipe == before
+    assert logged.folder == plain.folder
+    own = {"class_path": "WandbLogger", "init_args": {"group": "mine", "job_type": None}}
+    assert with_run_name(own, plain, 1)["init_args"] == {**arguments, "group": "mine"}
+    assert [with_run_name(other, plain, 1) for other in (True, None, {"class_path": "RunLogger"})] == [
+        *(True, None, {"class_path": "RunLogger"})
+    ]
 
 
 def test_a_cell_runs_on_one_device_and_keeps_its_loggers(instant: Cell, tmp_path: Path) -> None:
@@ -415,4 +440,5 @@ def test_a_cell_runs_on_one_device_and_keeps_its_loggers(instant: Cell, tmp_path
     own.recipe["trainer"] = {**own.recipe["trainer"], "logger": [{"class_path": "W"}]}
     assert own.folder == replace(own, recipe={**instant.recipe, "seed_everything": 5}).folder
     assert make(own, tmp_path)
-    assert "logger" not in yaml.safe_load((tmp_path / own.folder / "here.yaml").read_text())["trainer"]
+    here = yaml.safe_load((tmp_path / own.folder / "here.yaml").read_text())
+    assert here["trainer"]["logger"] == [{"class_path": "W"}]

@@ -86,7 +86,7 @@ def test_text_report_names_the_same_findings(photos: Path, capsys: pytest.Captur
     cli.main(["check", "photos.csv"])
     out = capsys.readouterr().out
     assert "train: 40 images, 20 labeled (5 show no class), 20 unlabeled." in out
-    assert "3 classes with their positives, fewest first: sofa 5, cat 10, dog 10." in out
+    assert "3 classes with their numbers of positives, in ascending order: sofa 5, cat 10, dog 10." in out
     assert "A run trains on 16 labeled and 20 unlabeled images, and validates on 4 held-out images" in out
     assert out.endswith("No faults found.\n")
 
@@ -130,7 +130,7 @@ def test_skipped_images_are_not_in_the_plan(tmp_path: Path, test: int) -> None:
     assert plan.split.digest == again.split.digest
     evaluated.file(0).write_bytes(b"damaged")
     (found,) = check(source.train(), source.test(), settings).errors
-    assert ("neither a test table", "No image is left to validate on")[part] in found.message
+    assert ("Provide a test table", "all test images are skipped")[part] in found.message
 
 
 def test_a_split_file_is_used(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_unreadable_images_are_named_with_the_reason(photos: Path, capsys: pytes
     notes = [item["note"] for item in found["items"]]
     assert "cannot be read as an image" in notes[0]
     assert notes[1].startswith("the file is empty")
-    assert notes[2].startswith("HEIC files are not read")
+    assert notes[2].startswith("HEIC files are not supported")
 
 
 def test_unreadable_images_that_a_run_skips_are_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
         ([["0.png", ""], ["1.png", ""]], "no classes"),
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),
-        ([[f"{i}.png", "cat"] for i in range(10)], "There is no unlabeled image"),
+        ([[f"{i}.png", "cat"] for i in range(10)], "There are no unlabeled images"),
         ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
     ],
 )
@@ -297,8 +297,8 @@ def test_configurations_of_a_fit_are_accepted(photos: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model: {}", "no data.source"),
-        ("data: 3", "data must map"),
+        ("model: {}", "data.source is missing"),
+        ("data: 3", "data must be a mapping"),
         ("data: {source: nowhere.Table}", "nowhere"),
         ("data: {source: {class_path: cbsa_lightning.data.readers.Table, init_args: {trian: x}}}", "trian"),
         (
@@ -332,7 +332,7 @@ def test_a_coco_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = coco("train.json", [f"{i}.png" for i in range(20)])
     report = run(capsys, train, status=1)
     assert (report["train"]["images"], report["test"]) == (20, None)
-    assert "There is no unlabeled image" in finding(report, "refused", "errors")["message"]
+    assert "There are no unlabeled images" in finding(report, "refused", "errors")["message"]
     Path("alone.yaml").write_text("model: {init_args: {labeler: cbsa_lightning.method.labelers.LabeledOnly}}")
     test = coco("test.json", ["30.png", "31.png"])
     report = run(capsys, "alone.yaml", train, "--test", test)
@@ -515,7 +515,7 @@ def test_settings_of_partial_labels(photos: Path, capsys: pytest.CaptureFixture[
     assert (report["train"]["partly"], report["train"]["unlabeled"]) == (1, 0)
     write_rows(photos / "full.csv", ["image", "cat", "dog", "sofa"], [["0.png", 1, 1, 1], *rows[1:]])
     report = run(capsys, "own.yaml", status=1)
-    assert "was made for the table with digest" in finding(report, "refused", "errors")["message"]
+    assert "was created for a table with digest" in finding(report, "refused", "errors")["message"]
 
 
 def test_a_class_of_which_no_label_is_known(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,5 +255,5 @@ def test_evaluation_uses_the_classes_of_the_checkpoint_without_a_training_table(
         after = cli.main(["test", *words, gone]).trainer.callback_metrics
     assert "test/mAP" in before
     assert after == before
-    with pytest.raises(DataError, match="no test annotations, and the training annotations are missing"):
+    with pytest.raises(DataError, match="neither test annotations nor training annotations"):
         cli.main(["test", *words, gone, "--data.source.init_args.test=null"])

@@ -59,7 +59,7 @@ def test_a_fraction_without_labeled_images_is_refused(arguments: list[str], tmp_
 def test_the_error_for_missing_weights_lists_ways_to_get_them(arguments: list[str]) -> None:
     from cbsa_lightning.errors import WeightsError
 
-    with pytest.raises(WeightsError, match="Ways to get weights"):
+    with pytest.raises(WeightsError, match="Ways to obtain weights"):
         cli.main([*arguments, "--model.init_args.clip=RN50-quickgelu"])
 
 
@@ -174,8 +174,8 @@ def test_torch_schedulers_can_be_configured(arguments: list[str], monkeypatch: p
         (["--model.promt_length=3"], r"^--model has no setting 'promt_length'\. Similar names: prompt_length\.$"),
         (["--model.prompt_length=x"], r"^--model\.prompt_length is x; it must be int\.$"),
         (["--trainer.precision=17"], r"^--trainer\.precision is 17; it must be 64, 32, 16 or "),
-        (["--model=Nope"], r"^--model: no class 'Nope' fits"),
-        (["--model.labeler=Nope"], r"^--model\.labeler: no class 'Nope' fits"),
+        (["--model=Nope"], r"^--model: there is no suitable class 'Nope'"),
+        (["--model.labeler=Nope"], r"^--model\.labeler: there is no suitable class 'Nope'"),
         (["--trainer.accelerator=gpu"], "No supported gpu backend"),
         (["--trainer.strategy=foo"], "invalid strategy name"),
         (

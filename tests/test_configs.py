@@ -18,7 +18,7 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.method.linear_probe import LinearProbe
 from cbsa_lightning.method.stacking import StackedProbes
-from cbsa_lightning.training.gain import Gain
+from cbsa_lightning.training.gain import Gain, GainCheck
 from layouts import make_coco, make_cvat, make_label_studio, make_nuswide_list, make_table, make_voc
 from parsed import parse
 
@@ -83,8 +83,7 @@ def test_each_data_set_with_a_labeled_fraction(
         if name == "table"
         else f"--data.source.init_args.root={roots[name]}"
     )
-    drawn = f"--report.enabled={'true' if name == 'coco' else 'false'}"  # one report, with many classes
-    cli = fit(files(*overlays), tmp_path, clip_folder, where, drawn)
+    cli = fit(files(*overlays), tmp_path, clip_folder, where, "--report.enabled=false")
     metrics = cli.trainer.callback_metrics
     assert 0 <= metrics["val/mAP"] <= 1
     assert torch.isfinite(metrics["train/loss"])
@@ -190,6 +189,7 @@ def test_each_compared_system(
         assert module.labeler.k == 3
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "stacked_probes"])
 def test_each_system_without_training(
     method: str, roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +207,7 @@ def test_each_system_without_training(
     assert 0 <= cli.trainer.callback_metrics["val/mAP"] <= 1
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_stacked_probes_on_photos(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +223,7 @@ def test_stacked_probes_on_photos(
     assert (Path(cli.trainer.log_dir) / "labels.csv").is_file()
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_thresholds_by_an_objective(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +290,8 @@ def test_gain_check_before_a_fit(
     assert (folder / "gain.png").is_file()
     assert "gain/estimate" in (folder / "metrics.csv").read_text()
 
+    gain = cli._gain  # measured once
+    monkeypatch.setattr(GainCheck, "__call__", lambda *_: gain)
     monkeypatch.setattr(Gain, "hurts", True)
     cli = fit(files(*order), tmp_path, clip_folder, root, *check, "--compare=true")
     assert isinstance(cli.model.labeler, LabeledOnly)
@@ -298,6 +302,7 @@ def test_gain_check_before_a_fit(
     assert saved["gain"] is None
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_wandb_overlay_offline(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +314,7 @@ def test_wandb_overlay_offline(
     run = cli.trainer.loggers[1].experiment
     assert run.config["data"]["labeled_fraction"] == 0.2
     assert run.config["model"]["init_args"]["num_contexts"] == 2
-    assert run.summary["val/mAP"] == pytest.approx(float(cli.trainer.callback_metrics["val/mAP"]))
+    assert run.summary["val/mAP"]["last"] == pytest.approx(float(cli.trainer.callback_metrics["val/mAP"]))
     import wandb
 
     wandb.finish()

@@ -65,7 +65,7 @@ def test_weights_in_half_precision_are_refused_at_the_start(tmp_path, clip_folde
         tiny_fit(tmp_path, clip_folder, squares, trainer={"precision": precision})
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_other_precisions_are_reported(tmp_path, clip_folder, squares, precision):
     tiny_fit(tmp_path, clip_folder, squares, trainer={"precision": precision, **reported(tmp_path)})
     assert (tmp_path / "run/version_0/predictions.csv").exists()
@@ -298,7 +298,7 @@ def test_a_fit_reports_its_data(tmp_path, clip_folder, squares, caplog):
     counts = sorted(zip(positives, range(5), strict=True))
     classes = ", ".join(f"{Squares.class_names[k]} {n}" for n, k in counts)
     assert "Training images: 8 labeled, 14 unlabeled, 0 held out. " in caplog.text
-    assert f"5 classes with their labeled positives, fewest first: {classes}." in caplog.text
+    assert f"Labeled positives of 5 classes, fewest first: {classes}." in caplog.text
 
 
 @pytest.mark.parametrize(("found", "told"), [(1.0, 0), (0.9, 1)])

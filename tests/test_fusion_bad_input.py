@@ -77,7 +77,7 @@ def test_one_labeled_image_is_refused(tmp_path, monkeypatch, clip_folder, square
 
 def test_fusion_without_unlabeled_images_is_refused(tmp_path, monkeypatch, clip_folder, squares_folder):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"no unlabeled image.*LabeledOnly"):
+    with pytest.raises(DataError, match=r"no unlabeled images.*LabeledOnly"):
         fused_fit(tmp_path, clip_folder, Squares(squares_folder), data={"labeled_fraction": 1.0})
 
 

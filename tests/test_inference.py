@@ -244,8 +244,8 @@ def test_arrays_are_read_like_files(classifier, tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([np.zeros((8, 8, 3))], r"image 0: an array of float64 .* no known range"),
-        ([np.zeros((3, 8, 9), np.uint8)], "channels first"),
+        ([np.zeros((8, 8, 3))], r"image 0: an array of float64 .* an unknown range"),
+        ([np.zeros((3, 8, 9), np.uint8)], "channels in the first dimension"),
         ([np.zeros((8, 9, 7), np.uint8)], "is not an image"),
         ([torch.zeros(3, 8, 8)], r"image 0: a tensor must be \(3, H, W\) uint8"),
         ([7], "a int is not an image"),

@@ -12,7 +12,7 @@ from cbsa_lightning.data.images import decode
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.method.metrics import mean_pairwise_cosine
 
-STEPS, BATCH = 150, 32
+STEPS, BATCH = 100, 16
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def canvases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(canvases):
-    """Trains 150 steps on labeled canvases; returns the network, and features and labels of the test canvases."""
+    """Trains 100 steps on labeled canvases; returns the network, and features and labels of the test canvases."""
     torch.manual_seed(0)
     module = CBSAModule(canvases.class_names, clip="embedded", prompt_length=4, decoder_feedforward=256)
     network, loss = module.network, module.loss

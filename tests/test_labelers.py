@@ -167,7 +167,7 @@ def test_scores_that_are_not_finite_are_counted():
     scores[2, 1] = scores[3, 1] = math.nan
     scores[4, 2] = math.inf
     for labeler in EVERY:
-        with pytest.raises(DataError, match=r"3 of 30 scores are not finite, in class 1 \(2\), 2 \(1\)"):
+        with pytest.raises(DataError, match=r"3 of 30 scores are not finite; classes \(counts\): 1 \(2\), 2 \(1\)"):
             labeler(scores, torch.full((3,), 0.5))
 
 

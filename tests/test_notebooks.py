@@ -18,7 +18,7 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     notebook = nbformat.read(path, as_version=4)
     assert sum(SIZES in cell.source for cell in notebook.cells) == 1
     for cell in notebook.cells:  # smaller sizes
-        cell.source = cell.source.replace(SIZES, "NUM_TRAIN, NUM_TEST, WARMUP, EPOCHS = 96, 24, 1, 3")
+        cell.source = cell.source.replace(SIZES, "NUM_TRAIN, NUM_TEST, WARMUP, EPOCHS = 80, 24, 1, 2")
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "val/mAP" in printed

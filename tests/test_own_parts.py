@@ -37,6 +37,7 @@ OWN = {
         "num_workers": 0,
     },
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "limit_train_batches": 2},
+    "report": {"num_images": 1},
 }
 
 

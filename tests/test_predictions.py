@@ -246,7 +246,7 @@ def test_damaged_images_are_skipped_on_request(tmp_path, clip_folder, capsys):
 
 def test_earlier_predictions_are_kept_if_an_image_is_damaged(tmp_path, clip_folder):
     folder = damaged(photos(tmp_path / "photos", "a.png", "b.png", "c.png", "d.png", "e.png", "f.png"), "d.png")
-    with pytest.raises(DataError, match=r"d\.png: .*out\.csv has .* 3 images .* --predictions\.on_error skip"):
+    with pytest.raises(DataError, match=r"d\.png: .*out\.csv contains .* 3 images .* --predictions\.on_error skip"):
         predict(tmp_path, clip_folder, folder)
     assert column(tmp_path / "out.csv", "image") == ["a.png", "b.png", "c.png"]
 
@@ -270,16 +270,16 @@ def test_invalid_on_error_is_refused():
 def test_the_error_for_a_file_of_another_kind_has_a_remedy(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content + bytes(200))
     data = SSMLLDataModule(Digits(str(tmp_path)), image_size=64, num_workers=0, predict=str(tmp_path / name))
-    with pytest.raises(DataError, match=f"{name}: {kind} files are not read; convert it to JPEG or PNG"):
+    with pytest.raises(DataError, match=f"{name}: {kind} files are not supported; convert the file to JPEG or PNG"):
         next(iter(data.predict_dataloader()))
 
 
 def test_the_error_for_a_folder_without_images_lists_its_files(tmp_path):
     folder = photos(tmp_path / "photos")
-    with pytest.raises(DataError, match="no image in it or its subfolders, it is empty"):
+    with pytest.raises(DataError, match="no image in this folder or its subfolders, it is empty"):
         read_images(folder, NAMES)
     (folder / "a.heic").touch()
-    with pytest.raises(DataError, match=r"found only 1 \.heic"):
+    with pytest.raises(DataError, match=r"contains only 1 \.heic"):
         read_images(folder, NAMES)
 
 

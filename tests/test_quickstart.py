@@ -18,10 +18,11 @@ SMALL = [
     "--data.source.init_args.num_test=24",
     "--data.num_workers=0",
     "--data.labeled_fraction=0.3",
-    "--model.init_args.warmup_epochs=2",
-    "--trainer.max_epochs=4",
+    "--model.init_args.warmup_epochs=1",
+    "--trainer.max_epochs=2",
     "--trainer.check_val_every_n_epoch=2",
     "--trainer.enable_progress_bar=false",
+    "--report.num_images=4",
 ]
 
 

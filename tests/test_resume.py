@@ -251,7 +251,7 @@ def test_resuming_from_weights_only_is_refused(tmp_path, clip_folder, squares):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt"
-    with pytest.raises(CheckpointError, match=r"best.ckpt has weights only"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt contains only weights"):
         tiny_fit(tmp_path, clip_folder, squares, ckpt_path=str(tmp_path / "best.ckpt"))
     again = type(module).load_from_checkpoint(tmp_path / "best.ckpt")
     assert differences(dict(module.state_dict()), dict(again.state_dict())) == []
@@ -309,7 +309,7 @@ def test_newest_checkpoint_ignores_incomplete_files(tmp_path, checkpoint):
     torch.save({**content, "global_step": 40}, tmp_path / ".draft.ckpt")
     (tmp_path / "d.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-100])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.warns(UserWarning, match="Passed over") as warned:
+    with pytest.warns(UserWarning, match="Skipped") as warned:
         assert newest_checkpoint(tmp_path) == tmp_path / "b.ckpt"
     told = " ".join(str(w.message) for w in warned)
     assert all(name in told for name in ("c.ckpt", "d.ckpt", "foreign.ckpt"))
@@ -332,7 +332,7 @@ def test_a_metrics_file_is_continued(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "0", "4"]
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"metrics.csv: is not a table of metrics"):
+    with pytest.raises(DataError, match=r"metrics.csv is not a table of metrics"):
         MetricsFile(tmp_path)
 
 
@@ -500,9 +500,9 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path, checkpoint, monkeypatch):
 
 def test_errors_for_unreadable_configurations_name_the_file(tmp_path):
     for name, content, message in (
-        ("a.yaml", "trainer: [", r"a\.yaml: cannot be read as YAML .*line \d"),
-        ("b.yaml", "5", r"b\.yaml: must map settings"),
-        ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml: cannot be read as YAML .*utf-8"),
+        ("a.yaml", "trainer: [", r"a\.yaml cannot be read as YAML .*line \d"),
+        ("b.yaml", "5", r"b\.yaml must contain a mapping"),
+        ("c.yaml", "trainer: {max_epochs: 1}\n# \xe9", r"c\.yaml cannot be read as YAML .*utf-8"),
     ):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(ConfigError, match=message):

@@ -44,7 +44,7 @@ class Look(L.Callback):
 
 
 @pytest.fixture
-def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def words(tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch, one_picture: None) -> Iterator[list[str]]:
     """Returns arguments of a run of two epochs in a separate working folder."""
     make_table(tmp_path / "data", n_train=12, unlabeled=6)
     table = {"train": str(tmp_path / "data" / "train.csv")}

@@ -90,7 +90,7 @@ def test_schedules_with_missing_arguments_are_refused(make):
 
 
 def test_schedules_that_depend_on_a_metric_are_refused():
-    with pytest.raises(ConfigError, match="follows a metric"):
+    with pytest.raises(ConfigError, match="depends on a metric"):
         scheduled(ReduceLROnPlateau, optimizer_of(), 37)
 
 

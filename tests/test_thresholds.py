@@ -99,7 +99,7 @@ def test_scores_that_are_not_finite_are_counted_over_all_strips(blocks):
     scores[2, 1] = scores[43, 1] = math.nan
     scores[44, 2] = -1e300  # infinite in float32, the type used for comparisons
     for call in (lambda: class_thresholds(scores, torch.zeros(3)), lambda: TopOne()(scores, torch.zeros(3))):
-        with pytest.raises(DataError, match=r"3 of 150 scores are not finite, in class 1 \(2\), 2 \(1\)"):
+        with pytest.raises(DataError, match=r"3 of 150 scores are not finite; classes \(counts\): 1 \(2\), 2 \(1\)"):
             call()
 
 

@@ -175,11 +175,11 @@ def earlier_of(module, partition=None):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_length": 3}, "model.prompt_length is 2 there and 3 here"),
+        ({"prompt_length": 3}, "model.prompt_length is 2 in the checkpoint and 3 in this run"),
         ({"shared_prompts": True}, "model.shared_prompts differs"),
-        ({"decoder_layers": 2}, "is missing there.*config.yaml"),
-        ({"semantic_alignment": False}, "is missing here"),
-        ({"train_pool": False, "num_contexts": 0}, "is missing here"),
+        ({"decoder_layers": 2}, "is missing in the checkpoint.*config.yaml"),
+        ({"semantic_alignment": False}, "is missing in this run"),
+        ({"train_pool": False, "num_contexts": 0}, "is missing in this run"),
     ],
 )
 def test_errors_for_other_settings_contain_both_values(clip_folder, changes, message):
@@ -238,7 +238,7 @@ def test_a_run_on_an_extended_table_reports_the_changes(tmp_path, caplog, clip_f
                 )
     page = (folder / "report.html").read_text()
     assert "Changes since the earlier run" in page
-    assert "Measured on 25 validation images that neither run has trained on." in page
+    assert "Measured on 25 validation images that neither run was trained on." in page
     before, now = source.train().labels[:20].sum(0), source.train().labels[:50].sum(0)
     for k, name in enumerate(CLASSES):
         assert [int(rows[name][c]) for c in ("labeled_before", "labeled_now", "labels_added", "labels_removed")] == [
@@ -397,9 +397,9 @@ def test_classes_with_the_largest_changes_are_listed_with_positives():
     before, after = np.array([0.5, 0.5, np.nan, 0.9]), np.array([0.75, 0.4, np.nan, 0.9])
     changes = Changes(["a", "b", "c", "d"], before, after, np.array([9, 4, 1, 5]), None, 30, 2)
     assert changes.sentences() == [
-        "Measured on 30 validation images that neither run has trained on (2 are skipped, since the earlier run has "
+        "Measured on 30 validation images that neither run was trained on (2 are skipped, since the earlier run was "
         "trained on their labels).",
-        "mAP 63.3 before, 68.3 after, over the 3 of 4 classes with at least 3 positives.",
+        "mAP: 63.3 before, 68.3 after, over the 3 of 4 classes with at least 3 positives.",
         "Gained most, in points of AP: a +25.0 (9 positives).",
         "Lost most, in points of AP: b -10.0 (4 positives).",
     ]
@@ -408,4 +408,4 @@ def test_classes_with_the_largest_changes_are_listed_with_positives():
 def test_changes_without_positives_are_not_measured():
     nothing = np.full(1, np.nan)
     told = Changes(["a"], nothing, nothing, np.zeros(1, int), np.zeros((1, 4), int), 30, 0).sentences()
-    assert told[1] == "mAP is not measured: no class of both runs has 3 positives."
+    assert told[1] == "mAP is not measured, since no shared class has 3 positives."

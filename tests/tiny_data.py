@@ -13,6 +13,7 @@ from PIL import Image
 from cbsa_lightning import CBSAModule, SSMLLDataModule
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers import Source
+from cbsa_lightning.method.context_task import ContextTask
 
 CLASSES = ("red", "green", "blue", "yellow", "cyan")
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200))
@@ -80,6 +81,7 @@ def tiny_module(clip: Path, **settings: Any) -> CBSAModule:
     plain = {
         "clip": str(clip),
         "num_contexts": 2,
+        "contexts": ContextTask(pseudo_weight=1.0),  # recomputes the partition in each epoch
         "warmup_epochs": 1,
         "prompt_length": 2,
         "decoder_layers": 1,

@@ -1,4 +1,4 @@
-"""Semi-supervised multi-label image classification with CLIP: CBSA on PyTorch Lightning."""
+"""Semi-supervised multi-label image classification with CLIP: an implementation of CBSA in PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds to import; what does without it (inference, readers) should not wait for it.
+    # Lightning takes seconds to import. Lazy imports let modules that do not need it (inference, readers) load quickly.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `cbsa` command: check a data set; fit, test, label and export a run; the paper's tables and figures."""
+"""The `cbsa` command: checks data sets, trains and evaluates models, writes labels, and runs the paper's tables."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cbsa_lightning.errors import CBSAError
 
 HELP = """usage: cbsa COMMAND [options]
 
-  check      tell what a data set holds and what is wrong with it, before training: cbsa check photos.csv
-  fit        train a model, write predictions and pictures; --resume [RUN] continues a run,
-             --init_from RUN starts a new one from its weights, after labels have changed
-  validate   measure a checkpoint on the images that are held out for validation
-  test       measure a checkpoint on the test images
-  predict    label images: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt
-  label      write labels of a run for a labeling tool: cbsa label RUN --to label-studio --output tasks.json
-  export     write a trained model for use without this library: cbsa export RUN --to FOLDER
-  table      run the systems of one of the paper's tables: cbsa table 1
-  figure     draw one of the paper's figures: cbsa figure 4 RUN
+  check      summarize a data set and report its problems before training: cbsa check photos.csv
+  fit        train a model and write predictions and plots; --resume [RUN] continues a run,
+             --init_from RUN starts a new run from the weights of RUN, for example after labels have changed
+  validate   evaluate a checkpoint on the validation images
+  test       evaluate a checkpoint on the test images
+  predict    label images with a checkpoint: --data.predict FOLDER --ckpt_path RUN/checkpoints/last.ckpt
+  label      write the labels of a run for a labeling tool: cbsa label RUN --to label-studio --output tasks.json
+  export     export a trained model for use without this library: cbsa export RUN --to FOLDER
+  table      run the experiments of one of the paper's tables: cbsa table 1
+  figure     draw one of the paper's figures from a run or annotations: cbsa figure 4 RUN
 
-  cbsa COMMAND --help    all options of a command
-  cbsa --version         the version of the library
+  cbsa COMMAND --help    show all options of a command
+  cbsa --version         show the version of the library
 """
 
 
@@ -34,21 +34,21 @@ def main(args: Sequence[str] | None = None) -> Any:
     """Runs the command line.
 
     Args:
-        args: Arguments instead of those of the process, for calls from Python and tests.
+        args: Command-line arguments. None uses the arguments of the process.
 
     Returns:
-        The LightningCLI of a run, the report of a check, the file of a table, a figure or of labels, the
-        folder of an export; None for help and version.
+        The LightningCLI of a run, the report of a check, the file of a table, of a figure or of labels, or the
+        folder of an export. None for help and version.
     """
     words = current_words(sys.argv[1:] if args is None else args)
-    if words in ([], ["-h"], ["--help"], ["--version"]):  # answered at once: torch and Lightning take seconds to import
+    if words in ([], ["-h"], ["--help"], ["--version"]):  # handled first, because importing torch takes seconds
         print(f"cbsa {version('cbsa-lightning')}" if words == ["--version"] else HELP)
         return None
     if words[0] == "check":  # needs neither torch nor Lightning
         from cbsa_lightning.cli.check import check_command
 
         return check_command(words[1:])
-    if words[:1] == ["label"]:  # as long as it labels no new images
+    if words[:1] == ["label"]:  # needs neither of them unless it labels new images
         from cbsa_lightning.cli.label import label
 
         return label(words[1:])
@@ -69,15 +69,15 @@ def main(args: Sequence[str] | None = None) -> Any:
     from cbsa_lightning.cli.resuming import resumed
     from cbsa_lightning.reproduce.tables import table
 
-    # LightningCLI knows the methods of a Trainer alone, so what is ours is taken out before it looks.
+    # LightningCLI accepts only methods of a Trainer as commands, so other commands and --resume are handled first.
     if words[:1] == ["table"]:
         return table(words[1:])
     if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
-        print("--resume [RUN]: resume this run, or the newest below runs/ (docs/faults.md).\n")
+        print("--resume [RUN]: resume this run, or the newest run below runs/ (docs/faults.md).\n")
     with resumed(find_configs(words)) as run:
         before = os.environ.get("WANDB_RUN_ID")
         if run.wandb_id is not None:
-            os.environ["WANDB_RUN_ID"] = run.wandb_id  # which wandb takes where a logger names no id
+            os.environ["WANDB_RUN_ID"] = run.wandb_id  # wandb uses it if the logger does not specify an id
         try:
             return make_cli(run.words, folder=run.folder)
         finally:
@@ -87,34 +87,35 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def _names_checkpoint_alone(words: Sequence[str]) -> bool:
-    """Whether a prediction is to be made by a checkpoint without any configuration."""
+    """Returns whether the options of `predict` specify a checkpoint but no configuration."""
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     return bool(options) and set(options) <= {"--ckpt_path", "--data.predict", "--predictions.output"}
 
 
 _REMEDIES = {
-    "MisconfigurationException": "",  # Lightning's messages say what to change
+    "MisconfigurationException": "",  # Lightning's messages already include the remedy
     "OutOfMemoryError": " Reduce data.batch_size and data.eval_batch_size, or set trainer.precision to 16-mixed.",
 }
 
 
 def entry_point() -> None:
-    """The `cbsa` command: errors that a user can act on end in a sentence, without a trace."""
+    """Runs the `cbsa` command. Errors that a user can fix are printed as one sentence, without a traceback."""
     try:
         main()
     except CBSAError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except Exception as error:
-        # By name, since torch and Lightning take seconds to import and most commands need neither.
+        # The class is compared by name, since importing torch and Lightning takes seconds and few commands need them.
         kind = type(error).__name__
         if kind not in _REMEDIES:
             raise
         sys.exit(f"{kind}: {str(error).partition(chr(10))[0]}{_REMEDIES[kind]}")
     except SystemExit as end:
-        if type(end).__name__ != "SIGTERMException":  # Lightning's, which is not imported for this
+        if type(end).__name__ != "SIGTERMException":  # a class of Lightning, compared by name as above
             raise
         print(
-            "Received SIGTERM: stopped between two steps. To continue: `cbsa fit --resume`, or `cbsa table` again.",
+            "Received SIGTERM and stopped between two steps. Continue with `cbsa fit --resume`, or run `cbsa table` "
+            "again.",
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Checks of constructor arguments. The error message names the argument."""
+"""Checks of constructor arguments. Each error message names the argument."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_number(
     """Checks that a value is a finite number within its bounds.
 
     Raises:
-        ConfigError: If it is not. The message names the argument, its bounds and its value.
+        ConfigError: If the value is not such a number. The message names the argument, its bounds and its value.
     """
     number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     if whole:
@@ -61,7 +61,7 @@ def check_number(
 
 
 def check_kind(name: str, value: Any, kinds: type | Sequence[type], remedy: str) -> None:
-    """Checks the class of an object; None is allowed.
+    """Checks that an object is an instance of one of ``kinds``. None is allowed.
 
     Raises:
         ConfigError: If the class is wrong. The message names the argument, its value and a valid alternative.
@@ -72,10 +72,10 @@ def check_kind(name: str, value: Any, kinds: type | Sequence[type], remedy: str)
 
 
 def check_flags(**flags: Any) -> None:
-    """Checks that values are True or False; the string "false" would be true.
+    """Checks that values are bools. Other values could be misleading; for example, the string "false" is truthy.
 
     Raises:
-        ConfigError: If one is not. The message names the argument and its value.
+        ConfigError: If a value is not a bool. The message names the argument and its value.
     """
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
@@ -86,17 +86,17 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Checks that a value is one of the choices.
 
     Raises:
-        ConfigError: If it is not. The message names the argument, its choices and its value.
+        ConfigError: If it is none of them. The message names the argument, its choices and its value.
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r:.100}.")
 
 
 def check_paths(**paths: Any) -> None:
-    """Checks that values are paths; None is allowed.
+    """Checks that values are paths. None is allowed.
 
     Raises:
-        ConfigError: If one is not. The message names the argument and its value.
+        ConfigError: If a value is not a path. The message names the argument and its value.
     """
     for name, value in paths.items():
         check_kind(name, value, (str, os.PathLike), "a path")

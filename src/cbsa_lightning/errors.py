@@ -1,4 +1,4 @@
-"""Errors raised by this library. Each message says what was found, where, and how to fix it."""
+"""Errors raised by this library. Each message states the problem, its location and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class CBSAError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        # The location comes first in a message and the remedy last, so keep both ends.
+        # A message starts with the location and ends with the remedy, so both ends are kept.
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 3 // 5]} ... {text[-_LONGEST // 5 :]}"
 
 
@@ -21,7 +21,7 @@ class DataError(CBSAError, ValueError):
 
 
 class ConfigError(CBSAError, ValueError):
-    """Settings that contradict each other or do not fit the data."""
+    """Settings that contradict each other or are not compatible with the data."""
 
 
 class WeightsError(CBSAError, RuntimeError):
@@ -53,14 +53,14 @@ class OutputError(CBSAError, OSError):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and then, one after another, the errors that caused it."""
+    """Yields an error, its cause, the cause of that error, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def listed(items: Iterable[object], limit: int = 20) -> str:
-    """Joins ``items`` for a message. Shows at most ``limit`` of them, followed by the number of the others."""
+    """Joins ``items`` for a message. At most ``limit`` of them are shown, followed by the number of omitted items."""
     texts = [str(item) for item in items]
     shown = ", ".join(texts[:limit])
     return shown if len(texts) <= limit else f"{shown} ... and {len(texts) - limit} more"

@@ -1,7 +1,7 @@
-"""The private parts of Lightning that this library uses, and why. Checked with lightning 2.6.6.
+"""Access to private attributes and methods of Lightning, tested with lightning 2.6.6.
 
-Lightning has no public interface for any of them. tests/test_resume.py, tests/ddp/ and tests/test_cli.py fail if a new
-version changes one.
+Lightning has no public interface for these functions. tests/test_resume.py, tests/ddp/ and tests/test_cli.py fail if a
+new version of Lightning changes any of the attributes.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
 
 def end_after_step(trainer: Any) -> None:
-    """Makes the trainer stop after the present step, as its SIGTERM handler does, but in all processes at once."""
+    """Stops the trainer after the current step, as its SIGTERM handler does, but in all processes at the same time."""
     trainer._signal_connector.received_sigterm = True
 
 
 def replaces_samplers(trainer: Any) -> bool:
-    """Whether the trainer replaces samplers by distributed ones: it keeps ``use_distributed_sampler`` there only."""
+    """Returns the trainer's argument ``use_distributed_sampler``, which has no public attribute."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)
 
 
 def has_begun(logger: Any) -> bool:
-    """Whether a logger has its run already; ``logger.experiment`` would begin one."""
+    """Returns whether a logger has already started its run. Accessing ``logger.experiment`` would start it."""
     return logger._experiment is not None
 
 
 def log_into(logger: TensorBoardLogger, folder: Path) -> None:
-    """Makes a logger continue in an existing folder; its constructor would add a version to the path."""
+    """Makes a logger write to an existing folder. Its constructor would append a version to the path."""
     logger._root_dir, logger._name, logger._version = str(folder.parent), "", folder.name
+
+
+def logs_model(logger: WandbLogger) -> bool:
+    """Whether a logger logs checkpoints as artifacts itself."""
+    return bool(logger._log_model)
 
 
 def csv_settings(logger: CSVLogger) -> tuple[str, int]:
@@ -41,12 +46,12 @@ def csv_settings(logger: CSVLogger) -> tuple[str, int]:
 
 
 def saves_at_epoch_end(callback: ModelCheckpoint, trainer: Any) -> bool:
-    """Whether a checkpoint callback may save at the end of an epoch, which by default depends on the trainer."""
+    """Returns whether a checkpoint callback may save at the end of an epoch. The default depends on the trainer."""
     return bool(callback._should_save_on_train_epoch_end(trainer))
 
 
 def save_last(callback: ModelCheckpoint, trainer: Any) -> None:
-    """Makes a checkpoint callback save now, under the name and by the rules of its last checkpoint."""
+    """Makes a checkpoint callback save its last checkpoint now, under the configured name."""
     found = callback._monitor_candidates(trainer)
     if callback.save_last:
         callback._save_last_checkpoint(trainer, found)
@@ -55,47 +60,51 @@ def save_last(callback: ModelCheckpoint, trainer: Any) -> None:
 
 
 def reload_data(trainer: Any) -> None:
-    """Makes the training loader again: Lightning makes it before it reads epoch and position from the checkpoint."""
+    """Recreates the training loader.
+
+    Lightning creates it before it restores the epoch and the position within the epoch from the checkpoint.
+    """
     trainer.fit_loop._combined_loader = None
     trainer.fit_loop.setup_data()
 
 
 def validation_is_due(trainer: Any) -> bool:
-    """Whether the loop validates after the batch that its counters name."""
+    """Returns whether the loop validates after the current batch."""
     return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 def is_logging(trainer: Any) -> bool:
-    """Whether a loop is running that collects logged values; None of them is after its end."""
+    """Returns whether a loop that collects logged values is running."""
     return trainer._results is not None
 
 
 def logged_values(trainer: Any) -> dict[str, Tensor]:
-    """The epoch's values, which Lightning passes to the loggers only after callbacks have saved their checkpoints."""
+    """Returns the logged values of the epoch. Loggers receive them only after callbacks have saved checkpoints."""
     values: dict[str, Tensor] = trainer._logger_connector.metrics["log"]
     return values
 
 
 def epoch_results(trainer: Any) -> Any:
-    """Lightning's collection of the values that were logged in the present epoch: weighted sums, not yet means."""
+    """Returns Lightning's collection of the values logged in the current epoch, as weighted sums instead of means."""
     return trainer.fit_loop.epoch_loop._results
 
 
 def keep_epoch_results(trainer: Any) -> None:
-    """Makes the first step after a restart keep the restored results; it would reset them."""
+    """Keeps the restored results of an epoch. By default, the first step after a restart resets them."""
     trainer._logger_connector._first_loop_iter = True
 
 
 def restore_callback_metrics(trainer: Any, metrics: dict[str, Tensor]) -> None:
-    """Adds to ``trainer.callback_metrics``, whose public form is a copy."""
+    """Updates ``trainer.callback_metrics``. Its public property returns a copy, which cannot be used for this."""
     trainer._logger_connector._callback_metrics.update(metrics)
 
 
 def unfuse(optimizer: Optimizer) -> None:
     """Switches an optimizer to its unfused form, in place.
 
-    Fused optimizers undo float16's gradient scaling within their step, so Lightning refuses to clip their gradients.
-    It decides by the attribute below, also for bfloat16, which needs no scaling.
+    Fused optimizers undo the gradient scaling of float16 within their step, so Lightning refuses to clip their
+    gradients. It checks only the attribute below. It therefore also refuses bfloat16, although bfloat16 needs no
+    scaling.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ def test_the_list_equals_the_logged_metrics(tmp_path, clip_folder, squares, sett
 @pytest.mark.parametrize("make", [EarlyStopping, lambda monitor: ModelCheckpoint(monitor=monitor)])
 def test_an_unknown_metric_is_refused(tmp_path, clip_folder, squares, name, make):
     settings = {"callbacks": [make(name)], "enable_checkpointing": True}
-    with pytest.raises(ConfigError, match=rf"monitors '{name}', which this training does not log.*val/"):
+    with pytest.raises(ConfigError, match=rf"monitors '{name}', which this run does not log.*val/"):
         tiny_fit(tmp_path, clip_folder, squares, trainer=settings)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from sklearn.metrics import average_precision_score
 
+from cbsa_lightning.callbacks.logged_pictures import log_pictures
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.data.datamodule import SSMLLDataModule
 from cbsa_lightning.data.images import decode
@@ -25,7 +25,8 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.training.cbsa import CBSAModule
 from tiny_clip import tiny_clip
 
-PICTURES = {"predictions", "attention", "classes", "contexts", "precision_recall", "reliability", "training"}
+CURVES = {"precision_recall", "reliability", "training", "pseudo_labels"}
+PICTURES = {"predictions", "attention", "classes", "contexts", *CURVES}
 
 
 @pytest.fixture(scope="module")
@@ -116,31 +117,47 @@ def test_history_contains_the_logged_metrics(run):
     assert resumed.history == report.history
 
 
-def test_wandb_has_plots_and_tables(run):
-    module, data, _, _, folder = run
-    media = next(folder.glob("wandb/offline-run-*/files/media"))
+def test_the_history_of_the_classes_is_part_of_the_state(run):
+    report = run[3]
+    assert set(report.classes.epochs) == {1}  # the second stage
+    resumed = RunReport()
+    resumed.load_state_dict(report.state_dict())
+    torch.testing.assert_close(resumed.classes.epochs, report.classes.epochs, rtol=0, atol=0, equal_nan=True)
+    resumed.load_state_dict({"history": {}})  # of an earlier version
+    assert resumed.classes.epochs == {}
+
+
+def test_wandb_has_the_plots(run):
+    media = next(run[-1].glob("wandb/offline-run-*/files/media"))
     assert {file.name.rsplit("_", 2)[0] for file in (media / "images" / "pictures").iterdir()} == PICTURES
-    content = json.loads(next((media / "table" / "report").glob("AP_*.json")).read_text())
-    assert content["columns"] == ["class", "AP"]
-    labels = data.eval_table().labels
-    # Uses the batches of the callback, because rounding determines the order of these similar scores.
-    outputs = [module.score(module.network.features(batch.images)).logits for batch in data.val_dataloader()]
-    logits = torch.cat(outputs).numpy()
-    for (name, value), truth, score in zip(content["data"], labels.T, logits.T, strict=True):
-        assert name in data.class_names
-        if truth.any():
-            assert value == pytest.approx(average_precision_score(truth, score), abs=1e-5)
-        else:
-            assert value is None
-    images = json.loads(next((media / "table" / "report").glob("images_*.json")).read_text())
-    paths = data.eval_table().paths.tolist()
-    assert [row[0] for row in images["data"]] == [paths[i] for i in (0, 3, 5, 8)]
+
+
+def test_tensorboard_has_the_plots(run):
+    """The tests run without TensorBoard, so a stand-in replaces its writer."""
+    pictures = {}
+
+    class Logger(TensorBoardLogger):
+        def __init__(self):
+            pass
+
+        @property
+        def experiment(self):
+            return SimpleNamespace(
+                add_image=lambda name, pixels, step, dataformats: pictures.update({name: (pixels, step, dataformats)})
+            )
+
+    file = run[-1] / "run" / "pictures" / "pseudo_labels.png"
+    log_pictures(SimpleNamespace(loggers=[Logger()], global_step=7), {"pseudo_labels": file})
+    pixels, step, order = pictures["pictures/pseudo_labels"]
+    with Image.open(file) as image:
+        assert pixels.shape == (image.height, image.width, 3)
+    assert (step, order) == (7, "HWC")
 
 
 def test_without_attention_and_contexts(towers, digits, tmp_path):
     fit(towers, digits, RunReport(3), tmp_path, epochs=1, num_contexts=0, semantic_alignment=False)
     names = {file.stem for file in (tmp_path / "run" / "pictures").iterdir()}
-    assert names == {"predictions", "classes", "precision_recall", "reliability", "training"}
+    assert names == {"predictions", "classes", *CURVES} - {"pseudo_labels"}  # one epoch, the warm-up
 
 
 def test_without_validation_there_are_only_curves_and_contexts(towers, digits, tmp_path):

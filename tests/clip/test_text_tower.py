@@ -139,7 +139,7 @@ def test_prompts_that_are_too_long_are_refused(pair):
         ({"no_causal_mask": True}, "not causal"),
         ({"embed_cls": True}, "not causal"),
         ({"pool_type": "last"}, "pooling 'last'"),
-        ({"block_type": "custom"}, "use the attention Attention"),
+        ({"block_type": "custom"}, "blocks with the attention Attention"),
     ],
 )
 def test_unsupported_text_towers_are_refused(tmp_path, text, found):

@@ -270,7 +270,7 @@ def test_class_file_json_with_a_repeated_key(tmp_path):
 
 
 def test_class_file_missing(tmp_path):
-    with pytest.raises(DataError, match="there is no class file here"):
+    with pytest.raises(DataError, match="the class file does not exist"):
         read_class_file(tmp_path / "none.yaml")
 
 
@@ -336,7 +336,7 @@ def test_class_file_too_large(tmp_path):
     with file.open("wb") as stream:
         stream.truncate(330_000_000)
     with pytest.raises(
-        DataError, match=r"instances\.json: has 330\.0 MB, but at most 4\.2 MB are allowed; correct the path"
+        DataError, match=r"instances\.json: the file has 330\.0 MB, but at most 4\.2 MB are allowed; correct the path"
     ):
         read_class_file(file)
 
@@ -344,7 +344,7 @@ def test_class_file_too_large(tmp_path):
 def test_class_file_json_that_is_too_deep(tmp_path):
     file = tmp_path / "c.json"
     file.write_text('{"a": ' + "[" * 100_000)
-    with pytest.raises(DataError, match=r"c\.json: cannot be read .*recursion"):
+    with pytest.raises(DataError, match=r"c\.json: the file cannot be read .*recursion"):
         read_class_file(file)
 
 

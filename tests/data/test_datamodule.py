@@ -195,7 +195,7 @@ def test_training_requires_unlabeled_images(tmp_path, clip_folder, squares, warm
     module = tiny_module(clip_folder, warmup_epochs=warmup_epochs)
     before = module.network.log_scale.detach().clone()
     trainer = tiny_trainer(tmp_path, max_epochs=5)
-    with pytest.raises(DataError, match=r"no unlabeled image.*labeled_fraction below 1.*LabeledOnly"):
+    with pytest.raises(DataError, match=r"no unlabeled images.*labeled_fraction below 1.*LabeledOnly"):
         trainer.fit(module, datamodule=tiny_data(squares, labeled_fraction=1.0))
     assert trainer.global_step == 0
     assert torch.equal(module.network.log_scale, before)
@@ -212,7 +212,7 @@ def test_held_out_images(squares, squares_folder):
     alone = ready(Squares(squares_folder, test=0))
     assert len(alone.split.held_out) == 1  # int(0.2 * 8), since there is no test table
     assert [len(batch.index) for batch in alone.test_dataloader()] == [1]
-    with pytest.raises(ConfigError, match="neither a test table nor a held-out fraction"):
+    with pytest.raises(ConfigError, match="no images for validation"):
         ready(Squares(squares_folder, test=0), held_out_fraction=0.0).val_dataloader()
 
 
@@ -228,7 +228,7 @@ def test_saved_split_is_reused(tmp_path, squares):
 def test_classes_are_known_before_tables_are_read(squares):
     data = tiny_data(squares)
     assert data.class_names == list(CLASSES) == data.prompt_names
-    with pytest.raises(ConfigError, match="Set the images to predict"):
+    with pytest.raises(ConfigError, match="Specify the images to label"):
         data.predict_dataloader()
 
 

@@ -178,7 +178,7 @@ def test_prepare_names_missing_files(tmp_path):
         source.prepare()
     table = source.folder / "test.csv"
     table.write_text(table.read_text().rsplit("\n", 2)[0] + "\n")
-    with pytest.raises(DataError, match=r"test\.csv is not the generated table of 2 images"):
+    with pytest.raises(DataError, match=r"test\.csv does not contain the generated table of 2 images"):
         source.test()
 
 

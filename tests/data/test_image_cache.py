@@ -112,7 +112,9 @@ def test_sizes_and_decoding_settings_are_separate(tmp_path, cache):
         "images-40-fast",
         "images-8",
     ]
-    with pytest.raises(ConfigError, match=r"images-40-fast.*decoded images were made with at_least 40 \(requested: 80"):
+    with pytest.raises(
+        ConfigError, match=r"images-40-fast.*decoded images were created with at_least 40 \(requested: 80"
+    ):
         cache.images(ImageFiles(table, 80), SIZE)
 
 
@@ -130,7 +132,7 @@ def test_a_broken_file_is_named_and_earlier_ones_are_cached(tmp_path, cache, num
     table = photographs(tmp_path / "images", 130)
     content = table.file(100).read_bytes()
     table.file(100).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"100\.jpg: .*truncated.*fetch the file again"):
+    with pytest.raises(DataError, match=r"100\.jpg: .*truncated.*download or copy the file again"):
         cache.images(ImageFiles(table), SIZE, num_workers)
     table.file(100).write_bytes(content)
     rest = cache.images(ImageFiles(table.select(range(64))), SIZE)

@@ -64,7 +64,9 @@ def split_of(source):
 
 def test_a_fit_stops_before_its_first_step(tmp_path, clip_folder):
     source = broken(tmp_path / "images", "train/3.png", "train/4.png", "test/0.png")
-    with pytest.raises(DataError, match=r"^3 images cannot be read: .*\. Fetch .*--data.on_error skip\.$") as refused:
+    with pytest.raises(
+        DataError, match=r"^3 images cannot be read: .*\. Download .*--data.on_error skip\.$"
+    ) as refused:
         tiny_fit(tmp_path, clip_folder, source)
     assert all(f"{file}.png" in str(refused.value) for file in ("train/3", "train/4", "test/0"))
 

@@ -127,18 +127,18 @@ def test_unreadable_files_raise_errors_with_name_and_remedy(tmp_path, content, m
     with pytest.raises(DataError, match=message) as caught:
         decode(path)
     assert str(path) in str(caught.value)
-    assert "fetch the file again" in str(caught.value)
+    assert "download or copy the file again" in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jpg: no such file; check the image root"):
+    with pytest.raises(DataError, match=r"none\.jpg: the file does not exist; check the image root"):
         decode(tmp_path / "none.jpg")
     with pytest.raises(DataError, match="is a folder, not a file"):
         decode(tmp_path)
 
 
 def test_floating_point_and_out_of_range_pixels_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no known range"):
+    with pytest.raises(DataError, match="an unknown range"):
         decode(saved(tmp_path / "f.tif", Image.fromarray(np.ones((2, 2), np.float32))))
     with pytest.raises(DataError, match="from -1 to 70000"):
         decode(saved(tmp_path / "i.tif", Image.fromarray(np.array([[-1, 70000]], np.int32))))
@@ -149,7 +149,7 @@ def test_floating_point_and_out_of_range_pixels_are_refused(tmp_path):
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
     path = saved(tmp_path / "bomb.png", Image.fromarray(RGB))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataError, match=r"bomb\.png: too large to decode safely.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(DataError, match=r"bomb\.png: the image is too large to decode safely.*MAX_IMAGE_PIXELS"):
         decode(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert decode(path).shape == (6, 9, 3)

@@ -166,8 +166,8 @@ def test_a_class_file_defines_the_names(tmp_path, names, cells, truth):
         (['{"choices": ["cat", "dog"]}', "cat"], ["row 2", "JSON object", "Label Studio"]),
         (["[" * 100_000], ["row 2", "not a list of JSON or Python"]),
         (["[" + " " * 100_000], ["row 2", "not a list of JSON or Python"]),
-        (["cat;", "dog"], ["row 2", "empty name", "';'", "'none'"]),
-        (['["cat", ""]'], ["row 2", "empty name"]),
+        (["cat;", "dog"], ["row 2", "is empty", "';'", "'none'"]),
+        (['["cat", ""]'], ["row 2", "is empty"]),
         (['["[]"]', '["cat"]'], ["row 2", "'[]'"]),
         (["'cat', 'dog'", "cat"], ["row 2", "in quotes"]),
         (["'cat';'dog'", "x;'cat'"], ["row 2", "in quotes"]),
@@ -232,10 +232,10 @@ def test_custom_words_for_nothing(tmp_path, cells):
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("cat;none", ["'none' next to another name", "no class at all"]),
-        ("cat;No Finding", ["'No Finding' next to another name", "no class at all"]),
-        ("cat;nan", ["'nan' next to another name", "not labeled"]),
-        ("NA;cat", ["'NA' next to another name", "not labeled"]),
+        ("cat;none", ["'none' occurs together with another name", "no class at all"]),
+        ("cat;No Finding", ["'No Finding' occurs together with another name", "no class at all"]),
+        ("cat;nan", ["'nan' occurs together with another name", "not labeled"]),
+        ("NA;cat", ["'NA' occurs together with another name", "not labeled"]),
     ],
 )
 def test_words_next_to_names(tmp_path, cell, words):

@@ -34,7 +34,7 @@ def test_masks_are_nested_seeded_and_of_the_asked_share():
     assert (masks[0] != known_mask(2000, 20, 0.1, seed=5)).any()
     assert known_mask(5, 3, 1.0, 0).all()
     assert not known_mask(5, 3, 0.0, 0).any()
-    with pytest.raises(ConfigError, match="not between 0 and 1"):
+    with pytest.raises(ConfigError, match="must be between 0 and 1"):
         known_mask(5, 3, 10, 0)
 
 
@@ -80,7 +80,7 @@ def test_masks_of_other_tables_are_refused(tmp_path):
     labels = table.labels.copy()
     labels[7, 3] = 1 - labels[7, 3]
     for other in (a_table(labels), random_table(seed=1), random_table(n=299), random_table(classes=6)):
-        with pytest.raises(DataError, match="was made for the table with digest"):
+        with pytest.raises(DataError, match="was created for a table with digest"):
             LabelMask.load(tmp_path / "mask.json", other)
     for known in (np.ones((300, 6), dtype=bool), np.ones((300, 7), dtype=np.int8)):
         with pytest.raises(DataError, match=r"expected \(300, 7\) bool"):
@@ -90,10 +90,10 @@ def test_masks_of_other_tables_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"known": "AAAA"}, "does not hold 300 x 7 entries"),
+        ({"known": "AAAA"}, "does not have 300 x 7 entries"),
         ({"known": "%%"}, "cannot be read"),
         ({"known": 5}, "cannot be read"),
-        ({"shape": [7, 300]}, "does not hold"),
+        ({"shape": [7, 300]}, "does not have"),
         ({"digest": "0" * 64}, "was changed after it was written"),
         ({"format": "another"}, "is not a valid label mask"),
     ],
@@ -118,7 +118,7 @@ def test_no_file_and_no_json(tmp_path):
 def test_settings_that_exclude_each_other():
     with pytest.raises(ConfigError, match="use only one of them"):
         make_mask(random_table(), file="mask.json", fraction=0.5, seed=1)
-    with pytest.raises(ConfigError, match="leaves none"):
+    with pytest.raises(ConfigError, match="leaves no known label"):
         make_mask(random_table(n=2), file=None, fraction=1e-9, seed=1)
 
 

@@ -62,7 +62,7 @@ def test_ground_truth(tmp_path):
         "2 images without labels: unlabeled",
         "1 image whose labeling failed: also unlabeled",
         "1 image labeled by a model (human-annotated: no): read like the others",
-        "the classes are the labels in use; classes without any image are missing",
+        "the classes are the labels in use, so classes without images are missing",
     ]
 
 
@@ -96,21 +96,25 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     ([""], {}, ["is empty"]),
     (["{"], {}, ["line 1: cannot be read as JSON"]),
     ([A, "[]"], {}, ["line 2 must be an object"]),
-    ([{"image_url": "azureml://a.jpg"}], {}, ["line 1: has neither 'source-ref' (SageMaker) nor", "'image_url'"]),
+    (
+        [{"image_url": "azureml://a.jpg"}],
+        {},
+        ["line 1: the line has neither 'source-ref' (SageMaker) nor", "'image_url'"],
+    ),
     ([A | {"source-ref": 3}], {}, ["source-ref must be a string, found 3"]),
     ([A | {"source-ref": "s3://other/a.jpg"}], {}, ["1 of 1", "'s3://other/a.jpg'", "not below 's3://b/photos/'"]),
     ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["is outside"]),
-    ([A, A], {}, ["the same path twice", "line 1", "line 2"]),
-    ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: has no '2'"]),
+    ([A, A], {}, ["paths that occur twice", "line 1", "line 2"]),
+    ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: there is no '2'"]),
     ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be an integer, found '1'"]),
     ([sagemaker("a.jpg", 1, {"1": "dog"})], {}, ["tags must be a list, found 1"]),
     ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["has type 'groundtruth/boxes'"]),
     ([A | {"more": 1, "more-metadata": {}}], {}, ["several label attributes: 'tags'", "'more'"]),
     ([A], {"attribute": "tag"}, ["no label attribute 'tag' (did you mean 'tags'?)"]),
-    ([A, sagemaker("b.jpg") | {"tags": [1]}], {}, ["line 2: has 'tags' without its metadata"]),
+    ([A, sagemaker("b.jpg") | {"tags": [1]}], {}, ["line 2: the line has 'tags' without its metadata"]),
     ([{"imageGcsUri": "s3://b/photos/a.jpg", "boundingBoxAnnotations": []}], {}, ["has 'boundingBoxAnnotations'"]),
     ([{"imageGcsUri": "s3://b/photos/a.jpg", "classificationAnnotations": [3]}], {}, ["annotation must be an object"]),
-    ([sagemaker("a.jpg")], {}, ["no answer names a label"]),
+    ([sagemaker("a.jpg")], {}, ["no answer contains a label"]),
 ])  # fmt: skip
 def test_invalid_files(tmp_path, lines, options, words):
     with pytest.raises(DataError) as error:

@@ -53,7 +53,7 @@ def test_names_before_download(tmp_path):
     assert source.class_names == source.prompt_names == COCO_CLASSES
     with pytest.raises(DataError) as error:
         source.prepare()
-    for word in ("instances_train2014.json", "val2014", "COCO pages", "train_annotations"):
+    for word in ("instances_train2014.json", "val2014", "COCO website", "train_annotations"):
         assert word in str(error.value)
 
 
@@ -113,15 +113,15 @@ def change(path, value):
     ("path", "value", "words"),
     [
         (("categories",), [], ["categories is empty"]),
-        (("categories", 0, "id"), 2, ["same id twice", "categories[0] and categories[1]"]),
-        (("categories", 0, "name"), "cat", ["same name twice", "'cat'"]),
+        (("categories", 0, "id"), 2, ["ids that occur twice", "categories[0] and categories[1]"]),
+        (("categories", 0, "name"), "cat", ["names that occur twice", "'cat'"]),
         (("categories", 0, "name"), None, ["categories[0] has no name"]),
         (("categories", 0, "id"), "7", ["categories[0]", "integer", "'7'"]),
-        (("images", 1, "id"), 10, ["same id twice", "images[0] and images[1]"]),
+        (("images", 1, "id"), 10, ["ids that occur twice", "images[0] and images[1]"]),
         (
             ("images", 1, "file_name"),
             "a.jpg",
-            ["instances_train2014.json, image 10", "image 9", "the same path twice", "train2014/a.jpg"],
+            ["instances_train2014.json, image 10", "image 9", "paths that occur twice", "train2014/a.jpg"],
         ),
         (("images", 1, "file_name"), None, ["images[1] has no file_name"]),
         (("images", 1, "file_name"), "../../b.jpg", ["image 9", "outside"]),

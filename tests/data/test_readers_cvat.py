@@ -83,7 +83,7 @@ def test_a_tag_that_means_nothing_and_subsets(tmp_path):
     assert matrix(source.train()) == {"a.jpg": [1], "c.jpg": [-1]}
     assert matrix(source.test()) == {"b.jpg": [0]}
     assert source.describe()[-1].endswith("1 validation image by its subset: read with the training images")
-    with pytest.raises(DataError, match=r"a\.xml: marks 1 image for testing.*also a test file .*b\.xml"):
+    with pytest.raises(DataError, match=r"a\.xml: the file marks 1 image for testing.*also a test file .*b\.xml"):
         CVAT(export(tmp_path, images), export(tmp_path, images, name="b.xml")).train()
 
 
@@ -100,23 +100,23 @@ def test_classes_may_differ_only_in_their_order(tmp_path):
 
 @pytest.mark.parametrize(("images", "options", "words"), [
     ("<image>", {}, ["is not XML"]),
-    ("", {}, ["has no image"]),
+    ("", {}, ["contains no images"]),
     ('<image name="a.jpg"/>', {"labels": ""}, ["no labels of a task or project or job"]),
     ('<image name="a.jpg"/>', {"labels": BOXES}, ["type 'rectangle', and none is a tag"]),
     ('<image name="a.jpg"/>', {"kind": "thing"}, ["no labels of a"]),
-    ("<image/>", {}, ["image 1: has no name"]),
-    ('<image name="a.jpg"><box label="cat"/></image>', {}, ["image 1 ('a.jpg'): has a 'box'", "COCO"]),
+    ("<image/>", {}, ["image 1: the image has no name"]),
+    ('<image name="a.jpg"><box label="cat"/></image>', {}, ["image 1 ('a.jpg'): the image has a 'box'", "COCO"]),
     ('<image name="a.jpg"><polygon label="cat"/></image>', {}, ["has a 'polygon'"]),
     ('<track id="0"/><image name="a.jpg"/>', {}, ["tracks of a video"]),
-    ('<image name="a.jpg"/><box label="cat"/>', {}, ["has 'box' besides images"]),
+    ('<image name="a.jpg"/><box label="cat"/>', {}, ["besides images, the file contains 'box'"]),
     ('<image name="a.jpg"/>', {"labels": LABELS + '<image name="b.jpg"/>'}, ["unexpected element 'image'"]),
     ('<image name="a.jpg"><tag label="cat"><tag label="cat"/></tag></image>', {}, ["unexpected element 'tag'"]),
     ('<image name="a.jpg"><tag label="cta"/></image>', {}, ["tag 'cta' is not a label", "did you mean 'cat'"]),
     ('<image name="a.jpg"><tag/></image>', {}, ["tag None is not a label"]),
     ('<image name="../a.jpg"/>', {}, ["'../a.jpg' is outside"]),
     ('<image name="/etc/passwd"/>', {}, ["is outside"]),
-    ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["the same path twice", "image 1", "image 2"]),
-    ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["the same class twice"]),
+    ('<image name="a.jpg"/><image name="./a.jpg"/>', {}, ["paths that occur twice", "image 1", "image 2"]),
+    ('<image name="a.jpg"/>', {"labels": LABELS + LABELS}, ["classes that occur twice"]),
 ])  # fmt: skip
 def test_invalid_exports(tmp_path, images, options, words):
     with pytest.raises(DataError) as error:
@@ -126,11 +126,11 @@ def test_invalid_exports(tmp_path, images, options, words):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<annotation/>", "its root element is 'annotation', not 'annotations'"),
+    ("<annotation/>", "the root element is 'annotation', not 'annotations'"),
     ('<!DOCTYPE a [<!ENTITY b "ccc"><!ENTITY d "&b;&b;">]><annotations>&d;</annotations>', "declares a document type"),
     ("{}", "is not XML"),
     (b"\xff\xfe<\x00", "save it as UTF-8"),
-    ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "has NUL characters"),
+    ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "contains NUL characters"),
 ])  # fmt: skip
 def test_files_that_are_not_exports(tmp_path, text, message):
     (tmp_path / "a.xml").write_bytes(text if isinstance(text, bytes) else text.encode())

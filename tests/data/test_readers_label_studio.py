@@ -148,7 +148,9 @@ def test_a_choice_that_means_nothing(tmp_path):
     write_image(tmp_path / "b.jpg", 0)
     tasks = [task("a.jpg", answer(choices("none"))), task("b.jpg", answer(choices("dog")))]
     assert matrix(read(tmp_path, tasks, nothing=["none"])) == {"a.jpg": [0], "b.jpg": [1]}
-    with pytest.raises(DataError, match=r"record 1: a label that means nothing, together with others: 'none', 'dog'"):
+    with pytest.raises(
+        DataError, match=r"record 1: a label for 'shows no class' occurs together with others: 'none', 'dog'"
+    ):
         read(tmp_path, [task("a.jpg", answer(choices("none", "dog")))], nothing=["none"])
 
 
@@ -189,13 +191,13 @@ def test_forms_of_image_paths(tmp_path, value, prefix, path):
     (["https://evil.example/1.jpg", "photos/1.jpg"], "photos", ["1 of 2", "evil.example", "not below 'photos/'"]),
     (["/data/local-files/?d=other/1.jpg"], "photos", ["record 1", "not below 'photos/'"]),
     (["/data/local-files/?d=photosx/1.jpg"], "photos", ["not below 'photos/'"]),
-    (["/data/local-files/?x=1"], None, ["has no single d="]),
+    (["/data/local-files/?x=1"], None, ["must have exactly one d="]),
     (["/data/local-files/?d=%FF.jpg"], None, ["utf-8"]),
     (["http://[bad/1.jpg"], None, ["Invalid IPv6"]),
     (["/data/local-files/?d=photos/../../x.jpg"], "photos", ["is outside"]),
     (["/etc/passwd"], None, ["is outside"]),
-    ([""], None, ["names no file"]),
-    (["folder/"], None, ["names no file"]),
+    ([""], None, ["contains no file name"]),
+    (["folder/"], None, ["contains no file name"]),
 ])  # fmt: skip
 def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words):
     for name in ("1.jpg", "beach/002.jpg", "city/002.jpg"):
@@ -208,7 +210,7 @@ def test_images_that_are_not_matched_are_listed(tmp_path, values, prefix, words)
 
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(
-        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in it"
+        DataError, match=r"t\.json, record 1: 'b\.jpg' cannot be matched by its file name: .*no image in this folder"
     ):
         read(tmp_path, [task("b.jpg")])
 
@@ -221,28 +223,28 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ("{", ["cannot be read as JSON"]),
     ("[" * 100_000, ["cannot be read as JSON"]),
     ({}, ["an export must be a list, found {}"]),
-    ([], ["has no task"]),
+    ([], ["contains no tasks"]),
     ([3], ["record 1 must be an object, found 3"]),
     ('[{"data": {}, "data": {}}]', ["the key 'data' occurs twice"]),
     ([{"data": {"image": "a.jpg"}}], ["has no 'annotations'", "export the project as JSON"]),
-    ([{"annotations": []}], ["record 1: has no 'data'"]),
+    ([{"annotations": []}], ["record 1: there is no 'data'"]),
     ([task(3)], ["record 1: image must be a string, found 3"]),
     ([task(["a.jpg", "b.jpg"])], ["image must be a string"]),
-    ([{"id": 7, "data": {"text": "hello"}, "annotations": []}], ["task 7: its data has no 'image', only 'text'"]),
+    ([{"id": 7, "data": {"text": "hello"}, "annotations": []}], ["task 7: the data has no 'image', only 'text'"]),
     ([{"data": {"image": "a.jpg", "path": 3}, "annotations": []}], ["path must be a string or null, found 3"]),
     ([GOOD | {"data": {"image": "a.jpg", "path": "../a.jpg"}}], ["'../a.jpg' is outside"]),
-    ([task("a.jpg", answer(BOX))], ["record 1: has a result of 'rectanglelabels' (control 'box')"]),
+    ([task("a.jpg", answer(BOX))], ["record 1: the task has a result of 'rectanglelabels' (control 'box')"]),
     ([task("a.jpg", answer(choices("dog"), choices("good", control="quality")))], ["several controls", "'quality'"]),
     ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["also have 'x', 'y'", "whole images"]),
     ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a string"]),
     ([task("a.jpg", answer({"type": "choices", "value": {}}))], ["from_name None"]),
-    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["has no 'choices'"]),
+    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["there is no 'choices'"]),
     ([task("a.jpg", {"result": 1})], ["result must be a list, found 1"]),
-    ([task("a.jpg", {})], ["has no 'result'"]),
+    ([task("a.jpg", {})], ["there is no 'result'"]),
     ([task("a.jpg", {"result": [], "was_cancelled": "no"})], ["was_cancelled must be true or false, found 'no'"]),
     ([GOOD | {"project": 1}, GOOD | {"project": 2}], ["tasks of several projects: 1", "2"]),
     ([task("a.jpg", answer(choices("")))], ["empty name"]),
-    ([task("a.jpg", answer())], ["no answer names a label"]),
+    ([task("a.jpg", answer())], ["no answer contains a label"]),
 ])  # fmt: skip
 def test_invalid_exports(tmp_path, tasks, words):
     write_image(tmp_path / "a.jpg", 0)
@@ -280,7 +282,7 @@ def test_a_control_without_results(tmp_path):
     (CONFIG.replace('<Choice value="car"/>', '<Choice value="car"><Choice value="bus"/></Choice>'), "nested choices"),
     (CONFIG.replace('value="car"', ""), "a Choice has no value"),
     (CONFIG.replace('value="$image"', 'valueList="$images"'), "which is not a task key"),
-    ('<View><Image name="i" value="$i"/><Choices name="c" toName="i" value="$options"/></View>', "lists no Choice"),
+    ('<View><Image name="i" value="$i"/><Choices name="c" toName="i" value="$options"/></View>', "there is no Choice"),
     (CONFIG.replace("</View>", CONFIG.partition(">")[2]).replace('"labels"', '"more"', 1), "several Choices"),
 ])  # fmt: skip
 def test_invalid_configurations(tmp_path, text, message):
@@ -292,15 +294,15 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), [
-    ([ROW | {"labels": "dog"}], {}, "which column has the choices is ambiguous"),
+    ([ROW | {"labels": "dog"}], {}, "ambiguous which column contains the choices"),
     ([ROW | {"more": {"choices": []}}], {}, "several do: 'labels', 'more'"),
     ([ROW], {"control": "label"}, r"no row has a column 'label' \(did you mean 'labels'"),
-    ([ROW, {"image": "a.jpg"}], {}, "record 2: has no 'annotation_id'"),
+    ([ROW, {"image": "a.jpg"}], {}, "record 2: there is no 'annotation_id'"),
     ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be an integer or null"),
-    ([ROW, ROW | {"annotation_id": None}], {}, "record 2: has 'labels' but no annotation_id"),
+    ([ROW, ROW | {"annotation_id": None}], {}, "record 2: the row has 'labels' but no annotation_id"),
     ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a string or an object"),
     ([ROW | {"labels": {"taxonomy": []}}], {"control": "labels"}, "labels must be a choice or"),
-    ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "its data has no 'image'"),
+    ([{"annotation_id": 1, "labels": {"choices": []}}], {}, "the data has no 'image'"),
 ])  # fmt: skip
 def test_invalid_json_min(tmp_path, rows, options, message):
     write_image(tmp_path / "a.jpg", 0)

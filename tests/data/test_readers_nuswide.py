@@ -165,7 +165,7 @@ def test_names_with_damaged_characters(tmp_path, point, order):
 def test_empty_lists(tmp_path):
     make_nuswide_list(tmp_path, 4, 3, text=True)
     (tmp_path / "formatted_train_images.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"formatted_train_images\.txt: lists no images"):
+    with pytest.raises(DataError, match=r"formatted_train_images\.txt: the file contains no images"):
         NUSWIDE(str(tmp_path), **TEXT).train()
 
 

@@ -70,19 +70,19 @@ def test_present_absent_and_unknown(tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "names", "images", "words"), [
-    ("ImageID,LabelName\n1,a\n", None, None, ["t.csv: no column 'Confidence'"]),
+    ("ImageID,LabelName\n1,a\n", None, None, ["t.csv: there is no column 'Confidence'"]),
     ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: Confidence must be", "found '2'"]),
     ("ImageID,LabelName,Confidence\n1,a,nan\n", None, None, ["found 'nan'"]),
     ("ImageID,LabelName,Confidence\n1,a,\n", None, None, ["found ''"]),
     ("ImageID,LabelName,Confidence\n../1,a,1\n", None, None, ["'../1.jpg' is outside"]),
     ("ImageID,LabelName,Confidence\n,a,1\n", None, None, ["the image path is empty"]),
     ("ImageID,LabelName,Confidence\n1,,1\n", None, None, ["empty name"]),
-    ("ImageID,LabelName,Confidence\n1,a,1\nb/../1,a,1\n", None, None, ["t.csv, image '1'", "same path twice"]),
-    (ROWS, "x,y\n", None, ["no row has a class of"]),
-    (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: is not CSV"]),
+    ("ImageID,LabelName,Confidence\n1,a,1\nb/../1,a,1\n", None, None, ["t.csv, image '1'", "paths that occur twice"]),
+    (ROWS, "x,y\n", None, ["no row contains a class of"]),
+    (ROWS, '/m/a,"A\nB"\n', None, ["names.csv, row 1: the row is not CSV"]),
     (ROWS, "/m/a,A,B\n", None, ["names.csv, row 1", "is not a label name and a class name"]),
     (ROWS, "/m/a,A\n/m/a,B\n", None, ["names.csv, row 2: label '/m/a' occurs twice"]),
-    (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: the same class twice"]),
+    (ROWS, "/m/a,A\n/m/b,A\n", None, ["names.csv: classes that occur twice"]),
     (ROWS, None, "ImageID,Subset\n1,train\n2,train\n", ["images that are not in", "images.csv: '3'"]),
     (ROWS, None, "ImageID,Subset\n1,a\n2,a\n3,a\n3,b\n", ["images.csv: an image is listed twice"]),
 ])  # fmt: skip

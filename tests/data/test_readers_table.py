@@ -172,20 +172,20 @@ def test_image_column_is_the_first_of_the_known_names(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["no header"]),
+        ("", ["is not a header"]),
         ("image,labels\n", ["no rows"]),
         ("picture,labels\na.jpg,cat\n", ["no image column", "'picture'", "image or path or file or filename"]),
         ("image\na.jpg\n", ["no labels"]),
         ("image,cat,dog,cat\na.jpg,1,0,1\n", ["'cat' (columns 2 and 4)"]),
-        ("image,caf\u00e9,cafe\u0301\na.jpg,1,0\n", ["same column twice"]),
+        ("image,caf\u00e9,cafe\u0301\na.jpg,1,0\n", ["columns that occur twice"]),
         ("image,labels\na.jpg,cat\nb.jpg,cat,dog\n", ["row 3", "3 cells, but the header has 2", "b.jpg,cat,dog"]),
         ("image,cat,dog\na.jpg,1,0\nb.jpg,1\n", ["row 3", "2 cells, but the header has 3"]),
         ("image,cat\na.jpg,1\nb.jpg,yes\n", ["class 'cat'", "'yes' (row 3)", "unknown"]),
         ("image,cat\na.jpg,1\nb.jpg,2\n", ["'2' (row 3)"]),
         ("image,cat\na.jpg,1\n,0\n", ["row 3", "empty"]),
         ("image,cat\na.jpg,1\nb.jpg,0\n./a.jpg,0\n", ["'a.jpg' (rows 2 and 4)"]),
-        ("image,labels\na.jpg,cat;\n", ["row 2", "empty name", "'none'"]),
-        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' next to"]),
+        ("image,labels\na.jpg,cat;\n", ["row 2", "is empty", "'none'"]),
+        ("image,labels\na.jpg,cat\nb.jpg,none;cat\n", ["row 3", "'none' occurs together with"]),
         ("image,labels\na.jpg,\nb.jpg,none\n", ["no classes"]),
         ("image,cat\n../a.jpg,1\n", ["row 2", "outside", "allow_outside"]),
         ("image,cat\n/etc/a.jpg,1\n", ["row 2", "outside"]),
@@ -204,11 +204,11 @@ def test_refused(tmp_path, content, words):
     ("content", "words"),
     [
         # A quote that is not closed would silently swallow the following rows.
-        ('image,labels\na.jpg,"cat\nb.jpg,dog\n', ["row 2", "quote that is not closed", "cat\\nb.jpg"]),
-        ('image,labels,caption\na.jpg,cat,"two\nb.jpg,dog,x\n', ["row 2", "quote that is not closed"]),
+        ('image,labels\na.jpg,"cat\nb.jpg,dog\n', ["row 2", "quote is not closed", "cat\\nb.jpg"]),
+        ('image,labels,caption\na.jpg,cat,"two\nb.jpg,dog,x\n', ["row 2", "quote is not closed"]),
         ('image,labels\na.jpg,"cat\nb.jpg,x\nc.jpg,dog"\n', ["row 2", "line break", "close the quotes"]),
         ('image,cat\n"a\n.jpg",1\n', ["row 2", "line break"]),
-        ('"ima\nge",cat\na.jpg,1\n', ["row 1", "column names with line breaks"]),
+        ('"ima\nge",cat\na.jpg,1\n', ["row 1", "column names contain line breaks"]),
         ('"image"x,cat\na.jpg,1\n', ["no image column", "'imagex'"]),
         ("image,cat\na.jpg,1\n" + "x" * 3_000_000 + ",1\nb.jpg,1\n", ["a row has more than 1,048,576 bytes"]),
         ("image,cat" + "x" * 2_000_000 + "\na.jpg,1\n", ["row 1", "1,048,576 bytes or more", "not a header"]),
@@ -328,7 +328,7 @@ def test_other_encodings(tmp_path, content, encoding):
 
 
 def test_no_table(tmp_path):
-    refused(["no table here"], lambda: Table(str(tmp_path / "t.csv")).train())
+    refused(["the table does not exist"], lambda: Table(str(tmp_path / "t.csv")).train())
     refused(["(train)", "(test)", "(class_file)"], Table("a.csv", "b.csv", class_file="c.yaml").prepare)
     broken = text(tmp_path / "t.parquet", "image,cat\n")
     refused([broken, "cannot be read as a table"], lambda: Table(broken).train())
@@ -370,7 +370,7 @@ def test_class_file_with_columns(tmp_path):
     path = text(tmp_path / "t.csv", "image,dogs,cat\na.jpg,0,1\n")
     refused(["no column for class 'dog'", "'dogs'"], lambda: Table(path, class_file=classes).train())
     path = text(tmp_path / "t.csv", "image,dog,cat,feline\na.jpg,0,1,1\n")
-    refused(["'feline', 'cat' mean one class"], lambda: Table(path, class_file=classes).train())
+    refused(["'feline', 'cat' belong to the same class"], lambda: Table(path, class_file=classes).train())
 
 
 def test_test_table_must_have_the_classes_of_the_training_table(tmp_path):
@@ -443,7 +443,7 @@ def test_folders_that_are_reached_twice_are_refused(tmp_path, target):
     write_image(tmp_path / "photos" / "sub" / "a.jpg")
     (tmp_path / "photos" / "zzz").symlink_to(tmp_path / "photos" / target)
     refused(
-        [str(tmp_path / "photos"), "zzz", "would count twice; remove the link"],
+        [str(tmp_path / "photos"), "zzz", "would be counted twice; remove the link"],
         lambda: read_images(tmp_path / "photos", ["cat"]),
     )
 
@@ -513,12 +513,12 @@ def test_malicious_lists(tmp_path, name):
 
 
 def test_images_refused(tmp_path):
-    refused(["no image in it"], lambda: read_images(tmp_path, ["cat"]))
+    refused(["no image in this folder"], lambda: read_images(tmp_path, ["cat"]))
     refused(["t.txt, row 2", "empty"], lambda: read_images(text(tmp_path / "t.txt", "a\n\nb\n"), ["cat"]))
     refused(["(rows 1 and 2)"], lambda: read_images(text(tmp_path / "t.txt", "a\na\n"), ["cat"]))
-    refused(["lists no images"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
+    refused(["the file contains no paths"], lambda: read_images(text(tmp_path / "t.txt", "\n"), ["cat"]))
     refused(["row 1", "outside"], lambda: read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"]))
-    refused(["no table here"], lambda: read_images(tmp_path / "none", ["cat"]))
+    refused(["the table does not exist"], lambda: read_images(tmp_path / "none", ["cat"]))
     outside = read_images(text(tmp_path / "t.txt", "../a\n"), ["cat"], allow_outside=True)
     assert outside.file(0) == tmp_path.parent / "a"
 

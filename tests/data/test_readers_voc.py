@@ -101,7 +101,7 @@ def test_error_for_missing_files_names_archives_and_folder(tmp_path):
         assert word in str(error.value)
     make_voc(tmp_path, 3, 2)
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_val.txt").unlink()
-    with pytest.raises(DataError, match=r"no ImageSets/Main/cow_val\.txt\. Get"):
+    with pytest.raises(DataError, match=r"no ImageSets/Main/cow_val\.txt\. Download"):
         VOC(str(tmp_path)).prepare()
     with pytest.raises(DataError, match=r"cow_val\.txt is missing"):
         VOC(str(tmp_path)).test()
@@ -113,7 +113,7 @@ def test_error_for_missing_files_names_archives_and_folder(tmp_path):
         ("2008_000001  2", ["line 3", "'2008_000001  2'", "1, 0 or -1"]),
         ("2008_000001", ["line 3"]),
         ("2008_000002  1", ["line 3", "listed twice"]),
-        ("2008_000009  1", ["do not list the same images", "2008_000001, 2008_000009"]),
+        ("2008_000009  1", ["do not contain the same images", "2008_000001, 2008_000009"]),
     ],
 )
 def test_broken_line(tmp_path, line, words):
@@ -144,7 +144,7 @@ def test_paths_must_be_below_the_root(tmp_path):
 def test_the_same_image_under_two_names(tmp_path):
     make_voc(tmp_path, 4, 2)
     rename(tmp_path, "2008_000001", "./2008_000002")
-    with pytest.raises(DataError, match=r"same path twice.*aeroplane_train\.txt, image '\./2008_000002'"):
+    with pytest.raises(DataError, match=r"paths that occur twice.*aeroplane_train\.txt, image '\./2008_000002'"):
         VOC(str(tmp_path)).train()
 
 
@@ -161,7 +161,7 @@ def test_no_image_with_a_flag(tmp_path):
     make_voc(tmp_path, 2, 2)
     rename(tmp_path, " 1\n", " -1\n")
     with pytest.raises(
-        DataError, match=r"aeroplane_train\.txt and those of the other classes have no image with flag 1"
+        DataError, match=r"aeroplane_train\.txt and the files of the other classes have no image with flag 1"
     ):
         VOC(str(tmp_path)).train()
 
@@ -170,7 +170,7 @@ def test_very_long_names_do_not_fill_the_message(tmp_path):
     make_voc(tmp_path, 2, 2)
     file = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/cow_train.txt"
     file.write_text(file.read_text().replace("2008_000001", "x" * 10**6))
-    with pytest.raises(DataError, match="do not list the same images") as error:
+    with pytest.raises(DataError, match="do not contain the same images") as error:
         VOC(str(tmp_path)).train()
     assert len(str(error.value)) < 1000
 
@@ -206,7 +206,7 @@ def test_failed_download(tmp_path, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(torchvision.datasets, "VOCDetection", fetch)
-    with pytest.raises(DataError, match=r"no route.*VOCtrainval_11-May-2012\.tar by hand"):
+    with pytest.raises(DataError, match=r"no route.*VOCtrainval_11-May-2012\.tar manually"):
         VOC(str(tmp_path), download=True).prepare()
 
 
@@ -292,10 +292,10 @@ def test_custom_classes_without_a_test_list(tmp_path):
 
 @pytest.mark.parametrize(("objects", "message"), [
     ("<object></object>", r"a\.xml: object 0 has no name"),
-    ("<object>", r"a\.xml: is not XML"),
-    ("<!ENTITY x 'y'>", r"a\.xml: declares a document type"),
-    ("\0", r"a\.xml: has NUL characters"),
-    ("", r"Annotations: no XML file names an object"),
+    ("<object>", r"a\.xml: the file is not XML"),
+    ("<!ENTITY x 'y'>", r"a\.xml: the file declares a document type"),
+    ("\0", r"a\.xml: the file contains NUL characters"),
+    ("", r"Annotations: no XML file contains an object"),
 ])  # fmt: skip
 def test_invalid_custom_xml_files(tmp_path, objects, message):
     source = own_folder(tmp_path, {"a": objects}, {"train": ["a"]})

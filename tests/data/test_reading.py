@@ -86,7 +86,7 @@ def test_an_endless_device_is_refused(reader):
 def test_a_folder_is_refused(reader):
     read, path = reader
     path.mkdir()
-    refused(read, path, "is a folder, not a file|no image in it or its subfolders")
+    refused(read, path, "is a folder, not a file|no image in this folder or its subfolders")
 
 
 def test_a_link_to_itself_is_refused(reader):

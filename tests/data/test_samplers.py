@@ -280,8 +280,8 @@ def test_empty_sequential_shard_is_allowed():
         (lambda: LabeledBatches([1, 2], 2, 0, rank=2, world_size=2), "rank 2"),
         (lambda: LabeledBatches([True, False], 2, 0), "row numbers"),
         (lambda: LabeledBatches([[1], [2]], 2, 0), "row numbers"),
-        (lambda: LabeledBatches(range(5), 4, 0, world_size=2), "1 of 2 processes without any"),
-        (lambda: PairedBatches([1], range(5), 1, 4, 0, world_size=2), "1 of 2 processes without any"),
+        (lambda: LabeledBatches(range(5), 4, 0, world_size=2), "1 of 2 processes without images"),
+        (lambda: PairedBatches([1], range(5), 1, 4, 0, world_size=2), "1 of 2 processes without images"),
     ],
 )
 def test_invalid_settings_are_refused(make, message):

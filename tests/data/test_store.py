@@ -108,7 +108,7 @@ def test_rows_and_keys_of_the_wrong_form_are_refused(tmp_path):
     for wrong in (rows([1, 2]), rows([1]).astype(np.float64), rows([1])[:, :2]):
         with pytest.raises(DataError, match=r"1 features must be given as float32 of shape \(1, 3, 5\), found"):
             store.append([key(1)], wrong)
-    with pytest.raises(DataError, match="keys have 32 bytes, found 3"):
+    with pytest.raises(DataError, match="keys must have 32 bytes, found 3"):
         store.append([b"abc"], rows([1]))
     assert len(store) == 0
 
@@ -116,7 +116,9 @@ def test_rows_and_keys_of_the_wrong_form_are_refused(tmp_path):
 def test_different_settings_are_named(tmp_path):
     put(open_store(tmp_path, names=("a", "b")), [1])
     assert len(open_store(tmp_path, names=["a", "b"])) == 1
-    with pytest.raises(ConfigError, match=r"features were made with size 224 \(requested: 448\); choose another fold"):
+    with pytest.raises(
+        ConfigError, match=r"features were created with size 224 \(requested: 448\); choose another fold"
+    ):
         open_store(tmp_path, names=["a", "b"], size=448)
     with pytest.raises(ConfigError, match=r"names \['a', 'b'\] \(requested: None\)"):
         open_store(tmp_path)
@@ -125,10 +127,10 @@ def test_different_settings_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"shape \[3, 5\] \(requested: \[3, 4\]\)"):
         open_store(tmp_path, shape=(3, 4), names=("a", "b"))
     (tmp_path / "settings.json").write_text('{"size": 2')
-    with pytest.raises(ConfigError, match=r"settings\.json: damaged .*delete the folder"):
+    with pytest.raises(ConfigError, match=r"settings\.json: the file is damaged .*delete the folder"):
         open_store(tmp_path)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match="is missing next to features"):
+    with pytest.raises(ConfigError, match="is missing, but the folder contains features"):
         open_store(tmp_path)
 
 

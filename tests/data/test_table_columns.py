@@ -98,7 +98,7 @@ def test_names_next_to_class_columns(tmp_path):
 def test_a_column_that_divides_the_images_is_refused(tmp_path, name, rest):
     for parts in (("train", "test"), ("0", "1")):
         path = text(tmp_path, f"image,{name}," + rest.format(*parts))
-        refused(path, f"column {name!r} is refused", repr(parts[0]), "train and test")
+        refused(path, f"the column {name!r} divides the images", repr(parts[0]), "train and test")
     table = Table(text(tmp_path, f"image,{name}," + rest.format("train", "train"))).train()
     assert table.class_names == ("cat", "dog")
 
@@ -143,7 +143,7 @@ def test_a_first_line_with_the_delimiter(tmp_path, first):
     path = text(tmp_path, f"{first}\nimage;cat\na.jpg;1\nb.jpg;yes\n")
     refused(path, "'yes' (row 4)")
     refused(text(tmp_path, f"{first}\nimage;cat\na.jpg;1\nb.jpg;1;1\n"), "row 4")
-    refused(text(tmp_path, f"{first}\n"), "no header")
+    refused(text(tmp_path, f"{first}\n"), "is not a header")
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_json_lines_of_other_forms(tmp_path):
         ('{"image": "\\ud800", "cat": 1}', ["lone surrogate"]),
         ('{"image": ' + "[" * 100_000, ["row 1", "not a JSON object"]),
         ('{"image": ' + "1" * 10_000 + "}", ["row 1", "not a JSON object"]),
-        ("", ["no JSON object"]),
-        ("{}\n", ["no JSON object"]),
+        ("", ["nor a JSON object"]),
+        ("{}\n", ["nor a JSON object"]),
         ('{"images": [], "annotations": []}', ["'annotations'"]),
     ],
 )

@@ -51,7 +51,8 @@ EPOCHS, WARMUP = 3, 1
 DATA = {"warmup_batch_size": 5, "labeled_per_batch": 3, "batch_size": 7, "eval_batch_size": 3}
 
 
-CONTEXTS = ContextTask(weight=1e-5)  # small, because the context head is scaled below, which also scales its gradient
+# A small weight, because the context head is scaled below, which also scales its gradient.
+CONTEXTS = ContextTask(weight=1e-5, pseudo_weight=1.0)
 TABLES = (
     *("tau_pos", "tau_neg", "cut", "positive_rate"),
     *("context_partition", "pseudo_labels", "context_targets"),

@@ -34,6 +34,7 @@ def fit(folder: Path, clip_folder: Path, launcher: list[str], *more: str) -> tup
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         "--trainer.enable_progress_bar=false",
+        "--report.num_images=1",
         *more,
     ]
     ran = subprocess.run(

@@ -64,11 +64,20 @@ def script(folder, *words):
     return subprocess.run([sys.executable, folder / "predict.py", *words], capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def session(exported):
+    return onnxruntime.InferenceSession(exported / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def program(exported):
+    return read_program(exported / "model.pt2")
+
+
 @pytest.mark.parametrize("number", [1, 2, 7])
-def test_both_graphs_accept_any_batch_size(exported, classifier, number):
+def test_both_graphs_accept_any_batch_size(session, program, classifier, number):
     images = torch.randint(0, 256, (number, 3, SIZE, SIZE), dtype=torch.uint8)
     expected = classifier.scores(images)
-    session = onnxruntime.InferenceSession(exported / "model.onnx")
     names = ["logits", "probabilities", "labels", "attention", "context"]
     assert [output.name for output in session.get_outputs()] == names
     results = dict(zip(names, session.run(names, {"images": images.numpy()}), strict=True))
@@ -76,13 +85,13 @@ def test_both_graphs_accept_any_batch_size(exported, classifier, number):
     np.testing.assert_array_equal(results["labels"], expected >= classifier.thresholds)
     np.testing.assert_allclose(results["attention"], classifier.attention(images), atol=1e-5)
     np.testing.assert_allclose(results["context"].sum(1), 1, atol=1e-6)
-    module, metadata = read_program(exported / "model.pt2")
+    module, metadata = program
     torch.testing.assert_close(module(images)[1], expected, atol=1e-6, rtol=0)
     assert metadata == session.get_modelmeta().custom_metadata_map
 
 
-def test_the_bundle_contains_its_metadata(exported, classifier):
-    metadata = onnxruntime.InferenceSession(exported / "model.onnx").get_modelmeta().custom_metadata_map
+def test_the_bundle_contains_its_metadata(exported, session, classifier):
+    metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == list(classifier.class_names)
     assert json.loads(metadata["thresholds"])[1:3] == [0.5, None]  # JSON has no infinity
     assert metadata["image_size"] == str(SIZE)
@@ -162,7 +171,7 @@ def test_modified_thresholds_are_refused(exported, tmp_path):
     content["classes"][1]["threshold"] = 0.25
     (folder / "labels.json").write_text(json.dumps(content))
     message = script(folder, str(folder)).stderr
-    assert "threshold 0.25 for class 'green'; model.onnx has 0.5" in message
+    assert "the threshold 0.25 for class 'green', but model.onnx has 0.5" in message
 
 
 def test_an_opset_that_the_runtime_does_not_support_is_refused(exported, tmp_path, predict, monkeypatch):
@@ -181,10 +190,10 @@ def test_an_opset_that_the_runtime_does_not_support_is_refused(exported, tmp_pat
 def test_errors_of_the_classifier_name_the_damaged_file(exported, tmp_path, name):
     folder = copied(exported, tmp_path / "copy")
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
+    with pytest.raises(CheckpointError, match=f"{name}: the file is damaged"):
         Classifier.load(folder)
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+    with pytest.raises(CheckpointError, match=f"{name}: the file is missing"):
         Classifier.load(folder)
 
 
@@ -192,7 +201,7 @@ def test_errors_of_the_classifier_name_the_damaged_file(exported, tmp_path, name
     ("options", "message"),
     [
         ({"formats": ["onnx", "coreml"]}, "Unknown format: coreml"),
-        ({"formats": []}, "No format"),
+        ({"formats": []}, "No export format"),
         ({"extra": ["heat"]}, "Unknown extra output: heat"),
     ],
 )
@@ -231,7 +240,7 @@ def test_the_server_of_the_documentation_answers(exported, classifier, squares_f
     Squares(squares_folder)
     photo = next(squares_folder.rglob("*.png"))
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
-    (tmp_path / "serve.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    (tmp_path / "serve.py").write_text(re.search(r"```python\n(\"\"\"HTTP server.*?)```", text, re.DOTALL)[1])
     command = [sys.executable, tmp_path / "serve.py", exported, "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -93,7 +93,7 @@ def test_only_the_model_card_may_be_edited_before_an_upload(exported, tmp_path, 
     push_to_hub(folder, "me/birds")
     check_checksums(folder, ["README.md"])
     (folder / "labels.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"labels.json: is damaged or was changed"):
+    with pytest.raises(ConfigError, match=r"labels.json: the file is damaged or was changed"):
         push_to_hub(folder, "me/birds")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lacks model.safetensors"):

@@ -60,7 +60,7 @@ def test_tasks_of_a_real_export_keep_their_ids(labels):
     ]
     assert [body["result"] for body in made if body["task"] not in beach] == [[]] * (len(made) - len(beach))
     text = "\n".join(notes)
-    assert f"{len(ids) - len(made)} tasks of images without labels of the run" in text
+    assert f"{len(ids) - len(made)} tasks of images that the run does not label" in text
     assert "1 image of the run without a task in the export" in text
     assert "'new.jpg'" in text
 

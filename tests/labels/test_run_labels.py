@@ -133,7 +133,7 @@ def test_the_command_writes_predictions_for_tasks_of_a_project(run, tmp_path, ca
 def test_the_command_writes_image_sizes_for_cvat_if_the_folder_is_known(run, tmp_path, capsys):
     words = ["label", str(run[0]), "--to", "cvat", "--output"]
     assert " width=" not in main([*words, str(tmp_path / "a.xml")]).read_text()
-    assert "The file has no width and height" in capsys.readouterr().out
+    assert "The file contains no image sizes" in capsys.readouterr().out
     table = run[2].train_table
     count = len(run[2].split.unlabeled)
     assert main([*words, str(tmp_path / "b.xml"), "--root", str(table.root)]).read_text().count(" width=") == count
@@ -164,7 +164,7 @@ def test_the_command_labels_new_images_from_the_checkpoint_only(run, tmp_path, s
 
 
 def test_the_command_refuses_invalid_arguments(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"end in \.xml"):
+    with pytest.raises(ConfigError, match=r"for cvat is \.xml"):
         main(["label", str(run[0]), "--to", "cvat", "--output", "t.json"])
     with pytest.raises(ConfigError, match="is not a finished run with unlabeled images"):
         main(["label", str(tmp_path), "--to", "csv", "--output", str(tmp_path / "t.csv")])

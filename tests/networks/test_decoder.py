@@ -130,7 +130,7 @@ def test_dropout_is_off_only_in_evaluation():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 24"):
+    with pytest.raises(ConfigError, match="the feature width 24 is not divisible by 5 attention heads"):
         LabelDecoder(24, heads=5)
 
 

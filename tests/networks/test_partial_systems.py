@@ -74,12 +74,14 @@ def test_a_resumed_run_is_bit_identical(run, step, tmp_path, squares_folder):
     assert differences(resumed.state_dict(), module.state_dict()) == []
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("method", OVERLAYS)
 def test_each_overlay_fits_the_embedded_data(method, tmp_path, monkeypatch):
-    """Uses each overlay with a tiny backbone and word vectors from the embedded CLIP."""
+    """Uses each overlay with small networks and word vectors from the embedded CLIP."""
     monkeypatch.chdir(tmp_path)
     network = "--model.init_args.network.init_args"
     words = [] if method == "gcn_ml" else [f"{network}.attention_width=8"]
+    words += [] if method in ("gcn_ml", "ssgrl") else [f"{network}.dim=8"]
     cli = main(
         [
             *("fit", "--config", str(CONFIGS / "methods" / f"{method}.yaml")),

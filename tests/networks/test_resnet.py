@@ -108,7 +108,7 @@ def test_ml_decoder_head_has_the_published_sizes():
     (block,) = head.decoder["layers"]
     assert (block.multihead_attn.num_heads, block.linear1.out_features) == (8, 2048)
     assert (block.dropout.p, block.multihead_attn.dropout) == (0.1, 0.1)
-    with pytest.raises(ConfigError, match="5 attention heads do not divide the feature width 768"):
+    with pytest.raises(ConfigError, match="the feature width 768 is not divisible by 5 attention heads"):
         MLDecoderHead(2048, 80, heads=5)
 
 
@@ -180,10 +180,12 @@ def test_attention_maps():
 
 
 def test_unsuitable_backbones_are_refused():
-    with pytest.raises(ConfigError, match=r"has no model 'resnet50x'; similar names: .*resnet50"):
+    with pytest.raises(ConfigError, match=r"does not have a model 'resnet50x'; similar names: .*resnet50"):
         network(backbone="resnet50x")
     net = network(backbone="test_vit")
-    with pytest.raises(ConfigError, match=r"VisionTransformer returns \(1, 101, 64\), but a map \(B, 64, h, w\)"):
+    with pytest.raises(
+        ConfigError, match=r"VisionTransformer returns a tensor of shape \(1, 101, 64\), but a map \(B, 64, h, w\)"
+    ):
         net(torch.zeros(1, 3, 160, 160))
 
 
@@ -240,8 +242,8 @@ def test_unsuitable_files_are_refused(tmp_path):
     assert "missing: conv1.0.weight" in text
     assert "unknown: odd" in text
     assert f"other shape: bn1.bias (3,) instead of {tuple(state['bn1.bias'].shape)}" in text
-    assert f"{file} is not a plain mapping from names to tensors" in message({"state_dict": state})
-    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # reading it would require unpickling
+    assert f"{file} does not contain a plain mapping from names to tensors" in message({"state_dict": state})
+    assert f"{file} cannot be read as a weights file" in message(Path("code"))  # it would have to be unpickled
     file.write_bytes(b"damaged")
     with pytest.raises(WeightsError, match="cannot be read as a weights file"):
         network(pretrained=str(file))

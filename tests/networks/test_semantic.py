@@ -98,7 +98,7 @@ def test_only_the_last_stage_is_trained():
 
 
 def test_other_backbones_are_refused():
-    with pytest.raises(ConfigError, match=r"test_vit has no conv1.*resnet101"):
+    with pytest.raises(ConfigError, match=r"test_vit does not have conv1.*resnet101"):
         network(backbone="test_vit")
 
 

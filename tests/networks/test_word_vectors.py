@@ -33,7 +33,7 @@ def test_errors_name_missing_words(file):
 
 
 def test_files_without_vectors_are_refused(tmp_path):
-    with pytest.raises(WeightsError, match=r"no GloVe vectors can be read .*ClipWords"):
+    with pytest.raises(WeightsError, match=r"GloVe vectors cannot be read .*ClipWords"):
         GloVe(["dog"], str(tmp_path / "not_there.txt"))
     (tmp_path / "text.txt").write_text("dog is an animal\n")
     with pytest.raises(WeightsError, match="line 1: could not convert"):

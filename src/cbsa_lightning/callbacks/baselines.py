@@ -1,4 +1,4 @@
-"""Baselines on frozen features, measured before training on the validation images."""
+"""Baselines on frozen features, which are evaluated on the validation images before training."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ZERO_SHOT, LINEAR_PROBE, STACKED_PROBES = "zero-shot", "linear probe", "stacked 
 
 
 class MeasureBaselines(L.Callback):
-    """Measures zero-shot CLIP, a linear probe and stacked probes on the validation images.
+    """Evaluates zero-shot CLIP, a linear probe and stacked probes on the validation images.
 
     The linear probe uses the mean of the frozen features; the stack uses all descriptors and the unlabeled images. A
     resumed run loads the results from its checkpoint, since a trained attention pool differs from CLIP's own.
 
     Args:
-        always_probes: Whether to measure the probes even if the labeler does not need features of the training images;
-            this takes an extra pass over them.
+        always_probes: Whether to evaluate the probes even if the labeler does not need features of the training images.
+            This takes an extra pass over these images.
 
     Attributes:
-        results: mAP (0 to 1) by name. Empty if validation covers only a part of its images or the network has no frozen
-            tower; without zero-shot if the network has no text tower; without a probe if there are too few labeled
-            images for it.
+        results: mAP (0 to 1) by name. It is empty if validation covers only a part of its images or the network has no
+            frozen tower. Zero-shot CLIP is missing if the network has no text tower, and a probe is missing if there
+            are too few labeled images for it.
     """
 
     def __init__(self, always_probes: bool = True) -> None:
@@ -48,7 +48,7 @@ class MeasureBaselines(L.Callback):
         self.results = state_dict["results"]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fits the probes and measures all baselines, unless the run is resumed."""
+        """Fits the probes and evaluates all baselines, unless the run is resumed."""
         table = validated_table(trainer)
         frozen = pl_module.network.frozen_weights is not None
         if trainer.fast_dev_run or trainer.ckpt_path is not None or table is None or not frozen:
@@ -70,7 +70,7 @@ class MeasureBaselines(L.Callback):
 
 
 def validated_table(trainer: Any) -> Any:
-    """Returns the table of the validation images; None if validation covers none or only a part of them."""
+    """Returns the table of the validation images, or None if validation does not cover all of them."""
     every = trainer.limit_val_batches == 1.0 and isinstance(trainer.limit_val_batches, float)
     return trainer.datamodule.eval_table() if every and hasattr(trainer.datamodule, "eval_table") else None
 

@@ -1,4 +1,4 @@
-"""Changes since the run that training started from."""
+"""Reports the changes since the run that training started from."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cbsa_lightning.reports.changes import Changes, class_AP, in_order_of, label
 
 
 class ReportChanges(L.Callback):
-    """Measures the model of an earlier run before training and the new model after it, on the same validation images.
+    """Compares the model of an earlier run with the newly trained model on the same validation images.
 
-    Skips images whose labels the earlier run has trained on. Prints the changes and writes them to ``changes.csv`` in
-    the run's folder. A resumed run loads the earlier metrics from its checkpoint. Nothing is measured if validation
-    covers only a part of its images, or if the training images of the earlier run are unknown.
+    Images whose labels the earlier run was trained on are skipped. The changes are printed and written to
+    ``changes.csv`` in the run's folder. A resumed run loads the earlier metrics from its checkpoint. The models are not
+    compared if validation covers only a part of its images, or if the training images of the earlier run are unknown.
 
     Args:
         earlier: The earlier run.
@@ -43,7 +43,7 @@ class ReportChanges(L.Callback):
         self.earlier = earlier
         self.told: list[str] = []
         self._classifier: Classifier | None = None
-        self._before: Tensor | None = None  # (C',), AP of the earlier run's classes in the order of the new run's
+        self._before: Tensor | None = None  # AP (C',) of the earlier run's classes, in the order of the new run
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the metrics of the earlier run."""
@@ -57,7 +57,7 @@ class ReportChanges(L.Callback):
         """Builds the earlier model before training.
 
         Raises:
-            CheckpointError: If it cannot be built, or was trained on images of another size.
+            CheckpointError: If the model cannot be built, or was trained on images of another size.
         """
         if stage != "fit" or trainer.ckpt_path is not None:
             return
@@ -72,8 +72,8 @@ class ReportChanges(L.Callback):
             return
         if trained := int(self._trained(trainer).sum()):
             rank_zero_warn(
-                f"{self.earlier.file} was trained on the labels of {trained} validation images: the comparison "
-                "with it skips them, but this run's own metrics do not and may be too high."
+                f"{self.earlier.file} was trained on the labels of {trained} validation images. The comparison with it "
+                "skips these images, but this run's own metrics do not and may be too high."
             )
         with torch.random.fork_rng(devices=[]):  # the network is initialized before its weights are loaded
             self._classifier = self._load(pl_module, here)
@@ -84,14 +84,14 @@ class ReportChanges(L.Callback):
         if self.earlier.labeled is None:
             return (
                 f"it is unknown which images {self.earlier.file} was trained on, so this run's metrics may be too "
-                "high as well. Pass the run's folder to --init_from if it has a labeled.parquet"
+                "high. Pass the run's folder to --init_from if it has a labeled.parquet"
             )
         data = trainer.datamodule
         tables = [table for table in (data.train_table, data.test_table) if table is not None]
         if not any(rows_among(table, self.earlier.labeled.trained()).any() for table in tables):
             return (
                 "none of the images that it was trained on is in this run's tables. If only their paths have "
-                "changed, this run's metrics may be too high as well"
+                "changed, this run's metrics may be too high"
             )
         return ""
 
@@ -102,7 +102,7 @@ class ReportChanges(L.Callback):
         return Classifier.load(self.earlier.file, image_size=size, network=pl_module.make_network)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measures the earlier model on all processes."""
+        """Evaluates the earlier model on all processes."""
         if self._classifier is None:
             return
         classifier = self._classifier.to(pl_module.device)
@@ -113,7 +113,7 @@ class ReportChanges(L.Callback):
         self._classifier = None
 
     def _logits(self, trainer: Any, pl_module: Any, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns logits ``(n, C)`` of all validation images, on the CPU."""
+        """Returns logits ``(n, C)`` of all validation images on the CPU."""
         data, parts = trainer.datamodule, list[Any]()
 
         def keep(batch: EvalBatch, _: Tensor, logits: Tensor) -> None:
@@ -123,7 +123,7 @@ class ReportChanges(L.Callback):
         return torch.from_numpy(in_table_order(len(data.eval_table()), parts[0][1].shape[1], gather(parts))[0])
 
     def _measured(self, trainer: Any, logits: Tensor) -> Any:
-        """Returns AP ``(C,)`` on images that the earlier run has not trained on; NaN for classes with NaN logits."""
+        """Returns AP ``(C,)`` on images that the earlier run was not trained on; NaN for classes with NaN logits."""
         table = trainer.datamodule.eval_table()
         rows = ~self._trained(trainer)
         known = ~logits.isnan().all(0)
@@ -134,12 +134,12 @@ class ReportChanges(L.Callback):
         return result
 
     def _trained(self, trainer: Any) -> Any:
-        """Returns which validation images ``(n,)`` the earlier run has trained on."""
+        """Returns a mask ``(n,)`` of the validation images that the earlier run was trained on."""
         labeled = self.earlier.labeled
         return rows_among(trainer.datamodule.eval_table(), frozenset() if labeled is None else labeled.trained())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measures the new model; the first process prints and writes the changes."""
+        """Evaluates the new model; the first process prints and writes the changes."""
         folder = folder_of(trainer)
         if folder is None or self._before is None or self.earlier.labeled is None:
             return

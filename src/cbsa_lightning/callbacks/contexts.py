@@ -1,4 +1,4 @@
-"""The context partition of each epoch (Eq. 9, 10) and the context of each image (Eq. 11)."""
+"""Computes the context partition of each epoch (Eq. 9, 10) and the context of each image (Eq. 11)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from cbsa_lightning.method.labelers import positive_rates, rounded
 class UpdateContexts(L.Callback):
     """Partitions the classes into contexts by the co-occurrence of their labels.
 
-    Before the first epoch, only labeled images are used; in the second stage, pseudo-labeled images contribute with
-    their weight. A new partition keeps the ids of the previous one by overlap, since the context head has learned them.
+    Before the first epoch, only labeled images are used. In the second stage, pseudo-labeled images contribute with
+    their weight. The contexts of a new partition get the ids of the previous contexts that they overlap with, since the
+    context head has learned these ids.
 
-    The context of a labeled image follows from its known labels. The context of an unlabeled image, or of a partly
-    labeled image without a known positive, is the one predicted for its weak view with enough confidence; otherwise it
-    has none. Unknown entries of labeled images do not count in the first co-occurrence; in the second stage, their
-    pseudo-labels do.
+    The context of a labeled image is computed from its known labels. For an unlabeled image, or a partly labeled image
+    without a known positive, the network predicts the context from the weak view; if its confidence is too low, the
+    image has no context. Unknown entries of labeled images are excluded from the first co-occurrence matrix; in the
+    second stage, their pseudo-labels are used.
 
     If too few classes of the labeled images occur together, the run trains without contexts: there is no partition, and
     no image has a context.
@@ -50,7 +51,7 @@ class UpdateContexts(L.Callback):
         """
         k, c = pl_module.num_contexts, len(pl_module.class_names)
         if k > c:
-            raise ConfigError(f"{k} contexts cannot be made from {c} classes. Choose num_contexts <= {c}.")
+            raise ConfigError(f"{k} contexts cannot be formed from {c} classes. Choose num_contexts <= {c}.")
         data = data_of(trainer)
         labels = data.labeled_targets()
         if bool((pl_module.context_partition < 0).any()):
@@ -77,7 +78,8 @@ class UpdateContexts(L.Callback):
             rounded(pl_module.pseudo_labels[torch.as_tensor(rows, device=pl_module.device)]).cpu()
             for rows in (data.split.unlabeled, data.split.labeled)
         )
-        # An ignored entry of an unlabeled image counts as absent, as in the paper: it is not unknown at random.
+        # As in the paper, an ignored entry of an unlabeled image counts as absent, because such entries are not missing
+        # at random.
         self._partition(pl_module, torch.where(labels >= 0, labels, filled), pseudo.clamp(min=0))
         self._label(pl_module, data, labels)
 
@@ -98,12 +100,12 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label(pl_module: Any, data: Any, labels: Tensor) -> None:
-        """Sets the targets of the labeled images for the current partition; all zero for an image without a label.
+        """Sets the targets of the labeled images for the current partition; all zeros for an image without a label.
 
-        Targets that the weak view determines are unchanged.
+        Targets that are predicted from the weak view are not changed.
         """
         k, part = pl_module.num_contexts, pl_module.context_partition.cpu()
-        if bool((part < 0).any()):  # zero targets have loss 0, but keep the gradient that DDP waits for
+        if bool((part < 0).any()):  # targets of zeros have loss 0, but still yield the gradient that DDP waits for
             targets = torch.zeros(len(labels), k).float()
         elif pl_module.contexts.soft_targets:
             targets = soft_context_targets(labels, part, k)
@@ -118,7 +120,7 @@ class UpdateContexts(L.Callback):
 
     @staticmethod
     def _label_unlabeled(pl_module: Any, data: Any, probabilities: Tensor) -> None:
-        """Sets the targets of images without a known positive: a confident context of the weak view, or all zero."""
+        """Sets the targets of images without a known positive: a confident context of the weak view, or all zeros."""
         k = probabilities.shape[1]
         if pl_module.context_targets is None:
             pl_module.context_targets = probabilities.new_zeros(len(data.train_table), k)
@@ -138,5 +140,5 @@ class UpdateContexts(L.Callback):
 
 
 def _undecided(labels: Tensor) -> Tensor:
-    """Partly labeled images ``(n,)`` without a known positive, whose context their labels do not tell."""
+    """Returns a mask ``(n,)`` of partly labeled images without a known positive, whose labels determine no context."""
     return ~(labels == 1).any(1) & (labels < 0).any(1)

@@ -1,4 +1,4 @@
-"""A summary of the data, printed before the first step."""
+"""Prints a summary of the data before the first step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from cbsa_lightning.errors import listed
 
-SHOWN = 20  # classes
+SHOWN = 20  # maximum number of classes in the summary
 
 
 class DataSummary(L.Callback):
-    """Reports notes of the reader, the number of images of each kind, and the classes with the fewest positives.
+    """Prints notes of the reader, the number of images of each kind, and the classes with the fewest positives.
 
-    A custom data module is not summarized.
+    Custom data modules are not summarized.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -41,6 +41,6 @@ class DataSummary(L.Callback):
         fewest = np.argsort(positives, kind="stable")
         classes = listed([f"{pl_module.class_names[k]} {positives[k]:,}" for k in fewest], SHOWN)
         rank_zero_info(
-            f"Training images: {', '.join(counts)}. {len(positives):,} classes with their labeled positives, fewest "
-            f"first: {classes}."
+            f"Training images: {', '.join(counts)}. Labeled positives of {len(positives):,} classes, fewest first: "
+            f"{classes}."
         )

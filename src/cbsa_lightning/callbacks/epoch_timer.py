@@ -1,4 +1,4 @@
-"""Training time per image."""
+"""Measures the training time per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning as L
 
 
 class EpochTimer(L.Callback):
-    """Logs ``time/ms_per_image`` after each epoch: includes data loading, excludes validation and scoring passes."""
+    """Logs ``time/ms_per_image`` after each epoch, with data loading but without validation and scoring passes."""
 
     def __init__(self) -> None:
         self._start = self._paused = 0.0
@@ -20,7 +20,7 @@ class EpochTimer(L.Callback):
         self._restart()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the timer; this is the last callback, so that the work of the others is excluded."""
+        """Starts the timer; this callback runs last, so the work of the other callbacks is not measured."""
         self._restart()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -35,7 +35,7 @@ class EpochTimer(L.Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Resumes the timer; checkpoints have been written."""
+        """Resumes the timer after validation and after checkpoints have been written."""
         self._start += time.perf_counter() - self._paused
 
     def _restart(self) -> None:

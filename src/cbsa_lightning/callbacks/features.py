@@ -1,4 +1,4 @@
-"""Features of the frozen tower, computed once before training if the data module caches them."""
+"""Computes the features of the frozen tower once before training if the data module caches them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cbsa_lightning.data.caches.feature_cache import Tower
 
 
 class CacheFeatures(L.Callback):
-    """Fills ``data.feature_cache``, if set, before the first epoch; see :class:`FeatureCache`."""
+    """Fills ``data.feature_cache`` before the first epoch if the cache is enabled; see :class:`FeatureCache`."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Computes missing features before a fit; before other passes, checks that the cache is from the same tower.
 
-        Runs in this hook because Lightning builds the first loader when it sets up the optimizer.
+        This must happen in ``setup``, because Lightning builds the first loader when it sets up the optimizer.
         """
         data: Any = getattr(trainer, "datamodule", None)
         if getattr(data, "feature_cache", None) is None:
@@ -26,8 +26,8 @@ class CacheFeatures(L.Callback):
         weights = pl_module.network.frozen_weights
         if weights is None:
             rank_zero_warn(
-                f"{type(pl_module.network).__name__} has no frozen image tower, so data.feature_cache has no effect: "
-                "images are read and strong views drawn in every epoch."
+                f"{type(pl_module.network).__name__} has no frozen image tower, so data.feature_cache has no effect. "
+                "Images are read and strong views are drawn in every epoch."
             )
             data.forget_features(None)
             return
@@ -35,9 +35,9 @@ class CacheFeatures(L.Callback):
         if stage != "fit":
             data.forget_features(tower)
             return
-        pl_module.to(trainer.strategy.root_device)  # Lightning does this only later
+        pl_module.to(trainer.strategy.root_device)  # Lightning moves the module only after this hook
         store, kept = data.compute_features(tower)
-        trainer.strategy.barrier("features")  # each process computed its share
+        trainer.strategy.barrier("features")  # each process has computed a part of the features
         data.use_features(tower, store, kept)
 
 

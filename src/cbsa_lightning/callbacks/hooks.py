@@ -19,7 +19,7 @@ from cbsa_lightning.networks.processes import number
 
 
 class RunHooks(L.Callback):
-    """Runs the training hooks of networks that have them; see :class:`~cbsa_lightning.networks.hooks.TrainingHooks`."""
+    """Calls the training hooks of a network, if any; see :class:`~cbsa_lightning.networks.hooks.TrainingHooks`."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Passes the labels to the hooks."""
@@ -27,7 +27,7 @@ class RunHooks(L.Callback):
             hooks.before_training(pl_module.network, data_of(trainer).labeled_targets())
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Passes the features that the hooks select, computed with the raw weights."""
+        """Computes features with the raw weights, and passes those that the hooks select to the hooks."""
         if (hooks := pl_module.network.hooks) is None:
             return
         data, moment = data_of(trainer), moment_of(trainer, 0)
@@ -36,7 +36,7 @@ class RunHooks(L.Callback):
             hooks.before_epoch(self._seen(trainer, pl_module, data, wanted), moment)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Excludes idle parameters from the step; their zero gradients are needed for DDP only."""
+        """Excludes idle parameters from the step; only DDP needs their zero gradients."""
         hooks = pl_module.network.hooks
         if hooks is not None and hooks.idle(moment_of(trainer, 0)):
             for parameter in hooks.parameters():
@@ -49,7 +49,7 @@ class RunHooks(L.Callback):
         if len(rows) < trainer.world_size:
             raise ConfigError(
                 f"{type(pl_module.network).__name__} computes prototypes from {len(rows)} image(s) with known "
-                f"positives, for {trainer.world_size} process(es): each needs one. Label more images."
+                f"positives, but each of the {trainer.world_size} process(es) needs one. Label more images."
             )
         place = torch.full((len(data.train_table),), -1)
         place[torch.as_tensor(data.split.labeled)] = torch.arange(len(wanted))
@@ -79,6 +79,6 @@ class RunHooks(L.Callback):
 
 
 def moment_of(trainer: Any, step: int) -> Moment:
-    """Returns the current epoch and one of its steps."""
+    """Returns the moment of a step in the current epoch."""
     seed = getattr(getattr(trainer, "datamodule", None), "seed", 0)
     return Moment(trainer.current_epoch, step, max(int(trainer.num_training_batches), 1), seed)

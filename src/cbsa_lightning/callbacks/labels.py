@@ -1,4 +1,4 @@
-"""Labels for images with unknown labels when training ends, and lists of images to label or check."""
+"""Writes predicted labels and lists of images to label or to check when training ends."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from cbsa_lightning.method.finite import refuse_scores
 class WriteLabels(L.Callback):
     """Writes labels of the images with unknown labels into the run's folder when training ends.
 
-    - ``labels.csv``: one row per unlabeled image, then one per partly labeled image, whose known labels are kept; see
-      :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
-    - ``next_to_label.csv``: the images whose labels would help most.
-    - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict; only with a ``stack_share``,
-      since other models have no out-of-fold probabilities.
+    - ``labels.csv``: one row per unlabeled image, followed by one per partly labeled image, whose known labels are
+      kept; see :func:`~cbsa_lightning.inference.labels.image_labels.write_labels`.
+    - ``next_to_label.csv``: the images whose labels would be most useful.
+    - ``suspicious_labels.csv``: given labels that out-of-fold probabilities contradict. This file needs a
+      ``stack_share``, since other models have no out-of-fold probabilities.
 
-    Without a ``stack_share``, scores are not calibrated probabilities, and no label is marked for review. Nothing is
+    Without a ``stack_share``, scores are not calibrated probabilities, so no label is marked for review. Nothing is
     written for a custom data module or in a ``fast_dev_run``.
 
     Args:
-        enabled: False writes nothing, and skips the pass over these images.
+        enabled: Whether to write the files. If False, the images are not scored.
         budget: Length of the list of images to label next.
-        sure: Probability of being correct below which a decision is marked for review.
+        sure: Minimum probability of being correct; decisions with a lower probability are marked for review.
         favor_rare: Whether classes with few labeled positives get more weight in the list of images to label next.
 
     Raises:
@@ -52,7 +52,7 @@ class WriteLabels(L.Callback):
         self.enabled, self.budget, self.sure, self.favor_rare = enabled, budget, sure, favor_rare
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses class names that the table cannot contain, before training.
+        """Rejects, before training, class names that the table cannot contain.
 
         Raises:
             ConfigError: See :func:`~cbsa_lightning.inference.labels.image_labels.check_class_columns`.
@@ -61,7 +61,7 @@ class WriteLabels(L.Callback):
             check_class_columns(pl_module.class_names)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the images on all processes; the first process writes."""
+        """Scores the images on all processes; the first process writes the files."""
         folder = folder_of(trainer) if self._has_unknown(trainer) else None
         if folder is None:
             return

@@ -1,4 +1,4 @@
-"""Warnings about what limits the result of a run: unused images, a small validation set, no gain over the baselines."""
+"""Warns about limits of a run's result: unused images, a small validation set, or no gain over the baselines."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from cbsa_lightning.callbacks.baselines import (
 from cbsa_lightning.callbacks.stage_length import ends_in_warmup
 
 FEW_IMAGES = 50
-"""Number of validation images below which a run warns that its mAP is imprecise."""
+"""Number of validation images below which a run issues a warning that its mAP is imprecise."""
 
 FEW_STEPS = 100
-"""Number of optimizer steps of a stage below which a run warns; the paper's shortest warm-up has 144 steps."""
+"""Number of optimizer steps of a stage below which a run issues a warning.
+
+The paper's shortest warm-up has 144 steps.
+"""
 
 
 class ResultLimits(L.Callback):
-    """Warns at the start or the end of a fit about what limits its result.
+    """Warns at the start or the end of a fit if one of the following conditions limits its result.
 
-    - Training ends within the warm-up, so that unlabeled images are never used.
+    - Training ends within the warm-up, so unlabeled images are never used.
     - A stage has fewer than :data:`FEW_STEPS` optimizer steps.
     - Fewer than :data:`FEW_IMAGES` images are used for validation.
-    - The final mAP is not above that of all baselines.
+    - The final mAP is not higher than that of all baselines.
 
     Args:
-        baselines: Measures zero-shot CLIP, and probes if that is cheap.
+        baselines: Callback that evaluates zero-shot CLIP, and the probes if this is cheap.
     """
 
     def __init__(self, baselines: MeasureBaselines) -> None:
@@ -40,28 +43,28 @@ class ResultLimits(L.Callback):
         self._told_unused = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warns about what is known before the first step."""
+        """Warns about conditions that are known before the first step."""
         if trainer.fast_dev_run:
             return
         unused = _unlabeled(trainer, pl_module)
         if unused and ends_in_warmup(trainer, pl_module.warmup_epochs):
             self._told_unused = True
             rank_zero_warn(
-                f"All of this training belongs to the warm-up (model.warmup_epochs is {pl_module.warmup_epochs}), so "
-                f"the {unused} unlabeled images are never used. Lower warmup_epochs or train longer. To train on "
-                "labels only, use the labeler LabeledOnly."
+                f"The whole run consists of the warm-up (model.warmup_epochs is {pl_module.warmup_epochs}), so the "
+                f"{unused} unlabeled images are never used. Lower warmup_epochs or train longer. To train on labeled "
+                "images only, use the labeler LabeledOnly."
             )
         table = validated_table(trainer)
         if table is not None and len(table) < FEW_IMAGES:
             measured = int((table.labels == 1).any(0).sum())
             rank_zero_warn(
                 f"val/mAP is measured on {len(table)} images, with positives of {measured} of {table.num_classes} "
-                "classes, so differences of several points may be chance. Label more images, or add a test table "
+                "classes, so differences of several points may be due to chance. Label more images or add a test table "
                 "(data.source.init_args.test)."
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warns if a stage starts that has few steps."""
+        """Warns at the start of a stage that has few steps."""
         first, end = trainer.current_epoch, trainer.max_epochs
         enough = pl_module.scheduled_steps >= FEW_STEPS or not pl_module.trains
         if trainer.fast_dev_run or enough or first not in (0, pl_module.warmup_epochs):
@@ -69,7 +72,7 @@ class ResultLimits(L.Callback):
         stage, longer = "The second stage", "trainer.max_epochs"
         if pl_module.stage == "warm-up":
             stage, longer, end = "The warm-up", "model.warmup_epochs", pl_module.warmup_epochs
-        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1: max_steps sets the length
+        least = -(-FEW_STEPS // (end - first)) if end > first else FEW_STEPS  # -1 if max_steps sets the length
         rank_zero_warn(
             f"{stage} has {pl_module.scheduled_steps} optimizer steps, which may be too few. Set "
             f"data.min_steps_per_epoch to {least} or more, or raise {longer}."
@@ -105,8 +108,8 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
         )
     else:
         rank_zero_warn(
-            f"This model is not better than {names[best]} on frozen features: {figures}. --config "
-            f"methods/{best.replace(' ', '_')}.yaml after the other files trains it in seconds."
+            f"This model is not better than {names[best]} on frozen features: {figures}. To train this baseline in "
+            f"seconds, add --config methods/{best.replace(' ', '_')}.yaml after the other files."
         )
 
 

@@ -1,4 +1,4 @@
-"""Checks the metrics that callbacks monitor before the first step, not after an epoch."""
+"""Checks before the first step that monitored metrics exist, since an error after an epoch would be late."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _OURS = ("cbsa_lightning", "lightning")
 
 
 class CheckMonitors(L.Callback):
-    """Refuses to monitor metrics that are never logged.
+    """Raises an error if a callback monitors a metric that is never logged.
 
-    Does nothing if the module or a callback is from another package, since it may log its own metrics.
+    Nothing is checked if the module or a callback is from another package, since it may log its own metrics.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -33,13 +33,13 @@ class CheckMonitors(L.Callback):
             if name is not None and name not in known:
                 similar = difflib.get_close_matches(name.replace("_", "/", 1), known, cutoff=0.4) or ["val/mAP"]
                 raise ConfigError(
-                    f"{type(callback).__name__} monitors {name!r}, which this training does not log. Use one such as "
+                    f"{type(callback).__name__} monitors {name!r}, which this run does not log. Use a metric such as "
                     f"{listed(similar)}."
                 )
 
 
 def logged_names(pl_module: Any) -> list[str]:
-    """Returns the names of all metrics that training of ``pl_module`` may log."""
+    """Returns the names of all metrics that may be logged while ``pl_module`` is trained."""
     names = [f"val/{name}" for name in ("mAP", "mAP_raw", *REPORTED)]
     names += ["val/mAP_network"] if pl_module.stack_share else []
     names += [f"val/AP/{name}" for name in pl_module.class_names]

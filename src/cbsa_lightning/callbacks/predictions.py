@@ -1,4 +1,4 @@
-"""`cbsa predict`: labels and scores of images, as a table."""
+"""Writes the output of `cbsa predict`, a table of labels and scores of images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from cbsa_lightning.io.runs import PREDICTIONS, folder_of
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes the output of ``cbsa predict``, one row per image, in the order of the images.
+    """Writes the output of ``cbsa predict`` with one row per image, in the order of the images.
 
-    Skipped files are listed in ``<output>_left_out.csv`` in the same folder: files in the input folder without an image
-    suffix, and images that cannot be read.
+    Skipped files are listed in ``<output>_left_out.csv`` in the same folder. These are files in the input folder
+    without an image suffix, and images that cannot be read.
 
     Args:
-        output: Output file, .csv or .parquet; None: ``predictions.csv`` in the run's folder.
-        on_error: How to handle an image that cannot be read: "stop" writes the predictions so far and raises an error;
-            "skip" predicts the other images.
+        output: Output file, .csv or .parquet. The default is ``predictions.csv`` in the run's folder.
+        on_error: Specifies how to handle an image that cannot be read. "stop" writes the predictions so far and raises
+            an error; "skip" continues with the other images.
 
     Attributes:
-        unread: Rows of images that could not be read, with the reason.
+        unread: The rows of images that could not be read, with the reasons.
     """
 
     def __init__(self, output: str | None = None, on_error: Literal["stop", "skip"] = "stop") -> None:
@@ -59,14 +59,16 @@ class WritePredictions(BasePredictionWriter):
         check_output(path, pl_module.class_names)
         for file in (path, self._listing(path)):
             if file.exists() and not trainer.fast_dev_run:
-                raise ConfigError(f"{file} exists already. Give another --predictions.output, or move the file.")
+                raise ConfigError(f"{file} exists already. Choose another --predictions.output, or move the file.")
         if not hasattr(getattr(trainer, "datamodule", None), "predict_table"):
             raise ConfigError(
                 "A table of predictions needs image names: call trainer.predict(module, "
                 "datamodule=SSMLLDataModule(..., predict=FOLDER_OR_TABLE)), or remove WritePredictions."
             )
         if names := self._other_files(trainer):
-            rank_zero_info(f"Skipped, since their suffix is not one of a supported image format: {by_suffix(names)}.")
+            rank_zero_info(
+                f"Skipped files whose suffix does not belong to a supported image format: {by_suffix(names)}."
+            )
 
     def write_on_batch_end(
         self,
@@ -78,10 +80,10 @@ class WritePredictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keeps the batch's predictions; at an image that cannot be read, writes all predictions so far.
+        """Stores the predictions of the batch; if an image cannot be read, writes all predictions so far.
 
         Raises:
-            DataError: If an image cannot be read, and ``on_error`` is "stop".
+            DataError: If an image cannot be read and ``on_error`` is "stop".
         """
         unread = dict(prediction.get("unread", ()))
         self._parts.append(packed(prediction, without=unread))
@@ -91,12 +93,12 @@ class WritePredictions(BasePredictionWriter):
             if trainer.fast_dev_run:
                 raise DataError(f"{reason}.")
             path = self._path(trainer)
-            if trainer.world_size > 1:  # the other processes are at other images
+            if trainer.world_size > 1:  # the other processes write files of their own
                 path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
             count = self._write(trainer, pl_module, path, self._parts)
             raise DataError(
-                f"{reason}. {path} has the predictions of the {count} images before it; --predictions.on_error skip "
-                "predicts the images that can be read."
+                f"{reason}. {path} contains the predictions of the {count} images before it. To skip unreadable "
+                "images, set --predictions.on_error skip."
             )
 
     def write_on_epoch_end(
@@ -112,7 +114,7 @@ class WritePredictions(BasePredictionWriter):
         print(f"Predictions of {count} images: {path}")
         names = self._other_files(trainer)
         table = trainer.datamodule.predict_table()
-        left_out = [(name, "suffix of no supported image format") for name in names]
+        left_out = [(name, "suffix of an unsupported format") for name in names]
         left_out += [(str(table.paths[row]), reason) for row, reason in sorted(self.unread.items())]
         if left_out:
             write_left_out(self._listing(path), left_out)
@@ -142,14 +144,14 @@ class WritePredictions(BasePredictionWriter):
     def _path(self, trainer: Any) -> Path:
         if self.output is not None:
             return Path(self.output)
-        return (folder_of(trainer) or Path()) / PREDICTIONS  # nothing is written without a folder
+        return (folder_of(trainer) or Path()) / PREDICTIONS  # without a folder, no file is written
 
 
 Part = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
-    """Converts the output of ``predict_step`` to numpy (row, float32 scores, bool labels); skips rows ``without``."""
+    """Converts the output of ``predict_step`` to arrays (row, float32 scores, bool labels), except rows ``without``."""
     index = output["index"].cpu().numpy()
     kept = ~np.isin(index, list(without))
     scores = output["scores"].float().cpu().numpy().astype(np.float32)
@@ -157,7 +159,7 @@ def packed(output: dict[str, Any], without: Collection[int] = ()) -> Part:
 
 
 def gather(parts: list[Any]) -> list[Any]:
-    """Gathers the parts of all processes on each process; shards may differ in length."""
+    """Gathers the parts of all processes on each process; the numbers of parts may differ."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return parts
     everyone: list[list[Any] | None] = [None] * torch.distributed.get_world_size()

@@ -1,21 +1,22 @@
-"""Predictions and pictures of a finished run, as files and on W&B."""
+"""Writes the predictions and plots of a finished run to files and to W&B."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cbsa_lightning.arguments import check_flags, check_number
+from cbsa_lightning.callbacks.class_history import ClassHistory
+from cbsa_lightning.callbacks.logged_pictures import log_pictures
 from cbsa_lightning.callbacks.predictions import gather, packed
 from cbsa_lightning.callbacks.scoring import score_batches
 from cbsa_lightning.data.annotations import AnnotationTable
@@ -27,6 +28,7 @@ from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import PICTURES, PREDICTIONS, THRESHOLDS, WRITTEN, folder_of, refuse_taken
 from cbsa_lightning.method.contexts import cooccurrence
 from cbsa_lightning.method.metrics import MultilabelReport
+from cbsa_lightning.reports.class_heat_maps import class_heat_maps
 from cbsa_lightning.reports.pictures import (
     attention_gallery,
     context_map,
@@ -45,20 +47,21 @@ PER_CLASS = ("AP", "precision", "recall", "support")
 class RunReport(L.Callback):
     """Writes ``predictions.csv``, ``thresholds.csv`` and ``pictures/*.png`` into the run's folder when training ends.
 
-    If images are skipped, ``left_out.txt`` lists them from the start.
+    If images are skipped, ``left_out.txt`` lists them when training starts.
 
-    The averaged weights score the validation images batch by batch; only the images for the pictures are kept. The
-    pictures show predictions, attention (if the network has it), contexts (if there are any), average precision by
-    class, precision-recall curves, a reliability diagram and training curves. With a ``WandbLogger``, they are also
-    logged to W&B, with tables of the classes and of the images in the pictures. With ``limit_val_batches=0``, only
-    contexts and training curves are drawn. ``fast_dev_run`` writes nothing.
+    The averaged weights score the validation images batch by batch; only the images for the plots are kept in memory.
+    The plots show predictions, attention (if the network has it), contexts (if there are any), the average precision of
+    each class, precision-recall curves, a reliability diagram, the pseudo-labels of each class over the epochs, and
+    training curves. They are also logged to W&B and TensorBoard if the Trainer has such a logger. With
+    ``limit_val_batches=0``, only plots that do not show the validation images are written. Nothing is written in a
+    ``fast_dev_run``.
 
     Args:
-        num_images: Number of images in the pictures, evenly spaced over the validation images.
-        enabled: False writes nothing.
+        num_images: Number of images in the plots, evenly spaced over the validation images.
+        enabled: Whether to write the files.
 
     Raises:
-        ConfigError: For fewer than one image.
+        ConfigError: If ``num_images`` is below 1.
     """
 
     def __init__(self, num_images: int = 16, enabled: bool = True) -> None:
@@ -67,27 +70,29 @@ class RunReport(L.Callback):
         self.num_images = num_images
         self.enabled = enabled
         self.history: dict[str, dict[int, float]] = {}
+        self.classes = ClassHistory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the metrics so far, so that the curves of a resumed run are complete."""
-        return {"history": self.history}
+        """Returns the values of all epochs so far, so that the curves of a resumed run are complete."""
+        return {"history": self.history, "classes": self.classes.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the metrics of :meth:`state_dict`."""
         self.history = state_dict["history"]
+        self.classes.epochs = state_dict.get("classes", {})  # an earlier version did not record them
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses class names that the table of predictions cannot contain, and lists skipped images.
+        """Rejects class names that the table of predictions cannot contain, and lists skipped images.
 
         Raises:
-            ConfigError: See :func:`~cbsa_lightning.inference.predictions.check_output`; or the folder has another run's
-                report.
+            ConfigError: If :func:`~cbsa_lightning.inference.predictions.check_output` rejects a class name, or the
+                folder contains the report of another run.
         """
         folder = self._folder(trainer)
         if folder is None:
             return
         check_output(PREDICTIONS, pl_module.class_names)
-        if trainer.ckpt_path is None:  # otherwise they may be the resumed run's own files
+        if trainer.ckpt_path is None:  # a resumed run may have written the files itself
             refuse_taken(folder, WRITTEN)
         left_out = getattr(trainer.datamodule, "left_out", None)
         if left_out and trainer.is_global_zero:
@@ -95,24 +100,27 @@ class RunReport(L.Callback):
                 draft.write_text("\n".join([*left_out, ""]), encoding="utf-8")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keeps the validation metrics of the epoch; the module logs the last ones just before this hook."""
+        """Stores the validation metrics of the epoch; the module logs the last ones just before this hook."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._keep(trainer, lambda name: name.startswith("val/"))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keeps the other metrics of the epoch."""
+        """Stores the other metrics of the epoch, and the values of each class."""
+        if self.enabled:
+            self.classes.record(trainer, pl_module)
         self._keep(trainer, lambda name: not name.startswith("val/"))
 
     def _keep(self, trainer: Any, wanted: Any) -> None:
-        # Runs on every process, since reading a metric may reduce it over all of them.
+        # This runs on every process, since reading a metric may reduce it over all processes.
         for name, value in trainer.callback_metrics.items():
             if wanted(name):
                 self.history.setdefault(name, {})[trainer.current_epoch] = float(value)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scores the validation images on all processes; the first process writes.
+        """Scores the validation images on all processes; the first process writes the files.
 
-        Not in ``on_train_end``, which a run that was stopped just before its end and then resumed never reaches.
+        This cannot be done in ``on_train_end``, which is not called if a run was stopped just before its end and then
+        resumed.
         """
         folder = self._folder(trainer)
         if folder is None:
@@ -129,13 +137,11 @@ class RunReport(L.Callback):
             files[name] = folder / PICTURES / f"{name}.png"
             with replacing(files[name]) as draft:
                 figure.savefig(draft, dpi=110)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _to_wandb(logger, names, files, found)
-        print(f"Predictions and pictures of this run: {folder}")
+        log_pictures(trainer, files)
+        print(f"Predictions and plots of this run: {folder}")
 
     def _folder(self, trainer: Any) -> Path | None:
-        """Returns the output folder, or None if nothing is written; must be called on all processes."""
+        """Returns the output folder, or None if nothing is written. All processes must call this method."""
         reasons = {
             "report.enabled is false": not self.enabled,
             "there is no data module with eval_table() and image_size": not (
@@ -195,7 +201,7 @@ class RunReport(L.Callback):
             truths, scores = found.table.labels[found.rows], found.scores[found.rows]
             yield "predictions", prediction_gallery(found.images, truths, scores, found.thresholds, names)
             if found.maps is not None:
-                few = slice(8)  # one row per image: more would be too tall to read
+                few = slice(8)  # with one row per image, more images would make the plot too tall
                 yield (
                     "attention",
                     attention_gallery(
@@ -208,22 +214,24 @@ class RunReport(L.Callback):
         partition = pl_module.context_partition.cpu()
         if pl_module.num_contexts and bool((partition >= 0).all()):
             yield "contexts", context_map(cooccurrence(trainer.datamodule.labeled_targets()), partition, names)
+        if self.classes.epochs:
+            yield "pseudo_labels", class_heat_maps(self.classes.epochs, names)
         if self.history:
             yield "training", training_curves(self.history, pl_module.warmup_epochs)
 
 
 class _Evaluation(NamedTuple):
-    """Validation images, scored with the averaged weights.
+    """Validation images with scores of the averaged weights.
 
     Attributes:
         table: The n images.
-        scores: ``(n, C)``.
-        labels: ``(n, C)`` bool.
-        thresholds: ``(C,)``.
+        scores: ``(n, C)``, scores of the images.
+        labels: ``(n, C)`` bool, predicted labels.
+        thresholds: ``(C,)``, decision thresholds.
         figures: Metrics of :data:`PER_CLASS`, each ``(C,)``.
-        rows: ``(m,)``, rows of the images in the pictures.
-        images: ``(m, 3, S, S)`` uint8.
-        maps: ``(m, C, h, w)`` or None.
+        rows: ``(m,)``, rows of the images in the plots.
+        images: ``(m, 3, S, S)`` uint8, the images in the plots.
+        maps: ``(m, C, h, w)``, attention maps of these images; None if the network has no attention.
     """
 
     table: AnnotationTable
@@ -253,26 +261,3 @@ def _write_thresholds(file: Path, trainer: Any, pl_module: Any, found: _Evaluati
     )
     positives = (labels == 1).sum(0).numpy()
     write_thresholds(file, pl_module.class_names, pl_module.prompt_names, thresholds, positives, expected, measured)
-
-
-def _to_wandb(logger: WandbLogger, names: Sequence[str], files: dict[str, Path], found: _Evaluation | None) -> None:
-    """Logs pictures, average precision by class, and the images in the pictures with truth and prediction."""
-    import wandb
-
-    for name, file in files.items():
-        logger.log_image(f"pictures/{name}", [str(file)])
-    if found is None:
-        return
-    per_class = [
-        [name, None if np.isnan(value) else float(value)]
-        for name, value in zip(names, found.figures["AP"], strict=True)
-    ]
-    logger.log_table("report/AP", columns=["class", "AP"], data=per_class)
-    rows = []
-    for row, image in zip(found.rows.tolist(), found.images, strict=True):
-        picture = wandb.Image(image.permute(1, 2, 0).numpy())
-        truth = [name for name, label in zip(names, found.table.labels[row], strict=True) if label == 1]
-        given = [name for name, label in zip(names, found.labels[row], strict=True) if label]
-        score = {name: round(float(s), 4) for name, s in zip(names, found.scores[row], strict=True)}
-        rows.append([str(found.table.paths[row]), picture, ", ".join(truth), ", ".join(given), str(score)])
-    logger.log_table("report/images", columns=["image", "picture", "truth", "predicted", "scores"], data=rows)

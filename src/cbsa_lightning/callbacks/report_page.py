@@ -31,11 +31,11 @@ class WriteReportPage(L.Callback):
 
     The page shows the files of :class:`~cbsa_lightning.callbacks.report.RunReport` and
     :class:`~cbsa_lightning.callbacks.labels.WriteLabels`, so this callback must come after them in the list of
-    callbacks. Without the first, no page is written; without the second, the page has no unlabeled images. A
-    ``fast_dev_run`` writes nothing.
+    callbacks. Without ``RunReport``, no page is written; without ``WriteLabels``, the page has no unlabeled images. No
+    page is written in a ``fast_dev_run``.
 
     Args:
-        enabled: False writes nothing.
+        enabled: Whether to write the page.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -52,7 +52,7 @@ class WriteReportPage(L.Callback):
         Args:
             trainer: The Trainer of the run.
             pl_module: The module of the run.
-            others: mAP (0 to 1) of other models that the page compares with the run and the baselines.
+            others: mAP (0 to 1) of other models, which the page compares with the run and the baselines.
         """
         folder = folder_of(trainer) if self.enabled else None
         if folder is None or not trainer.is_global_zero:

@@ -1,7 +1,7 @@
-"""Restores what Lightning's own resume omits, so that a resumed run equals an uninterrupted one.
+"""Restores the state that Lightning does not restore, so that a resumed run equals an uninterrupted one.
 
-Lightning restores weights, optimizer, schedule, callbacks and counters. This module adds the position in the epoch, the
-metrics logged so far in the epoch, accumulated gradients, and the metrics that callbacks monitor.
+Lightning restores weights, optimizer, schedule, callbacks and counters. This module also restores the position in the
+epoch, the metrics that were logged so far in the epoch, accumulated gradients, and the metrics that callbacks monitor.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ _RUN = "cbsa_run"  # checkpoint key of this callback's state
 
 
 class ExactResume(L.Callback):
-    """Saves and restores what is needed for bit-identical results after resuming from any checkpoint.
+    """Saves and restores the state that makes results bit-identical after resuming from any checkpoint.
 
-    Also writes checkpoints atomically, and writes one more on SIGTERM. Relies on Lightning's private counters
-    (``lightning_private.py``).
+    It also makes the Trainer write checkpoints atomically, and saves a checkpoint on SIGTERM. It relies on Lightning's
+    private counters (``lightning_private.py``).
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Replaces Lightning's default checkpoint IO; keeps one that the user has set.
+        """Replaces Lightning's default checkpoint IO unless the user has set one.
 
-        Removes checkpoint callbacks in a ``fast_dev_run``, since Lightning 2.6 writes a checkpoint at its end.
+        In a ``fast_dev_run``, the checkpoint callbacks are removed, since Lightning 2.6 would write a checkpoint at its
+        end.
         """
         if trainer.fast_dev_run:
             trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
@@ -50,12 +51,12 @@ class ExactResume(L.Callback):
     # Saving ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the state that resuming needs; runs on all processes."""
+        """Adds the state that is needed to resume the run; this hook is called on all processes."""
         if trainer.state.fn != "fit":
             return
         loops = checkpoint["loops"]["fit_loop"]
         epoch, batches = loops["epoch_progress"]["total"], loops["epoch_loop.batch_progress"]["total"]
-        if _cut_short(loops, trainer):  # by max_steps or max_time; Lightning counts the epoch as over
+        if _cut_short(loops, trainer):  # by max_steps or max_time; Lightning counts such an epoch as completed
             for part in loops["epoch_progress"].values():
                 part["processed"] -= 1
                 part["completed"] = min(part["completed"], part["processed"])
@@ -81,10 +82,10 @@ class ExactResume(L.Callback):
             kept["figures"] = _figures(trainer)
             kept["gradients"] = _gradients(trainer, pl_module)
         elif epoch["completed"] == epoch["processed"]:
-            # The epoch is over; Lightning would treat the next one as started and empty.
+            # The epoch is completed. Lightning would treat the next epoch as started but without batches.
             for part in loops["epoch_progress"].values():
                 part["completed"] = max(0, part["completed"] - 1)
-        elif lightning_private.is_logging(trainer):  # otherwise training is over and nothing is left to log
+        elif lightning_private.is_logging(trainer):  # after training, nothing is left to log
             # Lightning logs the epoch's metrics only after callbacks have written their checkpoints.
             figures = {name: float(value) for name, value in lightning_private.logged_values(trainer).items()}
             kept["unlogged"] = {"epoch": trainer.current_epoch, **figures}
@@ -94,7 +95,7 @@ class ExactResume(L.Callback):
         checkpoint[_RUN] = kept
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Saves a checkpoint on SIGTERM, which all processes handle between the same two steps."""
+        """Saves a checkpoint on SIGTERM; all processes handle the signal between the same two steps."""
         callback = trainer.checkpoint_callback
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
             return
@@ -104,7 +105,7 @@ class ExactResume(L.Callback):
     # Restoring -------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keeps the state until training starts.
+        """Stores the state until training starts.
 
         Raises:
             CheckpointError: If the checkpoint was written with other data.
@@ -113,7 +114,7 @@ class ExactResume(L.Callback):
             return
         file = checkpoint.get(SOURCE, trainer.ckpt_path)
         self._restored = checkpoint.get(_RUN, {})
-        if not self._restored.get("begun", True):  # temporary file of a tuner, with another batch size
+        if not self._restored.get("begun", True):  # a tuner's temporary file, which has another batch size
             self._restored, trainer.ckpt_path = {}, None
             return
         now, then = _data_of(trainer), self._restored.get("data", {})
@@ -132,41 +133,39 @@ class ExactResume(L.Callback):
         now, then = pl_module.optimizer_settings.get("class"), self._restored.get("optimizer", {}).get("class")
         if then not in (None, now):
             raise CheckpointError(
-                f"{trainer.ckpt_path} was trained with the optimizer {then}, but this run uses {now}. Its state "
-                "does not fit. Resume with the same optimizer."
+                f"{trainer.ckpt_path} contains the state of the optimizer {then}, but this run uses {now}. Resume "
+                "with the same optimizer."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the position in the epoch, metrics and gradients; this is the first hook that knows the position.
 
         Raises:
-            CheckpointError: If the stage has another number of steps than its learning-rate schedule.
+            CheckpointError: If the number of steps of the stage differs from that of its learning-rate schedule.
         """
         pl_module.asked_to_end = False
         if trainer.world_size > 1:
-            # All processes must stop after the same step. Lightning's handler synchronizes from wherever the signal
-            # arrives, which can deadlock.
+            # All processes must stop after the same step. Lightning's handler synchronizes the processes as soon as the
+            # signal arrives, which can lead to a deadlock.
             signal.signal(signal.SIGTERM, lambda *_: setattr(pl_module, "asked_to_end", True))
         if trainer.ckpt_path is None:
             return
         lightning_private.reload_data(trainer)
         kept = self._restored
-        if kept:  # otherwise from an earlier version, written at the end of an epoch
+        if kept:  # checkpoints of earlier versions lack this state; they were written at the end of an epoch
             pl_module.stage_began_at, pl_module.lr = kept.get("stage_began_at", 0), kept.get("lr")
-            done = trainer.fit_loop.epoch_progress.current.processed  # current_epoch may still be the epoch that ended
+            done = trainer.fit_loop.epoch_progress.current.processed  # current_epoch may still be the previous epoch
             begins = done == pl_module.warmup_epochs and not trainer.fit_loop.restarted_mid_epoch
             stage, steps = kept["stage"]
             if not begins and _prolonged(stage, steps, trainer, pl_module):
                 _take_new_settings(trainer, pl_module)
-                rank_zero_info(
-                    "max_steps is larger than before; the learning rate follows the longer schedule from here."
-                )
+                rank_zero_info("max_steps is larger than before, so the learning rate now follows a longer schedule.")
             elif not begins:
                 _check_length(stage, steps, trainer, pl_module)
                 if kept.get("optimizer", pl_module.optimizer_settings) != pl_module.optimizer_settings:
                     _take_new_settings(trainer, pl_module)
                     rank_zero_info(
-                        "The optimizer settings differ from those in the checkpoint. Training uses the new ones."
+                        "The optimizer settings differ from those in the checkpoint. Training uses the new settings."
                     )
             trainer.should_stop = kept["should_stop"]
             _log_again(kept["figures"], trainer, pl_module)
@@ -176,7 +175,7 @@ class ExactResume(L.Callback):
         self._restore_figures(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restores metrics if the run had already finished, since training does not start then."""
+        """Restores metrics if the run had already finished, because training does not start in this case."""
         self._restore_figures(trainer)
 
     def _restore_figures(self, trainer: Any) -> None:
@@ -191,7 +190,7 @@ class ExactResume(L.Callback):
 
 
 def _data_of(trainer: Any) -> dict[str, Any]:
-    """Returns the data settings that position, pseudo-labels and context targets depend on."""
+    """Returns the data settings that affect the position in the epoch, the pseudo-labels or the context targets."""
     data = getattr(trainer, "datamodule", None)
     split = getattr(data, "split", None)
     if split is None:
@@ -216,7 +215,7 @@ def _take_new_settings(trainer: Any, pl_module: Any) -> None:
     optimizer, schedule = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: the schedule steps before the optimizer
+        warnings.simplefilter("ignore")  # torch warns that the schedule steps before the optimizer
         for _ in range(trainer.global_step - pl_module.stage_began_at):
             schedule.step()
 
@@ -234,10 +233,10 @@ def _time_is_over(trainer: Any) -> bool:
 
 
 def _settle(loops: dict[str, Any], trainer: Any) -> None:
-    """Rewrites the counters of an unfinished epoch to the state "between two batches".
+    """Changes the counters of an unfinished epoch to the state "between two batches".
 
-    Lightning 2.6 resumes correctly only from this state. From others, it skips a due validation or the end of an epoch,
-    or counts a step twice.
+    Lightning 2.6 resumes correctly only from this state. From other states, it skips a validation that is due or the
+    end of an epoch, or counts a step twice.
     """
     loop = trainer.fit_loop.epoch_loop
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
@@ -258,7 +257,7 @@ def _settle(loops: dict[str, Any], trainer: Any) -> None:
 
 
 def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
-    """Returns whether a validation is due after the last completed batch, as the resumed loop will see it."""
+    """Returns whether the resumed loop will consider a validation due after the last completed batch."""
     loop = trainer.fit_loop.epoch_loop
     before = loop.batch_progress.state_dict()
     loop.batch_progress.load_state_dict(batches)
@@ -269,7 +268,7 @@ def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
 
 
 def _figures(trainer: Any) -> list[dict[str, Any]]:
-    """Returns what was logged in this epoch, over all processes: the value of each metric, and the weight of a mean."""
+    """Returns the value of each metric that all processes logged in this epoch, and the weights of mean values."""
     figures = []
     for metric in lightning_private.epoch_results(trainer).values():
         if not metric.is_tensor or metric.has_reset or not metric.meta.on_epoch:
@@ -307,7 +306,7 @@ def _log_again(figures: list[dict[str, Any]], trainer: Any, pl_module: Any) -> N
 
 
 def _gradients(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-    """Returns accumulated gradients since the last optimizer step; empty without gradient accumulation."""
+    """Returns the gradients accumulated since the last optimizer step; empty without gradient accumulation."""
     done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     if done % trainer.accumulate_grad_batches == 0 or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return {}

@@ -23,21 +23,21 @@ def score_batches(
     keep: Callable[[EvalBatch, Tensor, Output], None],
     title: str,
 ) -> None:
-    """Scores this process's share of some images; must be called on all processes.
+    """Scores the images of a loader on this process; all processes must call this function.
 
     Args:
-        trainer: The Trainer, while it fits.
+        trainer: The Trainer during a fit.
         pl_module: The module.
-        loader: The batches.
+        loader: Loader of this process's batches.
         score: Computes scores from the frozen features of a batch, in the precision of the trainer.
-        keep: Called with each batch on the device, its frozen features, and its scores.
+        keep: Function that is called with each batch on the device, its frozen features and its scores.
         title: Title of the progress bar.
     """
     show = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with pl_module.evaluating():
         for batch in tqdm(loader, desc=title, leave=False, disable=not show):
             batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-            with trainer.precision_plugin.forward_context():  # not around the loader, which may stack halves
+            with trainer.precision_plugin.forward_context():  # without the loader, which may stack float16 tensors
                 features = pl_module.features_of(batch)
                 output = score(features)
             keep(batch, features, output)

@@ -13,24 +13,24 @@ from cbsa_lightning.errors import ConfigError
 def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
     """Returns the number of optimizer steps of the current stage, for its learning-rate schedule.
 
-    ``max_epochs`` sets the length if it is given; ``max_steps`` and ``max_time`` then only end training earlier, so
-    that the run can be resumed with a larger limit. Otherwise ``max_steps`` sets the length.
+    If ``max_epochs`` is given, it determines the length; ``max_steps`` and ``max_time`` can then only end training
+    earlier, so that the run can be resumed with a larger limit. Otherwise, ``max_steps`` determines the length.
 
     Args:
-        trainer: The Trainer, while it fits.
-        warmup_epochs: Epochs of the first stage.
+        trainer: The Trainer during a fit.
+        warmup_epochs: Number of epochs in the first stage.
         began_at: Number of optimizer steps before the stage.
 
     Raises:
         ConfigError: If neither ``max_epochs`` nor ``max_steps`` is given.
     """
-    trainer.fit_loop.setup_data()  # otherwise the number of batches is unknown
+    trainer.fit_loop.setup_data()  # determines the number of batches
     batches = trainer.num_training_batches if trainer.limit_train_batches != 0 else 0
     if trainer.max_epochs is None or trainer.max_epochs < 0:
         if trainer.max_steps < 0:
             raise ConfigError(
-                "The learning rate needs the length of training. Set trainer.max_epochs or trainer.max_steps; "
-                "trainer.max_time can only end training earlier."
+                "The learning-rate schedule depends on the length of training. Set trainer.max_epochs or "
+                "trainer.max_steps; trainer.max_time can only end training earlier."
             )
         left = int(trainer.max_steps) - began_at
         if trainer.current_epoch >= warmup_epochs:
@@ -42,11 +42,11 @@ def stage_steps(trainer: Any, warmup_epochs: int, began_at: int) -> int:
 
 
 def ends_in_warmup(trainer: Any, warmup_epochs: int) -> bool:
-    """Returns whether the limits of a Trainer end training no later than its warm-up.
+    """Returns whether the limits of a Trainer end training before or at the end of the warm-up.
 
     Args:
-        trainer: The Trainer, at the start of training.
-        warmup_epochs: Epochs of the first stage.
+        trainer: The Trainer at the start of training.
+        warmup_epochs: Number of epochs in the first stage.
     """
     if 0 <= trainer.max_epochs <= warmup_epochs:
         return True

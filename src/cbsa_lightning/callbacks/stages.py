@@ -12,15 +12,15 @@ from cbsa_lightning.checkpoints.lean import TABLES
 
 
 class Stages(L.Callback):
-    """Switches stages when the warm-up ends: new loader, new optimizer and schedule, and start of the weight average.
+    """Starts the second stage after the warm-up, with a new loader, a new optimizer and schedule, and a weight average.
 
-    As in CAP, the second stage starts from the warm-up's weights with a fresh optimizer, schedule and average.
-    It also seeds each step, so that dropout too is a function of (seed, epoch, step, rank). A resumed run therefore
-    needs no random generator state.
+    As in CAP, the second stage starts from the weights at the end of the warm-up, and the optimizer, the schedule and
+    the average are new. This callback also seeds each step, so that dropout depends only on (seed, epoch, step, rank).
+    A resumed run therefore does not need the state of a random generator.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Clears tables of another run; a resumed run loads its tables over training images from the checkpoint."""
+        """Clears the tables of an earlier fit; a resumed run loads its tables from the checkpoint."""
         resumed = trainer.ckpt_path is not None
         for name in TABLES:
             table = getattr(pl_module, name)
@@ -29,7 +29,7 @@ class Stages(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Sets up the stage; this is the first hook that knows the epoch of a resumed run."""
         if trainer.current_epoch < pl_module.warmup_epochs:
-            pl_module.ema.started.fill_(False)  # set if an earlier run trained these weights
+            pl_module.ema.started.fill_(False)  # it is True if these weights come from an earlier run
         tuned = pl_module.lr is not None or pl_module.scheduled_steps != pl_module.stage_steps()
         if tuned and trainer.ckpt_path is None:
             # A learning-rate or batch-size finder has run since the first setup.
@@ -37,7 +37,7 @@ class Stages(L.Callback):
         pl_module.set_average_decay()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Sets up a stage that starts; runs before thresholds are updated, since they use the averaged weights."""
+        """Sets up a new stage before thresholds are updated, since these depend on the averaged weights."""
         trainer.reload_dataloaders_every_n_epochs = 0
         if trainer.current_epoch != pl_module.warmup_epochs:
             return
@@ -54,7 +54,7 @@ class Stages(L.Callback):
         torch.manual_seed(int(stream.generate_state(1)[0]))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Clears the gradients of a skipped step, unless a gradient scaler skips it: the scaler needs them."""
+        """Clears the gradients of a skipped step, unless there is a gradient scaler, which needs them to skip it."""
         if pl_module.nonfinite.leaves_out and not pl_module.nonfinite.scaled:
             optimizer.zero_grad(set_to_none=True)
 

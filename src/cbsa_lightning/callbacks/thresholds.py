@@ -1,4 +1,4 @@
-"""Class-wise thresholds and pseudo-labels, computed at the start of an epoch (Eq. 6)."""
+"""Computes class-wise thresholds and pseudo-labels at the start of an epoch (Eq. 6)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from cbsa_lightning.networks.base import NetworkOutput
 
 
 class UpdateThresholds(L.Callback):
-    """Scores the weak views of images with unknown labels by the averaged weights, and computes pseudo-labels.
+    """Uses the averaged weights to score the weak views of images with unknown labels, and computes pseudo-labels.
 
-    Unknown entries of partly labeled images get pseudo-labels like those of unlabeled images. Known entries enter the
-    labeler as scores of 1 and 0, so that its positives include the known ones.
+    Unknown entries of partly labeled images get pseudo-labels like those of unlabeled images. Known entries are passed
+    to the labeler as scores of 1 and 0, so that its positives include the known ones.
 
-    Sets the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of pseudo-labels. Logs the
-    quality of the pseudo-labels if the data set knows the hidden labels. An :class:`EvidenceLabeler` labels before the
-    first epoch, and these labels do not change.
+    The callback sets the module's ``tau_pos``, ``tau_neg``, ``cut`` and ``positive_rate``, and its table of
+    pseudo-labels. If the data set contains the hidden labels, the quality of the pseudo-labels is logged. An
+    :class:`EvidenceLabeler` computes labels before the first epoch, and these labels do not change.
 
     The scores of the next epoch are computed at the end of an epoch, before its checkpoint is written, so that ``cut``
-    matches the saved weights. The next epoch reuses them; a resumed run computes them again. If labels are made once
-    and there is no context head, scores only set ``cut``. They are then computed before the first epoch of the stage,
-    before validations and checkpoints, and after training.
+    matches the saved weights. The next epoch reuses them; a resumed run computes them again. If pseudo-labels are
+    computed once and there is no context head, the scores determine only ``cut``. They are then computed before the
+    first epoch of the stage, before validations and checkpoints, and after training.
 
     Attributes:
         weak_contexts: ``(n, K)`` context probabilities of the n images with unknown labels in this epoch, for
@@ -47,10 +47,10 @@ class UpdateThresholds(L.Callback):
 
     _rates: Tensor  # float64: the module's float32 buffer cannot represent exact counts
     _ahead: _Scores | None = None
-    _cut_at: int | None = None  # optimizer steps of the weights that ``cut`` belongs to
+    _cut_at: int | None = None  # number of optimizer steps after which ``cut`` was computed
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns which weights the decision thresholds belong to."""
+        """Returns the number of optimizer steps after which the decision thresholds were computed."""
         return {"cut_at": self._cut_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,11 +58,12 @@ class UpdateThresholds(L.Callback):
         self._cut_at = state_dict["cut_at"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Computes class rates from the labeled images, and labels that are made once."""
+        """Computes positive rates from the labeled images, and pseudo-labels that are computed only once."""
         data = data_of(trainer)
         self._rates = positive_rates(data.labeled_targets())
         pl_module.positive_rate.copy_(self._rates)
-        # A resumed run loads these labels, which are floating point, since its attention pool is no longer CLIP's own.
+        # A resumed run loads these labels, which are floating-point, from the checkpoint. It cannot compute them again,
+        # since its attention pool is no longer CLIP's own.
         made = pl_module.pseudo_labels is not None and pl_module.pseudo_labels.is_floating_point()
         if isinstance(pl_module.labeler, EvidenceLabeler) and not made:
             pl_module.evidence = evidence_of(trainer, pl_module)
@@ -72,7 +73,7 @@ class UpdateThresholds(L.Callback):
             self._fill(pl_module, data, rows[incomplete], labels[torch.from_numpy(incomplete)])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Scores the unlabeled images and computes the epoch's pseudo-labels."""
+        """Scores the unlabeled images and computes the pseudo-labels of the epoch."""
         pl_module.evidence = self.weak_contexts = None
         if pl_module.stage != "semi-supervised":
             return
@@ -92,26 +93,26 @@ class UpdateThresholds(L.Callback):
         self._log_quality(pl_module, images, labels.cpu(), data.hidden_targets())
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Updates thresholds and scales for the weights to validate, and thus for checkpoints written afterwards."""
+        """Updates thresholds and scales for the weights that are validated and may then be saved."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Updates decision thresholds for the epoch's weights, before checkpoints at the end of the epoch."""
+        """Updates the decision thresholds before checkpoints are written at the end of the epoch."""
         if _trains_on_scores(pl_module) or _saves_when_epochs_end(trainer):
             self._look_ahead(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Updates decision thresholds for the last weights, also if training stopped within an epoch."""
+        """Updates the decision thresholds for the last weights, even if training stopped within an epoch."""
         if self._cut_at != trainer.global_step:
-            self._look_ahead(trainer, pl_module, trainer.fit_loop.epoch_progress.current.ready)  # epochs that began
+            self._look_ahead(trainer, pl_module, trainer.fit_loop.epoch_progress.current.ready)  # started epochs
 
     def _look_ahead(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
         if pl_module.stage == "semi-supervised" and bool(pl_module.ema.started):
             self._scores_of(trainer, pl_module, epoch)
 
     def _scores_of(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the current weights' scores of images with unknown labels; computes them and ``cut`` once."""
+        """Returns the scores of images with unknown labels; computes them and ``cut`` once for the current weights."""
         ahead = self._ahead
         if ahead is None or (ahead.epoch, ahead.step) != (epoch, trainer.global_step):
             data = data_of(trainer)
@@ -122,7 +123,8 @@ class UpdateThresholds(L.Callback):
             for found in (scores, contexts):  # check before using them
                 if found is not None:
                     refuse_scores(found, images.__getitem__, "Scores of the weak views")
-            # Training fits the known entries of partly labeled images, so unlabeled ones show better what new ones get.
+            # Training fits the known entries of partly labeled images, so the scores of unlabeled images are more
+            # similar to those of new images.
             decided = rows[: len(data.split.unlabeled) or len(rows)]
             on_device = torch.as_tensor(decided, device=pl_module.device)
             pl_module.set_decisions(logits[: len(decided)], on_device, self._rates)
@@ -141,7 +143,7 @@ class UpdateThresholds(L.Callback):
     def _score(
         self, trainer: L.Trainer, pl_module: Any, data: Any, images: np.ndarray, epoch: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns logits ``(n, C)`` and context probabilities ``(n, K)`` or None for n rows of the train table."""
+        """Returns logits ``(n, C)`` and context probabilities ``(n, K)``, if any, for n rows of the train table."""
         rows = torch.as_tensor(images, device=pl_module.device)
         place = torch.zeros(len(data.train_table), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
@@ -158,15 +160,15 @@ class UpdateThresholds(L.Callback):
                 contexts[here] = cast(Tensor, output.context_logits).float().softmax(1)
 
         score_batches(trainer, pl_module, data.weak_dataloader(epoch), pl_module.score, keep, "Pseudo-labels")
-        # Each process filled its own rows, which are zero on the others.
+        # Each process has filled its own rows, which are zero on the other processes.
         logits = trainer.strategy.reduce(logits, reduce_op="sum")
         contexts = contexts if contexts is None else trainer.strategy.reduce(contexts, reduce_op="sum")
         missing = (trainer.strategy.reduce(seen, reduce_op="sum") == 0).cpu().numpy()
         if missing.any():
             raise ConfigError(
                 f"{type(data).__name__}.weak_dataloader gave no view of {missing.sum()} training images with unknown "
-                f"labels: {listed(data.train_table.paths[images[missing]])}. It must give one of each unlabeled and of "
-                "each partly labeled image."
+                f"labels: {listed(data.train_table.paths[images[missing]])}. It must give one view of each unlabeled "
+                "and each partly labeled image."
             )
         return logits, contexts
 
@@ -183,7 +185,7 @@ class UpdateThresholds(L.Callback):
 
 
 def _trains_on_scores(pl_module: Any) -> bool:
-    """Returns whether the training targets of an epoch depend on scores of the weights at its start."""
+    """Returns whether the training targets of an epoch depend on scores that are computed at its start."""
     return not isinstance(pl_module.labeler, EvidenceLabeler) or pl_module.num_contexts > 0
 
 
@@ -201,7 +203,7 @@ def _rows(pl_module: Any, n: int, width: int) -> Tensor:
 
 
 class _Scores(NamedTuple):
-    """Scores of the unlabeled images for an epoch, with the number of optimizer steps of the weights."""
+    """Scores of the unlabeled images for an epoch, and the number of optimizer steps before they were computed."""
 
     epoch: int
     step: int
@@ -210,5 +212,5 @@ class _Scores(NamedTuple):
 
 
 def data_of(trainer: L.Trainer) -> SemiSupervisedData:
-    """Returns the data module that the epoch-wise passes need; see :func:`semi_supervised`."""
+    """Returns the data module, which must support the passes of each epoch; see :func:`semi_supervised`."""
     return semi_supervised(getattr(trainer, "datamodule", None))

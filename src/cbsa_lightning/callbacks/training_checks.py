@@ -1,4 +1,4 @@
-"""Checks before training: precision, processes, batch norms."""
+"""Checks the precision, the number of processes and the batch norms before training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cbsa_lightning.errors import ConfigError
 
 
 class TrainingChecks(L.Callback):
-    """Prints which weights CLIP has, and refuses settings that would make training fail silently."""
+    """Prints which weights CLIP uses, and rejects settings with which training would fail silently."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Checks precision and number of processes.
+        """Checks the precision and the number of processes.
 
         Raises:
-            ConfigError: If weights are in half precision, or several processes have nothing to train.
+            ConfigError: If weights are in half precision, or there are several processes and nothing to train.
         """
         weights = getattr(getattr(pl_module.network, "clip", None), "weights", None)
         if weights is not None:

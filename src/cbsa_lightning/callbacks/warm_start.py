@@ -1,4 +1,4 @@
-"""Training from the weights of an earlier run."""
+"""Starts training from the weights of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cbsa_lightning.checkpoints.warm_start import Earlier, check_fits, take_over
 
 
 class StartFrom(L.Callback):
-    """Starts a new run from the averaged weights of a checkpoint; optimizer, epoch and tables start fresh.
+    """Starts a new run from the averaged weights of a checkpoint, without its optimizer, epoch and tables.
 
-    Has no effect on a network without trained parts. A resumed run continues from its own checkpoint.
+    This has no effect on a network without trained parts. A resumed run continues from its own checkpoint.
 
     Args:
         earlier: The checkpoint.
@@ -35,8 +35,8 @@ class StartFrom(L.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Loads the weights before the first step.
 
-        Not earlier, because labels that are made once and the baselines need CLIP's own attention pool. Not later,
-        because the weight average starts from these weights.
+        They cannot be loaded earlier, because the baselines and pseudo-labels that are computed once need CLIP's own
+        attention pool. They cannot be loaded later, because the weight average starts from these weights.
         """
         if trainer.ckpt_path is not None or trainer.global_step or trainer.current_epoch:
             return

@@ -1,4 +1,4 @@
-"""The run or checkpoint that ``--init_from`` names."""
+"""Reads the run or checkpoint that is passed to ``--init_from``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EarlierRun(NamedTuple):
     Attributes:
         file: The checkpoint.
         weights: The weights for a new run.
-        labeled: The images whose labels it used; None if no run folder with this list is found.
+        labeled: The images whose labels the run used; None if no run folder with this list was found.
     """
 
     file: Path
@@ -27,21 +27,21 @@ class EarlierRun(NamedTuple):
 
 
 def read_earlier(place: str) -> EarlierRun:
-    """Reads the newest checkpoint of a run, or a checkpoint, and the run's list of labeled images.
+    """Reads the given checkpoint or the newest one of a run, and the run's list of labeled images.
 
     Args:
-        place: Folder of a run, or path of a checkpoint. The run of a checkpoint is the parent folder, if that is the
-            run that wrote the checkpoint.
+        place: Folder of a run, or path of a checkpoint. The list of a checkpoint is read from the run folder that
+            contains the checkpoint, if that run wrote it.
 
     Raises:
-        CheckpointError: If there is no checkpoint, or it cannot be used.
+        CheckpointError: If there is no checkpoint, or the checkpoint cannot be used.
         DataError: If the list of labeled images is damaged.
     """
     path = local(place)
     if not path.exists():
         raise CheckpointError(
             f"--init_from {place} does not exist. Use the folder of a finished run, such as runs/cbsa/version_0, or a "
-            "checkpoint. A run that starts from a checkpoint needs it until the run ends."
+            "checkpoint. The file must exist until the new run ends."
         )
     file = _newest(path) if path.is_dir() else path
     checkpoint = read_checkpoint(file, ("state_dict", "class_names"))

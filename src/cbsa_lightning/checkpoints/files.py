@@ -1,4 +1,4 @@
-"""Reads checkpoint files without running code; refuses damaged files and files that are not from this library."""
+"""Reads checkpoint files without running code; rejects damaged files and files that are not from this library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
 
     Args:
         path: A local file.
-        needed: Required entries.
+        needed: Names of the required entries.
 
     Returns:
         The checkpoint on the CPU, with the path of the file under :data:`SOURCE`.
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
             _check_whole(file, stream)
             stream.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns about files that are refused below
+                warnings.simplefilter("ignore")  # torch warns about files that are rejected below
                 checkpoint = torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
         raise
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    except Exception as error:  # changed bytes make torch's reader raise nearly anything
+    except Exception as error:  # for changed bytes, torch's reader can raise nearly any error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{file} is damaged, or cannot be read without running code from it ({reason}). Use "
@@ -69,30 +69,30 @@ def read_checkpoint(path: str | os.PathLike[str], needed: tuple[str, ...] = ("st
 def newest_checkpoint(*folders: Path, run_id: str | None = None) -> Path | None:
     """Returns the complete checkpoint below ``folders`` with the most optimizer steps, or None if there is none.
 
-    Skips files that are damaged, truncated or written during a step, with a warning that gives the reason.
+    Files that are damaged, truncated or written during a step are skipped with a warning that states the reason.
 
     Args:
         folders: Folders to search.
-        run_id: ID of the run that the checkpoint must belong to; None: any.
+        run_id: ID of the run that the checkpoint must belong to. None accepts any run.
     """
     found: list[tuple[int, int, int, Path]] = []
     for file in checkpoint_files(*folders):
         try:
             checkpoint = read_checkpoint(file, ("state_dict", "loops", "epoch", "global_step"))
-            if "optimizer_states" not in checkpoint:  # for example, best weights only
+            if "optimizer_states" not in checkpoint:  # for example, a file with only the best weights
                 continue
             if run_id is not None and checkpoint.get(RUN) != run_id:
                 continue
             epoch, step = int(checkpoint["epoch"]), int(checkpoint["global_step"])
         except (CheckpointError, TypeError, ValueError) as error:
-            warnings.warn(f"Passed over: {error}", stacklevel=2)
+            warnings.warn(f"Skipped: {error}", stacklevel=2)
             continue
         found.append((step, epoch, file.stat().st_mtime_ns, file))
     return max(found)[-1] if found else None
 
 
 def checkpoint_files(*folders: Path) -> list[Path]:
-    """Returns all checkpoints below ``folders``, without temporary files."""
+    """Returns all checkpoints below ``folders`` except temporary files."""
     files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("*.ckpt"))}
     return [file for file in files.values() if not file.name.startswith(".")]
 
@@ -104,18 +104,20 @@ def remove_drafts(folder: Path) -> None:
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """Converts a local path; refuses a URL.
+    """Converts a local path; rejects a URL.
 
     Raises:
         CheckpointError: If the path is a URL.
     """
     if "://" in os.fspath(path):
-        raise CheckpointError(f"{path}: checkpoints are read from and written to local files only; copy it first.")
+        raise CheckpointError(
+            f"{path}: checkpoints are read from and written to local files only. Copy the file first."
+        )
     return Path(path)
 
 
 def _check_whole(file: Path, stream: BinaryIO) -> None:
-    """Compares every part with its checksum: torch's reader detects missing bytes, but not changed ones."""
+    """Compares every part with its checksum, because torch's reader detects missing bytes but not changed ones."""
     try:
         with zipfile.ZipFile(stream) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
@@ -126,10 +128,10 @@ def _check_whole(file: Path, stream: BinaryIO) -> None:
             raise
         raise CheckpointError(
             f"{file} is damaged or not a checkpoint ({error}). It may have been truncated while it was written or "
-            "copied. Use an earlier one."
+            "copied. Use an earlier checkpoint."
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it again, or use another.")
+        raise CheckpointError(f"{file} is damaged: the checksum of {damaged} is wrong. Copy it again or use another.")
 
 
 def _check_form(file: Path, checkpoint: Any, needed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Lean checkpoints: store a fingerprint of the frozen weights instead of the weights, and check it when loading."""
+"""Lean checkpoints, which store a fingerprint of the frozen weights instead of the weights, and check it on loading."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class LeanCheckpoint(nn.Module):
     network: nn.Module
     fusion: Fusion | None = None
     class_names: list[str]
-    _source = "The checkpoint"  # for messages: the file, and the version that wrote it
+    _source = "The checkpoint"  # in messages, this names the file and the version that wrote it
 
     def _frozen_keys(self) -> set[str]:
-        """Returns the keys of the state below ``network.clip`` that are not trained."""
+        """Returns the state keys below ``network.clip`` whose weights are not trained."""
         clip = getattr(self.network, "clip", None)
         if clip is None:
             return set()
@@ -42,10 +42,10 @@ class LeanCheckpoint(nn.Module):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Loads a checkpoint as Lightning does, but never runs code from the file and refuses a URL.
+        """Loads a checkpoint as Lightning does, but never runs code from the file and rejects a URL.
 
         Raises:
-            CheckpointError: If the file is damaged, not a checkpoint of this library, or a URL.
+            CheckpointError: If the path is a URL, or the file is damaged or not a checkpoint of this library.
         """
         if isinstance(checkpoint_path, (str, os.PathLike)):
             read_checkpoint(checkpoint_path, ("state_dict", "hyper_parameters"))
@@ -53,7 +53,7 @@ class LeanCheckpoint(nn.Module):
         return cast(Self, above.load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True}))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Returns all state except the frozen weights."""
+        """Returns the whole state except the frozen weights."""
         state = {plain_name(key): value for key, value in super().state_dict(*args, **kwargs).items()}
         frozen = self._frozen_keys()
         return {key: value for key, value in state.items() if key not in frozen}
@@ -64,7 +64,7 @@ class LeanCheckpoint(nn.Module):
         """Loads the state of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: If keys or shapes differ from this module's; the message names them.
+            CheckpointError: If the keys or shapes differ from those of this module; the message names them.
         """
         here: dict[str, Tensor] = nn.Module.state_dict(self)
         key_of = {plain_name(key): key for key in here}
@@ -93,7 +93,7 @@ class LeanCheckpoint(nn.Module):
             )
         if broken := _broken(state_dict):
             raise CheckpointError(
-                f"{self._source} has weights that are not finite: {listed(broken, 5)}. Use another one."
+                f"{self._source} has weights that are not finite: {listed(broken, 5)}. Use another checkpoint."
             )
         state = {key_of.get(key, key): value for key, value in state_dict.items()}
         loaded: _IncompatibleKeys = super().load_state_dict(state, strict=False, assign=assign)
@@ -103,7 +103,7 @@ class LeanCheckpoint(nn.Module):
         """Adds the fingerprint of the frozen weights and the tables of the current epoch.
 
         Raises:
-            NotFiniteError: If weights are NaN or infinite. The checkpoint is not saved, which keeps the last good one.
+            NotFiniteError: If weights are NaN or infinite. The checkpoint is not saved, so the last valid one is kept.
         """
         if broken := _broken(checkpoint["state_dict"]):
             raise NotFiniteError(
@@ -128,7 +128,7 @@ class LeanCheckpoint(nn.Module):
                 checkpoint[name] = table.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint with other classes or other frozen weights.
+        """Rejects a checkpoint with other classes or other frozen weights.
 
         Raises:
             CheckpointError: If they differ; the message names both.
@@ -139,7 +139,7 @@ class LeanCheckpoint(nn.Module):
             self._source += f" (written by cbsa_lightning {written}, read by {here})"
         trainer = getattr(self, "_trainer", None)
         if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
-            raise CheckpointError(f"{self._source} has weights only, so training cannot be resumed from it.")
+            raise CheckpointError(f"{self._source} contains only weights, so training cannot be resumed from it.")
         clip = getattr(self.network, "clip", None)
         if clip is not None and FINGERPRINT not in checkpoint:
             raise CheckpointError(f"{self._source} has no {FINGERPRINT}: it is unknown which frozen weights it needs.")
@@ -169,14 +169,16 @@ class LeanCheckpoint(nn.Module):
                 if name[:5] not in ("means", "limit", "share", "bound")
             }
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._source}: its {FUSION} is damaged ({error}). Use another one.") from error
+            raise CheckpointError(
+                f"{self._source}: its {FUSION} is damaged ({error}). Use another checkpoint."
+            ) from error
         if not fits or classes != {len(self.class_names)} or len(fusion.means) != len(fusion.weights):
-            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Use another one.")
+            raise CheckpointError(f"{self._source}: its {FUSION} does not fit the classes. Use another checkpoint.")
         return fusion
 
 
 def _broken(state: Mapping[str, Any]) -> list[str]:
-    """Returns the names of weights and averages with NaN or infinity; thresholds may have them."""
+    """Returns the names of weights and averages with NaN or infinity, which only thresholds may contain."""
     return _sorted(
         not_finite({k: v for k, v in state.items() if k.startswith(("network.", "ema.")) and isinstance(v, Tensor)})
     )
@@ -190,5 +192,5 @@ def _form(value: Any) -> str:
 
 
 def _sorted(keys: Iterable[str]) -> list[str]:
-    """Sorts the network's own keys first, since the averages only repeat them under less readable names."""
+    """Sorts the keys so that those of the network come first; averages repeat them under less readable names."""
     return sorted(keys, key=lambda key: (key.startswith("ema."), key))

@@ -1,4 +1,4 @@
-"""The trained part of a checkpoint as `model.safetensors` and `config.json`: half the size, and no training state."""
+"""Stores the trained part of a checkpoint as `model.safetensors` and `config.json`, which take half the space."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _NETWORK, _EMA, _STARTED, _CUT = "network.", "ema.", "ema.started", "cut"
 
 
 def write_config(checkpoint: Mapping[str, Any], folder: Path, **more: Any) -> None:
-    """Writes `config.json`: how the network of a checkpoint is built.
+    """Writes `config.json`, which describes how to build the network of a checkpoint.
 
     Args:
-        checkpoint: As :func:`~cbsa_lightning.checkpoints.files.read_checkpoint` reads it.
-        folder: Where to.
-        **more: Further entries.
+        checkpoint: Result of :func:`~cbsa_lightning.checkpoints.files.read_checkpoint`.
+        folder: Output folder.
+        **more: Additional entries.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     settings = checkpoint["hyper_parameters"]
     config = {
@@ -55,10 +55,10 @@ def write_config(checkpoint: Mapping[str, Any], folder: Path, **more: Any) -> No
 
 
 def write_weights(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Writes `model.safetensors`: the averaged weights, the thresholds, and what the scores are fused with.
+    """Writes `model.safetensors` with the averaged weights, the thresholds and the stack that scores are fused with.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     state = checkpoint["state_dict"]
     tensors = {name: value for name, value in state.items() if name.startswith(_NETWORK) or name == _CUT}
@@ -70,10 +70,10 @@ def write_weights(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_portable(folder: Path) -> dict[str, Any]:
-    """Reads what :func:`write_config` and :func:`write_weights` wrote, in the form of a checkpoint.
+    """Reads the files of :func:`write_config` and :func:`write_weights` in the form of a checkpoint.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or was changed.
+        CheckpointError: If a file is missing or damaged, or was changed.
     """
     try:
         check_checksums(folder, (CONFIG, WEIGHTS))
@@ -103,7 +103,7 @@ def read_portable(folder: Path) -> dict[str, Any]:
 
 
 def _averaged(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the network's weights that have an average; none before it has started."""
+    """Returns the names of the network's weights that have an average; none before the average has started."""
     if _STARTED not in state or not bool(state[_STARTED]):
         return []
     names = (name.removeprefix(_NETWORK) for name in state if name.startswith(_NETWORK))
@@ -111,7 +111,7 @@ def _averaged(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def network_section(checkpoint: Mapping[str, Any]) -> Any:
-    """The network in the configuration of a run of another system than CBSA, or None."""
+    """Returns the network section of a run's configuration, or None if the run trained CBSA itself."""
     try:
         return yaml.safe_load(checkpoint[MODEL])["init_args"]["network"]
     except (KeyError, TypeError, AttributeError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""Initial weights from an earlier run whose classes may differ; see ``cbsa fit --init_from``."""
+"""Initialization with the weights of an earlier run, whose classes may differ; see ``cbsa fit --init_from``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ REMEDY = "Train with the model settings of its config.yaml, or remove --init_fro
 
 
 class Earlier(NamedTuple):
-    """What a new run takes from a checkpoint.
+    """The parts of a checkpoint from which a new run is initialized.
 
     Attributes:
-        source: The file, for messages.
-        class_names: Its C classes.
-        weights: State of its network with averaged weights, by parameter name, without frozen weights.
+        source: Name of the file for messages.
+        class_names: The C classes of the checkpoint.
+        weights: State of the network with averaged weights, by parameter name and without frozen weights.
         partition: ``(C,)``, the context of each class; -1 if there is none.
-        network: Name of the network's class; None if the checkpoint does not have it.
+        network: Name of the network's class; None if the checkpoint does not contain it.
         fingerprint: Fingerprint of the frozen weights; None if there are none.
-        image_size: Side of its images in pixels; None if the checkpoint does not have it.
+        image_size: Side length of the images in pixels; None if the checkpoint does not contain it.
     """
 
     source: str
@@ -54,11 +54,13 @@ class Earlier(NamedTuple):
             weights.update({name: average for name, average in averages.items() if average is not None})
         names, partition = list(checkpoint["class_names"]), state.get("context_partition")
         if not isinstance(partition, Tensor) or partition.shape != (len(names),):
-            raise CheckpointError(f"{source}: its context_partition does not fit its classes. Use another one.")
+            raise CheckpointError(f"{source}: the context_partition does not fit the classes. Use another checkpoint.")
         if wrong := [name for name, weight in weights.items() if not isinstance(weight, Tensor)]:
             raise CheckpointError(f"{source}: {listed(wrong, 5)} are not tensors. Use another checkpoint.")
         if broken := not_finite(weights):
-            raise CheckpointError(f"{source} has weights that are not finite: {listed(broken, 5)}. Use another one.")
+            raise CheckpointError(
+                f"{source} has weights that are not finite: {listed(broken, 5)}. Use another checkpoint."
+            )
         about = (checkpoint.get(key) for key in (NETWORK, FINGERPRINT, "image_size"))
         return cls(source, names, weights, partition, *about)
 
@@ -73,7 +75,7 @@ def check_fits(earlier: Earlier, network: Network, own: Mapping[str, Tensor], cl
         class_names: The network's classes.
 
     Raises:
-        CheckpointError: If network class, frozen weights or settings differ; the message names both sides.
+        CheckpointError: If the network classes, the frozen weights or the settings differ; the message names both.
     """
     source = earlier.source
     if earlier.network not in (None, class_of(network)):
@@ -102,22 +104,23 @@ def _differences(earlier: Earlier, network: Network, own: Mapping[str, Tensor]) 
     contexts = set(network.context_tensors)
     there = earlier.weights.keys() - contexts
     here = own.keys() - contexts
-    yield from (f"{name} is missing there" for name in sorted(here - there))
-    yield from (f"{name} is missing here" for name in sorted(there - here))
+    yield from (f"{name} is missing in the checkpoint" for name in sorted(here - there))
+    yield from (f"{name} is missing in this run" for name in sorted(there - here))
     for name in sorted(here & there):
         old, new = earlier.weights[name].shape, own[name].shape
         if name in by_class and len(old) > 0 and old[0] == len(earlier.class_names):
             old, new = old[1:], new[1:]  # rows of classes are matched by name
         if old != new:
-            yield f"{name} is {tuple(earlier.weights[name].shape)} there and {tuple(own[name].shape)} here" + (
-                _of_prompts(earlier.weights[name], own[name]) if name.endswith("words") else ""
-            )
+            yield (
+                f"{name} is {tuple(earlier.weights[name].shape)} in the checkpoint "
+                f"and {tuple(own[name].shape)} in this run"
+            ) + (_of_prompts(earlier.weights[name], own[name]) if name.endswith("words") else "")
 
 
 def _of_prompts(there: Tensor, here: Tensor) -> str:
     if there.ndim != here.ndim or there.ndim < 2:
         return " (model.shared_prompts differs)"
-    return f" (model.prompt_length is {there.shape[-2]} there and {here.shape[-2]} here)"
+    return f" (model.prompt_length is {there.shape[-2]} in the checkpoint and {here.shape[-2]} in this run)"
 
 
 @torch.no_grad()
@@ -126,18 +129,18 @@ def take_over(
 ) -> str:
     """Copies the weights of an earlier run into a network that :func:`check_fits` has accepted.
 
-    Rows of classes are matched by name; rows of new classes keep their initial values. The context head is copied if
-    the classes and their partition are the same, even if the ids of the contexts differ.
+    Rows of class-specific weights are matched by class name; rows of new classes keep their initial values. The context
+    head is copied if the classes and their partition are the same, even if the ids of the contexts differ.
 
     Args:
         earlier: The checkpoint.
         network: The network of the new run.
-        own: The network's state without frozen weights, by name; shares memory with the network.
+        own: The network's state without frozen weights, by name; it shares memory with the network.
         class_names: The network's C classes.
         partition: ``(C,)``, the context of each class in the new run; -1 if there is none.
 
     Returns:
-        A sentence that says what was copied, and what was not.
+        A sentence that states which weights were copied and which were not.
     """
     by_class, contexts = network.class_tensors() or set(), set(network.context_tensors)
     rows = {name: row for row, name in enumerate(earlier.class_names)}
@@ -170,7 +173,7 @@ def take_over(
 def _same_contexts(
     earlier: Earlier, class_names: Sequence[str], partition: Tensor, num_contexts: int
 ) -> list[int] | None:
-    """Returns the earlier id of each of the K contexts, or None if the classes, K or the partition differ."""
+    """Returns the earlier id of each of the K contexts, or None if the classes, K or the partitions differ."""
     if set(earlier.class_names) != set(class_names) or bool((partition < 0).any()):
         return None
     before = dict(zip(earlier.class_names, earlier.partition.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Atomic writing of checkpoints, and reading without running code."""
+"""Writes checkpoints atomically and reads them without running code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from cbsa_lightning.io.files import replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically; Lightning's own writer can leave a partial file.
+    """Checkpoint IO that writes atomically, whereas Lightning's own writer can leave a partial file.
 
-    Reads without running code from the file, and refuses damaged files with the reason. Supports local files only.
+    Checkpoints are read without running code from the file. Damaged files are rejected with an error that states the
+    reason. Only local files are supported.
 
-    Two consecutive checkpoints of the same state, such as the newest epoch's and ``last.ckpt``, share one file through
-    a hard link if the file system supports it.
+    If two consecutive checkpoints have the same state, such as the one of the newest epoch and ``last.ckpt``, they
+    share one file through a hard link, provided that the file system supports it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the disk is full or the folder is not writable; existing files are unchanged.
         """
         file = local(path)
-        if checkpoint.get(TORN):  # weights, average and counters are inconsistent now
+        if checkpoint.get(TORN):  # weights, average and counters are inconsistent during a step
             rank_zero_warn(f"{file} is not written during a step; resume from an earlier checkpoint.")
             return
         try:
@@ -58,7 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def _share(self, file: Path, checkpoint: dict[str, Any]) -> None:
-        """Replaces the previous file by a hard link to this one, if they differ at most in callback state."""
+        """Replaces the previous file with a hard link to this one if they differ at most in callback state."""
         progress = ("epoch", "global_step", "loops", "lr_schedulers")
         moment = copy.deepcopy((sorted(checkpoint), [checkpoint.get(key) for key in progress]))
         former, self._former = self._former, (file, moment)
@@ -80,6 +81,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def _tensors_of(file: Path) -> dict[str, tuple[int, int]]:
-    """Returns checksum and size of each tensor in a checkpoint."""
+    """Returns the checksum and the size of each tensor in a checkpoint."""
     with zipfile.ZipFile(file) as archive:
         return {part.filename: (part.CRC, part.file_size) for part in archive.infolist() if "/data/" in part.filename}

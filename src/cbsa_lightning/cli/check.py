@@ -1,4 +1,4 @@
-"""``cbsa check``: reports the content and the problems of a data set before training."""
+"""``cbsa check``, which reports the content and the problems of a data set before training."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def check_command(args: Sequence[str] | None = None) -> Report:
     """Checks a data set and prints the report.
 
     Args:
-        args: Arguments; None: those of the process. ``--help`` lists them.
+        args: Command-line arguments, which ``--help`` lists. By default, the arguments of the process are used.
 
     Returns:
-        The report, if nothing prevents a fit.
+        The report if no problem prevents training.
 
     Raises:
         ConfigError: If the command line or a configuration is invalid.
-        SystemExit: With status 1, after the report, if ``cbsa fit`` would refuse the data set.
+        SystemExit: With status 1, after the report, if ``cbsa fit`` would reject the data set.
     """
     options = _parser().parse_args(args)
     recipe = _recipe(options)
-    with redirect_stdout(sys.stderr):  # progress bars and messages; standard output is only for the report
+    with redirect_stdout(sys.stderr):  # only the report is written to standard output
         report = _checked(recipe, _comparison(options))
         if options.time and report.plan is not None and not report.errors:
-            print("Measuring a few images and training steps ...")
+            print("Measuring the time of a few images and training steps ...")
             report = replace(report, time=run_time(recipe, report.plan))
     if options.json:
         write_json(report, sys.stdout)
@@ -62,47 +62,47 @@ def check_command(args: Sequence[str] | None = None) -> Report:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa check",
-        description="Reports what is in a data set, its problems, and how a run would use it. Reads every image "
-        "file once and writes nothing. Exits with status 1 if `cbsa fit` would refuse the data set or a "
+        description="Reports the content of a data set, its problems, and how a run would use it. Reads every image "
+        "file once and does not write files. Exits with status 1 if `cbsa fit` would reject the data set or a "
         "test image is also a training image.",
     )
     parser.add_argument(
         "files",
         nargs="+",
         metavar="FILE",
-        help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json), a CVAT export (.xml); or "
-        "configurations of `cbsa fit` (.yaml), merged from left to right. Default settings: photos.yaml",
+        help="a table (.csv, .parquet, ...), a COCO file or Label Studio export (.json), a CVAT export (.xml), or "
+        "configurations of `cbsa fit` (.yaml), which are merged from left to right (default settings: photos.yaml)",
     )
     parser.add_argument("--test", metavar="FILE", help="annotations of the test images")
     parser.add_argument("--root", metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--class-file", metavar="FILE", help="class file with prompt names")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="fraction of the labeled images for validation")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="images a step")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="number of images per step")
     parser.add_argument(
         "--near-duplicates",
         metavar="CLIP",
-        help="model to compare images with: an open_clip name, a folder, or embedded",
+        help="CLIP model that finds similar images: an open_clip name, a folder, or embedded",
     )
-    parser.add_argument("--pretrained", metavar="TAG", help="its weights: an open_clip tag or a file")
+    parser.add_argument("--pretrained", metavar="TAG", help="weights of this model: an open_clip tag or a file")
     parser.add_argument(
-        "--time", action="store_true", help="measure a few images and training steps, and estimate the time of a run"
+        "--time", action="store_true", help="time a few images and training steps, and estimate the duration of a run"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with all paths")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object with all paths")
     return parser
 
 
 def _recipe(options: argparse.Namespace) -> Settings:
-    """Returns the configuration of the run: that of the files, overridden by options."""
+    """Returns the configuration of the run, in which options override the configuration files."""
     configs = [name for name in options.files if Path(name).suffix.lower() in (".yaml", ".yml")]
     annotations = [name for name in options.files if name not in configs]
     if len(annotations) > 1:
         raise ConfigError(
-            f"{listed(annotations)}: pass one file of training images, and the test images with --test FILE."
+            f"{listed(annotations)}: pass one file for the training images. Pass the test images with --test FILE."
         )
     recipe = merged(map(read, map(find_config, configs) if configs else [shipped_configs() / "photos.yaml"]))
     data = recipe.get("data") or {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{listed(configs)}: data must map settings to values, as in 'data: {{batch_size: 64}}'.")
+        raise ConfigError(f"{listed(configs)}: the section data must be a mapping such as 'data: {{batch_size: 64}}'.")
     given = {"test": options.test, "root": options.root, "class_file": options.class_file}
     given = {name: value for name, value in given.items() if value is not None}
     if annotations:
@@ -112,7 +112,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
         source = source if isinstance(source, dict) else {"class_path": source}
         data["source"] = {**source, "init_args": {**_section(source, "init_args"), **given}}
     if not data.get("source"):
-        raise ConfigError(f"{listed(configs)}: no data.source. Add a configuration that has one, or a table.")
+        raise ConfigError(f"{listed(configs)}: data.source is missing. Add a configuration that sets it, or a table.")
     for name, value in (("held_out_fraction", options.held_out), ("batch_size", options.batch_size)):
         if value is not None:
             data[name] = value
@@ -120,7 +120,7 @@ def _recipe(options: argparse.Namespace) -> Settings:
 
 
 def _source_of(file: str, given: dict[str, str]) -> Settings:
-    """Returns the source that reads a file of annotations, as in a configuration."""
+    """Returns the source that reads a file of annotations, in the form of a configuration."""
     suffix = Path(file).suffix.lower()
     if suffix == ".xml":
         return _tool(file, "cvat", "CVAT", given)
@@ -144,11 +144,11 @@ class TrainingCOCO(COCO):
     """A COCO file of training images, without test images."""
 
     def test(self) -> None:  # type: ignore[override]  # a source may return None
-        """Returns None."""
+        """Returns None, since there are no test images."""
 
 
 def _tool(file: str, module: str, name: str, given: dict[str, str]) -> Settings:
-    """Returns the source for an export of a labeling tool."""
+    """Returns the source that reads an export of a labeling tool."""
     return {"class_path": f"{_READERS}.{module}.{name}", "init_args": {"train": file, **given}}
 
 
@@ -157,14 +157,14 @@ def _first_character(file: str) -> bytes:
         with open_regular(file) as stream:
             return stream.read(1 << 10).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); correct the path") from error
+        raise DataError(f"{file} cannot be read ({error.strerror}); correct the path") from error
 
 
 def _comparison(options: argparse.Namespace) -> Callable[[Sequence[Path]], Similar] | None:
     """Returns the function that compares images; None without ``--near-duplicates``."""
     if options.near_duplicates is None:
         if options.pretrained is not None:
-            raise ConfigError("--pretrained sets the weights of the model of --near-duplicates. Pass both.")
+            raise ConfigError("--pretrained sets the weights of the --near-duplicates model. Pass both options.")
         return None
     from cbsa_lightning.clip import FrozenCLIP
     from cbsa_lightning.data.checks.near_duplicates import near_duplicates
@@ -187,14 +187,14 @@ def _checked(recipe: Settings, near_duplicates: Callable[[Sequence[Path]], Simil
 
 
 def _built(recipe: Settings) -> tuple[Any, RunSettings]:
-    """Builds the source and the settings like `cbsa fit`."""
+    """Builds the source and the settings in the same way as `cbsa fit`."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--source", type=Source)
     parser.add_argument("--run", type=RunSettings)
     plain = expand_paths({"source": recipe["data"]["source"], "run": _run_settings(recipe)})
     try:
         with warnings.catch_warnings():
-            # Renamed in jsonargparse 4.49; the oldest supported release has only this name.
+            # jsonargparse 4.49 renamed this function, but the oldest supported release has only the old name.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|cbsa_lightning")
             built = parser.instantiate_classes(parser.parse_object(plain))
     except Exception as error:

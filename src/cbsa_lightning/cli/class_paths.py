@@ -1,6 +1,6 @@
-"""Finds classes of a configuration by their full path or, for this library's classes, by name only.
+"""Finds the classes of a configuration by their full path. Classes of this library can also be found by name.
 
-jsonargparse finds a class by name once its module is imported, so this module imports all of them.
+jsonargparse finds a class by name only if its module has been imported, so this file imports all modules with classes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MODULES: tuple[ModuleType, ...] = (
 
 
 def class_named(name: str) -> Any:
-    """Returns the class with a name.
+    """Returns the class with the given name or path.
 
     Args:
         name: For example, ``DualCoOp`` or ``my_package.MyNetwork``.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such class.
     """
     if "." not in name:
         found: Any = next((vars(place)[name] for place in _MODULES if name in vars(place)), None)
@@ -53,5 +53,5 @@ def class_named(name: str) -> Any:
         except pydoc.ErrorDuringImport as error:
             raise ConfigError(f"{name} cannot be imported: {error}") from error
     if not callable(found):
-        raise ConfigError(f"There is no class {name}. Check its name, and that its module is on PYTHONPATH.")
+        raise ConfigError(f"There is no class {name}. Check its name, and make sure that its module is on PYTHONPATH.")
     return found

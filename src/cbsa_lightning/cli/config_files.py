@@ -1,4 +1,4 @@
-"""Configuration files: found by name, checked before jsonargparse reads them, paths in them expanded."""
+"""Finds configuration files by name, checks them before jsonargparse reads them, and expands paths in them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from cbsa_lightning.cli.renamed import current
 from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.reading import read_text
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # same as jsonargparse; it accepts slightly less
+# jsonargparse also uses the C loader, which accepts slightly less than SafeLoader.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 _PATH = re.compile(r"~(?=/|$)|\$(\w+|\{\w+\})(?=/|$)")  # at the start of a value
 
 
 def shipped_configs() -> Path:
-    """Returns the folder of the configurations in the package, or in the checkout of an editable install."""
+    """Returns the folder of the library's configurations, in the package or in the checkout of an editable install."""
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
 
 
 def find_config(name: str | os.PathLike[str]) -> Path:
-    """Finds a configuration file: a path, or the name of a configuration of the library.
+    """Finds a configuration file by its path or, for a configuration of the library, by its name.
 
     Args:
         name: For example, ``mine.yaml``, ``methods/cbsa.yaml`` or ``configs/methods/cbsa.yaml``.
 
     Raises:
-        ConfigError: If there is none; the message suggests similar names.
+        ConfigError: If there is no such file; the message suggests similar names.
     """
     file = Path(expanded(os.fspath(name)))
     shipped = shipped_configs()
@@ -47,12 +48,12 @@ def find_config(name: str | os.PathLike[str]) -> Path:
         return inside
     names = sorted(path.relative_to(shipped).as_posix() for path in shipped.rglob("*.yaml"))
     similar = difflib.get_close_matches(file.as_posix().removeprefix("configs/"), names)
-    hint = f"Similar ones are {listed(similar)}" if similar else f"Files below {shipped} are found by name"
+    hint = f"Similar names are {listed(similar)}" if similar else f"Files below {shipped} can be found by name"
     raise ConfigError(f"{name}: configuration file not found. {hint}.")
 
 
 def find_configs(words: Sequence[str]) -> list[str]:
-    """Replaces the names after ``--config`` in a command line by file paths; see :func:`find_config`."""
+    """Replaces the names after ``--config`` in a command line with file paths; see :func:`find_config`."""
     found = list(words)
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -80,7 +81,7 @@ def expanded(value: str) -> str:
 
 
 def expand_paths(config: Any) -> Any:
-    """Expands all values of a parsed configuration that start like a path; see :func:`expanded`."""
+    """Expands all values of a parsed configuration that start with ``~`` or a variable; see :func:`expanded`."""
     if isinstance(config, str):
         return expanded(config)
     if isinstance(config, Namespace):
@@ -94,10 +95,10 @@ def expand_paths(config: Any) -> Any:
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Checks that files after ``--config`` are YAML mappings; does not check the settings in them.
+    """Checks that the files after ``--config`` are YAML mappings, but does not check the settings in them.
 
     Raises:
-        ConfigError: If a file is not; the message names the file and line.
+        ConfigError: If a file is not a YAML mapping; the message names the file and the line.
     """
     for file in _named(words):
         try:
@@ -110,27 +111,25 @@ def check_configs(words: Sequence[str]) -> None:
             raise ConfigError(str(error)) from error
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{file}: cannot be read as YAML ({reason}); correct it, and save it as UTF-8."
-            ) from error
+            raise ConfigError(f"{file} cannot be read as YAML ({reason}); correct it, and save it as UTF-8.") from error
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{file}: must map settings to values, as in 'trainer: {{max_epochs: 2}}'.")
+            raise ConfigError(f"{file} must contain a mapping such as 'trainer: {{max_epochs: 2}}'.")
         if nul := [e.start_mark.line + 1 for e in events if "\0" in (getattr(e, "value", None) or "")]:
             raise ConfigError(f"{file}: line {nul[0]} has a NUL character, which is not allowed; remove it.")
         for event in events:
             if isinstance(event, yaml.ScalarEvent) and (new := current(event.value)) != event.value:
                 raise ConfigError(
-                    f"{file}, line {event.start_mark.line + 1}: {event.value} is now {new.rpartition('.')[2]}, without "
-                    "its module; correct it."
+                    f"{file}, line {event.start_mark.line + 1}: replace {event.value} with {new.rpartition('.')[2]}, "
+                    "without the module."
                 )
 
 
 @contextmanager
 def naming_files(words: Sequence[str]) -> Iterator[None]:
-    """Adds the configuration files that mention a refused setting to the error, unless a flag sets it.
+    """Adds the configuration files that mention a rejected setting to the error, unless a flag sets this setting.
 
     Raises:
-        ConfigError: The original error, with the files.
+        ConfigError: The original error with the names of the files.
     """
     try:
         yield
@@ -146,7 +145,7 @@ def naming_files(words: Sequence[str]) -> Iterator[None]:
 
 
 def config_values(words: Sequence[str]) -> Iterator[str]:
-    """Yields the values of ``--config`` in a command line: file names, or YAML text."""
+    """Yields the values of ``--config`` in a command line, which are file names or YAML text."""
     return option_values(words, "--config", "-c")
 
 

@@ -1,4 +1,4 @@
-"""`cbsa export`: a trained model as files that work without this library."""
+"""`cbsa export`, which writes a trained model as files that work without this library."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ def export_command(words: Sequence[str]) -> Path:
     """Runs `cbsa export`.
 
     Args:
-        words: The words of the command line after ``export``.
+        words: Command-line arguments after ``export``.
 
     Returns:
-        The folder that was written.
+        The output folder.
 
     Raises:
-        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`; or the upload fails.
-        CheckpointError: See there.
-        OutputError: See there.
+        ConfigError: See :func:`~cbsa_lightning.inference.export.bundle.export`; also raised if the upload fails.
+        CheckpointError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
+        OutputError: See :func:`~cbsa_lightning.inference.export.bundle.export`.
     """
     args = _parser().parse_args(words)
-    from cbsa_lightning.inference.export.bundle import export  # after --help, since torch takes seconds to import
+    # These imports take seconds because of torch, so --help must not trigger them.
+    from cbsa_lightning.inference.export.bundle import export
     from cbsa_lightning.inference.hub import push_to_hub
     from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
 
@@ -41,7 +42,7 @@ def export_command(words: Sequence[str]) -> Path:
     for file in sorted(folder.iterdir()):
         total += file.stat().st_size
         print(f"  {file.stat().st_size / 1e6:8.2f} MB  {file.name}")
-    print(f"Exported, and tested, {total / 1e6:.1f} MB: {folder}")
+    print(f"Exported and tested {total / 1e6:.1f} MB: {folder}")
     if args.push_to:
         print(f"Uploaded: {push_to_hub(folder, args.push_to, private=not args.public)}")
     return Path(folder)
@@ -54,15 +55,15 @@ def _names(text: str) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa export",
-        description="Writes a trained model as a folder of files that give the same labels without this library.",
+        description="Writes a trained model as a folder of files that predict the same labels without this library.",
     )
-    parser.add_argument("source", type=Path, help="folder of a finished run, or a checkpoint")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("source", type=Path, help="folder of a finished run or a checkpoint")
+    parser.add_argument("--to", type=Path, required=True, help="output folder")
     parser.add_argument("--format", default=FORMATS, help=f"formats, separated by commas (default: {FORMATS})")
-    parser.add_argument("--extra", default="", help="further outputs of the model: attention, context or both")
-    parser.add_argument("--clip", help="the CLIP towers, if they have been moved since the training")
-    parser.add_argument("--pretrained", help="the weights of the towers, if they have been moved")
-    parser.add_argument("--image_size", type=int, help="side of the images, for checkpoints that do not store it")
+    parser.add_argument("--extra", default="", help="additional outputs of the model: attention, context or both")
+    parser.add_argument("--clip", help="location of the CLIP towers if it has changed since training")
+    parser.add_argument("--pretrained", help="location of the weights of the towers if it has changed since training")
+    parser.add_argument("--image_size", type=int, help="side length of images if the checkpoint does not contain it")
     parser.add_argument("--push_to", metavar="USER/MODEL", help="also upload the folder to the Hugging Face Hub")
     parser.add_argument("--public", action="store_true", help="create a public repository instead of a private one")
     return parser

@@ -1,4 +1,4 @@
-"""`cbsa label`: writes labels of a run, or of new images, as a file for a labeling tool."""
+"""`cbsa label`, which writes labels of a run's images or of new images as a file for a labeling tool."""
 
 from __future__ import annotations
 
@@ -44,42 +44,42 @@ def label(words: Sequence[str]) -> Path:
         The output file.
 
     Raises:
-        ConfigError: If the output exists, or its suffix does not fit the tool.
+        ConfigError: If the output exists, or its suffix does not match the tool.
         DataError: If the run has no labels, or images cannot be read.
     """
     args = _parser().parse_args(words)
     output = Path(args.output)
     if output.suffix.lower() != SUFFIXES[args.to]:
-        raise ConfigError(f"{output}: files for {args.to} end in {SUFFIXES[args.to]}; change --output.")
+        raise ConfigError(f"{output}: the suffix of files for {args.to} is {SUFFIXES[args.to]}; change --output.")
     if output.exists():
-        raise ConfigError(f"{output} exists already. Give another --output, or move the file.")
+        raise ConfigError(f"{output} exists already. Choose another --output, or move the file.")
     _refuse_unused(args)
     labels = _labels(args)
     if args.tasks is not None:
         _write_predictions(args, labels, output)
         return output
     _write(args, labels, output)
-    print(f"Labels of {len(labels.images)} images, {int(labels.review.any(1).sum())} of them to review: {output}")
+    print(f"Labels of {len(labels.images)} images, of which {int(labels.review.any(1).sum())} need review: {output}")
     return output
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbsa label",
-        description="Writes the labels of a run's unlabeled images, or of new images, for a labeling tool.",
+        description="Writes labels for a labeling tool, either of a run's unlabeled images or of new images.",
     )
     parser.add_argument("run", type=Path, help="folder of a finished run, such as runs/cbsa/version_0")
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="tool or format")
-    parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--images", help="folder of images to label with the run's checkpoint instead")
-    parser.add_argument("--root", type=Path, help="folder of the run's images, for --to cvat and --tasks")
+    parser.add_argument("--output", required=True, help="output file")
+    parser.add_argument("--images", help="folder of new images to label with the run's checkpoint")
+    parser.add_argument("--root", type=Path, help="for --to cvat and --tasks: folder of the run's images")
     studio = parser.add_argument_group("Label Studio")
     studio.add_argument("--url", help=f"prefix of the path of an image (default: {URL}, its local storage)")
     studio.add_argument(
         "--control", help=f"name of the Choices control (default: {CONTROL}; with --tasks, the only one)"
     )
     studio.add_argument(
-        "--tasks", type=Path, help="JSON export of a project: write predictions for its tasks instead of new tasks"
+        "--tasks", type=Path, help="JSON export of a project, whose tasks get predictions; no new tasks are created"
     )
     studio.add_argument("--label_config", type=Path, help="with --tasks: XML of the project's labeling interface")
     studio.add_argument("--prefix", help="with --tasks: path or URL of --root in the project, such as photos")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:
-    """Refuses options that have no effect because of another option."""
+    """Rejects options that have no effect because of another option."""
     studio, tasks = args.to == "label-studio", args.tasks is not None
     effective = {
         "--url": studio and not tasks,
@@ -110,7 +110,7 @@ def _labels(args: argparse.Namespace) -> ImageLabels:
     file = args.run / LABELS
     if not file.is_file():
         raise ConfigError(
-            f"{file} does not exist: {args.run} is not a finished run with unlabeled images, or was run with "
+            f"{file} does not exist: {args.run} is not a finished run with unlabeled images, or it was run with "
             "--labels.enabled false. Use --images FOLDER to label images with its checkpoint."
         )
     return read_labels(file)
@@ -123,7 +123,7 @@ def _write(args: argparse.Namespace, labels: ImageLabels, output: Path) -> None:
         write_json(output, tasks)
         interface = output.with_suffix(".xml")
         interface.write_text(label_studio_config(labels, control) + "\n", encoding="utf-8")
-        print(f"Labeling interface of the project, with all classes: {interface}")
+        print(f"Labeling interface of the project with all classes: {interface}")
         return
     writers: dict[str, Callable[[], None]] = {
         "cvat": lambda: write_xml(output, cvat_xml(labels, _sizes(args, labels))),
@@ -139,25 +139,25 @@ def _write_predictions(args: argparse.Namespace, labels: ImageLabels, output: Pa
     write_json(output, predictions)
     for note in notes:
         print(f"{args.tasks}: {note}")
-    print(f"Predictions for {len(predictions)} tasks, for /api/projects/ID/import/predictions: {output}")
+    print(f"Predictions for {len(predictions)} tasks, to import at /api/projects/ID/import/predictions: {output}")
 
 
 def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int] | None] | None:
-    """Returns the sizes of the images, and prints a note about unknown ones."""
+    """Returns the sizes of the images, and prints a note about unknown sizes."""
     root = _root(args)
     if root is None:
-        print("The file has no width and height; add --root FOLDER, the folder of the photos, to write them.")
+        print("The file contains no image sizes. To write them, pass the folder of the photos with --root FOLDER.")
         return None
     sizes = upright_sizes([root / path for path in labels.images.tolist()])
     if unknown := [path for path, size in zip(labels.images.tolist(), sizes, strict=True) if size is None]:
         print(
-            f"{len(unknown)} images below {root} are missing or unreadable; their size is omitted: {listed(unknown, 5)}"
+            f"{len(unknown)} images below {root} are missing or unreadable. Their size is omitted: {listed(unknown, 5)}"
         )
     return sizes
 
 
 def _root(args: argparse.Namespace) -> Path | None:
-    """Returns the folder that the labels' paths are relative to, if an option sets it."""
+    """Returns the folder that the image paths are relative to, if an option sets it."""
     root: Path | None = args.root
     if root is None and args.images is not None:
         images = Path(args.images)

@@ -27,6 +27,7 @@ from cbsa_lightning.callbacks.labels import WriteLabels
 from cbsa_lightning.callbacks.predictions import WritePredictions
 from cbsa_lightning.callbacks.report import RunReport
 from cbsa_lightning.callbacks.report_page import WriteReportPage
+from cbsa_lightning.callbacks.wandb_log import LogToWandb
 from cbsa_lightning.callbacks.warm_start import StartFrom
 from cbsa_lightning.checkpoints.earlier_run import read_earlier
 from cbsa_lightning.checkpoints.files import read_checkpoint
@@ -64,6 +65,11 @@ def _seed(everything: bool | int) -> int:
     return 1 if isinstance(everything, bool) else everything
 
 
+def _words_of(args: ArgsType) -> list[str]:
+    """Returns the arguments of the command line, those of the process by default."""
+    return sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+
+
 class CBSACLI(LightningCLI):
     """LightningCLI that reads the classes from the data and optionally compares systems after the fit.
 
@@ -73,7 +79,14 @@ class CBSACLI(LightningCLI):
 
     def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
         self._folder = folder
+        self._words = _words_of(kwargs.get("args"))  # shows the settings that the user chose
         super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on instances only
+        """Returns the given subcommand, or all if none is given; setting up a parser takes a tenth of a second."""
+        known = LightningCLI.subcommands()
+        chosen = set(self._words[:1]) & set(known)
+        return {name: skipped for name, skipped in known.items() if not chosen or name in chosen}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Creates the Trainer, which writes to the folder of a resumed run and has no logger with ``barebones``."""
@@ -101,6 +114,7 @@ class CBSACLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
         parser.add_lightning_class_args(WriteReportPage, "report_page")  # reads their files
+        parser.add_lightning_class_args(LogToWandb, "wandb")  # logs all of these files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
             "--compare",
@@ -132,8 +146,7 @@ class CBSACLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the arguments and stores the command line, which shows the settings that the user chose."""
-        self._words = sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)]
+        """Parses the arguments and expands paths; errors name the configuration file."""
         with naming_files(self._words):
             super().parse_arguments(parser, args)
         self.config = expand_paths(self.config)
@@ -293,6 +306,8 @@ class CBSACLI(LightningCLI):
             trainer: Any = self.trainer
             for page in (callback for callback in trainer.callbacks if isinstance(callback, WriteReportPage)):
                 page.write(trainer, self.model, others)
+            for tracker in (callback for callback in trainer.callbacks if isinstance(callback, LogToWandb)):
+                tracker.log_report_page(trainer)
 
 
 def _useful(record: logging.LogRecord) -> bool:
@@ -312,7 +327,7 @@ def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None
     Raises:
         ConfigError: If a configuration file is not a YAML mapping, or if settings are invalid.
     """
-    check_configs(sys.argv[1:] if args is None else [word for word in args if isinstance(word, str)])
+    check_configs(_words_of(args))
     with warnings.catch_warnings():
         # Lightning 2.6 uses functions that jsonargparse 4.53 renamed.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(jsonargparse|lightning)\.")

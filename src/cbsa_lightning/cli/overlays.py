@@ -1,4 +1,4 @@
-"""Configurations as plain mappings: read from YAML, and merged."""
+"""Reads configurations from YAML as plain mappings, and merges them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def read(file: Path) -> Settings:
     """Reads an overlay.
 
     Raises:
-        ConfigError: If it does not exist or is not a mapping.
+        ConfigError: If the file does not exist or is not a mapping.
     """
     if not file.is_file():
         raise ConfigError(
-            f"There is no overlay {file}. Correct its name, or set the folder of overlays with --configs."
+            f"The overlay {file} does not exist. Correct its name, or set the folder of overlays with --configs."
         )
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -37,21 +37,21 @@ def read(file: Path) -> Settings:
 def merged(overlays: Iterable[Settings]) -> Settings:
     """Merges overlays from left to right, as the command line merges ``--config`` files.
 
-    There is one difference: here, another class starts without arguments, while the command line keeps the previous
-    class's arguments that it also has.
+    There is one difference. If an overlay selects another class, this function drops the arguments of the previous
+    class, whereas the command line keeps those that the new class also has.
     """
     return reduce(_over, overlays, {})
 
 
 def _over(below: Settings, above: Settings) -> Settings:
-    """Merges ``above`` over ``below``; another class starts without arguments."""
+    """Merges ``above`` over ``below``; if the class differs, its earlier arguments are dropped."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
         if isinstance(old, str) and isinstance(value, dict) and set(value) == {"init_args"}:
-            old = {"class_path": old}  # a class given only by its path
+            old = {"class_path": old}  # the class is given only by its path
         if isinstance(old, dict) and "class_path" in old and _same_class(value, old["class_path"]):
-            continue  # the same class, given only by its path, keeps its arguments
+            continue  # the same class is given only by its path, so it keeps its arguments
         if isinstance(old, dict) and isinstance(value, dict) and not _other_class(old, value):
             result[key] = _over(old, value)
         else:
@@ -64,7 +64,7 @@ def _other_class(old: Settings, new: Settings) -> bool:
 
 
 def _same_class(one: Any, other: Any) -> bool:
-    """Returns whether two class paths mean the same class; either may be only a name."""
+    """Returns whether two class paths refer to the same class; either may be only a name."""
     if isinstance(one, str) and isinstance(other, str) and not ("." in one and "." in other):
         return one.rpartition(".")[2] == other.rpartition(".")[2]
     return bool(one == other)

@@ -1,4 +1,4 @@
-"""Command-line errors as one sentence, with suggestions."""
+"""Command-line parser that reports errors as one sentence with suggestions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STRUCTURE = ("Parser key", "Does not validate", "Subtypes", "Errors", "Given va
 
 
 class PlainParser(LightningArgumentParser):
-    """LightningCLI's parser without abbreviated options, and with errors of one sentence."""
+    """LightningCLI's parser without abbreviated options, which reports each error as one sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
@@ -33,7 +33,7 @@ class PlainParser(LightningArgumentParser):
         """Raises an error about the command line.
 
         Raises:
-            ConfigError: Always; the message has the setting, the reason and similar names.
+            ConfigError: Always; the message contains the setting, the reason and similar names.
         """
         if not self.exit_on_error:  # a nested parser of jsonargparse
             super().error(message, ex)
@@ -49,7 +49,9 @@ class PlainParser(LightningArgumentParser):
         setting = f"--{'.'.join(keys)}" if keys else "The command line"
         given = re.findall(r"(?:Given value|Got value): (.*)", message)
         if name := re.search(r"Expected a dot import path string: (\S+)", message):
-            return f"{setting}: no class {name.group(1)!r} fits. Use its full name, as in package.module.Class."
+            return (
+                f"{setting}: there is no suitable class {name.group(1)!r}. Use a full name like package.module.Class."
+            )
         if option := re.search(r"Option '([^']+)' is not accepted", message):
             return (
                 f"{setting} has no setting {option.group(1)!r}.{_similar(option.group(1), _settings_named_in(message))}"
@@ -63,28 +65,28 @@ class PlainParser(LightningArgumentParser):
 
 
 def _types(reasons: list[str]) -> list[str]:
-    """Returns the types in "Expected a <class 'int'>. Got value: x", as readable text."""
+    """Returns the types in messages such as "Expected a <class 'int'>. Got value: x" as readable text."""
     found = [re.match(r"Expected an? (.*?)(?:\. Got value.*)?$", reason) for reason in reasons]
     names = [re.sub(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]", r"\1\2", kind.group(1)) for kind in found if kind]
     return [name for name in dict.fromkeys(names) if name != "NoneType"]
 
 
 def _settings_named_in(message: str) -> list[str]:
-    """Returns the arguments of the class that the message is about."""
+    """Returns the names of the arguments of the class that the message refers to."""
     owner = re.findall(r"given class_path '([^']+)'", message)
     found: Any = pydoc.locate(owner[-1]) if owner else None
     try:
         return constructor_arguments(found)
-    except (TypeError, ValueError):  # not found, or a class in C, which has no signature
+    except (TypeError, ValueError):  # the class is not found, or is implemented in C and has no signature
         return []
 
 
 def plain_cause(error: BaseException) -> CBSAError | None:
-    """Returns the error to show for one raised while building objects from the configuration.
+    """Returns the error to display for an error that was raised while building objects from the configuration.
 
     Returns:
-        An error of this library, or a library's error that a setting caused, as a :class:`ConfigError`; None for
-        others, which may be bugs and keep their traceback.
+        An error of this library, or a :class:`ConfigError` if a setting caused an error in another library. None for
+        all other errors, which may be bugs and therefore keep their traceback.
     """
     chain = list(causes(error))
     for cause in chain:

@@ -1,4 +1,4 @@
-"""Class paths of earlier versions, in checkpoints and configurations."""
+"""Replaces class paths of earlier versions in checkpoints and configurations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MODULES = {
     "schedules": "training.schedules",
     "stacking": "method.stacking",
 }
-"""New path of each module with classes for configurations, by its name in version 0.1."""
+"""New path of each module that contains classes for configurations, by the name of the module in version 0.1."""
 
 
 CLASSES = {"LabelledOnly": "LabeledOnly"}
-"""New name of each renamed class."""
+"""New name of each renamed class, by its earlier name."""
 
 
 def current(value: Any) -> Any:
-    """Returns the same settings with class paths of this version.
+    """Returns settings in which class paths of earlier versions are replaced with those of this version.
 
     Args:
-        value: A setting, or mappings and lists of settings.
+        value: A setting, or a nested structure of mappings and lists of settings.
     """
     if isinstance(value, dict):
         return {name: current(part) for name, part in value.items()}
@@ -43,7 +43,7 @@ def current(value: Any) -> Any:
 
 
 def current_words(words: Sequence[str]) -> list[str]:
-    """Returns the command line with option names and class paths of this version; prints replaced options."""
+    """Returns the command line with the option names and class paths of this version, and prints replaced options."""
     found = []
     for word in words:
         option, equals, value = word.partition("=")

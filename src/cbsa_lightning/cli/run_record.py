@@ -1,8 +1,9 @@
-"""Records of a run: its configuration, split, folder and lock."""
+"""Saves the records of a run (its configuration and its split), and creates and locks its folder."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,10 @@ from cbsa_lightning.io.runs import folder_of, refuse_taken
 
 
 class RunRecord(SaveConfigCallback):
-    """Saves the resolved configuration, in the run's folder and to W&B, and the labeled split.
+    """Saves the resolved configuration to the run's folder and to W&B, and saves the labeled split.
 
-    Creates the folder of a new run and locks it during training. A resumed run updates these files only when its first
-    epoch starts, so a refused checkpoint or setting leaves the folder unchanged.
+    This callback also creates the folder of a new run and locks the folder during training. A resumed run updates these
+    files only when its first epoch starts, so the folder is unchanged if a checkpoint or a setting is rejected.
     """
 
     def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
@@ -32,8 +33,20 @@ class RunRecord(SaveConfigCallback):
         self._folder = Path()  # set in setup()
         self._id = ""
 
+    @cached_property
+    def _plain(self) -> str:
+        """The configuration as YAML; cached because jsonargparse needs a tenth of a second to write it."""
+        text: str = self.parser.dump(self.config, skip_none=False)
+        return text
+
+    @cached_property
+    def _model(self) -> str:
+        """The model section of the configuration as YAML."""
+        text: str = yaml.safe_dump(yaml.safe_load(self._plain)["model"], sort_keys=False)
+        return text
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Locks the run's folder and saves the records; runs on all processes."""
+        """Locks the run's folder and saves the records; this hook is called on all processes."""
         if self.already_saved:
             return
         self._folder = cast(Path, folder_of(trainer))  # Lightning does not call this callback in a fast_dev_run
@@ -47,7 +60,7 @@ class RunRecord(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def _claim(self, trainer: Any, stage: str) -> None:
-        """Claims the folder; all processes raise together, since otherwise some would wait for the others."""
+        """Claims the folder. All processes raise an error together, since otherwise some would wait for the others."""
         problem = None
         if trainer.is_global_zero:
             try:
@@ -68,9 +81,8 @@ class RunRecord(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds the run's ID, and the model's section of the configuration."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        checkpoint[MODEL] = yaml.safe_dump(config["model"], sort_keys=False)
+        """Adds the run's ID and the model section of the configuration."""
+        checkpoint[MODEL] = self._model
         checkpoint[RUN] = self._id
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -85,8 +97,8 @@ class RunRecord(SaveConfigCallback):
         """Saves the configuration on the first process."""
         if stage == "fit":
             runs.note(self._folder / runs.RUN_ID, f"{self._id}\n")
-        plain = self.parser.dump(self.config, skip_none=False)
-        # Lightning's own method can leave a truncated file on a full disk.
+        plain = self._plain
+        # Lightning's own method can leave a truncated file if the disk is full.
         runs.note(self._folder / runs.CONFIG, plain)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""CLIP as used by this library: frozen towers, dense image tokens, and a text tower on prompt embeddings."""
+"""Frozen CLIP towers that return dense image tokens and encode prompt embeddings."""
 
 from cbsa_lightning.clip.frozen import FrozenCLIP
 from cbsa_lightning.clip.pooling import ImageTokens

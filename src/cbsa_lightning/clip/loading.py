@@ -1,4 +1,4 @@
-"""Loads an open_clip model and its weights from a name, folder or file."""
+"""Loading of an open_clip model and its weights from a name, folder or file."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from cbsa_lightning.errors import ConfigError, WeightsError, listed
 
 CONFIG_NAME = "open_clip_config.json"
 LOCAL, HUB = "local-dir:", "hf-hub:"
-EMBEDDED = "embedded"  # the small model that ships inside this package
-OWN = "openai"  # the default of `pretrained`; for folders and hub models it means their own weights
-RANDOM = "random"  # as `pretrained`: no weights
+EMBEDDED = "embedded"  # the small model that is included in this package
+OWN = "openai"  # the default of `pretrained`; folders and hub models then use their own weights
+RANDOM = "random"  # value of `pretrained` that requests random weights
 _TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs"}
 
 WAYS = (
-    "Ways to get weights: (1) with network access, a tag is downloaded once into the Hugging Face cache, and that "
-    "cache (HF_HOME) can be copied to a machine without access; (2) download the weights file elsewhere and give "
-    "pretrained=<file>; (3) give model=<folder> with open_clip_config.json and the weights file; "
-    "(4) pretrained='random' for random weights, useful only in tests."
+    "Ways to obtain weights: (1) with network access, a tag is downloaded once into the Hugging Face cache (HF_HOME), "
+    "which can be copied to a machine without network access; (2) download the weights file on another machine and set "
+    "pretrained=<file>; (3) set model=<folder>, where the folder contains open_clip_config.json and the weights file; "
+    "(4) set pretrained='random' for random weights, which are useful only in tests."
 )
 
 
@@ -51,7 +51,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Architecture:
-    """An open_clip config, its image statistics if any, and its open_clip identifier if any."""
+    """An open_clip config, with its image statistics and its open_clip identifier if they exist."""
 
     config: dict[str, Any]
     preprocess: dict[str, Any]
@@ -72,15 +72,16 @@ def load_open_clip(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Loaded:
-    """Builds an open_clip model. For arguments and errors, see ``FrozenCLIP.load``."""
+    """Builds an open_clip model. See ``FrozenCLIP.load`` for the arguments and errors."""
     if pretrained is None:
         raise ConfigError(
-            f"pretrained of CLIP {model!r} is null, which names no weights. Omit it to use the weights of a folder, or "
-            f"give a tag, a file, or '{RANDOM}' for random weights."
+            f"pretrained of CLIP {model!r} is null, which does not specify any weights. Omit it to use the weights of "
+            f"a folder, or give a tag, a file, or '{RANDOM}' for random weights."
         )
     if torch.get_default_device().type == "meta":
         raise ConfigError(
-            "torch's default device is 'meta', whose tensors have no values. Build the network on the default 'cpu'."
+            "torch's default device is 'meta', whose tensors have no values. Use 'cpu' as the default device when you "
+            "build the network."
         )
     asked, pretrained = pretrained, None if pretrained == RANDOM else pretrained
     architecture = _architecture(model)
@@ -93,8 +94,8 @@ def load_open_clip(
         )
         if architecture.builtin and not architecture.preprocess and not (image_mean and image_std):
             warnings.warn(
-                f"the weights known for {model} need different image means and standard deviations, and {file} does "
-                "not specify them; using those of CLIP. Give image_mean and image_std to be sure.",
+                f"The known weights of {model} have different image means and standard deviations, and {file} does not "
+                "specify which ones to use. CLIP's are used. To be sure, set image_mean and image_std.",
                 stacklevel=3,
             )
     elif pretrained is not None and not (architecture.brings_weights and pretrained == OWN):
@@ -109,9 +110,9 @@ def load_open_clip(
                 pretrained_text=False,
             )
             special = not architecture.config or _TOKENIZER_KEYS & architecture.config["text_cfg"].keys()
-            # CLIP's own tokenizer is one shared function: it costs nothing to create, copy or pickle.
+            # CLIP's own tokenizer is a shared function, so it does not need to be created, copied or pickled.
             tokenizer = open_clip.get_tokenizer(identifier) if special else open_clip.tokenize
-    except Exception as error:  # open_clip, the hub and torch raise many kinds of exceptions
+    except Exception as error:  # open_clip, the hub and torch raise many types of exceptions
         if pretrained is None:
             raise ConfigError(f"open_clip cannot build model {model!r}: {error}") from error
         raise WeightsError(
@@ -129,7 +130,7 @@ def load_open_clip(
 
 
 def _origin(architecture: _Architecture, pretrained: str, file: Path | None) -> str:
-    """Describes where the weights come from."""
+    """Returns a description of the source of the weights."""
     if pretrained == RANDOM:
         return "random"
     if file is not None:
@@ -154,38 +155,40 @@ def _architecture(model: str) -> _Architecture:
         return _Architecture(config, preprocess or _preprocess_beside(path, config))
     near = get_close_matches(name, open_clip.list_models(), n=5)
     raise ConfigError(
-        f"CLIP model {model!r} is neither a model name of open_clip {open_clip.__version__}, nor a folder, nor "
-        f"a JSON config file, nor 'embedded'{'; similar names: ' + listed(near) if near else ''}"
+        f"CLIP model {model!r} is neither a model name of open_clip {open_clip.__version__}, nor a folder, a JSON "
+        f"config file, or 'embedded'{'; similar names: ' + listed(near) if near else ''}"
     )
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads (model config, preprocessing) from a JSON file in open_clip's bare or nested form."""
+    """Reads (model config, preprocessing) from a JSON file in open_clip's flat or nested format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path.parent}: a CLIP model folder needs {path.name}, which does not exist") from error
+        raise ConfigError(
+            f"{path.parent}: the folder of a CLIP model must contain {path.name}, which does not exist"
+        ) from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON config: {error}") from error
+        raise ConfigError(f"{path}: the file is not a readable JSON config: {error}") from error
     content = content if isinstance(content, dict) else {}
     config = content.get("model_cfg", content)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if missing:
-        raise ConfigError(f"{path}: not an open_clip model config, since it lacks {listed(missing)}")
+        raise ConfigError(f"{path}: the file is not an open_clip model config, since it lacks {listed(missing)}")
     return _supported(config, str(path)), content.get("preprocess_cfg", {})
 
 
 def _supported(config: dict[str, Any], where: str) -> dict[str, Any]:
     if config["text_cfg"].get("hf_model_name") or "multimodal_cfg" in config:
         raise ConfigError(
-            f"{where}: its text tower is a Hugging Face or multimodal model; prompts can be learned only through "
+            f"{where}: the text tower is a Hugging Face or multimodal model; prompts can be learned only through "
             "a causal open_clip text transformer"
         )
     return config
 
 
 def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the preprocessing of an open_clip_config.json next to ``file`` with the same architecture, if any."""
+    """Returns the preprocessing from an open_clip_config.json next to ``file`` if its architecture is the same."""
     sibling = file.parent / CONFIG_NAME
     if not sibling.is_file():
         return {}
@@ -194,7 +197,7 @@ def _preprocess_beside(file: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tag_preprocess(name: str) -> dict[str, Any]:
-    """Returns the statistics that all tags of a name share, for a bare weights file; empty if they differ."""
+    """Returns the image statistics that all tags of a model name share, or an empty dict if they differ."""
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     statistics = {(tag["mean"], tag["std"]) for tag in tags}
     statistics = statistics or {(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)}
@@ -205,26 +208,26 @@ def _check_tag(architecture: _Architecture, pretrained: str) -> None:
     name = architecture.identifier
     if not architecture.builtin:
         raise WeightsError(
-            f"pretrained={pretrained!r} is not a file, and tags exist only for open_clip's own model names: give a "
+            f"pretrained={pretrained!r} is not a file, and tags exist only for open_clip's own model names. Give a "
             f"weights file, or '{RANDOM}' for random weights. {WAYS}"
         )
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         raise WeightsError(
-            f"pretrained={pretrained!r} is neither a file nor a tag of {name}. Its tags: "
+            f"pretrained={pretrained!r} is neither a file nor a tag of {name}. Tags of this model: "
             f"{listed(open_clip.list_pretrained_tags_by_model(name)) or 'none'}. {WAYS}"
         )
     if tag.get("quick_gelu", False) != architecture.config.get("quick_gelu", False):
         needed = "QuickGELU" if tag.get("quick_gelu", False) else "plain GELU"
         raise ConfigError(
-            f"weights {pretrained!r} were trained with {needed}, but model {name} computes the other one, so its "
-            f"features would silently be wrong: use the model name {'with' if 'Quick' in needed else 'without'} "
-            "'-quickgelu'"
+            f"weights {pretrained!r} were trained with {needed}, but model {name} does not use it, so its features "
+            f"would silently be wrong. Use the model name {'with' if 'Quick' in needed else 'without'} "
+            "'-quickgelu'."
         )
 
 
 def _check_file(architecture: _Architecture, file: Path) -> None:
-    """Refuses QuickGELU weights for a plain-GELU config if they can be recognized, and warns if they cannot."""
+    """Rejects QuickGELU weights for a plain-GELU config, and warns if the file does not reveal its variant."""
     if architecture.identifier is not None and architecture.identifier.startswith(HUB):
         raise ConfigError(f"model {architecture.identifier} has its own weights, so {file} cannot be used with it")
     if architecture.config.get("quick_gelu", False):
@@ -232,14 +235,14 @@ def _check_file(architecture: _Architecture, file: Path) -> None:
     name, sibling = architecture.identifier or "", file.parent / CONFIG_NAME
     if _is_torchscript(file) or (sibling.is_file() and _read_config(sibling)[0].get("quick_gelu", False)):
         raise ConfigError(
-            f"{file}: trained with QuickGELU (according to OpenAI's archive or the adjacent {CONFIG_NAME}), but model "
-            f"{name or 'config'} computes plain GELU, so its features would silently be wrong: use the model name "
-            "with '-quickgelu', or set \"quick_gelu\": true in the config"
+            f"{file}: the weights were trained with QuickGELU (according to OpenAI's archive or the {CONFIG_NAME} in "
+            f"this folder), but model {name or 'config'} uses plain GELU, so its features would silently be wrong. Use "
+            "the model name with '-quickgelu', or set \"quick_gelu\": true in the config."
         )
     if f"{name}-quickgelu" in open_clip.list_models():
         warnings.warn(
-            f"{file} does not specify its GELU variant, and model {name} computes plain GELU. If the weights are "
-            f"OpenAI's, MetaCLIP's or DFN's, use {name}-quickgelu; otherwise features would silently be wrong.",
+            f"{file} does not specify its GELU variant, and model {name} uses plain GELU. If the weights are "
+            f"OpenAI's, MetaCLIP's or DFN's, use {name}-quickgelu; otherwise, the features would silently be wrong.",
             stacklevel=4,
         )
 
@@ -255,8 +258,8 @@ def _is_torchscript(file: Path) -> bool:
 def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]:
     """Yields the identifier to request from open_clip.
 
-    A config or weights file of the user becomes a temporary folder in open_clip's format. open_clip's registry of names
-    is unchanged, and all sources are loaded alike.
+    If the user specifies a config or weights file, it is converted to a temporary folder in open_clip's format. All
+    sources can then be loaded in the same way, without changing open_clip's registry of names.
     """
     if file is None and architecture.identifier is not None:
         yield architecture.identifier
@@ -270,10 +273,10 @@ def _identifier(architecture: _Architecture, file: Path | None) -> Iterator[str]
 
 
 def _stage(file: Path, folder: Path) -> None:
-    """Puts a weights file where open_clip expects it, as a link if possible."""
-    if _is_torchscript(file):  # OpenAI's own archives, which open_clip's safe loading refuses
+    """Links or copies a weights file to the path that open_clip expects."""
+    if _is_torchscript(file):  # an archive from OpenAI, which open_clip's safe loading rejects
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; here it only reads tensors
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is only used to read tensors
             state = torch.jit.load(str(file), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         sizes = ("input_resolution", "context_length", "vocab_size")
         weights = {name: value for name, value in state.items() if name not in sizes}

@@ -1,10 +1,10 @@
-"""Attention pools that keep every token (paper Eq. 3), for the image towers that open_clip builds.
+"""Attention pools for open_clip's image towers that return all tokens (paper Eq. 3).
 
-Each pool reuses the layers of an open_clip pool under their names, and runs them in the same order as open_clip. Token
-0 is therefore bit-identical to open_clip's image embedding. The other tokens, which open_clip computes and discards,
-are the local features in the same space.
+Each pool reuses the layers of an open_clip pool, with the same names and in the same order. Token 0 is therefore
+bit-identical to open_clip's image embedding. The other tokens, which open_clip computes and discards, are the local
+features in the same space.
 
-Each pool also has the *value path* used by DualCoOp and its successors. It applies only the value and output
+Each pool also provides the *value path* that DualCoOp and its successors use. It applies only the value and output
 projections, so each token describes only its own place.
 """
 
@@ -22,11 +22,11 @@ from cbsa_lightning.errors import ConfigError
 
 
 class ImageTokens(NamedTuple):
-    """One global and h*w local features per image, all in CLIP's joint space, not normalized.
+    """One global and h*w local features per image, in CLIP's joint space and not normalized.
 
     Attributes:
-        g: (B, d) global features; equal to open_clip's ``encode_image``.
-        l: (B, h*w, d) local features, row by row from the top left.
+        g: (B, d) global features, equal to the output of open_clip's ``encode_image``.
+        l: (B, h*w, d) local features, row by row from the top left corner.
         grid: (h, w).
     """
 
@@ -36,15 +36,15 @@ class ImageTokens(NamedTuple):
 
 
 def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int, int], antialias: bool) -> Tensor:
-    """Resizes learned positions to another grid by bicubic interpolation. The class row is unchanged.
+    """Resizes learned positions to another grid with bicubic interpolation. The first row is left unchanged.
 
     Args:
-        positions: (1 + h*w, c); the first row belongs to the class or mean token.
-        native: Grid (h, w) that the positions were learned for; for this grid they are returned unchanged.
+        positions: (1 + h*w, c). The first row belongs to the class token or the mean token.
+        native: Grid (h, w) that the positions were learned for. For this grid, they are returned unchanged.
         grid: Target grid (h, w).
-        antialias: Whether to use the antialiased bicubic filter. Both filters are in use, and they differ even when
-            enlarging. timm and open_clip's ViT use it; the CLIP ResNets of the multi-label literature (DualCoOp, which
-            the paper builds on) do not.
+        antialias: Whether to use the antialiased bicubic filter, which gives different results even when enlarging.
+            timm and open_clip's ViT use it. The CLIP ResNets of the multi-label literature do not (DualCoOp, which the
+            paper builds on).
 
     Returns:
         (1 + h*w, c) for the target grid, differentiable with respect to ``positions``.
@@ -57,15 +57,15 @@ def resize_positions(positions: Tensor, native: tuple[int, int], grid: tuple[int
 
 
 class _Positioned:
-    """Sum of image tokens and learned positions as input of a linear layer.
+    """Sum of image tokens and learned positions, used as the input of a linear layer.
 
-    All images share the positions. If the tokens need no gradient, as with a frozen tower, the gradient of the
-    positions is summed over the images before it is multiplied with the layer's weights, not after. This saves one of
-    the three large products of each layer in a training step. Outputs are bit-identical.
+    All images share the positions. If the tokens do not require gradients, as with a frozen tower, the gradient of the
+    positions is summed over the images before it is multiplied by the layer's weights, not afterwards. This saves one
+    of the three large matrix products of each layer in a training step. Outputs are bit-identical.
 
     Args:
         tokens: (..., c) tokens of the images.
-        positions: Broadcastable to ``tokens``; None adds no positions.
+        positions: Positions that can be broadcast to ``tokens``, or None.
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor | None) -> None:
@@ -77,14 +77,15 @@ class _Positioned:
         if self.learned is None or not self.learned.requires_grad:
             return cast(Tensor, layer(self.sum))
         carrier = F.linear(self.learned, layer.weight.detach())
-        return cast(Tensor, layer(self.sum.detach()) + (carrier - carrier.detach()))  # the difference is zero
+        # The difference is zero. It only passes the gradient to the positions.
+        return cast(Tensor, layer(self.sum.detach()) + (carrier - carrier.detach()))
 
 
 class ResNetPool(nn.Module):
-    """Dense attention pool of CLIP's ModifiedResNet: map (B, c, h, w) to :class:`ImageTokens`.
+    """Dense attention pool of CLIP's ModifiedResNet, which converts a map (B, c, h, w) to :class:`ImageTokens`.
 
     Args:
-        attnpool: open_clip's layer; its parameters keep their names.
+        attnpool: The layer of open_clip. Its parameters keep their names.
     """
 
     def __init__(self, attnpool: nn.Module) -> None:
@@ -100,12 +101,12 @@ class ResNetPool(nn.Module):
         self.native_grid = (side, side)
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Pools the tower's last map (B, c, h, w) on any grid and in any floating type. TaI omits ``positions``."""
+        """Pools the tower's last map (B, c, h, w), for any grid and floating type. TaI omits ``positions``."""
         x = self._tokens(features, positions)
         return self._projected(self._mixed(x, x.through(self.v_proj)), _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Computes the value path: no attention mixes the tokens, and ``g`` is the mean token."""
+        """Computes the value path, in which attention does not mix the tokens and ``g`` is the mean token."""
         return self._projected(self._tokens(features, positions).through(self.v_proj), _grid(features))
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
@@ -115,7 +116,7 @@ class ResNetPool(nn.Module):
         return self._projected(self._mixed(x, v), grid), self._projected(v, grid)
 
     def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
-        """Returns the mean and all places, (1 + hw, B, c), with tokens first as in open_clip."""
+        """Returns the mean token and the tokens of all places, (1 + hw, B, c), in open_clip's order."""
         learned, grid = self.positional_embedding, _grid(features)
         x = features.to(learned.dtype).flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(dim=0, keepdim=True), x])
@@ -137,11 +138,11 @@ class ResNetPool(nn.Module):
 
 
 class TimmPool(nn.Module):
-    """Dense form of timm's attention pools with absolute or rotary positions: (B, c, h, w) to tokens.
+    """Dense form of timm's attention pools with absolute or rotary positions, for maps (B, c, h, w).
 
     Args:
-        head: open_clip's head of a timm tower: ``pool``, optionally followed by a projection, which is applied to
-            every token.
+        head: open_clip's head of a timm tower, which consists of ``pool`` and optionally a projection. The projection
+            is applied to every token.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -151,12 +152,12 @@ class TimmPool(nn.Module):
         self.after = nn.Sequential(*layers.values())
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Pools the trunk's last map (B, c, h, w) on any grid and in any floating type. TaI omits ``positions``."""
+        """Pools the trunk's last map (B, c, h, w), for any grid and floating type. TaI omits ``positions``."""
         mixed, _ = self._paths(features, positions)
         return self._projected(mixed, _grid(features))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Computes the value path; ``g`` is the mean token. Rotary positions do not affect it."""
+        """Computes the value path, where ``g`` is the mean token. Rotary positions do not affect it."""
         pool = self.attention
         x = self._tokens(features, positions)
         values = x.through(pool.v) if pool.qkv is None else x.through(pool.qkv).chunk(3, dim=-1)[2]
@@ -182,7 +183,7 @@ class TimmPool(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
 
     def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
-        """Returns the mean and all places, (B, 1 + hw, c)."""
+        """Returns the mean token and the tokens of all places, (B, 1 + hw, c)."""
         pool = self.attention
         x = features.to(pool.proj.weight.dtype).flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
@@ -198,11 +199,11 @@ class TimmPool(nn.Module):
         angles = self.attention.pos_embed.get_embed(grid)
         angles = torch.cat(angles, dim=-1) if isinstance(angles, tuple) else angles
         rotated = apply_rot_embed_cat(x[:, :, 1:], angles, half=self.attention.rotate_half)
-        return torch.cat([x[:, :, :1], rotated], dim=2)  # the mean token has no place
+        return torch.cat([x[:, :, :1], rotated], dim=2)  # the mean token has no position
 
 
 class ViTPool(nn.Module):
-    """Last norm and projection of a CLIP ViT, applied to every token: (B, 1 + h*w, c) to :class:`ImageTokens`.
+    """Last norm and projection of a CLIP ViT, applied to all tokens (B, 1 + h*w, c).
 
     Args:
         visual: open_clip's VisionTransformer.
@@ -215,19 +216,19 @@ class ViTPool(nn.Module):
         self.proj: nn.Parameter = source.proj
 
     def forward(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Projects the last block's tokens (B, 1 + h*w, c), which include positions; ``ViTTower`` ensures h = w."""
+        """Projects the tokens (B, 1 + h*w, c) of the last block. They include positions, and h = w."""
         x = self.ln_post(features.to(self.proj.dtype))
         side = math.isqrt(features.shape[1] - 1)
-        # Two products instead of one: open_clip multiplies only the class token, and the last bits of a product
-        # depend on its number of rows.
+        # The class token is multiplied separately, as in open_clip, because the last bits of a matrix product depend on
+        # its number of rows.
         return ImageTokens(x[:, 0] @ self.proj, x[:, 1:] @ self.proj, (side, side))
 
     def values(self, features: Tensor, positions: bool = True) -> ImageTokens:
-        """Same as :meth:`forward`, since a ViT has no attention pool."""
+        """Returns the result of :meth:`forward`, since a ViT has no attention pool."""
         return self.forward(features)
 
     def both(self, features: Tensor) -> tuple[ImageTokens, ImageTokens]:
-        """Returns :meth:`forward` twice; see :meth:`values`."""
+        """Returns the result of :meth:`forward` twice; see :meth:`values`."""
         tokens = self.forward(features)
         return tokens, tokens
 
@@ -261,7 +262,7 @@ def dense_pool(visual: nn.Module) -> Pool:
     elif is_vit:
         found += f" with pool_type {tower.pool_type!r} and attn_pool {type(tower.attn_pool).__name__}"
     raise ConfigError(
-        f"image tower {found}: it has no local features in CLIP's joint space (Eq. 3). Supported: CLIP ResNets "
+        f"image tower {found} has no local features in CLIP's joint space (Eq. 3). Supported towers: CLIP ResNets "
         "(RN50, RN101, RN50x4 ...), timm towers with timm_pool 'abs_attn' or 'rot_attn', and open_clip ViTs with "
-        "pool_type 'tok' and no attentional pool (ViT-B-32, ViT-B-16, ViT-L-14 ...)."
+        "pool_type 'tok' and without an attentional pool (ViT-B-32, ViT-B-16, ViT-L-14 ...)."
     )

@@ -1,8 +1,8 @@
-"""CLIP's text tower on prompt embeddings instead of token ids, so that prompts can be learned.
+"""CLIP's text tower for prompt embeddings instead of token ids, so that prompts can be learned.
 
-With a frozen tower, a small training step spends most of its time here, so only the required outputs are computed:
-tokens after the last end-of-text token are omitted, the last block computes only the end-of-text tokens, and words that
-prompts share are encoded once.
+If the towers are frozen, the text tower takes most of the time of a small training step, so only the required outputs
+are computed: tokens after the last end-of-text token are omitted, the last block computes only the end-of-text tokens,
+and words that prompts share are encoded once.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from cbsa_lightning.errors import ConfigError
 class TextTower(nn.Module):
     """A causal open_clip text tower whose output is the end-of-text token.
 
-    A token depends only on the tokens before it, so tokens after the end-of-text token have no effect. Sequences may
-    be cut after the last one, which gives the same features and gradients at a fraction of the cost.
+    A token depends only on the tokens before it, so tokens after the end-of-text token have no effect. Sequences may be
+    truncated after the last end-of-text token of the batch. This gives the same features and gradients at a lower cost.
 
     Args:
-        clip: open_clip's CLIP or CustomTextCLIP; the layers are shared, not copied.
+        clip: A CLIP or CustomTextCLIP of open_clip. Its layers are shared, not copied.
 
     Raises:
-        ConfigError: If the tower is not causal, or its output is not the end-of-text token.
+        ConfigError: If the tower is not causal or its output is not the end-of-text token.
     """
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         source: Any = getattr(clip, "text", clip)
-        # CLIP stores the parts of its text tower itself, and two of them under other names than TextTransformer.
+        # CLIP itself contains the parts of its text tower, and two of them have other names than in TextTransformer.
         pool_type = getattr(source, "text_pool_type", getattr(source, "pool_type", None))
         eos_id = getattr(source, "text_eos_id", getattr(source, "eos_id", None))
         causal = getattr(source, "attn_mask", None) is not None and getattr(source, "cls_emb", None) is None
         blocks = [type(block.attn) for block in source.transformer.resblocks] if causal else []
         if not causal or pool_type not in ("argmax", "eos"):
             raise ConfigError(
-                f"text tower {type(source).__name__} ({'' if causal else 'not '}causal, pooling {pool_type!r}): "
-                "prompts can be learned only through a causal open_clip text transformer whose output is the "
+                f"text tower {type(source).__name__} is {'' if causal else 'not '}causal with pooling {pool_type!r}. "
+                "Prompts can be learned only through a causal open_clip text transformer whose output is the "
                 "end-of-text token (pool_type 'argmax' or 'eos', no class embedding)."
             )
         if unknown := [kind.__name__ for kind in blocks if kind is not nn.MultiheadAttention]:
             raise ConfigError(
-                f"text tower {type(source).__name__}: its blocks use the attention {unknown[0]}; prompts can be "
+                f"text tower {type(source).__name__} has blocks with the attention {unknown[0]}. Prompts can be "
                 "learned only through open_clip's standard blocks (torch's MultiheadAttention)."
             )
         self.token_embedding: nn.Embedding = source.token_embedding
@@ -76,20 +76,21 @@ class TextTower(nn.Module):
         return self.text_projection.shape[1]
 
     def eot(self, tokens: Tensor) -> Tensor:
-        """Returns the position (P,) of the end-of-text token in ``tokens`` (P, L)."""
+        """Returns the position (P,) of the end-of-text token in each row of ``tokens`` (P, L)."""
         return tokens.argmax(-1) if self.eos_id is None else (tokens == self.eos_id).int().argmax(-1)
 
     def forward(self, embeddings: Tensor, eot: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Encodes prompt embeddings to text features; differentiable.
+        """Encodes prompt embeddings to text features. The computation is differentiable.
 
         Args:
-            embeddings: (P, L, w), without positions.
-            eot: (P,), position of the end-of-text token in ``embeddings``.
-            prefix: (G, N, w), common beginnings of the prompts: the first P / G prompts begin with the first entry,
-                and so on. They are encoded G times instead of P times, which is exact since the tower is causal.
+            embeddings: Prompt embeddings (P, L, w), without positions.
+            eot: Position (P,) of the end-of-text token in each row of ``embeddings``.
+            prefix: Common beginnings (G, N, w) of the prompts. The first P / G prompts begin with the first entry, the
+                next P / G with the second, and so on. The beginnings are encoded G times instead of P times, which is
+                exact because the tower is causal.
 
         Returns:
-            (P, d), not normalized.
+            Text features (P, d), not normalized.
 
         Raises:
             ConfigError: If N + L exceeds the context length.
@@ -113,7 +114,7 @@ class TextTower(nn.Module):
 
 
 def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Applies a residual attention block of open_clip to prompts (P, L, w) and their common starts (G, N, w)."""
+    """Applies a residual attention block of open_clip to prompts (P, L, w) and their common beginnings (G, N, w)."""
     q, k, v = _project(block.attn, block.ln_1(x), slice(None))
     if start is None:
         return _rest(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True)), None
@@ -125,7 +126,7 @@ def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Tensor:
-    """Applies a block but returns only the end-of-text tokens, (P, w)."""
+    """Applies a block and returns only the end-of-text tokens (P, w)."""
     width, normed = x.shape[2], block.ln_1(x)
     rows = torch.arange(len(x), device=x.device)
     k, v = _project(block.attn, normed, slice(width, None))
@@ -140,19 +141,20 @@ def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Ten
 
 
 def _project(attention: Any, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Computes those of queries, keys and values that ``rows`` of the joint matrix yield: (B, heads, L, w / heads)."""
+    """Computes the queries, keys and values (B, heads, L, w / heads) for the given rows of the joint weight matrix."""
     projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-    heads = projected.view(*x.shape[:2], -1, attention.num_heads, attention.head_dim)  # third: 1 to 3 of q, k, v
+    # The third dimension has one entry for each of the requested queries, keys and values.
+    heads = projected.view(*x.shape[:2], -1, attention.num_heads, attention.head_dim)
     return tuple(part.transpose(1, 2) for part in heads.unbind(2))
 
 
 def _after(start: Tensor, own: Tensor) -> Tensor:
-    """Concatenates keys or values of the common starts (G, heads, N, e) with those of the prompts (P, heads, L, e)."""
+    """Concatenates keys or values of the common beginnings (G, heads, N, e) and of the prompts (P, heads, L, e)."""
     return torch.cat([start.repeat_interleave(len(own) // len(start), dim=0), own], dim=2)
 
 
 def _rest(block: Any, x: Tensor, seen: Tensor) -> Tensor:
-    """Computes the rest of a block after attention: projection, feed-forward and both residual sums."""
+    """Computes the part of a block after the attention: projection, feed-forward network and residual sums."""
     x = x + block.ls_1(block.attn.out_proj(seen.transpose(1, 2).flatten(2)))
     x = x + block.ls_2(_feed_forward(block.mlp, block.ln_2(x)))
     return x
@@ -162,6 +164,6 @@ def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
     if not isinstance(mlp.gelu, QuickGELU):
         out: Tensor = mlp(x)
         return out
-    # x sigmoid(1.702 x) through torch's own kernel, which stores one tensor for its backward pass instead of two.
+    # QuickGELU, x sigmoid(1.702 x). SiLU stores only one tensor for the backward pass instead of two.
     out = mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
     return out

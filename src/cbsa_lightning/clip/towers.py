@@ -1,4 +1,4 @@
-"""The part of each open_clip image tower below the pool."""
+"""The layers of open_clip's image towers below the pool."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RESNET_LAYERS = (
 
 
 class ViTTower(nn.Module):
-    """Patch embedding and blocks of an open_clip VisionTransformer: (B, 3, S, S) to (B, 1 + h*w, c).
+    """Patch embedding and blocks of an open_clip VisionTransformer, from (B, 3, S, S) to (B, 1 + h*w, c).
 
     Args:
-        visual: open_clip's tower; its layers keep their names.
+        visual: The tower of open_clip. Its layers keep their names.
     """
 
     def __init__(self, visual: nn.Module) -> None:
@@ -37,10 +37,10 @@ class ViTTower(nn.Module):
         self.native_grid = cast(tuple[int, int], tuple(visual.grid_size))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Runs all blocks. On a grid other than the native one, positions are resized as in open_clip.
+        """Runs all blocks. If the grid differs from the native one, positions are resized as in open_clip.
 
         Raises:
-            ConfigError: If the images are not square, since the grid could not be inferred from the tokens.
+            ConfigError: If the images are not square. Their grid could not be inferred from the tokens.
         """
         x = self.conv1(images)
         grid = (x.shape[-2], x.shape[-1])
@@ -54,10 +54,10 @@ class ViTTower(nn.Module):
 
 
 def split_tower(visual: nn.Module) -> tuple[nn.Module, Pool]:
-    """Splits an open_clip image tower into (everything below the pool, dense pool), which share its parameters.
+    """Splits an open_clip image tower into (layers below the pool, dense pool), which share its parameters.
 
     Raises:
-        ConfigError: If the tower has no local features (:func:`dense_pool`).
+        ConfigError: If the tower has no local features (see :func:`dense_pool`).
     """
     pool = dense_pool(visual)
     if isinstance(pool, ResNetPool):
@@ -69,24 +69,25 @@ def split_tower(visual: nn.Module) -> tuple[nn.Module, Pool]:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Treats batch norms as leaf modules, including timm's with their activation."""
+    """A tracer that treats batch norms as leaf modules, including those of timm that contain an activation."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(tower: nn.Module) -> None:
-    """Folds each frozen batch norm into the convolution before it, unless other modules use that convolution's output.
+    """Folds each frozen batch norm into the preceding convolution if no other module uses that convolution's output.
 
-    A tower that cannot be traced is unchanged.
+    If the tower cannot be traced, it is left unchanged.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
         return
     try:
         graph = _Tracer().trace(tower)
-    except Exception:  # of any kind: tracing runs the tower's own code on symbols
+    except Exception:  # tracing runs the tower's own code, which can raise any exception
         warnings.warn(
-            f"{type(tower).__name__}: its batch norms cannot be folded, so it is a little slower.", stacklevel=3
+            f"The batch norms of {type(tower).__name__} cannot be folded, so the tower is slightly slower.",
+            stacklevel=3,
         )
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]

@@ -1,1 +1,1 @@
-"""Annotations, splits, images, views, samplers and the data module."""
+"""Annotations, splits, images, views, samplers, and the data module."""

@@ -1,4 +1,4 @@
-"""The in-memory form of annotations. It stores columns instead of objects: a million images are two arrays."""
+"""Annotations in memory, stored as columns instead of objects. A million images need only two arrays."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cbsa_lightning.io.reading import brief
 
 __all__ = ["AnnotationTable", "ClassFile", "read_class_file"]
 
-StringArray = NDArray[Any]  # of np.dtypes.StringDType(), for which numpy has no usable type parameter yet
+StringArray = NDArray[Any]  # np.dtypes.StringDType(), for which numpy does not yet have a usable type parameter
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
-_ROWS = 1 << 16  # rows converted to Python objects at once, since objects need much more memory
+_ROWS = 1 << 16  # maximum number of rows that are Python objects at the same time, to save memory
 
 
 def as_strings(texts: Iterable[str] | NDArray[Any]) -> StringArray:
@@ -43,18 +43,18 @@ def as_strings(texts: Iterable[str] | NDArray[Any]) -> StringArray:
     except UnicodeEncodeError as error:
         row = first_not_unicode(texts)
         raise DataError(
-            f"row {row} of an annotation table: the path {brief(texts[row])} is not valid Unicode; tables cannot store "
-            "a file name that is not UTF-8: rename the file"
+            f"row {row} of an annotation table: the path {brief(texts[row])} is not valid Unicode. Tables cannot store "
+            "file names that are not UTF-8; rename the file"
         ) from error
 
 
 def first_not_unicode(texts: Iterable[Any]) -> int:
-    """Returns the index of the first text with a lone surrogate, which Python uses for file names not in UTF-8."""
+    """Returns the index of the first text with a lone surrogate, which represents a file name that is not UTF-8."""
     return next(i for i, text in enumerate(texts) if any("\ud800" <= mark <= "\udfff" for mark in str(text)))
 
 
 def blocks(column: Any) -> Iterator[Any]:
-    """Yields the rows of a numpy or Arrow array in order, in blocks."""
+    """Splits a numpy or Arrow array into blocks of consecutive rows."""
     return (column[start : start + _ROWS] for start in range(0, len(column), _ROWS))
 
 
@@ -67,9 +67,9 @@ def json_pieces(column: NDArray[Any]) -> Iterator[str]:
 
 
 def repeated_rows(paths: StringArray) -> list[tuple[int, int]]:
-    """Returns pairs (first row, later row) of equal paths, like ``duplicates`` but for millions of paths.
+    """Returns pairs (first row, later row) of equal paths, like ``duplicates``, but supports millions of paths.
 
-    Only rows with equal hashes are compared as text. This needs eight bytes per row; a set of all paths would need 150.
+    Only rows with equal hashes are compared as text. This needs eight bytes per row, whereas a set of paths needs 150.
     """
     hashes = np.fromiter(map(hash, _texts(paths)), np.int64, len(paths))
     ordered = np.sort(hashes)
@@ -79,18 +79,18 @@ def repeated_rows(paths: StringArray) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class AnnotationTable:
-    """Images and their labels, as columns.
+    """Images and their labels, stored as columns.
 
     Attributes:
         root: Folder that ``paths`` are relative to.
-        paths: (n,) strings relative to ``root``, with "/" between folders; absolute paths refer to files outside it.
+        paths: (n,) strings relative to ``root``, with "/" between folders. Files outside ``root`` have absolute paths.
         labels: (n, C) int8: 1 present, 0 absent, -1 unknown.
-        class_names: C names as in the annotation files.
-        prompt_names: C names as used in prompts; by default, the class names with "_" replaced by a space.
+        class_names: The C class names in the annotation files.
+        prompt_names: The C class names to use in prompts. By default, "_" is replaced by a space in the class names.
 
     Raises:
-        DataError: If a shape or label value is wrong, a path is empty or occurs twice, class names are empty or equal
-            (after Unicode NFC and strip), or two classes have the same prompt text.
+        DataError: If a shape or label value is wrong, a path is empty or occurs twice, a class name is empty or occurs
+            twice (after Unicode NFC and strip), or two classes have the same prompt text.
     """
 
     root: Path
@@ -110,7 +110,7 @@ class AnnotationTable:
             raise DataError(f"annotation table: row {int(empty.argmax())} has an empty path")
         if pairs := repeated_rows(paths):
             found = listed(f"{brief(str(paths[i]))} (rows {i} and {j})" for i, j in pairs)
-            raise DataError(f"annotation table: the same path twice: {found}; keep one row per image")
+            raise DataError(f"annotation table: paths that occur twice: {found}; keep one row per image")
         for field, value in (
             ("root", Path(self.root)),
             ("paths", paths),
@@ -129,18 +129,18 @@ class AnnotationTable:
         return len(self.class_names)
 
     def file(self, i: int) -> Path:
-        """Returns the full path of the image of row ``i``."""
+        """Returns the full path of the image in row ``i``."""
         return self.root / str(self.paths[i])
 
     def select(self, indices: ArrayLike) -> AnnotationTable:
-        """Returns the rows ``indices`` in this order; a row cannot be selected twice."""
+        """Returns a table of the rows ``indices``, in this order. A row cannot be selected twice."""
         rows = np.asarray(indices)
         if rows.size == 0:
-            rows = rows.astype(np.int64)  # numpy makes an empty list float64, which cannot be an index
+            rows = rows.astype(np.int64)  # numpy converts an empty list to float64, which cannot be used as an index
         return AnnotationTable(self.root, self.paths[rows], self.labels[rows], self.class_names, self.prompt_names)
 
     def digest(self) -> str:
-        """Returns the SHA-256 over class names, paths and labels; it does not depend on the machine or ``root``."""
+        """Returns the SHA-256 of class names, paths and labels. It does not depend on the machine or ``root``."""
         sha = hashlib.sha256()
         for piece in chain([json.dumps(self.class_names, ensure_ascii=False)], json_pieces(self.paths)):
             sha.update(piece.encode("utf-8", "surrogatepass"))
@@ -149,33 +149,33 @@ class AnnotationTable:
         return sha.hexdigest()
 
     def missing_rows(self) -> NDArray[np.int64]:
-        """Returns the rows whose images are not files, in order.
+        """Returns the rows whose image files do not exist, in ascending order.
 
-        Every folder is listed once instead of checking each file, which is fast on network disks too.
+        To be fast on network disks, each folder is listed once instead of checking each file.
         """
         folders: dict[str, int] = {}
         numbers = (folders.setdefault(path[: path.rfind("/") + 1], len(folders)) for path in _texts(self.paths))
         folder_of = np.fromiter(numbers, np.int64, len(self))
         ends = np.cumsum(np.bincount(folder_of))
         members = np.split(np.argsort(folder_of, kind="stable"), ends[:-1])
-        # Not strict: numpy splits an empty array into one empty part.
+        # The lengths can differ, since numpy splits an empty array into one empty part.
         missing = (
             row for folder, rows in zip(folders, members, strict=False) for row in self._missing_in(folder, rows)
         )
         return np.sort(np.fromiter(missing, np.int64))
 
     def missing_files(self) -> list[str]:
-        """Returns the images of :meth:`missing_rows`, each as "path (row i)", with rows counted from 0."""
+        """Returns the images of :meth:`missing_rows` as strings "path (row i)". Rows are counted from 0."""
         return [f"{self.paths[row]} (row {row})" for row in self.missing_rows().tolist()]
 
     def _missing_in(self, folder: str, rows: NDArray[np.int64]) -> Iterator[int]:
-        """Yields those of ``rows``, all in ``folder`` ("" or ending in a slash), that are not files."""
+        """Yields the ``rows`` whose files are missing. All are in ``folder``, which is empty or ends with a slash."""
         here = os.path.join(self.root, folder)
         present = _file_names(here)
         for block in blocks(rows):
             for row, path in zip(block.tolist(), self.paths[block].tolist(), strict=True):
                 name = path.removeprefix(folder)
-                # A case-insensitive file system may find a file that its listing spells differently.
+                # On a case-insensitive file system, a file may exist although the listing spells its name differently.
                 if name not in present and not os.path.isfile(os.path.join(here, name)):
                     yield row
 
@@ -183,7 +183,7 @@ class AnnotationTable:
         """Checks that every image exists.
 
         Raises:
-            DataError: If some do not. The message names the first 20.
+            DataError: If images are missing. The message names the first 20.
         """
         if missing := self.missing_files():
             raise DataError(
@@ -192,9 +192,9 @@ class AnnotationTable:
             )
 
     def shared_files(self, other: AnnotationTable) -> list[str]:
-        """Returns full paths of the images of ``other`` that are also in this table, in the order of ``other``.
+        """Returns the full paths of the images of ``other`` that are also in this table, in the order of ``other``.
 
-        The tables may have different roots, since the text of ``file(i)`` is compared.
+        The tables may have different roots, since full paths are compared.
         """
         fewer, more = sorted((self, other), key=len)
         shared = set(fewer._full_paths()).intersection(more._full_paths())
@@ -205,13 +205,13 @@ class AnnotationTable:
         prefix = (self.root / "x").as_posix()[:-1]
         for row, text in enumerate(_texts(self.paths)):
             slashed = f"/{text}/"
-            # pathlib rewrites only these, or treats them as absolute; it appends all others to the root.
+            # pathlib normalizes only such paths or treats them as absolute. It appends others to the root unchanged.
             odd = "//" in slashed or "/./" in slashed or "\\" in text or ":" in text
             yield self.file(row).as_posix() if odd else prefix + text
 
 
 def _texts(paths: StringArray) -> Iterator[str]:
-    """Yields ``paths`` as Python strings, of which only one block exists at a time."""
+    """Yields ``paths`` as Python strings. Only one block of them is in memory at a time."""
     return chain.from_iterable(block.tolist() for block in blocks(paths))
 
 
@@ -222,7 +222,7 @@ def _as_labels(labels: ArrayLike, num_rows: int, class_names: tuple[str, ...]) -
         raise DataError(f"annotation table: labels have shape {array.shape}; expected (n, C) = {expected}")
     if array.dtype == np.int8 and (not array.size or (array.min() >= -1 and array.max() <= 1)):
         return array
-    # Values are checked before the cast, since 256 would become 0 in int8.
+    # Values must be checked before the conversion to int8, which would turn 256 into 0.
     wrong = np.argwhere(~np.isin(array, (POSITIVE, NEGATIVE, UNKNOWN)))
     if len(wrong):
         found = listed(f"{array[i, k]} (row {i}, class {class_names[k]!r})" for i, k in wrong)

@@ -1,6 +1,6 @@
-"""Augmentations: the random transforms of weak and strong views, which a configuration can choose.
+"""Random transforms for weak and strong views. The configuration selects which ones are used.
 
-albumentations draws all random numbers; :mod:`cbsa_lightning.data.views` seeds it for each view.
+All random numbers are drawn by albumentations, which :mod:`cbsa_lightning.data.views` seeds for each view.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before the import, which otherwise opens a connection
+# Must be set before albumentations is imported, because the import otherwise accesses the network.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
 import cv2
@@ -25,10 +26,10 @@ from cbsa_lightning.errors import ConfigError
 
 
 class Augmentation(ABC):
-    """Random transforms of an image that is already resized to a square. Subclass it to try your own.
+    """Random transforms of an image that has been resized to a square. Subclass it to use other transforms.
 
     Attributes:
-        name: Identifies the augmentation and its settings in the keys of cached features. Two augmentations that can
+        name: Identifies the augmentation and its settings in the keys of cached features. Augmentations that can
             produce different views must have different names.
     """
 
@@ -39,12 +40,12 @@ class Augmentation(ABC):
         """Returns the transforms of uint8 images ``(S, S, 3)``, in order."""
 
     def pipeline(self) -> A.Compose:
-        """Returns the transforms as one callable, whose random state can be set."""
+        """Returns the transforms as one callable with a random state that can be set."""
         return A.Compose(self.transforms())
 
 
 class Flip(Augmentation):
-    """A horizontal flip with probability 0.5: the paper's weak view."""
+    """A horizontal flip with probability 0.5, as in the paper's weak view."""
 
     name = "flip"
 
@@ -54,10 +55,10 @@ class Flip(Augmentation):
 
 
 class CutoutRandAugment(Augmentation):
-    """A horizontal flip, then Cutout, then RandAugment: the paper's strong view.
+    """A horizontal flip, followed by Cutout and RandAugment, as in the paper's strong view.
 
     Args:
-        cutout: Side of the cut-out rectangle as a fraction of the image's side; 0 disables Cutout.
+        cutout: Side of the cut-out rectangle as a fraction of the image's side. 0 disables Cutout.
 
     Raises:
         ConfigError: If the fraction is not between 0 and 1.
@@ -75,7 +76,7 @@ class CutoutRandAugment(Augmentation):
 
 
 class Albumentations(Augmentation):
-    """Any list of albumentations transforms.
+    """A list of albumentations transforms.
 
     Args:
         transforms: The transforms, in order. They must keep the size of the image.
@@ -97,26 +98,26 @@ class Albumentations(Augmentation):
 
     def __init__(self, transforms: Sequence[A.BasicTransform]) -> None:
         for transform in transforms:
-            check_kind("transforms", transform, A.BasicTransform, "transforms of albumentations")
+            check_kind("transforms", transform, A.BasicTransform, "albumentations transforms")
         self._transforms = list(transforms)
         try:
             self.name = json.dumps(A.Compose(self._transforms).to_dict()["transform"]["transforms"], sort_keys=True)
         except (NotImplementedError, TypeError) as error:
             raise ConfigError(
                 f"transforms: albumentations cannot serialize them ({error}), so cached features would be "
-                "ambiguous. Subclass Augmentation and give it a name."
+                "ambiguous. Write a subclass of Augmentation that has a name."
             ) from error
 
     def transforms(self) -> list[A.BasicTransform]:
-        """Returns a copy of the transforms, since each view seeds its own."""
+        """Returns a copy of the transforms, since each view seeds its own copy."""
         return copy.deepcopy(self._transforms)
 
 
 class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
     """Paints one rectangle in one random color.
 
-    Its sides are int(share * side + 0.5) and its center is uniform over the image; parts outside the image are
-    clipped. Both end pixels are painted, so at 224 pixels and a share of 0.5 the whole square has 113.
+    Each side has int(share * side + 0.5) pixels, and the center is distributed uniformly over the image. Parts outside
+    the image are clipped. Because both end pixels are painted, the square has 113 pixels for 224 pixels and share 0.5.
     """
 
     def __init__(self, share: float) -> None:
@@ -136,13 +137,13 @@ class _Cutout(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
     def apply(self, img: np.ndarray, area: tuple[slice, slice], color: tuple[int, ...], **params: Any) -> np.ndarray:
         img = img.copy()
         rows, columns = area
-        # Both corners are painted. Assigning the color to slices gives the same result, ten times slower.
+        # The rectangle includes both corners. Assigning the color to slices is equivalent but ten times slower.
         cv2.rectangle(img, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), color, cv2.FILLED)
         return img
 
 
 class _RandAugment(A.ImageOnlyTransform):  # type: ignore[misc]  # no types
-    """The steps of :mod:`cbsa_lightning.data.randaugment`, drawn from albumentations' stream."""
+    """RandAugment as in :mod:`cbsa_lightning.data.randaugment`, with albumentations' random stream."""
 
     def __init__(self) -> None:
         super().__init__(p=1.0)

@@ -1,4 +1,4 @@
-"""Batches passed from the loaders to the training loop."""
+"""Batches that the loaders pass to the training loop."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class TrainBatch(NamedTuple):
-    """Strong views, labeled images first.
+    """Strong views of labeled and unlabeled images, starting with the labeled ones.
 
     Attributes:
         images: ``(B, 3, S, S)`` uint8, or None if ``features`` replace them.
-        targets: ``(B, C)`` int8 in {1, 0, -1}; all -1 for an image whose labels are hidden from the run.
-        index: ``(B,)`` int64, row of each image in the train table.
-        labeled: ``(B,)`` bool.
-        features: Frozen features of the images, ``(B, ...)`` float16 from a cache, or None.
+        targets: ``(B, C)`` int8 in {1, 0, -1}. Labels that are hidden from the run are -1.
+        index: ``(B,)`` int64, the row of each image in the training table.
+        labeled: ``(B,)`` bool, whether an image is labeled.
+        features: Cached frozen features of the images, ``(B, ...)`` float16, or None.
     """
 
     images: Tensor | None
@@ -26,14 +26,14 @@ class TrainBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Plain views, or weak views of unlabeled images.
+    """Plain views of images, or weak views of unlabeled images.
 
     Attributes:
         images: ``(B, 3, S, S)`` uint8, or None if ``features`` replace them.
-        targets: ``(B, C)`` int8 in {1, 0, -1}, only for metrics.
-        index: ``(B,)`` int64, row of each image in its table.
-        features: Frozen features of the images, ``(B, ...)`` float16 from a cache, or None.
-        unread: Rows of images that could not be read, and the reasons; the batch contains black images for them.
+        targets: ``(B, C)`` int8 in {1, 0, -1}, used only for metrics.
+        index: ``(B,)`` int64, the row of each image in its table.
+        features: Cached frozen features of the images, ``(B, ...)`` float16, or None.
+        unread: Rows of images that could not be read, with the reasons. The batch contains black images instead.
     """
 
     images: Tensor | None

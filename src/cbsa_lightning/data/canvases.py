@@ -1,7 +1,7 @@
-"""Draws scikit-learn's handwritten digits into small cluttered color scenes.
+"""Generation of small, cluttered color scenes that show scikit-learn's handwritten digits.
 
-This module only draws. All positions and colors are functions of the given random generator.
-`cbsa_lightning.data.readers.digits` decides which digits share an image.
+All positions and colors depend only on the given random generator. `cbsa_lightning.data.readers.digits` determines
+which digits an image contains.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from PIL import Image, ImageDraw, ImageFilter
 Color: TypeAlias = tuple[int, int, int]
 Part: TypeAlias = Literal["train", "test", "pretrain"]
 
-# All scenes share the inks, so that a color does not reveal a class.
+# All scenes use the same ink colors, so that the color of a digit does not reveal its class.
 INKS: tuple[Color, ...] = (
     (255, 250, 240), (255, 214, 79), (255, 138, 101), (240, 98, 146), (128, 222, 234), (174, 234, 120),
     (40, 44, 72), (120, 30, 60), (20, 80, 84), (84, 46, 20),
 )  # fmt: skip
 
 
-MARGIN = 2  # cells around an exemplar of 8 x 8; they keep the strokes of a rotated digit inside its mask
+MARGIN = 2  # pixels around an 8 x 8 exemplar, so that a rotated digit stays inside its mask
 
 
 class Exemplars(NamedTuple):
-    """Handwritten digits: ``images`` (n, 8, 8) float32 in [0, 1] and ``digits`` (n,) int64 in 0..9."""
+    """Handwritten digits, with ``images`` (n, 8, 8) float32 in [0, 1] and ``digits`` (n,) int64 from 0 to 9."""
 
     images: np.ndarray
     digits: np.ndarray
@@ -36,16 +36,16 @@ class Exemplars(NamedTuple):
 
 @cache
 def exemplars(part: Part) -> Exemplars:
-    """Returns the handwritten digits for the canvases of one part.
+    """Returns the handwritten digits for the canvases of one part of the data.
 
-    Half of each digit's exemplars are for training canvases, a quarter for test canvases, and a quarter for training
-    the embedded CLIP. The split is fixed and does not depend on a seed, so the three parts never overlap.
+    Half of the exemplars of each digit are used in training canvases, a quarter in test canvases, and a quarter for
+    training the embedded CLIP model. This split is fixed and does not depend on a seed, so the parts never overlap.
     """
-    from sklearn.datasets import load_digits  # slow import, needed only to draw canvases
+    from sklearn.datasets import load_digits  # imported here because it is slow to import
 
     data = load_digits()
     residues = {"train": (0, 2), "test": (1,), "pretrain": (3,)}[part]
-    rank = np.zeros(len(data.target), dtype=np.int64)  # running number of an exemplar among those of its digit
+    rank = np.zeros(len(data.target), dtype=np.int64)  # index of an exemplar among those of its digit
     for digit in range(10):
         where = np.flatnonzero(data.target == digit)
         rank[where] = np.arange(len(where))
@@ -54,7 +54,7 @@ def exemplars(part: Part) -> Exemplars:
 
 
 def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> Image.Image:
-    """Converts an 8 x 8 exemplar to a smooth mask ("L") of ``pixels`` x ``pixels``, rotated by ``angle`` radians."""
+    """Converts an 8 x 8 exemplar to a smooth mask (mode "L") of side ``pixels``, rotated by ``angle`` radians."""
     source = Image.fromarray(np.pad(image, MARGIN).astype(np.float32))
     step = (8 + 2 * MARGIN) / pixels
     cos, sin = math.cos(angle) * step, math.sin(angle) * step
@@ -63,12 +63,12 @@ def handwritten(image: np.ndarray, pixels: int, angle: float, shear: float) -> I
     matrix = (a, b, center_in - (a + b) * center_out, c, d, center_in - (c + d) * center_out)
     size = (pixels, pixels)
     gray = np.asarray(source.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
-    edge = np.clip((gray - 0.28) / 0.3, 0.0, 1.0)  # a soft threshold: crisp strokes instead of blurred pixels
+    edge = np.clip((gray - 0.28) / 0.3, 0.0, 1.0)  # the soft threshold sharpens the strokes
     return Image.fromarray((255 * edge * edge * (3 - 2 * edge)).astype(np.uint8))
 
 
 def paste(canvas: Image.Image, mask: Image.Image, center: tuple[float, float], ink: Color, opacity: float) -> None:
-    """Draws ``mask`` in ``ink`` onto ``canvas`` around ``center``, with a thin halo that keeps it readable."""
+    """Draws ``mask`` onto ``canvas`` in the color ``ink``, with a thin halo that keeps it readable."""
     corner = (round(center[0] - mask.width / 2), round(center[1] - mask.height / 2))
     halo = (24, 26, 44) if sum(ink) > 384 else (250, 244, 232)
     wide = mask.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(1.2))
@@ -78,7 +78,7 @@ def paste(canvas: Image.Image, mask: Image.Image, center: tuple[float, float], i
 
 
 def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[tuple[float, float]]:
-    """Draws centers for square masks of ``widths`` pixels that stay inside the canvas and hardly overlap."""
+    """Draws random centers of square masks. The masks are inside the canvas and hardly overlap."""
     chosen: list[tuple[float, float]] = []
     for width in widths:
         low, high = 0.42 * width, size - 0.42 * width
@@ -96,7 +96,7 @@ def places(rng: np.random.Generator, size: int, widths: Sequence[int]) -> list[t
 
 
 def shade(rng: np.random.Generator, color: Color, spread: int = 18) -> Color:
-    """Draws a color near ``color``."""
+    """Draws a random color that is similar to ``color``."""
     r, g, b = (
         min(max(value + change, 0), 255)
         for value, change in zip(color, rng.integers(-spread, spread + 1, 3).tolist(), strict=True)
@@ -105,14 +105,14 @@ def shade(rng: np.random.Generator, color: Color, spread: int = 18) -> Color:
 
 
 def gradient(size: int, top: Color, bottom: Color) -> Image.Image:
-    """Creates a canvas with a color gradient from ``top`` to ``bottom``."""
+    """Creates a canvas with a vertical color gradient."""
     ramp = np.linspace(0, 1, size)[:, None, None]
     rows = np.asarray(top) * (1 - ramp) + np.asarray(bottom) * ramp
     return Image.fromarray(np.broadcast_to(rows, (size, size, 3)).astype(np.uint8))
 
 
 def meadow(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draws rolling hills below a light sky, with trees and flowers."""
+    """Draws hills with trees and flowers below a light sky."""
     canvas = gradient(size, shade(rng, (150, 205, 235)), shade(rng, (240, 236, 200)))
     draw = ImageDraw.Draw(canvas)
     xs = np.linspace(0, size, 24)
@@ -131,7 +131,7 @@ def meadow(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def harbour(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draws sailing boats and waves."""
+    """Draws sailing boats on waves."""
     canvas = gradient(size, shade(rng, (186, 222, 240)), shade(rng, (44, 104, 158)))
     draw = ImageDraw.Draw(canvas)
     xs = np.linspace(0, size, 40)
@@ -157,7 +157,7 @@ def harbour(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def dusk(rng: np.random.Generator, size: int) -> Image.Image:
-    """Draws a town in the evening: blocks with lit windows in front of a red sky."""
+    """Draws buildings with lit windows in front of a red evening sky."""
     canvas = gradient(size, shade(rng, (62, 48, 112)), shade(rng, (246, 150, 110)))
     draw = ImageDraw.Draw(canvas)
     x, y, r = rng.uniform(0.1, 0.9) * size, rng.uniform(0.1, 0.3) * size, rng.uniform(0.05, 0.1) * size
@@ -183,24 +183,24 @@ SCENES: dict[str, Callable[[np.random.Generator, int], Image.Image]] = {
 
 
 class Canvas(NamedTuple):
-    """A picture, and the square ``(left, top, right, bottom)`` in pixels of each digit in it."""
+    """An image, and the square ``(left, top, right, bottom)`` in pixels around each of its digits."""
 
     image: Image.Image
     boxes: dict[int, tuple[float, float, float, float]]
 
 
 def draw_canvas(rng: np.random.Generator, size: int, scene: str, digits: Sequence[int], source: Exemplars) -> Canvas:
-    """Draws ``digits`` once each into a scene, among faint scraps of other digits.
+    """Draws a scene that contains each of ``digits`` once, as well as faint fragments of other digits.
 
     Args:
-        rng: Decides everything that the other arguments do not.
+        rng: Random generator for everything that the other arguments do not determine.
         size: Height and width in pixels.
         scene: A key of `SCENES`.
-        digits: The digits to show, 0..9, each once.
+        digits: The digits to draw, from 0 to 9, without repetitions.
         source: The exemplars to draw with.
     """
     canvas = SCENES[scene](rng, size)
-    for x, y in rng.uniform(0, size, size=(rng.integers(0, 3), 2)):  # scraps: strokes that do not form a digit
+    for x, y in rng.uniform(0, size, size=(rng.integers(0, 3), 2)):  # fragments that do not form a digit
         mask = _glyph(rng, source, int(rng.integers(len(source.digits))), size)
         w = mask.width
         cut = [(0, 0, w, w // 2), (0, w // 2, w, w), (0, 0, w // 2, w), (w // 2, 0, w, w)][rng.integers(4)]
@@ -216,6 +216,6 @@ def draw_canvas(rng: np.random.Generator, size: int, scene: str, digits: Sequenc
 
 
 def _glyph(rng: np.random.Generator, source: Exemplars, row: int, size: int) -> Image.Image:
-    """Draws one exemplar at a random scale, rotation and slant on a mask that is wider than the digit is high."""
+    """Creates a mask of one exemplar with random scale, rotation and slant. The mask is wider than the digit."""
     pixels = int(size * rng.uniform(0.27, 0.42))
     return handwritten(source.images[row], pixels, rng.normal(0, 0.2), rng.normal(0, 0.15))

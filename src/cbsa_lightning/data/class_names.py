@@ -1,4 +1,4 @@
-"""Normalized names of classes, their prompt texts, and the class file that customizes these."""
+"""Normalized class names, their prompt texts, and the class file that customizes both."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ import yaml
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, read_text
 
-_LARGEST_FILE = 4 << 20  # bytes; more than a hundred thousand classes need, and YAML takes seconds per MiB
+_LARGEST_FILE = 4 << 20  # bytes; enough for 100,000 classes. Parsing YAML takes seconds per MiB.
 
 
 def clean_name(name: str) -> str:
-    """Normalizes a class name to Unicode NFC without surrounding white space. Case is preserved."""
+    """Normalizes a class name to Unicode NFC and strips white space. Case is preserved."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def default_prompts(class_names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the default prompt texts: class names with underscores replaced by spaces, as in CoOp."""
+    """Returns the default prompt texts, which are class names with underscores replaced by spaces, as in CoOp."""
     return tuple(name.replace("_", " ") for name in class_names)
 
 
 def duplicates(items: Sequence[str]) -> list[tuple[int, int]]:
     """Returns pairs (first position, later position) of equal items."""
-    if len(set(items)) == len(items):  # the usual case needs no dictionary of positions
+    if len(set(items)) == len(items):  # in the usual case, positions are not needed
         return []
     first: dict[str, int] = {}
     return [(first[item], i) for i, item in enumerate(items) if first.setdefault(item, i) != i]
 
 
 def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Normalizes class names.
+    """Normalizes and checks class names.
 
     Args:
         class_names: Original names.
-        where: Name of their source in messages.
+        where: Name of their source for error messages.
 
     Raises:
-        DataError: If there are no names, or one is empty, or two are equal after normalization.
+        DataError: If there are no names, a name is empty, or two names are equal after normalization.
     """
     names = tuple(clean_name(name) for name in class_names)
     if not names:
-        raise DataError(f"{where}: no classes; at least one is needed")
+        raise DataError(f"{where}: there are no classes; at least one is required")
     if "" in names:
-        raise DataError(f"{where}: class {names.index('')} has an empty name; name it")
+        raise DataError(f"{where}: class {names.index('')} has an empty name; give it a name")
     if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
         found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
         raise DataError(
-            f"{where}: names with a lone surrogate (half a character), which no file can store: {found}; correct them"
+            f"{where}: names with a lone surrogate (half a character) cannot be stored: {found}; correct them"
         )
     if pairs := duplicates(names):
         found = listed(f"{brief(names[i])} (classes {i} and {j})" for i, j in pairs)
-        raise DataError(f"{where}: the same class twice, after Unicode NFC and strip: {found}; keep one")
+        raise DataError(f"{where}: classes that occur twice (after Unicode NFC and strip): {found}; keep one of each")
     return names
 
 
 def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Normalizes prompt names, and refuses equal ones.
+    """Normalizes prompt names, and rejects names that result in the same prompt text.
 
-    CLIP's tokenizer lower-cases texts and collapses white space, and prompts replace "_" with a space. Texts are
-    compared after these steps.
+    CLIP's tokenizer converts texts to lower case and collapses white space, and prompts replace "_" with a space. Names
+    are compared after these changes.
 
     Raises:
         DataError: If the count is wrong, a text is empty, or two classes have the same text.
@@ -81,14 +81,14 @@ def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], 
     if pairs := duplicates(seen_by_tower):
         found = listed(f"{brief(class_names[i])} and {brief(class_names[j])} ({brief(prompts[j])})" for i, j in pairs)
         alike = all(class_names[i].casefold() == class_names[j].casefold() for i, j in pairs)
-        remedy = "if they mean one class, use one spelling; if not, give each a different prompt name in a class file"
+        remedy = "if they are one class, use one spelling; if not, give them different prompt names in a class file"
         what = "classes that differ only in case" if alike else "classes with the same prompt text"
         raise DataError(f"{where}: {what}: {found}; {remedy}")
     return prompts
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the closest known name, as the end of a message about an unknown one, or an empty string."""
+    """Returns a suggestion of the closest known name to append to an error message, or an empty string."""
     by_fold = {other.casefold(): other for other in known}
     close = difflib.get_close_matches(name.casefold(), by_fold, n=1)
     return f" (did you mean {brief(by_fold[close[0]])}?)" if close else ""
@@ -96,13 +96,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ClassFile:
-    """Content of a class file: classes, their prompt names, and synonyms.
+    """Content of a class file, which specifies classes, their prompt names, and synonyms.
 
     Attributes:
-        path: The file, for messages.
-        class_names: C classes in the order of the file.
-        prompt_names: C prompt names.
-        synonyms: Other name -> class.
+        path: Path of the file, for error messages.
+        class_names: The C classes, in the order of the file.
+        prompt_names: The prompt names of these classes.
+        synonyms: Mapping from synonym to class.
     """
 
     path: Path
@@ -116,11 +116,11 @@ class ClassFile:
         return position | {other: position[name] for other, name in self.synonyms.items()}
 
     def prompts_for(self, class_names: Sequence[str]) -> tuple[str, ...]:
-        """Returns prompt names for the classes of a data set. A class that is not in the file keeps its default.
+        """Returns the prompt names for the classes of a data set. Classes that are not in the file keep the default.
 
         Raises:
-            DataError: If the file has a class that the data set does not have by name or synonym, or two classes
-                have the same prompt text.
+            DataError: If the data set does not have a class of the file under its name or one of its synonyms, or
+                two classes have the same prompt text.
         """
         position = self.index()
         in_file = [position.get(clean_name(name)) for name in class_names]
@@ -138,27 +138,27 @@ class ClassFile:
 
 
 def prompts_from(class_file: str | None, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns prompt names of ``class_names`` from a class file, or the defaults without one."""
+    """Returns the prompt names of ``class_names`` from a class file, or the defaults if there is none."""
     if class_file is None:
         return default_prompts(class_names)
     return read_class_file(class_file).prompts_for(class_names)
 
 
 def read_class_file(path: str | Path) -> ClassFile:
-    """Reads a class file: a mapping from class to prompt name, in YAML, or in JSON if it ends in ".json".
+    """Reads a class file, which maps classes to prompt names in YAML, or in JSON if its name ends with ".json".
 
-    A value is a prompt name, empty (for the class name with "_" replaced by a space), or a mapping with the optional
-    keys ``prompt`` and ``synonyms``::
+    A value is a prompt name, empty (the prompt name is the class name with "_" replaced by a space), or a mapping with
+    the optional keys ``prompt`` and ``synonyms``::
 
         diningtable: dining table
         person:
         tvmonitor: {prompt: tv monitor, synonyms: [tv, television]}
 
-    Every scalar is text, so ``no`` and ``7`` are valid names.
+    All scalars are read as text, so ``no`` and ``7`` are valid names.
 
     Raises:
-        DataError: If the file is missing, has more than 4 MiB, is not such a mapping, or uses YAML aliases or tags; or
-            if a class, synonym or prompt text occurs twice.
+        DataError: If the file is missing, is larger than 4 MiB, does not have this format, or uses YAML aliases or
+            tags; or if a class, synonym or prompt text occurs twice.
     """
     path = Path(path)
     entries = _read_pairs(path)
@@ -174,11 +174,11 @@ def read_class_file(path: str | Path) -> ClassFile:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A mapping as a list of pairs, so that repeated keys are detected."""
+    """A mapping that is stored as a list of pairs, so that repeated keys can be detected."""
 
 
 def _entry(value: Any, where: str) -> tuple[str, list[str]]:
-    """Returns prompt ("" for the default) and synonyms of a class."""
+    """Returns the prompt name (empty for the default) and the synonyms of a class."""
     pairs = value if isinstance(value, _Pairs) else _Pairs([("prompt", value)])
     keys = [key for key, _ in pairs]
     if wrong := [key for k, key in enumerate(keys) if key not in ("prompt", "synonyms") or key in keys[:k]]:
@@ -199,21 +199,21 @@ def _read_pairs(path: Path) -> _Pairs:
         else:
             content = _plain(yaml.compose(text, Loader=yaml.SafeLoader), path, set())
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no class file here; correct the path") from None
+        raise DataError(f"{path}: the class file does not exist; correct the path") from None
     except DataError:
         raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML or JSON ({error}); correct the file") from error
+        raise DataError(f"{path}: the file cannot be read as YAML or JSON ({error}); correct it") from error
     if not isinstance(content, _Pairs) or not all(isinstance(key, str) for key, _ in content):
         raise DataError(f"{path}: a class file maps class names to prompt names, as in 'sofa: couch'")
     return content
 
 
 def _plain(node: Any, path: Path, seen: set[int]) -> Any:
-    """Converts a YAML node to text, list or pairs; null becomes "".
+    """Converts a YAML node to text, list or pairs. Null is converted to an empty text.
 
-    ``seen`` contains the nodes visited so far. A repeated node is an alias, and a few lines of aliases can expand to
-    billions of values.
+    ``seen`` contains the nodes that have been visited. A node that is repeated is an alias. Aliases are rejected,
+    because a few lines with aliases can expand to billions of values.
     """
     if node is None:
         return ""
@@ -222,7 +222,9 @@ def _plain(node: Any, path: Path, seen: set[int]) -> Any:
         raise DataError(f"{where}: this value is reused by an alias (*); repeat the value instead")
     seen.add(id(node))
     if node.tag not in _TAGS:
-        raise DataError(f"{where}: the tag {brief(node.tag)} is not allowed, as a class file contains text; remove it")
+        raise DataError(
+            f"{where}: the tag {brief(node.tag)} is not allowed in a class file, which contains only text; remove it"
+        )
     if isinstance(node, yaml.MappingNode):
         return _Pairs([(_plain(key, path, seen), _plain(value, path, seen)) for key, value in node.value])
     if isinstance(node, yaml.SequenceNode):
@@ -231,7 +233,7 @@ def _plain(node: Any, path: Path, seen: set[int]) -> Any:
 
 
 _CORE = "tag:yaml.org,2002:"
-# Tags of plain texts, lists and mappings.
+# Tags of plain texts, lists and mappings, all of which are allowed.
 _TAGS = {
     f"{_CORE}{kind}" for kind in ("null", "bool", "int", "float", "timestamp", "merge", "value", "str", "seq", "map")
 }

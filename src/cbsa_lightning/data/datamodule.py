@@ -1,4 +1,4 @@
-"""SSMLLDataModule: labeled and unlabeled images in weak and strong views for semi-supervised training."""
+"""The class `SSMLLDataModule`, which loads labeled and unlabeled images for semi-supervised training."""
 
 from __future__ import annotations
 
@@ -56,59 +56,60 @@ from cbsa_lightning.errors import ConfigError, DataError, listed
 
 
 class SSMLLDataModule(L.LightningDataModule):
-    """Data of a semi-supervised multi-label run.
+    """Data module for semi-supervised multi-label training.
 
     Args:
-        source: Source of images and labels (``cbsa_lightning.data.readers``).
+        source: Source of the images and labels (``cbsa_lightning.data.readers``).
         image_size: Side S of the square that images are resized to, in pixels.
-        labeled_fraction: Fraction p of the training images that keep their labels, drawn by ``seed``. The labels of
-            the others are hidden from training and only used to evaluate pseudo-labels. None uses the table as it
-            is: rows with any known label are labeled, the others are not.
-        split_file: A split saved by an earlier run, to be used instead of drawing one.
-        known_fraction: Fraction of the labels that stay known, drawn entry by entry with ``seed``. Others are hidden
-            from training. None hides none. See :func:`~cbsa_lightning.data.label_masks.known_mask`.
-        known_file: A :class:`~cbsa_lightning.data.label_masks.LabelMask` file, to be used instead of drawing a mask.
-        unknown_as_absent: Whether unknown labels of labeled images count as absent. For a class with known positives
-            but no known negative, they always do.
-        held_out_fraction: Fraction of the labeled images set aside for validation. None: 0 if the source has a
-            test table, else 0.2.
-        seed: Seed of split, order and views.
-        batch_size: B, images per step, labeled and unlabeled together, over all ranks.
-        labeled_per_batch: Labeled images among them; None: ``max(1, round(1.25 p B))``, as in CAP, or
+        labeled_fraction: Fraction p of the training images that keep their labels, selected with ``seed``. The labels
+            of the other images are hidden from training, and are only used to evaluate pseudo-labels. With None, the
+            table is used as it is: rows with any known label are labeled, and the others are unlabeled.
+        split_file: File of a split that was saved by an earlier run. If it is given, no split is drawn.
+        known_fraction: Fraction of the labels that remain known, selected individually with ``seed``. The other labels
+            are hidden from training. None does not hide any labels. See
+            :func:`~cbsa_lightning.data.label_masks.known_mask`.
+        known_file: File of a :class:`~cbsa_lightning.data.label_masks.LabelMask`. If it is given, no mask is drawn.
+        unknown_as_absent: Whether unknown labels of labeled images are treated as absent. If a class has known
+            positives but no known negatives, this is always the case.
+        held_out_fraction: Fraction of the labeled images that is held out for validation. None uses 0 if the source has
+            a test table, and 0.2 otherwise.
+        seed: Seed of the split, the order and the views.
+        batch_size: B, the number of labeled and unlabeled images per step on all ranks together.
+        labeled_per_batch: Number of labeled images among them. None uses ``max(1, round(1.25 p B))``, as in CAP, or
             ``round((1 + p) / 2 B)`` if p > 2/3.
-        warmup_batch_size: Labeled images per step of the warm-up; None: as in CAP, 16 for p = .05 to 64 for
-            p = .20, at most B.
-        min_steps_per_epoch: Minimum training steps of an epoch. A smaller set is passed several times, so that few
-            images are trained on for enough steps. With 1, as in the paper, an epoch is one pass.
-        eval_batch_size: Images per step without gradient.
-        num_workers: Number of loader workers. They change only the speed, never a view.
-        weak_view: Augmentation of the views that pseudo-labels are computed from; None: ``Flip()``. Views of another
-            augmentation are always computed from the images, even with a feature cache.
-        strong_view: Augmentation of the views that the network is trained on; None: ``CutoutRandAugment()``.
-        predict: Images for ``cbsa predict``: a folder, or a table of paths.
-        image_cache: Cache of decoded and resized training and test images, so that each file is decoded once instead
-            of in every epoch; the views are the same. None decodes the files each time.
-        fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size with both sides
-            at least ``image_size``. For 640 x 480, this is half the size and takes two thirds of the time. Pixels of
-            the views change by two gray levels on average and by tens at sharp edges, so use it in all runs that are
-            compared, or in none.
-        feature_cache: Cache of the frozen tower's features, which are computed once before training. The threshold
-            pass and validation then read no images, and neither does training if strong views are cached too. None
-            computes them from the images each time.
-        on_error: Handling of unreadable images: "stop" refuses them before the first step, "skip" trains and
-            evaluates without them; :attr:`left_out` lists them. Only header and end of each file are checked, so damage
-            within a file still stops a run when it is read.
+        warmup_batch_size: Number of labeled images per step of the warm-up. None uses CAP's rule, from 16 for p = .05
+            to 64 for p = .20, but at most B.
+        min_steps_per_epoch: Minimum number of training steps per epoch. An epoch of a small data set then consists of
+            several passes, so that training has enough steps. With 1, as in the paper, an epoch is one pass.
+        eval_batch_size: Number of images per step without gradients.
+        num_workers: Number of loader workers. It affects only the speed, not the views.
+        weak_view: Augmentation of the views that pseudo-labels are computed from. None uses ``Flip()``. With any other
+            augmentation, these views are always computed from the images, even if there is a feature cache.
+        strong_view: Augmentation of the views that the network is trained on. None uses ``CutoutRandAugment()``.
+        predict: Images for ``cbsa predict``, as a folder or a table of paths.
+        image_cache: Cache of decoded and resized training and test images. With a cache, each file is decoded once
+            instead of once per epoch. It does not change the views.
+        fast_decode: Whether JPEGs are decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of their size for which both
+            sides are at least ``image_size``. For 640 x 480 pixels, this is half the size, and decoding takes two
+            thirds of the time. The pixels of the views change by two gray levels on average, and by tens of levels
+            at sharp edges. Runs can therefore be compared only if they use the same setting.
+        feature_cache: Cache of the features of the frozen tower. They are computed once before training. The images are
+            then not read for thresholds and validation, nor for training if strong views are cached as well. With
+            None, features are computed from the images each time.
+        on_error: Handling of unreadable images. "stop" raises an error before the first step. "skip" omits these images
+            from training and evaluation and lists them in :attr:`left_out`. Only the header and the end of each file
+            are checked, so damage within a file still stops a run when the file is read.
 
     Attributes:
-        left_out: Files of the images that were skipped.
-        label_mask: The known training labels if ``known_fraction`` or ``known_file`` hides some, else None.
-        trained_before: Paths of images, as in the table or in full, that must not be held out for validation, since the
-            initial weights were trained on their labels.
-        gives_unread: Whether an unreadable image to predict becomes a black image that its batch reports; otherwise it
-            is an error.
+        left_out: Files of the images that are skipped.
+        label_mask: The known training labels if ``known_fraction`` or ``known_file`` hides some, otherwise None.
+        trained_before: Paths of images, as in the table or in full, that must not be held out for validation, because
+            the initial weights were trained on their labels.
+        gives_unread: Whether an unreadable image in ``predict`` is replaced by a black image and reported by its batch.
+            Otherwise, it raises an error.
 
     Raises:
-        ConfigError: If sizes do not fit each other or the data.
+        ConfigError: If sizes are not compatible with each other or with the data.
         DataError: If annotations or images cannot be used; see the readers.
     """
 
@@ -177,35 +178,35 @@ class SSMLLDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """The C class names as in the annotations."""
+        """The C class names in the annotations."""
         return list(self.source.class_names)
 
     @property
     def prompt_names(self) -> list[str]:
-        """The C class names as used in prompts."""
+        """The C class names to use in prompts."""
         return list(self.source.prompt_names)
 
     @property
     def labeled_share(self) -> float:
-        """p, the labeled fraction of the training images: the requested one, or that of the table."""
+        """p, the labeled fraction of the training images. It is the requested fraction or that of the table."""
         return self.split.labeled_share
 
     @property
     def labeled_per_batch(self) -> int:
-        """Labeled images in a batch of the semi-supervised stage."""
+        """Number of labeled images in a batch of the semi-supervised stage."""
         if self._labeled_per_batch is not None:
             return self._labeled_per_batch
         return default_labeled_per_batch(self.labeled_share, self.batch_size)
 
     @property
     def warmup_batch_size(self) -> int:
-        """Images in a batch of labeled images only."""
+        """Number of images in a batch of the warm-up."""
         if self._warmup_batch_size is not None:
             return self._warmup_batch_size
         return default_warmup_batch_size(self.labeled_share, self.batch_size)
 
     def prepare_data(self) -> None:
-        """Downloads or generates the source's files if it can, and fills the image cache, in one process."""
+        """Downloads or generates the files of the source if possible, and fills the image cache, in one process."""
         self.source.prepare()
         predicting = self.trainer is not None and self.trainer.predicting
         if self.image_cache is not None and not predicting:
@@ -219,10 +220,10 @@ class SSMLLDataModule(L.LightningDataModule):
                     self._images(table, skipped.get(part))
 
     def setup(self, stage: str) -> None:
-        """Reads and splits the tables; checks as much as possible before training."""
+        """Reads and splits the tables. As many problems as possible are detected here, before training starts."""
         if stage != "predict" and not self._ready:
             self._set_up(stage)
-        # The cache has already decoded all images.
+        # With a cache, all images have already been decoded.
         if stage == "fit" and self.trainer is not None and self.on_error == "stop" and self.image_cache is None:
             self._refuse_unreadable()
 
@@ -267,14 +268,14 @@ class SSMLLDataModule(L.LightningDataModule):
         return self.image_cache.images(files, self.image_size, self.num_workers, left_out)
 
     def _skipped(self, tables: dict[str, AnnotationTable | None]) -> dict[str, np.ndarray]:
-        """Returns the rows of each table whose images are skipped because they cannot be read; cached."""
+        """Returns the rows of each table that are skipped because their images cannot be read. The result is cached."""
         if self._unreadable is None:
             found = tables.items() if self.on_error == "skip" else ()
             self._unreadable = {part: unreadable(t, np.arange(len(t))) for part, t in found if t is not None}
         return self._unreadable
 
     def _leave_out(self, skipped: dict[str, np.ndarray]) -> None:
-        """Removes the skipped images from the split and the test table, and warns about them."""
+        """Removes the skipped images from the split and the test table, and shows a warning."""
         tables = {"train": self.train_table, "test": self.test_table}
         self.left_out = [str(t.file(i)) for part, t in tables.items() if t for i in skipped.get(part, ())]
         if not self.left_out:
@@ -285,7 +286,7 @@ class SSMLLDataModule(L.LightningDataModule):
             self.test_table = self.test_table.select(np.delete(np.arange(len(self.test_table)), skipped["test"]))
 
     def _refuse_unreadable(self) -> None:
-        """Checks that the images of the coming fit can be read."""
+        """Checks that all images that the run uses can be read."""
         split = self.split
         unlabeled = split.unlabeled[:0] if self._learns_from_labels_alone else split.unlabeled
         wanted = [(self.train_table, np.concatenate([split.labeled, unlabeled, split.held_out]))]
@@ -304,12 +305,12 @@ class SSMLLDataModule(L.LightningDataModule):
         shared = self.train_table.shared_files(self.test_table)
         if shared:
             raise DataError(
-                f"{len(shared)} test image(s) are also training images: {listed(shared)}. A score on them means "
-                "nothing; remove them from one of the two tables."
+                f"{len(shared)} test image(s) are also training images: {listed(shared)}. Scores on these images are "
+                "not meaningful; remove them from one of the two tables."
             )
 
     def with_held_out(self, places: np.ndarray) -> SSMLLDataModule:
-        """Returns the same data with some labeled images held out for validation and unchanged batch sizes.
+        """Returns the same data with the given labeled images held out for validation. Batch sizes do not change.
 
         Args:
             places: Labeled images to hold out, as indices into ``split.labeled``.
@@ -321,64 +322,65 @@ class SSMLLDataModule(L.LightningDataModule):
         return part
 
     def labeled_targets(self) -> torch.Tensor:
-        """Returns labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
+        """Returns the labels of the labeled images, ``(m, C)`` int8, in the order of ``split.labeled``."""
         return torch.from_numpy(self.train_table.labels[self.split.labeled])
 
     def hidden_targets(self) -> torch.Tensor:
-        """Returns the true labels of the images with unknown labels, ``(n, C)`` int8, else -1; only for metrics."""
+        """Returns the hidden labels of images with unknown labels, ``(n, C)`` int8, for metrics only. Others are -1."""
         return torch.from_numpy(self._truth[self._incomplete])
 
     @property
     def _incomplete(self) -> np.ndarray:
-        """Rows of the images with unknown labels: unlabeled, then partly labeled ones."""
+        """Rows of the images with unknown labels, first the unlabeled and then the partly labeled ones."""
         return np.concatenate([self.split.unlabeled, partly_labeled(self.train_table, self.split)])
 
     # Features of a frozen tower --------------------------------------------------------------------------------
 
     def compute_features(self, tower: Tower) -> tuple[RowStore, dict[str, KeptViews]]:
-        """Computes this rank's share of the missing features of :attr:`feature_cache`.
+        """Computes this rank's part of the features that are missing in :attr:`feature_cache`.
 
         Returns:
-            The store, and the cached views of each part of the data set: the input of :meth:`use_features`.
+            The store, and the cached views of each part of the data set. Pass both to :meth:`use_features`.
 
         Raises:
-            ConfigError: If the features would exceed the cache's limit or the disk.
+            ConfigError: If the features would exceed the limit of the cache or the free disk space.
             DataError: If an image cannot be read.
         """
         cache = self._cache()
         store = cache.open(tower, self.image_size, self._at_least)
         kept = self._kept_views()
         trainer = self.trainer
-        # Ranks on one machine: the folder may be on a local disk.
+        # The work is divided among the ranks of one machine, since the folder may be on a local disk.
         share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
         fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share)
         return store, kept
 
     def use_features(self, tower: Tower, store: RowStore, kept: dict[str, KeptViews]) -> None:
-        """Makes new loaders return features instead of images; all features must have been computed."""
+        """Makes new loaders return features instead of images. All features must have been computed."""
         store.refresh()
         rows = {part: views.rows(store) for part, views in kept.items()}
         missing = sum(int((views.needed & (rows[part] < 0)).sum()) for part, views in kept.items())
         if missing:
             raise DataError(
-                f"{store.folder}: {missing} features are missing; was another process stopped? Start again."
+                f"{store.folder}: {missing} features are missing, possibly because another process was stopped. Start "
+                "the run again."
             )
         rows["held_out"] = rows["train"][self.split.held_out]
         self._features = Features(tower, store, rows)
 
     def forget_features(self, tower: Tower | None) -> None:
-        """Makes loaders return images again, unless the features are those of ``tower``."""
+        """Makes new loaders return images again, unless the features were computed by ``tower``."""
         if self._features is not None and (tower is None or not self._features.tower.same_as(tower)):
             self._features = None
 
     def _cache(self) -> FeatureCache:
         if self.feature_cache is None:
-            raise ConfigError("There is no feature_cache to store features in.")
+            raise ConfigError("The data module has no feature_cache; set one to store features.")
         return self.feature_cache
 
     @property
     def _strong_views(self) -> int:
-        """Returns the number of strong views cached per training image; 0 if nothing is trained."""
+        """Returns the number of strong views to cache per training image, which is 0 if no training follows."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         trains = getattr(module, "trains", True)
         return self.feature_cache.strong_views if self.feature_cache is not None and trains else 0
@@ -405,7 +407,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return KeptViews(images, contents, needed, self.image_size, self.strong_view)
 
     def _views(self, part: str | None, images: Images, view: View) -> ImageViews | CachedViews:
-        """Returns cached features if there are any for this view, else the images."""
+        """Returns the cached features of this view if there are any, otherwise the images."""
         column: Any = plain
         if isinstance(view, WeakView):
             column = view.flips if view.only_flips else None
@@ -423,8 +425,8 @@ class SSMLLDataModule(L.LightningDataModule):
             return {"rank": 0, "world_size": 1}
         if trainer.world_size > 1 and lightning_private.replaces_samplers(trainer):
             raise ConfigError(
-                "Our samplers share the work among processes themselves; pass use_distributed_sampler=False to the "
-                "Trainer."
+                "The samplers of SSMLLDataModule divide the data among processes themselves; set "
+                "use_distributed_sampler=False in the Trainer."
             )
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
@@ -436,15 +438,15 @@ class SSMLLDataModule(L.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            # A separate generator: otherwise each new iterator would advance the global random state.
+            # Without a separate generator, each new iterator would advance the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Returns only labeled images in the warm-up, then labeled and unlabeled ones.
+        """Returns labeled images during the warm-up, and labeled and unlabeled images afterwards.
 
         The module determines the stage of the current epoch (:meth:`SSMLLModule.stage`). Without a trainer, this method
-        returns semi-supervised batches.
+        returns the batches of the semi-supervised stage.
         """
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         labeled = np.zeros(len(self.train_table), dtype=bool)
@@ -453,7 +455,8 @@ class SSMLLDataModule(L.LightningDataModule):
         dataset = ViewDataset(self._views("train", self._train_images, view), self.train_table.labels, labeled)
         stage, second = (module.stage, module.second_stage) if module is not None else ("semi-supervised",) * 2
         stages = self._batches()
-        paired = stages.semi_supervised() if second == "semi-supervised" else None  # errors appear before the warm-up
+        # The batches are created here, so that errors are raised before the warm-up.
+        paired = stages.semi_supervised() if second == "semi-supervised" else None
         batches: Any = paired
         if stage == "warm-up":
             batches = stages.warm_up()
@@ -478,7 +481,7 @@ class SSMLLDataModule(L.LightningDataModule):
         )
 
     def weak_dataloader(self, epoch: int) -> DataLoader[EvalBatch]:
-        """Returns weak views of this rank's share of the images with unknown labels, in order."""
+        """Returns weak views of this rank's part of the images with unknown labels, in order."""
         table, indices = self.train_table, self._incomplete
         view = WeakView(self.image_size, self.seed, self.weak_view)
         dataset = ViewDataset(self._views("train", self._train_images, view), table.labels)
@@ -486,9 +489,10 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches)
 
     def plain_dataloader(self, rows: np.ndarray) -> DataLoader[EvalBatch]:
-        """Returns plain views of this rank's share of some ``rows`` of the train table, in order.
+        """Returns plain views of this rank's part of the given ``rows`` of the training table, in order.
 
-        Returns images if features of some rows are not cached: those of the unlabeled images in a labels-only run.
+        If the features of some rows are not cached, it returns images. In a run that uses only labels, this is the case
+        for unlabeled images.
         """
         kept = self._features is None or bool((self._features.rows["train"][rows, PLAIN] >= 0).all())
         return self._eval_loader("train" if kept else None, self.train_table, self._train_images, rows)
@@ -502,7 +506,7 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches)
 
     def eval_table(self) -> AnnotationTable:
-        """Returns the images for validation: those held out if any were, else the test table."""
+        """Returns the table of validation images: the held-out images or, if there are none, the test images."""
         return self._evaluated()[1]
 
     def _evaluated(self) -> tuple[str, AnnotationTable, Images]:
@@ -512,36 +516,37 @@ class SSMLLDataModule(L.LightningDataModule):
 
     def _tested(self) -> tuple[str, AnnotationTable, Images]:
         if self.test_table is None or self._test_images is None:
-            raise ConfigError("There is neither a test table nor a held-out fraction to validate on.")
+            raise ConfigError("There are no images for validation. Provide a test table or set held_out_fraction.")
         return "test", self.test_table, self._test_images
 
     def val_dataloader(self) -> DataLoader[EvalBatch]:
-        """Returns images held out from the labeled ones if any were, else the test images."""
+        """Returns the validation images, which are the held-out images or, if there are none, the test images."""
         return self._eval_loader(*self._enough(*self._evaluated()))
 
     def val_images(self) -> DataLoader[EvalBatch]:
-        """Like :meth:`val_dataloader`, but always returns images, even with a feature cache."""
+        """Returns the same as :meth:`val_dataloader`, but never cached features instead of images."""
         _, table, images = self._evaluated()
         return self._eval_loader(None, table, images)
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
-        """Returns the source's test images, or the held-out ones if it has none."""
+        """Returns the test images of the source or, if there are none, the held-out images."""
         return self._eval_loader(*self._enough(*(self._evaluated() if self.test_table is None else self._tested())))
 
     def _enough(self, part: str, table: AnnotationTable, images: Images) -> tuple[str, AnnotationTable, Images]:
-        """Raises an error on all ranks if there are fewer images than ranks: an empty rank would block the others."""
+        """Checks that each rank has an image, since a rank without images would block the others."""
         if len(table) < (processes := self._ranks()["world_size"]):
             raise ConfigError(
-                f"{len(table)} {part.replace('_', '-')} image(s) for {processes} processes: each needs one. Use fewer "
-                "processes, or more images to evaluate on."
+                f"{len(table)} {part.replace('_', '-')} image(s) for {processes} processes, but each process needs "
+                "one. Use fewer processes, or provide more images for evaluation."
             )
         return part, table, images
 
     def predict_table(self) -> AnnotationTable:
-        """Returns the images of ``predict``, all labels unknown."""
+        """Returns a table of the images of ``predict``, in which all labels are unknown."""
         if self.predict is None:
-            raise ConfigError("Set the images to predict: --data.predict FOLDER, or a CSV/Parquet table of paths.")
-        if self._predicted is None or self._predicted[0] != self.predict:  # cached, since the folder may change
+            raise ConfigError("Specify the images to label: --data.predict FOLDER, or a CSV/Parquet table of paths.")
+        # The table is cached, because files may be added to the folder.
+        if self._predicted is None or self._predicted[0] != self.predict:
             self._predicted = self.predict, read_images(Path(self.predict), self.class_names)
         return self._predicted[1]
 
@@ -556,5 +561,5 @@ class SSMLLDataModule(L.LightningDataModule):
         return self._loader(dataset, batches, partial(collate_readable, size=self.image_size))
 
     def predict_left_out(self) -> list[str]:
-        """Returns files in the folder of ``predict`` that are not images, by their suffix."""
+        """Returns the files in the folder of ``predict`` that are not images according to their suffix."""
         return left_out(self.predict) if self.predict is not None else []

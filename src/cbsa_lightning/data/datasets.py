@@ -1,4 +1,4 @@
-"""The data set of the loaders, and functions that collate its items to batches."""
+"""The data set class of the loaders, and functions that collate its items to batches."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ View = PlainView | WeakView | StrongView
 
 
 class ImageViews:
-    """One view of each image of a table, computed on access.
+    """One view of each image of a table. Views are computed on access.
 
     Args:
         images: The images.
-        view: Computes the view.
+        view: Function that computes the view.
     """
 
     def __init__(self, images: Images, view: View) -> None:
         self.images, self.view = images, view
 
     def __call__(self, draw: Draw) -> Tensor:
-        """Returns the view of a draw, (3, S, S) uint8."""
+        """Computes the view of a draw, (3, S, S) uint8."""
         return self.view(self.images[draw.index], draw)
 
 
 class ReadableViews(ImageViews):
-    """Like :class:`ImageViews`, but returns the error of an unreadable image instead of raising it."""
+    """A variant of :class:`ImageViews` that returns the error of an unreadable image instead of raising it."""
 
     def __call__(self, draw: Draw) -> Any:
         """Returns the view of a draw, or a :class:`~cbsa_lightning.errors.DataError`."""
@@ -47,10 +47,10 @@ class ReadableViews(ImageViews):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that Lightning treats as resumable. The training loop stores the position and the sampler skips."""
+    """A loader that Lightning treats as resumable. The training loop stores and the sampler restores the position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns no state: batches that are loaded but not yet used do not count, so it does not know the position."""
+        """Returns an empty state. The position is unknown to the loader, which loads batches before they are used."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -58,13 +58,13 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class ViewDataset(Dataset[tuple[Any, ...]]):
-    """Views of images with their labels, indexed by :class:`Draw`.
+    """Data set of views and labels of images, indexed by :class:`Draw`.
 
     Args:
-        views: Returns the view of a draw as a uint8 image, or as float16 features of it.
-        targets: ``(n, C)`` int8, returned with the views.
-        labeled: ``(n,)`` bool, returned too, or None. Targets of unlabeled rows are replaced by -1, so that training
-            never sees them.
+        views: Function that returns the view of a draw, as a uint8 image or as float16 features.
+        targets: ``(n, C)`` int8, the labels, which are returned with the views.
+        labeled: ``(n,)`` bool, which is also returned, or None. The targets of unlabeled rows are replaced by -1, so
+            that they are hidden from training.
     """
 
     def __init__(self, views: Callable[[Draw], Tensor], targets: np.ndarray, labeled: np.ndarray | None = None) -> None:
@@ -82,7 +82,7 @@ class ViewDataset(Dataset[tuple[Any, ...]]):
 
 
 def collate(items: list[tuple[Any, ...]]) -> TrainBatch | EvalBatch:
-    """Collates items of :class:`ViewDataset` to a batch: for training if they have ``labeled``."""
+    """Collates items of :class:`ViewDataset` to a batch. It is a training batch if the items have ``labeled``."""
     views, targets, index, *labeled = zip(*items, strict=True)
     images, features = _stacked(views)
     if labeled:
@@ -99,7 +99,7 @@ def collate_readable(items: list[tuple[Any, ...]], size: int) -> EvalBatch:
 
 
 def _stacked(views: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Stacks views as (images, None) or (None, features): images are uint8, features float16."""
-    # In a worker, default_collate writes directly to shared memory, unlike torch.stack.
+    """Stacks views and returns (images, None) if they are uint8, or (None, features) if they are float16."""
+    # In contrast to torch.stack, default_collate writes directly to shared memory in a worker.
     stacked: Tensor = default_collate(list(views))
     return (stacked, None) if stacked.dtype == torch.uint8 else (None, stacked)

@@ -1,4 +1,4 @@
-"""Computes frozen descriptions of many images on all ranks together."""
+"""Computation of the frozen descriptions of many images, distributed over all ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cbsa_lightning.networks.base import Description
 
 
 def evidence_of(trainer: Any, pl_module: Any, unlabeled: bool = True) -> Evidence:
-    """Returns frozen descriptions of the labeled images, then of the unlabeled ones, and the labels.
+    """Computes the frozen descriptions of labeled images and then of unlabeled images. Also returns the labels.
 
     Args:
-        trainer: A Trainer that fits.
-        pl_module: The untrained module, whose attention pool is still CLIP's own.
+        trainer: A Trainer that is running ``fit``.
+        pl_module: The module before training, so that its attention pool has the weights of CLIP.
         unlabeled: Whether to describe the unlabeled images as well.
     """
     data = semi_supervised(trainer.datamodule)
@@ -36,14 +36,14 @@ def evidence_of(trainer: Any, pl_module: Any, unlabeled: bool = True) -> Evidenc
 def describe_images(
     trainer: Any, pl_module: Any, loader: Iterable[EvalBatch], rows: np.ndarray, files: np.ndarray
 ) -> Description:
-    """Describes images with the frozen towers. Call it on all ranks.
+    """Computes descriptions of images with the frozen towers. Must be called on all ranks.
 
     Args:
-        trainer: A Trainer that fits.
+        trainer: A Trainer that is running ``fit``.
         pl_module: The module.
-        loader: This rank's share of the images.
-        rows: ``(n,)``, row indices as in the batches, in the order of the result.
-        files: ``(n,)``, their files, for messages.
+        loader: Loader of this rank's part of the images.
+        rows: ``(n,)``, row indices as in the batches. They determine the order of the result.
+        files: ``(n,)``, the files of these rows, for error messages.
 
     Raises:
         NotFiniteError: If a description is not finite. The message names the file.
@@ -60,11 +60,11 @@ def describe_images(
             found = describe(pl_module.features_of(batch))
         parts = [*found.descriptors, *found.scores]
         split = len(found.descriptors)
-        # In float32, whatever the precision of training or torch's default dtype.
+        # float32 is used regardless of the precision of training and of torch's default dtype.
         tables = tables or [part.float().new_zeros(len(rows), part.shape[1]) for part in parts]
         for table, part in zip(tables, parts, strict=True):
             table[place[batch.index]] = part.float()
-    # Each rank filled only its own rows; the others are zero.
+    # Each rank has filled only its own rows, and the other rows are zero.
     tables = [trainer.strategy.reduce(table, reduce_op="sum") for table in tables]
     for table in tables:
         refuse_scores(table, files.__getitem__, "Descriptions by the frozen towers")

@@ -1,4 +1,4 @@
-"""Files of random draws for one table (splits and label masks): reading them, and checks that they belong to it."""
+"""Reading of files with random draws (splits and label masks), which must belong to the table they are used for."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cbsa_lightning.io.reading import brief, read_text
 
 
 def read_draw(path: Path, kind: str, missing: str) -> Any:
-    """Returns the JSON value of a file.
+    """Reads the JSON content of a file.
 
     Args:
         path: The file.
-        kind: What it contains, for error messages, such as "split".
-        missing: Message if there is no file.
+        kind: Description of the content for error messages, such as "split".
+        missing: Error message if the file does not exist.
 
     Raises:
-        DataError: If the file is missing, cannot be read, or has a repeated key.
+        DataError: If the file is missing, cannot be read, or contains a repeated key.
     """
     try:
         return json.loads(read_text(path), object_pairs_hook=_once)
@@ -29,34 +29,34 @@ def read_draw(path: Path, kind: str, missing: str) -> Any:
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a {kind} ({error}); draw it again") from error
+        raise DataError(f"{path}: the file cannot be read as a {kind} ({error}); draw it again") from error
 
 
 def check_table(path: str | Path, kind: str, recorded: Any, table: AnnotationTable) -> str:
-    """Returns the digest of a table for which a file was made.
+    """Checks that a file was created for a table, and returns the digest of the table.
 
     Raises:
-        DataError: If the file was made for another table.
+        DataError: If the file was created for another table.
     """
     if recorded != (digest := table.digest()):
         raise DataError(
-            f"{path}: this {kind} was made for the table with digest {brief(recorded)}, but the table here has digest "
-            f"{digest} ({len(table)} rows, {table.num_classes} classes); classes, paths and labels must be the same in "
-            f"the same order: use the original table, or draw a new {kind}"
+            f"{path}: this {kind} was created for a table with digest {brief(recorded)}, but this table has digest "
+            f"{digest} ({len(table)} rows, {table.num_classes} classes). Classes, paths and labels must be the same "
+            f"and in the same order: use the original table, or draw a new {kind}"
         )
     return digest
 
 
 def check_unchanged(path: str | Path, kind: str, parts: str, found: str, recorded: Any) -> None:
-    """Checks the digest of the content.
+    """Checks the digest of the content of a file.
 
     Raises:
         DataError: If the file was changed after it was written.
     """
     if found != recorded:
         raise DataError(
-            f"{path}: its {parts} have digest {found} but the file says {brief(recorded)}: it was changed after it was "
-            f"written; draw the {kind} again"
+            f"{path}: its {parts} have digest {found}, but the recorded digest is {brief(recorded)}. The file was "
+            f"changed after it was written; draw the {kind} again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Finds unreadable images before training, without decoding those that look complete."""
+"""Detection of unreadable images before training, without decoding files that appear to be complete."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import decode, looks_whole
 from cbsa_lightning.errors import DataError, listed
 
-_THREADS = 8  # threads mostly wait for the disk
+_THREADS = 8  # number of threads, which mostly wait for the disk
 _CHUNK = 4096
 
 
 def unreadable(table: AnnotationTable, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns those of ``rows`` whose images cannot be read.
+    """Returns the rows among ``rows`` whose images cannot be read.
 
-    The header and the end of each file are read. Files that do not look complete are decoded. Damage within a file that
-    has a correct header and end is not detected.
+    The header and the end of each file are read. Files that do not appear to be complete are decoded. If the header and
+    the end are correct, damage in between is not detected.
 
     Args:
-        table: Paths of the images.
-        rows: ``(m,)``, rows of the table to check.
+        table: Table with the paths of the images.
+        rows: ``(m,)``, the rows of the table to check.
     """
     bad: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     with (
@@ -42,18 +42,18 @@ def unreadable(table: AnnotationTable, rows: NDArray[np.int64]) -> NDArray[np.in
 
 
 def refuse_unreadable(parts: Iterable[tuple[AnnotationTable, NDArray[np.int64]]]) -> None:
-    """Checks that images can be read, and reports all that cannot at once.
+    """Checks that all images can be read.
 
     Args:
         parts: Tables, each with the rows to check.
 
     Raises:
-        DataError: If some cannot be read. The message names the files.
+        DataError: If images cannot be read. The message names all their files.
     """
     found = [str(table.file(row)) for table, rows in parts for row in unreadable(table, rows).tolist()]
     if found:
         raise DataError(
-            f"{len(found)} images cannot be read: {listed(found)}. Fetch them again, or train without them: "
+            f"{len(found)} images cannot be read: {listed(found)}. Download or copy them again, or train without them: "
             "--data.on_error skip."
         )
 

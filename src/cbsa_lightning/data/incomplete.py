@@ -17,11 +17,11 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class IncompleteImages:
-    """Training images with at least one unknown label, which receive pseudo-labels.
+    """Training images with unknown labels, which receive pseudo-labels.
 
     Attributes:
-        unlabeled: ``(u,)`` rows of the training table without any known label.
-        partly: ``(p,)`` rows of labeled images with unknown entries.
+        unlabeled: ``(u,)`` rows of the training table that have no known labels.
+        partly: ``(p,)`` rows of labeled images that have unknown labels.
         known: ``(p, C)`` labels of the partly labeled images in {1, 0, -1 unknown}.
     """
 
@@ -42,9 +42,9 @@ class IncompleteImages:
         return np.concatenate([self.unlabeled, self.partly]) if len(self.partly) else self.unlabeled
 
     def completed(self, scores: Tensor) -> Tensor:
-        """Returns the scores with 1 and 0 for known labels.
+        """Replaces the scores of known labels by 1 and 0.
 
-        A labeler that selects a fraction of the highest scores therefore includes the known positives in it.
+        If a labeler selects a fraction of the highest scores, this fraction then includes the known positives.
 
         Args:
             scores: ``(u + p, C)`` probabilities, in the order of :attr:`rows`.
@@ -56,7 +56,7 @@ class IncompleteImages:
         return torch.cat([scores[:u], tail])
 
     def without_known(self, labels: Tensor) -> Tensor:
-        """Returns labels ``(u + p, C)`` in the order of :attr:`rows`, -1 for known labels."""
+        """Returns labels ``(u + p, C)`` in the order of :attr:`rows`, in which known labels are replaced by -1."""
         if not len(self.partly):
             return labels
         u, known = len(self.unlabeled), self.known.to(labels.device)

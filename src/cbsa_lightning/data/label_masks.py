@@ -1,4 +1,4 @@
-"""Partial labels: masks of known labels, drawn from a fraction and a seed, and stored in a file."""
+"""Masks of known labels for the partial-label setting. They are drawn at random and stored in a file."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.files import replacing
 
 _FORMAT = "cbsa_lightning label mask 1"
-_ROWS = 1 << 14  # rows drawn at a time
+_ROWS = 1 << 14  # number of rows that are drawn at a time
 
 
 def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> NDArray[np.bool_]:
     """Draws the labels that remain known in the partial-label setting.
 
     A label is known if a uniform random number for its image and class is below ``share``. Positives and negatives are
-    therefore hidden at the same rate, and the mask of a smaller share is a subset of that of a larger one. The numbers
-    are those of ``np.random.random((n, C))`` after ``np.random.seed(seed)``: with seed 0, the masks are those of SST,
-    SARB, HST and DSRB for the same order of images and classes. DualCoOp draws masks from the same distribution without
-    a seed.
+    therefore hidden with equal probability, and the mask of a smaller share is a subset of that of a larger one. The
+    random numbers are those of ``np.random.random((n, C))`` after ``np.random.seed(seed)``. With seed 0 and the same
+    order of images and classes, the masks are those of SST, SARB, HST and DSRB. DualCoOp draws masks from the same
+    distribution without a seed.
 
     Args:
-        num_images: n.
-        num_classes: C.
-        share: Expected share of known labels, from 0 to 1.
+        num_images: n, the number of images.
+        num_classes: C, the number of classes.
+        share: Expected fraction of known labels, from 0 to 1.
         seed: Seed of ``np.random.RandomState``.
 
     Returns:
-        (n, C) bool, True where the label is known.
+        (n, C) bool, True if the label is known.
 
     Raises:
-        ConfigError: If the share is not between 0 and 1.
+        ConfigError: If ``share`` is not between 0 and 1.
     """
     if not 0 <= share <= 1:
-        raise ConfigError(f"share of known labels {share} is not between 0 and 1; 0.1 means 10 %")
+        raise ConfigError(f"the fraction of known labels is {share}, but must be between 0 and 1; 0.1 means 10 %")
     random, known = np.random.RandomState(seed), np.empty((num_images, num_classes), dtype=bool)
     for start in range(0, num_images, _ROWS):
         block = known[start : start + _ROWS]
@@ -55,11 +55,11 @@ def known_mask(num_images: int, num_classes: int, share: float, seed: int) -> ND
 
 @dataclass(frozen=True, eq=False)
 class LabelMask:
-    """Known entries of the labels of one annotation table.
+    """Mask of the known labels of an annotation table.
 
     Attributes:
         known: (n, C) bool, False for labels that are hidden from training.
-        table_digest: ``AnnotationTable.digest()`` of the table before the mask.
+        table_digest: ``AnnotationTable.digest()`` of the table before the mask is applied.
         fraction: Requested fraction of known labels, or None if the mask was not drawn at random.
         seed: Random seed, or None.
     """
@@ -79,11 +79,11 @@ class LabelMask:
         """Creates a mask from a boolean array of shape (n, C).
 
         Raises:
-            DataError: If its shape or type does not fit the table.
+            DataError: If its shape or type is not compatible with the table.
         """
         if known.shape != table.labels.shape or known.dtype != np.bool_:
             raise DataError(
-                f"label mask: has shape {known.shape} and type {known.dtype}; expected {table.labels.shape} bool"
+                f"label mask: shape {known.shape} and type {known.dtype} are wrong; expected {table.labels.shape} bool"
             )
         return cls(known, table.digest())
 
@@ -93,7 +93,7 @@ class LabelMask:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of shape and entries; masks with equal digests have the same known entries."""
+        """SHA-256 of the shape and the entries. Masks with equal digests are equal."""
         sha = hashlib.sha256(f"{self.known.shape}\n".encode())
         sha.update(np.packbits(self.known).tobytes())
         return sha.hexdigest()
@@ -118,7 +118,7 @@ class LabelMask:
 
     @classmethod
     def load(cls, path: str | Path, table: AnnotationTable) -> LabelMask:
-        """Reads a mask that :meth:`save` wrote.
+        """Reads a mask that was written by :meth:`save`.
 
         Raises:
             DataError: If the file is missing, is not a label mask, was modified, or belongs to another table.
@@ -128,9 +128,9 @@ class LabelMask:
         try:
             packed = np.frombuffer(base64.b64decode(record["known"], validate=True), np.uint8)
             if record["shape"] != list(table.labels.shape) or len(packed) != -(-table.labels.size // 8):
-                raise ValueError(f"it does not hold {table.labels.shape[0]} x {table.labels.shape[1]} entries")
+                raise ValueError(f"it does not have {table.labels.shape[0]} x {table.labels.shape[1]} entries")
         except (TypeError, ValueError, binascii.Error) as error:
-            raise DataError(f"{path}: cannot be read as a label mask ({error}); draw it again") from error
+            raise DataError(f"{path}: the file cannot be read as a label mask ({error}); draw it again") from error
         known = np.unpackbits(packed, count=table.labels.size).astype(bool).reshape(table.labels.shape)
         mask = cls(known, digest, record["fraction"], record["seed"])
         check_unchanged(path, "label mask", "entries", mask.digest, record["digest"])
@@ -142,7 +142,7 @@ def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | Non
 
     Raises:
         DataError: If the file belongs to another table.
-        ConfigError: If both are given, or the fraction leaves no known label.
+        ConfigError: If both are given, or no label would remain known.
     """
     if file is not None and fraction is not None:
         raise ConfigError("known_file and known_fraction both specify the known labels: use only one of them.")
@@ -153,7 +153,8 @@ def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | Non
     mask = LabelMask.draw(table, fraction, seed)
     if not (mask.known & (table.labels != UNKNOWN)).any():
         raise ConfigError(
-            f"known_fraction {fraction} of {len(table)} x {table.num_classes} labels leaves none; use a larger one."
+            f"known_fraction {fraction} of {len(table)} x {table.num_classes} labels leaves no known label; use a "
+            "larger fraction."
         )
     return mask
 
@@ -161,15 +162,15 @@ def make_mask(table: AnnotationTable, *, file: str | None, fraction: float | Non
 def with_known_labels(
     table: AnnotationTable, mask: LabelMask | None, unknown_as_absent: bool = False
 ) -> tuple[AnnotationTable, str]:
-    """Returns the table with the labels available to training, and a message for the user.
+    """Returns the table with the labels that are available for training, and a message for the user.
 
     If a class has known positives but no known negatives, its unknown labels in labeled images are treated as negative.
-    Otherwise its positive rate would be 1, and every image would become a pseudo-positive. With single positive labels,
-    this applies to all classes.
+    Otherwise, its positive rate would be 1, and every image would become a pseudo-positive. If only single positive
+    labels are known, this applies to all classes.
 
     Args:
         table: The table with all annotated labels.
-        mask: Mask of known labels; None keeps all labels.
+        mask: Mask of known labels. None keeps all labels.
         unknown_as_absent: Whether to treat unknown labels of labeled images as negative for all classes.
     """
     table = table if mask is None else mask(table)
@@ -185,8 +186,8 @@ def with_known_labels(
         names = [name for name, some in zip(table.class_names, changed.any(axis=0), strict=True) if some]
         told = (
             f"{len(names)} of {table.num_classes} classes have known positives but no known negative: {listed(names)}. "
-            "In labeled images, unknown labels of these classes are treated as negative. Label some images as negative "
-            "for each class so that its frequency can be estimated (docs/data.md)."
+            "In labeled images, unknown labels of these classes are treated as negative. To allow an estimate of the "
+            "frequency of each class, label some images as negative (docs/data.md)."
         )
     return dataclasses.replace(table, labels=np.where(changed, np.int8(NEGATIVE), labels)), told
 
@@ -195,5 +196,5 @@ def _read(path: Path) -> dict[str, Any]:
     record = read_draw(path, "label mask", "label mask not found; correct the path or draw a new mask")
     needed = ("table_digest", "digest", "fraction", "seed", "shape", "known")
     if not isinstance(record, dict) or record.get("format") != _FORMAT or any(key not in record for key in needed):
-        raise DataError(f"{path}: is not a valid label mask; draw a new one")
+        raise DataError(f"{path}: the file is not a valid label mask; draw a new mask")
     return record

@@ -1,4 +1,4 @@
-"""The images whose labels a run has used, saved in its folder for comparison with later runs."""
+"""The images whose labels a run has used. They are saved in its folder, for comparison with later runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LabeledImages:
     """Labeled images of a run.
 
     Attributes:
-        class_names: The C classes.
-        images: n paths as in the run's table.
-        files: n full paths.
-        held_out: ``(n,)`` bool, whether the image was used only for validation.
+        class_names: The C class names.
+        images: Paths of the n images in the run's table.
+        files: Full paths of the n images.
+        held_out: ``(n,)`` bool, whether an image was used only for validation.
         labels: ``(n, C)`` int8 in {1, 0, -1 unknown}.
     """
 
@@ -39,14 +39,14 @@ class LabeledImages:
 
     @classmethod
     def of(cls, table: AnnotationTable, split: Split) -> LabeledImages:
-        """Returns the labeled images of a run with this training table and split."""
+        """Returns the labeled images of a run with the given training table and split."""
         rows = np.concatenate([split.labeled, split.held_out])
         held_out = np.arange(len(rows)) >= len(split.labeled)
         files = [str(table.file(row).absolute()) for row in rows.tolist()]
         return cls(list(table.class_names), table.paths[rows].tolist(), files, held_out, table.labels[rows])
 
     def write(self, path: Path) -> None:
-        """Writes a Parquet file.
+        """Writes the images to a Parquet file.
 
         Raises:
             OutputError: If the file cannot be written.
@@ -64,7 +64,7 @@ class LabeledImages:
 
     @classmethod
     def read(cls, path: Path) -> LabeledImages:
-        """Reads a file that :meth:`write` wrote.
+        """Reads a file that was written by :meth:`write`.
 
         Raises:
             DataError: If the file is missing or damaged.
@@ -79,16 +79,16 @@ class LabeledImages:
             held_out = table["held_out"].to_numpy().astype(bool)
             return cls(names, table["image"].to_pylist(), table["file"].to_pylist(), held_out, labels)
         except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: is not a file written by a run ({error}). Restore it from the run.") from error
+            raise DataError(f"{path}: the file was not written by a run ({error}). Restore it from the run.") from error
 
     def trained(self) -> frozenset[str]:
-        """Returns the paths, as in the table and in full, of the images whose labels were used for training."""
+        """Returns the paths of the images whose labels were used for training, both as in the table and in full."""
         kept = np.flatnonzero(~self.held_out).tolist()
         return frozenset([self.images[i] for i in kept] + [self.files[i] for i in kept])
 
 
 def rows_among(table: AnnotationTable, paths: frozenset[str]) -> NDArray[np.bool_]:
-    """Returns which images of a table ``(n,)`` have their path, as in the table or in full, among ``paths``."""
+    """Returns a mask ``(n,)`` of the images whose path, as in the table or in full, is one of ``paths``."""
     if not paths:
         return np.zeros(len(table), dtype=bool)
     found = (str(p) in paths or str(table.file(i).absolute()) in paths for i, p in enumerate(table.paths.tolist()))

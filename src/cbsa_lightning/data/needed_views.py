@@ -1,4 +1,4 @@
-"""Selects the views that a feature cache stores for a run."""
+"""Selection of the views that a feature cache stores for a run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from numpy.typing import NDArray
 from cbsa_lightning.data.splits import Split
 
 PLAIN, MIRRORED, STRONG = 0, 1, 2
-"""Columns of a table of views: the plain view, its mirror image, and the first strong view."""
+"""Columns of the plain view, its mirror image, and the first strong view in an array of views."""
 
 
 def needed_views(
     split: Split, images: int, partly: NDArray[np.int64], strong_views: int, labels_alone: bool
 ) -> NDArray[np.bool_]:
-    """Selects the views of the training table to store, ``(images, 2 + strong_views)`` bool.
+    """Selects the views of the training table that are stored, ``(images, 2 + strong_views)`` bool.
 
-    These are plain views of all images that the run uses, mirrored views of the images with unknown labels, and
-    strong views of the images that it trains on. For a test table, only plain views are stored.
+    They are the plain views of all images that the run uses, the mirrored views of images with unknown labels, and the
+    strong views of the images that are used for training. For a test table, only plain views are stored.
 
     Args:
         split: Rows of the training table.
-        images: Number of rows of the table.
-        partly: Labeled rows with unknown entries.
-        strong_views: Strong views stored per image.
+        images: Number of rows of the training table.
+        partly: Labeled rows with unknown labels.
+        strong_views: Number of strong views per image.
         labels_alone: Whether the run ignores unlabeled images.
     """
     unlabeled = np.empty(0, np.int64) if labels_alone else split.unlabeled

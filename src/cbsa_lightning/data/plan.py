@@ -1,4 +1,4 @@
-"""Plans a run on a data set: the images that it trains and validates on, and the steps per epoch."""
+"""Plan of a run: the images used for training and validation, and the number of steps per epoch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings that determine how a run uses a data set. Names and defaults are those of the data module.
+    """Settings that determine how a run uses a data set, with the names and defaults of the data module.
 
     Attributes:
         labeled_only: Whether the run ignores unlabeled images.
-        warmup_epochs: Epochs of the first stage, if known.
-        max_epochs: Epochs of both stages, if known.
+        warmup_epochs: Number of epochs of the first stage, if known.
+        max_epochs: Number of epochs of both stages, if known.
 
     Raises:
-        ConfigError: If a number is out of bounds.
+        ConfigError: If a number is out of range.
     """
 
     labeled_fraction: float | None = None
@@ -66,10 +66,10 @@ class Stage:
     """One of the two stages of training.
 
     Attributes:
-        steps_per_epoch: Training steps per epoch.
-        labeled: Labeled images per step.
-        unlabeled: Unlabeled images per step.
-        epochs: Epochs, if known.
+        steps_per_epoch: Number of training steps per epoch.
+        labeled: Number of labeled images per step.
+        unlabeled: Number of unlabeled images per step.
+        epochs: Number of epochs, if known.
     """
 
     steps_per_epoch: int
@@ -84,14 +84,14 @@ class Plan:
 
     Attributes:
         split: Rows of the training table.
-        images: Number of rows of this table.
-        test_images: Number of rows of the test table; 0 without one.
+        images: Number of rows of the training table.
+        test_images: Number of rows of the test table, or 0 if there is none.
         validated_on: "held-out images" or "test images".
         validated: Number of images for validation.
-        validated_classes: Number of classes with a positive among these images; the mAP is the mean over these classes.
-        warmup: The stage on labeled images.
-        second: The stage after it.
-        partly: Labeled rows that are trained on and have unknown entries.
+        validated_classes: Number of classes with positives among these images. The mAP is the mean over these classes.
+        warmup: The first stage, which uses only labeled images.
+        second: The second stage.
+        partly: Labeled rows that are used for training and have unknown labels.
     """
 
     split: Split
@@ -106,8 +106,8 @@ class Plan:
 
 
 NOTHING_UNKNOWN = (
-    "There is no unlabeled image and no unknown label, so there is nothing to learn from besides the labels. Add rows "
-    "without labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
+    "There are no unlabeled images and no unknown labels, so there is nothing to learn from except the labels. Add "
+    "rows without labels, set labeled_fraction below 1, or train only on the labels (model labeler: LabeledOnly)."
 )
 _NONE = np.empty(0, dtype=np.int64)
 
@@ -121,14 +121,14 @@ def make_plan(
     """Plans how a run uses a data set.
 
     Args:
-        train: The training images, with the labels that a run may see.
+        train: The training images, with the labels that are available to the run.
         test: The test images, if any.
         settings: Settings of the run.
-        skipped: Rows of both tables whose images a run with ``on_error="skip"`` omits.
+        skipped: Rows of both tables whose images are omitted because of ``on_error="skip"``.
 
     Raises:
-        DataError: If no image is labeled or unlabeled, or a split file does not fit.
-        ConfigError: If the settings leave no labeled, unlabeled or validation image, or no room in a batch.
+        DataError: If there are no labeled or no unlabeled images, or a split file belongs to another table.
+        ConfigError: If the settings leave no labeled, unlabeled or validation images, or a batch is too small.
     """
     split = make_split(
         train,
@@ -144,16 +144,16 @@ def make_plan(
     check_batch(size, labeled)
     warmup = settings.warmup_batch_size or default_warmup_batch_size(share, size)
     if not len(split.labeled):
-        raise DataError("There is no labeled image to train on. Use another split_file, or draw a split without one.")
+        raise DataError("There are no labeled images for training. Use another split_file, or omit it to draw a split.")
     partly = partly_labeled(train, split)
     if not len(split.unlabeled) and not len(partly) and not settings.labeled_only:
         raise DataError(NOTHING_UNKNOWN)
     tested = None if test is None else np.delete(test.labels, skipped[1], axis=0)
     if not len(split.held_out) and tested is None:
-        raise ConfigError("There is neither a test table nor a held-out fraction to validate on.")
+        raise ConfigError("There are no images for validation. Provide a test table or set held_out_fraction.")
     validated = train.labels[split.held_out] if len(split.held_out) or tested is None else tested
     if not len(validated):
-        raise ConfigError("No image is left to validate on: all test images are skipped. Repair some of them.")
+        raise ConfigError("There are no images for validation: all test images are skipped. Repair some of them.")
     least, (first, other) = settings.min_steps_per_epoch, _epochs(settings)
     if settings.labeled_only:
         steps = labeled_only_steps(len(split.labeled), len(split.unlabeled), len(partly), size, labeled, least)
@@ -176,7 +176,7 @@ def make_plan(
 
 
 def _epochs(settings: RunSettings) -> tuple[int | None, int | None]:
-    """Returns the epochs of both stages, as far as they are known."""
+    """Returns the number of epochs of each stage, or None if it is unknown."""
     warmup, most = settings.warmup_epochs, settings.max_epochs
     if warmup is None or most is None or most < 0:
         return warmup, None

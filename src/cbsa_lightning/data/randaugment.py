@@ -1,8 +1,8 @@
-"""RandAugment as used by CAP: with the values of the ``randaugment`` package, not torchvision's.
+"""RandAugment as used by CAP, with the values of the ``randaugment`` package instead of torchvision's.
 
-There are two slots, each with one of 15 operations and one of 9 magnitudes, all equally likely. Each slot is applied
-with probability 0.5, so a quarter of the images are unchanged. This module defines the random choices and the effect of
-each operation on a Pillow image; the caller provides the random stream.
+There are two slots. For each slot, one of 15 operations and one of 9 magnitudes is drawn, all with equal probability,
+and the operation is applied with probability 0.5. A quarter of the images therefore remains unchanged. This module
+defines the random choices and the effect of each operation on a Pillow image; the caller provides the random stream.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-_GREY = (128, 128, 128)  # fills areas uncovered by shears, translations and rotations
+_GREY = (128, 128, 128)  # color of the areas that shears, translations and rotations uncover
 _CUTOUT_COLOUR = (125, 122, 113)
 NUM_SLOTS = 2
 SLOT_PROBABILITY = 0.5
 
 
 class Step(NamedTuple):
-    """One operation with all its random values.
+    """One operation with all of its random values.
 
     Attributes:
         operation: A key of :data:`OPERATIONS`.
-        magnitude: 1 (weakest) to 9, an index into the operation's table of strengths.
-        sign: -1 or 1, for the operations with two directions.
-        center: (x, y) in [0, 1) of the image size, for cutout.
+        magnitude: Index from 1 (weakest) to 9 into the table of strengths of the operation.
+        sign: -1 or 1, the direction of operations that have two directions.
+        center: Center (x, y) of a cutout as a fraction of the image size, in [0, 1).
     """
 
     operation: str
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 def draw_steps(rng: random.Random) -> tuple[Step, ...]:
-    """Draws the steps of one image: none (1 in 4), one (1 in 2) or two (1 in 4)."""
+    """Draws the steps for one image: none with probability 1/4, one with 1/2, or two with 1/4."""
     steps = []
     for _ in range(NUM_SLOTS):
         if rng.random() < SLOT_PROBABILITY:
@@ -46,7 +46,7 @@ def draw_steps(rng: random.Random) -> tuple[Step, ...]:
 
 
 def apply_step(image: Image.Image, step: Step) -> Image.Image:
-    """Applies one step to an RGB image; the size does not change."""
+    """Applies one step to an RGB image. The size does not change."""
     operation, strengths = OPERATIONS[step.operation]
     return operation(image, strengths[step.magnitude], step)
 
@@ -75,7 +75,7 @@ def _translate_y(image: Image.Image, share: float, step: Step) -> Image.Image:
 
 
 def _rotate(image: Image.Image, degrees: float, step: Step) -> Image.Image:
-    return image.rotate(degrees, fillcolor=_GREY)  # always counter-clockwise, nearest pixel
+    return image.rotate(degrees, fillcolor=_GREY)  # always counterclockwise, with nearest-pixel resampling
 
 
 def _color(image: Image.Image, change: float, step: Step) -> Image.Image:
@@ -115,7 +115,7 @@ def _invert(image: Image.Image, strength: float, step: Step) -> Image.Image:
 
 
 def _cutout(image: Image.Image, size: float, step: Step) -> Image.Image:
-    # A square of 2 * (size // 2) pixels, clipped at the border; its size does not scale with the image.
+    # The square has a side of 2 * (size // 2) pixels, regardless of the image size. It is clipped at the border.
     half = int(size) // 2
     x, y = int(step.center[0] * image.width), int(step.center[1] * image.height)
     box = (max(0, x - half), max(0, y - half), min(image.width, x + half), min(image.height, y + half))
@@ -131,13 +131,13 @@ def _table(first: float, last: float, rounded: bool = False) -> tuple[float, ...
 
 _Operation = Callable[[Image.Image, float, Step], Image.Image]
 
-# name -> (operation, strength at magnitude 0 ... 9); magnitude 0 is never drawn.
+# Mapping from name to (operation, strengths for magnitudes 0 to 9). Magnitude 0 is never drawn.
 OPERATIONS: dict[str, tuple[_Operation, tuple[float, ...]]] = {
     "invert": (_invert, _table(0, 0)),
     "cutout": (_cutout, _table(0, 20, rounded=True)),  # pixels
-    "sharpness": (_sharpness, _table(0, 0.9)),  # factor 1 +- this
+    "sharpness": (_sharpness, _table(0, 0.9)),  # change of the factor 1
     "autocontrast": (_autocontrast, _table(0, 0)),
-    "posterize": (_posterize, _table(8, 4, rounded=True)),  # bits kept
+    "posterize": (_posterize, _table(8, 4, rounded=True)),  # bits to keep
     "shear_x": (_shear_x, _table(0, 0.3)),  # slope
     "translate_x": (_translate_x, _table(0, 150 / 331)),  # fraction of the width
     "translate_y": (_translate_y, _table(0, 150 / 331)),  # fraction of the height
@@ -146,7 +146,7 @@ OPERATIONS: dict[str, tuple[_Operation, tuple[float, ...]]] = {
     "equalize": (_equalize, _table(0, 0)),
     "contrast": (_contrast, _table(0, 0.9)),
     "color": (_color, _table(0, 0.9)),
-    "solarize": (_solarize, _table(256, 0)),  # values from here on are inverted
+    "solarize": (_solarize, _table(256, 0)),  # values at or above this one are inverted
     "brightness": (_brightness, _table(0, 0.9)),
 }
 _NAMES = tuple(OPERATIONS)

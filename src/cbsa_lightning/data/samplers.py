@@ -1,8 +1,8 @@
-"""Batch samplers whose order is a function of only (seed, epoch, pass).
+"""Batch samplers whose order depends only on (seed, epoch, pass).
 
-Each sampler yields lists of :class:`Draw`, which contain the image, the epoch, and how often the image has already
-occurred in it. The randomness of a view depends on nothing else, so workers, ranks and restarts do not change it. Every
-rank builds the same global batch and keeps every ``world_size``-th draw of it.
+Each sampler yields lists of :class:`Draw` objects. A draw contains the image, the epoch, and how often the image has
+already occurred in this epoch. The random transform of a view depends only on the draw and the seed, so workers, ranks
+and restarts do not affect it. Every rank generates the same global batch and keeps every ``world_size``-th draw of it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.utils.data import Sampler
 from cbsa_lightning.data.annotations import blocks
 from cbsa_lightning.errors import ConfigError
 
-_LABELED, _UNLABELED = 0, 1  # separate random streams of one seed
+_LABELED, _UNLABELED = 0, 1  # identify independent random streams of the same seed
 
 
 class Draw(NamedTuple):
-    """One image as drawn by a sampler.
+    """An image that a sampler has drawn.
 
     Attributes:
         index: Row of the annotation table.
         epoch: Current epoch of the sampler.
-        visit: How many times the image occurred before in this epoch: 0 the first time, 1 the second.
+        visit: Number of previous occurrences of the image in this epoch.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a draw
@@ -35,23 +35,23 @@ class Draw(NamedTuple):
 
 
 class _Batches(Sampler[list[Draw]]):
-    """Base class of the samplers: the epoch, and this process's rank."""
+    """Base class of the samplers, which manages the epoch and the rank of this process."""
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:
         if seed < 0:
-            raise ConfigError(f"seed is {seed}; give an integer of 0 or more")
+            raise ConfigError(f"seed is {seed}, but must be an integer of at least 0")
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} does not fit world_size {world_size}: ranks are 0 to world_size - 1")
+            raise ConfigError(f"rank {rank} is invalid for world_size {world_size}; ranks are 0 to world_size - 1")
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self._skipped = 0
 
     @property
     def sampler(self) -> Self:
-        """Returns this object: Lightning calls ``set_epoch`` on ``dataloader.batch_sampler.sampler``."""
+        """Returns this object, since Lightning calls ``set_epoch`` on ``dataloader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the next iteration; an iteration in progress keeps its epoch."""
+        """Sets the epoch of the next iteration. An iteration in progress keeps its epoch."""
         if epoch != self.epoch:
             self._skipped = 0
         self.epoch = epoch
@@ -69,13 +69,13 @@ class _Batches(Sampler[list[Draw]]):
         raise NotImplementedError
 
     def _pass(self, indices: np.ndarray, stream: int, epoch: int, visit: int) -> Iterator[Draw]:
-        """Yields every index once, in the order determined by (seed, stream, epoch, visit)."""
-        # spawn_key instead of one flat list: SeedSequence treats [1] and [1, 0] as the same entropy.
+        """Yields every index once, in an order that is determined by (seed, stream, epoch, visit)."""
+        # spawn_key is used instead of a flat list, because SeedSequence treats [1] and [1, 0] as the same entropy.
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(stream, epoch, visit)))
         return _draws(rng.permutation(indices), epoch, visit)
 
     def _passes(self, indices: np.ndarray, stream: int, epoch: int) -> Iterator[Draw]:
-        """Yields pass after pass without end, each in a different order."""
+        """Yields passes without end, each in a different order."""
         for visit in count():
             yield from self._pass(indices, stream, epoch, visit)
 
@@ -85,19 +85,19 @@ class _Batches(Sampler[list[Draw]]):
 
 
 class LabeledBatches(_Batches):
-    """Shuffled batches of labeled images: one pass, or a given number of batches.
+    """Shuffled batches of labeled images, for one pass or a given number of batches.
 
     Args:
         labeled: Rows of the labeled images, (n,) integers.
-        batch_size: Images in a global batch, over all ranks together.
+        batch_size: Number of images in a global batch, over all ranks together.
         seed: Seed of the order.
-        num_batches: Batches per epoch. ``None`` yields one pass, whose last batch may be smaller. A number yields
-            only full batches and starts another random pass each time the images are used up.
+        num_batches: Number of batches per epoch. ``None`` yields one pass, whose last batch may be smaller. A number
+            yields only full batches and starts another pass in random order each time the images are used up.
         rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If there are no labeled images, a size is below 1, or a batch would leave a rank without images.
+        ConfigError: If there are no labeled images, a size is below 1, or a rank would have no images in a batch.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LabeledBatches(_Batches):
         _every_rank_has_one(min(last, world_size), last, world_size)
 
     def __len__(self) -> int:
-        """Returns the batches per epoch, the same on all ranks."""
+        """Returns the number of batches per epoch, which is the same on all ranks."""
         return self.num_batches or -(-len(self.labeled) // self.batch_size)
 
     def _batches(self) -> Iterator[list[Draw]]:
@@ -130,24 +130,24 @@ class LabeledBatches(_Batches):
 
 
 class PairedBatches(_Batches):
-    """Shuffled passes over the unlabeled images, one by default; each batch starts with labeled images, which repeat.
+    """Shuffled batches of labeled and unlabeled images, for one pass over the unlabeled images by default.
 
-    The last batch of a single pass may have fewer unlabeled images, but as many labeled ones as the others. The labeled
-    images are reshuffled for each of their passes.
+    Each batch starts with the labeled images, which are repeated. They are reshuffled for each of their passes. The
+    last batch of a single pass may contain fewer unlabeled images, but as many labeled ones as the other batches.
 
     Args:
         labeled: Rows of the labeled images, (n,) integers.
         unlabeled: Rows of the unlabeled images, (m,) integers.
-        labeled_per_batch: Labeled images in a global batch, over all ranks together; may exceed n.
-        unlabeled_per_batch: Unlabeled images in a global batch, over all ranks together.
+        labeled_per_batch: Number of labeled images in a global batch, over all ranks together. It may exceed n.
+        unlabeled_per_batch: Number of unlabeled images in a global batch, over all ranks together.
         seed: Seed of both orders.
-        num_batches: Batches per epoch; see :class:`LabeledBatches`.
+        num_batches: Number of batches per epoch; see :class:`LabeledBatches`.
         rank: Rank of this process.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If there are no labeled or no unlabeled images, a size is below 1, or a batch would leave a rank
-            without images.
+        ConfigError: If there are no labeled or no unlabeled images, a size is below 1, or a rank would have no images
+            in a batch.
     """
 
     def __init__(
@@ -173,11 +173,11 @@ class PairedBatches(_Batches):
         _every_rank_has_one(served, labeled_per_batch + last, world_size)
 
     def __len__(self) -> int:
-        """Returns the batches per epoch, the same on all ranks."""
+        """Returns the number of batches per epoch, which is the same on all ranks."""
         return self.num_batches or -(-len(self.unlabeled) // self.unlabeled_per_batch)
 
     def _batches(self) -> Iterator[list[Draw]]:
-        """Yields global batches, labeled draws first."""
+        """Yields global batches, which start with the labeled draws."""
         labeled = self._passes(self.labeled, _LABELED, self.epoch)
         if self.num_batches is None:
             unlabeled = self._pass(self.unlabeled, _UNLABELED, self.epoch, visit=0)
@@ -191,20 +191,20 @@ class PairedBatches(_Batches):
 
 
 class InOrderBatches(_Batches):
-    """Every image once in the given order, without padding, for evaluation and for scoring weak views.
+    """Batches that contain every image once in the given order, without padding, for evaluation and scoring.
 
-    Rank r has items r, r + world_size, ..., so ranks may differ by one image and hence by one batch. Code that gathers
-    their results must not assume equal numbers of batches.
+    Rank r has items r, r + world_size, and so on. The numbers of images on two ranks may differ by one, and hence the
+    numbers of batches. Code that gathers the results must not assume equal numbers of batches.
 
     Args:
         indices: Rows of the images, (n,) integers.
-        batch_size: Images in a batch of this process.
+        batch_size: Number of images in a batch of this process.
         rank: Rank of this process.
         world_size: Number of processes.
         epoch: Epoch of the draws until :meth:`set_epoch` is called.
 
     Raises:
-        ConfigError: If there are no images over all ranks, or a size is below 1.
+        ConfigError: If there are no images on all ranks together, or a size is below 1.
     """
 
     def __init__(
@@ -215,13 +215,13 @@ class InOrderBatches(_Batches):
         world_size: int = 1,
         epoch: int = 0,
     ) -> None:
-        super().__init__(0, rank, world_size)  # nothing is random here
+        super().__init__(0, rank, world_size)  # the seed is not used
         self.indices = _rows(indices, "evaluation")[rank::world_size]
         self.batch_size = _at_least_one(batch_size, "batch_size")
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Returns the batches on this rank."""
+        """Returns the number of batches on this rank."""
         return -(-len(self.indices) // self.batch_size)
 
     def _batches(self) -> Iterator[list[Draw]]:
@@ -231,7 +231,7 @@ class InOrderBatches(_Batches):
 
 
 def _draws(order: np.ndarray, epoch: int, visit: int) -> Iterator[Draw]:
-    """Yields the draws of one pass lazily, since all of them as Python objects would need much more memory."""
+    """Yields the draws of one pass lazily, to avoid the memory that all draws as Python objects would need."""
     return (Draw(index, epoch, visit) for block in blocks(order) for index in block.tolist())
 
 
@@ -246,24 +246,24 @@ def _size_of_last(total: int, size: int) -> int:
 def _rows(indices: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
     rows = np.asarray(indices)
     if rows.size == 0:
-        raise ConfigError(f"there are no {what} images: check the data set and the labeled fraction")
+        raise ConfigError(f"there are no {what} images; check the data set and the labeled fraction")
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(
-            f"{what} images must be given as one list of row numbers; found {rows.dtype} values of shape {rows.shape}"
+            f"{what} images must be given as a list of row numbers; found {rows.dtype} values of shape {rows.shape}"
         )
     return rows.astype(np.int64)
 
 
 def _at_least_one(number: int, name: str) -> int:
     if number < 1:
-        raise ConfigError(f"{name} is {number}; it must be 1 or more")
+        raise ConfigError(f"{name} is {number}, but must be at least 1")
     return number
 
 
 def _every_rank_has_one(served: int, size: int, world_size: int) -> None:
-    # A rank without images would skip a step that the others wait for.
+    # The other ranks would wait forever for a rank that skips a step because it has no images.
     if served < world_size:
         raise ConfigError(
-            f"a batch of {size} images leaves {world_size - served} of {world_size} processes without any; "
+            f"a batch of {size} images leaves {world_size - served} of {world_size} processes without images; "
             "choose another batch size (the last batch contains the remaining images), or fewer processes"
         )

@@ -1,4 +1,4 @@
-"""Checks the settings of the data module."""
+"""Checks of the settings of the data module."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _OBJECTS = {
     "feature_cache": (FeatureCache, "FeatureCache(FOLDER) of cbsa_lightning.data.caches.feature_cache"),
 }
 _FRACTIONS = ("labeled_fraction", "held_out_fraction", "known_fraction")
-# None as minimum: check_batch checks small values, with a better explanation.
+# A minimum of None means that check_batch checks small values, with a better explanation.
 _BOUNDS: dict[str, tuple[int | None, int]] = {
     "image_size": (1, 1 << 13),
-    "seed": (0, (1 << 32) - 1),  # the range of numpy's RandomState, which draws splits
+    "seed": (0, (1 << 32) - 1),  # the range of numpy's RandomState, which is used to draw splits
     "batch_size": (None, 1 << 20),
     "labeled_per_batch": (None, 1 << 20),
     "warmup_batch_size": (1, 1 << 20),
@@ -40,7 +40,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         settings: All arguments by name.
 
     Raises:
-        ConfigError: If one has the wrong type or is out of bounds; names it.
+        ConfigError: If an argument has the wrong type or is out of range. The message names it.
     """
     for name, (kind, example) in _OBJECTS.items():
         check_kind(name, settings[name], kind, example)

@@ -1,4 +1,4 @@
-"""Splits into labeled and unlabeled images, drawn by (fraction, seed), saved to a file and tied to a table."""
+"""Splits into labeled and unlabeled images, which depend on (fraction, seed) and are saved for one table."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from cbsa_lightning.io.reading import brief
 
 Rows = NDArray[np.int64]
 PARTS = ("labeled", "unlabeled", "held_out")
-# Names in files and digests of format 1.
+# Names of the parts in files and digests of format 1.
 _STORED = {"labeled": "labelled", "unlabeled": "unlabelled", "held_out": "held_out"}
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of an annotation table in three disjoint parts.
+    """Three disjoint parts of the rows of an annotation table.
 
     Attributes:
         labeled: (m,) int64 rows whose labels are used for training.
-        unlabeled: (u,) int64 rows used without their labels.
-        held_out: (v,) int64 labeled rows used only for validation.
-        fraction: Requested labeled fraction; None if the table determines which rows are labeled.
-        seed: Seed of the permutation; None if nothing was drawn.
-        table_digest: ``AnnotationTable.digest()`` of the table that the rows belong to; "" if unknown.
+        unlabeled: (u,) int64 rows that are used for training without labels.
+        held_out: (v,) int64 labeled rows that are used only for validation.
+        fraction: Requested labeled fraction, or None if the table determines which rows are labeled.
+        seed: Seed of the permutation, or None if nothing was drawn.
+        table_digest: ``AnnotationTable.digest()`` of the table, or "" if unknown.
 
     Raises:
-        DataError: If the parts share a row or contain a negative one.
+        DataError: If a row occurs more than once or is negative.
     """
 
     labeled: Rows
@@ -53,28 +53,29 @@ class Split:
         rows = np.concatenate([self.labeled, self.unlabeled, self.held_out])
         rows.sort()
         if len(rows) and rows[0] < 0:
-            raise DataError(f"split: row {rows[0]} is negative; rows count from 0")
+            raise DataError(f"split: row {rows[0]} is negative; rows are counted from 0")
         if (again := rows[1:] == rows[:-1]).any():
             raise DataError(
-                f"split: rows more than once: {listed(np.unique(rows[1:][again]))}; "
+                f"split: rows that occur more than once: {listed(np.unique(rows[1:][again]))}; "
                 "each row must be labeled, unlabeled or held out only once"
             )
 
     def without(self, rows: ArrayLike) -> Split:
-        """Returns this split with some rows removed from all parts."""
+        """Returns a split without the given rows."""
         parts = {part: getattr(self, part) for part in PARTS}
         return dataclasses.replace(self, **{part: kept[~np.isin(kept, rows)] for part, kept in parts.items()})
 
     @property
     def labeled_share(self) -> float:
-        """p, the labeled fraction of the training images: the requested one, or that of the table."""
-        if self.fraction is not None:  # int(p n) / n is less than p, which can change a rounding
+        """p, the labeled fraction of the training images. It is the requested fraction or that of the table."""
+        # The requested fraction is preferred: int(p n) / n may be less than p, which can affect rounding.
+        if self.fraction is not None:
             return self.fraction
         return len(self.labeled) / max(len(self.labeled) + len(self.unlabeled), 1)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the three parts in order: runs with equal digests train on the same rows."""
+        """SHA-256 of the three parts in order. Runs with equal digests train on the same rows."""
         sha = hashlib.sha256()
         for part in PARTS:
             rows = getattr(self, part)
@@ -86,18 +87,18 @@ class Split:
         """Writes the split as JSON.
 
         Args:
-            path: File to write; its folder is created.
-            table: The table that the rows belong to; required unless ``table_digest`` is set.
+            path: File to write. Its folder is created if it does not exist.
+            table: The table that the rows belong to. Required unless ``table_digest`` is set.
 
         Raises:
-            ConfigError: If neither the split nor the call specifies the table.
-            OutputError: If the file cannot be written. An existing file is unchanged.
+            ConfigError: If neither ``table_digest`` nor ``table`` is set.
+            OutputError: If the file cannot be written. An existing file is left unchanged.
         """
         table_digest = table.digest() if table is not None else self.table_digest
         if not table_digest:
             raise ConfigError(
                 "split: the table of its rows is unknown; call save(path, table), "
-                "so that the file cannot be used with another one"
+                "so that the file cannot be used with another table"
             )
         record = {
             "format": "cbsa_lightning split 1",
@@ -108,7 +109,7 @@ class Split:
         }
         head = json.dumps(record).removesuffix("}")
         path = Path(path)
-        # Written in pieces: as one string, ten million rows would need half a gigabyte.
+        # The file is written in pieces, because one string of ten million rows would need half a gigabyte.
         with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
             file.write(head)
             for part in PARTS:
@@ -118,11 +119,11 @@ class Split:
 
     @classmethod
     def load(cls, path: str | Path, table: AnnotationTable) -> Split:
-        """Reads a split that ``save`` wrote.
+        """Reads a split that was written by :meth:`save`.
 
         Raises:
-            DataError: If the file is missing, is not a split, was changed by hand, belongs to another table, or
-                contains rows that the table does not have.
+            DataError: If the file is missing, is not a split, was modified, belongs to another table, or contains rows
+                that the table does not have.
         """
         record = _read_record(Path(path))
         digest = check_table(path, "split", record["table_digest"], table)
@@ -142,7 +143,7 @@ class Split:
             row for part in PARTS for row in getattr(split, part)[getattr(split, part) >= len(table)].tolist()
         ]:
             raise DataError(
-                f"{path}: contains rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
+                f"{path}: the split contains rows {listed(beyond)}, but the table has {len(table)} rows; draw it again"
             )
         return split
 
@@ -157,12 +158,12 @@ def make_split(
     seed: int = 1,
     keep: ArrayLike = (),
 ) -> Split:
-    """Creates the split of a run from its settings.
+    """Creates the split of a run according to its settings.
 
     Args:
         table: The training images.
-        file: A saved split to use instead of drawing one.
-        labeled_fraction: Fraction of the images whose labels are kept; None uses all known labels of the table.
+        file: File of a saved split. If it is given, no split is drawn.
+        labeled_fraction: Fraction of the images that keep their labels. None uses all known labels of the table.
         held_out_fraction: Fraction of the labeled images to hold out. None uses 0 with a test table, else 0.2.
         has_test: Whether there is a test table.
         seed: Seed of the random draws.
@@ -170,8 +171,8 @@ def make_split(
 
     Raises:
         DataError: If the file belongs to another table, a labeled fraction is given for a table with unlabeled images,
-            or no image is labeled.
-        ConfigError: If a fraction leaves no labeled, unlabeled or held-out image.
+            or there are no labeled images.
+        ConfigError: If a fraction leaves no labeled, unlabeled or held-out images.
     """
     if file is not None:
         return Split.load(Path(file), table)
@@ -181,8 +182,8 @@ def make_split(
         if unknown := int((table.labels < 0).all(1).sum()):
             raise DataError(
                 f"labeled_fraction {labeled_fraction} requires a table whose images all have labels, "
-                f"but {unknown} of {len(table)} training images have none. Omit it, so that all images with labels are "
-                "used as labeled ones."
+                f"but {unknown} of {len(table)} training images have none. Omit it to use all images with labels as "
+                "labeled images."
             )
         split = split_labeled(len(table), labeled_fraction, seed, table.digest())
     share = held_out_fraction
@@ -192,26 +193,28 @@ def make_split(
 
 
 def split_labeled(num_images: int, fraction: float, seed: int, table_digest: str = "") -> Split:
-    """Draws the labeled rows: the first ``int(fraction * num_images)`` of a seeded permutation.
+    """Draws the labeled rows, which are the first ``int(fraction * num_images)`` rows of a seeded permutation.
 
-    This is CAP's rule, which the paper's tables use: the same image order and seed give the same rows. Splits with the
-    same seed are nested: a smaller fraction is a subset of a larger one.
+    This is CAP's rule, which the paper's tables use, so the same image order and seed result in the same rows. Splits
+    with the same seed are nested: those of a smaller fraction are subsets of those of a larger fraction.
 
     Args:
-        num_images: Rows of the table.
-        fraction: Labeled fraction, above 0 and at most 1.
-        seed: Seed of ``np.random.RandomState``, whose random stream numpy guarantees not to change.
+        num_images: Number of rows of the table.
+        fraction: Labeled fraction, greater than 0 and at most 1.
+        seed: Seed of ``np.random.RandomState``, whose random stream is guaranteed not to change.
         table_digest: Digest of the table, if known.
 
     Raises:
-        ConfigError: If the fraction is out of range or leaves no labeled image.
+        ConfigError: If the fraction is out of range or leaves no labeled images.
     """
     if not 0 < fraction <= 1:
-        raise ConfigError(f"labeled fraction {fraction} is not above 0 and at most 1; 0.05 means 5 %")
+        raise ConfigError(
+            f"the labeled fraction is {fraction}, but must be greater than 0 and at most 1; 0.05 means 5 %"
+        )
     count = int(fraction * num_images)
     if count == 0:
         raise ConfigError(
-            f"labeled fraction {fraction} of {num_images} images leaves no labeled image; "
+            f"labeled fraction {fraction} of {num_images} images leaves no labeled images; "
             + (f"use at least {1 / num_images:.3g}" if num_images else "the table has no rows")
         )
     order = np.random.RandomState(seed).permutation(num_images)
@@ -219,12 +222,12 @@ def split_labeled(num_images: int, fraction: float, seed: int, table_digest: str
 
 
 def split_known(table: AnnotationTable) -> Split:
-    """Splits by the known labels: a row with any known label is labeled, a row without is unlabeled.
+    """Splits a table by known labels. Rows with any known label are labeled, and the others are unlabeled.
 
     Raises:
         DataError: If no row has a known label.
     """
-    known = table.labels.max(axis=1) > UNKNOWN  # the lowest label value; avoids a second matrix of the labels
+    known = table.labels.max(axis=1) > UNKNOWN  # UNKNOWN is the lowest value; this avoids another matrix
     if not known.any():
         raise DataError(
             f"all {len(table)} rows of the table under {table.root} are unlabeled; label some of them first"
@@ -233,32 +236,33 @@ def split_known(table: AnnotationTable) -> Split:
 
 
 def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> Split:
-    """Moves ``int(fraction * m)`` of the m labeled rows into ``held_out``; the others keep their order.
+    """Moves ``int(fraction * m)`` of the m labeled rows to ``held_out``. The others keep their order.
 
     Args:
         split: A split without held-out rows.
         fraction: Fraction of the labeled rows.
         seed: Seed of ``np.random.RandomState``.
-        keep: Rows that stay labeled. If fewer others remain than requested, all others are held out.
+        keep: Rows that must not be held out. If fewer other rows exist than requested, all of them are held out.
 
     Raises:
-        ConfigError: If rows are already held out, or the fraction leaves nothing to hold out or to train on.
+        ConfigError: If rows are already held out, or no rows would be held out or remain for training.
     """
     if len(split.held_out):
-        raise ConfigError(f"{len(split.held_out)} rows are held out already; hold out from the first split")
+        raise ConfigError(f"{len(split.held_out)} rows are already held out; use a split without held-out rows")
     m = len(split.labeled)
-    count = int(fraction * m) if 0 < fraction < 1 else 0  # NaN and infinity cannot be converted
+    count = int(fraction * m) if 0 < fraction < 1 else 0  # int() fails for NaN and infinity
     if not 0 < count < m:
         raise ConfigError(
-            f"a fraction of {fraction} of {m} labeled images cannot be held out for validation: at least one must be "
-            "held out and one must remain; label more images, use another fraction, or give a test table"
+            f"a fraction of {fraction} of {m} labeled images cannot be held out for validation, because at least one "
+            "image must be held out and one must remain; label more images, use another fraction, or give a test table"
         )
     order = np.random.RandomState(seed).permutation(m)
     order = order[~np.isin(split.labeled[order], np.asarray(keep, dtype=np.int64))]
     if not len(order):
         raise ConfigError(
-            f"None of the {m} labeled images can be held out: the run of --init_from has trained on all of them, so "
-            "a validation score would be too high. Add newly labeled images or a test table, or omit --init_from."
+            f"None of the {m} labeled images can be held out, because the run of --init_from was trained on all of "
+            "them and their validation score would be too high. Label more images, add a test table, or omit "
+            "--init_from."
         )
     chosen = np.zeros(m, dtype=bool)
     chosen[order[:count]] = True
@@ -266,7 +270,7 @@ def hold_out(split: Split, fraction: float, seed: int, keep: ArrayLike = ()) -> 
 
 
 def partly_labeled(table: AnnotationTable, split: Split) -> Rows:
-    """Returns the labeled rows of a split that have unknown labels."""
+    """Returns the rows in ``split.labeled`` that have unknown labels."""
     rows: Rows = split.labeled[(table.labels[split.labeled] == UNKNOWN).any(axis=1)]
     return rows
 
@@ -276,23 +280,25 @@ def _as_rows(rows: ArrayLike, part: str) -> Rows:
     if array.size == 0:
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or array.max() > np.iinfo(np.int64).max:
-        raise DataError(f"split: {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers")
+        raise DataError(
+            f"split: the part {part} has shape {array.shape} and type {array.dtype}; expected (n,) integers"
+        )
     return array.astype(np.int64)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = read_draw(path, "split", "there is no split file here; correct the path or draw a split")
+    record = read_draw(path, "split", "the split file does not exist; correct the path or draw a split")
     needed = ("table_digest", "digest", "fraction", "seed", *_STORED.values())
     absent = [key for key in needed if not isinstance(record, dict) or key not in record]
     if absent:
-        raise DataError(f"{path}: is not a split file, since it has no {listed(absent)}; draw the split again")
+        raise DataError(f"{path}: the file is not a split, since it lacks {listed(absent)}; draw the split again")
     for part in _STORED.values():
         if type(record[part]) is not list or not all(type(row) is int and row < 1 << 63 for row in record[part]):
             raise DataError(f"{path}: {part} must be a list of row numbers; draw the split again")
     fraction, seed = record["fraction"], record["seed"]
     if fraction is not None and not (type(fraction) in (int, float) and 0 < fraction <= 1):
         raise DataError(
-            f"{path}: fraction must be above 0 and at most 1, or null; found {brief(fraction)}; draw it again"
+            f"{path}: fraction must be greater than 0 and at most 1, or null; found {brief(fraction)}; draw it again"
         )
     if seed is not None and type(seed) is not int:
         raise DataError(f"{path}: seed must be an integer or null; found {brief(seed)}; draw the split again")

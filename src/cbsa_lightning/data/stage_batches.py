@@ -1,4 +1,4 @@
-"""Composes the batches of both stages of a run: how many images of each kind, and how many steps per epoch."""
+"""Composition of the batches in both stages of a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class StageBatches:
 
     Attributes:
         split: Rows of the training table.
-        partly: Labeled rows with unknown entries.
-        batch_size: Images per step of the semi-supervised stage.
-        labeled_per_batch: Labeled images among them.
-        warmup_batch_size: Images per step if only labeled images are used.
-        min_steps_per_epoch: Minimum number of steps; a smaller set is passed several times.
+        partly: Labeled rows with unknown labels.
+        batch_size: Number of images per step of the semi-supervised stage.
+        labeled_per_batch: Number of labeled images among them.
+        warmup_batch_size: Number of images per step if only labeled images are used.
+        min_steps_per_epoch: Minimum number of steps per epoch. Small data sets then need several passes.
         seed: Seed of the order.
         rank: Rank of this process.
         world_size: Number of processes.
@@ -42,11 +42,11 @@ class StageBatches:
 
     @property
     def unlabeled_per_batch(self) -> int:
-        """Unlabeled images per step of the semi-supervised stage."""
+        """Number of unlabeled images per step of the semi-supervised stage."""
         return self.batch_size - self.labeled_per_batch
 
     def warm_up(self) -> LabeledBatches:
-        """Returns one pass over the labeled images."""
+        """Returns the batches of the warm-up, which is one pass over the labeled images."""
         steps = self._more_than_a_pass(len(self.split.labeled), self.warmup_batch_size)
         return self._labeled(self.warmup_batch_size, steps)
 
@@ -63,9 +63,10 @@ class StageBatches:
         return self._labeled(self.warmup_batch_size, steps)
 
     def semi_supervised(self) -> PairedBatches | LabeledBatches:
-        """Returns one pass over the unlabeled images with labeled ones in each batch.
+        """Returns the batches of one pass over the unlabeled images. Each batch also contains labeled images.
 
-        Without unlabeled images, returns one pass over the labeled images, some of which have unknown labels.
+        If there are no unlabeled images, it returns one pass over the labeled images, some of which have unknown
+        labels.
 
         Raises:
             DataError: If all labels are known.
@@ -90,5 +91,5 @@ class StageBatches:
         return LabeledBatches(self.split.labeled, batch_size, self.seed, steps, self.rank, self.world_size)
 
     def _more_than_a_pass(self, images: int, batch_size: int) -> int | None:
-        """Returns the steps of an epoch, or None if one pass over the images is enough."""
+        """Returns the number of steps per epoch, or None if one pass over the images is enough."""
         return self.min_steps_per_epoch if self.min_steps_per_epoch > steps_per_epoch(images, batch_size) else None

@@ -1,1 +1,1 @@
-"""Images to labels with a trained model, without Lightning."""
+"""Labeling of images with a trained model, without Lightning."""

@@ -1,4 +1,4 @@
-"""Classifier: labels images with a trained checkpoint. Needs torch, but not Lightning."""
+"""Classifier, which labels images with a trained checkpoint. It needs torch, but not Lightning."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ from cbsa_lightning.networks.cbsa import SETTINGS, CBSANetwork
 from cbsa_lightning.networks.prompted import PromptedCLIP
 
 Images = Iterable[str | os.PathLike[str] | Image.Image | np.ndarray | Tensor] | Tensor
-"""Any iterable of files, Pillow images, uint8 arrays (gray ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
-tensors ``(3, H, W)``, also mixed (for example, a list, a generator or a pandas column), or one ``(n, 3, H, W)`` uint8
-tensor."""
+"""Images as an iterable (for example, a list, a generator or a pandas column) or as one uint8 tensor ``(n, 3, H, W)``.
+
+An iterable may mix files, Pillow images, uint8 arrays (gray ``(H, W)``, RGB or RGBA ``(H, W, 3 or 4)``) and uint8
+tensors ``(3, H, W)``.
+"""
 
 
 class Prediction(NamedTuple):
     """Prediction for an image.
 
     Attributes:
-        labels: Names of the classes with a score at or above their threshold.
-        scores: Score in [0, 1] of every class.
+        labels: Names of the classes whose score is at or above their threshold.
+        scores: Score of each class, in [0, 1].
     """
 
     labels: tuple[str, ...]
@@ -53,16 +55,16 @@ class Classifier:
     """Labels images with a trained network.
 
     Args:
-        network: Network with its weights; switched to evaluation mode.
+        network: Network with its weights. It is switched to evaluation mode.
         class_names: The C class names.
         thresholds: ``(C,)``, decision threshold of each class.
-        image_size: Side of the square that images are resized to, in pixels; same as in training.
+        image_size: Side length in pixels of the square that images are resized to, as in training.
         device: Device for the computation.
         fusion: The stack to fuse with the network's scores, and a module that computes its inputs from images.
 
     Attributes:
-        text: The network's features of the classes.
-        calibrated: Whether scores are probabilities.
+        text: The network's text features of the classes.
+        calibrated: Whether scores are calibrated probabilities.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Classifier:
         self.network = network.to(self.device).eval()
         self.class_names = tuple(check_names("class_names", class_names))
         if tuple(thresholds.shape) != (len(self.class_names),):
-            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one per class name.")
+            raise ConfigError(f"thresholds have the shape {tuple(thresholds.shape)}; pass one threshold per class.")
         self.thresholds = thresholds.detach().float().cpu()
         self.image_size = image_size
         self.fusion = None if fusion is None else (fusion[0].to(self.device), fusion[1].to(self.device))
@@ -103,24 +105,25 @@ class Classifier:
     ) -> Self:
         """Loads a checkpoint and rebuilds its network with averaged weights.
 
-        Checkpoints of :class:`~cbsa_lightning.training.cbsa.CBSAModule`, and of any network of this library trained by
-        `cbsa fit`, describe their network. For other checkpoints, pass ``network``. During
-        the warm-up, before averaging starts, the raw weights are used, as in the module.
+        A checkpoint contains a description of its network if it was written by
+        :class:`~cbsa_lightning.training.cbsa.CBSAModule`, or if `cbsa fit` trained any network of this library. For
+        other checkpoints, pass ``network``. If the checkpoint was written during the warm-up, before averaging starts,
+        the raw weights are used, as in the module.
 
         Args:
-            path: The checkpoint, or a folder written by `cbsa export` with safetensors. Reading it does not run code
-                from it.
+            path: The checkpoint, or a folder that was written by `cbsa export` with safetensors. No code from the file
+                is run.
             device: Device for the computation.
-            image_size: Side of the views in pixels; None: as in the checkpoint, or the native size of the towers if the
-                checkpoint does not have it.
-            clip: Location of the towers, if it has changed since training. Other weights are refused.
-            pretrained: Location of their weights, likewise.
-            network: Builds another network from the prompt names, as in training:
-                ``functools.partial(DualCoOp, clip=...)``. ``clip`` and ``pretrained`` are then ignored.
+            image_size: Side length of the views in pixels. By default, it is read from the checkpoint. If the
+                checkpoint does not contain it, the native size of the towers is used.
+            clip: Location of the towers if it has changed since training. Towers with other weights are rejected.
+            pretrained: Location of the weights of the towers if it has changed since training.
+            network: Builds another network from the prompt names, for example
+                ``functools.partial(DualCoOp, clip=...)``, as in training. ``clip`` and ``pretrained`` are then ignored.
 
         Raises:
-            CheckpointError: If the file is damaged or not a checkpoint of this library, or has another network or other
-                frozen weights.
+            CheckpointError: If the file is damaged or not a checkpoint of this library, or if it contains another
+                network or other frozen weights.
             WeightsError: If the CLIP weights are not available.
         """
         needed = ("state_dict", "hyper_parameters", "class_names")
@@ -130,27 +133,27 @@ class Classifier:
         make = network if network is not None else _network_of(checkpoint, moved)
         try:
             built = make(list(checkpoint["hyper_parameters"].get("prompt_names") or default_prompts(class_names)))
-        except WeightsError:  # its message lists the searched places
+        except WeightsError:  # its message lists the locations that were searched
             raise
         except CBSAError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # an invalid setting can fail anywhere
-            if network is not None:  # built by the caller's function
+            if network is not None:  # the error comes from the caller's function
                 raise
             raise CheckpointError(
-                f"{path}: the network cannot be built from its settings ({error}); they were changed, or belong to "
-                "another version."
+                f"{path}: the network cannot be built from its settings ({error}). The settings were changed or belong "
+                "to another version."
             ) from error
         trained = _Trained(built, class_names)
         towers = getattr(built, "clip", None)
-        # Runs before the trained attention pool replaces CLIP's own.
+        # The describer must be built before the trained attention pool replaces CLIP's own.
         describe = built.describer(keep=True) if FUSION in checkpoint and isinstance(built, PromptedCLIP) else None
         trained.on_load_checkpoint(checkpoint)
         trained.load_state_dict(trained.part_of(checkpoint["state_dict"]))
         size = image_size or checkpoint.get("image_size") or getattr(towers, "image_size", None)
         if size is None:
-            raise CheckpointError(f"{path} has no image size: pass image_size.")
-        # In the warm-up, the scale of the network's logits is unknown, so scores are not fused, as in the module.
+            raise CheckpointError(f"{path} has no image size. Pass image_size.")
+        # During the warm-up, the scale of the network's logits is unknown, so scores are not fused, as in the module.
         ready = trained.fusion is not None and trained.fusion.ready
         fusion = (trained.fusion, describe) if ready and trained.fusion and describe else None
         return cls(trained.averaged(), class_names, trained.thresholds(), size, device, fusion)
@@ -166,27 +169,28 @@ class Classifier:
         token: str | None = None,
         **options: Any,
     ) -> Self:
-        """Loads a model from the Hugging Face Hub, uploaded by `cbsa export --push_to`.
+        """Loads a model that was uploaded to the Hugging Face Hub by `cbsa export --push_to`.
 
         Args:
-            repo_id: Repository, such as "user/model".
+            repo_id: Name of the repository, such as "user/model".
             device: Device for the computation.
-            revision: Branch, tag or commit; None: the default branch.
-            cache_dir: Folder for downloaded files; None: the default of huggingface_hub.
-            token: Access token for private repositories; None: the stored one.
-            **options: See :meth:`load`.
+            revision: Branch, tag or commit. If None, the default branch is used.
+            cache_dir: Folder for downloaded files. The default is that of huggingface_hub.
+            token: Access token for private repositories. The default is the token that `hf auth login` has stored.
+            **options: Options of :meth:`load`.
 
         Raises:
-            CheckpointError: If the repository is not available or not an exported model; see also :meth:`load`.
+            CheckpointError: If the repository is not available or does not contain an exported model, or if
+                :meth:`load` rejects the model.
             WeightsError: If the CLIP weights are not available.
         """
         return cls.load(download(repo_id, revision, cache_dir, token), device, **options)
 
     def __call__(self, images: Images, batch_size: int = 64) -> list[Prediction]:
-        """Predicts labels and scores of images, in their order.
+        """Predicts labels and scores of images, in the given order.
 
         Args:
-            images: See :data:`Images`; resized to the training size, as in validation.
+            images: See :data:`Images`. They are resized to the training size, as in validation.
             batch_size: Number of images per forward pass.
 
         Raises:
@@ -216,14 +220,15 @@ class Classifier:
         maps = [output.attention for output in self._outputs(images, batch_size, attention=True)]
         if not maps or any(part is None for part in maps):
             raise DataError(
-                "There are no attention maps: " + ("no images given." if not maps else "the network has no decoder.")
+                "There are no attention maps: "
+                + ("no images were given." if not maps else "the network has no decoder.")
             )
         return torch.cat([part.float().cpu() for part in maps if part is not None])
 
     def _outputs(self, images: Images, batch_size: int, **options: Any) -> Iterator[NetworkOutput]:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; use 1 or more.")
-        start, rest = 0, iter(_each(images))  # iterate, since pandas treats an index as a label
+        start, rest = 0, iter(_each(images))  # not by index, which pandas treats as a label
         while batch := list(islice(rest, batch_size)):
             views = [self.view(image, start + i) for i, image in enumerate(batch)]
             names = [_name(image, start + i) for i, image in enumerate(batch)]
@@ -262,10 +267,10 @@ class Classifier:
 
         Args:
             image: One of :data:`Images`.
-            position: Its position, for error messages.
+            position: Position of the image, for error messages.
 
         Raises:
-            DataError: If the image cannot be read or has another form.
+            DataError: If the image cannot be read or has the wrong format.
         """
         if isinstance(image, (str, os.PathLike)):
             return self._view(decode(image))
@@ -284,7 +289,7 @@ class Classifier:
 
 
 class _Trained(LeanCheckpoint):
-    """Loads and checks the part of a module's state that predictions need, as the module does."""
+    """The part of a module's state that predictions depend on; it is loaded and checked as in the module."""
 
     cut: Tensor
 
@@ -331,11 +336,11 @@ def _name(image: Any, position: int) -> str:
 
 
 def _network_of(checkpoint: Mapping[str, Any], moved: Mapping[str, Any]) -> Callable[[Sequence[str]], Network]:
-    """Returns a function that builds the network of a checkpoint of a CBSAModule or of `cbsa fit`."""
+    """Returns a function that builds the network of a checkpoint written by a CBSAModule or by `cbsa fit`."""
     source = checkpoint[SOURCE]
     if not SETTINGS.keys() & checkpoint["hyper_parameters"].keys():
         return stored_network(checkpoint, **moved)
-    stored = {"decoder": None, **checkpoint["hyper_parameters"]}  # earlier checkpoints lack it
+    stored = {"decoder": None, **checkpoint["hyper_parameters"]}  # earlier checkpoints lack this setting
     lacking = [f"setting {name}" for name in SETTINGS if name not in stored]
     if lacking:
         raise CheckpointError(

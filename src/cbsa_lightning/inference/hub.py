@@ -13,18 +13,18 @@ CARD = "README.md"
 
 
 def push_to_hub(folder: str | os.PathLike[str], repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Uploads a folder written by `cbsa export` as a model repository, which is created if it does not exist.
+    """Uploads a folder written by `cbsa export` to a model repository, which is created if it does not exist.
 
-    The model card `README.md` may be edited before; the other files must be unchanged.
+    You may edit the model card `README.md` before the upload, but the other files must be unchanged.
 
     Args:
         folder: The folder. It must contain the safetensors format, so that ``Classifier.from_pretrained`` can load it.
-        repo_id: Repository, such as "user/model".
+        repo_id: Name of the repository, such as "user/model".
         private: Whether a new repository is private.
-        token: Access token; None: the token stored by `hf auth login`.
+        token: Access token. The default is the token that `hf auth login` has stored.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
         ConfigError: If the folder is not an exported model, one of its files was changed, or the upload fails.
@@ -35,7 +35,7 @@ def push_to_hub(folder: str | os.PathLike[str], repo_id: str, *, private: bool =
     missing = [name for name in (CONFIG, WEIGHTS, SUMS) if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{folder} lacks {', '.join(missing)}. Write it with `cbsa export` and the safetensors format."
+            f"{folder} lacks {', '.join(missing)}. Create it with `cbsa export`, including the safetensors format."
         )
     try:
         check_checksums(folder, [name for name in os.listdir(folder) if name not in (SUMS, CARD)])
@@ -63,16 +63,16 @@ def download(
     """Downloads the files that ``Classifier.load`` needs, or finds them in the local cache.
 
     Args:
-        repo_id: Repository, such as "user/model".
-        revision: Branch, tag or commit; None: the default branch.
-        cache_dir: Folder of the cache; None: the default of huggingface_hub.
-        token: Access token for private repositories; None: the token stored by `hf auth login`.
+        repo_id: Name of the repository, such as "user/model".
+        revision: Branch, tag or commit. If None, the default branch is used.
+        cache_dir: Folder of the cache. The default is that of huggingface_hub.
+        token: Access token for private repositories. The default is the token that `hf auth login` has stored.
 
     Returns:
-        Folder with the files.
+        The folder with the files.
 
     Raises:
-        CheckpointError: If the repository is not available or is not an exported model.
+        CheckpointError: If the repository is not available or does not contain an exported model.
     """
     from huggingface_hub import snapshot_download
 
@@ -84,10 +84,10 @@ def download(
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{repo_id} cannot be downloaded from the Hugging Face Hub: {error} Use the name USER/MODEL of a "
-            "repository that `cbsa export --push_to` wrote, or the path of an exported folder with Classifier.load."
+            "repository that `cbsa export --push_to` created, or load an exported folder with Classifier.load."
         ) from error
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{repo_id} lacks {', '.join(missing)}. It is not a model exported by cbsa_lightning with safetensors."
+            f"{repo_id} lacks {', '.join(missing)}. It is not a model that cbsa_lightning exported with safetensors."
         )
     return folder

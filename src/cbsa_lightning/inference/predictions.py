@@ -1,4 +1,4 @@
-"""Tables of predictions, with one row per image: its labels and the score of every class."""
+"""Tables of predictions, which contain the labels of each image and the score of every class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cbsa_lightning.errors import ConfigError, DataError, listed
 from cbsa_lightning.io.files import replacing
 
 SEPARATOR = ";"
-NOTHING = "none"  # in the column of labels: the image has no class
+NOTHING = "none"  # entry of the column of labels if the image has no class
 COLUMNS = ("image", "labels")
 
 WRITERS: dict[str, Callable[[Any, str], None]] = {
@@ -31,13 +31,15 @@ def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> No
     """Checks, before any work is done, that :func:`write_predictions` can write its output.
 
     Raises:
-        ConfigError: If the suffix is not .csv or .parquet, the file cannot be written there, or a class name would make
-            the table ambiguous.
+        ConfigError: If the suffix is not .csv or .parquet, the file cannot be written to this location, or a class name
+            would make the table ambiguous.
     """
     if Path(path).suffix.lower() not in WRITERS:
-        raise ConfigError(f"{path}: predictions are written as {' or '.join(WRITERS)}; choose one of these suffixes.")
+        raise ConfigError(
+            f"{path}: predictions can be written as {' or '.join(WRITERS)}; choose one of these suffixes."
+        )
     if os.path.isdir(path):
-        raise ConfigError(f"{path}: is a folder; use a file name.")
+        raise ConfigError(f"{path} is a folder; use a file name.")
     folder = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{path}: predictions cannot be written below {folder}, which is not a writable folder.")
@@ -59,11 +61,11 @@ def write_predictions(
 ) -> None:
     """Writes predictions as CSV or Parquet, in the order of the table.
 
-    The columns are ``image`` (the path as in the table), ``labels`` (names joined by ";", or "none"), and a float32
-    score for every class, under its name. The file is written atomically and replaces an existing one.
+    The columns are ``image`` (the path as in the table), ``labels`` (names joined by ";", or "none"), and one column
+    per class with its float32 scores. The file is written atomically and replaces an existing file.
 
     Args:
-        path: Output file; the suffix, .csv or .parquet, sets the format. Folders are created.
+        path: Output file; the suffix, .csv or .parquet, determines the format. Missing folders are created.
         table: The n images.
         class_names: The C class names.
         scores: ``(n, C)`` in [0, 1], one row per image of ``table``.
@@ -106,17 +108,17 @@ def write_thresholds(
     expected: NDArray[np.floating] | None,
     measured: Mapping[str, NDArray[np.floating]],
 ) -> None:
-    """Writes a CSV with one row per class: its threshold, and the precision and recall of its labels.
+    """Writes a CSV with one row per class, which contains its threshold and the precision and recall of its labels.
 
     Args:
         path: Output file.
         class_names: The C class names.
         prompt_names: Class names in prompts.
-        thresholds: ``(C,)``, decision threshold of each class; inf if no score reaches the objective.
+        thresholds: ``(C,)``, decision threshold of each class; inf if no threshold meets the objective.
         positives: ``(C,)``, number of labeled images with the class.
-        expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities, which
-            leaves these columns empty.
-        measured: ``precision``, ``recall`` and ``positives``, each ``(C,)``, on the validation images; empty without
+        expected: ``(C, 6)``, see :class:`~cbsa_lightning.method.decisions.Decisions`; None without probabilities. The
+            columns are then empty.
+        measured: ``precision``, ``recall`` and ``positives`` on the validation images, each ``(C,)``; empty without
             validation images.
 
     Raises:
@@ -136,7 +138,7 @@ def write_thresholds(
 
 
 def write_left_out(path: Path, files: Sequence[tuple[str, str]]) -> None:
-    """Writes a CSV with the columns ``image`` and ``reason``, for files that were not predicted.
+    """Writes a CSV with the columns ``image`` and ``reason`` for files without predictions.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -153,20 +155,20 @@ def in_table_order(
     parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
     missing: Collection[int] = (),
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Sorts predictions from all processes into the order of their table.
+    """Sorts the predictions of all processes into the order of their table.
 
     Args:
         num_rows: n, number of rows of the table.
         num_classes: C.
-        parts: ``(index (B,), scores (B, C), labels (B, C))``; the index is the row of the table. If an image occurs
+        parts: ``(index (B,), scores (B, C), labels (B, C))``; the index is the row in the table. If an image occurs
             twice, the last prediction is used.
-        missing: Rows without a prediction; they get 0 and False.
+        missing: Rows without a prediction. Their scores are 0 and their labels are False.
 
     Returns:
         Scores ``(n, C)`` and labels ``(n, C)``.
 
     Raises:
-        DataError: If rows are missing from all parts.
+        DataError: If other rows have no prediction.
     """
     scores = np.zeros((num_rows, num_classes), dtype=np.float32)
     labels = np.zeros((num_rows, num_classes), dtype=np.bool_)

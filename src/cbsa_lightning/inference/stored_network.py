@@ -1,4 +1,4 @@
-"""Builds the network of a checkpoint written by `cbsa fit`, from the configuration in the checkpoint."""
+"""Builds the network of a checkpoint written by `cbsa fit` from the configuration in the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[S
 
     Args:
         checkpoint: Result of :func:`~cbsa_lightning.checkpoints.files.read_checkpoint`.
-        **changed: Settings of the network to use instead of the stored ones.
+        **changed: Settings of the network that replace the stored ones.
 
     Raises:
-        CheckpointError: If it does not name its network, or the network is from another package.
+        CheckpointError: If the checkpoint does not name its network, or the network is from another package.
     """
     source = checkpoint[SOURCE]
     try:
@@ -40,7 +40,7 @@ def stored_network(checkpoint: Mapping[str, Any], **changed: Any) -> Callable[[S
 
 
 def _object(value: Any, source: Any) -> Any:
-    """Converts a setting; a class of this library, with or without arguments, becomes a function that builds it."""
+    """Converts a setting. A class of this library, with or without arguments, becomes a function that builds it."""
     if isinstance(value, dict) and "class_path" in value:
         return partial(_class(value["class_path"], source), **(value.get("init_args") or {}))
     return _class(value, source) if isinstance(value, str) and value.startswith(_OURS) else value

@@ -1,1 +1,1 @@
-"""Files: atomic writing, checked reading, and the folder of a run."""
+"""Atomic writing and checked reading of files, and the folder of a run."""

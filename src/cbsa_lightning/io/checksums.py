@@ -1,4 +1,4 @@
-"""SHA256SUMS of a folder, in the format of the `sha256sum` command."""
+"""Writing and checking of the SHA256SUMS file of a folder, in the format of the `sha256sum` command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_checksums(folder: Path) -> None:
     """Writes the checksums of all files in a folder.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     with replacing(folder / SUMS) as draft:
@@ -27,21 +27,24 @@ def check_checksums(folder: Path, names: Iterable[str]) -> None:
     """Compares files with their checksums.
 
     Raises:
-        DataError: A file is missing, not listed, or was changed.
+        DataError: If a file is missing, is not listed, or was changed.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{folder / SUMS}: cannot be read ({error}). Copy the whole folder again.") from error
+        raise DataError(f"{folder / SUMS}: the file cannot be read ({error}). Copy the whole folder again.") from error
     for name in names:
         file = folder / name
         if not file.is_file():
-            raise DataError(f"{file}: is missing. Copy the whole folder again, or export the model with it.")
+            raise DataError(
+                f"{file}: the file is missing. Copy the whole folder again, or export the model again, including this "
+                "file."
+            )
         if _sha256(file) != expected.get(name):
             raise DataError(
-                f"{file}: is damaged or was changed after it was written (its SHA-256 is not the one in {SUMS}). "
-                "Copy it again."
+                f"{file}: the file is damaged or was changed after it was written (its SHA-256 differs from the one in "
+                f"{SUMS}). Copy it again."
             )
 
 

@@ -12,7 +12,7 @@ from cbsa_lightning.errors import CBSAError, OutputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Wraps code that writes ``path``. A system error then names the file and the remedy.
+    """Wraps code that writes ``path``, so that errors of the operating system name the file and the remedy.
 
     Raises:
         OutputError: If the disk is full, or the folder cannot be written to.
@@ -27,10 +27,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file next to ``path``, which replaces ``path`` once it is fully on disk.
+    """Yields a temporary file next to ``path``. It replaces ``path`` once it is completely written to disk.
 
     Raises:
-        OutputError: If the disk is full or the folder is not writable. An existing file is unchanged.
+        OutputError: If the disk is full or the folder is not writable. An existing file is left unchanged.
     """
     draft = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     with writing(path):
@@ -42,12 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.replace(path)
             _sync_folder(path.parent)
         finally:
-            with suppress(OSError):  # a failed cleanup would hide the original error
+            with suppress(OSError):  # an error of the cleanup would hide the original error
                 draft.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes the folder entry to disk as well. Some systems cannot open a folder."""
+    """Flushes the folder entry to disk. This has no effect on systems that cannot open a folder."""
     try:
         number = os.open(folder, os.O_RDONLY)
     except OSError:

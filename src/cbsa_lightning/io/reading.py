@@ -1,4 +1,4 @@
-"""Opens input files. Refuses special files and files that do not fit into memory."""
+"""Opening of input files. Special files and files that do not fit into memory are rejected."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _KINDS = {
 
 
 def brief(text: object, most: int = 200) -> str:
-    """Returns ``repr(text)`` for a message. A very long text is cut, and its length is added."""
+    """Returns ``repr(text)`` for a message. A very long text is truncated, and its length is appended."""
     shown = repr(text)
     return shown if len(shown) <= most else f"{shown[:most]}... ({len(str(text)):,} characters)"
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Opens a file to read its bytes.
+    """Opens a file for reading bytes.
 
     Raises:
         DataError: If the path is not a regular file. Opening a named pipe, for example, would block forever.
-        OSError: As for ``open``.
+        OSError: If the file cannot be opened.
     """
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
@@ -39,14 +39,15 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)  # a NUL
+        # A ValueError means that the path contains a null character.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{brief(os.fspath(path))} cannot be a file name ({reason}); correct the path") from error
     else:
         kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
         if kind == stat.S_IFREG:
             return file
         file.close()
-    raise DataError(f"{path}: is {_KINDS.get(kind, 'something else')}, not a file; correct the path")
+    raise DataError(f"{path}: this is {_KINDS.get(kind, 'a special file')}, not a file; correct the path")
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -54,42 +55,44 @@ def read_text(path: Path, most: int | None = None) -> str:
 
     Args:
         path: The file.
-        most: Maximum size in bytes. None allows half of the memory, since bytes and text exist at the same time.
+        most: Maximum size in bytes. With None, the file may use half of the memory, because its bytes and its text are
+            in memory at the same time.
 
     Raises:
-        DataError: If it is not a regular file, or is too large.
-        OSError: As for ``open``.
-        UnicodeDecodeError: If it is not UTF-8.
+        DataError: If ``path`` is not a regular file, or the file is too large.
+        OSError: If the file cannot be read.
+        UnicodeDecodeError: If the file is not valid UTF-8.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise DataError(
-                f"{path}: has {size / 1e6:,.1f} MB, but at most {most / 1e6:,.1f} MB are allowed; correct the path"
+                f"{path}: the file has {size / 1e6:,.1f} MB, but at most {most / 1e6:,.1f} MB are allowed; "
+                "correct the path"
             )
         refuse_larger_than_memory(path, size)
         return file.read().decode("utf-8-sig")
 
 
 def refuse_larger_than_memory(path: Path, size: int) -> None:
-    """Checks that the bytes and the text of a file of ``size`` bytes fit into memory together.
+    """Checks that a file of ``size`` bytes fits into memory twice, once as bytes and once as text.
 
     Raises:
-        DataError: If they do not. The message names both sizes.
+        DataError: If it does not fit. The message states the size of the file and of the memory.
     """
     memory = memory_of_machine()
     if 2 * size > memory:
         raise DataError(
-            f"{path}: the file has {size / 1e9:,.1f} GB and reading it needs twice as much memory, but this machine "
-            f"has {memory / 1e9:,.1f} GB; remove fields that are not needed (outlines, captions)"
+            f"{path}: the file has {size / 1e9:,.1f} GB. Reading it needs twice as much memory, but this machine has "
+            f"only {memory / 1e9:,.1f} GB; remove fields that are not needed (outlines, captions)"
         )
 
 
 def memory_of_machine() -> int:
-    """Returns the memory of this machine in bytes."""
+    """Returns the size of the machine's memory in bytes, or a huge number if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # unknown on this system: allow every size
+    except (AttributeError, OSError, ValueError):  # the size is unknown, so do not limit files
         return 1 << 60
 
 

@@ -36,20 +36,20 @@ REPORT_PAGE = "report.html"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 RUN_ID = "run_id.txt"  # only folders of `cbsa fit` contain it
-# Written when training ends.
+# Files that are written when training ends.
 WRITTEN = (PREDICTIONS, THRESHOLDS, PICTURES, LABELS, NEXT_TO_LABEL, SUSPICIOUS_LABELS, CHANGES, REPORT_PAGE)
 RESULTS = (CONFIG, SPLIT, LABEL_MASK, LABELED, METRICS, *WRITTEN, CHECKPOINTS, WANDB_ID, RUN_ID)
 
 _LOCK = ".lock"
-_ENDING = 10.0  # seconds; loader workers of a killed process keep its lock for up to five
+_ENDING = 10.0  # seconds; after a process is killed, its loader workers keep the lock for up to 5 s
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """Returns the folder of a trainer's run, or None in a ``fast_dev_run``. Call it on all ranks.
+    """Returns the folder of a trainer's run, or None for a ``fast_dev_run``. Must be called on all ranks.
 
-    It is the folder of the first logger that creates one per run (CSV, TensorBoard). With other loggers, or none, it is
-    the next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
+    The folder is that of the first logger that creates one per run (CSV, TensorBoard). If there is no such logger, it
+    is the next free ``version_N`` below the first logger's ``save_dir`` and name, or below ``runs/cbsa``.
     """
     if bool(getattr(trainer, "fast_dev_run", False)):
         return None
@@ -60,7 +60,7 @@ def folder_of(trainer: Trainer) -> Path | None:
 
 
 def set_folder(trainer: Trainer, folder: Path) -> None:
-    """Sets the folder of the run of ``trainer``."""
+    """Sets the folder of a trainer's run."""
     _FOLDERS[trainer] = folder
 
 
@@ -76,7 +76,7 @@ def _new_folder(trainer: Trainer) -> Path:
 
 
 def next_version(parent: Path) -> Path:
-    """Creates the next free ``version_N`` in ``parent``. Safe if several processes call it at once."""
+    """Creates the next free ``version_N`` in ``parent``. Several processes may call this at the same time."""
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
         known = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
@@ -99,7 +99,7 @@ def refuse_taken(folder: Path, names: tuple[str, ...] = RESULTS) -> None:
     """Checks that a new run in ``folder`` would not overwrite existing files.
 
     Raises:
-        ConfigError: If it would. The message names the files.
+        ConfigError: If it would overwrite files. The message names them.
     """
     if found := taken(folder, names):
         raise ConfigError(
@@ -112,12 +112,12 @@ def refuse_taken(folder: Path, names: tuple[str, ...] = RESULTS) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether ``folder`` contains a fit; folders of evaluations do not count."""
+    """Returns whether ``folder`` is the folder of a training run. Folders of evaluations do not count."""
     return (folder / RUN_ID).is_file()
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """Returns ``folder`` and all folders below it that contain a fit with its configuration."""
+    """Returns all folders of training runs, with a configuration, among ``folder`` and the folders below it."""
     return sorted(file.parent for file in folder.rglob(RUN_ID) if (file.parent / CONFIG).is_file())
 
 
@@ -128,7 +128,7 @@ def last_written(run: Path) -> int:
 
 
 def run_id(folder: Path) -> str | None:
-    """Returns the unique id of the run in ``folder``, which its checkpoints also contain."""
+    """Returns the unique id of the run in ``folder``. The checkpoints of the run contain the same id."""
     return _noted(folder / RUN_ID)
 
 
@@ -153,10 +153,10 @@ def new_id() -> str:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """Returns the folders with a run's checkpoints: its own folder and each ``dirpath`` in its configuration."""
+    """Returns the folders that contain a run's checkpoints: its own and each ``dirpath`` in its configuration."""
     try:
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # reported when the run is built
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # the error is reported when the run is set up
         config = None
     return list(dict.fromkeys([run, *(Path(place).expanduser() for place in _dirpaths(config))]))
 
@@ -174,11 +174,11 @@ def _dirpaths(config: Any) -> Iterator[str]:
 
 
 def lock(folder: Path, wait: float = 0.0) -> ExitStack | None:
-    """Locks a folder until the result is closed. Returns None if another process has locked it.
+    """Locks a folder until the returned stack is closed. Returns None if another process has locked it.
 
-    The operating system releases the lock when the process ends, even if it crashes.
+    If the process ends or crashes, the operating system releases the lock.
     """
-    with writing(folder / _LOCK):  # the errors of FileLock do not name a remedy
+    with writing(folder / _LOCK):  # the errors of FileLock do not include a remedy
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK).touch()
     locked = ExitStack()
@@ -190,9 +190,9 @@ def lock(folder: Path, wait: float = 0.0) -> ExitStack | None:
 
 
 def hold(folder: Path) -> ExitStack:
-    """Prevents other jobs from training the run in ``folder`` until the result is closed.
+    """Prevents other jobs from training the run in ``folder`` until the returned stack is closed.
 
-    Only the first process of a job takes the lock, on behalf of all of them.
+    Only the first process of a job acquires the lock, on behalf of all processes of the job.
 
     Raises:
         ConfigError: If another process is training the run.
@@ -206,11 +206,14 @@ def hold(folder: Path) -> ExitStack:
 
 
 def _is_first_process() -> bool:
-    """Returns whether this is the first process of its job, judged by the environment, before a Trainer exists."""
+    """Returns whether this is the first process of its job.
+
+    The result depends only on environment variables, because no Trainer exists yet.
+    """
     node = os.environ.get("NODE_RANK", "0") if "RANK" not in os.environ else "0"
     return rank() == 0 and node == "0"
 
 
 def rank() -> int:
-    """Returns the rank of this process, as far as Lightning knows it."""
+    """Returns the rank of this process according to Lightning."""
     return getattr(rank_zero_only, "rank", None) or 0

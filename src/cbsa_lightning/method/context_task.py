@@ -12,21 +12,21 @@ from cbsa_lightning.method.contexts import Assignment, partition
 
 
 class Partition(ABC):
-    """How classes are grouped into contexts. Subclass it to try your own method."""
+    """Base class of the methods that group classes into contexts. Subclass it to use your own method."""
 
     @abstractmethod
     def __call__(self, S: Tensor, num_contexts: int) -> Tensor:
         """Groups the classes.
 
         Args:
-            S: ``(C, C)`` float64 co-occurrence, see :func:`~cbsa_lightning.method.contexts.cooccurrence`.
+            S: Co-occurrence matrix ``(C, C)``, float64; see :func:`~cbsa_lightning.method.contexts.cooccurrence`.
             num_contexts: K.
 
         Returns:
             ``(C,)`` int64 context ids in [0, K).
 
         Raises:
-            ConfigError: The classes do not form K contexts. A run then trains without contexts.
+            ConfigError: If the classes do not form K contexts. The run then trains without contexts.
         """
 
 
@@ -34,10 +34,10 @@ class NormalizedCut(Partition):
     """Spectral clustering, the paper's method (Eq. 9, 10).
 
     Args:
-        assign: How eigenvectors become groups; ``cluster_qr`` needs no random start.
+        assign: Method that turns the eigenvectors into groups; ``cluster_qr`` does not need a random start.
 
     Raises:
-        ConfigError: An unknown assignment.
+        ConfigError: If ``assign`` is unknown.
     """
 
     def __init__(self, assign: Assignment = "cluster_qr") -> None:
@@ -50,19 +50,19 @@ class NormalizedCut(Partition):
 
 
 class ContextTask:
-    """Settings of context identification: how contexts are made from labels, and the weight of their loss.
+    """Settings of context identification: how contexts are computed from labels, and the weight of the context loss.
 
     Args:
-        weight: Factor of the context loss in Eq. 12.
-        confidence: tau of Eq. 11; an unlabeled image gets a context target only if the context probability of its weak
-            view exceeds tau.
-        soft_targets: Use the distribution over the contexts of an image's labels as target, instead of the majority
-            context.
-        partition: Groups the classes; None: ``NormalizedCut()``.
-        power: Exponent of the co-occurrence before it is made symmetric; CPSD uses 0.5.
-        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrence, relative to 1 for a labeled image. With 0,
-            as in the paper, the partition is that of the labeled images. With a positive weight, it is recomputed in
-            each epoch from labels and pseudo-labels.
+        weight: Weight of the context loss in Eq. 12.
+        confidence: Threshold tau of Eq. 11. An unlabeled image gets a context target only if the context probability
+            of its weak view exceeds tau.
+        soft_targets: Whether the target of an image is the distribution of its labels over the contexts, instead of
+            the context that most of its labels belong to.
+        partition: Method that groups the classes. The default is ``NormalizedCut()``.
+        power: Exponent that is applied to the co-occurrences before they are made symmetric; CPSD uses 0.5.
+        pseudo_weight: Weight of a pseudo-labeled image in the co-occurrences, relative to 1 for a labeled image. If it
+            is 0, as in the paper, the partition depends only on the labeled images. If it is positive, the partition is
+            recomputed in each epoch from labels and pseudo-labels.
 
     Raises:
         ConfigError: If an option has the wrong type or is outside its range.

@@ -1,6 +1,7 @@
-"""Contexts: groups of classes that occur together (§3.2 of the paper), and the context of an image.
+"""Contexts, which are groups of classes that often occur together (§3.2 of the paper), and the context of an image.
 
-All functions take tensors and return tensors on the CPU. They run once per epoch on label matrices, in float64.
+All functions take tensors and return tensors on the CPU. They run once per epoch on label matrices and compute in
+float64.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ Assignment = Literal["cluster_qr", "kmeans"]
 def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1.0) -> Tensor:
     """Returns the co-occurrence matrix ``S_kl = (e_kl / n_kl) ** power``.
 
-    ``e_kl`` is the number of images with both classes, ``n_kl`` that of images with class k in which l is known.
-    Without unknown entries, this is the paper's ``e_kl / n_k``. (The paper's "only the k-th label" would divide by
-    zero; the work that it follows counts all images.) If entries are unknown at random, ``S_kl`` still estimates the
-    fraction of the images of class k that have class l. It is 0 if ``n_kl`` is 0. The diagonal is 1 for every class
-    that is present; :func:`partition` ignores it.
+    ``e_kl`` is the number of images with both classes, and ``n_kl`` is the number of images with class k whose label
+    for class l is known. Without unknown entries, this is the paper's ``e_kl / n_k``. (The paper counts images with
+    "only the k-th label" in ``n_k``, which can lead to a division by zero; the work that it follows counts all images
+    with class k.) If the unknown entries are a random subset, ``S_kl`` still estimates the fraction of the images of
+    class k that have class l. ``S_kl`` is 0 if ``n_kl`` is 0. The diagonal is 1 for every class that is present;
+    :func:`partition` ignores it.
 
     Args:
         labels: ``(n, C)`` in {1, 0, -1 unknown}, any integer type, any device.
@@ -39,7 +41,7 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
         ``(C, C)`` float64, on the CPU.
 
     Raises:
-        DataError: If labels are not a matrix, or weights do not fit.
+        DataError: If the labels are not a matrix, or the weights do not fit them.
         ConfigError: If the power is not positive.
     """
     if labels.ndim != 2:
@@ -63,28 +65,28 @@ def cooccurrence(labels: Tensor, weights: Tensor | None = None, power: float = 1
 
 
 def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", seed: int = 0) -> Tensor:
-    """Splits the classes into contexts: normalized cut of ``P = (S + S^T) / 2`` (Eq. 9-10).
+    """Splits the classes into contexts by a normalized cut of ``P = (S + S^T) / 2`` (Eq. 9-10).
 
-    The degrees are those of P, and the diagonal is ignored: with the paper's literal forms, D - P is not a Laplacian.
-    Contexts are numbered by their first class. ``cluster_qr`` is deterministic and does not depend on the order of the
-    classes; ``kmeans`` depends on ``seed``.
+    The degrees are computed from P, and its diagonal is ignored, because D - P is not a Laplacian if the paper's
+    equations are taken literally. Contexts are numbered by their first class. ``cluster_qr`` is deterministic and does
+    not depend on the order of the classes; ``kmeans`` depends on ``seed``.
 
-    A class that never occurs with another one joins the context with the largest volume (sum of degrees). If the other
-    classes form ``num_contexts`` or more disconnected groups, every cut between groups costs nothing. The groups with
-    the largest volume are then the contexts, and the other groups join the largest one.
+    A class that never occurs together with another one joins the context with the largest volume (sum of degrees). If
+    the other classes form ``num_contexts`` or more disconnected groups, cuts between these groups have no cost. The
+    groups with the largest volume then become the contexts, and the other groups join the largest one.
 
     Args:
-        S: ``(C, C)`` co-occurrence, finite, >= 0.
+        S: ``(C, C)`` co-occurrence matrix, finite, >= 0.
         num_contexts: K, between 1 and C.
-        assign: how the spectral embedding is turned into groups: scikit-learn's ``cluster_qr`` or ``kmeans``.
-        seed: seed of the eigensolver's start and of k-means.
+        assign: method that turns the spectral embedding into groups: scikit-learn's ``cluster_qr`` or ``kmeans``.
+        seed: seed of the eigensolver's initial vector and of k-means.
 
     Returns:
         ``(C,)`` int64 context ids in [0, K), on the CPU; each id is used.
 
     Raises:
         DataError: If the matrix is not square, finite and non-negative.
-        ConfigError: If K does not fit the classes, or too few of them ever occur together.
+        ConfigError: If K is not between 1 and C, or too few classes ever occur together.
     """
     matrix = S.detach().cpu().double().numpy()
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -118,22 +120,23 @@ def partition(S: Tensor, num_contexts: int, assign: Assignment = "cluster_qr", s
 def context_targets(
     labels: Tensor, partition: Tensor, num_contexts: int | None = None, frequency: Tensor | None = None
 ) -> Tensor:
-    """Returns the context of each image: the one that most of its labels belong to.
+    """Returns the context that most labels of each image belong to.
 
-    A tie goes to the context with the rarest of the image's labels (the paper does not specify ties).
+    In case of a tie, the context with the rarest of the image's labels is chosen; the paper does not specify this case.
 
     Args:
         labels: ``(n, C)`` in {1, 0, -1 unknown}; unknown counts as absent.
         partition: ``(C,)`` context of each class.
-        num_contexts: K; ids must be below it. By default one more than the largest id.
-        frequency: ``(C,)`` frequency of each class, in any unit. By default its count in ``labels``, so pass it if
-            ``labels`` is only a part of the set. Among equally rare classes, the first is the rarest.
+        num_contexts: K; ids must be below it. By default, it is one more than the largest id.
+        frequency: ``(C,)`` frequency of each class, in any unit. By default, it is the count of the class in
+            ``labels``, so pass it if ``labels`` is only a part of the data set. If classes are equally frequent, the
+            first one counts as the rarest.
 
     Returns:
         ``(n,)`` int64 on the CPU, -1 for an image without any label.
 
     Raises:
-        DataError: If shapes do not fit, or the partition has ids outside [0, K).
+        DataError: If the shapes do not fit, or the partition has ids outside [0, K).
     """
     present, groups, num_contexts = _checked(labels, partition, num_contexts)
     num_classes = present.shape[1]
@@ -141,7 +144,7 @@ def context_targets(
     if common.shape != (num_classes,):
         raise DataError(f"context targets: {num_classes} classes need one frequency each, got {common.shape}")
     rank = np.argsort(np.argsort(common, kind="stable"), kind="stable")  # 0 is the rarest class
-    # One number encodes both criteria: more labels first, then the rarer class. Ranks differ, so there are no ties.
+    # One number encodes both criteria: more labels first, then the rarer class. All ranks differ, so there are no ties.
     merit = np.zeros((len(present), num_contexts), dtype=np.int64)
     for k in range(num_contexts):
         mine = present[:, groups == k]
@@ -156,13 +159,13 @@ def soft_context_targets(labels: Tensor, partition: Tensor, num_contexts: int | 
     Args:
         labels: ``(n, C)`` in {1, 0, -1 unknown}; unknown counts as absent.
         partition: ``(C,)`` context of each class.
-        num_contexts: K; ids must be below it. By default one more than the largest id.
+        num_contexts: K; ids must be below it. By default, it is one more than the largest id.
 
     Returns:
         ``(n, K)`` float32 on the CPU; rows sum to 1, or are all 0 for an image without any label.
 
     Raises:
-        DataError: If shapes do not fit, or the partition has ids outside [0, K).
+        DataError: If the shapes do not fit, or the partition has ids outside [0, K).
     """
     present, groups, num_contexts = _checked(labels, partition, num_contexts)
     counts = present.astype(np.float64) @ np.eye(num_contexts)[groups]
@@ -171,18 +174,18 @@ def soft_context_targets(labels: Tensor, partition: Tensor, num_contexts: int | 
 
 
 def match_partition(new: Tensor, old: Tensor, num_contexts: int) -> Tensor:
-    """Renumbers the contexts of ``new`` for the largest overlap with those of ``old``.
+    """Renumbers the contexts of ``new`` so that they overlap as much as possible with those of ``old``.
 
-    The context head has one output per id, so ids that swap between epochs would undo its training. Among equally good
+    The context head has one output per id, so swapping ids between epochs would undo its training. Among equally good
     assignments, the one that keeps more ids is used.
 
     Args:
         new: ``(C,)`` context ids in [0, K).
-        old: ``(C,)`` context ids in [0, K); -1 (never set) overlaps with nothing.
+        old: ``(C,)`` context ids in [0, K); entries of -1 (not set yet) are ignored.
         num_contexts: K.
 
     Returns:
-        ``(C,)`` int64 on the CPU: the same groups as ``new``.
+        ``(C,)`` int64 on the CPU, with the same groups as ``new``.
 
     Raises:
         DataError: If the two differ in shape or have ids outside the range.
@@ -194,20 +197,20 @@ def match_partition(new: Tensor, old: Tensor, num_contexts: int) -> Tensor:
         raise DataError(f"partitions must have context ids below {num_contexts}, got {ours} and {theirs}")
     overlap = np.zeros((num_contexts, num_contexts), dtype=np.int64)
     np.add.at(overlap, (ours[theirs >= 0], theirs[theirs >= 0]), 1)
-    # Kept ids add at most K in total, so they never outweigh an overlap of one class.
+    # Ids that are kept add at most K in total, so they never outweigh an overlap of one class.
     rows, columns = linear_sum_assignment(overlap * (num_contexts + 1) + np.eye(num_contexts), maximize=True)
     renamed = np.empty(num_contexts, dtype=np.int64)
     renamed[rows] = columns
     return torch.from_numpy(renamed[ours])
 
 
-_ROWS = 1 << 16  # images per chunk; a million would need gigabytes as float64
+_ROWS = 1 << 16  # images per chunk; a million images at once would need gigabytes in float64
 
 _Ints = npt.NDArray[np.int64]
 
 
 def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assignment, seed: int) -> _Ints:
-    """Returns the groups of a graph in which every node has an edge; ids in [0, k)."""
+    """Returns the groups of a graph in which every node has an edge, as ids in [0, k)."""
     count, component = connected_components(affinity > 0, directed=False)
     if count >= k:
         volume = np.bincount(component, weights=affinity.sum(axis=1))
@@ -219,7 +222,7 @@ def _normalized_cut(affinity: npt.NDArray[np.float64], k: int, assign: Assignmen
     if k == len(affinity):
         return np.arange(k)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Graph is not fully connected")  # fewer groups than k: handled
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")  # fewer components than k are fine
         labels = spectral_clustering(affinity, n_clusters=k, assign_labels=assign, random_state=seed)
     return np.asarray(labels, dtype=np.int64)
 

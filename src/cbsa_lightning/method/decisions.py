@@ -1,7 +1,7 @@
-"""Turns calibrated probabilities into labels, with a threshold for each class that is chosen by an objective.
+"""Decision thresholds, which convert calibrated probabilities to labels. An objective chooses one for each class.
 
-Precision and recall at a threshold are expected values over the unlabeled images, computed from their probabilities.
-The 90 % intervals include the uncertainty of the calibration and the sampling noise of the labels.
+Precision and recall at a threshold are expected values over the unlabeled images and are computed from their
+probabilities. The 90 % intervals include the uncertainty of the calibration and the sampling noise of the labels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ QUANTILES = (0.05, 0.95)
 
 
 class Curve(NamedTuple):
-    """Expected quality of a class's labels if the images with the highest scores get them.
+    """Expected quality of the labels of a class if a given number of images with the highest scores get the class.
 
     Attributes:
-        counts: ``(r,)``, number of images with the label, increasing.
-        precision: ``(r,)``, expected.
-        recall: ``(r,)``, expected.
-        f1: ``(r,)``, expected.
+        counts: ``(r,)``, numbers of images that get the class, in increasing order.
+        precision: ``(r,)``, expected precision for each number of images.
+        recall: ``(r,)``, expected recall for each number of images.
+        f1: ``(r,)``, expected F1 for each number of images.
     """
 
     counts: NDArray[np.int64]
@@ -43,21 +43,21 @@ class Curve(NamedTuple):
 
 
 class Objective(ABC):
-    """Chooses the number of images that get the label of a class."""
+    """Base class of objectives, which choose the number of images that get a class."""
 
     @abstractmethod
     def choose(self, curve: Curve, share: int) -> int:
-        """Returns the number of images.
+        """Returns the number of images that get the class.
 
         Args:
             curve: See :class:`Curve`.
-            share: Number of images that matches the fraction of positives among the labeled images.
+            share: Number of images for which the fraction of positives is the same as in the labeled set.
         """
 
 
 @dataclass(frozen=True)
 class Share(Objective):
-    """Matches each class's fraction of positives among the labeled images; needs no probabilities."""
+    """Assigns each class to the same fraction of images as in the labeled set; does not need probabilities."""
 
     def choose(self, curve: Curve, share: int) -> int:
         """See :class:`Objective`."""
@@ -86,10 +86,12 @@ class _Target(Objective):
 
 @dataclass(frozen=True)
 class Precision(_Target):
-    """Labels as many images as possible with at least the target expected precision; none if that is not possible.
+    """Labels as many images as possible while the expected precision is at least the target.
+
+    No image is labeled if the target cannot be reached.
 
     Args:
-        target: In (0, 1).
+        target: Lowest acceptable precision, in (0, 1).
     """
 
     def choose(self, curve: Curve, share: int) -> int:
@@ -100,10 +102,10 @@ class Precision(_Target):
 
 @dataclass(frozen=True)
 class Recall(_Target):
-    """Labels as few images as possible with at least the target expected recall.
+    """Labels as few images as possible while the expected recall is at least the target.
 
     Args:
-        target: In (0, 1).
+        target: Lowest acceptable recall, in (0, 1).
     """
 
     def choose(self, curve: Curve, share: int) -> int:
@@ -113,12 +115,12 @@ class Recall(_Target):
 
 
 class Decisions(NamedTuple):
-    """Thresholds, and the expected quality of the labels.
+    """Decision thresholds and the expected quality of the labels.
 
     Attributes:
-        thresholds: ``(C,)``, probability at and above which an image gets the class; inf if no image gets it.
-        expected: ``(C, 6)``: precision with its lower and upper bound, then recall likewise; precision is NaN for a
-            class that no image gets.
+        thresholds: ``(C,)``, probability at or above which an image gets the class; inf if no image gets it.
+        expected: ``(C, 6)``, precision with its lower and upper bound, followed by recall with its lower and upper
+            bound. Precision is NaN for a class that no image gets.
     """
 
     thresholds: Array
@@ -129,10 +131,10 @@ def decide(logits: Array, calibration: Calibration, rates: Array, objective: Obj
     """Chooses the threshold of each class.
 
     Args:
-        logits: ``(n, C)`` of the n > 0 unlabeled images, before the calibration.
-        calibration: Of each class.
+        logits: ``(n, C)`` uncalibrated logits of the n > 0 unlabeled images.
+        calibration: Calibration of each class.
         rates: ``(C,)``, fraction of positives among the labeled images.
-        objective: Chooses the number of images with each class.
+        objective: Chooses the number of images that get each class.
     """
     rng = np.random.default_rng(0)
     shares = positive_counts(len(logits), torch.from_numpy(rates)).tolist()
@@ -149,7 +151,7 @@ def _decide_class(
 ) -> tuple[float, list[float]]:
     ordered = np.sort(logits.astype(np.float64))[::-1]
     n = len(ordered)
-    # Candidate counts grow by a constant factor; the smallest ones include every count.
+    # Candidate counts grow by a constant factor. Among the smallest counts, each one is a candidate.
     counts = np.unique(np.geomspace(1, n, CANDIDATES).round().astype(np.int64))
     group = np.diff(counts, prepend=0)
     means = np.add.reduceat(ordered, counts - group) / group
@@ -162,7 +164,7 @@ def _decide_class(
     count = objective.choose(Curve(counts, precision, recall, f1), share)
     if count < 1:
         return np.inf, [np.nan, np.nan, np.nan, 0.0, 0.0, 0.0]
-    # Halfway between two images, so that rounding does not move one to the other side.
+    # A threshold halfway between two images prevents rounding from moving an image to the other side.
     between = ordered[count - 1 : count + 1].mean() if count < n else -np.inf
     threshold = expit(mode[0] + np.exp(mode[1]) * between)
     hits_expected = np.array([np.interp(count, counts, row) for row in positives])

@@ -15,12 +15,12 @@ class ParameterEMA(nn.Module):
     """Averages the trainable parameters of a module and the running statistics of trained normalization layers.
 
     CAP averages the whole state. This class skips frozen weights and all other buffers, since a frozen CLIP makes up
-    most of the memory and never changes. A trained BatchNorm also updates its running means and variances, and those of
-    the raw weights do not match averaged weights, so they are averaged too. The averages are buffers: they are saved in
-    checkpoints and move to devices with the parent module.
+    most of the memory and never changes. The running means and variances of a trained BatchNorm are averaged as well,
+    because those that belong to the raw weights do not match averaged weights. The averages are buffers, so they are
+    saved in checkpoints and move to devices with the parent module.
 
     Args:
-        module: Module to average; which parameters are trainable must not change afterwards.
+        module: Module to average. The set of its trainable parameters must not change afterwards.
         decay: Weight of the old average in each :meth:`update`.
 
     Attributes:
@@ -94,7 +94,7 @@ class ParameterEMA(nn.Module):
     def _exchange(averages: list[Tensor], current: list[Tensor]) -> None:
         for average, weight in zip(averages, current, strict=True):
             average.data, weight.data = weight.data, average.data
-        torch.clear_autocast_cache()  # it is keyed by tensor identity, which the swap does not change
+        torch.clear_autocast_cache()  # its keys are tensor identities, which the swap does not change
 
 
 def _moving_statistics(module: nn.Module) -> dict[str, Tensor]:

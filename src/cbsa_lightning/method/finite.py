@@ -16,7 +16,7 @@ REMEDY = (
 
 
 def all_finite(values: Sequence[Tensor | None]) -> Tensor:
-    """Returns whether all values are finite, as a bool tensor; needs no mask, since a sum keeps NaN and infinity."""
+    """Returns whether all values are finite, as a bool tensor; sums suffice, since they preserve NaN and infinity."""
     return torch.stack([value.detach().float().sum() for value in values if value is not None]).isfinite().all()
 
 
@@ -30,13 +30,13 @@ def not_finite(values: Mapping[str, Tensor]) -> list[str]:
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Returns the rows of ``(B, ...)`` with a NaN or infinite value."""
+    """Returns the indices of the rows of ``values (B, ...)`` that contain NaN or infinity."""
     wrong = ~values.detach().isfinite().flatten(1).all(1)
     return wrong.nonzero()[:, 0].tolist()
 
 
 def refuse_scores(scores: Tensor, name_of: Callable[[int], object], what: str) -> None:
-    """Raises if scores ``(n, C)`` are not finite.
+    """Raises an error if scores ``(n, C)`` are not finite.
 
     Args:
         scores: Scores of any floating type.
@@ -49,7 +49,7 @@ def refuse_scores(scores: Tensor, name_of: Callable[[int], object], what: str) -
     if bool(all_finite([scores])):
         return
     found = [name_of(row) for row in rows_not_finite(scores)]
-    if found:  # otherwise only the sum overflowed
+    if found:  # if none is found, all scores are finite and only their sum overflowed
         raise NotFiniteError(f"{what} of {len(found)} image(s) are not finite: {listed(found, 5)}. {REMEDY}.")
 
 
@@ -66,5 +66,5 @@ def problem_of_step(values: Mapping[str, Tensor], name_of: Callable[[int], objec
     return (
         f"not finite: {listed(not_finite(values)) or 'values on another process, or a sum'}"
         + (f", of {len(images)} image(s): {listed(images, 5)}" if images else "")
-        + (f"; so are the weights {listed(weights, 5)}" if weights else "")
+        + (f"; the weights {listed(weights, 5)} are not finite either" if weights else "")
     )

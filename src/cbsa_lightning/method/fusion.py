@@ -1,9 +1,9 @@
-"""Late fusion of the trained network with stacked probes: final scores that are probabilities.
+"""Late fusion of the trained network with stacked probes, which yields calibrated probabilities as final scores.
 
-The network's logits rank images well but are far from probabilities, since ASL shifts them up. The stack's logits are
-calibrated, since they are fitted to out-of-fold scores of the labeled images. Both are scaled to the stack's mean and
-standard deviation for each class, measured on the unlabeled images, and averaged. The average is bounded according to
-the number of labels, and then calibrated class by class.
+The network ranks images well, but its scores are not calibrated, since ASL shifts its logits up. The stack's logits are
+calibrated, since the stack is fitted to out-of-fold scores of the labeled images. For each class, the network's logits
+are rescaled to the mean and the standard deviation of the stack's logits on the unlabeled images, and both are then
+averaged. The average is bounded according to the number of labels, and is finally calibrated for each class.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ if TYPE_CHECKING:  # scikit-learn takes seconds to import, and predictions do no
 
 @dataclass(frozen=True)
 class Fusion:
-    """A stack, and the scales for averaging its logits with those of a network.
+    """A stack and the statistics for averaging its logits with those of a network.
 
     Attributes:
         means: Means of the inputs of the k opinions, each ``(D,)``.
         weights: Weights of the k opinions, each ``(D, C)``.
-        offsets: ``(k, C)``.
+        offsets: ``(k, C)``, offsets of the k opinions.
         slopes: ``(k, C)``, weight of each opinion in the stack's logits.
-        offset: ``(C,)``, of the stack's logits.
-        limit: ``()``, standard deviations at which an opinion is clipped.
+        offset: ``(C,)``, offset of the stack's logits.
+        limit: ``()``, number of standard deviations at which an opinion is clipped.
         stack_mean: ``(C,)``, mean of the stack's logits over the unlabeled images.
         stack_deviation: ``(C,)``, standard deviation of the same logits.
         mean: ``(C,)``, mean of the network's logits over the same images; NaN before :meth:`adapted`.
         deviation: ``(C,)``, standard deviation of the same logits.
         share: ``()``, weight of the stack's logits in the average.
-        bound: ``()``, bound on the absolute average: the logit of the rule of succession for the number of labels. A
-            regression often separates few labels without error, and is then overconfident.
+        bound: ``()``, bound on the absolute value of the average: the logit of the rule of succession for the number
+            of labels. It is needed because a regression often separates a few labels without error, and is then
+            overconfident.
         calibration: ``(6, C)``, see :meth:`~cbsa_lightning.method.calibration.Calibration.packed`.
     """
 
@@ -65,9 +66,9 @@ class Fusion:
 
         Args:
             stack: The stack.
-            logits: ``(n, C)``, its logits of the unlabeled images, or, without unlabeled images, its out-of-fold logits
-                of the labeled ones.
-            labels: ``(m, C)`` in {1, 0, -1}, of the images that the stack was fitted to.
+            logits: ``(n, C)``, the stack's logits of the unlabeled images, or its out-of-fold logits of the labeled
+                images if there are no unlabeled ones.
+            labels: ``(m, C)`` in {1, 0, -1}, labels of the images that the stack was fitted to.
             share: Weight of the stack's logits in the average, in (0, 1].
         """
 
@@ -94,11 +95,11 @@ class Fusion:
 
     @property
     def ready(self) -> bool:
-        """True once the scale of the network's logits is known."""
+        """Whether the mean and the standard deviation of the network's logits are known."""
         return not bool(self.mean.isnan().any())
 
     def adapted(self, logits: Tensor) -> Self:
-        """Returns a copy with the scale of the current network.
+        """Returns a copy with the mean and the standard deviation of the current network's logits.
 
         Args:
             logits: ``(n, C)``, the network's logits of the unlabeled images.
@@ -135,7 +136,7 @@ class Fusion:
         return result
 
     def to(self, device: torch.device | str) -> Self:
-        """Returns a copy on a device."""
+        """Returns a copy on the given device."""
         if self.mean.device == torch.device(device):
             return self
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
@@ -161,7 +162,7 @@ class Fusion:
 
 
 def bounded(logits: Any, bound: float | Tensor) -> Any:
-    """Squashes logits monotonically to (-bound, bound); small ones hardly change."""
+    """Maps logits monotonically to (-bound, bound); logits close to 0 hardly change."""
     return logits / (1 + (logits / bound) ** 2) ** 0.5
 
 

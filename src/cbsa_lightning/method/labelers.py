@@ -1,7 +1,7 @@
-"""Labelers: turn weak-view scores of a whole epoch into pseudo-labels in {1, 0, -1 ignored}.
+"""Labelers, which convert the weak-view scores of a whole epoch to pseudo-labels in {1, 0, -1 ignored}.
 
 Scores are probabilities, with one row per image and one column per class. They are compared in float32, since half
-precision saturates and ties near 0 and 1.
+precision saturates near 0 and 1 and therefore produces ties.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.method.thresholds import check_etas, check_scores, row_strips
-from cbsa_lightning.method.thresholds import class_thresholds as class_thresholds  # part of this file's interface
+from cbsa_lightning.method.thresholds import class_thresholds as class_thresholds  # part of this module's interface
 
 
 class PseudoLabels(NamedTuple):
@@ -34,7 +34,7 @@ class PseudoLabels(NamedTuple):
 
 
 def positive_rates(labels: Tensor) -> Tensor:
-    """Returns the fraction of positives of each class among its known entries: the gamma_k of CAT.
+    """Returns the fraction of positives among the known entries of each class, called gamma_k in CAT.
 
     Args:
         labels: ``(m, C)`` in {1, 0, -1 unknown}, any integer type.
@@ -53,8 +53,8 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
     """Computes pseudo-labels from class thresholds (Eq. 6).
 
     A score at or above ``tau_pos`` is positive. Otherwise, a score at or below ``tau_neg`` is negative. All other
-    entries are ignored. Images with equal scores get the same label, so ties can exceed the count behind a threshold.
-    A NaN threshold labels nothing.
+    entries are ignored. Images with equal scores get the same label, so ties can make the number of labels exceed the
+    count that a threshold was computed for. A NaN threshold does not assign any labels.
 
     Args:
         scores: ``(n, C)``.
@@ -65,7 +65,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
         ``(n, C)`` int8 in {1, 0, -1}, on the scores' device.
 
     Raises:
-        DataError: If scores are not finite, or thresholds have the wrong shape.
+        DataError: If a score is not finite, or the thresholds have the wrong shape.
     """
     check_scores(scores)
     expected = (scores.shape[1],)
@@ -84,7 +84,7 @@ def pseudo_labels(scores: Tensor, tau_pos: Tensor, tau_neg: Tensor) -> Tensor:
 
 
 class Labeler(ABC):
-    """Computes pseudo-labels from the scores of images in each epoch; chosen in the configuration.
+    """Base class of labelers that compute pseudo-labels from the scores of the images in each epoch.
 
     The scores cover unlabeled and partly labeled images; known labels are passed as scores of 1 and 0.
     """
@@ -95,12 +95,12 @@ class Labeler(ABC):
 
         Args:
             scores: ``(n, C)`` probabilities of the weak views.
-            positive_rate: ``(C,)`` share of positives among the known entries of the labeled images.
+            positive_rate: ``(C,)`` fraction of positives among the known entries of the labeled images.
         """
 
 
 class Evidence(NamedTuple):
-    """Inputs of an :class:`EvidenceLabeler`: N training images, m of them labeled.
+    """Inputs of an :class:`EvidenceLabeler` for N training images, of which m are labeled.
 
     Attributes:
         descriptors: frozen features of the images, each ``(N, D)``; D may differ.
@@ -116,7 +116,9 @@ class Evidence(NamedTuple):
 
 
 class EvidenceLabeler(ABC):
-    """Labels the unlabeled images once, before training, from frozen features and the labeled images.
+    """Base class of labelers that label the unlabeled images once before training.
+
+    They use frozen features and the labeled images.
 
     Unknown entries of partly labeled images are ignored, except by a
     :class:`~cbsa_lightning.method.stacking.StackLabeler`, which labels them with its out-of-fold probabilities.
@@ -133,13 +135,15 @@ class EvidenceLabeler(ABC):
 
 
 def rounded(targets: Tensor) -> Tensor:
-    """Rounds soft targets in [0, 1], -1 ignored, to int8 labels in {1, 0, -1}; 0.5 and above is positive."""
+    """Rounds soft targets in [0, 1] or -1 (ignored) to int8 labels in {1, 0, -1}; 0.5 is rounded to 1."""
     return torch.where(targets < 0, -1, (targets >= 0.5).to(torch.int8)).to(torch.int8)
 
 
 @dataclass(frozen=True)
 class ClassDistributionAware(Labeler):
-    """CAT, the class-distribution-aware labeler of CAP and CBSA: :func:`class_thresholds`, then Eq. 6.
+    """CAT, the class-distribution-aware labeler of CAP and CBSA.
+
+    It computes :func:`class_thresholds` and applies Eq. 6.
 
     Args:
         eta_pos: fraction of the expected positives that are labeled, in [0, 1].
@@ -160,7 +164,7 @@ class ClassDistributionAware(Labeler):
 
 @dataclass(frozen=True)
 class LabeledOnly(Labeler):
-    """Labels nothing: training continues on labeled images only, for as many steps as with a labeler."""
+    """Ignores all entries. Training continues on labeled images only, for as many steps as with pseudo-labels."""
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; every entry is ignored."""
@@ -171,9 +175,10 @@ class LabeledOnly(Labeler):
 
 @dataclass(frozen=True)
 class TopK(Labeler):
-    """Labels the k classes with the highest scores of an image positive, and all others negative.
+    """Labels the k classes with the highest scores in each image as positive, and all others as negative.
 
-    Among equal scores, the first class wins. The compared work uses k = 2 on VOC and NUS-WIDE, and 3 on COCO.
+    If scores are equal, the class with the lowest index is chosen. The compared work uses k = 2 on VOC and NUS-WIDE,
+    and k = 3 on COCO.
 
     Args:
         k: number of positives per image, >= 1.
@@ -191,7 +196,10 @@ class TopK(Labeler):
 
 @dataclass(frozen=True)
 class TopOne(Labeler):
-    """Labels the class with the highest score of an image positive (the first of a tie), and all others negative."""
+    """Labels the class with the highest score in each image as positive, and all others as negative.
+
+    If scores are equal, the class with the lowest index is chosen.
+    """
 
     def __call__(self, scores: Tensor, positive_rate: Tensor) -> PseudoLabels:
         """See :class:`Labeler`; the rates are not used."""
@@ -200,9 +208,9 @@ class TopOne(Labeler):
 
 @dataclass(frozen=True)
 class InstanceAware(Labeler):
-    """IAT: applies one threshold to all classes; by default every entry is labeled.
+    """IAT, which applies one threshold to all classes. By default, every entry is labeled.
 
-    The paper does not give the threshold; this library uses 0.5.
+    The paper does not specify the threshold; this library uses 0.5.
 
     Args:
         pos: scores at or above this value are positive, in [0, 1].

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features, the simplest baseline."""
+"""Logistic regression on frozen features, which is the simplest baseline."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from cbsa_lightning.method.labelers import Evidence
 from cbsa_lightning.method.stacking import Array, Opinion, Stack, StackLabeler
 
 PENALTIES = tuple(10.0**power for power in range(-4, 1))
-"""Inverse penalties C to select from, for descriptors of unit variance."""
+"""Candidates for the inverse penalty C, for descriptors with unit variance."""
 FOLDS = 5
 MOST = 500
-"""Maximum number of labeled images used to select C; the final fit uses all of them."""
+"""Maximum number of labeled images that are used to select C; the final fit uses all labeled images."""
 
 
 @dataclass(frozen=True)
 class LinearProbe(StackLabeler):
     """Fits one logistic regression per class to the mean of the frozen features.
 
-    All classes share one C, selected by five-fold cross-validated log-loss. Unknown entries are ignored. A class
-    without a positive or without a negative label gets the same logit for all images: that of its rate of positives,
-    smoothed with half a positive and half a negative.
+    All classes share one value of C, which is selected by the log-loss in five-fold cross-validation. Unknown entries
+    are ignored. A class without a positive or without a negative label gets the same logit for all images: the logit of
+    its positive rate, which is smoothed by adding half a positive and half a negative.
     """
 
     def fit(self, evidence: Evidence) -> Stack:
-        """See :class:`StackLabeler`; only the first descriptor gets a weight."""
+        """See :class:`StackLabeler`; only the first descriptor is used."""
         labels = evidence.labels.cpu().numpy()
         x = evidence.descriptors[0][evidence.labeled].cpu().numpy()
         scaler = StandardScaler().fit(x)

@@ -1,6 +1,6 @@
 """Element-wise losses over images and classes, in float32; unknown entries contribute exactly 0.
 
-No function here reduces over images: the training loop does the reduction (sum / batch size for every term).
+The functions do not reduce over images. The training loop sums every loss term and divides it by the batch size.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from cbsa_lightning.networks.processes import total
 def asymmetric_loss(
     logits: Tensor, targets: Tensor, gamma_pos: float = 0.0, gamma_neg: float = 4.0, clip: float = 0.05
 ) -> Tensor:
-    """Computes the asymmetric loss (ASL; Eq. 7-8 of the paper, with the margin of CAP's protocol), element-wise.
+    """Computes the element-wise asymmetric loss (ASL; Eq. 7-8 of the paper, with the margin of CAP's protocol).
 
-    With ``p = sigmoid(logit)`` and the shifted ``p_m = max(p - clip, 0)``:
+    With ``p = sigmoid(logit)`` and the shifted probability ``p_m = max(p - clip, 0)``, the loss is:
 
     - positive entries: ``(1 - p) ** gamma_pos * -log(p)``
     - negative entries: ``p_m ** gamma_neg * -log(1 - p_m)``
 
-    The focal weights (the powers) have no gradient. With a margin, the gradient of a badly misclassified negative is
-    about ``(1 - p) / clip``. It vanishes as ``p`` approaches 1, which is how ASL discounts labels that are probably
-    wrong. With both gammas and the margin 0, this is binary cross-entropy on logits.
+    The gradient treats the focal weights (the powers) as constants. With a margin, the gradient of a badly
+    misclassified negative is about ``(1 - p) / clip``. It vanishes as ``p`` approaches 1, so ASL discounts labels that
+    are probably wrong. If both gammas and the margin are 0, the loss is the binary cross-entropy on logits.
 
     Args:
-        logits: ``(B, C)``, any floating type; computed in float32, also under autocast.
+        logits: ``(B, C)``, any floating type; the loss is computed in float32 even under autocast.
         targets: ``(B, C)``, integer or bool: 1 positive, 0 negative, -1 unknown.
         gamma_pos: focusing power of positives, >= 0.
         gamma_neg: focusing power of negatives, >= 0.
         clip: probability margin of negatives, in [0, 1).
 
     Returns:
-        ``(B, C)`` float32, 0 at unknown entries.
+        ``(B, C)`` float32, 0 for unknown entries.
 
     Raises:
         ConfigError: If a gamma is negative or the margin is outside [0, 1).
-        DataError: If shapes differ or targets are floating; use :func:`soft_target_loss` for soft targets.
+        DataError: If the shapes differ or the targets are floating-point; use :func:`soft_target_loss` for soft
+            targets.
     """
     _check_asymmetric(gamma_pos, gamma_neg, clip)
     _check_entries(logits, targets)
@@ -61,7 +62,7 @@ def asymmetric_loss(
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Computes binary cross-entropy on logits, element-wise, in float32, 0 at unknown entries.
+    """Computes the element-wise binary cross-entropy on logits in float32; it is 0 for unknown entries.
 
     Args:
         logits: ``(B, C)``, any floating type.
@@ -71,7 +72,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         ``(B, C)`` float32.
 
     Raises:
-        DataError: If shapes differ or targets are floating.
+        DataError: If the shapes differ or the targets are floating-point.
     """
     _check_entries(logits, targets)
     with torch.autocast(logits.device.type, enabled=False):
@@ -83,12 +84,12 @@ def soft_target_loss(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, t
     """Applies an element-wise loss to soft targets: ``t * loss(positive) + (1 - t) * loss(negative)``.
 
     Args:
-        loss: function of logits ``(B, C)`` and int targets ``(B, C)``, element-wise.
+        loss: element-wise function of logits ``(B, C)`` and integer targets ``(B, C)``.
         logits: ``(B, C)``, any floating type.
-        targets: ``(B, C)`` floating, the probability t of the label in [0, 1], or -1 unknown.
+        targets: ``(B, C)``, floating-point: the probability t of the label in [0, 1], or -1 if it is unknown.
 
     Returns:
-        ``(B, C)``, 0 at unknown entries; equal to ``loss`` for targets of 0, 1 and -1.
+        ``(B, C)``, 0 for unknown entries; equal to ``loss`` for targets of 0, 1 and -1.
     """
     known = targets >= 0
     yes, no = (torch.where(known, answer, -1).to(torch.int8) for answer in (1, 0))
@@ -102,8 +103,8 @@ def context_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: ``(B, K)``, any floating type; computed in float32.
-        targets: ``(B,)`` int64 context ids with -1 for images without a context, or ``(B, K)`` floating distributions
-            over contexts with rows of zeros for such images.
+        targets: ``(B,)`` int64 context ids with -1 for images without a context, or ``(B, K)`` floating-point
+            distributions over contexts with rows of zeros for such images.
 
     Returns:
         ``(B,)`` float32, 0 for images without a context.
@@ -127,7 +128,7 @@ def context_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class ElementwiseLoss(nn.Module):
-    """Base class of the losses that a configuration can choose: ``loss(logits, targets) -> (B, C)`` float32."""
+    """Base class of the losses that a configuration can select; ``loss(logits, targets)`` is ``(B, C)`` float32."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Computes the loss of every entry; ``targets`` are 1, 0 and -1 (unknown, loss 0)."""
@@ -171,10 +172,10 @@ class BinaryCrossEntropy(ElementwiseLoss):
 
 
 class MeanBinaryCrossEntropy(ElementwiseLoss):
-    """Binary cross-entropy, scaled so that a step's loss is its mean over the known entries of the batch.
+    """Binary cross-entropy, scaled so that the loss of a step is the mean over the known entries of the batch.
 
-    The training loop sums over entries and divides by the number of images; the systems for partial labels take the
-    mean over known entries, on which the weights of their other terms rest.
+    The training loop sums over entries and divides by the number of images. The systems for partial labels use the mean
+    over known entries instead, and the weights of their other loss terms are chosen for this scale.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:

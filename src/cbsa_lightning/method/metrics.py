@@ -25,19 +25,20 @@ def mean_pairwise_cosine(features: Tensor) -> Tensor:
 class MultilabelReport(Metric):
     """Evaluates a multi-label classifier exactly, over any number of batches and processes.
 
-    Computes non-interpolated average precision per class as torchmetrics and scikit-learn define it (equal scores are
-    one threshold), over the entries with known truth. Classes are ranked by float32 logits, because a sigmoid in
-    float32 maps all logits above about 17 to the same value.
+    The report contains the non-interpolated average precision of each class over the entries whose true label is known.
+    As in torchmetrics and scikit-learn, equal scores form one threshold. Images are ranked by float32 logits, because a
+    sigmoid in float32 maps all logits above about 17 to the same value.
 
     ``compute`` returns a dict:
 
-    - ``AP`` ``(C,)``: NaN for a class with fewer than ``min_positives`` positives, and for a class with unknown entries
-      and no known negative, since any order of its images would have an AP of 1;
+    - ``AP`` ``(C,)``: average precision; NaN for a class with fewer than ``min_positives`` positives, and for a class
+      with unknown entries and no known negative, since any order of its images would have an AP of 1;
     - ``mAP``: mean over the other classes; NaN if there are none;
     - ``mAP_with_zeros``: mean over all C classes, with 0 for a class without positives (the convention of CAP and of
       torchmetrics' macro average);
-    - ``mAP_envelope``: like ``mAP``, with the area under the precision envelope (the highest precision at the same or a
-      higher recall): the interpolated AP of VOC 2010 and of the conventional systems of Table 5. It is never lower;
+    - ``mAP_envelope``: like ``mAP``, but with the area under the precision envelope (the highest precision at the same
+      or a higher recall). This is the interpolated AP of VOC 2010 and of the conventional systems of Table 5, and it is
+      never lower than ``mAP``;
     - ``precision``, ``recall`` ``(C,)``: at the decision ``thresholds``; an undefined ratio is 0;
     - ``support`` ``(C,)``: number of positives;
     - ``CF1``, ``OF1``: harmonic means of class-averaged and of pooled precision and recall, over all C
@@ -50,13 +51,13 @@ class MultilabelReport(Metric):
 
     Args:
         num_classes: C, at least 1.
-        min_positives: number of positives that a class needs to be part of ``mAP``, >= 1.
+        min_positives: number of positives that a class needs to be included in ``mAP``, >= 1.
 
     Attributes:
-        thresholds: ``(C,)``, decision thresholds on the probabilities; None: 0.5.
+        thresholds: ``(C,)``, decision thresholds on the probabilities. If None, all thresholds are 0.5.
 
     Raises:
-        ConfigError: If a number is below 1.
+        ConfigError: If an argument is below 1.
     """
 
     full_state_update = False
@@ -72,13 +73,13 @@ class MultilabelReport(Metric):
         self.num_classes = num_classes
         self.min_positives = min_positives
         self._thresholds: Tensor | None = None
-        # One flat float32 state, so that a process without images is gathered like any other. torchmetrics cannot do
-        # this for matrices or integers.
+        # A flat float32 state can be gathered even if a process has no images. torchmetrics does not support this for
+        # matrices or integers.
         self.add_state("entries", default=[], dist_reduce_fx="cat")
 
     @property
     def thresholds(self) -> Tensor | None:
-        """Decision thresholds; see the class."""
+        """Decision thresholds; see the docstring of the class."""
         return self._thresholds
 
     @thresholds.setter
@@ -90,7 +91,7 @@ class MultilabelReport(Metric):
         """Adds a batch.
 
         Args:
-            logits: ``(B, C)`` scores before the sigmoid, any floating type; kept as float32.
+            logits: ``(B, C)`` scores before the sigmoid, any floating type; stored as float32.
             targets: ``(B, C)`` in {1, 0, -1 unknown}, any integer type.
 
         Raises:
@@ -112,7 +113,7 @@ class MultilabelReport(Metric):
         self.entries.append(torch.stack([logits.detach().float(), targets.detach().float()]).movedim(0, -1).flatten())
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Returns logits and targets ``(n, C)`` added so far by all processes, as float32 on the CPU."""
+        """Returns the logits and targets ``(n, C)`` that all processes have added, as float32 on the CPU."""
         with self.sync_context():
             return self._unpacked()
 
@@ -122,7 +123,7 @@ class MultilabelReport(Metric):
         return logits, targets
 
     def compute(self) -> dict[str, Tensor]:
-        """Computes the report over everything added so far; see the class."""
+        """Computes the report over all batches added so far; see the docstring of the class."""
         logits, targets = self._unpacked()
         if not len(logits):
             raise DataError("report: no batch was added before compute()")
@@ -135,7 +136,7 @@ class MultilabelReport(Metric):
             envelope[k] = _envelope_precision(logits[known, k], targets[known, k])
         used = told & (positives >= self.min_positives)
         half = _Counts((logits >= 0).to(torch.int8), targets)
-        # Predictions are compared as probabilities, so the report does the same.
+        # Prediction compares probabilities with the thresholds, so the report does the same.
         given = logits >= 0 if self.thresholds is None else logits.sigmoid() >= self.thresholds.cpu()
         counts = _Counts(given.to(torch.int8), targets)
         report = {
@@ -168,11 +169,11 @@ def _calibration(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Measures pseudo-labels against labels that training never uses (Fig. 6 of the paper).
+    """Compares pseudo-labels with true labels that training does not use (Fig. 6 of the paper).
 
-    Entries with unknown truth are excluded, except from ``coverage``, which needs no truth. An ignored entry (-1) is
-    not a prediction; if it is truly positive, it lowers recall. An undefined ratio (a class that is never predicted, or
-    has no positives) is 0.
+    Entries whose true label is unknown are excluded, except from ``coverage``, which does not depend on true labels. An
+    ignored entry (-1) does not count as a prediction; if its true label is positive, it lowers recall. An undefined
+    ratio (of a class that is never predicted or has no positives) is 0.
 
     Args:
         pseudo: ``(n, C)`` in {1, 0, -1 ignored}.
@@ -205,7 +206,7 @@ def pseudo_label_quality(pseudo: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 class _Counts:
-    """Counts hits, predicted and actual positives per class over entries with known truth, and computes F1."""
+    """Counts of hits, predicted positives and actual positives per class, over entries whose true label is known."""
 
     def __init__(self, predicted: Tensor, truth: Tensor) -> None:
         self.hits = ((predicted == 1) & (truth == 1)).sum(dim=0)
@@ -233,7 +234,7 @@ def _average_precision(logits: Tensor, targets: Tensor) -> Tensor:
 def _envelope_precision(logits: Tensor, targets: Tensor) -> Tensor:
     order = logits.argsort(descending=True)
     ranked, hits = logits[order], (targets[order] == 1).double().cumsum(0)
-    last = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool)])  # of equal scores: one threshold
+    last = torch.cat([ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool)])  # of each group of equal scores
     found, given = hits[last], torch.arange(1, len(hits) + 1)[last]
     envelope = (found / given).flip(0).cummax(0).values.flip(0)
     gained = found.diff(prepend=torch.zeros(1, dtype=torch.float64)) / found[-1]

@@ -9,18 +9,18 @@ from torchmetrics import MeanMetric
 from cbsa_lightning.method.metrics import MultilabelReport, mean_pairwise_cosine
 
 COLLAPSED_COSINE = 0.99
-"""Mean cosine between the features of two labels in one image, above which they are considered identical."""
+"""Mean cosine between the features of two labels in one image above which the features are considered identical."""
 COLLAPSED_GAIN = 0.01
-"""Gain in mAP (in [0, 1]) over the mean feature, below which label-specific features are considered useless."""
+"""Gain in mAP (in [0, 1]) over the mean feature below which label-specific features are considered useless."""
 
 
 class Specificity(nn.Module):
-    """Compares label-specific features with their mean, over the images of one evaluation pass.
+    """Compares label-specific features with their mean over the images of one evaluation pass.
 
     A decoder can collapse: it then returns the same feature for every label, and only the text features distinguish the
     labels. Neither the loss nor mAP reveals this. Two metrics do: the *feature cosine*, the mean cosine between the
-    features of two labels in one image, and the *specific gain*, the drop in mAP if every label gets the mean of an
-    image's features.
+    features of two labels in one image, and the *specific gain*, the drop in mAP if the features of all labels are
+    replaced by their mean.
 
     Args:
         num_classes: C.
@@ -38,13 +38,17 @@ class Specificity(nn.Module):
         Args:
             label_features: ``(B, C, d)``.
             mean_logits: ``(B, C)``, logits after each image's features are replaced by their mean.
-            targets: ``(B, C)`` in {1, 0, -1}, -1 for unknown.
+            targets: ``(B, C)`` in {1, 0, -1 unknown}.
         """
         self.shared.update(mean_logits, targets)
         self.cosine.update(mean_pairwise_cosine(label_features))
 
     def compute(self, mean_ap: Tensor) -> dict[str, Tensor]:
-        """Returns ``specific_gain`` and ``feature_cosine`` over all processes, given the network's own mAP."""
+        """Returns ``specific_gain`` and ``feature_cosine`` over all processes.
+
+        Args:
+            mean_ap: mAP of the network with label-specific features.
+        """
         gain = mean_ap - self.shared.compute()["mAP"]
         return {"specific_gain": gain, "feature_cosine": self.cosine.compute()}
 
@@ -61,6 +65,6 @@ class Specificity(nn.Module):
         self._warned = True
         rank_zero_warn(
             f"The label decoder has collapsed: the features of two labels in one image have a mean cosine of "
-            f"{cosine:.4f}, and replacing them by their mean changes mAP by {-100 * gain:+.2f} points. All labels "
+            f"{cosine:.4f}, and replacing them with their mean changes mAP by {-100 * gain:+.2f} points. All labels "
             "share one image feature. See docs/choices.md, 'Label-specific features'."
         )

@@ -1,8 +1,8 @@
-"""Stacked probes: cheap classifiers on frozen features and CLIP's text, combined without training a network.
+"""Stacked probes, which combine linear classifiers on frozen features with CLIP's zero-shot scores.
 
-Stacked generalization (Wolpert, Neural Networks 1992) over linear probes and zero-shot scores. Labeled images are
-scored by probes that were not fitted to them, so the weight of each opinion is learned from the labeled images
-themselves. The unlabeled images contribute means and standard deviations.
+They use stacked generalization (Wolpert, Neural Networks 1992) and do not train a network. Each labeled image is scored
+by probes that were not fitted to it, so the weights of the opinions can be learned from the labeled images as well. The
+unlabeled images are used only to compute means and standard deviations.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from cbsa_lightning.method.labelers import Evidence, EvidenceLabeler
 Array = NDArray[np.floating]
 
 ALPHAS = tuple(10.0**power for power in range(7))  # ridge penalties, for descriptors of unit variance
-LIMIT = 6.0  # standard deviations at which an opinion is clipped
+LIMIT = 6.0  # number of standard deviations at which an opinion is clipped
 
 
 class Opinion(NamedTuple):
     """Scores of a linear classifier, standardized per class over the images.
 
     Attributes:
-        mean: ``(D,)``, of the inputs; subtracted first, since it can be large relative to their standard deviations.
-        weight: ``(D, C)``.
-        offset: ``(C,)``.
+        mean: ``(D,)``, mean of the inputs. It is subtracted from the inputs first, because it can be large relative to
+            their standard deviations.
+        weight: ``(D, C)``, weights of the classifier.
+        offset: ``(C,)``, offsets of the classifier.
         left_out: ``(m, C)``, out-of-fold scores of the labeled images.
     """
 
@@ -45,7 +46,7 @@ class Opinion(NamedTuple):
     left_out: Array
 
     def __call__(self, inputs: Array) -> Array:
-        """Returns scores ``(n, C)`` of images from their descriptors, or from given scores ``(n, D)``."""
+        """Returns scores ``(n, C)`` of images from ``(n, D)`` inputs, which are descriptors or given scores."""
         scores: Array = (inputs - self.mean) @ self.weight + self.offset
         return scores
 
@@ -54,10 +55,10 @@ class Stack(NamedTuple):
     """A fitted combination of opinions.
 
     Attributes:
-        opinions: One for each descriptor, then one for each set of given scores.
+        opinions: One opinion for each descriptor, followed by one for each set of given scores.
         slopes: ``(k, C)``, weight of each opinion in the logit of each class.
         offset: ``(C,)``, the logit if all opinions are 0.
-        limit: Standard deviations at which an opinion is clipped.
+        limit: Number of standard deviations at which an opinion is clipped.
     """
 
     opinions: list[Opinion]
@@ -66,7 +67,7 @@ class Stack(NamedTuple):
     limit: float = LIMIT
 
     def logits(self, inputs: Sequence[Array]) -> Array:
-        """Returns logits ``(n, C)`` of images, from one input per opinion."""
+        """Returns logits ``(n, C)`` of images from one input per opinion."""
         return self._combined([opinion(x) for opinion, x in zip(self.opinions, inputs, strict=True)])
 
     def left_out(self) -> Array:
@@ -80,7 +81,10 @@ class Stack(NamedTuple):
 
 
 class StackLabeler(EvidenceLabeler):
-    """Computes soft pseudo-labels with a :class:`Stack`; final scores can include its logits (``stack_share``)."""
+    """Base class of labelers that compute soft pseudo-labels with a :class:`Stack`.
+
+    If ``stack_share`` is set, the final scores include the stack's logits.
+    """
 
     @abstractmethod
     def fit(self, evidence: Evidence) -> Stack:
@@ -97,13 +101,14 @@ class StackLabeler(EvidenceLabeler):
 
 @dataclass(frozen=True)
 class StackedProbes(StackLabeler):
-    """Computes soft pseudo-labels once, as probabilities from linear probes and CLIP's text combined.
+    """Computes soft pseudo-labels once, as probabilities that combine linear probes and CLIP's zero-shot scores.
 
-    A ridge probe on each descriptor and the zero-shot scores are weighted by a logistic regression over all known
-    entries of the labeled images, with :func:`leave-one-out <probe>` scores. All classes share one weight per opinion,
-    except that a probe's weight may grow with the number n of a class's labeled positives, as n / (n + trust): a probe
-    of two positives is less reliable than one of fifty. A class's rate is shrunk towards one half by half a positive
-    (Jeffreys' prior), so that a class without labeled positives gets small but nonzero probabilities. A class without a
+    A ridge probe is fitted to each descriptor. A logistic regression over all known entries of the labeled images then
+    learns the weights of the probes and of the zero-shot scores; the probes' scores are :func:`leave-one-out <probe>`
+    scores. All classes share one weight per opinion, except that the weight of an opinion may grow with the number n of
+    a class's labeled positives in proportion to n / (n + trust), because a probe that is fitted to two positives is
+    less reliable than one that is fitted to fifty. The positive rate of a class is shrunk towards one half with
+    Jeffreys' prior, so that a class without labeled positives gets small but nonzero probabilities. A class without a
     known entry is ignored.
 
     Args:
@@ -141,7 +146,7 @@ class StackedProbes(StackLabeler):
         say = n / (n + self.trust)
         rate = (n + 0.5) / (known.sum(0) + 1.0)
         prior = np.log(rate / (1 - rate))
-        # Inputs of the regression: a plain and a scaled copy of each opinion, and the class's prior.
+        # The inputs of the regression are a plain and a scaled copy of each opinion, and the prior of the class.
         inputs = [z.left_out for z in opinions]
         columns = [*inputs, *(z * say for z in inputs), np.broadcast_to(prior, known.shape)]
         design = np.stack([column[known] for column in columns], axis=1)
@@ -151,23 +156,23 @@ class StackedProbes(StackLabeler):
 
 
 def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int8]) -> Opinion:
-    """Fits a ridge regression to all classes at once, with the penalty selected by leave-one-out error.
+    """Fits a ridge regression to all classes at once, and selects the penalty by the leave-one-out error.
 
     Args:
         descriptors: ``(N, D)``, one row per image.
         labeled: ``(m,)``, indices of the labeled rows.
-        labels: ``(m, C)`` in {1, 0, -1}; each class is fitted to its known entries. An image counts as left out of a
-            class if its label is unknown.
+        labels: ``(m, C)`` in {1, 0, -1}; each class is fitted to its known entries. If the label of an image is unknown
+            for a class, the image counts as left out of that class.
     """
     mean, scale = _moments(descriptors)
     x = (descriptors - mean.astype(descriptors.dtype)) * scale.astype(descriptors.dtype)
     known, positive = labels >= 0, labels == 1
     rate = positive.sum(0) / np.maximum(known.sum(0), 1)
     deviation = np.sqrt(rate * (1 - rate))
-    # Unit variance, so that the penalty suits rare classes as well as frequent ones.
+    # Targets with unit variance make one penalty suitable for both rare and frequent classes.
     y = np.where(known, (positive - rate) / np.where(deviation > 0, deviation, 1), 0.0)
     coefficients, left_out = _ridge(x[labeled].astype(np.float64), y, known)
-    # Training scores are too good, so the scale comes from the other images if there are any.
+    # The probe fits its training images too well, so the scale is estimated on the other images if there are any.
     others = np.delete(x, labeled, axis=0)
     mean_score, score_scale = _moments((others if len(others) else x) @ coefficients.astype(x.dtype))
     weight = scale[:, None] * coefficients * score_scale
@@ -176,7 +181,7 @@ def probe(descriptors: Array, labeled: NDArray[np.int64], labels: NDArray[np.int
 
 
 def _ridge(x: Array, y: Array, known: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """Coefficients ``(D, C)`` and leave-one-out predictions ``(m, C)``; one penalty for all classes."""
+    """Returns coefficients ``(D, C)`` and leave-one-out predictions ``(m, C)``; all classes share one penalty."""
     coefficients, left_out = np.zeros((x.shape[1], y.shape[1])), np.zeros(y.shape)
     patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
     fits, errors = [], np.zeros(len(ALPHAS))
@@ -184,8 +189,8 @@ def _ridge(x: Array, y: Array, known: NDArray[np.bool_]) -> tuple[Array, Array]:
         classes = np.flatnonzero(pattern_of.reshape(-1) == i)
         if rows.sum() < 2:
             continue
-        # No intercept: a mean that is taken without an image tells its label, the more clearly the less the probe
-        # knows.
+        # An intercept would reveal the label of the left-out image, because it is a mean over the other images. The
+        # weaker the probe, the stronger this effect.
         ridge = RidgeCV(ALPHAS, fit_intercept=False, scoring="neg_mean_squared_error", store_cv_results=True)
         target = y[rows][:, classes]
         fit = ridge.fit(x[rows], target)
@@ -203,7 +208,7 @@ def _ridge(x: Array, y: Array, known: NDArray[np.bool_]) -> tuple[Array, Array]:
 
 
 def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
-    """Returns scores ``(N, C)`` that were computed without labels, as an opinion."""
+    """Converts scores ``(N, C)`` that were computed without labels to an opinion."""
     mean, scale = _moments(scores)
     nothing = np.zeros(len(mean))
     opinion = Opinion(mean.astype(scores.dtype), np.diag(scale).astype(scores.dtype), nothing, nothing)
@@ -211,7 +216,7 @@ def ready(scores: Array, labeled: NDArray[np.int64]) -> Opinion:
 
 
 def _moments(values: Array) -> tuple[Array, Array]:
-    """Returns the mean of each column and 1 / its standard deviation, or 0 if the column is constant."""
+    """Returns the mean and the inverse standard deviation of each column; the latter is 0 for a constant column."""
     mean, deviation = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     varies = deviation > 1e-8
     return mean, varies / np.where(varies, deviation, 1.0)

@@ -1,4 +1,4 @@
-"""Exact class-wise thresholds in time linear in the number of scores, with little extra memory."""
+"""Exact computation of class-wise thresholds in linear time and with little additional memory."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from torch import Tensor
 from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import DataError, listed
 
-# Scores in the copy of a block of columns, which is contiguous by column: 512 MiB in float32. A class with more
-# scores is a block by itself.
+# Maximum number of scores in a block of columns. Blocks are copied to make their columns contiguous, so this limits a
+# copy to 512 MiB in float32. A class with more scores forms a block of its own.
 BLOCK = 2**27
-# Scores per chunk elsewhere: they and their temporaries fit in the cache of a core.
+# Number of scores per chunk in all other loops. A chunk and its temporaries fit in the cache of a core.
 STRIP = 2**15
 
 
 def class_thresholds(
     scores: Tensor, positive_rate: Tensor, eta_pos: float = 1.0, eta_neg: float = 0.998
 ) -> tuple[Tensor, Tensor]:
-    """Computes class-wise thresholds (CAT): quantiles at which pseudo-labels have the labeled set's class proportions.
+    """Computes the class-wise thresholds of CAT, at which pseudo-labels have the class proportions of the labeled set.
 
-    Of n scores of class k with positive rate ``gamma``, ``r_pos = int(eta_pos * gamma * n)`` and
-    ``r_neg = int(eta_neg * (1 - gamma) * n)``. ``tau_pos`` is the r_pos-th largest score and ``tau_neg`` the r_neg-th
-    smallest. ``r_pos = 0`` sets ``tau_pos = +inf`` (no positives), and ``r_neg = 0`` sets ``tau_neg = -inf``.
-    ``tau_neg <= tau_pos`` always holds.
+    For a class with n scores and positive rate ``gamma``, ``tau_pos`` is the r_pos-th largest score and ``tau_neg`` is
+    the r_neg-th smallest score, where ``r_pos = int(eta_pos * gamma * n)`` and
+    ``r_neg = int(eta_neg * (1 - gamma) * n)``. If ``r_pos`` is 0, ``tau_pos`` is +inf, so that there are no positives.
+    If ``r_neg`` is 0, ``tau_neg`` is -inf. ``tau_neg <= tau_pos`` always holds.
 
-    A rate is a quotient of counts, so the product can be a rounding error below a whole number (0.29 * 100 =
-    28.999...). The product is therefore increased by four rounding steps of the rate's dtype before it is truncated.
-    Pass float64 rates, as :func:`~cbsa_lightning.method.labelers.positive_rates` returns, for exact counts.
+    Because a rate is a quotient of counts, a rounding error can make the product slightly smaller than a whole number
+    (0.29 * 100 = 28.999...). The product is therefore increased by four rounding steps of the rate's dtype before it is
+    truncated. For exact counts, pass float64 rates, as returned by
+    :func:`~cbsa_lightning.method.labelers.positive_rates`.
 
-    Time is linear in ``n * C``. On the CPU, extra memory is one block of columns (512 MiB, or one class if that is
-    larger); the sort on an accelerator needs a few times as much. On the CPU, a threshold with eta = 0 needs no
-    selection.
+    The running time is linear in ``n * C``. On the CPU, one block of columns is copied, which takes 512 MiB or, if it
+    is larger, the memory of one class. No selection is needed if eta is 0. On an accelerator, sorting needs a few times
+    as much memory.
 
     Args:
         scores: ``(n, C)`` on any device; compared in float32.
@@ -45,7 +46,7 @@ def class_thresholds(
         ``tau_pos (C,)`` and ``tau_neg (C,)``, float32 on the scores' device.
 
     Raises:
-        DataError: If scores are not finite or empty, or the rates do not fit them.
+        DataError: If there are no scores, a score is not finite, or the rates do not fit the scores.
         ConfigError: If an eta is outside [0, 1].
     """
     check_etas(eta_pos, eta_neg)
@@ -98,19 +99,21 @@ def check_scores(scores: Tensor) -> None:
         scores: ``(n, C)``.
 
     Raises:
-        DataError: If scores have another shape, or are not finite in float32; the message counts them per class.
+        DataError: If ``scores`` is not a matrix, or a score is not finite in float32. The message contains the number
+            of such scores per class.
     """
     if scores.ndim != 2:
-        raise DataError(f"scores must be (images, classes), got {tuple(scores.shape)}")
+        raise DataError(f"scores must have the shape (images, classes), got {tuple(scores.shape)}")
     if scores.numel() == 0:
         return
-    # NaN and infinity appear in the minimum or maximum; aminmax finds both in one pass without a mask.
+    # If a score is NaN or infinite, so is the minimum or the maximum. aminmax computes both in one pass without a mask.
     extremes = torch.stack([torch.stack(torch.aminmax(strip)) for _, strip in row_strips(scores)])
     if not extremes.isfinite().all():
         per_class = torch.stack([(~strip.isfinite()).sum(dim=0) for _, strip in row_strips(scores)]).sum(dim=0).cpu()
         raise DataError(
-            f"{int(per_class.sum())} of {scores.numel()} scores are not finite, in class {_with_counts(per_class)}; "
-            "training has diverged: lower the learning rate, or compute the scores in float32"
+            f"{int(per_class.sum())} of {scores.numel()} scores are not finite; classes (counts): "
+            f"{_with_counts(per_class)}. Training has diverged: lower the learning rate, or compute the scores in "
+            "float32."
         )
 
 
@@ -158,7 +161,7 @@ def _with_counts(per_class: Tensor) -> str:
 
 
 def _column_blocks(n: int, num_classes: int, size: int) -> Iterator[slice]:
-    """Yields slices of the classes with at most ``size`` scores each, or with one class."""
+    """Yields slices of the classes. Each slice has at most ``size`` scores, or consists of one class."""
     width = max(1, size // max(1, n))
     for start in range(0, num_classes, width):
         yield slice(start, start + width)
@@ -167,7 +170,7 @@ def _column_blocks(n: int, num_classes: int, size: int) -> Iterator[slice]:
 def _columns(scores: Tensor, block: slice) -> Tensor:
     """Returns a float32 copy of some columns, ``(width, n)``.
 
-    Transposed in chunks of rows: a pass column by column would load each cache line once per column.
+    The copy is made in chunks of rows, because a copy by column would load each cache line once per column.
     """
     columns = scores.detach()[:, block]
     n, width = columns.shape
@@ -181,7 +184,7 @@ def _columns(scores: Tensor, block: slice) -> Tensor:
 def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
     """Computes thresholds by selection, for the CPU; reorders ``columns (width, n)`` in place.
 
-    Uses NumPy, whose selection is linear for every input; torch.kthvalue takes quadratic time on decreasing scores.
+    NumPy selects in linear time for every input, whereas torch.kthvalue takes quadratic time on decreasing scores.
     """
     tau_pos = torch.full((len(columns),), torch.inf).float()
     tau_neg = torch.full_like(tau_pos, -torch.inf)
@@ -190,14 +193,14 @@ def _partitioned(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor,
             column.partition(bottom - 1)
             tau_neg[k] = float(column[bottom - 1])
         if top:
-            above = column[bottom:]  # the larger scores, usually few, since most images lack the class
+            above = column[bottom:]  # usually few scores, since most images lack the class
             above.partition(len(above) - top)
             tau_pos[k] = float(above[-top])
     return tau_pos, tau_neg
 
 
 def _sorted(columns: Tensor, r_pos: Tensor, r_neg: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes thresholds by sorting, for accelerators: radix sort is linear and handles all classes at once."""
+    """Computes thresholds by sorting, for accelerators. A radix sort is linear and sorts all classes at once."""
     ascending = columns.sort(dim=1).values
     n = columns.shape[1]
     r_pos, r_neg = r_pos.to(columns.device), r_neg.to(columns.device)

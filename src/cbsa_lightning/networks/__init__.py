@@ -1,4 +1,4 @@
-"""Networks in pure torch. They do not depend on Lightning, so inference and export need no Trainer."""
+"""Networks in plain torch. They do not depend on Lightning, so inference and export do not need a Trainer."""
 
 from cbsa_lightning.networks.base import Network, NetworkOutput
 from cbsa_lightning.networks.cbsa import CBSANetwork

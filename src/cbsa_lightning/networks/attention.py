@@ -1,4 +1,4 @@
-"""Multi-head attention that projects shared inputs once and can return its weights."""
+"""Multi-head attention that projects shared inputs only once and can return its weights."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from cbsa_lightning.errors import ConfigError
 
 
 def multi_head_attention(dim: int, heads: int, dropout: float) -> nn.MultiheadAttention:
-    """Creates the layer that :func:`attend` runs.
+    """Creates an attention layer for :func:`attend`.
 
     Raises:
         ConfigError: If ``heads`` does not divide ``dim``.
     """
     if dim % heads:
-        raise ConfigError(f"{heads} attention heads do not divide the feature width {dim}; choose a divisor.")
+        raise ConfigError(f"the feature width {dim} is not divisible by {heads} attention heads; choose a divisor.")
     return nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
 
 
 def attend(
     layer: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, batch: int, weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes the output of ``layer``. Inputs that all images share are expanded only after their projection.
+    """Applies ``layer``. Inputs that all images share are projected once and expanded afterwards.
 
     Args:
-        layer: Provides projections and dropout rate; see :func:`multi_head_attention`.
+        layer: Layer that contains the projections and the dropout rate; see :func:`multi_head_attention`.
         queries: ``(B or 1, C, d)``.
         keys: ``(B or 1, L, d)``.
         values: ``(B or 1, L, d)``.
@@ -33,9 +33,9 @@ def attend(
         weights: Whether to return the attention weights, which the fused kernel does not expose.
 
     Returns:
-        The output ``(B, C, d)`` and the attention weights ``(B, C, L)``, averaged over heads, or None.
+        The output ``(B, C, d)`` and the attention weights ``(B, C, L)``, averaged over the heads, or None.
     """
-    # One chunk costs less than three slices: the backward pass of each slice fills a gradient of the full weight.
+    # One chunk is faster than three slices, because the backward pass of each slice allocates a full-size gradient.
     projections = tuple(zip(layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True))
 
     def project(x: Tensor, part: int) -> Tensor:

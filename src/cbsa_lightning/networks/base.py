@@ -1,4 +1,4 @@
-"""Interface between the training loop and a network."""
+"""Base class of the networks, and the types that they return."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class NetworkOutput(NamedTuple):
     """Output of a network for a batch.
 
     Attributes:
-        logits: ``(B, C)``; the sigmoid of an entry is the probability of that label.
-        context_logits: ``(B, K)`` over the contexts, or None without a context head.
-        attention: ``(B, C, h, w)``, attention of each label over the grid, which sums to 1, or None.
-        label_features: ``(B, C, d)``, one image feature for each label, or None if all labels share one.
-        notes: ``(B, C)`` int64, what the training hooks of the network need to know about each label besides its
-            feature, or None.
+        logits: ``(B, C)``. The sigmoid of an entry is the probability of the label.
+        context_logits: ``(B, K)``, one logit per context, or None if there is no context head.
+        attention: ``(B, C, h, w)``, the attention of each label over the grid, which sums to 1, or None.
+        label_features: ``(B, C, d)``, one image feature for each label, or None if all labels share one feature.
+        notes: ``(B, C)`` int64, additional information about each label for the training hooks of the network, or
+            None.
     """
 
     logits: Tensor
@@ -42,19 +42,19 @@ class Description(NamedTuple):
 class Network(nn.Module):
     """Base class of the networks that the training loop can train.
 
-    A forward pass has three parts, so that each runs only when its inputs change: ``features`` (frozen, never in the
-    graph), ``encode_text`` (changes with each optimizer step, shared by all images) and ``forward``.
+    A forward pass is split into three parts, so that each part runs only when its inputs change: ``features`` (frozen,
+    without gradients), ``encode_text`` (changes in each optimizer step and is shared by all images), and ``forward``.
 
     Attributes:
         hooks: A :class:`~cbsa_lightning.networks.hooks.TrainingHooks` if training needs more than logits and labels,
-            else None.
+            otherwise None.
     """
 
     hooks: Any
 
     num_contexts: int = 0
     has_label_features: bool = False
-    context_tensors: tuple[str, ...] = ()  # names of the parameters whose first dimension is the contexts
+    context_tensors: tuple[str, ...] = ()  # parameters whose first dimension is the number of contexts
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,25 +62,25 @@ class Network(nn.Module):
 
     @property
     def frozen_weights(self) -> str | None:
-        """Fingerprint of all weights that :meth:`features` depends on; None if they are trained or there are none."""
+        """Fingerprint of the frozen weights that :meth:`features` depends on, or None if no weights are frozen."""
         return None
 
     def class_tensors(self) -> set[str] | None:
-        """Names of the parameters and buffers whose first dimension is the classes; None if unknown.
+        """Names of the parameters and buffers whose first dimension is the number of classes, or None if unknown.
 
-        A new run with other classes copies their rows by class name. If they are unknown, it needs the same classes in
-        the same order.
+        If the classes of a new run differ, the rows of these tensors are copied by class name. If the names are
+        unknown, a new run must have the same classes in the same order.
         """
         return None
 
     def features(self, images: Tensor) -> Tensor:
-        """Maps ``(B, 3, H, W)`` uint8 images to the input of ``forward``, with the frozen part of the image tower."""
+        """Applies the frozen part of the image tower to ``(B, 3, H, W)`` uint8 images; the input of ``forward``."""
         raise NotImplementedError
 
     def describer(self) -> Callable[[Tensor], Description]:
-        """Returns a function that maps features to a :class:`Description`. Use it before training starts.
+        """Returns a function that maps features to a :class:`Description`. Call it before training starts.
 
-        By default, this is the mean of the features over the places of the grid.
+        By default, the description is the mean of the features over the places of the grid.
         """
 
         def describe(features: Tensor) -> Description:
@@ -89,7 +89,7 @@ class Network(nn.Module):
         return describe
 
     def encode_text(self) -> Any:
-        """Returns the class features, which all images of a step share; None for a network without a text tower."""
+        """Returns the class features, which all images of a step share, or None if there is no text tower."""
         return None
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
@@ -97,25 +97,25 @@ class Network(nn.Module):
 
         Args:
             features: Output of :meth:`features`.
-            text: Output of :meth:`encode_text`; None computes it here.
-            attention: Whether to return the attention maps too.
+            text: Output of :meth:`encode_text`. If None, it is computed.
+            attention: Whether to also return the attention maps.
         """
         raise NotImplementedError
 
     def mean_feature_logits(self, label_features: Tensor, text: Any = None) -> Tensor:
-        """Returns the logits ``(B, C)`` if every label uses the mean of an image's ``label_features (B, C, d)``.
+        """Returns logits ``(B, C)`` that use the mean of an image's ``label_features (B, C, d)`` for every label.
 
-        Only networks with label features implement it.
+        Only networks with label features implement this method.
         """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns trainable parameters as ``{"params": [...], "lr_scale": float}``; the scale multiplies the rate."""
+        """Returns groups of trainable parameters, ``{"params": [...], "lr_scale": factor of the learning rate}``."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
 
 def mean_over_places(features: Tensor) -> Tensor:
-    """Returns float32 ``(B, D)`` from a map ``(B, D, h, w)``, all tokens ``(B, L, D)``, or ``(B, D)`` itself."""
+    """Returns the mean ``(B, D)`` in float32 of a map ``(B, D, h, w)`` or tokens ``(B, L, D)``; keeps ``(B, D)``."""
     if features.ndim == 4:
         return features.float().mean((2, 3))
     return features.float().mean(1) if features.ndim == 3 else features.float()

@@ -1,6 +1,6 @@
-"""Blends label features where the label is unknown, with soft targets; shared by SARB and DSRB.
+"""Blending of the features of unknown labels with other features, trained with soft targets; used by SARB and DSRB.
 
-Source: as :mod:`~cbsa_lightning.networks.prototypes`.
+Source: see :mod:`~cbsa_lightning.networks.prototypes`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from cbsa_lightning.networks.prototypes import Prototypes
 
 
 class Blending(Prototypes):
-    """The loss terms of SARB and DSRB; subclasses select the prototypes.
+    """The loss terms of SARB and DSRB. Subclasses select the prototypes.
 
-    - *instance*: if a label is unknown and known positive in the image at the mirrored place of the batch, the feature
-      becomes ``alpha * own + (1 - alpha) * other``, and the target ``1 - alpha``;
-    - *prototype*: one random unknown label of each image is blended with a prototype, by ``beta``.
+    - *instance*: An image is paired with the image at the mirrored position in the batch. If a label is unknown in the
+      image and a known positive in the other image, its feature becomes ``alpha * own + (1 - alpha) * other`` and its
+      target becomes ``1 - alpha``.
+    - *prototype*: In each image, the feature of one random unknown label is blended with a prototype in the same way,
+      with ``beta`` instead of ``alpha``.
 
-    The blended features are classified again; known and blended labels have a loss. An image without unknown labels is
-    not blended. Before the first epoch with prototypes, the contrast of label features is the only term.
+    The blended features are classified, and the loss is computed for known and blended labels. Images without unknown
+    labels are not blended. Before ``start_epoch``, only the contrast of label features contributes to the loss.
 
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        number: Prototypes per class.
+        number: Number of prototypes per class.
         start_epoch: First epoch with blending.
         every: See :class:`~cbsa_lightning.networks.prototypes.Prototypes`.
         samples: See :class:`~cbsa_lightning.networks.prototypes.Prototypes`.
@@ -44,7 +46,7 @@ class Blending(Prototypes):
         self.beta = nn.Parameter(torch.tensor(0.5))
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Returns a prototype ``(B, C, d)`` for each label of the images of this process, drawn with ``generator``."""
+        """Draws a prototype ``(B, C, d)`` for each label of the images of this process."""
         raise NotImplementedError
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
@@ -71,7 +73,7 @@ class Blending(Prototypes):
 
     @staticmethod
     def _loss(network: Any, batch: Batch, other: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
-        """Returns the cross-entropy after blending the features of ``chosen (B, C)`` with ``other (B, C, d)``."""
+        """Returns the cross-entropy after the features of ``chosen (B, C)`` are blended with ``other (B, C, d)``."""
         own = batch.features
         blended = torch.where(chosen[..., None], share * own + (1 - share) * other.to(own.dtype), own)
         logits = network.classify(blended)

@@ -20,50 +20,55 @@ from cbsa_lightning.networks.prompted import PromptedCLIP
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 DecoderCallable = Callable[[int], nn.Module]
-"""Creates a label decoder from the width d of queries and tokens."""
+"""Type of a function that creates a label decoder from the width d of queries and tokens."""
 
 
 class TextFeatures(NamedTuple):
-    """Class features: ``target`` t^t ``(C, d)`` for classification, ``semantic`` t^s ``(C, d)`` or None as queries."""
+    """Text features of the classes, each ``(C, d)``.
+
+    Attributes:
+        target: t^t, used for classification.
+        semantic: t^s, used as the queries of the decoder, or None.
+    """
 
     target: Tensor
     semantic: Tensor | None
 
 
 class CBSANetwork(PromptedCLIP):
-    """CLIP with prompts, label decoder and context head.
+    """CLIP with learnable prompts, a label decoder and a context head.
 
-    Each part of the paper's Table 3 can be switched off. ``target_prompts=False`` classifies with fixed template words
-    (TP off). ``semantic_alignment=False`` compares the global image feature with every class (SAA off).
-    ``num_contexts=0`` removes the context head (CI off).
+    Each component of the paper's Table 3 can be switched off. With ``target_prompts=False``, the classes are described
+    by fixed template words (no TP). With ``semantic_alignment=False``, every class is compared with the global image
+    feature (no SAA). With ``num_contexts=0``, there is no context head (no CI).
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        semantic_alignment: SAA of Table 3. If False, the global image feature is compared with every class.
-        target_prompts: TP of Table 3. If False, the classes are the fixed words "a photo of a ...".
-        num_contexts: K, width of the context head; 0 switches context identification (CI of Table 3) off. The paper
+        prompt_names: The C class names to use in prompts.
+        clip: open_clip model name, folder or configuration file, or "embedded" for the small model in this package.
+        pretrained: Weights tag of open_clip, a weights file, or "random". Omit it for folders, which contain weights.
+        semantic_alignment: SAA in Table 3. If False, every class is compared with the global image feature.
+        target_prompts: TP in Table 3. If False, the classes are described by the fixed words "a photo of a ...".
+        num_contexts: K, the width of the context head. 0 disables context identification (CI in Table 3). The paper
             uses 6 on COCO, and 2 on VOC and NUS-WIDE.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words (Table 8, "w/o CSP").
-        prompt_template: Initial words of the prompts (Table 6, "Template"); None starts from noise.
-        decoder: Creates the label decoder (Eq. 4) from the width d, with the arguments and return values of
-            :class:`~cbsa_lightning.networks.decoder.LabelDecoder`. None: ``LabelDecoder`` with the ``decoder_*``
-            settings.
-        decoder_layers: Blocks of the label decoder.
-        decoder_heads: Attention heads of each block.
+        prompt_length: N, the number of learnable words per prompt.
+        shared_prompts: Whether all classes share one set of learnable words (Table 8, "w/o CSP").
+        prompt_template: Initial words of the prompts (Table 6, "Template"). If None, they are initialized with noise.
+        decoder: Function that creates the label decoder (Eq. 4) from the width d. The decoder must have the arguments
+            and return values of :class:`~cbsa_lightning.networks.decoder.LabelDecoder`. If None, it is a
+            ``LabelDecoder`` with the ``decoder_*`` settings.
+        decoder_layers: Number of blocks of the label decoder.
+        decoder_heads: Number of attention heads of each block.
         decoder_feedforward: Hidden width of each block.
         decoder_dropout: Dropout rate of each block.
-        decoder_self_attention: Whether the classes' queries attend to each other.
-        scale: Initial factor of the cosine in Eq. 5. A bare cosine would limit probabilities to [0.27, 0.73].
-        learn_scale: Whether that factor is learned.
-        train_pool: Whether CLIP's attention pool is trained. If everything before the global feature is frozen, the
-            context loss reaches no weight that the label task shares, so contexts cannot change the labels.
+        decoder_self_attention: Whether the queries of the classes attend to each other.
+        scale: Initial factor of the cosine in Eq. 5. Without it, probabilities would be limited to [0.27, 0.73].
+        learn_scale: Whether this factor is learned.
+        train_pool: Whether CLIP's attention pool is trained. If all layers before the global feature are frozen, the
+            context loss does not reach any weights that the label task uses, so contexts cannot affect the labels.
         pool_lr_scale: Factor of the learning rate for the attention pool.
 
     Raises:
-        ConfigError: If the settings do not fit each other or the towers.
+        ConfigError: If the settings contradict each other or are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -103,10 +108,12 @@ class CBSANetwork(PromptedCLIP):
         if num_contexts > len(prompt_names):
             raise ConfigError(
                 f"{num_contexts} contexts cannot be formed from {len(prompt_names)} classes; choose num_contexts <= "
-                f"{len(prompt_names)}, or 0 for none."
+                f"{len(prompt_names)}, or 0 for no contexts."
             )
         if decoder is not None and not callable(decoder):
-            raise ConfigError(f"decoder cannot be {decoder!r:.100}; give a class or function of the width.")
+            raise ConfigError(
+                f"decoder cannot be {decoder!r:.100}; give a class or function that creates a decoder from its width."
+            )
         sizes: dict[str, Any] = {
             "layers": decoder_layers,
             "heads": decoder_heads,
@@ -123,8 +130,8 @@ class CBSANetwork(PromptedCLIP):
         self.num_contexts = num_contexts
         if num_contexts and not train_pool:
             warnings.warn(
-                "Contexts are on but the attention pool is frozen. The context loss then reaches no weight that the "
-                "label task shares, so it cannot change any label. Train the pool or switch contexts off.",
+                "Contexts are enabled, but the attention pool is frozen. The context loss then does not reach any "
+                "weights that the label task uses, so it cannot affect the labels. Train the pool or disable contexts.",
                 stacklevel=2,
             )
         words = (prompt_length, shared_prompts, prompt_template)
@@ -138,11 +145,11 @@ class CBSANetwork(PromptedCLIP):
         self.has_label_features = aligner is not None
         self.semantic_prompts = self._prompts(*words) if aligner is not None else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
-        # Created last, so that switching contexts on or off does not change the initial values of other weights.
+        # This layer is created last, so that it does not affect the initial values of other weights.
         self.context_head = nn.Linear(towers.embed_dim, num_contexts) if num_contexts else None
 
     def encode_text(self) -> TextFeatures:
-        """Encodes all prompts in one pass of the text tower."""
+        """Encodes all prompts in one pass through the text tower."""
         if self.semantic_prompts is None:
             return TextFeatures(encode_prompt_sets(self.clip, [self.target_prompts])[0], None)
         target, semantic = encode_prompt_sets(self.clip, [self.target_prompts, self.semantic_prompts])
@@ -153,7 +160,7 @@ class CBSANetwork(PromptedCLIP):
 
         Args:
             features: Output of :meth:`features`, ``(B, ...)``.
-            text: Output of :meth:`encode_text`; None computes it here.
+            text: Output of :meth:`encode_text`. If None, it is computed.
             attention: Whether to return the decoder's attention maps.
         """
         text = text if text is not None else self.encode_text()
@@ -171,12 +178,12 @@ class CBSANetwork(PromptedCLIP):
         return NetworkOutput(logits, context_logits, maps, None if self.decoder is None else aligned)
 
     def mean_feature_logits(self, label_features: Tensor, text: TextFeatures | None = None) -> Tensor:
-        """Returns the logits of Eq. 5 if every label uses the same image feature."""
+        """Returns the logits of Eq. 5 with the mean of ``label_features`` as the image feature of every label."""
         text = text if text is not None else self.encode_text()
         return self._cosine(label_features.mean(1, keepdim=True), text.target)
 
     def _cosine(self, aligned: Tensor, target: Tensor) -> Tensor:
-        """Returns the scaled cosine of ``(B, C or 1, d)`` with ``(C, d)`` (Eq. 5), in float32 even under autocast."""
+        """Returns the scaled cosine of ``(B, C or 1, d)`` and ``(C, d)`` (Eq. 5), in float32 even under autocast."""
         with torch.autocast(aligned.device.type, enabled=False):
             z = nn.functional.normalize(aligned.float(), dim=-1)
             t = nn.functional.normalize(target.float(), dim=-1)
@@ -188,4 +195,4 @@ SETTINGS: dict[str, Any] = {
     for setting in inspect.signature(CBSANetwork).parameters.values()
     if setting.default is not setting.empty
 }
-"""Settings of a network with their defaults, as stored in a checkpoint."""
+"""Default settings of the network. Checkpoints store the settings in this form."""

@@ -1,4 +1,4 @@
-"""Transformer decoder that turns local image tokens into one image feature for each label (Eq. 4)."""
+"""Transformer decoder that computes one image feature for each label from local image tokens (Eq. 4)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from cbsa_lightning.arguments import check_flags, check_number
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 
 SHARPNESS = 20.0
-"""Attention logit per unit of cosine between text and place before training, as in DualCoOp for regions."""
+"""Initial factor of the cosines of text and places in the attention logits, as for regions in DualCoOp."""
 
 
 class LabelDecoder(nn.Module):
-    """Label-specific image features: the classes' text features attend to the local image tokens (Eq. 4).
+    """Decoder for label-specific image features. The text features of the classes attend to the image tokens (Eq. 4).
 
     The paper specifies only "a transformer decoder of two layers". With random initialization, the standard block
     learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four design
-    choices prevent this if CLIP's text and image features are aligned:
+    choices prevent this, provided that CLIP's text and image features are aligned:
 
-    - **It starts in CLIP's joint space.** Query, key and value projections start as multiples of the identity, and all
-      other branches at zero. An untrained decoder therefore attends to the places that CLIP finds most similar to
-      the class, and returns their features.
-    - **Keys and values come from different tokens.** Keys are value-path tokens, which describe only their own place.
-      Values are the sum of both paths and thus include the content of the whole image.
+    - **The initial features are in CLIP's joint space.** Query, key and value projections are initialized with
+      multiples of the identity, and all other branches with zero. An untrained decoder therefore attends to the places
+      that CLIP finds most similar to the class, and returns their features.
+    - **Keys and values are computed from different tokens.** Keys are value-path tokens, which describe only their own
+      place. Values are the sum of both paths and thus include the content of the whole image.
     - **Attention depends only on differences.** Queries are centered over the classes and keys over the places, and all
-      inputs are scaled to norm sqrt(d). A component common to all classes or places cannot dominate the softmax.
-    - **Blocks are pre-norm, and each adds the class query to its input** before attention, as DETR does. Later blocks
-      thus still attend by class.
+      inputs are scaled to norm sqrt(d). Components that all classes or places have in common therefore cannot dominate
+      the softmax.
+    - **Blocks are pre-norm, and each block adds the class query to its input** before attention, as in DETR. Later
+      blocks therefore still attend by class.
 
     Args:
-        dim: d, width of queries and tokens.
+        dim: d, the width of queries and tokens.
         layers: Number of blocks; the paper uses 2.
-        heads: Attention heads; must divide ``dim``.
+        heads: Number of attention heads. It must divide ``dim``.
         feedforward: Width of the hidden layer of each block.
-        dropout: Rate in attention and feed-forward.
-        self_attention: Whether the labels also attend to each other, as in the standard block.
+        dropout: Dropout rate in the attention and feed-forward layers.
+        self_attention: Whether the labels attend to each other, as in the standard block.
 
     Raises:
         ConfigError: If ``heads`` does not divide ``dim``.
@@ -66,13 +67,13 @@ class LabelDecoder(nn.Module):
         """Decodes one feature per label.
 
         Args:
-            queries: ``(C, d)``, semantic-aware text features t^s.
-            local: ``(B, HW, d)``, local image tokens l, mixed by the attention of CLIP's pool.
-            places: ``(B, HW, d)``, value-path tokens, each describing its own place.
+            queries: Semantic-aware text features t^s ``(C, d)``.
+            local: Local image tokens l ``(B, HW, d)`` after the attention of CLIP's pool.
+            places: Value-path tokens ``(B, HW, d)``, which describe only their own place.
             attention: Whether to return the cross-attention weights of the last block.
 
         Returns:
-            Label-specific features z ``(B, C, d)`` and attention ``(B, C, HW)``, averaged over heads, or None.
+            Label-specific features z ``(B, C, d)`` and attention ``(B, C, HW)``, averaged over the heads, or None.
         """
         x, labels, keys, values = self.inputs(queries, local, places)
         weights = None
@@ -81,11 +82,11 @@ class LabelDecoder(nn.Module):
         return x, weights
 
     def inputs(self, queries: Tensor, local: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the input of the first block, the class queries that each block adds, keys and values.
+        """Returns the input of the first block, the class queries that each block adds, the keys, and the values.
 
-        The first two are ``(1, C, d)`` and equal; keys and values are ``(B, HW, d)``.
+        The input and the class queries are equal, ``(1, C, d)``. Keys and values are ``(B, HW, d)``.
         """
-        if len(queries) > 1:  # centering would make a single class zero
+        if len(queries) > 1:  # a single class would become zero
             queries = queries - queries.mean(0)
         labels = _scaled(queries)[None]
         keys = places - places.mean(1, keepdim=True)
@@ -93,7 +94,7 @@ class LabelDecoder(nn.Module):
 
 
 class LabelDecoderBlock(nn.Module):
-    """Pre-norm block of :class:`LabelDecoder`. If ``first``, cross-attention initially returns its values unchanged."""
+    """Pre-norm block of :class:`LabelDecoder`. Initially, the cross-attention of the first block returns its values."""
 
     def __init__(
         self, dim: int, heads: int, feedforward: int, dropout: float, self_attention: bool, first: bool
@@ -113,7 +114,7 @@ class LabelDecoderBlock(nn.Module):
     def _start(self, first: bool) -> None:
         cross, identity = self.cross_attention, torch.eye(self.linear2.out_features)
         query, key, value = cross.in_proj_weight.chunk(3)
-        # The first block's query contains the class twice, as input and as addition, hence the factor 1 / 2.
+        # The query of the first block contains the class query twice, as input and as addend, hence the factor 1 / 2.
         sharpness = SHARPNESS / 2 / cross.head_dim**0.5
         query.copy_(sharpness**0.5 * identity)
         key.copy_(sharpness**0.5 * identity)
@@ -131,7 +132,7 @@ class LabelDecoderBlock(nn.Module):
         batch = keys.shape[0]
         if self.self_attention is not None and self.norm1 is not None:
             y = self.norm1(x)
-            # Dropout differs for each image. Without dropout, shared queries need not be expanded.
+            # Dropout masks differ between images. Without dropout, shared queries do not need to be expanded.
             images = batch if self.training and self.dropout.p else x.shape[0]
             mixed, _ = attend(self.self_attention, y, y, y, images)
             x = x + self.dropout(mixed)

@@ -3,14 +3,14 @@
 Source: "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition" (SSGRL; Chen et al., ICCV
 2019), repository HCPLab-SYSU/SSGRL.
 
-A place with feature f and a class with word vector w have the score ``a . W tanh(U f * V w)``, * element-wise.
-The released code materializes ``(B, H, W, C, m)`` tensors for it, several times, and ``(B, H, W, C, D)`` ones for the
-attended features. Here
+A place with feature f and a class with word vector w have the score ``a . W tanh(U f * V w)``, where ``*`` is the
+element-wise product. To compute the scores, the released code stores several tensors ``(B, H, W, C, m)``, and tensors
+``(B, H, W, C, D)`` for the attended features. The implementation below differs as follows:
 
-- the two linear maps behind tanh are one vector, ``u = W^T a``: a dot product replaces an m x m product for every
-  place and class. Biases behind tanh are omitted, since softmax is invariant to them;
-- ``u . tanh(x * y)`` is computed for a few classes at a time, and recomputed in the backward pass;
-- attended features are one matrix product.
+- The two linear maps after tanh are combined into one vector, ``u = W^T a``. A dot product thus replaces an m x m
+  product for every place and class. The biases after tanh are omitted, since softmax is invariant to them.
+- ``u . tanh(x * y)`` is computed for a few classes at a time, and is recomputed in the backward pass.
+- The attended features are computed as one matrix product.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_AT_ONCE = {"cpu": 1 << 18}  # entries of tanh at a time, on a CPU within its cache
+_AT_ONCE = {"cpu": 1 << 18}  # entries of tanh per step; they fit into the cache of a CPU
 _ELSEWHERE = 1 << 25
 
 
 class SemanticDecoupling(nn.Module):
-    """One image feature per class: the mean of a map weighted by the attention of the class.
+    """Computes one image feature per class, the mean of a map weighted by the attention of the class.
 
     Args:
-        num_features: D, channels of the map.
+        num_features: D, the number of channels of the map.
         word_dim: Size of a word vector.
-        width: m, the size of the space that both are projected to.
+        width: m, the size of the space that features and word vectors are projected to.
     """
 
     def __init__(self, num_features: int, word_dim: int, width: int) -> None:
@@ -41,17 +41,17 @@ class SemanticDecoupling(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the features of a batch.
+        """Computes the features of a batch and their attention.
 
         Args:
-            features: ``(B, D, h, w)``.
-            words: ``(C, word_dim)``.
+            features: Map ``(B, D, h, w)``.
+            words: Word vectors ``(C, word_dim)``.
 
         Returns:
             Features ``(B, C, D)``, and the attention ``(B, C, h * w)``, whose rows sum to 1.
         """
         places = features.flatten(2).transpose(1, 2)
-        # One vector replaces two layers; both stay parameters, so that their product is trained as in the original.
+        # One vector replaces two layers. Both layers remain parameters, so that they are trained as in the original.
         u = (self.score.weight @ self.mix.weight)[0]
         scores = gated_scores(self.image(places), self.word(words), u)
         attention = scores.transpose(1, 2).softmax(-1)
@@ -59,14 +59,14 @@ class SemanticDecoupling(nn.Module):
 
 
 def gated_scores(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
-    """Scores ``(B, R, C)``, ``sum_i u_i tanh(x_i y_i)``, of places ``x (B, R, m)`` and classes ``y (C, m)``."""
+    """Returns scores ``sum_i u_i tanh(x_i y_i)`` ``(B, R, C)`` of places ``x (B, R, m)`` and classes ``y (C, m)``."""
     with torch.autocast(x.device.type, enabled=False):
         found: Tensor = _GatedScores.apply(x.float(), y.float(), u.float())
     return found
 
 
 class _GatedScores(torch.autograd.Function):
-    """Stores the products of a few classes at a time only; the backward pass recomputes them."""
+    """Stores the products of only a few classes at a time and recomputes them in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _GatedScores(torch.autograd.Function):
             g = gradient[rows, :, some]
             t = _products(x[rows], y[some]).tanh_()
             du += g.reshape(-1) @ t.view(-1, len(u))
-            slope = t.square_().neg_().add_(1).mul_(g[..., None])  # without u, which is the same for all entries
+            slope = t.square_().neg_().add_(1).mul_(g[..., None])  # lacks the factor u, which all entries share
             dx[rows] += torch.einsum("brcm,cm->brm", slope, y[some])
             dy[some] += torch.einsum("brcm,brm->cm", slope, x[rows])
         return dx * u, dy * u, du
@@ -96,7 +96,7 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, y: Tensor) -> list[tuple[slice, slice]]:
-    """Returns the slices of images and classes to process at a time."""
+    """Returns the slices of images and classes that are processed together."""
     room = _AT_ONCE.get(x.device.type, _ELSEWHERE)
     of_class = x[0].numel()
     classes = max(1, min(len(y), room // max(of_class, 1)))

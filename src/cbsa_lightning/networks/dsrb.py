@@ -1,10 +1,11 @@
 """DSRB: dual-perspective semantic-aware representation blending (Pu et al., Expert Systems with Applications 2024).
 
-It blends maps of label features where SARB blends their sums, and takes the prototype from another quadrant of the
-image than the label's own. A map ``(h, w, C, D)`` is the attention times the features of the places. After blending,
-the released code sums it over the places. Blending is linear, so here the sums are blended: the label features of
-:class:`~cbsa_lightning.networks.ssgrl.SSGRL`, and as prototypes their means over the images that have the label in a
-quadrant. The result is the same, and no map is stored.
+DSRB blends maps of label features, whereas SARB blends their sums. It takes the prototype of a label from a quadrant of
+the image in which the label is not. A map ``(h, w, C, D)`` is the product of the attention and the features of the
+places. After blending, the released code sums the map over the places. Blending is linear, so this implementation
+blends the sums and obtains the same result without storing maps. The sums are the label features of
+:class:`~cbsa_lightning.networks.ssgrl.SSGRL`. The prototypes are their means over the images that have the label in a
+given quadrant.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ from cbsa_lightning.networks.ssgrl import SSGRL
 
 
 class DSRB(SSGRL):
-    """SSGRL on a narrower map, with features of other images and of other places blended in where labels are unknown.
+    """SSGRL on a narrower map. Features of unknown labels are blended with features of other images and places.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL, whose code for it does not run; see
-    :class:`~cbsa_lightning.networks.blending.Blending`. Differences: an image without unknown labels is not changed
-    (the released code overwrites its first label), and prototypes are means of a random sample.
+    Source: repository HCPLab-SYSU/HCP-MLR-PL, whose code for DSRB cannot be run; see
+    :class:`~cbsa_lightning.networks.blending.Blending`. Differences: Images without unknown labels are not changed,
+    whereas the released code overwrites their first label. Prototypes are means over a random sample.
 
     Args:
-        class_names: The C class names, for word vectors.
+        class_names: The C class names, which determine the word vectors.
         dim: Size of a label feature.
-        attention_width: Size of the space that map and word vectors are projected to.
+        attention_width: Size of the space that the map and the word vectors are projected to.
         start_epoch: First epoch with blending.
-        every: Epochs between two computations of the prototypes.
-        samples: Maximum number of known positives per class for its prototypes; 400 is about 100 per quadrant.
+        every: Number of epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class that prototypes are computed from. With 400, each quadrant
+            has about 100.
         **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
             :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
-        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If the backbone is not a ResNet, or a setting is out of range.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     def __init__(
@@ -57,14 +59,14 @@ class DSRB(SSGRL):
         self.hooks = QuadrantBlending(len(class_names), dim, start_epoch, every, samples)
 
     def notes(self, found: Tensor, weights: Tensor) -> Tensor:
-        """Returns the quadrant ``(B, C)``, 0 to 3 row by row, of the highest channel sum in the map of each label."""
+        """Returns the quadrant ``(B, C)`` (0 to 3, row by row) in which the map of each label has its highest sum."""
         rows, columns = found.shape[2:]
         peak = (weights * found.sum(1).flatten(1)[:, None]).argmax(-1)
         return 2 * (peak // columns >= rows // 2) + (peak % columns >= columns // 2)
 
 
 class QuadrantBlending(Blending):
-    """Blending with the mean feature of a class in another quadrant.
+    """Blending with the mean feature of the class in another quadrant.
 
     Args:
         num_classes: See :class:`Blending`.
@@ -78,7 +80,7 @@ class QuadrantBlending(Blending):
         super().__init__(num_classes, dim, 4, start_epoch, every, samples)
 
     def before_epoch(self, seen: Seen, moment: Moment) -> None:
-        """Computes the means."""
+        """Computes the means of all quadrants."""
         self.prototypes.copy_(quadrant_means(seen, len(self.prototypes)))
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:

@@ -21,25 +21,26 @@ class DualText(NamedTuple):
 
 
 class DualCoOp(LearnedPrompts):
-    """Aggregates the evidence of image regions for and against each class.
+    """DualCoOp, which aggregates the evidence of image regions for and against each class.
 
-    Each class attends to regions by their similarity with its *positive* prompt. Positive and negative similarities
-    are summed with these weights. The original applies a softmax to both sums. Its probability of the class is the
-    sigmoid of their difference, which is the logit here.
+    Each class attends to regions according to their similarity to its *positive* prompt. The similarities to the
+    positive and to the negative prompt are summed with these attention weights. The original applies a softmax to both
+    sums. The resulting probability of the class is the sigmoid of their difference, which is the logit here.
 
-    Source: repository sunxm2357/DualCoOp. As in it, regions are the value path of the attention pool with positions,
-    including the mean token. Differences, common to all rows of the paper's tables: CAP's pseudo-labels, ASL(0, 4),
-    AdamW and one-cycle schedule instead of partial labels, ASL(1, 2) and SGD.
+    Source: repository sunxm2357/DualCoOp. As in the source, regions are the value path of the attention pool with
+    positions, including the mean token. Differences that all rows of the paper's tables have in common: CAP's
+    pseudo-labels instead of partial labels, ASL(0, 4) instead of ASL(1, 2), and AdamW with a one-cycle schedule instead
+    of SGD.
 
     Args:
-        prompt_names: The C class names as used in prompts.
+        prompt_names: The C class names to use in prompts.
         region_scale: Factor of the cosines in the softmax over regions.
         scale: Factor of the cosines in the logit.
-        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``; see
             :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -56,11 +57,11 @@ class DualCoOp(LearnedPrompts):
         self.region_scale, self.scale = region_scale, scale
 
     def encode_text(self) -> DualText:
-        """Encodes both prompts in one pass of the text tower."""
+        """Encodes both prompts in one pass through the text tower."""
         return DualText(*encode_prompt_sets(self.clip, [self.positive_prompts, self.negative_prompts]))
 
     def forward(self, features: Tensor, text: DualText | None = None, *, attention: bool = False) -> NetworkOutput:
-        """Computes the logits; see :class:`Network`. The attention maps omit the mean token."""
+        """Computes the logits; see :class:`Network`. The attention maps do not include the mean token."""
         text = text if text is not None else self.encode_text()
         tokens = self.clip.pool.values(features)
         regions = torch.cat([tokens.g[:, None], tokens.l], dim=1)

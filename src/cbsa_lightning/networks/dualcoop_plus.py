@@ -13,8 +13,8 @@ from cbsa_lightning.networks.base import NetworkOutput
 from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, region_maps
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-SCALE = math.exp(3.0)  # of the cosines; a parameter in the original, but its optimizer never updates it
-SHARPNESS = 200.0  # of the competition between classes
+SCALE = math.exp(3.0)  # factor of the cosines; a parameter in the original, but its optimizer never updates it
+SHARPNESS = 200.0  # factor of the cosines in the competition between classes
 
 
 class EvidentialText(NamedTuple):
@@ -26,27 +26,28 @@ class EvidentialText(NamedTuple):
 
 
 class DualCoOpPlusPlus(LearnedPrompts):
-    """Evidence-guided regions, with a winner-take-all competition between the classes at each region.
+    """DualCoOp++: evidence-guided regions, with a winner-take-all competition between the classes at each region.
 
-    Each class attends to regions by their similarity with its *evidential* prompt. At each region, the positive
-    similarities are weighted by a softmax over the *classes*, which raises the best class and not others that resemble
-    it. The logit is the difference of positive and negative sums, whose sigmoid equals the original's softmax over
-    both.
+    Each class attends to regions according to their similarity to its *evidential* prompt. At each region, the positive
+    similarities are weighted by a softmax over the *classes*, which increases the score of the best class but not of
+    similar classes. The logit is the difference between the positive and the negative sum. Its sigmoid equals the
+    original's softmax over both sums.
 
-    Source: a continuation of the authors' code, kjmillerCURIS/dualcoopstarstar, since there is no official release. As
-    in the source, regions are the value path of the attention pool without positions and without the mean token.
-    Differences from the source: 16 words per prompt instead of 21, as in all rows of the paper's tables, and their
-    common CAP pseudo-labels, ASL(0, 4), AdamW and one-cycle schedule.
+    Source: repository kjmillerCURIS/dualcoopstarstar, a continuation of the authors' code, since there is no official
+    release. As in the source, regions are the value path of the attention pool without positions and without the mean
+    token. Differences, which all rows of the paper's tables have in common: 16 words per prompt instead of 21, CAP's
+    pseudo-labels, ASL(0, 4), and AdamW with a one-cycle schedule.
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        normalized_winners: Multiply positive similarities by the weight over its highest value at the region, as the
-            original does on COCO, instead of by one plus the weight, as it does on VOC and NUS-WIDE.
-        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+        prompt_names: The C class names to use in prompts.
+        normalized_winners: Whether to multiply positive similarities by the weight divided by its maximum at the
+            region, as the original does on COCO. Otherwise, they are multiplied by one plus the weight, as on VOC and
+            NUS-WIDE.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``; see
             :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -64,7 +65,7 @@ class DualCoOpPlusPlus(LearnedPrompts):
         self.normalized_winners = normalized_winners
 
     def encode_text(self) -> EvidentialText:
-        """Encodes the three prompts in one pass of the text tower."""
+        """Encodes the three prompts in one pass through the text tower."""
         sets = [self.evidential_prompts, self.positive_prompts, self.negative_prompts]
         return EvidentialText(*encode_prompt_sets(self.clip, sets))
 

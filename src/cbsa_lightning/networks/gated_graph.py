@@ -1,4 +1,4 @@
-"""A gated graph network over the classes, and the graph: how often known labels occur together."""
+"""A gated graph network over the classes, and the co-occurrence graph of known labels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cbsa_lightning.networks.hooks import TrainingHooks
 
 
 def conditional_cooccurrence(labels: Tensor) -> Tensor:
-    """Returns the fraction of the images with class i that also have class j, from known positives only.
+    """Returns the fraction of the images with class i that also have class j. Only known positives are counted.
 
     Args:
         labels: ``(m, C)`` in {1, 0, -1 unknown}.
 
     Returns:
-        ``(C, C)`` float32 with a diagonal of 1; a class without known positives has a row and a column of zeros.
+        ``(C, C)`` float32 with a diagonal of 1. Rows and columns of classes without known positives are zero.
     """
     positive = (labels == 1).double()
     together = positive.T @ positive
@@ -31,11 +31,11 @@ class LabelGraph(TrainingHooks):
 
 
 class GatedGraph(nn.Module):
-    """Gated recurrent updates of the features of the classes by messages along the graph, in both directions.
+    """Gated recurrent network that updates the features of the classes with messages in both directions of the graph.
 
-    Source: as :mod:`~cbsa_lightning.networks.decoupling`; the gates are those of "Gated Graph Sequence Neural Networks"
-    (Li et al., ICLR 2016). The weights of the three gates are stored together, with one bias instead of two
-    that are added in the released code.
+    Source: see :mod:`~cbsa_lightning.networks.decoupling`. The gates are those of "Gated Graph Sequence Neural
+    Networks" (Li et al., ICLR 2016). The weights of the three gates are stored in one tensor, with a single bias. The
+    released code has two biases that are added.
 
     Args:
         dim: Size of a feature.

@@ -1,4 +1,4 @@
-"""GCN-ML: graph convolutions turn word vectors into classifiers (Chen et al., CVPR 2019)."""
+"""GCN-ML: classifiers computed from word vectors with graph convolutions (Chen et al., CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class GraphClassifiers(Head):
-    """Dot products of the max-pooled map with classifiers that two graph convolutions compute from word vectors.
+    """Linear classifiers of the max-pooled map, whose weights two graph convolutions compute from word vectors.
 
     Args:
-        num_features: D, channels of the map.
+        num_features: D, the number of channels of the map.
         num_classes: C.
-        vectors: ``(C, d)`` word vectors.
+        vectors: Word vectors ``(C, d)``.
         hidden: Width between the two convolutions.
     """
 
@@ -38,7 +38,7 @@ class GraphClassifiers(Head):
     def __init__(self, num_features: int, num_classes: int, vectors: Tensor, hidden: int) -> None:
         super().__init__()
         self.register_buffer("words", vectors.clone())
-        self.register_buffer("graph", torch.eye(num_classes))  # set by the hooks
+        self.register_buffer("graph", torch.eye(num_classes))  # computed by the hooks
         self.first = graph_convolution(vectors.shape[1], hidden)
         self.second = graph_convolution(hidden, num_features)
 
@@ -53,25 +53,25 @@ class GraphClassifiers(Head):
 
 
 class GCNML(ImageNetNetwork):
-    """An ImageNet ResNet, all of it trained, with :class:`GraphClassifiers`.
+    """ImageNet ResNet with :class:`GraphClassifiers`, all layers of which are trained.
 
-    Source: repository megvii-research/ML-GCN. Differences: the graph is computed from the known positives of the run,
-    not read from a file; a class without known positives has no neighbors, where the original divides by zero; and
-    unknown labels have no loss (``MeanBinaryCrossEntropy``), as in the comparisons for partial labels.
+    Source: repository megvii-research/ML-GCN. Differences: The graph is computed from the known positives of the run
+    instead of read from a file. A class without known positives has no neighbors, whereas the original divides by zero.
+    Unknown labels do not contribute to the loss (``MeanBinaryCrossEntropy``), as in the comparisons for partial labels.
 
     Args:
-        class_names: The C class names, for word vectors.
-        backbone: Name of a timm model, with the tag of its weights.
-        pretrained: "timm" for the weights of the tag, a file of weights, or "random".
-        words: Creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
+        class_names: The C class names, which determine the word vectors.
+        backbone: Name of a timm model, including the tag of its weights.
+        pretrained: "timm" for the weights of the tag, a weights file, or "random".
+        words: Class that creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
         hidden: Width between the graph convolutions.
-        threshold: Conditional co-occurrence at or above which a class is a neighbor of another.
+        threshold: Minimum conditional co-occurrence of neighboring classes.
         neighbor_share: Total weight of the neighbors of a class; the class itself has weight 1.
         trunk_lr_scale: Factor of the learning rate for the ResNet.
 
     Raises:
-        ConfigError: timm has no such model, or a setting is outside of its bounds.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If timm does not have the model, or a setting is out of range.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GCNML(ImageNetNetwork):
         self.hooks = NeighborGraph(threshold, neighbor_share)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns the ResNet in a separate group with its own learning-rate factor."""
+        """Returns parameter groups. The ResNet has its own group and learning-rate factor."""
         return parameter_groups(self, self.trunk, self.trunk_lr_scale)
 
 
@@ -116,10 +116,11 @@ class NeighborGraph(TrainingHooks):
 
 
 def neighbor_graph(cooccurrence: Tensor, threshold: float, neighbor_share: float) -> Tensor:
-    """Returns the normalized adjacency ``(C, C)`` of conditional co-occurrence ``(C, C)``.
+    """Returns the normalized adjacency matrix ``(C, C)`` of the conditional co-occurrence ``(C, C)``.
 
-    Pairs at or above the threshold are 1, others 0. Each column is scaled to a sum of ``neighbor_share``, the
-    identity is added, and the transpose is divided by the square roots of both degrees.
+    Entries at or above the threshold are set to 1, the others to 0. Each column is scaled so that its sum is
+    ``neighbor_share``, and the identity is added. The transpose of the result is divided by the square roots of both
+    degrees.
     """
     joined = (cooccurrence >= threshold).to(cooccurrence.dtype).fill_diagonal_(0)
     joined = joined * neighbor_share / (joined.sum(0, keepdim=True) + 1e-6) + torch.eye(len(joined))

@@ -1,4 +1,4 @@
-"""The weights of a graph convolution, shared by GCN-ML and SCPNet."""
+"""The weight layer of a graph convolution, used by GCN-ML and SCPNet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def graph_convolution(before: int, after: int) -> nn.Linear:
-    """Returns a layer without bias, initialized uniformly as in the originals.
+    """Returns a linear layer without bias that is initialized uniformly, as in the original code.
 
     Args:
         before: Input width.

@@ -1,4 +1,4 @@
-"""Training hooks: extend the training of a network that needs more than logits and labels."""
+"""Training hooks, which extend the training of networks that need more than logits and labels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cbsa_lightning.networks.processes import WholeBatch
 
 
 class Moment(NamedTuple):
-    """When a hook is called.
+    """The position in a run at which a hook is called.
 
     Attributes:
-        epoch: The current epoch, from 0.
-        step: The step within the epoch, from 0.
-        steps: Steps per epoch.
+        epoch: The current epoch, counted from 0.
+        step: The step within the epoch, counted from 0.
+        steps: Number of steps per epoch.
         seed: Seed of the run.
     """
 
@@ -29,26 +29,26 @@ class Moment(NamedTuple):
 
     @property
     def passed(self) -> float:
-        """Returns the epochs since training began, including the fraction of the current one."""
+        """Returns the number of epochs since training began, including the fraction of the current epoch."""
         return self.epoch + self.step / max(self.steps, 1)
 
     def generator(self) -> torch.Generator:
-        """Returns a CPU generator seeded by (seed, epoch, step), the same on all processes."""
+        """Returns a CPU generator that is seeded with (seed, epoch, step) and therefore identical in all processes."""
         stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, self.step, _STREAM))
         return torch.Generator().manual_seed(int(stream.generate_state(1)[0]))
 
 
-_STREAM = 7  # apart from that of the steps' dropout, whose third number is the rank
+_STREAM = 7  # differs from the streams of dropout, which contain the rank instead
 
 
 class Seen(NamedTuple):
-    """Label features of selected entries of the training labels, the same on all processes.
+    """Features of selected training labels. They are identical in all processes.
 
     Attributes:
-        rows: ``(n,)`` int64, rows of the labeled images, ascending.
-        classes: ``(n,)`` int64.
-        features: ``(n, d)``, the feature of the label in the image.
-        notes: ``(n,)``, the corresponding ``notes`` of the output, or None.
+        rows: ``(n,)`` int64, the rows of the labeled images in ascending order.
+        classes: ``(n,)`` int64, the classes of the labels.
+        features: ``(n, d)``, the features of the labels in their images.
+        notes: ``(n,)``, the corresponding ``notes`` of the network's output, or None.
     """
 
     rows: Tensor
@@ -58,12 +58,12 @@ class Seen(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A training step as the hooks see it.
+    """The batch of a training step, as passed to the hooks.
 
     Attributes:
         output: The network's output for the images of this process.
-        targets: ``(B, C)`` int8 in {1, 0, -1}, labels and pseudo-labels of this process's images.
-        whole: Joins rows over the processes.
+        targets: ``(B, C)`` int8 in {1, 0, -1}, labels and pseudo-labels of the same images.
+        whole: Joins the rows of all processes.
     """
 
     output: NetworkOutput
@@ -77,24 +77,24 @@ class Batch(NamedTuple):
 
 
 class TrainingHooks(nn.Module):
-    """Base class of ``network.hooks``. The training loop calls each method at a fixed point.
+    """Base class of ``network.hooks``. The training loop calls each method at a defined time.
 
-    Keep state in buffers and learned values in parameters: as part of the network, they are saved and restored. The
-    methods run on all processes and must produce the same state on each.
+    Store state in buffers and learned values in parameters. They are saved and restored as part of the network. The
+    methods run in all processes and must produce the same state in each of them.
     """
 
     def before_training(self, network: Any, labels: Tensor) -> None:
-        """Runs once before the first step of a fit, also of a resumed one.
+        """Runs once before the first step of a run, and again when a run is resumed.
 
         Args:
             network: The network that has these hooks.
-            labels: ``(m, C)`` int8 in {1, 0, -1} of the labeled images, on the CPU.
+            labels: Labels of the labeled images, ``(m, C)`` int8 in {1, 0, -1}, on the CPU.
         """
 
     def idle(self, moment: Moment) -> bool:
-        """Returns whether no term uses the parameters of the hooks in this epoch; the optimizer then skips them.
+        """Returns whether no loss term uses the parameters of the hooks in this epoch.
 
-        Weight decay would otherwise change them.
+        The optimizer then skips these parameters, since weight decay would change them otherwise.
         """
         return False
 
@@ -102,11 +102,11 @@ class TrainingHooks(nn.Module):
         """Selects the labels whose features :meth:`before_epoch` receives.
 
         Args:
-            labels: As in :meth:`before_training`.
+            labels: See :meth:`before_training`.
             moment: The start of an epoch.
 
         Returns:
-            ``(m, C)`` bool, or None if no pass over the images is needed.
+            ``(m, C)`` bool, or None if no features are needed.
         """
         return None
 
@@ -114,20 +114,20 @@ class TrainingHooks(nn.Module):
         """Runs before the first step of an epoch for which :meth:`wanted` selected labels.
 
         Args:
-            seen: Their features in the undistorted images by the present weights, without gradient.
+            seen: Features of these labels in the plain views, computed with the current weights and without gradients.
             moment: The start of the epoch.
         """
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:
-        """Returns the terms to add to the loss of a step, including their weights, by the name for logging.
+        """Returns the terms to add to the loss of a step.
 
         Args:
             network: The network.
-            batch: The step.
-            moment: Its place in the run.
+            batch: The batch of the step.
+            moment: The position of the step in the run.
 
         Returns:
-            Scalars. Their mean over the processes counts; see
-            :func:`~cbsa_lightning.networks.processes.mean_over`.
+            A scalar for each name under which a term is logged, already multiplied by its weight. The loss uses the
+            mean of the scalars over the processes; see :func:`~cbsa_lightning.networks.processes.mean_over`.
         """
         return {}

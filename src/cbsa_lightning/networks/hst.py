@@ -17,31 +17,32 @@ from cbsa_lightning.networks.transfer import known_loss, mean_cosine, pair_terms
 
 
 class HST(SSGRL):
-    """SST with prototypes instead of its bank, and with learned margins.
+    """SST with prototypes instead of a bank of examples, and with learned margins.
 
-    The probability or cosine minus its margin, clamped to [0, 1], is the score of a label. An unknown label with a
-    score above 0 counts as positive. A cross-entropy on the scores of known labels trains margins, pairs and features.
+    The score of a label is its probability or cosine minus a margin, clamped to [0, 1]. An unknown label with a
+    score above 0 counts as positive. A cross-entropy loss on the scores of known labels trains the margins, the pair
+    logits and the features.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL. Differences: the loss on prototypes is ``1 - cosine`` for known
-    positives and ``1 + cosine`` for known negatives, where the released code has the opposite signs, which push
-    positives away from their own prototypes; and prototypes are computed from a sample of the known positives. As
-    in the original, the scores, within [0, 1], enter their cross-entropy as logits. The weights of the terms are
-    constants of :class:`LearnedTransfer`.
+    Source: repository HCPLab-SYSU/HCP-MLR-PL. Differences: The loss on prototypes is ``1 - cosine`` for known positives
+    and ``1 + cosine`` for known negatives. The released code has the opposite signs, which push positives away from
+    their own prototypes. Prototypes are computed from a sample of the known positives. As in the original, the scores
+    are used as logits in their cross-entropy, although they are in [0, 1]. The weights of the terms are constants of
+    :class:`LearnedTransfer`.
 
     Args:
-        class_names: The C class names, for word vectors.
+        class_names: The C class names, which determine the word vectors.
         dim: Size of a label feature.
-        attention_width: Size of the projections of map, word vectors and pairs.
+        attention_width: Size of the projections of the map, the word vectors and the pairs.
         start_epoch: First epoch with pseudo-positives.
-        prototypes: Prototypes per class, the centers of k-means.
-        every: Epochs between two computations of the prototypes.
-        samples: Maximum number of known positives per class for its prototypes.
+        prototypes: Number of prototypes per class. They are the centers of k-means.
+        every: Number of epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class that prototypes are computed from.
         **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
             :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
-        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If the backbone is not a ResNet, or a setting is out of range.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class HST(SSGRL):
 
 
 class LearnedTransfer(Prototypes):
-    """The terms that HST adds to the loss, its prototypes and its margins.
+    """The loss terms, prototypes and margins of HST.
 
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        number: Prototypes per class.
+        number: Number of prototypes per class.
         start_epoch: See :class:`HST`.
         every: See :class:`HST`.
         samples: See :class:`HST`.

@@ -1,12 +1,13 @@
-"""Predicts from label features which labels co-occur in an image.
+"""Prediction of the labels that co-occur in an image from its label features.
 
-Source: as :mod:`~cbsa_lightning.networks.contrast`. For labels i < j with features f the released code passes the
-concatenated projections ``[P f_i, P f_j]`` of every pair through two layers and a classifier of the pair's own. Here
+Source: see :mod:`~cbsa_lightning.networks.contrast`. For each pair of labels i < j with features f, the released code
+passes the concatenated projections ``[P f_i, P f_j]`` through two layers and a classifier that is specific to the
+pair. The implementation below differs as follows:
 
-- the first layer is applied to each label, as ``A P f_i + B P f_j``, not to each pair;
-- the second layer and the classifier, both linear, are one vector per pair: a dot product replaces a matrix product
-  for each image and pair;
-- the pairs of one image are stored at a time, and recomputed in the backward pass.
+- The first layer is applied to each label instead of each pair, as ``A P f_i + B P f_j``.
+- The second layer and the classifier, which are both linear, are combined into one vector per pair. A dot product
+  thus replaces a matrix product for each image and pair.
+- The pairs of only one image are stored at a time, and they are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LabelPairs(nn.Module):
-    """Computes a logit for each pair of labels: whether an image has both.
+    """Computes a logit for each pair of labels, which predicts whether an image has both labels.
 
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        width: Size of its projection.
+        width: Size of the projection of a label feature.
     """
 
     first: Tensor
@@ -42,7 +43,7 @@ class LabelPairs(nn.Module):
         self.bias = nn.Parameter(torch.empty(pairs.shape[1]).uniform_(-bound, bound))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns logits ``(B, C (C - 1) / 2)`` of label features ``(B, C, dim)``, pairs in the order of ``first``."""
+        """Returns pair logits ``(B, C (C - 1) / 2)`` of label features ``(B, C, dim)``, in the order of ``first``."""
         x = self.project(features)
         left, right = self.join.weight.chunk(2, 1)
         a, b = F.linear(x, left, self.join.bias), F.linear(x, right)
@@ -58,14 +59,14 @@ class LabelPairs(nn.Module):
         return ((a[self.first] + b[self.second]).relu() * vectors).sum(-1)
 
     def targets(self, targets: Tensor) -> Tensor:
-        """Returns ``(B, pairs)`` int8, whether both labels are known positives; unknown labels count as absent."""
+        """Returns ``(B, pairs)`` int8: 1 if both labels are known positives, else 0."""
         have = targets == 1
         return (have[:, self.first] & have[:, self.second]).to(torch.int8)
 
     def given_known(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean probability ``(B, C)`` that a label co-occurs with the known positives of its image.
 
-        It is 0 without known positives. A label co-occurs with itself with probability 1.
+        It is 0 if there are no known positives. A label co-occurs with itself with probability 1.
 
         Args:
             logits: ``(B, pairs)``.
@@ -81,12 +82,13 @@ class LabelPairs(nn.Module):
 
 
 def pair_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Asymmetric loss of pairs, element-wise: ``-(1 - p) log p`` if both labels are present, else ``-q^2 log(1 - q)``.
+    """Computes the element-wise asymmetric loss of pairs.
 
-    With ``q = max(p - 0.05, 0)``. The focal factors have gradients, as in the released code.
+    The loss is ``-(1 - p) log p`` if both labels are present, and ``-q^2 log(1 - q)`` with ``q = max(p - 0.05, 0)``
+    otherwise. As in the released code, gradients are also computed through the focal factors.
 
     Args:
-        logits: ``(B, pairs)``; computed in float32.
+        logits: ``(B, pairs)``. The loss is computed in float32.
         targets: ``(B, pairs)`` in {1, 0}.
     """
     with torch.autocast(logits.device.type, enabled=False):

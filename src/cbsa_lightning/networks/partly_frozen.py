@@ -17,20 +17,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PartlyFrozenResNet(nn.Module):
-    """Stem and stages 1 to 3 of a ResNet of timm, frozen with their batch norms, and stage 4, trained.
+    """A timm ResNet. The stem and stages 1 to 3 are frozen, including their batch norms; stage 4 is trained.
 
     Args:
-        backbone: Name of a ResNet of timm, with the tag of its weights.
-        pretrained: "timm" for the weights of the tag, a file, or "random".
-        image_mean: Three channel means, for images in [0, 1].
-        image_std: Three channel deviations above 0.
+        backbone: Name of a timm ResNet, including the tag of its weights.
+        pretrained: "timm" for the weights of the tag, a weights file, or "random".
+        image_mean: Three channel means for images in [0, 1].
+        image_std: Three channel standard deviations above 0.
 
     Attributes:
-        width: Channels of the last map.
+        width: Number of channels of the last map.
 
     Raises:
-        ConfigError: timm has no such model, or it is not a ResNet with four stages.
-        WeightsError: The weights are not available.
+        ConfigError: If timm does not have the model, or the model is not a ResNet with four stages.
+        WeightsError: If the weights are not available.
     """
 
     mean: Tensor
@@ -48,8 +48,8 @@ class PartlyFrozenResNet(nn.Module):
         parts = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
         if missing := [name for name in parts if not hasattr(trunk, name)]:
             raise ConfigError(
-                f"{backbone} has no {', '.join(missing)}: the frozen stages must be those of a ResNet. Choose one, "
-                "such as resnet101.tv_in1k."
+                f"{backbone} does not have {', '.join(missing)}: the backbone must be a ResNet. Choose one, such as "
+                "resnet101.tv_in1k."
             )
         self.frozen = nn.ModuleDict({name: getattr(trunk, name) for name in parts[:-1]}).requires_grad_(False)
         self.last: nn.Module = trunk.layer4
@@ -64,13 +64,13 @@ class PartlyFrozenResNet(nn.Module):
         return fingerprint(nn.ModuleDict({"frozen": self.frozen})) + str(self.mean.tolist() + self.std.tolist())
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode of the trained stage; the frozen stages stay in evaluation mode."""
+        """Sets the mode of the trained stage. The frozen stages stay in evaluation mode."""
         super().train(mode)
         self.frozen.train(False)
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns map ``(B, c, H / 16, W / 16)`` of the third stage, without gradient, of uint8 or [0, 1] images."""
+        """Returns the map ``(B, c, H / 16, W / 16)`` of stage 3, without gradients. Images are uint8 or in [0, 1]."""
         with torch.no_grad():
             x = (as_float(images, self.mean.dtype) - self.mean) / self.std
             for part in self.frozen.values():
@@ -78,5 +78,5 @@ class PartlyFrozenResNet(nn.Module):
         return x
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the map ``(B, D, h, w)`` of the last stage from the output of :meth:`features`."""
+        """Computes the map ``(B, D, h, w)`` of the last stage from the output of :meth:`features`."""
         return cast(Tensor, self.last(features.to(self.mean.dtype)))

@@ -1,4 +1,4 @@
-"""Sums and batches over all training processes; with one process each function returns its input."""
+"""Sums and batches over all training processes. With one process, each function returns its input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def number() -> int:
 
 
 def total(x: Tensor) -> Tensor:
-    """Returns the sum of a tensor over the processes, without gradient."""
+    """Returns the sum of a tensor over the processes, without gradients."""
     x = x.detach().clone()
     if number() > 1:
         dist.all_reduce(x)
@@ -26,23 +26,23 @@ def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 
     Args:
         values: The values of this process, of any shape.
-        chosen: bool, of the same shape.
+        chosen: Mask of the selected entries, bool, of the same shape.
 
     Returns:
         A scalar whose mean over the processes is the mean over all selected entries, or 0 if there are none. DDP
-        averages gradients, so the gradient is the one of that mean.
+        averages gradients, so the resulting gradient is that of the mean over all selected entries.
     """
     count = total(chosen.sum()).clamp(min=1)
     return torch.where(chosen, values, torch.zeros_like(values)).sum() * number() / count
 
 
 class WholeBatch:
-    """Joins the rows of a batch over the processes, in the order of a run with one process.
+    """Joins the rows of a batch from all processes, in the order of a run with one process.
 
-    Each process has every n-th image of the labeled and of the unlabeled images (:mod:`cbsa_lightning.data.samplers`).
+    Each of n processes has every n-th labeled and every n-th unlabeled image (:mod:`cbsa_lightning.data.samplers`).
 
     Args:
-        labeled: ``(B,)`` bool, labeled images first.
+        labeled: ``(B,)`` bool, whether an image is labeled. Labeled images must come first.
 
     Attributes:
         places: ``(B,)`` int64, rows of this process's images in the joined batch.
@@ -71,10 +71,12 @@ class WholeBatch:
         return sum(self._sizes)
 
     def join(self, x: Tensor) -> Tensor:
-        """Returns the rows of all processes ``(n, ...)``, from the rows ``(B, ...)`` of this one; differentiable.
+        """Returns the rows ``(n, ...)`` of all processes, given the rows ``(B, ...)`` of this one.
+
+        Gradients are propagated to all processes.
 
         A loss that every process computes from the joined rows has the same gradient as with one process: the backward
-        pass sums the gradients of all processes, and DDP divides them by the number of processes.
+        pass sums the gradients of all processes, and DDP divides the sum by the number of processes.
         """
         if self._order is None:
             return x

@@ -1,4 +1,4 @@
-"""Base class and functions shared by the networks with learnable prompts on a frozen CLIP."""
+"""Base classes and functions of the networks that learn prompts for a frozen CLIP."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class PromptedCLIP(Network):
-    """Base class: frozen towers, features below the attention pool, and parameter groups.
+    """Base class of networks with a frozen CLIP. It provides the frozen features and the parameter groups.
 
     Args:
-        clip: The towers. Batch norms of the image tower are fused permanently, see :meth:`FrozenCLIP.speed_up`.
-        prompt_names: The C class names as used in prompts.
+        clip: The towers. Batch norms of the image tower are folded permanently; see :meth:`FrozenCLIP.speed_up`.
+        prompt_names: The C class names to use in prompts.
         train_pool: Whether CLIP's attention pool is trained.
         pool_lr_scale: Factor of the learning rate for the attention pool.
     """
@@ -50,51 +50,51 @@ class PromptedCLIP(Network):
 
     @property
     def frozen_weights(self) -> str:
-        """Fingerprint of the loaded CLIP weights and of the tower's structure.
+        """Fingerprint of the loaded CLIP weights and the structure of the tower.
 
-        The same weights yield other features with another activation or number of heads, which the weights do not show.
+        The structure is included because features also depend on the activation and the number of heads.
         """
         tower = self.clip.tower
         heads = [f"{name} {m.num_heads}" for name, m in tower.named_modules() if hasattr(m, "num_heads")]
         return hashlib.sha256("\n".join([self.clip.fingerprint, repr(tower), *heads]).encode()).hexdigest()
 
     def features(self, images: Tensor) -> Tensor:
-        """Computes frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
+        """Computes the frozen features below the attention pool; see :meth:`FrozenCLIP.features`."""
         return self.clip.features(images)
 
     def describer(self, keep: bool = False) -> Describer:
         """Returns a module that computes mean frozen features, CLIP's global feature, and zero-shot scores.
 
-        Zero-shot scores are cosines with "a photo of a ...". The module uses the current weights of the towers; before
-        training, the pool is still CLIP's own.
+        Zero-shot scores are the cosines of CLIP's global feature and "a photo of a ...". The module uses the current
+        weights of the towers. Before training, the pool has the weights of CLIP.
 
         Args:
-            keep: Whether to copy the pool, so that training it does not change the descriptions.
+            keep: Whether to copy the pool, so that training the pool does not change the descriptions.
         """
         pool = copy.deepcopy(self.clip.pool).requires_grad_(False) if keep else self.clip.pool
         return Describer(pool, nn.functional.normalize(self.zero_shot_text().float(), dim=-1))
 
     def zero_shot_text(self) -> Tensor:
-        """Returns text features ``(C, d)`` of "a photo of a ...", without gradients and not normalized."""
+        """Returns text features ``(C, d)`` of "a photo of a ...", without gradients. They are not normalized."""
         return self.clip.encode_texts([f"a photo of a {name}." for name in self.prompt_names])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns parameter groups; a trained attention pool has its own group and learning rate factor."""
+        """Returns parameter groups. A trained attention pool has its own group and learning-rate factor."""
         return parameter_groups(self, self.clip.pool, self.pool_lr_scale)
 
 
 class LearnedPrompts(PromptedCLIP):
-    """Base class of the compared systems: a frozen CLIP, and prompts of equal length.
+    """Base class of the compared systems, which have a frozen CLIP and learned prompts of equal length.
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
-        prompt_length: N, number of learnable words per prompt.
-        shared_prompts: Whether all classes share one set of words.
+        prompt_names: The C class names to use in prompts.
+        clip: open_clip model name, folder or configuration file, or "embedded" for the small model in this package.
+        pretrained: Weights tag of open_clip, a weights file, or "random". Omit it for folders, which contain weights.
+        prompt_length: N, the number of learnable words per prompt.
+        shared_prompts: Whether all classes share one set of learnable words.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -117,7 +117,7 @@ class LearnedPrompts(PromptedCLIP):
 
 
 class Describer(nn.Module):
-    """Describes images with an attention pool and text features ``(C, d)``."""
+    """Computes a :class:`Description` of images with an attention pool and text features ``(C, d)``."""
 
     text: Tensor
 
@@ -128,8 +128,8 @@ class Describer(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Description:
-        """Describes frozen features."""
-        # In float32: zero-shot scores of two images differ by little more than the resolution of half precision.
+        """Computes the description of frozen features."""
+        # Zero-shot scores of two images differ by little more than the precision of float16, so float32 is used.
         with torch.autocast(features.device.type, enabled=False):
             dtype = next(self.pool.parameters()).dtype
             g = nn.functional.normalize(self.pool(features.to(dtype)).g.float(), dim=-1)
@@ -137,7 +137,7 @@ class Describer(nn.Module):
 
 
 def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[dict[str, Any]]:
-    """Returns groups of trainable parameters; those of ``part``, if any, have the learning rate factor ``scale``."""
+    """Returns groups of trainable parameters. Those of ``part`` have the learning-rate factor ``scale``."""
     scaled = [p for p in part.parameters() if p.requires_grad]
     taken = {id(p) for p in scaled}
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
@@ -146,13 +146,13 @@ def parameter_groups(network: nn.Module, part: nn.Module, scale: float) -> list[
 
 
 def cosines(images: Tensor, text: Tensor) -> Tensor:
-    """Returns cosines ``(..., C)`` of image features ``(..., d)`` with classes ``(C, d)``, always in float32."""
+    """Returns the cosines ``(..., C)`` of image features ``(..., d)`` and classes ``(C, d)``, always in float32."""
     with torch.autocast(images.device.type, enabled=False):
         x, t = (nn.functional.normalize(v.float(), dim=-1) for v in (images, text))
         return x @ t.T
 
 
 def region_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Reshapes weights of places ``(B, h * w, C)`` to attention maps ``(B, C, h, w)``, each normalized to sum 1."""
+    """Reshapes weights of places ``(B, h * w, C)`` to attention maps ``(B, C, h, w)``. The sum of each map is 1."""
     maps = weights / weights.sum(1, keepdim=True)
     return maps.transpose(1, 2).reshape(maps.shape[0], -1, *grid)

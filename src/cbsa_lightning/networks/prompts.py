@@ -1,4 +1,4 @@
-"""Learnable prompts: the context words in front of each class name (Zhou et al., CoOp; paper section 3.1)."""
+"""Prompts with learnable context words before each class name (CoOp, Zhou et al.; paper section 3.1)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 class ClassPrompts(nn.Module):
     """One prompt per class: ``[start] v_1 ... v_N class-name . [end]``, with learnable ``v``.
 
-    Prompts are cut after the longest end token. This is exact: the text tower is causal and its output is read at the
-    end token, so later tokens have no effect.
+    Prompts are truncated after the longest end token. This is exact, because the text tower is causal and its output is
+    read at the end token, so later tokens have no effect.
 
     Args:
         clip: Provides the tokenizer and the frozen word embeddings.
-        names: The C class names as used in prompts.
-        length: N, number of learnable words.
-        shared: Whether all classes share one set of words ``(N, w)``; otherwise each has its own, ``(C, N, w)``.
-        template: Initial words such as "a photo of a", which then determine N; None starts from noise.
+        names: The C class names to use in prompts.
+        length: N, the number of learnable words.
+        shared: Whether all classes share one set of words ``(N, w)``. Otherwise, each has its own set, ``(C, N, w)``.
+        template: Initial words such as "a photo of a", which determine N. If None, they are initialized with noise.
         trainable: Whether the words are trained.
 
     Raises:
-        ConfigError: If a class name does not fit into the text tower, or a fixed prompt has no template.
+        ConfigError: If a class name is too long for the text tower, or a fixed prompt has no template.
     """
 
     prefix: Tensor
@@ -48,16 +48,16 @@ class ClassPrompts(nn.Module):
         super().__init__()
         self.shared = shared
         if template is None and not trainable:
-            raise ConfigError("Fixed prompts need words: give a prompt template, for example 'a photo of a'.")
+            raise ConfigError("Fixed prompts require a template: give a prompt template, for example 'a photo of a'.")
         if template is not None:
             length = int(clip.eot(clip.tokenize([template]))) - 1
         if length < 1:
-            raise ConfigError(f"A prompt needs at least one word before the class name, got {length}.")
+            raise ConfigError(f"A prompt must have at least one word before the class name, got {length}.")
         tokens = self._tokens(clip, names, length, template)
         end = clip.eot(tokens)
         with torch.no_grad():
             embeddings = clip.embed_tokens(tokens[:, : int(end.max()) + 1])
-        # Derived from the class names and the frozen embeddings, so not part of a checkpoint.
+        # Checkpoints exclude these buffers, because they depend only on the class names and the frozen embeddings.
         self.register_buffer("prefix", embeddings[:, :1], persistent=False)
         self.register_buffer("suffix", embeddings[:, 1 + length :], persistent=False)
         self.register_buffer("end", end, persistent=False)
@@ -71,8 +71,8 @@ class ClassPrompts(nn.Module):
 
     @staticmethod
     def _tokens(clip: FrozenCLIP, names: Sequence[str], length: int, template: str | None) -> Tensor:
-        # A truncated text still ends in an end token, so check that the name alone fits.
-        room = clip.context_length - length - 3  # start, full stop, end
+        # A truncated text also ends with an end token, so the length of the class name must be checked.
+        room = clip.context_length - length - 3  # start token, full stop, end token
         used = clip.eot(clip.tokenize(list(names))) - 1
         for name, count in zip(names, used.tolist(), strict=True):
             if count > room:
@@ -88,8 +88,9 @@ class ClassPrompts(nn.Module):
         """Returns the input of the text tower.
 
         Returns:
-            The start token and shared words ``(1, 1 + N, w)``, or None if each class has its own words; the rest of
-            each prompt, or the whole prompts ``(C, L, w)``; the position of each end token in these, ``(C,)``.
+            The start token and the shared words ``(1, 1 + N, w)``, or None if each class has its own words; the rest of
+            each prompt, or the whole prompts, ``(C, L, w)``; the position ``(C,)`` of the end token in each row of the
+            latter.
         """
         words = self.words.to(self.prefix.dtype)
         if words.dim() == 2:
@@ -104,9 +105,9 @@ class ClassPrompts(nn.Module):
 
 
 def encode_prompt_sets(clip: FrozenCLIP, sets: Sequence[ClassPrompts]) -> list[Tensor]:
-    """Encodes several prompt sets over the same C classes. Returns a list of text features ``(C, d)``.
+    """Encodes several prompt sets for the same C classes. Returns a list of text features ``(C, d)``.
 
-    All sets share one pass of the text tower, unless only some of them share their words among the classes.
+    All sets are encoded in one pass through the text tower, unless only some of them share words between the classes.
     """
     starts, rests, ends = zip(*(prompts.parts() for prompts in sets), strict=True)
     if len({None if start is None else start.shape[1] for start in starts}) > 1:

@@ -1,4 +1,4 @@
-"""Prototypes of labels: features that represent the known positives of a label.
+"""Prototypes of labels, which are features that represent the known positives of a label.
 
 Source: "Semantic-Aware Representation Blending for Multi-Label Image Recognition with Partial Labels" (SARB; Pu et al.,
 AAAI 2022), repository HCPLab-SYSU/HCP-MLR-PL.
@@ -16,18 +16,18 @@ from cbsa_lightning.networks.hooks import Moment, Seen
 
 
 class Prototypes(LabelGraph):
-    """Computes prototypes from known positives every few epochs; by default the centers of k-means.
+    """Computes prototypes from known positives every few epochs. By default, they are the centers of k-means.
 
     Args:
         num_classes: C.
         dim: Size of a label feature.
-        number: Prototypes per class.
+        number: Number of prototypes per class.
         start_epoch: First epoch that uses prototypes.
-        every: Epochs between two computations of the prototypes.
-        samples: Maximum number of known positives per class for its prototypes.
+        every: Number of epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class that prototypes are computed from.
 
     Raises:
-        ConfigError: A setting is outside of its bounds.
+        ConfigError: If a setting is out of range.
     """
 
     prototypes: Tensor
@@ -41,7 +41,7 @@ class Prototypes(LabelGraph):
         self.register_buffer("prototypes", torch.zeros(num_classes, number, dim))
 
     def idle(self, moment: Moment) -> bool:
-        """Returns whether the epoch is before the first one with prototypes."""
+        """Returns whether the epoch precedes the first epoch with prototypes."""
         return moment.epoch < self.start_epoch
 
     def wanted(self, labels: Tensor, moment: Moment) -> Tensor | None:
@@ -57,12 +57,12 @@ class Prototypes(LabelGraph):
 
 
 def due(moment: Moment, start_epoch: int, every: int) -> bool:
-    """Returns whether an epoch computes prototypes: the first one that uses them, and every few epochs after it."""
+    """Returns whether to compute prototypes in this epoch: in ``start_epoch``, and then every few epochs."""
     return moment.epoch >= start_epoch and (moment.epoch - start_epoch) % every == 0
 
 
 def sampled_positives(labels: Tensor, most: int, moment: Moment) -> Tensor:
-    """Returns known positives ``(m, C)`` bool of labels ``(m, C)``: all, or ``most`` random ones of a class."""
+    """Selects known positives of labels ``(m, C)``, at most ``most`` random ones per class; ``(m, C)`` bool."""
     have = labels == 1
     order = torch.rand(labels.shape, generator=moment.generator()).masked_fill_(~have, 2.0).argsort(0).argsort(0)
     return have & (order < most)
@@ -74,13 +74,13 @@ def clustered(seen: Seen, num_classes: int, number: int, moment: Moment) -> Tens
     Args:
         seen: Features of known positives.
         num_classes: C.
-        number: Centers per class. A class with fewer distinct features uses the features, repeated as needed.
-        moment: Determines the random state, from seed and epoch.
+        number: Number of centers per class. If a class has fewer distinct features, they are repeated.
+        moment: Its seed and epoch determine the random state.
 
     Returns:
-        ``(C, number, d)``, zeros for a class without features.
+        ``(C, number, d)``. The centers of a class without features are zero.
     """
-    from sklearn.cluster import KMeans  # slow to import, and most networks do not need it
+    from sklearn.cluster import KMeans  # imported here because it is slow to import and most networks do not need it
 
     found = seen.features.new_zeros(num_classes, number, seen.features.shape[1])
     seed = moment.generator().initial_seed() % (1 << 32)
@@ -95,10 +95,11 @@ def clustered(seen: Seen, num_classes: int, number: int, moment: Moment) -> Tens
 
 
 def quadrant_means(seen: Seen, num_classes: int) -> Tensor:
-    """Returns the mean feature of each class per quadrant; ``seen.notes`` is the quadrant of each entry (0 to 3).
+    """Returns the mean feature of each class in each quadrant. ``seen.notes`` contains the quadrants (0 to 3).
 
     Returns:
-        ``(C, 4, d)``. A quadrant without entries has the mean over all entries of the class, a class without any zeros.
+        ``(C, 4, d)``. The value of a quadrant without entries is the mean over all entries of the class, or zero if the
+        class has none.
     """
     notes = torch.zeros_like(seen.classes) if seen.notes is None else seen.notes
     found = seen.features.new_zeros(num_classes, 4, seen.features.shape[1])

@@ -1,6 +1,6 @@
-"""A fully trained ImageNet ResNet: the network of the BCE, ASL and CAP rows.
+"""A fully trained ImageNet ResNet, the network of the rows BCE, ASL and CAP.
 
-Sources: CAP's repository (xiemk/SSMLL-CAP) for the trained layers and the images; timm for the ResNet and its
+Sources: CAP's repository (xiemk/SSMLL-CAP) for the layers and the preprocessing of images; timm for the ResNet and its
 ImageNet weights; "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., repository
 Alibaba-MIIL/ML_Decoder) for the decoder head.
 """
@@ -22,7 +22,7 @@ from cbsa_lightning.networks.imagenet_weights import TIMM, channels, load_trunk,
 
 
 class Head(nn.Module):
-    """Base class of the heads, which map the trunk's output to logits. See :data:`HeadCallable`."""
+    """Base class of the heads, which compute logits from the output of the trunk. See :data:`HeadCallable`."""
 
     class_tensors: tuple[str, ...] | None = None  # see Network.class_tensors
 
@@ -31,20 +31,20 @@ class Head(nn.Module):
 
         Args:
             features: ``(B, D, h, w)``, the last map of the trunk.
-            attention: Whether to return attention maps too, if the head has any.
+            attention: Whether to also return attention maps, if the head has any.
         """
         raise NotImplementedError
 
 
 HeadCallable = Callable[[int, int], Head]
-"""Creates a head from D, the number of channels of the trunk's map, and C, the number of classes."""
+"""Type of a function that creates a head from D, the number of channels of the map, and C, the number of classes."""
 
 
 class LinearHead(Head):
-    """Global average pooling and one linear layer, as in CAP.
+    """Global average pooling and a linear layer, as in CAP.
 
     Args:
-        num_features: D, channels of the map.
+        num_features: D, the number of channels of the map.
         num_classes: C.
     """
 
@@ -55,12 +55,12 @@ class LinearHead(Head):
         self.linear = nn.Linear(num_features, num_classes)
 
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
-        """See :class:`Head`; there are no attention maps."""
+        """Computes the logits; see :class:`Head`. There are no attention maps."""
         return NetworkOutput(self.linear(features.mean((2, 3))))
 
 
 class CrossAttentionBlock(nn.Module):
-    """Standard post-norm decoder block without self-attention that can return its attention weights."""
+    """Standard post-norm decoder block without self-attention. It can return its attention weights."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -72,7 +72,13 @@ class CrossAttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-        """Maps ``queries (1, C, d)`` and ``tokens (B, HW, d)`` to features ``(B, C, d)``, attention ``(B, C, HW)``."""
+        """Computes features ``(B, C, d)`` and attention ``(B, C, HW)``.
+
+        Args:
+            queries: ``(1, C, d)``.
+            tokens: ``(B, HW, d)``.
+            attention: Whether to return the attention.
+        """
         seen, weights = attend(self.multihead_attn, queries, tokens, tokens, tokens.shape[0], attention)
         x = self.norm2(queries + self.dropout(seen))
         mixed = self.linear2(self.dropout(F.relu(self.linear1(x))))
@@ -80,21 +86,21 @@ class CrossAttentionBlock(nn.Module):
 
 
 class MLDecoderHead(Head):
-    """ML-Decoder as used by CAP: each class has a fixed random query, which attends to the map, and its own weights.
+    """ML-Decoder as used by CAP. Each class has a fixed random query, which attends to the map, and its own weights.
 
-    It has one decoder block without self-attention, since the queries are the same for every image. It differs from the
-    published code in three ways. The published code replaces self-attention by ``x + dropout(x)``, which the following
-    norm reduces to dropout noise; here, only the norm remains. Each class always has its own query, as in CAP;
-    the published default shares 100 queries among more classes. The logits are one product with a ``(C, width)``
-    matrix instead of a loop over classes.
+    The head has one decoder block without self-attention, since the queries are the same for every image. It differs
+    from the published code in three ways. First, the published code replaces self-attention with ``x + dropout(x)``,
+    which the following norm reduces to dropout noise; here, only the norm remains. Second, each class always has its
+    own query, as in CAP, whereas the published default shares 100 queries if there are more classes. Third, the logits
+    are computed as one product with a ``(C, width)`` matrix instead of a loop over classes.
 
     Args:
-        num_features: D, channels of the map.
+        num_features: D, the number of channels of the map.
         num_classes: C.
-        width: Channels of queries and tokens.
-        heads: Attention heads; must divide ``width``.
+        width: Number of channels of queries and tokens.
+        heads: Number of attention heads. It must divide ``width``.
         feedforward: Width of the block's hidden layer.
-        dropout: Rate in attention and feed-forward.
+        dropout: Dropout rate in the attention and feed-forward layers.
 
     Raises:
         ConfigError: If ``heads`` does not divide ``width``.
@@ -116,7 +122,7 @@ class MLDecoderHead(Head):
         self.embed = nn.Linear(num_features, width)
         self.register_buffer("queries", torch.randn(num_classes, width))
         self.norm = nn.LayerNorm(width)
-        # Nested so that checkpoints from versions with several decoder blocks still load.
+        # The nesting keeps checkpoints of versions with several decoder blocks loadable.
         self.decoder = nn.ModuleDict(
             {"layers": nn.ModuleList([CrossAttentionBlock(width, heads, feedforward, dropout)])}
         )
@@ -124,7 +130,7 @@ class MLDecoderHead(Head):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Tensor, attention: bool = False) -> NetworkOutput:
-        """See :class:`Head`; attention is the mean over heads, ``(B, C, h, w)``."""
+        """Computes the logits; see :class:`Head`. The attention ``(B, C, h, w)`` is the mean over the heads."""
         tokens = self.embed(features.flatten(2).transpose(1, 2)).relu()
         (block,) = cast(nn.ModuleList, self.decoder["layers"])
         found, maps = block(self.norm(self.queries)[None], tokens, attention)
@@ -133,24 +139,24 @@ class MLDecoderHead(Head):
 
 
 class ImageNetNetwork(Network):
-    """A timm ImageNet ResNet with a head, trained as a whole, including BatchNorm statistics.
+    """A timm ImageNet ResNet with a head. All layers are trained, including the BatchNorm statistics.
 
-    Nothing is frozen: :meth:`features` returns the images and the trunk runs in :meth:`forward`. The network therefore
+    No part is frozen: :meth:`features` returns the images, and the trunk runs in :meth:`forward`. The network therefore
     supports neither a feature cache nor a labeler that needs frozen features.
 
     Args:
         class_names: The C class names; only their number is used.
-        backbone: Name of a timm model whose last map is ``(B, D, h, w)``, with the tag of its weights. The default is
-            torchvision's first ImageNet ResNet-50, which CAP starts from.
-        pretrained: "timm" for the weights of the tag, downloaded by timm; a .safetensors or .pth file of weights, whose
+        backbone: Name of a timm model whose last map is ``(B, D, h, w)``, including the tag of its weights. The default
+            is torchvision's first ImageNet ResNet-50, which CAP is initialized with.
+        pretrained: "timm" for the weights of the tag, which timm downloads; a .safetensors or .pth weights file, whose
             classifier is ignored; or "random" for random weights.
-        head: Creates the head: :class:`LinearHead`, :class:`MLDecoderHead`, or one with other settings.
-        image_mean: Three channel means for images in [0, 1]; None uses 0. CAP does not normalize.
+        head: Class or function that creates the head, such as :class:`LinearHead` or :class:`MLDecoderHead`.
+        image_mean: Three channel means for images in [0, 1]; None uses 0, since CAP does not normalize images.
         image_std: Three channel standard deviations above 0; None uses 1.
 
     Raises:
-        ConfigError: If timm has no such model, or means or standard deviations are not three numbers.
-        WeightsError: If the weights are not available or do not fit. The message lists the ways to get them.
+        ConfigError: If timm does not have the model, or the means or standard deviations are not three numbers.
+        WeightsError: If the weights are missing or do not match the model. The message explains how to get them.
     """
 
     mean: Tensor
@@ -168,7 +174,7 @@ class ImageNetNetwork(Network):
         super().__init__()
         self.trunk = load_trunk(backbone, pretrained)
         self.head = head(width(self.trunk), len(class_names))
-        # Buffers of the checkpoint: weights belong with the normalization that they were trained with.
+        # Checkpoints include these buffers, because the weights were trained with this normalization.
         self.register_buffer("mean", channels("image_mean", image_mean, 0.0))
         self.register_buffer("std", channels("image_std", image_std, 1.0))
         if not bool((self.std > 0).all()):
@@ -180,35 +186,35 @@ class ImageNetNetwork(Network):
         return None if own is None else {f"head.{name}" for name in own}
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the images ``(B, 3, H, W)`` as floats in [0, 1]: no part of the network is frozen.
+        """Returns the images ``(B, 3, H, W)`` as floats in [0, 1], since no part of the network is frozen.
 
         Args:
             images: uint8, or float in [0, 1].
 
         Raises:
-            DataError: If shape or type is wrong.
+            DataError: If the shape or type is wrong.
         """
         return as_float(images, self.mean.dtype)
 
     def describer(self) -> Callable[[Tensor], Description]:
-        """Not available: a network that is trained as a whole has no frozen features.
+        """Raises an error, since a network without frozen layers has no frozen features.
 
         Raises:
             ConfigError: Always.
         """
         raise ConfigError(
-            "ImageNetNetwork trains its whole backbone, so there are no frozen features to compute labels from before "
-            "training: choose a labeler that works on each epoch's scores, such as "
+            "ImageNetNetwork trains its whole backbone, so there are no frozen features from which labels could be "
+            "computed before training. Choose a labeler that uses the scores of each epoch, such as "
             "cbsa_lightning.method.labelers.ClassDistributionAware, or a network with frozen towers."
         )
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """Runs trunk and head.
+        """Runs the trunk and the head.
 
         Args:
-            features: Images as returned by :meth:`features`.
-            text: Ignored; there is no text tower.
-            attention: Whether to return the head's attention maps, if it has any.
+            features: Output of :meth:`features`.
+            text: Ignored, since there is no text tower.
+            attention: Whether to also return the head's attention maps, if it has any.
 
         Raises:
             ConfigError: If the output of the backbone is not a map.
@@ -217,7 +223,7 @@ class ImageNetNetwork(Network):
         channels_out = width(self.trunk)
         if found.ndim != 4 or found.shape[1] != channels_out:
             raise ConfigError(
-                f"the backbone {type(self.trunk).__name__} returns {tuple(found.shape)}, but a map "
-                f"(B, {channels_out}, h, w) is needed; choose a convolutional one, such as resnet50.tv_in1k"
+                f"the backbone {type(self.trunk).__name__} returns a tensor of shape {tuple(found.shape)}, but a map "
+                f"(B, {channels_out}, h, w) is required; choose a convolutional one, such as resnet50.tv_in1k"
             )
         return cast(NetworkOutput, self.head(found, attention))

@@ -14,26 +14,26 @@ from cbsa_lightning.networks.ssgrl import SSGRL
 
 
 class SARB(SSGRL):
-    """SSGRL on a narrower map, with features of other images and prototypes blended in where labels are unknown.
+    """SSGRL on a narrower map. Features of unknown labels are blended with features of other images and prototypes.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL; see :class:`~cbsa_lightning.networks.blending.Blending`. Differences: an
-    image without unknown labels is not changed (the released code overwrites its first label), and prototypes are
-    computed from a sample of the known positives.
+    Source: repository HCPLab-SYSU/HCP-MLR-PL; see :class:`~cbsa_lightning.networks.blending.Blending`. Differences:
+    Images without unknown labels are not changed, whereas the released code overwrites their first label. Prototypes
+    are computed from a sample of the known positives.
 
     Args:
-        class_names: The C class names, for word vectors.
+        class_names: The C class names, which determine the word vectors.
         dim: Size of a label feature.
-        attention_width: Size of the space that map and word vectors are projected to.
+        attention_width: Size of the space that the map and the word vectors are projected to.
         start_epoch: First epoch with blending.
-        prototypes: Prototypes per class, the centers of k-means.
-        every: Epochs between two computations of the prototypes.
-        samples: Maximum number of known positives per class for its prototypes.
+        prototypes: Number of prototypes per class. They are the centers of k-means.
+        every: Number of epochs between two computations of the prototypes.
+        samples: Maximum number of known positives per class that prototypes are computed from.
         **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
             :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
-        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If the backbone is not a ResNet, or a setting is out of range.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class SARB(SSGRL):
 
 
 class ClusterBlending(Blending):
-    """Blending with centers of k-means."""
+    """Blending with the centers of k-means."""
 
     def drawn(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Returns one random center per class, the same for all images, as in the released code."""
+        """Draws one random center per class, which is the same for all images, as in the released code."""
         which = int(torch.randint(self.prototypes.shape[1], (1,), generator=generator))
         return self.prototypes[:, which].expand_as(batch.features)

@@ -1,4 +1,4 @@
-"""SCPNet: class embeddings refined over a graph of similarities between class names (Ding et al., CVPR 2023)."""
+"""SCPNet: class embeddings that are refined with a graph of class-name similarities (Ding et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from cbsa_lightning.networks.graph_convolution import graph_convolution
 from cbsa_lightning.networks.prompted import LearnedPrompts, cosines, parameter_groups
 from cbsa_lightning.networks.prompts import encode_prompt_sets
 
-OWN_SHARE = 0.8  # weight of a class in its own row of the graph; its neighbors share the rest
+OWN_SHARE = 0.8  # weight of a class in its own row of the graph; the rest is divided among its neighbors
 
 
 class SCPNet(LearnedPrompts):
-    """Compares the global image feature with class embeddings that graph convolutions mix with their neighbors'.
+    """SCPNet, which compares the global image feature with class embeddings refined by graph convolutions.
 
-    Source: repository jameslahm/SCPNet, which ships its relation matrix without the code that generates it. Here, the
-    matrix consists of cosines of CLIP's text features of "a photo of a ...", which is consistent with the shipped
-    values. Other differences: the image encoder is frozen, as in all rows of the paper's tables; prompts start from
-    class-specific noise instead of "a photo of a"; and CAP's pseudo-labels and ASL(0, 4) replace the losses for single
-    positive labels and the consistency term, as in the paper's combination with CAP.
+    Source: repository jameslahm/SCPNet, which contains its relation matrix but not the code that generates it. Here,
+    the matrix consists of the cosines of CLIP's text features of "a photo of a ...", which is consistent with the
+    values in the repository. Other differences: The image encoder is frozen, as in all rows of the paper's tables.
+    Prompts are initialized with class-specific noise instead of "a photo of a". CAP's pseudo-labels and ASL(0, 4)
+    replace the losses for single positive labels and the consistency term, as in the paper's combination with CAP.
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        neighbors: Number of entries kept in each row of the graph, including the class itself. The original uses 62 on
-            COCO, 50 on NUS-WIDE, and all 20 on VOC. None keeps all.
-        scale: Constant factor of the cosine. The original uses 10, and CLIP's own (about 100) on NUS-WIDE.
+        prompt_names: The C class names to use in prompts.
+        neighbors: Number of entries to keep in each row of the graph, including the class itself. The original uses 62
+            on COCO, 50 on NUS-WIDE, and all 20 on VOC. None keeps all entries.
+        scale: Constant factor of the cosine. The original uses 10, and CLIP's factor (about 100) on NUS-WIDE.
         hidden: Width of the graph convolutions.
-        graph_lr_scale: Factor of the learning rate for the graph convolutions. A learning rate of 1e-3 then becomes
-            1e-4, within the original's range of 1e-5 to 2e-4.
-        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+        graph_lr_scale: Factor of the learning rate for the graph convolutions. With the default and a learning rate of
+            1e-3, they are trained with 1e-4, which is within the original's range of 1e-5 to 2e-4.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``; see
             :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -59,7 +59,7 @@ class SCPNet(LearnedPrompts):
         self.prompts = self.new_prompts()
         self.scale, self.graph_lr_scale = scale, graph_lr_scale
         text = self.zero_shot_text()
-        # Derived from the class names and the frozen towers, so not part of a checkpoint.
+        # Checkpoints exclude this buffer, because it depends only on the class names and the frozen towers.
         self.register_buffer("graph", relation_graph(cosines(text, text), neighbors), persistent=False)
         widths = (self.clip.embed_dim, hidden, hidden, self.clip.embed_dim)
         self.convolutions = nn.ModuleList(graph_convolution(*ends) for ends in itertools.pairwise(widths))
@@ -73,28 +73,28 @@ class SCPNet(LearnedPrompts):
         return text + x
 
     def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
-        """Computes the logits; see :class:`Network`. There is no attention, since only the global feature is used."""
+        """Computes the logits; see :class:`Network`. There are no attention maps."""
         text = text if text is not None else self.encode_text()
         return NetworkOutput(self.scale * cosines(self.clip.pool(features).g, text))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns parameter groups; the graph convolutions have their own learning rate factor."""
+        """Returns parameter groups. The graph convolutions have their own learning-rate factor."""
         return parameter_groups(self, self.convolutions, self.graph_lr_scale)
 
 
 def relation_graph(relation: Tensor, neighbors: int | None = None) -> Tensor:
-    """Returns the graph ``(C, C)`` of a relation matrix ``(C, C)``; rows sum to 1.
+    """Returns the graph ``(C, C)`` of a relation matrix ``(C, C)``. Each row sums to 1.
 
     Args:
-        relation: Similarities of the classes. Negative entries count as 0; CLIP's own are all far above.
-        neighbors: Number of highest entries kept in each row, including the class itself; None keeps all.
+        relation: Similarities of the classes. Negative entries count as 0. Those of CLIP are far above 0.
+        neighbors: Number of highest entries to keep in each row, including the class itself. None keeps all entries.
 
     Raises:
-        ConfigError: If there are fewer classes, or no neighbor would be left.
+        ConfigError: If there are fewer than two classes, or ``neighbors`` is not between 2 and C.
     """
     number = len(relation)
     if number < 2:
-        raise ConfigError("SCPNet needs at least two classes, since its graph connects each class to others.")
+        raise ConfigError("SCPNet requires at least two classes, since its graph connects each class to others.")
     kept = number if neighbors is None else neighbors
     if not 2 <= kept <= number:
         raise ConfigError(f"SCPNet: neighbors must be between 2 and the {number} classes, got {kept}.")

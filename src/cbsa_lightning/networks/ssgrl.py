@@ -1,6 +1,6 @@
-"""SSGRL: features decoupled by class names, propagated over a co-occurrence graph (Chen et al., ICCV 2019).
+"""SSGRL: class-specific features that are propagated over a co-occurrence graph (Chen et al., ICCV 2019).
 
-Four systems for partial labels by the same group (SST, SARB, HST, DSRB) add terms to the loss of this network.
+Four systems for partial labels from the same group (SST, SARB, HST, DSRB) add terms to the loss of this network.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from cbsa_lightning.networks.word_vectors import ClipWords, WordVectorsCallable
 
 
 class SSGRL(Network):
-    """Semantic decoupling, a gated graph network, and a linear classifier for each class.
+    """SSGRL, which consists of semantic decoupling, a gated graph network, and a linear classifier for each class.
 
-    Source: repository HCPLab-SYSU/SSGRL. Differences: the graph is computed from the known positives of the run, not
-    read from a file, and unknown labels do not contribute to the loss (``MeanBinaryCrossEntropy``), as in the
+    Source: repository HCPLab-SYSU/SSGRL. Differences: The graph is computed from the known positives of the run instead
+    of read from a file. Unknown labels do not contribute to the loss (``MeanBinaryCrossEntropy``), as in the
     comparisons for partial labels.
 
     Args:
-        class_names: The C class names, for word vectors.
-        backbone: A ResNet of timm, including its weight tag; its last stage is trained.
-        pretrained: "timm" for the weights of the tag, a file of weights, or "random".
-        words: Creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
-        dim: Channels of the map after a 1 x 1 convolution with batch norm; None leaves the map unchanged.
-        attention_width: Size of the space that map and word vectors are projected to.
+        class_names: The C class names, which determine the word vectors.
+        backbone: Name of a timm ResNet, including the tag of its weights. Only its last stage is trained.
+        pretrained: "timm" for the weights of the tag, a weights file, or "random".
+        words: Class that creates the word vectors: ``GloVe`` with a file, or ``ClipWords``.
+        dim: Number of channels of the map after a 1 x 1 convolution with batch norm. None leaves the map unchanged.
+        attention_width: Size of the space that the map and the word vectors are projected to.
         steps: Number of updates of the graph network.
 
     Raises:
-        ConfigError: The backbone is not a ResNet.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If the backbone is not a ResNet.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     graph: Tensor
@@ -58,7 +58,7 @@ class SSGRL(Network):
         self.trunk = PartlyFrozenResNet(backbone, pretrained)
         vectors = words(class_names).vectors
         self.register_buffer("words", vectors.clone())
-        self.register_buffer("graph", torch.zeros(len(vectors), len(vectors)))  # set by the hooks
+        self.register_buffer("graph", torch.zeros(len(vectors), len(vectors)))  # computed by the hooks
         self.narrow: nn.Module = nn.Identity()
         if dim is not None:
             self.narrow = nn.Sequential(nn.Conv2d(self.trunk.width, dim, 1, bias=False), nn.BatchNorm2d(dim))
@@ -77,22 +77,22 @@ class SSGRL(Network):
         return self.trunk.fingerprint
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns the map of the third stage, without gradient; see :meth:`PartlyFrozenResNet.features`."""
+        """Returns the map of the third stage, without gradients; see :meth:`PartlyFrozenResNet.features`."""
         return self.trunk.features(images)
 
     def forward(self, features: Tensor, text: Any = None, *, attention: bool = False) -> NetworkOutput:
-        """See :class:`Network`; the label features are the decoupled ones, before the graph."""
+        """Computes the logits; see :class:`Network`. The label features are those before the graph network."""
         found = self.narrow(self.trunk(features))
         own, weights = self.decouple(found, self.words)
         maps = weights.unflatten(-1, found.shape[2:]) if attention else None
         return NetworkOutput(self.classify(own), attention=maps, label_features=own, notes=self.notes(found, weights))
 
     def notes(self, found: Tensor, weights: Tensor) -> Tensor | None:
-        """Returns ``notes`` of the output from a map ``(B, D, h, w)`` and attention ``(B, C, h * w)``; None here."""
+        """Returns the ``notes`` of the output for a map ``(B, D, h, w)`` and attention ``(B, C, h * w)``, or None."""
         return None
 
     def classify(self, own: Tensor) -> Tensor:
-        """Returns logits ``(B, C)`` of decoupled features ``(B, C, dim)``, by graph, merging layer and classifiers."""
+        """Computes logits ``(B, C)`` from label features ``(B, C, dim)`` with the graph network and the classifiers."""
         merged: Tensor = self.merge(torch.cat([self.spread(own, self.graph), own], -1)).tanh()
         return (merged * self.weight).sum(-1) + self.bias
 

@@ -19,24 +19,24 @@ from cbsa_lightning.networks.transfer import known_loss, mean_cosine, pair_terms
 class SST(SSGRL):
     """SSGRL on a narrower map, with pseudo-positives for unknown labels.
 
-    An unknown label becomes positive in a second cross-entropy if it is likely enough to co-occur with the known
-    positives of its image (:class:`~cbsa_lightning.networks.label_pairs.LabelPairs`), and in a third one if its feature
-    is similar enough to recent known positives of other images.
+    An unknown label counts as positive in a second cross-entropy loss if it probably co-occurs with the known positives
+    of its image (:class:`~cbsa_lightning.networks.label_pairs.LabelPairs`). It counts as positive in a third one if its
+    feature is similar to recent known positives in other images.
 
-    Source: repository HCPLab-SYSU/HCP-MLR-PL. Weights of the terms are constants of :class:`Transfer`.
+    Source: repository HCPLab-SYSU/HCP-MLR-PL. The weights of the loss terms are constants of :class:`Transfer`.
 
     Args:
-        class_names: The C class names, for word vectors.
+        class_names: The C class names, which determine the word vectors.
         dim: Size of a label feature.
-        attention_width: Size of the projections of map, word vectors and pairs.
+        attention_width: Size of the projections of the map, the word vectors and the pairs.
         start_epoch: First epoch with pseudo-positives.
         bank: Number of stored known positives per label.
         **network: ``backbone``, ``pretrained``, ``words`` and ``steps`` of
             :class:`~cbsa_lightning.networks.ssgrl.SSGRL`.
 
     Raises:
-        ConfigError: The backbone is not a ResNet, or a setting is outside of its bounds.
-        WeightsError: Weights or word vectors are not available.
+        ConfigError: If the backbone is not a ResNet, or a setting is out of range.
+        WeightsError: If the weights or the word vectors are not available.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SST(SSGRL):
 
 
 class Transfer(LabelGraph):
-    """The terms that SST adds to the loss, and its bank of known positives.
+    """The loss terms of SST, and its bank of known positives.
 
     Args:
         num_classes: C.
@@ -64,7 +64,7 @@ class Transfer(LabelGraph):
     """
 
     bank: Tensor
-    highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # decreases by one step per epoch
+    highest_margin, lowest_margin, margin_step = 0.95, 0.75, 0.025  # the margin decreases by one step per epoch
 
     def __init__(self, num_classes: int, dim: int, start_epoch: int, bank: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Transfer(LabelGraph):
         self.register_buffer("bank", torch.zeros(num_classes, bank, dim))
 
     def margin(self, epoch: int) -> float:
-        """Returns the probability and cosine at or above which an unknown label counts as positive."""
+        """Returns the minimum probability and cosine for which an unknown label counts as positive."""
         return max(self.lowest_margin, self.highest_margin - self.margin_step * (epoch - self.start_epoch))
 
     def terms(self, network: Any, batch: Batch, moment: Moment) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""TaI-DPT: one prompt per class for the whole image and one for its places (Guo et al., CVPR 2023)."""
+"""TaI-DPT: one prompt per class for the whole image, and another one for its places (Guo et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from cbsa_lightning.networks.prompts import encode_prompt_sets
 
 
 class GrainedText(NamedTuple):
-    """Text features to compare with the whole image (``coarse``) and its places (``fine``), each ``(C, d)``."""
+    """Text features, each ``(C, d)``, for the whole image (``coarse``) and for its places (``fine``)."""
 
     coarse: Tensor
     fine: Tensor
 
 
 class TaI(LearnedPrompts):
-    """Two granularities: one prompt for the global feature, and another for the best-matching places.
+    """TaI-DPT, with one prompt for the global feature and another for the places that match best.
 
-    The logit is the scaled mean of the global cosine and of the places' cosines, weighted by a softmax over the places.
+    The logit is the scaled mean of two cosines: that of the global feature, and that of the places, which are weighted
+    by a softmax over the places.
 
-    Source: repository guozix/TaI-DPT. As in it, global and local features have no positions, and the local ones use the
-    value path. The original trains its prompts on captions instead of images, with a ranking loss for each granularity.
-    The paper combines it with CAP instead, so here both prompts are trained on labeled and pseudo-labeled images, with
-    ASL on the merged logit and without captions. Since ASL needs a probability, the scale starts at 20 and is learned
-    (TaI: a constant 4), and prompts are class-specific.
+    Source: repository guozix/TaI-DPT. As in the source, global and local features do not include positions, and the
+    local features are computed with the value path. The original trains its prompts on captions instead of images, with
+    a ranking loss for each granularity. The paper combines TaI with CAP, so both prompts are trained on labeled and
+    pseudo-labeled images, with ASL on the combined logit and without captions. Since ASL requires a probability, the
+    scale is learned with an initial value of 20 (a constant 4 in TaI), and prompts are class-specific.
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        region_scale: Factor of the cosines in the softmax over places. The default is TaI's for images (50 for
-            captions; 4 on NUS-WIDE).
+        prompt_names: The C class names to use in prompts.
+        region_scale: Factor of the cosines in the softmax over places. The default is TaI's value for images. TaI uses
+            50 for captions and 4 on NUS-WIDE.
         scale: Initial factor of the cosines in the logit.
-        learn_scale: Whether that factor is learned.
-        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``, see
+        learn_scale: Whether this factor is learned.
+        **clip_and_prompts: ``clip``, ``pretrained``, ``prompt_length`` and ``shared_prompts``; see
             :class:`~cbsa_lightning.networks.prompted.LearnedPrompts`.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -61,7 +62,7 @@ class TaI(LearnedPrompts):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
 
     def encode_text(self) -> GrainedText:
-        """Encodes both prompts in one pass of the text tower."""
+        """Encodes both prompts in one pass through the text tower."""
         return GrainedText(*encode_prompt_sets(self.clip, [self.global_prompts, self.local_prompts]))
 
     def forward(self, features: Tensor, text: GrainedText | None = None, *, attention: bool = False) -> NetworkOutput:

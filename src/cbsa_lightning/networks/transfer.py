@@ -1,4 +1,4 @@
-"""Pseudo-labels for unknown labels from known labels of the same and of other images; shared by SST and HST."""
+"""Pseudo-labels for unknown labels, based on known labels of the same image and of others; used by SST and HST."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COOCCURRENCE_WEIGHT, CONTRAST_WEIGHT = 10.0, 0.05
 def pair_terms(
     network: Any, batch: Batch, moment: Moment, whole: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns pair logits of a batch, and the loss terms that need no pseudo-labels: co-occurrence and contrast.
+    """Returns pair logits of a batch and the loss terms without pseudo-labels (co-occurrence and contrast).
 
-    Their weights increase linearly over the first epoch.
+    The weights of the terms increase linearly during the first epoch.
 
     Args:
         network: A network with ``pairs``, a :class:`~cbsa_lightning.networks.label_pairs.LabelPairs`.
-        batch: The step.
-        moment: Its place in the run.
-        whole: Label features of the batch, joined over the processes.
-        labels: Targets of the batch, joined over the processes.
+        batch: The batch of the step.
+        moment: The position of the step in the run.
+        whole: Label features of the batches of all processes.
+        labels: Targets of the batches of all processes.
     """
     found = network.pairs(batch.features)
     together = pair_loss(found, network.pairs.targets(batch.targets))
@@ -43,9 +43,9 @@ def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) 
     """Returns the mean binary cross-entropy over the known labels and pseudo-positives of a batch.
 
     Args:
-        logits: ``(B, C)``, of the images of this process.
+        logits: ``(B, C)``, logits of the images of this process.
         targets: ``(B, C)`` in {1, 0, -1 unknown}.
-        positive: ``(B, C)`` bool, unknown labels that count as positive; None: none.
+        positive: ``(B, C)`` bool, the unknown labels that count as positive, or None.
     """
     positive = torch.zeros_like(targets, dtype=torch.bool) if positive is None else positive & (targets < 0)
     with torch.autocast(logits.device.type, enabled=False):
@@ -55,9 +55,9 @@ def known_loss(logits: Tensor, targets: Tensor, positive: Tensor | None = None) 
 
 
 def mean_cosine(features: Tensor, examples: Tensor) -> Tensor:
-    """Returns the mean cosine ``(B, C)`` of label features ``(B, C, d)`` with examples ``(C, n, d)``; float32.
+    """Returns the mean cosine ``(B, C)`` of label features ``(B, C, d)`` and examples ``(C, n, d)`` in float32.
 
-    Computed as the dot product with the mean of the normalized examples. The cosine with a zero vector is 0.
+    It is computed as the dot product with the mean of the normalized examples. The cosine of a zero vector is 0.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.float(), dim=-1, eps=1e-9)
@@ -69,8 +69,8 @@ def remember(bank: Tensor, features: Tensor, targets: Tensor) -> None:
     """Inserts the features of known positives at the front of a bank, in place.
 
     Args:
-        bank: ``(C, n, d)``, the most recent examples of each label first.
-        features: ``(B, C, d)`` of the whole batch; features that are not finite are skipped.
+        bank: ``(C, n, d)``, examples of each label, starting with the most recent ones.
+        features: ``(B, C, d)`` of the whole batch. Features that are not finite are skipped.
         targets: ``(B, C)`` in {1, 0, -1}.
     """
     features = features.detach().to(bank.dtype)

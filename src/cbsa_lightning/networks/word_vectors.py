@@ -1,4 +1,4 @@
-"""Word vectors of the class names: GloVe vectors from a file, or CLIP text features as a substitute."""
+"""Word vectors of the class names, either GloVe vectors from a file or CLIP text features."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.errors import WeightsError, listed
 from cbsa_lightning.io.reading import open_regular
 
-ENTRY = 0.35  # root mean square of the entries of GloVe's 300-dimensional vectors of common words
+ENTRY = 0.35  # root mean square of the entries of GloVe's 300-dimensional vectors for common words
 
 
 class WordVectors:
-    """Base class: one vector per class.
+    """Base class of word vectors, with one vector per class.
 
     Attributes:
         vectors: ``(C, d)`` float32.
@@ -26,20 +26,20 @@ class WordVectors:
 
 
 WordVectorsCallable = Callable[[Sequence[str]], WordVectors]
-"""Creates the vectors from the class names."""
+"""Type of a function that creates the vectors from the class names."""
 
 
 class GloVe(WordVectors):
-    """Reads the vectors from a GloVe text file; a name of several words gets the mean of their vectors.
+    """Reads vectors from a GloVe text file. If a name consists of several words, their vectors are averaged.
 
-    Words are looked up as written, then in lower case.
+    Words are looked up first as they are written, then in lower case.
 
     Args:
         class_names: The C class names.
-        file: A text file with a word and its numbers on each line, such as ``glove.840B.300d.txt``.
+        file: A text file with a word and its vector on each line, such as ``glove.840B.300d.txt``.
 
     Raises:
-        WeightsError: The file does not exist, is not a GloVe file, or lacks words; names the words and their classes.
+        WeightsError: If the file does not exist, is not a GloVe file, or lacks words. The message names the words.
     """
 
     def __init__(self, class_names: Sequence[str], file: str) -> None:
@@ -55,8 +55,8 @@ class GloVe(WordVectors):
             vectors.append(torch.stack([found[word if word in found else word.lower()] for word in parts]).mean(0))
         if missing:
             raise WeightsError(
-                f"{file} has no vector for {listed(missing)}. Use other class names for prompts (prompt_names), a file "
-                "with these words, or ClipWords, which needs no file of words."
+                f"{file} has no vector for {listed(missing)}. Use other class names in prompts (prompt_names), a file "
+                "that contains these words, or ClipWords, which does not need a file."
             )
         self.vectors = torch.stack(vectors)
 
@@ -64,17 +64,17 @@ class GloVe(WordVectors):
 class ClipWords(WordVectors):
     """CLIP text features of "a photo of a ..." as word vectors.
 
-    A substitute if no GloVe file is available; none of the original systems uses it. The features are scaled to the
-    size of GloVe's entries, for which the following layers were designed.
+    They are a substitute if no GloVe file is available. None of the original systems uses them. The features are scaled
+    to the magnitude of GloVe's entries, for which the following layers were designed.
 
     Args:
         class_names: The C class names.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Folders bring their own: leave it out.
+        clip: open_clip model name, folder or configuration file, or "embedded" for the small model in this package.
+        pretrained: Weights tag of open_clip, a weights file, or "random". Omit it for folders, which contain weights.
 
     Raises:
-        ConfigError: There is no such model.
-        WeightsError: Its weights are not available.
+        ConfigError: If the model does not exist.
+        WeightsError: If its weights are not available.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ClipWords(WordVectors):
 
 
 def _read(file: Path, needed: set[str]) -> dict[str, Tensor]:
-    """Reads the needed vectors line by line, since the file may be larger than memory."""
+    """Reads the required vectors line by line, since the file may be larger than memory."""
     found: dict[str, Tensor] = {}
     wanted, size = {word.encode() for word in needed}, 0
     try:
@@ -97,11 +97,12 @@ def _read(file: Path, needed: set[str]) -> dict[str, Tensor]:
                 if word not in wanted:
                     continue
                 numbers = rest.split()
-                if len(numbers) == size:  # else a word with a space in it, of which the larger files have some
+                # Larger files contain some words with spaces. Their lines have more fields, so they are skipped.
+                if len(numbers) == size:
                     found[word.decode()] = _vector(numbers, f"{file}, line {number}")
     except OSError as error:
         raise WeightsError(
-            f"{file}: no GloVe vectors can be read ({error.strerror}). Download glove.840B.300d from "
+            f"{file}: GloVe vectors cannot be read ({error.strerror}). Download glove.840B.300d from "
             "nlp.stanford.edu/projects/glove and give its text file, or use ClipWords."
         ) from error
     return found
@@ -111,7 +112,7 @@ def _vector(numbers: list[bytes], where: str) -> Tensor:
     try:
         vector = torch.tensor([float(x) for x in numbers], dtype=torch.float32)
     except ValueError as error:
-        raise WeightsError(f"{where}: {error}; a line must contain a word and its numbers.") from error
+        raise WeightsError(f"{where}: {error}; each line must contain a word and its vector.") from error
     if not len(vector) or not bool(vector.isfinite().all()):
-        raise WeightsError(f"{where}: the vector is empty or not finite; get the file again.")
+        raise WeightsError(f"{where}: the vector is empty or not finite; download the file again.")
     return vector

@@ -1,4 +1,4 @@
-"""CLIP without training: the cosine of image and class name."""
+"""Zero-shot CLIP, which scores images with the cosine between image and class name."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cbsa_lightning.networks.prompted import PromptedCLIP, cosines
 
 
 class ZeroShotCLIP(PromptedCLIP):
-    """Zero-shot CLIP as a network without trainable parameters; also the basis of probes on frozen features.
+    """Zero-shot CLIP as a network without trainable parameters. Probes on frozen features are also based on it.
 
     Args:
-        prompt_names: The C class names as used in prompts.
-        clip: open_clip model, folder or configuration file; "embedded" is the small one inside this package.
-        pretrained: open_clip weights tag or a file, or "random". Omit it for folders, which contain their weights.
+        prompt_names: The C class names to use in prompts.
+        clip: open_clip model name, folder or configuration file, or "embedded" for the small model in this package.
+        pretrained: Weights tag of open_clip, a weights file, or "random". Omit it for folders, which contain weights.
 
     Raises:
-        ConfigError: If the settings do not fit the towers.
+        ConfigError: If the settings are not compatible with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -34,6 +34,6 @@ class ZeroShotCLIP(PromptedCLIP):
         return self.zero_shot_text()
 
     def forward(self, features: Tensor, text: Tensor | None = None, *, attention: bool = False) -> NetworkOutput:
-        """Returns scaled cosines; see :class:`Network`. There are no attention maps."""
+        """Computes scaled cosines as logits; see :class:`Network`. There are no attention maps."""
         text = text if text is not None else self.encode_text()
         return NetworkOutput(self.clip.logit_scale * cosines(self.clip.pool(features).g, text))

@@ -1,1 +1,1 @@
-"""Pictures and the report page of a run."""
+"""Plots and the report page of a run."""

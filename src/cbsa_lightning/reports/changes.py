@@ -1,4 +1,4 @@
-"""Changes from an earlier run to a new one: average precision on the same images, and labels."""
+"""Changes from an earlier run to a new one, in the average precision on the same images and in the labels."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Changes:
-    """Classes of both runs, in the order of the new run, followed by those only in the earlier run.
+    """Changes of each class, in the order of the new run, followed by classes that only the earlier run has.
 
     Attributes:
         class_names: The C classes.
-        before: ``(C,)`` average precision of the earlier run's model; NaN if not measured.
-        after: ``(C,)`` average precision of the new model, on the same images.
-        positives: ``(C,)`` positives among these images.
-        labeled: ``(C, 4)`` labeled positives before and now, and the numbers added and removed; None if the labels of
-            the earlier run are unknown.
-        num_images: Number of images that both models are measured on.
-        left_out: Number of validation images that are skipped, since the earlier run has trained on their labels.
+        before: ``(C,)``, average precision of the earlier run's model; NaN if it was not measured.
+        after: ``(C,)``, average precision of the new model on the same images.
+        positives: ``(C,)``, number of positives among these images.
+        labeled: ``(C, 4)``, number of labeled positives before and now, and the numbers added and removed; None if the
+            labels of the earlier run are unknown.
+        num_images: Number of images on which both models are evaluated.
+        left_out: Number of validation images that are skipped because the earlier run was trained on their labels.
     """
 
     class_names: list[str]
@@ -59,27 +59,27 @@ class Changes:
 
     @property
     def measured(self) -> NDArray[np.bool_]:
-        """Mask ``(C,)`` of the classes that are measured before and after."""
+        """Mask ``(C,)`` of the classes whose average precision is known for both models."""
         return ~(np.isnan(self.before) | np.isnan(self.after))
 
     @property
     def points(self) -> Floats:
-        """Change of each class ``(C,)`` in points of AP."""
+        """Change ``(C,)`` in the AP of each class, in points."""
         return 100 * (self.after - self.before)
 
     def sentences(self) -> list[str]:
         """Describes the changes, one sentence per line."""
-        told = [f"Measured on {self.num_images} validation images that neither run has trained on"]
+        told = [f"Measured on {self.num_images} validation images that neither run was trained on"]
         if self.left_out:
-            told[0] += f" ({self.left_out} are skipped, since the earlier run has trained on their labels)"
+            told[0] += f" ({self.left_out} are skipped, since the earlier run was trained on their labels)"
         told[0] += "."
         found = self.measured
         if not found.any():
-            told.append(f"mAP is not measured: no class of both runs has {FEWEST_POSITIVES} positives.")
+            told.append(f"mAP is not measured, since no shared class has {FEWEST_POSITIVES} positives.")
         else:
             before, after = 100 * self.before[found].mean(), 100 * self.after[found].mean()
             told.append(
-                f"mAP {before:.1f} before, {after:.1f} after, over the "
+                f"mAP: {before:.1f} before, {after:.1f} after, over the "
                 f"{found.sum()} of {len(found)} classes with at least {FEWEST_POSITIVES} positives."
             )
             order = sorted(np.flatnonzero(found).tolist(), key=lambda k: -self.points[k])
@@ -97,7 +97,9 @@ def _most(what: str, changes: Changes, rows: Sequence[int]) -> list[str]:
 
 
 def class_AP(logits: Tensor, targets: Tensor) -> Floats:
-    """Computes the average precision of each class ``(C,)``; NaN for fewer than :data:`FEWEST_POSITIVES` positives.
+    """Computes the average precision ``(C,)`` of each class.
+
+    It is NaN for a class with fewer than :data:`FEWEST_POSITIVES` positives.
 
     Args:
         logits: ``(n, C)``.
@@ -113,7 +115,7 @@ def class_AP(logits: Tensor, targets: Tensor) -> Floats:
 
 
 def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tensor:
-    """Returns columns ``(n, C)`` of ``values (n, len(of))`` for ``names``; NaN for names that are not in ``of``."""
+    """Returns the columns ``(n, C)`` of ``values (n, len(of))`` for ``names``; NaN for names that are not in ``of``."""
     place = {name: k for k, name in enumerate(of)}
     result = torch.full((len(values), len(names)), math.nan)
     common = [k for k, name in enumerate(names) if name in place]
@@ -122,10 +124,10 @@ def in_order_of(names: Sequence[str], values: Tensor, of: Sequence[str]) -> Tens
 
 
 def label_changes(names: Sequence[str], before: LabeledImages, now: LabeledImages) -> Counts:
-    """Returns labeled positives before and now, added and removed, ``(C, 4)`` for the classes ``names``.
+    """Returns the labeled positives ``(C, 4)`` of the classes ``names``: before, now, added and removed.
 
-    Images are matched by path in the table or full path. A positive is added if it was not one before (even on
-    an image that was unlabeled then), and removed if it is no longer one.
+    Images are matched by their path in the table or by their full path. A positive counts as added if it was not a
+    positive before (even if the image was unlabeled then), and as removed if it is no longer a positive.
     """
     old, new = (in_order_of(names, torch.from_numpy(x.labels == 1).float(), x.class_names) for x in (before, now))
     old, new = old.nan_to_num().bool(), new.nan_to_num().bool()
@@ -140,7 +142,7 @@ def label_changes(names: Sequence[str], before: LabeledImages, now: LabeledImage
 
 
 def write_changes(path: Path, changes: Changes) -> None:
-    """Writes one row per class; empty cells are not measured or unknown.
+    """Writes one row per class; the cells of values that are unknown or were not measured are empty.
 
     Raises:
         OutputError: If the file cannot be written.

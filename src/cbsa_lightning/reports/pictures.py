@@ -1,7 +1,7 @@
-"""Pictures of a run, as matplotlib figures: predictions, attention, contexts, curves, classes.
+"""Plots of a run as matplotlib figures: predictions, attention, contexts, curves, and metrics of each class.
 
-Works without a display. Correct and wrong labels differ by a sign as well as by color; the colors of Okabe and Ito are
-distinguishable for color-blind people.
+They do not need a display. Correct and wrong labels differ by a sign as well as by color; the colors are those of Okabe
+and Ito, which color-blind people can distinguish.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BLUE, GREEN, ORANGE, GREY, DARK = "#0072B2", "#009E73", "#D55E00", "#707070", "#
 CONTEXT_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#B07800", "#3A9BD0", "#5D3A9B", DARK)
 
 History = Mapping[str, Mapping[int, float]]
-"""Values of each metric by epoch."""
+"""Values of each metric, by epoch."""
 
 
 class _Mark(NamedTuple):
-    """One label of one image, as displayed."""
+    """A label of an image as it is displayed."""
 
     text: str
     color: str
@@ -56,8 +56,8 @@ def prediction_gallery(
         scores: ``(n, C)`` in [0, 1].
         thresholds: ``(C,)``, decision threshold of each class.
         class_names: The C class names.
-        columns: Images per row.
-        max_labels: Lines under an image; further labels are only counted.
+        columns: Number of images per row.
+        max_labels: Maximum number of lines under an image. If there are more labels, only their number is shown.
 
     Raises:
         DataError: If there are no images.
@@ -106,13 +106,13 @@ def attention_gallery(
     class_names: Sequence[str],
     max_labels: int = 4,
 ) -> Figure:
-    """Draws the attention map of each predicted label: one image per row, one label per column.
+    """Draws the attention map of each predicted label, with one image per row and one label per column.
 
-    An image without a predicted label shows the map of the class with the highest score.
+    If an image has no predicted label, the map of the class with the highest score is drawn.
 
     Args:
         images: ``(n, 3, S, S)`` uint8.
-        maps: ``(n, C, h, w)``, non-negative; values from the map's mean to its peak are shown.
+        maps: ``(n, C, h, w)``, non-negative. The color scale ranges from the mean to the maximum of a map.
         truths: ``(n, C)`` in {1, 0, -1 unknown}.
         scores: ``(n, C)`` in [0, 1].
         thresholds: ``(C,)``, decision threshold of each class.
@@ -152,15 +152,15 @@ def attention_gallery(
 
 
 def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) -> Figure:
-    """Draws the co-occurrence of the classes, sorted by context, with each context framed and its classes listed.
+    """Draws the co-occurrence matrix with classes sorted by context, frames around the contexts, and their classes.
 
     Args:
-        S: ``(C, C)``, row k: fraction of the images with class k that also show the column's class. The diagonal is
-            ignored.
-        partition: ``(C,)`` context of each class.
+        S: ``(C, C)``; row k contains the fractions of the images with class k that also show the column's class. The
+            diagonal is ignored.
+        partition: ``(C,)``, context of each class.
         class_names: The C class names.
     """
-    matrix, groups = np.asarray(S).astype(np.float64), np.asarray(partition)  # a copy
+    matrix, groups = np.asarray(S).astype(np.float64), np.asarray(partition)  # copied, since it is modified
     np.fill_diagonal(matrix, np.nan)
     mutual = np.nansum(matrix + matrix.T, axis=1)
     order = np.lexsort((-mutual, groups))
@@ -168,7 +168,7 @@ def context_map(S: ArrayLike, partition: ArrayLike, class_names: Sequence[str]) 
     color = {k: CONTEXT_COLOURS[i % len(CONTEXT_COLOURS)] for i, k in enumerate(ids)}
     classes = len(order)
     cell = float(np.clip(6.5 / classes, min(0.15, 14 / classes), 0.5))
-    named = cell >= 0.11  # smaller names would be illegible
+    named = cell >= 0.11  # in smaller cells, names would be illegible
     size, font = cell * classes, min(cell * 72 * 0.72, 9.0)
     longest = max(len(_short(name, 20)) for name in class_names)
     margin = 0.25 + (longest * font * 0.0088 if named else 0.0)
@@ -260,27 +260,27 @@ _PANELS: tuple[tuple[str, bool, tuple[_Curve, ...]], ...] = (
 
 
 def training_curves(history: History | str | os.PathLike[str], warmup_epochs: int = 0) -> Figure:
-    """Plots validation mAP, the gain of label-specific features, pseudo-label quality, and losses over the epochs.
+    """Plots validation mAP, the gain from label-specific features, pseudo-label quality and losses over the epochs.
 
     Panels without values are omitted.
 
     Args:
         history: Values by metric and epoch, or the ``metrics.csv`` of a Lightning ``CSVLogger``.
-        warmup_epochs: First epoch with unlabeled images; marked if it is within the run.
+        warmup_epochs: First epoch with unlabeled images, which is marked if it is within the run.
 
     Raises:
-        DataError: If there is none of the metrics.
+        DataError: If the history contains none of the metrics.
     """
     values = read_history(history) if isinstance(history, (str, os.PathLike)) else history
     panels = [panel for panel in _PANELS if any(values.get(curve.metric) for curve in panel[2])]
     if not panels:
-        raise DataError("The history has no curve to draw: no val/mAP, pseudo/... or train/loss_... value.")
+        raise DataError("The history contains no curve to plot: it has no val/mAP, pseudo/... or train/loss_... value.")
     figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
     figure.suptitle("Training", x=0.01, ha="left", size=14, weight="bold")
     for axes, (title, percent, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         for metric, name, color, style in curves:
             points = sorted(values.get(metric, {}).items())
-            if metric == "train/loss_unsup":  # 0 in the warm-up, without unlabeled images
+            if metric == "train/loss_unsup":  # it is 0 in the warm-up, which has no unlabeled images
                 points = [(epoch, value) for epoch, value in points if epoch >= warmup_epochs]
             if not points:
                 continue
@@ -292,7 +292,7 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         epochs = [epoch for curve in curves for epoch in values.get(curve.metric, {})]
         if min(epochs) < warmup_epochs <= max(epochs):
-            axes.axvline(warmup_epochs, color=GREY, lw=1, ls=(0, (2, 3)), label="unlabeled images join")
+            axes.axvline(warmup_epochs, color=GREY, lw=1, ls=(0, (2, 3)), label="start of unlabeled images")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
         _plain(axes)
         axes.grid(axis="y", color="#E4E4E4", lw=0.8)
@@ -300,7 +300,7 @@ def training_curves(history: History | str | os.PathLike[str], warmup_epochs: in
 
 
 def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
-    """Reads values by metric and epoch (the last in each) from the ``metrics.csv`` of a Lightning ``CSVLogger``.
+    """Reads the last value of each metric in each epoch from the ``metrics.csv`` of a Lightning ``CSVLogger``.
 
     Raises:
         DataError: If the file is missing or has no epochs.
@@ -321,12 +321,12 @@ def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
 
 
 def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) -> Figure:
-    """Plots the average precision of every class, best first; classes without a positive image are last.
+    """Plots the average precision of every class in descending order; classes without a positive image come last.
 
     Args:
         AP: ``(C,)`` in [0, 1]; NaN if undefined.
         class_names: The C class names.
-        column: Maximum number of bars per column; more classes need more columns.
+        column: Maximum number of bars per column. If there are more classes, there are several columns.
     """
     values = 100 * np.asarray(AP, dtype=np.float64)
     order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
@@ -346,7 +346,7 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
             text = "no positive image" if missing else f"{values[k]:.1f}"
             color = GREY if missing else DARK
             label = axes.text(lengths[y] + 1.2, y, text, va="center", size=8, color=color)
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # drawn over the line of the mean
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # it covers the line of the mean
         axes.set_yticks(range(len(some)), [_short(class_names[k], 24) for k in some], fontsize=8.5, parse_math=False)
         axes.set(xlim=(0, 112), ylim=(tall - 0.4, -0.6), xticks=[0, 25, 50, 75, 100])
         if len(known):
@@ -362,7 +362,7 @@ def per_class_bars(AP: ArrayLike, class_names: Sequence[str], column: int = 40) 
 def _marks(
     scores: NDArray[Any], truths: NDArray[Any], thresholds: NDArray[Any], class_names: Sequence[str]
 ) -> list[_Mark]:
-    """Returns predicted labels, highest score first, then missed ones."""
+    """Returns the predicted labels in descending order of their scores, followed by missed labels."""
     given = scores >= thresholds
     order = np.argsort(-scores, kind="stable")
     shown = [k for k in order if given[k]] + [k for k in order if truths[k] == 1 and not given[k]]
@@ -397,12 +397,12 @@ def show_image(axes: Axes, image: NDArray[np.uint8], heat: NDArray[np.float32] |
     else:
         gray = image.astype(np.float32).mean(axis=2)
         axes.imshow(gray, cmap="gray", vmin=-60, vmax=255, extent=extent, interpolation="bilinear")
-        # Relative to uniform attention; a map without a clear peak stays faint instead of being scaled to full
-        # strength.
+        # The strength is relative to uniform attention, so that a map without a clear peak is drawn faintly instead of
+        # being scaled to full strength.
         excess = np.maximum(heat / max(float(heat.mean()), 1e-12) - 1, 0)
         strength = excess / max(float(excess.max()), 2.0)
         layer = colormaps["inferno"](0.25 + 0.75 * strength)
-        layer[..., 3] = 0.85 * np.sqrt(strength)  # places without attention stay unchanged
+        layer[..., 3] = 0.85 * np.sqrt(strength)  # pixels without attention are not changed
         axes.imshow(layer, extent=extent, interpolation="bilinear")
     axes.set_axis_off()
 

@@ -1,4 +1,4 @@
-"""Precision-recall curves: the mean over the classes, and the classes with the lowest average precision."""
+"""Precision-recall curves of the mean over all classes and of the classes with the lowest average precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from cbsa_lightning.reports.pictures import CONTEXT_COLOURS, DARK
 
 LOWEST = 5
-"""Number of classes in the picture in addition to the mean."""
+"""Number of classes in the plot in addition to the mean."""
 _GRID = np.linspace(0, 1, 101)
 _COLOURS = CONTEXT_COLOURS[:LOWEST]
 
@@ -35,7 +35,7 @@ def average_precisions(scores: ArrayLike, truths: ArrayLike) -> NDArray[np.float
 def precision_recall_curves(scores: ArrayLike, truths: ArrayLike, class_names: Sequence[str]) -> Figure:
     """Plots precision against recall over all thresholds.
 
-    The mean averages the best precision of each class at that recall or a higher one.
+    The mean curve averages, over the classes, the best precision at the same or a higher recall.
 
     Args:
         scores: ``(n, C)`` in [0, 1].

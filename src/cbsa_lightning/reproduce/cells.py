@@ -29,6 +29,7 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import lock
 from cbsa_lightning.reproduce.recipes import Cell
+from cbsa_lightning.reproduce.wandb_runs import with_run_name
 
 
 def result_of(cell: Cell, out: Path) -> Settings | None:
@@ -38,10 +39,16 @@ def result_of(cell: Cell, out: Path) -> Settings | None:
     return found
 
 
-def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
+def make(cell: Cell, out: Path, keep_checkpoint: bool = False, table: int | None = None) -> bool:
     """Runs a cell unless it is finished, and resumes an interrupted one from its last checkpoint.
 
     Several processes may work in the same ``out``. A cell that another process is running is skipped.
+
+    Args:
+        cell: The cell.
+        out: Folder that contains the folder of the cell.
+        keep_checkpoint: Whether to keep the checkpoint of the finished cell.
+        table: Number of the table that the cell is run for, which is part of the group of its W&B run.
 
     Returns:
         Whether the cell is finished.
@@ -52,7 +59,7 @@ def make(cell: Cell, out: Path, keep_checkpoint: bool = False) -> bool:
         return False
     with locked:
         if result_of(cell, out) is None:
-            found = json.dumps(_run(cell, folder), indent=1)
+            found = json.dumps(_run(cell, folder, table), indent=1)
             with replacing(folder / "result.json") as draft:
                 draft.write_text(found, encoding="utf-8")
             if not keep_checkpoint:
@@ -81,7 +88,7 @@ def refuse_ranks() -> None:
         raise ConfigError("A cell runs in one process: start `cbsa table` once per GPU, without torchrun.")
 
 
-def _run(cell: Cell, folder: Path) -> Settings:
+def _run(cell: Cell, folder: Path, table: int | None) -> Settings:
     refuse_ranks()
     trainer = cell.recipe.get("trainer", {})
     epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
@@ -91,7 +98,7 @@ def _run(cell: Cell, folder: Path) -> Settings:
             "the cell would have no result. Set max_epochs to a multiple of check_val_every_n_epoch."
         )
     recipe, here = folder / "recipe.yaml", folder / "here.yaml"
-    for file, settings in ((recipe, cell.recipe), (here, _here(folder, "logger" in trainer))):
+    for file, settings in ((recipe, cell.recipe), (here, _here(folder, cell, table))):
         with replacing(file) as draft:
             draft.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     remove_drafts(folder)
@@ -114,10 +121,12 @@ def _run(cell: Cell, folder: Path) -> Settings:
     return {"cell": cell.name, "row": cell.row.label, "data": cell.data, "share": cell.share, "seed": cell.seed} | found
 
 
-def _here(folder: Path, has_logger: bool) -> Settings:
-    """Returns settings that all cells share: one device, all output in ``folder``, and only the last checkpoint."""
+def _here(folder: Path, cell: Cell, table: int | None) -> Settings:
+    """Returns settings that do not depend on the recipe: one device, all output in ``folder``, the last checkpoint."""
     trainer: Settings = {"devices": 1}
-    if not has_logger:
+    if "logger" in cell.recipe["trainer"]:
+        trainer["logger"] = with_run_name(cell.recipe["trainer"]["logger"], cell, table)
+    else:
         logger = {"save_dir": str(folder), "name": "log"}  # each start writes a new subfolder
         trainer["logger"] = {"class_path": "RunLogger", "init_args": logger}
     # save_last is not used: lightning 2.6 writes it only together with another checkpoint or when training ends.

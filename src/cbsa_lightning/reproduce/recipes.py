@@ -22,7 +22,7 @@ from cbsa_lightning.reproduce.paper import Row, Setting, share_text
 
 WITHOUT_EFFECT = (
     *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    *("trainer.logger", "report", "labels", "report_page", "predictions"),
+    *("trainer.logger", "report", "labels", "report_page", "wandb", "predictions"),
     *("data.num_workers", "data.image_cache", "data.feature_cache.folder", "data.feature_cache.limit_gb"),
 )
 """Settings that do not affect the results. They are excluded from the hash, so that cells can move between machines."""

@@ -53,7 +53,7 @@ def table(args: Sequence[str] | None = None) -> Path:
         for share in dict.fromkeys(options.shares or plan.shares)
         for row in rows
     ]
-    problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints)
+    problems = {} if options.write_only else _run(cells, options.out, options.keep_checkpoints, plan.number)
     cost: dict[str, Cost] = {}
     if plan.number == 9:
         try:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, str]:
+def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool, table: int) -> dict[str, str]:
     """Runs the unfinished cells and returns the errors of those that could not run, by name."""
     todo = [cell for cell in {cell.folder: cell for cell in cells}.values() if result_of(cell, out) is None]
     problems: dict[str, str] = {}
@@ -105,7 +105,7 @@ def _run(cells: Sequence[Cell], out: Path, keep_checkpoints: bool) -> dict[str, 
         left = "" if not done else f", about {_span((time.monotonic() - begun) / done * (len(todo) - i))} left"
         print(f"Cell {i + 1} of {len(todo)}: {cell.name}{left}", flush=True)
         try:
-            if make(cell, out, keep_checkpoints):
+            if make(cell, out, keep_checkpoints, table):
                 done += 1
             else:
                 print("... skipped: another process is running it", flush=True)

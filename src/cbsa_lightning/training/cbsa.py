@@ -1,4 +1,4 @@
-"""CBSAModule: the paper's method with its defaults."""
+"""CBSAModule, the paper's method with the paper's settings as defaults."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ from cbsa_lightning.training.schedules import SchedulerCallable
 class CBSAModule(SSMLLModule):
     """Context-based semantic-aware alignment, with the paper's settings as defaults.
 
-    If the paper is silent or contradicts itself, ``docs/choices.md`` lists the default and its reason.
+    If the paper does not specify a setting or contradicts itself, ``docs/choices.md`` gives the default and the reason.
 
     Args:
         class_names: The C class names.
-        prompt_names: Class names in prompts; None: ``class_names`` with "_" replaced by a space.
+        prompt_names: Class names in prompts. The default is ``class_names`` with "_" replaced by a space.
         contexts: Options of context identification.
-        labeler: Computes pseudo-labels; None: CAT. ``StackedProbes()`` is more robust with few labels,
+        labeler: Computes pseudo-labels. The default is CAT. ``StackedProbes()`` is more robust if there are few labels;
             ``LabeledOnly()`` trains on labeled images only.
-        loss: Element-wise loss; None: ASL(0, 4, 0.05).
-        warmup_epochs: Epochs on labeled images only.
-        unsup_weight: Factor of the loss on pseudo-labels.
-        ema_decay: Decay of the weight average behind pseudo-labels and reported metrics; None: averages over a seventh
-            of the second stage's steps, similar to 0.9997 in the paper's VOC runs.
-        average: Builds that average from the network and the decay.
+        loss: Element-wise loss. The default is ASL(0, 4, 0.05).
+        warmup_epochs: Number of epochs on labeled images only.
+        unsup_weight: Weight of the loss on pseudo-labels.
+        ema_decay: Decay of the average of the weights, with which pseudo-labels and reported metrics are computed. By
+            default, the decay is chosen so that the average covers a seventh of the second stage's steps, as a decay of
+            about 0.9997 does in the paper's VOC runs.
+        average: Builds this average from the network and the decay.
         optimizer: Builds the optimizer from parameter groups.
-        scheduler: Builds the schedule of a stage; None: one-cycle.
-        second_scheduler: Builds the schedule of the second stage; None: ``scheduler``.
-        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite; 0 stops at
-            the first.
+        scheduler: Builds the schedule of a stage. The default is one-cycle.
+        second_scheduler: Builds the schedule of the second stage. The default is ``scheduler``.
+        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite. With 0, the
+            run stops at the first such step.
         stack_share: Weight of the labeler's stack in the final scores; a value above 0 needs ``StackedProbes()``.
-        objective: Chooses the decision thresholds; None: ``Share()``.
+        objective: Chooses the decision thresholds. The default is ``Share()``.
         **network: Settings of :class:`~cbsa_lightning.networks.cbsa.CBSANetwork`, such as ``clip`` and
             ``num_contexts``.
 
     Raises:
-        ConfigError: If settings are inconsistent with each other or the towers.
+        ConfigError: If settings are inconsistent with each other or with the towers.
         WeightsError: If the CLIP weights are not available.
     """
 
@@ -88,9 +89,9 @@ class CBSAModule(SSMLLModule):
             stack_share=stack_share,
             objective=objective,
         )
-        # Objects are excluded: a checkpoint contains only plain types, so that it loads without running code; it only
-        # names a custom decoder. Defaults are included, so that a checkpoint still describes the same network if they
-        # change.
+        # Objects are excluded, because a checkpoint contains only plain types and can therefore be loaded without
+        # running code. A custom decoder is stored only by name. Defaults are included, so that a checkpoint still
+        # describes the same network if the defaults change.
         plain = {name: repr(value) if callable(value) else value for name, value in network.items()}
         self.save_hyperparameters(SETTINGS | plain)
 
@@ -103,5 +104,5 @@ def _whole_signature() -> inspect.Signature:
     return inspect.Signature([*own, *settings])
 
 
-# Used by `help`, and for hints on misspelled settings.
+# `help` and the hints for misspelled settings use this signature.
 CBSAModule.__signature__ = _whole_signature()  # type: ignore[attr-defined]

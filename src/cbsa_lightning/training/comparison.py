@@ -28,11 +28,11 @@ def compare(
     settings: dict[str, Any],
     baselines: Mapping[str, float],
 ) -> dict[str, float]:
-    """Trains a labeled-only version of a finished run, and compares its mAP with those of the baselines and of the run.
+    """Trains a labeled-only version of a finished run, and compares its mAP with that of the run and the baselines.
 
-    The labeled-only version starts from the same weights, with the same stages, schedule and number of steps; its
-    second stage uses labeled images only. Each mAP is that of the averaged weights after the last epoch, on the
-    validation images.
+    The labeled-only version starts from the same weights and has the same stages, schedule and number of steps, but its
+    second stage uses labeled images only. Each mAP is measured on the validation images with the averaged weights after
+    the last epoch.
 
     Args:
         trainer: The Trainer of the finished run.
@@ -44,7 +44,8 @@ def compare(
 
     Returns:
         mAP (0 to 1) of the baselines, "labeled only", "network alone" if scores are fused with a stack, and
-        "semi-supervised". Also written to ``comparison.csv`` in the run's folder, and logged as ``compare/...``.
+        "semi-supervised". These values are also written to ``comparison.csv`` in the run's folder and logged as
+        ``compare/...``.
     """
     folder = folder_of(trainer)
     if folder is None:
@@ -92,8 +93,8 @@ def _print(results: dict[str, float], data: SSMLLDataModule, folder: Path) -> No
     console = Console()
     console.print(table)
     gain = 100 * (results["semi-supervised"] - results["labeled only"])
-    console.print(f"Gain over training on labels only: {gain:+.1f} points. All files of this run are in {folder}.")
+    console.print(f"Gain over training on labeled images only: {gain:+.1f} points. Files of this run: {folder}.")
     best = max(results, key=lambda name: results[name])
     if best != "semi-supervised":
         lost = 100 * (results[best] - results["semi-supervised"])
-        console.print(f"The best row is {best!r}, {lost:.1f} points above the model of this run.")
+        console.print(f"The best model is {best!r}. Its mAP is {lost:.1f} points above that of this run.")

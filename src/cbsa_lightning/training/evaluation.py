@@ -1,4 +1,4 @@
-"""Validation, test and prediction: scores of the averaged weights, and the logged metrics."""
+"""Runs validation, test and prediction with the averaged weights, and logs the metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Stage = Literal["warm-up", "semi-supervised", "labeled-only"]
 
 
 class Evaluation(FinalScores, L.LightningModule):
-    """Evaluation passes of a module with ``network`` and its weight average ``ema``.
+    """Evaluation passes of a module that has a ``network`` and the average ``ema`` of its weights.
 
     Prompts are encoded once per pass. Each pass evaluates the averaged weights; validation also evaluates the raw
     weights.
@@ -38,11 +38,11 @@ class Evaluation(FinalScores, L.LightningModule):
 
     @property
     def stage(self) -> Stage:
-        """Which images the current epoch trains on."""
+        """The images that the current epoch trains on."""
         raise NotImplementedError
 
     def prepare_evaluation(self) -> None:
-        """Creates the metrics; the module calls it once its network exists."""
+        """Creates the metrics; the module calls this method once its network exists."""
         reports = {k: MultilabelReport(len(self.class_names)) for k in ("ema", "raw", "fused", "test")}
         self.metrics = nn.ModuleDict(reports)
         self.specificity = Specificity(len(self.class_names)) if self.network.has_label_features else None
@@ -56,7 +56,7 @@ class Evaluation(FinalScores, L.LightningModule):
         return self.network.features(cast(Tensor, batch.images))
 
     def cache_text(self) -> None:
-        """Encodes the prompts once for the following passes without gradient; see :meth:`score`."""
+        """Encodes the prompts once for the following passes, which do not compute gradients; see :meth:`score`."""
         with torch.no_grad():
             self._text = {"raw": self.network.encode_text()}
             with self.ema.applied_to(self.network):
@@ -64,7 +64,7 @@ class Evaluation(FinalScores, L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Runs a pass without gradient during training, in evaluation mode and with prompts encoded once."""
+        """Runs a pass during training in evaluation mode, without gradients and with prompts that are encoded once."""
         training = self.training
         self.eval()
         self.cache_text()
@@ -75,7 +75,7 @@ class Evaluation(FinalScores, L.LightningModule):
             self.train(training)
 
     def score(self, features: Tensor, weights: Literal["ema", "raw"] = "ema", **options: Any) -> NetworkOutput:
-        """Computes the output of the averaged or raw weights on frozen features; uses cached text if available."""
+        """Computes the output of the averaged or raw weights on frozen features; uses encoded prompts if available."""
         with torch.no_grad():
             if weights == "raw":
                 return cast(NetworkOutput, self.network(features, self._text.get("raw"), **options))
@@ -105,7 +105,7 @@ class Evaluation(FinalScores, L.LightningModule):
             return self.network.mean_feature_logits(label_features, self._text.get("ema"))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs mAP, CF1 and OF1 of the averaged weights, and mAP of the raw weights."""
+        """Logs mAP, CF1 and OF1 of the averaged weights and mAP of the raw weights."""
         if self.trainer.state.fn == "fit" and self.stage != "semi-supervised" and self.tells_limits:
             self._decide_by_validated(self._report("ema").gathered()[0])
         report = self._computed("ema")
@@ -143,7 +143,7 @@ class Evaluation(FinalScores, L.LightningModule):
         self.cache_text()
 
     def predict_step(self, batch: EvalBatch, batch_idx: int) -> dict[str, Any]:
-        """Returns ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool, and ``unread`` of the batch."""
+        """Returns ``index (B,)``, ``scores (B, C)`` in [0, 1], ``labels (B, C)`` bool and ``unread`` of the batch."""
         scores = self(batch.images)
         self._refuse(scores, batch, "Scores", "predict_table")
         labels = scores >= self.decision_thresholds()
@@ -155,7 +155,7 @@ class Evaluation(FinalScores, L.LightningModule):
         self._end_pass()
 
     def _decide_by_validated(self, logits: Tensor) -> None:
-        """Sets thresholds from scores (not labels) of the validation images, if no unlabeled images are scored."""
+        """Sets the thresholds from scores (not labels) of the validation images if no unlabeled images are scored."""
         if len(logits) and not bool(self.positive_rate.isnan().any()):
             self._give_shares(logits, self.positive_rate)
 
@@ -179,7 +179,7 @@ class Evaluation(FinalScores, L.LightningModule):
         self._text = {}
 
     def _refuse(self, scores: Tensor, batch: EvalBatch, what: str, table: str = "") -> None:
-        """Raises if scores are not finite; names the images if the data module has a table of them."""
+        """Raises an error if scores are not finite; it names the images if the data module has a table of them."""
 
         def name_of(row: int) -> str:
             find = getattr(getattr(self.trainer, "datamodule", None), table, lambda: None)

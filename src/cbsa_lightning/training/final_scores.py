@@ -1,4 +1,4 @@
-"""Final scores of a module, from its network or fused with the labeler's stack, and the decision thresholds."""
+"""Final scores of a module, which may be fused with those of the labeler's stack, and the decision thresholds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FinalScores(nn.Module):
     """Mix-in for a LightningModule whose ``score`` returns the logits of its averaged weights.
 
     Attributes:
-        cut: ``(C,)`` decision thresholds, NaN until they are set.
-        fusion: Combines the network with the stack; fitted when training starts. None without a stack.
+        cut: ``(C,)``, decision thresholds; NaN until they are set.
+        fusion: Combines the network with the stack and is fitted when training starts. None without a stack.
         expected: ``(C, 6)``, expected precision and recall at the thresholds; see
             :class:`~cbsa_lightning.method.decisions.Decisions`.
-        left_out: ``(m, C)`` out-of-fold probabilities of the labeled images.
+        left_out: ``(m, C)``, out-of-fold probabilities of the labeled images.
     """
 
     network: Any
@@ -44,7 +44,7 @@ class FinalScores(nn.Module):
     _describer: tuple[Describer, ...]
 
     def prepare_scores(self, stack_share: float, objective: Objective | None) -> None:
-        """Checks the settings and creates the state; the module calls it once its network and labeler exist.
+        """Checks the settings and creates the state; the module calls this method once its network and labeler exist.
 
         Raises:
             ConfigError: If the network, the labeler or the objective does not fit ``stack_share``.
@@ -54,7 +54,7 @@ class FinalScores(nn.Module):
         if not stack_share and objective is not None and not isinstance(objective, Share):
             raise ConfigError(
                 f"objective {type(objective).__name__} needs probabilities. Set stack_share to 0.5 and labeler to "
-                "StackedProbes(). Share() does not need them."
+                "StackedProbes(), or use the objective Share(), which does not need probabilities."
             )
         if stack_share and not isinstance(self.labeler, StackLabeler):
             raise ConfigError("stack_share needs a labeler with a stack. Set labeler to StackedProbes().")
@@ -64,20 +64,20 @@ class FinalScores(nn.Module):
             )
         self.stack_share = stack_share
         self.objective = objective if objective is not None else Share()
-        # In a tuple to keep it out of the state dict: it is rebuilt from the towers as loaded.
+        # The tuple keeps the describer out of the state dict, since it is rebuilt from the loaded towers.
         self._describer = (self.network.describer(keep=True),) if stack_share else ()
         self.register_buffer("cut", torch.full((len(self.class_names),), torch.nan).float())
         self.fusion = self.expected = self.left_out = None
 
     def label_once(self, evidence: Evidence) -> Tensor:
-        """Returns the labels of an evidence labeler; keeps its stack if final scores are fused with it.
+        """Returns the labels of an evidence labeler; keeps its stack if the final scores are fused with it.
 
         Args:
-            evidence: Evidence of the m labeled images, then of the unlabeled ones.
+            evidence: Evidence of the m labeled images, followed by the unlabeled images.
 
         Returns:
-            ``(N, C)`` in the same order. Rows of labeled images, used for their unknown entries, are a stack's
-            out-of-fold probabilities, or -1 if the labeler is not a :class:`StackLabeler`.
+            ``(N, C)`` in the same order. The rows of labeled images are used for their unknown entries. They contain
+            the out-of-fold probabilities of the stack, or -1 if the labeler is not a :class:`StackLabeler`.
         """
         if not isinstance(self.labeler, StackLabeler):
             made = cast(EvidenceLabeler, self.labeler)(evidence)
@@ -92,7 +92,7 @@ class FinalScores(nn.Module):
         return soft_labels(np.concatenate([left_out, unlabeled]), evidence)
 
     def set_decisions(self, logits: Tensor, rows: Tensor, rates: Tensor) -> None:
-        """Sets the decision thresholds, and the scale for fusing logits.
+        """Sets the decision thresholds, and the statistics for fusing logits.
 
         Args:
             logits: ``(n, C)``, the network's logits of the unlabeled images.
@@ -103,7 +103,7 @@ class FinalScores(nn.Module):
             self._give_shares(logits, rates)
             return
         self.fusion = self.fusion.to(logits.device).adapted(logits)
-        # The soft pseudo-labels are the stack's probabilities, or -1 for a class without known labels.
+        # Soft pseudo-labels are the stack's probabilities, or -1 for a class without known labels.
         soft = cast(Tensor, self.pseudo_labels)[rows].float()
         stack = torch.where(soft < 0, self.fusion.stack_mean, torch.logit(soft, eps=1e-4))
         averaged = self.fusion.averaged(logits, stack).cpu().numpy()
@@ -113,14 +113,14 @@ class FinalScores(nn.Module):
         self.expected = torch.from_numpy(found.expected).float()
 
     def final_logits(self, features: Tensor) -> Tensor:
-        """Returns the logits ``(B, C)`` of predictions, by the averaged weights and the stack, if there is one."""
+        """Returns the logits ``(B, C)`` for prediction, from the averaged weights and from the stack, if any."""
         return self.fused_logits(features, self.score(features).logits)
 
     def fused_logits(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Returns final logits ``(B, C)`` from frozen features and the network's logits of these features."""
+        """Returns the final logits ``(B, C)`` from frozen features and the network's logits for these features."""
         if self.fusion is None or not self.fusion.ready:
             return logits
-        self.fusion = self.fusion.to(features.device)  # a checkpoint loads it on the CPU
+        self.fusion = self.fusion.to(features.device)  # it is on the CPU after a checkpoint is loaded
         describe = self._describer[0].to(features.device)
         return self.fusion.fused(logits, self.fusion.stack_logits(describe(features)))
 
@@ -131,10 +131,10 @@ class FinalScores(nn.Module):
     def decision_thresholds(self) -> Tensor:
         """Returns the decision thresholds ``(C,)``; see :meth:`set_decisions`.
 
-        They are 0.5 if never set, as after training without validation on labeled images only.
+        They are 0.5 if they were never set, for example after training on labeled images only without validation.
         """
         return torch.where(self.cut.isnan(), torch.full_like(self.cut, 0.5), self.cut)
 
     def _give_shares(self, logits: Tensor, rates: Tensor) -> None:
-        """Sets thresholds that give each class its labeled fraction of the images in ``logits (n, C)``."""
+        """Sets thresholds at which each class gets the fraction ``rates`` of the images in ``logits (n, C)``."""
         self.cut.copy_(class_thresholds(logits.sigmoid(), rates, 1.0, 0.0)[0])

@@ -25,7 +25,7 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""How often the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
+"""Runs in which the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
 LEAST = 3
 """Number of labeled positives that a class needs for a meaningful average precision."""
 
@@ -39,10 +39,10 @@ class Gain:
     Attributes:
         class_names: the C classes.
         positives: ``(C,)``, labeled positives per class.
-        by_class: ``(C, 3)``: estimate, lower and upper end of the bootstrap interval; NaN for a class with too few
+        by_class: ``(C, 3)``, estimate and lower and upper end of the bootstrap interval; NaN for a class with too few
             positives.
         overall: ``(3,)``, the same for the mean over the remaining classes.
-        images: number of labeled images behind the estimate.
+        images: number of labeled images that the estimate is based on.
         trained_on: number of labeled images in each training fold.
     """
 
@@ -55,7 +55,7 @@ class Gain:
 
     @property
     def hurts(self) -> bool:
-        """Whether training on labeled images only is estimated to be better."""
+        """Whether training on labeled images only is better according to the estimate."""
         return bool(self.overall[0] < 0)
 
     def sentence(self) -> str:
@@ -75,7 +75,7 @@ class Gain:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes ``gain.csv``, one row per class, and ``gain.png``."""
+        """Writes ``gain.csv``, with one row per class, and ``gain.png``."""
         with replacing(folder / "gain.csv") as draft, draft.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "labeled_positives", "gain", "low", "high"])
@@ -86,7 +86,7 @@ class Gain:
             self._draw(draft)
 
     def _draw(self, file: Path) -> None:
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+        from matplotlib.figure import Figure  # unlike pyplot, it needs no display and has no global state
 
         told = np.flatnonzero(np.isfinite(self.by_class[:, 0]))
         told = told[np.argsort(self.by_class[told, 0])]
@@ -101,7 +101,7 @@ class Gain:
         axes.set_yticks(places, ["mean", *names])
         axes.axvline(0, color="gray", linewidth=0.8)
         axes.set_xlabel(f"gain in average precision from unlabeled images (points), {LEVEL:.0%} bootstrap interval")
-        axes.set_title(f"Estimated on {self.images} labeled images (number of positives in brackets)", fontsize=10)
+        axes.set_title(f"Estimated on {self.images} labeled images (number of positives in parentheses)", fontsize=10)
         figure.savefig(file, dpi=120)
 
 
@@ -109,14 +109,15 @@ class Gain:
 class GainCheck:
     """Estimates, before a fit, whether the unlabeled images will help.
 
-    The labeled images are split into folds. For each held-out fold, the module is trained twice from the same weights,
-    for the same number of steps: as it is, and on labeled images only. The check therefore takes ``2 * folds`` extra
-    fits.
+    The labeled images are split into folds. For each held-out fold, the module is trained twice from the same weights
+    for the same number of steps: once with the settings of the run, and once on labeled images only. The check
+    therefore takes ``2 * folds`` extra fits.
 
     Args:
-        folds: number of folds, at least 2. The networks train on (folds - 1) / folds of the labeled images, so with few
-            folds the estimate is that for a smaller labeled set, for which unlabeled images tend to help more.
-        keep_labeled_only: whether to train on labeled images only if that is estimated to be better.
+        folds: number of folds, at least 2. The networks are trained on (folds - 1) / folds of the labeled images. With
+            few folds, the estimate therefore applies to a smaller labeled set, for which unlabeled images tend to help
+            more.
+        keep_labeled_only: whether to train on labeled images only if this is better according to the estimate.
 
     Raises:
         ConfigError: If there are fewer than 2 folds.
@@ -130,17 +131,17 @@ class GainCheck:
             raise ConfigError(f"gain check: there must be at least 2 folds, got {self.folds}")
 
     def __call__(self, untrained: SSMLLModule, data: SSMLLDataModule, settings: dict[str, Any]) -> Gain:
-        """Estimates the gain; does not change ``untrained`` or ``data``, and uses no test image.
+        """Estimates the gain. Does not change ``untrained`` or ``data``, and does not use test images.
 
         Args:
             untrained: the module before training.
-            data: its data; set up here if necessary.
+            data: the data of the run, which is set up here if necessary.
             settings: arguments of the run's Trainer; logger, checkpoints and callbacks (including early stopping) are
                 ignored.
 
         Raises:
-            ConfigError: If the module trains on labeled images only, or the Trainer has no number of epochs or stops
-                before the last one.
+            ConfigError: If the module trains on labeled images only, the Trainer has no ``max_epochs``, or it stops
+                before the last epoch.
             DataError: If there are no unlabeled images, or too few labeled images or positives.
         """
         if isinstance(untrained.labeler, LabeledOnly):
@@ -155,7 +156,7 @@ class GainCheck:
         if not len(data.split.unlabeled):
             raise DataError("gain check: there are no unlabeled images. Disable the check.")
         labels = data.labeled_targets().numpy()
-        _told(labels)  # raise now, not after hours
+        _told(labels)  # raises an error now instead of after hours of training
         fold_of = deal(labels, self.folds, data.seed)
         hidden = getattr(rank_zero_only, "rank", 0) != 0
         with tqdm(total=2 * self.folds, desc="Do unlabeled images help?", unit="fit", disable=hidden) as bar:
@@ -177,12 +178,12 @@ class GainCheck:
 
 
 def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
-    """Reports the estimate at the end of a fit: a sentence, ``gain.csv``, ``gain.png`` and the loggers.
+    """Reports the estimate at the end of a fit: prints a sentence, writes ``gain.csv`` and ``gain.png``, and logs it.
 
     Args:
         gain: the estimate.
         trainer: the Trainer of the fit.
-        left_out: whether the unlabeled images were not used because of it.
+        left_out: whether the run did not use the unlabeled images because of this estimate.
     """
     folder = folder_of(trainer)
     if folder is None or not trainer.is_global_zero:
@@ -197,7 +198,7 @@ def report_gain(gain: Gain, trainer: L.Trainer, left_out: bool = False) -> None:
         logger.save()
     print(gain.sentence())
     if left_out:
-        print("This run therefore did not use them: its weights are from training on labeled images only.")
+        print("This run therefore did not use them and was trained on labeled images only.")
 
 
 def gain_of(
@@ -211,8 +212,8 @@ def gain_of(
     """Computes the gain from held-out scores, with an interval over 1,000 bootstrap draws of the images.
 
     Each fold is scored by different networks, so scores are compared by their rank within the fold. The interval covers
-    the sampling of the images for measurement, but not that of the training images, nor randomness of training. It is
-    therefore narrower than an interval of the true gain.
+    the sampling of the images that are scored, but not the sampling of the training images or the randomness of
+    training. It is therefore narrower than a confidence interval of the true gain.
 
     Args:
         without: scores ``(m_f, C)`` of each fold's images from training without unlabeled images.
@@ -228,7 +229,7 @@ def gain_of(
     truth = np.concatenate(targets)
     told = _told(truth)
     rng = np.random.default_rng(seed)
-    # The first draw is the original sample, each image once.
+    # The first draw is the original sample, which contains each image once.
     draws = np.concatenate(
         [np.ones((1, len(truth))), rng.multinomial(len(truth), [1 / len(truth)] * len(truth), DRAWS)]
     )
@@ -238,13 +239,13 @@ def gain_of(
     by_class = np.full((len(class_names), 3), np.nan)
     by_class[told] = np.stack([_interval(row) for row in gains])
     drawn = np.isfinite(gains)
-    with np.errstate(invalid="ignore"):  # a draw without a positive is ignored
+    with np.errstate(invalid="ignore"):  # draws without a positive are ignored
         overall = np.where(drawn, gains, 0).sum(0) / drawn.sum(0)
     return Gain(class_names, (truth == 1).sum(0), by_class, _interval(overall), len(truth), trained_on)
 
 
 def _told(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Returns the classes with enough labels ``(m, C)`` for an estimate."""
+    """Returns the classes that have enough labels in ``labels (m, C)`` for an estimate."""
     told = np.flatnonzero(((labels == 1).sum(0) >= LEAST) & ((labels == 0).sum(0) > 0))
     if not len(told):
         raise DataError(
@@ -255,10 +256,10 @@ def _told(labels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def average_precision(scores: Array, targets: NDArray[np.int64], weights: Array) -> Array:
-    """Computes the average precision of one class under several image weightings, as scikit-learn defines it.
+    """Computes the average precision of one class for several weightings of the images, as defined by scikit-learn.
 
     Args:
-        scores: ``(m,)``; equal scores are one threshold.
+        scores: ``(m,)``; equal scores form one threshold.
         targets: ``(m,)`` in {1, 0, -1}; unknown entries are ignored.
         weights: ``(draws, m)``, weight of each image.
 
@@ -292,7 +293,7 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
         DataError: If there are fewer than two images per fold.
     """
     if len(labels) < 2 * folds:
-        raise DataError(f"gain check: {len(labels)} labeled images cannot be split into {folds} folds. Label more.")
+        raise DataError(f"gain check: {len(labels)} labeled images cannot form {folds} folds. Label more images.")
     number = np.where(labels == 1, (labels == 1).sum(0), len(labels) + 1)
     rarest = np.where((labels == 1).any(1), number.argmin(1), labels.shape[1])
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -303,7 +304,7 @@ def deal(labels: NDArray[np.int8], folds: int, seed: int) -> NDArray[np.int64]:
 
 
 class _KeepScores(L.Callback):
-    """Keeps the averaged weights' logits of the validation images from all processes."""
+    """Keeps the logits of the validation images from all processes, computed with the averaged weights."""
 
     logits: Array | None = None
     targets: NDArray[np.int64] | None = None
@@ -343,6 +344,6 @@ def _ranks(scores: Array) -> Array:
 
 
 def _interval(draws: Array) -> Array:
-    """Returns the first draw, and the ends of the central interval of the others."""
+    """Returns the first draw and the ends of the central interval of the other draws."""
     tails = (1 - LEVEL) / 2
     return np.array([draws[0], *np.nanquantile(draws[1:], [tails, 1 - tails])])

@@ -1,4 +1,4 @@
-"""RunLogger: Lightning's CSVLogger, which continues the file of a resumed run."""
+"""RunLogger, a version of Lightning's CSVLogger that continues the file of a resumed run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cbsa_lightning.io.runs import METRICS, next_version, rank
 class MetricsFile:
     """Writes ``metrics.csv`` of a run, with one row per logged set of metrics; every write is atomic.
 
-    When a run is resumed, rows from the first newly logged step on are dropped, since the resumed run logs them again.
-    A row of the same step that shares a metric name is replaced.
+    When a resumed run logs metrics for the first time, the rows of later steps are deleted, since the run logs them
+    again. A row of the same step is replaced if it contains one of the logged metrics.
 
     Args:
         folder: Folder of the run.
 
     Raises:
-        DataError: If there is a file that is not such a table.
+        DataError: If the file exists but is not a table of metrics.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,11 +49,11 @@ class MetricsFile:
             return [{**row, "step": int(row["step"])} for row in rows]
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise DataError(
-                f"{self.file}: is not a table of metrics with a column step ({error}). Move it out of the run's folder"
+                f"{self.file} is not a table of metrics with a column 'step' ({error}). Move it out of the run's folder"
             ) from error
 
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:
-        """Adds a row, or replaces the row that it repeats."""
+        """Adds a row, or replaces a row from before resuming that has the same step and one of the metrics."""
         self._logged = True
         if self._opened_again:
             self.metrics = [row for row in self.metrics if row["step"] <= step]
@@ -70,12 +70,12 @@ class MetricsFile:
         self.metrics.append(new)
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Keeps hyper-parameters for ``hparams.yaml``."""
+        """Stores hyperparameters for ``hparams.yaml``."""
         self.hparams.update(params)
         self._new_hparams = True
 
     def save(self) -> None:
-        """Writes both files if anything was logged, so that a resumed run that is refused leaves them unchanged."""
+        """Writes both files if anything was logged. A run that cannot be resumed therefore leaves them unchanged."""
         if not self._logged:
             return
         if self._new_hparams and self.hparams:
@@ -91,12 +91,12 @@ class MetricsFile:
 class RunLogger(CSVLogger):
     """Lightning's CSVLogger, which continues an existing ``metrics.csv`` instead of deleting it.
 
-    The folder of a new run is created when its version is first requested, so that no other process takes it.
+    The folder of a new run is created when its version is first requested, so that no other process uses it.
     """
 
     @property
     def version(self) -> int | str:
-        """The given version, or the next free one."""
+        """The given version or the next unused one."""
         if self._version is None and rank() == 0:
             self._version = int(next_version(Path(self.root_dir)).name.removeprefix("version_"))
         return super().version
@@ -104,7 +104,7 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The metrics file; only on the first process."""
+        """The metrics file, which exists only on the first process."""
         if self._experiment is None:
             folder = Path(self.log_dir)
             with writing(folder):
@@ -113,7 +113,7 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Writes the file; if the run has failed and this also fails, the run's error is kept."""
+        """Writes the file. If this fails after the run itself has failed, only a warning is issued."""
         try:
             super().finalize(status)
         except OutputError as error:
@@ -126,9 +126,9 @@ _BEGUN: WeakSet[Any] = WeakSet()  # W&B runs that this process has started
 
 
 def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
-    """Starts a separate W&B run for each new ``WandbLogger``; Lightning would continue that of the previous training.
+    """Starts a separate W&B run for each new ``WandbLogger``; Lightning would continue the run of an earlier training.
 
-    A run that the user started with ``wandb.init``, as in a sweep, is used as it is.
+    If the user has started a run with ``wandb.init``, for example in a sweep, that run is used.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger) and not lightning_private.has_begun(logger) and rank() == 0:
@@ -141,7 +141,7 @@ def begin_wandb_runs(loggers: Iterable[Logger]) -> None:
 
 
 def going_on(logger: Logger, folder: Path) -> Logger:
-    """Returns a copy of a run's logger that continues in the run's folder; other loggers are returned unchanged."""
+    """Returns a copy of a :class:`RunLogger` that continues in the run's folder; returns other loggers unchanged."""
     if isinstance(logger, TensorBoardLogger):
         lightning_private.log_into(logger, folder)
     if not isinstance(logger, CSVLogger):

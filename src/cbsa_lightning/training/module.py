@@ -1,4 +1,4 @@
-"""The training loop for any network and labeler (Eqs. 6-8, 11, 12)."""
+"""The training loop, which works with any network and labeler (Eqs. 6-8, 11, 12)."""
 
 from __future__ import annotations
 
@@ -47,45 +47,46 @@ NetworkCallable = Callable[[Sequence[str]], Network]
 AverageCallable = Callable[[nn.Module, float], ParameterEMA]
 """Builds the average of a network's weights with a given decay."""
 LossCallable = Callable[[Tensor, Tensor], Tensor]
-"""Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}, 0 where the target is -1."""
+"""Element-wise loss of logits ``(B, C)`` and targets in {1, 0, -1}; it is 0 for entries whose target is -1."""
 
 
 class SSMLLModule(LeanCheckpoint, Evaluation):
     """Semi-supervised multi-label training of a network.
 
-    The first ``warmup_epochs`` train on labeled images only. Then, at the start of each epoch, the averaged weights
-    score the weak view of every unlabeled image, ``labeler`` turns the scores into pseudo-labels, and each step trains
-    on strong views of labeled and unlabeled images. State that is learned once per epoch is stored in buffers, NaN or
-    -1 until first set, so that a checkpoint is enough to predict.
+    The first ``warmup_epochs`` epochs use labeled images only. At the start of each later epoch, the averaged weights
+    score the weak view of every unlabeled image, and ``labeler`` converts the scores to pseudo-labels. Each step then
+    trains on strong views of labeled and unlabeled images. State that is updated once per epoch is stored in buffers,
+    so a checkpoint is sufficient for prediction. The initial value of a buffer is NaN or -1.
 
     Args:
         class_names: The C class names.
-        prompt_names: Class names in prompts; None: ``class_names`` with "_" replaced by a space.
+        prompt_names: Class names in prompts. The default is ``class_names`` with "_" replaced by a space.
         network: Builds the network from the prompt names.
-        labeler: Computes pseudo-labels in each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`); None: the
-            paper's CAT. ``LabeledOnly()`` trains on labeled images only.
+        labeler: Computes pseudo-labels in each epoch (:class:`Labeler`) or once (:class:`EvidenceLabeler`). The default
+            is the paper's CAT. ``LabeledOnly()`` trains on labeled images only.
         loss: Element-wise loss of logits and targets in {1, 0, -1}.
-        contexts: Options of context identification; used if the network has a context head.
-        warmup_epochs: Epochs of the first stage; a network without trainable parameters has none.
-        unsup_weight: Factor of the loss on pseudo-labels.
-        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite; one more
-            stops the run. 0 stops it at the first.
-        ema_decay: Weight of the old average in each optimizer step. The average starts from the raw weights when the
-            warm-up ends; until then, the raw weights are used. None: averages over a seventh of the second stage's
-            steps, similar to 0.9997 in the paper's VOC runs.
+        contexts: Options of context identification, which are used if the network has a context head.
+        warmup_epochs: Number of epochs in the first stage. It is 0 for a network without trainable parameters.
+        unsup_weight: Weight of the loss on pseudo-labels.
+        max_skipped_steps: Number of consecutive steps that may be skipped because their loss is not finite. If there
+            are more, the run stops. With 0, it stops at the first such step.
+        ema_decay: Weight of the old average in each optimizer step. The average starts from the raw weights at the end
+            of the warm-up; until then, the raw weights are used. By default, the decay is chosen so that the average
+            covers a seventh of the second stage's steps, as a decay of about 0.9997 does in the paper's VOC runs.
         average: Builds the average from the network and the decay.
-        stack_share: Weight of the labeler's stack in the final scores, in [0, 1]. The scores are then calibrated
-            probabilities from the averaged logits of stack and network; see :mod:`~cbsa_lightning.method.fusion`. 0:
-            only the network, 1: only the stack. A value above 0 needs a
+        stack_share: Weight of the labeler's stack in the final scores, in [0, 1]. With 0, only the network is used, and
+            with 1, only the stack. If the weight is above 0, the scores are calibrated probabilities, computed from the
+            averaged logits of stack and network (see :mod:`~cbsa_lightning.method.fusion`). This needs a
             :class:`~cbsa_lightning.method.stacking.StackLabeler` such as ``StackedProbes``, and the network's own mAP
-            is then ``val/mAP_network``.
-        objective: Chooses the decision thresholds, see :mod:`~cbsa_lightning.method.decisions`; None: ``Share()``, each
-            class's fraction of the labeled images. Objectives other than ``Share()`` need a ``stack_share``.
-        optimizer: Builds the optimizer from parameter groups. The default is the paper's AdamW at 1e-3, fused, with
-            CAP's weight decay, since the paper states none.
+            is logged as ``val/mAP_network``.
+        objective: Chooses the decision thresholds; see :mod:`~cbsa_lightning.method.decisions`. The default is
+            ``Share()``, which assigns each class to the same fraction of images as in the labeled set. Other objectives
+            need a ``stack_share``.
+        optimizer: Builds the optimizer from parameter groups. The default is fused AdamW with the paper's learning rate
+            of 1e-3. The paper does not state a weight decay, so that of CAP is used.
         scheduler: Builds the schedule of a stage from the optimizer and the stage's number of steps, or a scheduler of
-            torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. None: one-cycle.
-        second_scheduler: Builds the schedule of the second stage; None: ``scheduler``.
+            torch; see :func:`~cbsa_lightning.training.schedules.scheduled`. The default is one-cycle.
+        second_scheduler: Builds the schedule of the second stage. The default is ``scheduler``.
     """
 
     network: Network
@@ -93,7 +94,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
     tau_neg: Tensor
     positive_rate: Tensor
     context_partition: Tensor
-    tells_limits = True  # off in fits that only measure something
+    tells_limits = True  # False for fits that are only measurements
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         if ema_decay is not None:
             check_number("ema_decay", ema_decay, 0, 1)
         check_number("max_skipped_steps", max_skipped_steps, 0, whole=True)
-        # Objects are excluded: a checkpoint contains only plain types, so that it loads without running code.
+        # Objects are excluded, because a checkpoint contains only plain types and can be loaded without running code.
         self.save_hyperparameters("class_names", "prompt_names", "warmup_epochs", "unsup_weight", "ema_decay")
         self.class_names = class_names
         self.prompt_names = list(prompt_names if prompt_names is not None else default_prompts(class_names))
@@ -147,14 +148,14 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.trains = any(p.requires_grad for p in self.network.parameters())
         self.warmup_epochs = warmup_epochs if self.trains else 0
         self.unsup_weight = unsup_weight
-        self.evidence: Evidence | None = None  # from the start of a fit to its first epoch
+        self.evidence: Evidence | None = None  # set from the start of a fit to its first epoch
         self.make_optimizer = optimizer
         self.make_schedule = scheduler if scheduler is not None else OneCycle()
         self.make_second_schedule = second_scheduler if second_scheduler is not None else self.make_schedule
         self.ema_decay = ema_decay
         self.ema = average(self.network, 0.0 if ema_decay is None else ema_decay)
-        # All processes compute the same averages, so DDP need not broadcast them in each step. Running statistics that
-        # are not synchronized differ between processes.
+        # All processes compute the same averages, so DDP does not have to broadcast them in each step. This does not
+        # apply to running statistics that are not synchronized, since they differ between processes.
         self._ddp_params_and_buffers_to_ignore = [
             f"ema.{name}" for name, _ in self.ema.named_buffers() if "__running_" not in name
         ]
@@ -170,32 +171,32 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         self.context_targets: Tensor | None = None
         self.prepare_scores(stack_share, objective)
         self.prepare_evaluation()
-        self.lr: float | None = None  # set by learning-rate finders; overrides the optimizer's
-        self.optimizer_settings: dict[str, Any] = {}  # at construction, before any schedule
+        self.lr: float | None = None  # set by learning-rate finders; overrides the learning rate of the optimizer
+        self.optimizer_settings: dict[str, Any] = {}  # at construction, before a schedule changes them
         self.scheduled_steps = 0  # length of the current schedule
-        self.stage_began_at = 0  # optimizer steps before the current stage
-        self.asked_to_end = False  # set by a signal to this process; see ExactResume
+        self.stage_began_at = 0  # number of optimizer steps before the current stage
+        self.asked_to_end = False  # set by the signal handler of this process; see ExactResume
         self.nonfinite = NonFiniteSteps(self, max_skipped_steps)
 
     @property
     def stage(self) -> Stage:
-        """Which images the current epoch trains on."""
+        """The images that the current epoch trains on."""
         return "warm-up" if self.current_epoch < self.warmup_epochs else self.second_stage
 
     @property
     def second_stage(self) -> Stage:
-        """Which images training uses after the warm-up."""
+        """The images that training uses after the warm-up."""
         return "labeled-only" if isinstance(self.labeler, LabeledOnly) else "semi-supervised"
 
     @property
     def num_contexts(self) -> int:
-        """K, 0 without context identification."""
+        """The number K of contexts, which is 0 without context identification."""
         return self.network.num_contexts
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Returns the callbacks of the method; their order matters.
 
-        Lightning calls this right before it starts the loggers.
+        Lightning calls this method right before it starts the loggers.
         """
         begin_wandb_runs(self.trainer.loggers)
         thresholds = UpdateThresholds()
@@ -217,7 +218,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return [*callbacks, DataSummary(), baselines, ResultLimits(baselines)]
 
     def configure_optimizers(self) -> Any:
-        """Builds optimizer and schedule of the current stage; :class:`Stages` calls it again when the stage changes."""
+        """Builds the optimizer and schedule of the current stage; :class:`Stages` calls this when the stage changes."""
         if not self.trains:
             self.scheduled_steps = self.stage_steps()
             return None
@@ -240,11 +241,14 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def stage_steps(self) -> int:
-        """Optimizer steps of the current stage; see :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`."""
+        """Returns the number of optimizer steps of the current stage.
+
+        See :func:`~cbsa_lightning.callbacks.stage_length.stage_steps`.
+        """
         return stage_steps(self.trainer, self.warmup_epochs, self.stage_began_at)
 
     def set_average_decay(self) -> None:
-        """Sets the decay of the average from the length of the current stage, unless it was given."""
+        """Sets the decay of the average from the length of the current stage, unless the user has set it."""
         if self.ema_decay is None:
             self.ema.decay = max(0.0, 1 - 7 / max(self.stage_steps(), 1))
 
@@ -265,12 +269,12 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         if not self.nonfinite.is_finite(loss, output):
             return self.nonfinite.left_out({**terms, "features": features}, output, batch)
         logged = {f"train/{name}": value.detach() for name, value in {"loss": loss, **terms}.items()}
-        # Each step has equal weight in the epoch's mean, since weights by batch size would differ among processes.
+        # All steps have the same weight in the mean over the epoch, since batch sizes may differ between processes.
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes an optimizer step, then updates the average if it has started."""
+        """Performs an optimizer step, and then updates the average if it has started."""
         super().optimizer_step(*args, **kwargs)
         if self.current_epoch >= self.warmup_epochs and not self.nonfinite.leaves_out:
             self.ema.update(self.network)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class NonFiniteSteps:
-    """Decides whether a step is taken or skipped.
+    """Decides whether a step is performed or skipped.
 
     Args:
         module: The trained module; not registered as a submodule.
-        most: Number of consecutive steps that may be skipped; one more stops the run.
+        most: Number of consecutive steps that may be skipped. If there are more, the run stops.
 
     Attributes:
         leaves_out: Whether the next optimizer step is skipped.
@@ -38,13 +38,14 @@ class NonFiniteSteps:
         self._statistics: list[Tensor] = []
 
     def remember(self) -> None:
-        """Stores the running statistics, which a forward pass changes."""
+        """Stores the running statistics, so that they can be restored if the step is skipped."""
         self._statistics = [value.clone() for value in self._module.ema.statistics(self._module.network)]
 
     def is_finite(self, loss: Tensor, output: NetworkOutput) -> bool:
-        """Returns whether loss and logits are finite on all processes; the step's only synchronization with the device.
+        """Returns whether loss and logits are finite on all processes.
 
-        Logits are checked too: those of ignored labels have no loss, but a gradient that is not finite.
+        This is the only synchronization of a step with the device. Logits are also checked, because those of ignored
+        labels do not contribute to the loss but can have a gradient that is not finite.
         """
         trainer: Any = self._module.trainer
         finite = all_finite([loss, output.logits, output.context_logits])
@@ -64,7 +65,7 @@ class NonFiniteSteps:
         """Returns a loss whose step changes nothing.
 
         Raises:
-            NotFiniteError: If too many consecutive steps are skipped; names terms, images and weights.
+            NotFiniteError: If too many consecutive steps are skipped; the message names loss terms, images and weights.
         """
         module = self._module
         trainer: Any = module.trainer
@@ -82,17 +83,17 @@ class NonFiniteSteps:
         if self.skipped > self.most or weights:
             raise NotFiniteError(f"{problem}. {REMEDY}. Check the images, or set max_skipped_steps to skip such steps.")
         rank_zero_warn(f"{problem}. The step is skipped ({self.skipped} of {self.most} in a row).")
-        # Gradients of all weights, since DDP waits for each of them. A gradient scaler skips a step with NaN; without
-        # one, the callback Stages clears the gradients.
+        # The loss has a gradient for each weight, since DDP waits for all of them. A gradient scaler skips a step with
+        # NaN gradients; without a scaler, the callback Stages clears the gradients.
         every = torch.stack([p.sum() for p in module.network.parameters() if p.requires_grad]).sum()
         return every * (math.nan if self.scaled else 0.0)
 
     @property
     def scaled(self) -> bool:
-        """Whether a gradient scaler skips such a step by itself."""
+        """Whether there is a gradient scaler, which skips such a step by itself."""
         return getattr(self._module.trainer.precision_plugin, "scaler", None) is not None
 
 
 def name_of_image(table: Any, row: Tensor) -> str:
-    """Returns the path in a row of a table for a message, or the row number without a table."""
+    """Returns the path and the row of an image for a message, or only the row if there is no table."""
     return f"row {int(row)}" if table is None else f"{table.paths[int(row)]} (row {int(row)})"

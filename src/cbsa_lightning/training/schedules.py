@@ -13,25 +13,25 @@ from cbsa_lightning.arguments import check_number
 from cbsa_lightning.errors import ConfigError
 
 SchedulerCallable = Callable[[Optimizer, int], LRScheduler]
-"""Builds a scheduler, stepped once per optimizer step, from an optimizer and the number of steps of the stage."""
+"""Builds a scheduler from an optimizer and the number of steps of the stage; it is updated in each optimizer step."""
 
 
-_LENGTHS = ("total_steps", "T_max")  # names of the number of steps in torch's schedulers
+_LENGTHS = ("total_steps", "T_max")  # names of the argument for the number of steps in torch's schedulers
 
 
 def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Builds the schedule of a stage.
 
     Args:
-        make: A :data:`SchedulerCallable`, or a function that builds a torch scheduler from the optimizer. ``T_max`` or
-            ``total_steps``, if such a scheduler has it and it is not set, is the stage's length.
+        make: A :data:`SchedulerCallable`, or a function that builds a torch scheduler from the optimizer. If such a
+            scheduler has an argument ``T_max`` or ``total_steps`` that is not set, it is set to ``total_steps``.
         optimizer: The optimizer.
-        total_steps: Optimizer steps of the stage.
+        total_steps: Number of optimizer steps of the stage.
 
     Raises:
-        ConfigError: If a scheduler lacks a setting, or needs a metric.
+        ConfigError: If an argument of the scheduler is missing, or if the scheduler depends on a metric.
     """
-    parts = (getattr(make, "func", None), *getattr(make, "args", ()))  # a configuration yields a partial of its class
+    parts = (getattr(make, "func", None), *getattr(make, "args", ()))  # a configuration yields a partial of the class
     kind = next((part for part in parts if isinstance(part, type)), make)
     name = getattr(kind, "__name__", type(kind).__name__)
     parameters = list(inspect.signature(kind).parameters.values())
@@ -44,11 +44,12 @@ def scheduled(make: Callable[..., Any], optimizer: Optimizer, total_steps: int) 
         schedule = make(optimizer, **length)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"scheduler {name} cannot be created: {error}. Set the missing arguments below scheduler.init_args."
+            f"scheduler {name} cannot be created: {error}. Set the missing arguments in scheduler.init_args."
         ) from error
     if isinstance(schedule, ReduceLROnPlateau):
         raise ConfigError(
-            "scheduler ReduceLROnPlateau follows a metric, but schedules here follow steps. Use another one."
+            "scheduler ReduceLROnPlateau depends on a metric, which is not supported. Use a scheduler that depends on "
+            "the step only."
         )
     return cast(LRScheduler, schedule)
 
@@ -57,9 +58,10 @@ class OneCycle:
     """One-cycle policy with each group's learning rate as its peak.
 
     Args:
-        pct_start: Fraction of the cycle in which the rate increases (CAP: 0.2).
-        cycle: Length of the cycle relative to the stage, at least 1. Above 1, the stage ends before the cycle does.
-            In CAP's program, the second cycle is as long as both stages together: 1.25 for 8 + 32 epochs.
+        pct_start: Fraction of the cycle in which the learning rate increases (0.2 in CAP).
+        cycle: Length of the cycle relative to the stage, at least 1. If it is above 1, the stage ends before the cycle
+            is complete. In the code of CAP, the second cycle is as long as both stages together, so this value is 1.25
+            for 8 + 32 epochs.
     """
 
     def __init__(self, pct_start: float = 0.2, cycle: float = 1.0) -> None:
@@ -69,24 +71,25 @@ class OneCycle:
         self.cycle = cycle
 
     def __call__(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Schedules ``total_steps`` optimizer steps."""
+        """Builds the schedule for ``total_steps`` optimizer steps."""
         peaks = [group["lr"] for group in optimizer.param_groups]
-        # Rise and fall have at least one step each, since torch divides by zero for a phase without steps.
+        # Both phases need at least one step, since torch divides by zero for a phase without steps.
         steps = max(round(self.cycle * total_steps), 3)
         return _OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=max(self.pct_start, 2 / steps))
 
 
 class StepDecay(MultiStepLR):
-    """Divides the learning rate at given places of the stage.
+    """Multiplies the learning rate by a factor at given points of the stage.
 
     Args:
         optimizer: The optimizer.
-        total_steps: Optimizer steps of the stage.
-        at: Shares of the stage after which the rate falls, each in [0, 1]; none keeps it constant.
-        factor: What it is multiplied with each time, in [0, 1].
+        total_steps: Number of optimizer steps of the stage.
+        at: Fractions of the stage after which the learning rate is reduced, each in [0, 1]. If there are none, the
+            learning rate is constant.
+        factor: Factor by which the learning rate is multiplied each time, in [0, 1].
 
     Raises:
-        ConfigError: A share or the factor is outside of its bounds.
+        ConfigError: If a fraction or the factor is out of range.
     """
 
     def __init__(
@@ -99,7 +102,10 @@ class StepDecay(MultiStepLR):
 
 
 class _OneCycleLR(OneCycleLR):
-    """Keeps its last rate after its end instead of raising an error, since Lightning's batch-size finder continues."""
+    """One-cycle schedule that keeps the last learning rate after its end.
+
+    The schedule of torch raises an error instead, but Lightning's batch-size finder takes more steps.
+    """
 
     def get_lr(self) -> list[Any]:
         if self.last_epoch > self.total_steps:

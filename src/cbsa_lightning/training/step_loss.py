@@ -24,17 +24,17 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Computes the loss of a step and its terms.
 
-    Every term of the paper is a sum over images (and classes) divided by the batch size B. This keeps the relative
-    weights of the paper's sums. Terms of the training hooks are added without scaling.
+    Every term of the paper is a sum over images (and classes) that is divided by the batch size B. This preserves the
+    relative weights of the paper's sums. Terms of the training hooks are added without scaling.
 
     Args:
-        module: The module that trains.
-        output: The output of its network for the batch.
+        module: The module that is trained.
+        output: The output of the module's network for the batch.
         batch: The batch.
-        step: Its number within the epoch.
+        step: The number of the step within the epoch.
 
     Returns:
-        The loss, and its terms by their name for logging.
+        The loss, and its terms by name for logging.
     """
     size = _mean_batch_size(module, batch)
     targets = _targets(module, batch)
@@ -57,7 +57,7 @@ def step_loss(
         hard = rounded(targets) if targets.is_floating_point() else targets
         added = _added(module, Batch(output, hard, WholeBatch(batch.labeled)), step)
         terms |= {f"loss_{name}": value for name, value in added.items()}
-        # DDP waits for a gradient of every parameter, also of those that no term uses yet.
+        # DDP waits for the gradient of every parameter, including those that no term uses yet.
         unused = sum((p.sum() for p in module.network.hooks.parameters() if p.requires_grad), torch.zeros(()).to(loss))
         loss = sum(added.values(), loss) + 0.0 * unused
     return loss, terms
@@ -69,16 +69,16 @@ def _added(module: SSMLLModule, batch: Batch, step: int) -> dict[str, Tensor]:
 
 
 def _targets(module: SSMLLModule, batch: TrainBatch) -> Tensor:
-    """Returns labels and pseudo-labels ``(B, C)``; the latter may be soft."""
+    """Returns the labels and pseudo-labels ``(B, C)``; pseudo-labels may be soft."""
     if module.pseudo_labels is None:
         return batch.targets
     return torch.where(batch.targets >= 0, batch.targets, module.pseudo_labels[batch.index])
 
 
 def _mean_batch_size(module: SSMLLModule, batch: TrainBatch) -> float | Tensor:
-    """Returns the mean number of images per process; dividing by it makes DDP's gradient average exact.
+    """Returns the mean number of images per process; dividing by it makes DDP's average of the gradients exact.
 
-    With one process it is a number, which need not be copied to the device.
+    With one process, the result is a number, so nothing is copied to the device.
     """
     size = float(len(batch.index))
     if module.trainer.world_size == 1:

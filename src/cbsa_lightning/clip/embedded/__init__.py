@@ -1,4 +1,4 @@
-"""A small CLIP that ships inside the package, so that a first run needs no download."""
+"""A small CLIP model that is included in the package, so that a first run does not need to download weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
 def folder() -> Path:
-    """Returns the folder of the embedded CLIP, which open_clip loads as ``"local-dir:" + str(folder())``.
+    """Returns the folder of the embedded CLIP model. open_clip loads it as ``"local-dir:" + str(folder())``.
 
     Raises:
-        WeightsError: If the package was installed without its data files, or runs from inside an archive.
+        WeightsError: If the package was installed without its data files, or is run from an archive.
     """
     here = Path(str(files(__name__)))
     if missing := [name for name in FILES if not (here / name).is_file()]:
-        raise WeightsError(f"the embedded CLIP lacks {', '.join(missing)} in {here}; reinstall the package, unpacked")
+        raise WeightsError(
+            f"the embedded CLIP lacks {', '.join(missing)} in {here}; reinstall the package as unpacked files"
+        )
     return here

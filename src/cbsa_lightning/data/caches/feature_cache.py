@@ -1,7 +1,8 @@
-"""FeatureCache: frozen features of images on disk, so that epochs after the first need no images.
+"""The class `FeatureCache`, which stores frozen features of images on disk.
 
-Thresholds and validation need only the plain view or its mirror image, so caching these is exact. Strong views differ
-each time, so replacing them by a few cached ones per image is an approximation.
+With a cache, the images are needed only in the first epoch. Thresholds and validation use only the plain view or its
+mirror image, so caching these views is exact. Strong views differ in every epoch, so replacing them with a few cached
+views per image is an approximation.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ from cbsa_lightning.data.samplers import Draw
 from cbsa_lightning.data.views import PlainView, StrongView
 from cbsa_lightning.errors import DataError
 
-_FORMAT = 1  # increment when the computation of a tower, view or key changes
-_BANK_SEED = 0  # of the cached strong views: the same for all runs, whatever their seed, so that they share them
+_FORMAT = 1  # increment it when the computation of features, views or keys changes
+# Seed of the cached strong views. It is independent of the seed of a run, so that all runs share these views.
+_BANK_SEED = 0
 _VIEWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Stores float16 features of the frozen tower: 0.2 MB per view for RN50 at 224 pixels.
+    """Cache of the features of the frozen tower in float16, which need 0.2 MB per view for RN50 at 224 pixels.
 
-    A row is identified by the weights of the tower, the content of the image's file, the view, its settings and the
-    precision of the computation. If one of them changes, it is recomputed.
+    The key of a row contains the weights of the tower, the content of the image file, the view, its settings and the
+    precision of the computation. If one of them changes, the features are computed again.
 
     Args:
         folder: Folder of the cache. Use a local disk, and one folder for all data sets.
-        strong_views: Strong views cached per training image. With 0, each training step computes new views and their
-            frozen features. With m, training cycles through m views, an approximation that saves decoding,
-            augmentation and the tower, so that training without a GPU becomes practical.
+        strong_views: Number of cached strong views per training image. With 0, each training step computes new views
+            and their frozen features. With m, training cycles through m views. This is an approximation that avoids
+            decoding, augmentation and the tower, so that training without a GPU becomes practical.
         limit_gb: Maximum size of the features of one tower, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: If an argument has the wrong type, or is negative.
+        ConfigError: If an argument has the wrong type or is negative.
     """
 
     folder: str = "cache"
@@ -60,7 +62,7 @@ class FeatureCache:
         check_number("feature_cache.limit_gb", self.limit_gb, 0)
 
     def open(self, tower: Tower, image_size: int, at_least: int | None) -> RowStore:
-        """Opens the store of a tower's features for images of one size."""
+        """Opens the store for the features of a tower at one image size."""
         settings = {
             "kind": "features",
             "version": _FORMAT,
@@ -76,12 +78,12 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Tower:
-    """A frozen tower as needed by the cache.
+    """A frozen tower, with the properties that the cache needs.
 
     Attributes:
-        features: Maps uint8 views ``(V, 3, S, S)`` to features ``(V, ...)``.
-        weights: Fingerprint of everything besides the view that the features depend on.
-        precision: Precision of the computation, as named by Lightning.
+        features: Function that computes features ``(V, ...)`` of uint8 views ``(V, 3, S, S)``.
+        weights: Fingerprint of everything that the features depend on except the views.
+        precision: Lightning's name of the precision of the computation.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -89,18 +91,18 @@ class Tower:
     precision: str
 
     def same_as(self, other: Tower) -> bool:
-        """Returns whether both compute the same features."""
+        """Returns whether both towers compute the same features."""
         return (self.weights, self.precision) == (other.weights, other.precision)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a data set, all computed.
+    """The computed features of a data set.
 
     Attributes:
-        tower: Tower that computed them.
+        tower: The tower that computed the features.
         store: Store of the features.
-        rows: For each part of the data set ``(n, V)`` rows of the store, -1 if a view is not cached.
+        rows: Rows of the store ``(n, V)`` for each part of the data set. They are -1 for views that are not cached.
     """
 
     tower: Tower
@@ -109,22 +111,24 @@ class Features:
 
 
 class CachedViews:
-    """Cached features of views of a table's images, for a data set.
+    """Cached features of the views of a table's images.
 
     Args:
         store: Store of the features.
-        rows: ``(n, V)`` rows of the store, -1 if a view is not cached.
-        column: Maps a draw to one of the V views.
+        rows: Rows of the store ``(n, V)``, or -1 for views that are not cached.
+        column: Function that maps a draw to one of the V views.
     """
 
     def __init__(self, store: RowStore, rows: np.ndarray, column: Callable[[Draw], int]) -> None:
         self.store, self.rows, self.column = store, rows, column
 
     def __call__(self, draw: Draw) -> Tensor:
-        """Returns the features of the view of a draw, float16."""
+        """Returns the float16 features of the view of a draw."""
         row = int(self.rows[draw.index, int(self.column(draw))])
-        if row < 0:  # would be the last row of the store
-            raise DataError(f"The features of image {draw.index}, view {int(self.column(draw))}, were never computed.")
+        if row < 0:  # -1 would select the last row of the store
+            raise DataError(
+                f"The features of image {draw.index}, view {int(self.column(draw))}, have not been computed."
+            )
         return torch.from_numpy(self.store[row].copy())
 
 
@@ -135,23 +139,23 @@ def plain(draw: Draw) -> int:
 
 @dataclass(frozen=True)
 class StrongInTurn:
-    """Selects one of ``number`` strong views, the next one at each epoch and at each visit within it."""
+    """Selects one of ``number`` strong views in turn, depending on the epoch and the visit."""
 
     number: int
 
     def __call__(self, draw: Draw) -> int:
-        """Returns the column for a draw."""
+        """Returns the column of the view for a draw."""
         return STRONG + (draw.index + draw.epoch + draw.visit) % self.number
 
 
 class KeptViews:
-    """The cached views of n images: their columns, keys and computation.
+    """Cached views of n images, with their keys and their computation.
 
     Args:
         images: The n images.
-        contents: Hash of the content of each image's file.
-        needed: ``(n, V)`` bool, which views of each image are needed; see :func:`needed_views`.
-        size: S, side of the views in pixels.
+        contents: Hash of the content of each image file.
+        needed: ``(n, V)`` bool, whether each view of each image is needed; see :func:`needed_views`.
+        size: S, the side of the views in pixels.
         strong: Augmentation of the strong views.
     """
 
@@ -164,20 +168,20 @@ class KeptViews:
         self._names = [name.encode() for name in names]
 
     def key(self, row: int, column: int) -> bytes:
-        """Returns the key of a view, a function of the file's content and of the view's settings."""
+        """Returns the key of a view, which depends on the content of the file and the settings of the view."""
         return hashlib.blake2b(self.contents[row] + self._names[column], digest_size=KEY_BYTES).digest()
 
     def rows(self, store: RowStore) -> np.ndarray:
-        """Returns rows of the store, ``(n, V)`` int64, -1 if a view is not needed or missing."""
+        """Returns rows of the store ``(n, V)``, int64. They are -1 for views that are not needed or missing."""
         places = np.argwhere(self.needed)
         rows = np.full(self.needed.shape, -1, np.int64)
         rows[self.needed] = store.find([self.key(row, column) for row, column in places.tolist()])
         return rows
 
     def make(self, row: int, columns: Sequence[int]) -> Tensor:
-        """Computes views of one image, ``(len(columns), 3, S, S)`` uint8."""
+        """Computes the given views of one image, ``(len(columns), 3, S, S)`` uint8."""
         image = self.images[row]
-        # By content, not by row: the same file has the same views in all tables.
+        # The random state depends on the content, not on the row, so that a file has the same views in all tables.
         place = int.from_bytes(self.contents[row][:4], "little")
         plain = self.plain(image)
         made = {PLAIN: lambda: plain, MIRRORED: lambda: plain.flip(-1)}
@@ -190,7 +194,7 @@ Work = tuple[int, list[int]]  # an image and the columns of its views to compute
 
 
 class _Missing(Dataset[Tensor]):
-    """The views to compute for each image, all at once, so that it is decoded once."""
+    """Data set of the missing views. All missing views of an image are one item, so that it is decoded once."""
 
     def __init__(self, views: KeptViews, work: list[Work]) -> None:
         self.views, self.work = views, work
@@ -211,28 +215,28 @@ def fill(
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Computes and stores missing views. Several processes may do this at once, each for its share.
+    """Computes and stores missing features. Several processes may call this at once to divide the work.
 
     Args:
         store: Store of the features.
-        tower: Computes them.
+        tower: The tower that computes the features.
         tables: The views that are needed.
         limit_gb: Maximum size of the store in GB (10^9 bytes).
-        num_workers: Number of processes that decode and augment.
-        rank: Rank of this process, which handles the images of rows ``rank``, ``rank + world_size``, ...
+        num_workers: Number of processes that decode and augment images.
+        rank: Rank of this process, which processes the rows ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If the store would exceed its limit or the disk.
-        DataError: If an image cannot be read, or features are not finite in float16.
+        ConfigError: If the store would exceed its limit or the free disk space.
+        DataError: If an image cannot be read or features are not finite in float16.
     """
     absent = [views.needed & (views.rows(store) < 0) for views in tables]
     store.require_room(
         int(sum(missing.sum() for missing in absent)),
         limit_gb,
-        "Keep fewer strong views, raise data.feature_cache.limit_gb, choose another folder, or set no feature_cache.",
+        "Keep fewer strong views, raise data.feature_cache.limit_gb, choose another folder, or omit feature_cache.",
     )
-    # By row, not by position among the missing ones: other processes may have added some already.
+    # The work is divided by row, not by position among the missing rows, because other processes may have added some.
     shares = [rows[rows % world_size == rank] for rows in (np.flatnonzero(missing.any(1)) for missing in absent)]
     total = sum(map(len, shares))
     with tqdm(total=total, desc="Frozen features", unit="image", leave=False, disable=rank > 0 or not total) as bar:
@@ -242,15 +246,15 @@ def fill(
                 features = tower.features(images).to("cpu", torch.float16)
                 if not bool(features.isfinite().all()):
                     raise DataError(
-                        "The frozen tower's features overflow float16 and cannot be cached: set no feature_cache. Its "
-                        "weights may be damaged, or image mean and standard deviation are not those of its training."
+                        "The features of the frozen tower overflow float16 and cannot be cached; omit feature_cache. "
+                        "The weights may be damaged, or image_mean and image_std may differ from those of pretraining."
                     )
                 store.append(keys, features.numpy())
                 bar.update(_images_at_once(views))
 
 
 def _batches(views: KeptViews, work: list[Work], num_workers: int) -> Iterator[tuple[list[bytes], Tensor]]:
-    """Yields keys and views ``(V, 3, S, S)`` of some images at a time."""
+    """Yields the keys and the views ``(V, 3, S, S)`` of several images at a time."""
     if not work:
         return
     loader = DataLoader(
@@ -258,7 +262,7 @@ def _batches(views: KeptViews, work: list[Work], num_workers: int) -> Iterator[t
         batch_size=_images_at_once(views),
         num_workers=num_workers,
         collate_fn=torch.cat,
-        generator=torch.Generator(),  # otherwise the loader would advance the global random state and change the run
+        generator=torch.Generator(),  # otherwise, the loader would advance the global random state
     )
     places = ((row, column) for row, columns in work for column in columns)
     for images in loader:

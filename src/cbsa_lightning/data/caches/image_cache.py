@@ -1,4 +1,4 @@
-"""ImageCache: resized images on disk, so that a run decodes each file once instead of in every epoch."""
+"""The class `ImageCache`, which stores resized images on disk, so that each file is decoded only once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cbsa_lightning.data.caches.store import RowStore, content_keys
 from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.views import squash
 
-_FORMAT = 1  # increment when decode() or squash() returns other pixels
-_CHUNK = 64  # images written to disk at once
+_FORMAT = 1  # increment it when the results of decode() or squash() change
+_CHUNK = 64  # number of images that are written to disk at a time
 
 
 class Images(Protocol):
-    """The images of a table by row, from any storage."""
+    """The images of a table, indexed by row. They may be stored in any form."""
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Returns the image of a row, (H, W, 3) uint8, possibly read-only."""
@@ -34,17 +34,17 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Stores decoded images, resized to the size of the views, 3 S^2 bytes each (224 pixels: 0.15 GB per thousand).
+    """Cache of decoded and resized images, which need 3 S^2 bytes each (0.15 GB per 1,000 images of 224 pixels).
 
-    Images are identified by the content of their files. A moved file is therefore recognized, and a changed file is
-    decoded again. Views from the cache equal those from the files.
+    Images are identified by the content of their files. A file that has been moved is therefore recognized, and a file
+    that has been changed is decoded again. Views computed from the cache equal those computed from the files.
 
     Args:
         folder: Folder of the cache. Use a local disk, and one folder for all data sets.
-        limit_gb: Maximum size of all images of one size, in GB (10^9 bytes).
+        limit_gb: Maximum size of the cache for one image size, in GB (10^9 bytes).
 
     Raises:
-        ConfigError: If an argument has the wrong type, or the limit is negative.
+        ConfigError: If an argument has the wrong type or the limit is negative.
     """
 
     folder: str = "cache"
@@ -57,18 +57,18 @@ class ImageCache:
     def images(
         self, files: ImageFiles, size: int, num_workers: int = 0, left_out: np.ndarray | None = None
     ) -> CachedImages:
-        """Returns the images of a table. Missing ones are decoded and stored first.
+        """Returns the images of a table. Images that are not cached are first decoded and stored.
 
         Several processes may call this at once.
 
         Args:
             files: The images.
-            size: S, side of the resized images in pixels.
-            num_workers: Number of processes that decode.
-            left_out: Rows that are not needed, since their files cannot be read.
+            size: S, the side of the resized images in pixels.
+            num_workers: Number of processes that decode images.
+            left_out: Rows to omit because their files cannot be read.
 
         Raises:
-            ConfigError: If the cache would exceed its limit or the disk, or contains other images.
+            ConfigError: If the cache would exceed its limit or the free disk space, or contains other images.
             DataError: If a file cannot be read.
         """
         folder = Path(self.folder) / f"images-{size}{'' if files.at_least is None else '-fast'}"
@@ -81,11 +81,11 @@ class ImageCache:
 
 
 class CachedImages:
-    """The resized images of a table by row, from a store.
+    """The resized images of a table, indexed by row and read from a store.
 
     Args:
-        store: Images of (S, S, 3) uint8.
-        numbers: ``(n,)`` integers, the store's row number of each image.
+        store: Store of images (S, S, 3) uint8.
+        numbers: ``(n,)`` integers, the row of each image in the store.
     """
 
     def __init__(self, store: RowStore, numbers: np.ndarray) -> None:
@@ -101,7 +101,7 @@ class CachedImages:
 
 
 class _Squashed(Dataset[np.ndarray]):
-    """Resized images of some rows of a table."""
+    """Data set of the resized images in the given rows of a table."""
 
     def __init__(self, files: ImageFiles, rows: list[int], size: int) -> None:
         self.files, self.rows, self.size = files, rows, size
@@ -125,14 +125,14 @@ def _fill(
     absent = store.find(keys) < 0
     if left_out is not None:
         absent[left_out] = False
-    missing = {keys[row]: row for row in np.flatnonzero(absent).tolist()}  # each content once
+    missing = {keys[row]: row for row in np.flatnonzero(absent).tolist()}  # files with equal content are decoded once
     if not missing:
         return
     store.require_room(
-        len(missing), limit_gb, "Raise data.image_cache.limit_gb, choose another folder, or set no image_cache."
+        len(missing), limit_gb, "Raise data.image_cache.limit_gb, choose another folder, or omit image_cache."
     )
     squashed = _Squashed(files, list(missing.values()), size)
-    # A separate generator: otherwise the loader would advance the global random state and change the run.
+    # Without a separate generator, the loader would advance the global random state and change the run.
     loader = DataLoader(squashed, batch_size=_CHUNK, num_workers=num_workers, generator=torch.Generator())
     new = iter(missing)
     with tqdm(total=len(missing), desc="Decoding images", leave=False) as bar:

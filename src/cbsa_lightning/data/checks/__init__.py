@@ -1,1 +1,1 @@
-"""Checks of a data set: a summary of its content and its faults."""
+"""Checks of a data set, which summarize its content and report problems."""

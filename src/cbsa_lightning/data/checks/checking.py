@@ -1,4 +1,4 @@
-"""Summarizes a data set and finds its faults without training. This is ``cbsa check`` as a function."""
+"""The implementation of ``cbsa check``, which summarizes a data set and reports its problems."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of a table's images and labels.
+    """Numbers of images and labels in a table.
 
     Attributes:
-        images: All images.
-        labeled: Images with at least one known label.
-        empty: Labeled images that show no class: all classes are absent.
-        partly: Labeled images with some unknown labels.
-        unlabeled: Images without known labels.
-        positives: Positives of each class, in the order of the classes.
-        negatives: Negatives of each class.
+        images: Number of images.
+        labeled: Number of images with known labels.
+        empty: Number of labeled images that show no class, because all classes are absent.
+        partly: Number of labeled images with unknown labels.
+        unlabeled: Number of images without known labels.
+        positives: Number of positives of each class, in the order of the classes.
+        negatives: Number of negatives of each class.
     """
 
     images: int
@@ -57,14 +57,14 @@ class Report:
     """Result of :func:`check`.
 
     Attributes:
-        class_names: The C classes; empty if the annotations cannot be read.
+        class_names: The C class names, or none if the annotations cannot be read.
         train: Counts of the training table, or None if it cannot be read.
         test: Counts of the test table, or None.
-        plan: What a run would do, or None if it would stop.
-        errors: What ``cbsa fit`` would refuse, and test images that are also training images.
-        warnings: What it would accept.
-        notes: Remarks of the reader about its files.
-        time: Estimated time of the run, or None if not measured.
+        plan: Plan of a run, or None if a run would stop with an error.
+        errors: Problems that stop ``cbsa fit``, and test images that are also training images.
+        warnings: Problems that do not stop ``cbsa fit``.
+        notes: Remarks of the reader about the files.
+        time: Estimated time of the run, or None if it was not measured.
     """
 
     class_names: tuple[str, ...] = ()
@@ -77,13 +77,13 @@ class Report:
     time: RunTime | None = None
 
     def fewest_first(self) -> list[tuple[str, int]]:
-        """Classes with their positives in the training table, fewest first."""
+        """Classes with their number of positives in the training table, in ascending order of this number."""
         positives = self.train.positives if self.train is not None else ()
         return sorted(zip(self.class_names, positives, strict=True), key=lambda pair: pair[1])
 
 
 def refused(error: CBSAError) -> Report:
-    """Returns the report of a data set that cannot be read at all."""
+    """Returns the report of a data set that cannot be read."""
     return Report(errors=[Finding("refused", str(error))])
 
 
@@ -93,15 +93,15 @@ def check(
     settings: RunSettings | None = None,
     near_duplicates: Callable[[Sequence[Path]], Similar] | None = None,
 ) -> Report:
-    """Checks a data set: labels, class names, image files, and what a run would do.
+    """Checks the labels, class names and image files of a data set, and plans a run.
 
-    Every image file is read once, and once again by ``near_duplicates``. No file is changed or written.
+    Every image file is read once, and a second time if ``near_duplicates`` is given. No file is changed or written.
 
     Args:
         train: The training images.
         test: The test images, if any.
-        settings: Settings of the run. Defaults to those of the data module.
-        near_duplicates: Compares images, see :mod:`cbsa_lightning.data.checks.near_duplicates`; None skips this.
+        settings: Settings of the run. None uses the defaults of the data module.
+        near_duplicates: Function that compares images; see :mod:`cbsa_lightning.data.checks.near_duplicates`.
     """
     settings = settings or RunSettings()
     tables = [train] if test is None else [train, test]
@@ -135,7 +135,7 @@ def check(
 
 
 def count_labels(labels: NDArray[np.int8]) -> Counts:
-    """Counts rows by their known labels, in chunks of rows.
+    """Counts images and labels in chunks of rows.
 
     Args:
         labels: (n, C), 1 for present, 0 for absent, -1 for unknown.

@@ -1,4 +1,4 @@
-"""Faults of a data set: their names, their remedies, and the affected images or classes."""
+"""Problems of a data set, with their remedies and the affected images or classes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Rows = NDArray[np.int64]
 
 
 class Item(NamedTuple):
-    """One item of a finding.
+    """An image, class, or group of images or classes that a finding refers to.
 
     Attributes:
         names: A path, the paths of equal images, a class, or two similar classes.
-        note: A remark on the item, or "".
+        note: A remark on the item, or "" if there is none.
     """
 
     names: tuple[str, ...]
@@ -37,15 +37,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One kind of fault with all affected items.
+    """A kind of problem with all affected items.
 
     Attributes:
         kind: Machine-readable name: "missing", "unreadable", "leak", "refused", "misnamed", "tiny", "duplicate",
             "held_out_duplicate", "near_duplicate", "similar_classes", "class_without_positive",
             "class_without_negative" or "class_without_label".
-        message: What was found and how to fix it.
+        message: Description of the problem and its remedy.
         count: Number of items.
-        items: Yields the items one by one, so that a million of them need no memory.
+        items: Function that yields the items one by one, to save memory if there are millions of them.
     """
 
     kind: str
@@ -55,9 +55,9 @@ class Finding:
 
 
 def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Finding]:
-    """Yields findings about class names and positives of classes."""
+    """Yields findings about class names and about labels of classes."""
     if pairs := similar_names(train.class_names):
-        message = "Class names that are nearly the same; if they mean one class, use the same spelling."
+        message = "Class names that are nearly the same; if they refer to the same class, use one spelling."
         yield Finding("similar_classes", message, len(pairs), lambda: [Item(pair) for pair in pairs])
     if plan is not None:
         labeled = list(blocks(plan.split.labeled))
@@ -66,27 +66,27 @@ def class_findings(train: AnnotationTable, plan: Plan | None) -> Iterator[Findin
         unknown = [name for name, count in zip(train.class_names, known, strict=True) if not count]
         if unknown:
             message = (
-                "Classes of which no label is known among the labeled images that are trained on: they get no "
-                "pseudo-positives, and nothing is measured of them. Label some, or take the class out."
+                "Classes without known labels in the labeled images used for training. They do not receive "
+                "pseudo-positives and are not included in any metric. Label some images, or remove the class."
             )
             yield Finding("class_without_label", message, len(unknown), lambda: [Item((name,)) for name in unknown])
         counts = zip(train.class_names, positives, known, strict=True)
         lacking = [name for name, count, entries in counts if entries and not count]
         if lacking:
             message = (
-                "Classes without a positive among the labeled images used for training; label some, or remove the "
+                "Classes without positives in the labeled images used for training; label some images, or remove the "
                 "class."
             )
             yield Finding("class_without_positive", message, len(lacking), lambda: [Item((name,)) for name in lacking])
 
 
 def file_findings(tables: Sequence[AnnotationTable], surveys: Sequence[Survey]) -> Iterator[Finding]:
-    """Yields findings about single files, for all tables together."""
+    """Yields findings about individual files of all tables."""
     kinds: dict[str, tuple[str, Callable[[AnnotationTable, Survey, int], str]]] = {
         "missing": ("Images that do not exist; put the files there, or correct the root.", partial(_other_case, {})),
-        "unreadable": ("Images that cannot be read; fetch them again, or remove them.", _reason),
+        "unreadable": ("Images that cannot be read; download or copy them again, or remove them.", _reason),
         "misnamed": ("Images whose format differs from their suffix.", lambda t, s, i: f"is {s.kind_of(i)}"),
-        "tiny": (f"Images with a side below {SMALLEST} pixels; they show little.", lambda *_: ""),
+        "tiny": (f"Images with a side below {SMALLEST} pixels, which contain little information.", lambda *_: ""),
     }
     for kind, (message, note) in kinds.items():
         found = [np.flatnonzero(getattr(part, kind)) for part in surveys]
@@ -106,7 +106,7 @@ def _files(
 
 
 def _other_case(folders: dict[Path, dict[str, str]], table: AnnotationTable, _: Survey, row: int) -> str:
-    """Finds a file whose name differs only in case, such as IMG.JPG; ``folders`` caches the listings."""
+    """Finds a file whose name differs only in case, such as IMG.JPG. ``folders`` caches listings of folders."""
     file = table.file(row)
     if file.parent not in folders:
         try:
@@ -122,13 +122,13 @@ def _reason(table: AnnotationTable, part: Survey, row: int) -> str:
 
 
 def file_of(tables: Sequence[AnnotationTable], row: int) -> Path:
-    """Returns the image of a row; rows of the test table follow those of the training table."""
+    """Returns the image file of a row. Rows of the test table follow those of the training table."""
     n = len(tables[0])
     return tables[0].file(row) if row < n else tables[1].file(row - n)
 
 
 def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan: Plan | None) -> Iterator[Finding]:
-    """Yields findings about groups of images with the same content."""
+    """Yields findings about groups of images with equal content."""
     n = len(tables[0])
     held_out = np.zeros(n, dtype=bool)
     if plan is not None:
@@ -140,11 +140,11 @@ def equal_images(tables: Sequence[AnnotationTable], groups: Sequence[Rows], plan
         across = 0 < np.count_nonzero(held_out[inside]) < len(inside)
         found["leak" if leaks else "held_out_duplicate" if across else "duplicate"].append(group)
     messages = {
-        "leak": "Test images that are also training images, so the test score means nothing. Remove them from one "
+        "leak": "Test images that are also training images, so the test score is not meaningful. Remove them from one "
         "table.",
-        "held_out_duplicate": "Images that are both held out for validation and used for training, under two names, so "
-        "the validation score is too high. Keep one of each.",
-        "duplicate": "The same image under several names; keep one of each.",
+        "held_out_duplicate": "Images that are used both for validation and, under another name, for training, so the "
+        "validation score is too high. Keep one of each.",
+        "duplicate": "Identical images with different names; keep one of each.",
     }
 
     def items(kind: str) -> Iterator[Item]:
@@ -161,14 +161,17 @@ def similar_images(files: Sequence[Path], found: Similar) -> Iterator[Finding]:
     """Yields findings from a comparison of ``files``."""
     if found.pairs:
         pairs = [Item((str(files[i]), str(files[j])), f"similarity {cosine:.2f}") for i, j, cosine in found.pairs]
-        message = "Images that look nearly the same; one of each is enough, and none should be in both train and test."
+        message = (
+            "Images that are nearly identical; keep one of each, and do not use one for training and another for "
+            "testing."
+        )
         yield Finding("near_duplicate", message, len(pairs), lambda: pairs)
     if found.unread:
         items = [Item((str(files[i]),), why.removeprefix(f"{files[i]}: ")) for i, why in sorted(found.unread.items())]
-        message = "Images that are damaged within the file; fetch them again, or remove them."
+        message = "Images whose files are damaged; download or copy them again, or remove them."
         yield Finding("unreadable", message, len(items), lambda: items)
 
 
 def _contradict(labels: NDArray[np.int8]) -> bool:
-    """Returns whether some class is present in one row and absent in another."""
+    """Returns whether a class is present in one row and absent in another."""
     return bool(((labels == POSITIVE).any(axis=0) & (labels == NEGATIVE).any(axis=0)).any())

@@ -1,4 +1,4 @@
-"""Finds images that look nearly the same, such as copies in another size, by features of a frozen CLIP."""
+"""Detection of nearly identical images, such as copies of different size, with features of a frozen CLIP."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from cbsa_lightning.data.plain_view import PlainView
 from cbsa_lightning.errors import DataError
 
 SIMILARITY = 0.85
-"""Minimum cosine of centered features of near duplicates."""
+"""Minimum cosine of the centered features of near duplicates."""
 
 _BATCH = 32
-_BLOCK = 1024  # images that are compared with all others at a time
+_BLOCK = 1024  # number of images that are compared with all others at a time
 
 
 class Similar(NamedTuple):
     """Result of :func:`near_duplicates`.
 
     Attributes:
-        pairs: (earlier position, position, similarity), the most similar first.
-        unread: Position -> reason why the image cannot be read.
+        pairs: Tuples (earlier position, position, similarity) in descending order of similarity.
+        unread: Mapping from the position of an unreadable image to the reason.
     """
 
     pairs: list[tuple[int, int, float]]
@@ -40,15 +40,15 @@ class Similar(NamedTuple):
 def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
     """Compares all images with each other.
 
-    Features are centered by their mean over the images. One threshold then works for all towers and data sets, even if
-    their features have a large component in common.
+    The mean over the images is subtracted from the features. One threshold then works for all towers and data sets,
+    even if the features of all images have a large component in common.
 
     Args:
         files: The n image files.
-        clip: The towers; features need 4 n d bytes.
+        clip: CLIP model that computes the features, which need 4 n d bytes.
 
     Returns:
-        Each image with the most similar one before it, if their similarity reaches :data:`SIMILARITY`.
+        Pairs of an image and the most similar earlier image if their similarity is at least :data:`SIMILARITY`.
     """
     features, unread = _features(files, clip)
     read = np.array([i for i in range(len(files)) if i not in unread], dtype=np.int64)
@@ -58,7 +58,9 @@ def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
     for start in range(0, len(read), _BLOCK):
         end = min(start + _BLOCK, len(read))
         cosines = centered[start:end] @ centered[:end].T
-        cosines.masked_fill_(torch.ones_like(cosines, dtype=torch.bool).triu(start), -1)  # itself and later ones
+        cosines.masked_fill_(
+            torch.ones_like(cosines, dtype=torch.bool).triu(start), -1
+        )  # exclude the image itself and later ones
         best, earlier = cosines.max(dim=1)
         for k in torch.nonzero(best >= SIMILARITY)[:, 0].tolist():
             pairs.append((int(read[earlier[k]]), int(read[start + k]), float(best[k])))
@@ -67,7 +69,7 @@ def near_duplicates(files: Sequence[Path], clip: FrozenCLIP) -> Similar:
 
 @torch.no_grad()
 def _features(files: Sequence[Path], clip: FrozenCLIP) -> tuple[Tensor, dict[int, str]]:
-    """Returns (n, d) global features, which are 0 for unreadable images."""
+    """Computes global features (n, d), which are 0 for unreadable images. Also returns the reasons for these."""
     view, unread = PlainView(clip.image_size), dict[int, str]()
     features = torch.zeros(len(files), clip.embed_dim)
 

@@ -1,4 +1,4 @@
-"""Formats a report of ``cbsa check`` as text or JSON."""
+"""Formatting of a report of ``cbsa check`` as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cbsa_lightning.data.splits import PARTS
 from cbsa_lightning.errors import listed
 
 SHOWN = 20
-"""Maximum number of items of a finding, and of classes, in the text; JSON lists all."""
+"""Maximum number of items of a finding and of classes in the text. JSON contains all of them."""
 
 
 def text_of(report: Report) -> str:
-    """Formats the report as paragraphs: content, what a run does, warnings, errors, and the outcome."""
+    """Formats the report as text about the content, the run, the warnings, the errors, and the outcome."""
     warnings, errors = _findings("Warnings", report.warnings), _findings("Errors", report.errors)
     parts = (list(lines) for lines in (_contents(report), _run(report), warnings, errors, [_outcome(report)]))
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -32,15 +32,15 @@ def _contents(report: Report) -> Iterator[str]:
             yield _images(name, counts)
     if report.class_names:
         classes = listed((f"{name} {count:,}" for name, count in report.fewest_first()), SHOWN)
-        yield f"{len(report.class_names):,} classes with their positives, fewest first: {classes}."
+        yield f"{len(report.class_names):,} classes with their numbers of positives, in ascending order: {classes}."
 
 
 def write_json(report: Report, stream: TextIO) -> None:
     """Writes the report as one JSON object.
 
-    Its keys are ``ok``, ``notes`` of the reader, ``classes`` (fewest positives first), ``train``, ``test`` and ``run``
-    (null if unknown), ``time`` (null if not measured), ``errors`` and ``warnings``. A finding has ``kind``,
-    ``message``, ``count`` and ``items``; an item has ``names`` and ``note``.
+    Its keys are ``ok``, ``notes`` (of the reader), ``classes`` (in ascending order of positives), ``train``, ``test``
+    and ``run`` (null if unknown), ``time`` (null if not measured), ``errors`` and ``warnings``. A finding has the keys
+    ``kind``, ``message``, ``count`` and ``items``, and an item has the keys ``names`` and ``note``.
     """
     test = report.test.positives if report.test is not None else [None] * len(report.class_names)
     train = report.train
@@ -151,7 +151,7 @@ def _plan(plan: Plan | None) -> dict[str, Any] | None:
 
 
 def _write_finding(finding: Finding, stream: TextIO) -> None:
-    """Writes one item at a time: a million paths at once would need hundreds of megabytes."""
+    """Writes one item at a time, because a million paths would need hundreds of megabytes of memory."""
     head = {"kind": finding.kind, "message": finding.message, "count": finding.count}
     stream.write(json.dumps(head).removesuffix("}") + ', "items": [')
     for i, item in enumerate(finding.items()):

@@ -1,7 +1,8 @@
-"""Estimates the time of a run on this machine from a few measured images and steps: `cbsa check --time`.
+"""Estimate of the duration of a run on this machine, for `cbsa check --time`.
 
-The estimate counts the images, views and steps of a run, and multiplies each count by the measured seconds per unit.
-:mod:`~cbsa_lightning.reproduce.unit_times` measures these in a separate process, so that this module needs no torch.
+The images, views and steps of a run are counted, and each count is multiplied by the measured time per unit.
+:mod:`~cbsa_lightning.reproduce.unit_times` measures these times in a separate process, so that this module does not
+need torch.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ IMAGES, STEPS = 8, 3
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """Specification of the measurements.
 
     Attributes:
         recipe: Configuration of the run.
-        rows: Rows of the training table whose images are read.
-        sizes: Images of a training step in each stage.
-        steps: Training steps to time for each size.
+        rows: Rows of the training table whose images are read for the measurement.
+        sizes: Number of images per training step in each stage.
+        steps: Number of training steps to measure for each of these sizes.
     """
 
     recipe: dict[str, Any]
@@ -42,28 +43,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Units:
-    """Seconds per image, view or step, and the properties of a run that its time depends on.
+    """Measured seconds per image, view or step, and properties of a run that affect its duration.
 
     Attributes:
         trains: Whether the network has trainable weights.
-        frozen: Whether it has a frozen image tower.
-        cached: Whether features of that tower are cached.
-        strong_views: Strong views cached for each training image; if 0, training runs the tower in each step.
+        frozen: Whether the network has a frozen image tower.
+        cached: Whether features of this tower are cached.
+        strong_views: Number of cached strong views per training image. With 0, the tower runs in each training step.
         evidence: Whether frozen descriptions of the training images are computed before training.
-        labels_once: Whether training does not depend on scores of the unlabeled images.
-        warmup_epochs: Epochs of the first stage.
-        max_epochs: Epochs of both stages; negative if unlimited.
-        validated_every: Epochs from one validation to the next.
+        labels_once: Whether training does not depend on the scores of unlabeled images in each epoch.
+        warmup_epochs: Number of epochs of the first stage.
+        max_epochs: Number of epochs of both stages, or negative if unlimited.
+        validated_every: Number of epochs from one validation to the next.
         loaders: Number of loader workers.
         overlaps: Whether images are read while the device computes.
-        images: Images read for the measurement.
-        steps: Training steps measured for each size.
-        read: Decoding an image.
-        plain: Computing its plain view.
-        strong: Computing its strong view.
-        tower: Running the frozen tower on a view.
-        head: Running everything after the tower on an image, with one set of weights.
-        step: Running a training step, by its number of images.
+        images: Number of images that were read for the measurement.
+        steps: Number of training steps that were measured for each size.
+        read: Seconds to decode an image.
+        plain: Seconds to compute its plain view.
+        strong: Seconds to compute its strong view.
+        tower: Seconds of the frozen tower per view.
+        head: Seconds of all layers after the tower per image, with one set of weights.
+        step: Seconds of a training step for each number of images.
     """
 
     trains: bool
@@ -87,25 +88,25 @@ class Units:
     step: dict[int, float]
 
     def together(self, computing: float, loading: float) -> float:
-        """Seconds of computing and loading together, which either compete for the processor or overlap."""
+        """Returns the seconds of computing and loading, which either overlap or share the processor."""
         loading /= self.loaders
         return max(computing, loading) if self.overlaps else computing + loading
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """Time of a run, in seconds by part.
+    """Estimated duration of a run, in seconds for each part.
 
     Attributes:
-        features: Computing the cached features before training.
-        steps: Training steps.
-        passes: Scoring images in validations, for thresholds and labels, and describing them before training.
-        views: Views whose features are cached.
-        training_steps: Training steps of both stages.
+        features: Seconds to compute the cached features before training.
+        steps: Seconds of the training steps.
+        passes: Seconds to score images for validation, thresholds and labels, and to describe them before training.
+        views: Number of views whose features are cached.
+        training_steps: Number of training steps in both stages.
         scored: Number of times that an image is scored or described.
-        measured_images: Images measured for the estimate.
-        measured_steps: Training steps measured for the estimate.
-        not_included: Parts of a run that the estimate omits.
+        measured_images: Number of images that were measured for the estimate.
+        measured_steps: Number of training steps that were measured for the estimate.
+        not_included: Parts of a run that the estimate does not include.
     """
 
     features: float
@@ -120,11 +121,11 @@ class RunTime:
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """Total number of seconds."""
         return self.features + self.steps + self.passes
 
     def sentence(self) -> str:
-        """The estimate as a sentence."""
+        """Returns the estimate as a sentence."""
         parts = [
             (self.features, f"the features of {self.views:,} views", self.views),
             (self.steps, f"{self.training_steps:,} training steps", self.training_steps),
@@ -144,7 +145,7 @@ def run_time(recipe: dict[str, Any], plan: Plan) -> RunTime:
 
     Args:
         recipe: Configuration of the run, with a model.
-        plan: What the run does with its data set.
+        plan: Plan of the run.
 
     Raises:
         ConfigError: If the configuration has no model or no number of epochs.
@@ -152,15 +153,15 @@ def run_time(recipe: dict[str, Any], plan: Plan) -> RunTime:
     """
     if not isinstance(recipe.get("model"), dict):
         raise ConfigError(
-            "--time needs a configuration with a model. Give one before that of the data set: cbsa check "
-            "photos.yaml mine.yaml --time."
+            "--time requires a configuration with a model. Give one before the configuration of the data set: cbsa "
+            "check photos.yaml mine.yaml --time."
         )
     used = np.concatenate([plan.split.labeled, plan.split.unlabeled])
     rows = used[np.linspace(0, len(used) - 1, min(IMAGES, len(used))).astype(int)]
     sizes = [stage.labeled + stage.unlabeled for stage in (plan.warmup, plan.second)]
     units = _measured(Request(recipe, rows.tolist(), sizes))
     if units.max_epochs < 0:
-        raise ConfigError("--time needs the number of epochs: set trainer.max_epochs.")
+        raise ConfigError("--time requires the number of epochs; set trainer.max_epochs.")
     found = estimate(plan, units)
     more = {"compare": "the comparison (compare)", "gain": "the gain check (gain)"}
     return replace(
@@ -181,11 +182,11 @@ def _measured(request: Request) -> Units:
 
 
 def estimate(plan: Plan, units: Units) -> RunTime:
-    """Multiplies the counts of a run by the seconds per unit.
+    """Estimates the duration of a run from its counts and the seconds per unit.
 
     Args:
-        plan: What the run does with its data set.
-        units: Seconds per unit, and the length of training.
+        plan: Plan of the run.
+        units: Seconds per unit, and the number of epochs.
     """
     views, reading = kept_views(plan, units) if units.cached else (0, 0.0)
     warmup = min(units.warmup_epochs, units.max_epochs)
@@ -198,7 +199,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
             computing += steps * units.step[size]
             loading += 0 if units.strong_views else steps * size * (units.read + units.strong)
     scored, heads = scored_images(plan, units)
-    # A labels-only run caches no features of the unlabeled images, but still writes labels for them.
+    # A run that uses only labels does not cache features of unlabeled images, but still writes labels for them.
     unkept = 0 if plan.second.unlabeled else len(plan.split.unlabeled)
     towers = unkept if units.cached else scored
     return RunTime(
@@ -215,7 +216,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
 
 
 def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
-    """Returns the number of views in a feature cache, and the seconds that one process needs to make them."""
+    """Returns the number of views in a feature cache, and the seconds that one process needs to compute them."""
     alone = not plan.second.unlabeled and not len(plan.partly)
     needed = needed_views(plan.split, plan.images, plan.partly, units.strong_views, alone)
     images = int(needed.any(1).sum()) + plan.test_images
@@ -225,21 +226,21 @@ def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
 
 
 def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
-    """Returns how many images are scored or described without gradient, and how often a set of weights scores one.
+    """Returns how many images are scored or described without gradients, and how many times images are scored.
 
-    Validations score an image with both the averaged and the raw weights.
+    Validation scores each image with both the averaged and the raw weights, which the second number counts separately.
     """
     labeled, unlabeled = len(plan.split.labeled), len(plan.split.unlabeled)
     validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
     described = plan.validated * units.frozen + (labeled + unlabeled) * units.evidence
-    at_the_end = plan.validated + unlabeled  # predictions.csv and labels.csv
+    at_the_end = plan.validated + unlabeled  # for predictions.csv and labels.csv
     thresholds = (unlabeled + len(plan.partly)) * sum(1 for _ in _threshold_passes(plan, units, validated))
     scored = plan.validated * len(validated) + thresholds + described + at_the_end
     return scored, scored + plan.validated * len(validated)
 
 
 def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:
-    """Yields the epochs that start with scoring the unlabeled images; see :class:`UpdateThresholds`."""
+    """Yields the epochs that start by scoring the unlabeled images; see :class:`UpdateThresholds`."""
     first, last = units.warmup_epochs, units.max_epochs
     if not (plan.second.unlabeled or len(plan.partly)) or first >= last:
         return

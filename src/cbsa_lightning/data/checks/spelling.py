@@ -1,21 +1,22 @@
-"""Finds class names that may be two spellings of one class."""
+"""Detection of class names that may be different spellings of the same class."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-_SHORTEST = 5  # minimum length of names that differ in one letter; "cat" and "car" are different words
+_SHORTEST = 5  # minimum length of names that may differ in one letter; "cat" and "car" are different words
 
 
 def similar_names(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Finds pairs of names that differ in case, white space or punctuation, or by one letter.
+    """Finds pairs of names that differ only in case, white space or punctuation, or by one letter.
 
-    An additional letter, such as a plural, counts from three letters on. A different letter, or two swapped neighbors,
-    counts from five letters on. Different digits never count: "class 1" and "class 2" are two classes.
+    An additional letter, as in a plural, is allowed for names of at least three letters. A different letter, or two
+    swapped neighbors, are allowed for names of at least five letters. Names with different digits, such as "class 1"
+    and "class 2", are never similar.
 
     Args:
-        names: C names; the time is linear in C.
+        names: The C class names. The time is linear in C.
 
     Returns:
         Pairs in the order of ``names``.
@@ -40,7 +41,7 @@ def _one_shorter(text: str) -> Iterator[str]:
 
 
 def _alike(first: str, second: str) -> bool:
-    """Returns whether two texts that share a part of :func:`_one_shorter` are equal or one edit apart."""
+    """Returns whether two texts with a common result of :func:`_one_shorter` differ by at most one edit."""
     if first == second:
         return bool(first)
     shorter, longer = sorted((first, second), key=len)

@@ -1,4 +1,4 @@
-"""Surveys the image files of a table. Each file is opened once, and decoded only if it does not look complete."""
+"""Inspection of the image files of a table. Each file is read once, and decoded only if it may be incomplete."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import open_regular
 
 SMALLEST = 32
-"""An image is tiny if a side has fewer pixels."""
+"""Minimum side in pixels. Images with a shorter side are reported as tiny."""
 
-_THREADS = 8  # files read at once
+_THREADS = 8  # number of files that are read at the same time
 _CHUNK = 4096
-_REASONS = 1000  # maximum number of stored messages; beyond this, the files usually fail for the same reason
+_REASONS = 1000  # maximum number of stored messages; further files usually fail for the same reason
 _DIGEST = 16  # bytes
 _JPEG = "jpg jpeg jpe jfif mpo"
 _SUFFIXES = {
     "JPEG": _JPEG,
-    "MPO": _JPEG,  # JPEG with a second image, as written by phones
+    "MPO": _JPEG,  # a JPEG with a second image, as written by some phones
     "PNG": "png apng",
     "WEBP": "webp",
     "BMP": "bmp dib",
@@ -41,16 +41,16 @@ _KINDS = tuple(_SUFFIXES)
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Findings about n image files, as columns.
+    """Findings about n image files, stored as columns.
 
     Attributes:
-        missing: (n,) bool, the file does not exist.
-        unreadable: (n,) bool, the file exists but cannot be read as an image.
-        tiny: (n,) bool, a side has fewer than :data:`SMALLEST` pixels.
-        misnamed: (n,) bool, the suffix belongs to another format.
-        kind: (n,) uint8, the format; :meth:`kind_of` returns its name.
-        digest: (n, 2) uint64, a hash of the file's content, for files that could be read.
-        reasons: Row -> reason why the image cannot be read, for the first thousand such rows.
+        missing: (n,) bool, whether the file does not exist.
+        unreadable: (n,) bool, whether the file exists but cannot be read as an image.
+        tiny: (n,) bool, whether a side has fewer than :data:`SMALLEST` pixels.
+        misnamed: (n,) bool, whether the suffix belongs to another format.
+        kind: (n,) uint8, the format. :meth:`kind_of` returns its name.
+        digest: (n, 2) uint64, the hash of the content of each readable file.
+        reasons: Mapping from row to the reason why the image cannot be read, for the first thousand such rows.
     """
 
     missing: NDArray[np.bool_]
@@ -63,7 +63,7 @@ class Survey:
 
     @property
     def readable(self) -> NDArray[np.bool_]:
-        """(n,) bool, the image can be read."""
+        """(n,) bool, whether the image can be read."""
         return ~(self.missing | self.unreadable)
 
     def kind_of(self, row: int) -> str:
@@ -72,12 +72,12 @@ class Survey:
 
 
 def survey(table: AnnotationTable) -> Survey:
-    """Reads every image file of a table once to hash its content, parse its header and check that it is not truncated.
+    """Reads every image file of a table once, to hash its content, parse its header and check that it is complete.
 
-    Damage within a file that has a correct header and end is not detected.
+    If the header and the end of a file are correct, damage in between is not detected.
 
     Args:
-        table: The images. The result needs about 30 bytes per image.
+        table: Table of the images. The result needs about 30 bytes per image.
     """
     n = len(table)
     flags = np.zeros((4, n), dtype=bool)
@@ -104,19 +104,19 @@ def survey(table: AnnotationTable) -> Survey:
 
 
 def equal_rows(digest: NDArray[np.uint64], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Groups those of ``rows`` whose digests are equal.
+    """Groups rows whose digests are equal.
 
     Args:
-        digest: (n, 2) hashes.
-        rows: (m,) rows to compare.
+        digest: Hashes (n, 2) of all files.
+        rows: Rows (m,) to compare.
 
     Returns:
-        Groups of at least two rows, ascending, ordered by their first rows.
+        Groups of at least two rows in ascending order. The groups are ordered by their first rows.
     """
-    rows = rows[np.lexsort(digest[rows].T)]  # stable: rows of a group stay in order
+    rows = rows[np.lexsort(digest[rows].T)]  # the sort is stable, so the rows of a group stay in order
     same = (digest[rows[1:]] == digest[rows[:-1]]).all(axis=1)
     before, after = np.append(False, same)[: len(rows)], np.append(same, False)[: len(rows)]
-    members = rows[before | after]  # filtered first, so that a million different images do not form groups of one
+    members = rows[before | after]  # excludes groups of one row early, to save memory
     if not len(members):
         return []
     starts = np.flatnonzero(~before[before | after])
@@ -137,7 +137,7 @@ def _examine(file: Path) -> tuple[bytes, Header | str]:
             decode(file)
         except DataError as error:
             return content, str(error)
-    return content, header or f"{file}: changed while it was being read; start again"
+    return content, header or f"{file}: the file was changed while it was being read; start again"
 
 
 def _is_misnamed(path: str, kind: str) -> bool:

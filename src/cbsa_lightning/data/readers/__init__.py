@@ -1,4 +1,4 @@
-"""Readers, which convert annotation files to an ``AnnotationTable``; one module per format."""
+"""Readers, which convert annotation files to an ``AnnotationTable``. Each format has its own module."""
 
 from cbsa_lightning.data.readers.cloud_jsonl import CloudLines
 from cbsa_lightning.data.readers.coco import COCO

@@ -1,4 +1,4 @@
-"""Answers of one or more annotators for an image, and the labels that follow from them."""
+"""Answers of one or more annotators for an image, and the labels that are derived from them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
 Disagreement = Literal["unknown", "majority"]
-NOTHING = -1  # instead of the position of a class
+NOTHING = -1  # used instead of the position of a class
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image of an export.
+    """One image in the export of a labeling tool.
 
     Attributes:
-        image: Its path relative to the root.
-        where: File and record, for a message.
-        answers: The labels of each submitted answer; all other classes are absent. Without answers, it is unlabeled.
+        image: Path of the image, relative to the root.
+        where: File and record, for error messages.
+        answers: The labels of each submitted answer. All other classes are absent. Without answers, the image is
+            unlabeled.
         test: Whether the export marks the image as a test image.
     """
 
@@ -37,10 +38,10 @@ class Record:
 
 
 def codes_of(answer: Sequence[str], record: Record, position: Mapping[str, int]) -> list[int]:
-    """Returns the positions of the classes that an answer names; empty if its label means nothing.
+    """Returns the positions of the classes in an answer, or no positions if its label means "shows no class".
 
     Raises:
-        DataError: If a label is not a class, or one that means nothing occurs together with a class.
+        DataError: If a label is not a class, or a label for "shows no class" occurs together with a class.
     """
     labels = [clean_name(label) for label in answer]
     if unknown := [f"{brief(label)}{did_you_mean(label, position)}" for label in labels if label not in position]:
@@ -53,7 +54,8 @@ def codes_of(answer: Sequence[str], record: Record, position: Mapping[str, int])
         if len(codes) > 1:
             found = listed(map(brief, labels))
             raise DataError(
-                f"{record.where}: a label that means nothing, together with others: {found}; keep one of the two"
+                f"{record.where}: a label for 'shows no class' occurs together with others: {found}; keep "
+                "one of the two"
             )
         return []
     return codes
@@ -66,17 +68,17 @@ def decide(
     num_classes: int,
     disagreement: Disagreement | None,
 ) -> tuple[NDArray[np.int8], list[str]]:
-    """Decides labels from the answers for each image.
+    """Derives the labels of each image from its answers.
 
     Args:
-        rows: Image of each record.
-        coded: For each record and each of its answers, the positions of the classes that it names.
-        num_images: n.
-        num_classes: C.
-        disagreement: Label of a class on which answers differ; None: unknown.
+        rows: Row of the image of each record.
+        coded: Positions of the classes that are named by each answer of each record.
+        num_images: n, the number of images.
+        num_classes: C, the number of classes.
+        disagreement: Label of a class for which answers differ. None means unknown.
 
     Returns:
-        (n, C) labels, -1 for all classes of an image without an answer; and notes on how they were decided.
+        Labels (n, C), which are -1 for images without an answer, and notes on how they were derived.
     """
     yes = np.zeros((num_images, num_classes), dtype=np.int32)
     answers = np.zeros((num_images, 1), dtype=np.int32)

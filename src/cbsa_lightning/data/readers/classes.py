@@ -1,4 +1,4 @@
-"""Sources that take their classes from a checkpoint if the training annotations are not available."""
+"""Sources whose classes are read from a checkpoint, for use without training annotations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cbsa_lightning.errors import DataError
 
 
 class Classes(Source):
-    """Class names and prompt names without images.
+    """A source that provides class names and prompt names, but no images.
 
     Args:
         class_names: The C class names.
         prompt_names: The C prompt names.
 
     Raises:
-        ConfigError: If names are empty or repeated, or the number of prompt names is wrong.
+        ConfigError: If a name is empty or repeated, or the number of prompt names is wrong.
     """
 
     def __init__(self, class_names: Sequence[str], prompt_names: Sequence[str]) -> None:
@@ -48,21 +48,21 @@ class Classes(Source):
         Raises:
             DataError: Always.
         """
-        raise DataError("Classes without a data set have no images to train or to test on; give a data source.")
+        raise DataError("Classes without a data set have no images for training or testing; give a data source.")
 
     def test(self) -> AnnotationTable | None:
-        """Not available; see :meth:`train`."""
+        """Raises an error; see :meth:`train`."""
         return self.train()
 
 
 class TestImages(Classes):
-    """The test images of a source with the classes of a checkpoint; the training table is empty.
+    """The test images of a source, with the classes of a checkpoint. The training table is empty.
 
     Args:
-        source: The source; its training annotations are not read.
-        checkpoint: Checkpoint file with the classes, for messages.
+        source: The source. Its training annotations are not read.
+        checkpoint: Checkpoint file that contains the classes, for error messages.
         class_names: The C class names of the checkpoint.
-        prompt_names: The C prompt names.
+        prompt_names: The C prompt names of the checkpoint.
     """
 
     __test__ = False  # not a test case of pytest
@@ -82,11 +82,9 @@ class TestImages(Classes):
         """Returns the test images.
 
         Raises:
-            DataError: If the source has none, or other classes.
+            DataError: If the source has no test images, or its classes differ.
         """
         table = self._source.test_under(ClassFile(self._checkpoint, self.class_names, self.prompt_names, {}))
         if table is None:
-            raise DataError(
-                "There are no test annotations, and the training annotations are missing; give one of them."
-            )
+            raise DataError("There are neither test annotations nor training annotations; give one of them.")
         return table

@@ -22,19 +22,19 @@ _MULTI, _SINGLE = "groundtruth/image-classification-multilabel", "groundtruth/im
 
 
 class CloudLines(Export):
-    """Labels of images in the JSON lines of SageMaker Ground Truth (``source-ref``) or Vertex AI (``imageGcsUri``).
+    """Image labels in the JSON lines of SageMaker Ground Truth (``source-ref``) or Vertex AI (``imageGcsUri``).
 
-    A line names the classes that its image shows; all others are absent. The image of a line without labels is
-    unlabeled, and so is one whose labeling failed. Lines that Vertex AI marks as "test" are the test images.
+    A line lists the classes that the image shows, and all other classes are absent. If a line has no labels, or the
+    labeling failed, the image is unlabeled. Lines that Vertex AI marks as "test" are the test images.
 
     Args:
-        train: File to train on.
-        test: File to test on.
-        root: Folder of the images; default: the folder of each file.
-        class_file: Class file with prompt names and the class list, since lines contain only the labels in use.
+        train: File with the training images.
+        test: File with the test images.
+        root: Folder of the images. Defaults to the folder of each file.
+        class_file: Class file with the class list and prompt names. The lines contain only the labels in use.
         prefix: URL of ``root`` in the bucket, such as "s3://bucket/photos".
-        attribute: SageMaker: name of the label attribute, if there are several.
-        nothing: Labels that mean "shows no class", such as "None_of_the_above"; they are not classes.
+        attribute: Name of the label attribute (SageMaker). Required if there are several.
+        nothing: Labels that mean "shows no class", such as "None_of_the_above". They are not classes.
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -73,7 +73,7 @@ class CloudLines(Export):
                 tests.append(False)
             else:
                 raise DataError(
-                    f"{where}: has neither 'source-ref' (SageMaker) nor 'imageGcsUri' (Vertex AI), only "
+                    f"{where}: the line has neither 'source-ref' (SageMaker) nor 'imageGcsUri' (Vertex AI), only "
                     f"{listed(map(brief, line)) or 'nothing'}; export labels of images"
                 )
         paths, by_name = find_images(images, root, self._prefix, lambda i: lines[i][0])
@@ -96,11 +96,13 @@ class CloudLines(Export):
 
 
 def _vertex(line: dict[str, Any], where: str) -> list[list[str]]:
-    """Returns the answer of a line of Vertex AI, if any."""
+    """Returns the answer in a line of Vertex AI, if there is one."""
     if wrong := [key for key in line if key.endswith(("Annotation", "Annotations")) and "classification" not in key]:
-        raise DataError(f"{where}: has {listed(map(brief, wrong))}; only classification of whole images is read")
+        raise DataError(
+            f"{where}: the line has {listed(map(brief, wrong))}; only classifications of whole images are supported"
+        )
     found = field(line, "classificationAnnotations", (list,), where, [])
-    if "classificationAnnotation" in line:  # of single-label data sets
+    if "classificationAnnotation" in line:  # used by single-label data sets
         found = [*found, field(line, "classificationAnnotation", (dict,), where)]
     names = [field(typed(one, (dict,), f"{where}: an annotation"), "displayName", (str,), where) for one in found]
     return [names] if names else []
@@ -109,7 +111,7 @@ def _vertex(line: dict[str, Any], where: str) -> list[list[str]]:
 def _attribute(
     file: Path, lines: list[tuple[str, dict[str, Any]]], attribute: str | None
 ) -> tuple[str | None, list[str]]:
-    """Returns the name of SageMaker's label attribute, or None if no line has one, and names of unread attributes."""
+    """Returns the name of SageMaker's label attribute, or None if there is none, and names of unread attributes."""
     first: dict[str, str] = {}
     for where, line in lines:
         for key in line:
@@ -117,10 +119,11 @@ def _attribute(
                 first.setdefault(key.removesuffix(_METADATA), where)
     found = listed(f"{brief(name)} ({where})" for name, where in first.items())
     if attribute is None and len(first) > 1:
-        raise DataError(f"{file}: has several label attributes: {found}; set attribute to one of them")
+        raise DataError(f"{file}: the file has several label attributes: {found}; set attribute to one of them")
     if attribute is not None and attribute not in first:
         raise DataError(
-            f"{file}: has no label attribute {brief(attribute)}{did_you_mean(attribute, first)}, only {found or 'none'}"
+            f"{file}: the file has no label attribute "
+            f"{brief(attribute)}{did_you_mean(attribute, first)}, only {found or 'none'}"
             "; correct attribute"
         )
     attribute = next(iter(first), None) if attribute is None else attribute
@@ -128,10 +131,12 @@ def _attribute(
 
 
 def _ground_truth(line: dict[str, Any], attribute: str | None, where: str, counts: Counter[str]) -> list[list[str]]:
-    """Returns the answer of a line of SageMaker Ground Truth, if any."""
+    """Returns the answer in a line of SageMaker Ground Truth, if there is one."""
     if attribute is None or attribute + _METADATA not in line:
         if attribute in line:
-            raise DataError(f"{where}: has {attribute!r} without its metadata; use an unmodified output manifest")
+            raise DataError(
+                f"{where}: the line has {attribute!r} without its metadata; use an unmodified output manifest"
+            )
         return []
     metadata = field(line, attribute + _METADATA, (dict,), where)
     if "failure-reason" in metadata:
@@ -139,7 +144,7 @@ def _ground_truth(line: dict[str, Any], attribute: str | None, where: str, count
         return []
     kind = field(metadata, "type", (str,), where)
     if kind not in (_MULTI, _SINGLE):
-        raise DataError(f"{where}: has type {brief(kind)}; only image classification is read")
+        raise DataError(f"{where}: the line has type {brief(kind)}; only image classification is supported")
     counts["model"] += field(metadata, "human-annotated", (str,), where, "yes") == "no"
     if kind == _SINGLE:
         return [[field(metadata, "class-name", (str,), where)]]

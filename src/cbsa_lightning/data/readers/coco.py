@@ -1,4 +1,4 @@
-"""MS-COCO: image-level labels from the instance annotations."""
+"""MS-COCO, with image-level labels that are derived from the instance annotations."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ COCO_CLASSES = tuple(" ".join(_NAMES.split()).split(", "))
 
 @dataclass(frozen=True)
 class COCO(Source):
-    """MS-COCO 2014 (train 82,081 images, test = val, 40,137), or any data set in its "instances" format.
+    """MS-COCO 2014, or any data set in its "instances" format.
 
-    Crowds count as annotations. Image ids are ordered as strings, as in CAP's lists; classes are ordered by ascending
-    category id.
+    MS-COCO has 82,081 training images and 40,137 test images (val). Crowds count as annotations. Image ids are sorted
+    as strings, as in CAP's lists. Classes are sorted by category id.
 
     Args:
         root: Folder that the other paths are relative to.
-        year: Year in the default file names: ``annotations/instances_{train,val}<year>.json``, and
-            ``{train,val}<year>`` for the images.
+        year: Year in the default names of the annotation files, ``annotations/instances_{train,val}<year>.json``, and
+            of the image folders, ``{train,val}<year>``.
         train_annotations: Custom annotation file for training.
         val_annotations: Custom annotation file for testing.
         train_images: Custom image folder for training.
         val_images: Custom image folder for testing.
-        class_file: Class file with prompt names (``read_class_file``); default: the category names.
-        unannotated: Meaning of images without an annotation: "drop" omits them, as in CAP's lists; "unlabeled" if
-            they have not been labeled yet; "empty" if they show no class. Default: "unlabeled" for a custom annotation
-            file, "drop" for COCO's own.
+        class_file: Class file with prompt names (see ``read_class_file``). Defaults to the category names.
+        unannotated: Use of images without annotations: "drop" omits them, as in CAP's lists; "unlabeled" if they have
+            not been labeled yet; "empty" if they show no class. Defaults to "unlabeled" for a custom annotation file,
+            and to "drop" for COCO's own files.
 
     Raises:
         ConfigError: If an argument is not a string or path, or a choice is invalid.
@@ -73,7 +73,7 @@ class COCO(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the categories, or COCO's 80 if the annotation file does not exist yet."""
+        """Names of the categories, or the 80 names of COCO if the annotation file does not exist yet."""
         try:
             return peek_class_names(self._files("train")[0])
         except FileNotFoundError:
@@ -85,16 +85,16 @@ class COCO(Source):
         return prompts_from(self.class_file, self.class_names)
 
     def prepare(self) -> None:
-        """Checks that annotation files and image folders exist.
+        """Checks that the annotation files and image folders exist.
 
         Raises:
-            DataError: If some do not.
+            DataError: If some of them do not exist.
         """
         files = [path for part in ("train", "val") for path in self._files(part)]
         if missing := [str(path) for path in dict.fromkeys(files) if not os.path.exists(path)]:
             raise DataError(
-                f"COCO is not complete under {self.root}: no {listed(missing)}. Get the {self.year} images "
-                "and annotations of train and val from the COCO pages and unpack them there, or set "
+                f"COCO is not complete under {self.root}: no {listed(missing)}. Download the {self.year} images "
+                "and annotations of train and val from the COCO website and unpack them there, or set "
                 "train_annotations, train_images, val_annotations and val_images"
             )
 
@@ -106,12 +106,12 @@ class COCO(Source):
         """Returns images and labels of the validation file.
 
         Raises:
-            DataError: If its classes are not those of the training file. See also ``read_coco``.
+            DataError: If its classes differ from those of the training file. See also ``read_coco``.
         """
         return self._test(self.class_names, self._files("train")[0])
 
     def test_under(self, classes: ClassFile) -> AnnotationTable:
-        """Returns images and labels of the validation file, whose categories must be the given classes."""
+        """Returns images and labels of the validation file. Its categories must be the given classes."""
         return self._test(classes.class_names, classes.path)
 
     def _test(self, expected: tuple[str, ...], of: Path) -> AnnotationTable:
@@ -119,19 +119,19 @@ class COCO(Source):
         if table.class_names != expected:
             differing = sorted(set(table.class_names) ^ set(expected)) or ["the order of their ids"]
             raise DataError(
-                f"{self._files('val')[0]}: its categories are not those of {of}; "
-                f"they differ in {listed(differing)}; use files of one data set"
+                f"{self._files('val')[0]}: its categories are not those of {of}; they differ in {listed(differing)}; "
+                "use files of one data set"
             )
         return table
 
     def _files(self, part: str) -> tuple[Path, Path]:
-        """Returns annotation file and image folder of "train" or "val"."""
+        """Returns the annotation file and image folder of "train" or "val"."""
         annotations = getattr(self, f"{part}_annotations") or f"annotations/instances_{part}{self.year}.json"
         images = getattr(self, f"{part}_images") or f"{part}{self.year}"
         return Path(self.root) / annotations, Path(self.root) / images
 
     def describe(self) -> list[str]:
-        """Describes how many images of each file have no annotation, and how they are used."""
+        """Returns how many images in each file have no annotations, and how they are used."""
         notes: list[str] = []
         for part in ("train", "val"):
             self._read(part, notes)
@@ -156,17 +156,17 @@ def read_coco(
     """Reads an "instances" file.
 
     Args:
-        annotations: The JSON file.
+        annotations: Path of the JSON file.
         images: Folder of the images.
-        root: Folder that the table's paths are relative to; default: ``images``.
-        class_file: Class file with prompt names; default: the category names.
-        unannotated: Use of images without an annotation: "drop" omits them, "unlabeled" keeps them as unlabeled, and
-            "empty" keeps them as images that show no class.
-        notes: List to which a sentence on images without an annotation is appended.
+        root: Folder that the paths in the table are relative to. Defaults to ``images``.
+        class_file: Class file with prompt names. Defaults to the category names.
+        unannotated: Use of images without annotations: "drop" omits them, "unlabeled" keeps them as unlabeled images,
+            and "empty" keeps them as images that show no class.
+        notes: List to which a note on images without annotations is appended.
 
     Raises:
-        DataError: If ``read_coco_file`` raises it, a file name occurs twice, no image is annotated, or two classes have
-            the same prompt text.
+        DataError: If ``read_coco_file`` raises one, a file name occurs twice, no image is annotated, or two classes
+            have the same prompt text.
     """
     file, images = Path(annotations), Path(images)
     root = Path(images if root is None else root)
@@ -175,7 +175,7 @@ def read_coco(
     prompts = check_prompt_names(content.class_names, prompts, f"{file}, categories")
     annotated = {image for image, _ in content.pairs}
     if not annotated:
-        raise DataError(f"{file}: no image has an annotation; annotate some")
+        raise DataError(f"{file}: no image has an annotation; annotate some of them")
     ids = sorted(annotated if unannotated == "drop" else content.file_names, key=str)
     row = {image: i for i, image in enumerate(ids)}
     labels = np.zeros((len(ids), len(content.class_names)), dtype=np.int8)

@@ -1,4 +1,4 @@
-"""Parses files in COCO's "instances" format and checks each field."""
+"""Parsing of files in COCO's "instances" format, in which each field is checked."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cbsa_lightning.data.class_names import check_class_names, duplicates
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, open_regular, read_text, refuse_larger_than_memory
 
-_ID = (int, str)  # integers in COCO's own files; other data sets use strings
+_ID = (int, str)  # COCO's own files contain integers; other data sets use strings
 _TYPES = {int: "an integer", str: "a string"}
 _KEYS = {"images", "annotations", "categories", "id", "file_name", "name", "image_id", "category_id"}
 
 
 class CocoFile(NamedTuple):
-    """Labels in a file.
+    """Content of a file.
 
     Attributes:
-        class_names: Names of the categories, by ascending id.
-        file_names: Image id -> file name.
-        pairs: (image id, class index) of each annotation.
+        class_names: Names of the categories, sorted by id.
+        file_names: Mapping from image id to file name.
+        pairs: Pair (image id, class index) of each annotation.
     """
 
     class_names: tuple[str, ...]
@@ -35,9 +35,9 @@ def read_coco_file(file: Path) -> CocoFile:
     """Reads and checks a file.
 
     Raises:
-        DataError: If it is missing, malformed or too large for memory; if there are no categories; if an image id,
-            category id or category name occurs twice or has the wrong type; or if an annotation refers to an unknown
-            image or category.
+        DataError: If the file is missing, malformed or too large for memory; if there are no categories; if an image
+            id, category id or category name occurs twice or has the wrong type; or if an annotation refers to an
+            unknown image or category.
     """
     content = _load(file)
     position, class_names = _classes(content["categories"], file)
@@ -54,11 +54,11 @@ def read_coco_file(file: Path) -> CocoFile:
 
 
 def peek_class_names(file: Path) -> tuple[str, ...]:
-    """Reads class names without parsing the whole file (330 MB for COCO train, which has them at the end).
+    """Reads the class names without parsing the whole file, which has 330 MB for COCO train.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        DataError: If it is not a COCO file.
+        DataError: If the file is not a COCO file.
     """
     try:
         with open_regular(file) as stream:
@@ -70,21 +70,21 @@ def peek_class_names(file: Path) -> tuple[str, ...]:
         return _classes(categories, file)[1]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError):  # inconclusive: read the whole file
+    except (OSError, ValueError, TypeError, RecursionError):  # inconclusive, so the whole file is read
         return _classes(_load(file)["categories"], file)[1]
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        # Outlines are most of the file and not needed, so they are dropped during parsing to save memory.
+        # Outlines take up most of the file but are not needed. They are dropped during parsing to save memory.
         content = json.loads(read_text(file), object_pairs_hook=_without_outline)
     except FileNotFoundError:
-        raise DataError(f"{file} is missing; get the COCO annotations, or correct the path") from None
+        raise DataError(f"{file} is missing; download the COCO annotations, or correct the path") from None
     except DataError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         reason = str(error) or "it does not fit into memory"
-        raise DataError(f"{file} cannot be read as JSON ({reason}); get it again") from error
+        raise DataError(f"{file} cannot be read as JSON ({reason}); download it again") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{file} has no list {key!r}; it must be a COCO instances file")
@@ -105,13 +105,13 @@ def _refuse_other_tasks(annotations: list[Any], file: Path) -> None:
     for i, record in enumerate(annotations):
         if isinstance(record, dict) and "category_id" not in record and "caption" in record:
             raise DataError(
-                f"{file}, annotations[{i}] has a caption and no category_id, as in a captions file; give the instances "
+                f"{file}, annotations[{i}] has a caption but no category_id, as in a captions file; give the instances "
                 "file of these images"
             )
 
 
 def _remedy(image: int | str, names: dict[int | str, str]) -> str:
-    """Returns the remedy for an unknown image id; often only its type is wrong."""
+    """Returns the remedy for an unknown image id. Often, only its type is wrong."""
     alike = [] if image in names else [other for other in names if str(other) == str(image)]
     if alike:
         types = f"its image_id is {_TYPES[type(image)]}, the id of the image {_TYPES[type(alike[0])]}"
@@ -120,7 +120,7 @@ def _remedy(image: int | str, names: dict[int | str, str]) -> str:
 
 
 def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, kind: str) -> list[tuple[Any, Any]]:
-    """Returns two fields of each record after checking their types; True is not a number here, unlike in Python."""
+    """Checks the types of two fields of each record and returns the fields. True is not accepted as a number."""
     (first, first_types), (second, second_types) = kinds.items()
     try:
         pairs = [(record[first], record[second]) for record in records]
@@ -140,7 +140,7 @@ def _fields(records: list[Any], kinds: dict[str, tuple[type, ...]], file: Path, 
 
 
 def _classes(categories: list[Any], file: Path) -> tuple[dict[Any, int], tuple[str, ...]]:
-    """Returns category id -> class index, and the names, by ascending id."""
+    """Returns a mapping from category id to class index, and the class names sorted by id."""
     if not categories:
         raise DataError(f"{file}: categories is empty; add an id and a name for each class")
     pairs = _fields(categories, {"id": (int,), "name": (str,)}, file, "categories")
@@ -155,4 +155,4 @@ def _classes(categories: list[Any], file: Path) -> tuple[dict[Any, int], tuple[s
 def _refuse_twice(values: list[str], file: Path, kind: str, what: str) -> None:
     if pairs := duplicates(values):
         found = listed(f"{brief(values[i])} ({kind}[{i}] and {kind}[{j}])" for i, j in pairs)
-        raise DataError(f"{file}: the same {what} twice: {found}; keep one")
+        raise DataError(f"{file}: {what}s that occur twice: {found}; keep one of each")

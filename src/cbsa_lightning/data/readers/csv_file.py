@@ -1,4 +1,4 @@
-"""Reads CSV files as Arrow tables of text. Rows that Arrow would misread raise an error that names them."""
+"""Reading of CSV files as Arrow tables of text. Rows that Arrow would misread raise an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, refuse_larger_than_memory
 
 DELIMITERS = (",", "\t", ";")
-LONGEST_ROW = 1 << 20  # bytes; Arrow's block size for CSV files, and so the maximum length of a row
+LONGEST_ROW = 1 << 20  # bytes; Arrow's block size for CSV files and hence the maximum length of a row
 _DELIMITER_LINE = re.compile(r'"?sep=([\t\x20-\x7e])"?', re.IGNORECASE)  # Excel's first line
 
 
@@ -26,13 +26,13 @@ class _Header(NamedTuple):
 
 
 def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
-    """Reads a UTF-8 file with a header.
+    """Reads a UTF-8 file that has a header.
 
-    The delimiter is that of a first line ``sep=;``, as written for Excel, or else the first of comma, tab and semicolon
-    that splits the header.
+    If the first line specifies a delimiter, for example ``sep=;`` for Excel, this delimiter is used. Otherwise, the
+    delimiter is the first of comma, tab and semicolon that splits the header into several names.
 
     Args:
-        path: Its name, for messages.
+        path: Path of the file, for error messages.
         file: The open file.
 
     Returns:
@@ -41,7 +41,7 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
     Raises:
         DataError: If the file is empty, not UTF-8 or too large for memory, a row is too long or has a wrong number of
             cells, or a quote is not closed.
-        pyarrow.ArrowException: If Arrow cannot read it.
+        pyarrow.ArrowException: If Arrow cannot read the file.
     """
     refuse_larger_than_memory(path, os.fstat(file.fileno()).st_size)
     header = _header(path, file)
@@ -56,14 +56,14 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         table = pyarrow.csv.read_csv(
             file,
             read_options=pyarrow.csv.ReadOptions(
-                use_threads=False,  # with threads there are no row numbers
+                use_threads=False,  # with threads, row numbers are not available
                 block_size=LONGEST_ROW,
                 skip_rows=header.row - 1,
             ),
             parse_options=pyarrow.csv.ParseOptions(
                 delimiter=header.delimiter,
                 invalid_row_handler=refuse,
-                newlines_in_values=True,  # otherwise Arrow splits rows if a block ends inside quotes
+                newlines_in_values=True,  # otherwise, Arrow splits rows if a block ends inside quotes
             ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(header.names, pa.large_string()), strings_can_be_null=False
@@ -73,7 +73,9 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         if wrong:
             raise DataError(_wrong_length(path, wrong[0], header)) from error
         if "UTF8" in str(error):
-            raise DataError(f"{path}{_not_utf8(file)}: is not UTF-8 text ({error}); save it as UTF-8") from error
+            raise DataError(
+                f"{path}{_not_utf8(file)}: the file is not UTF-8 text ({error}); save it as UTF-8"
+            ) from error
         if "straddl" in str(error):
             raise DataError(
                 f"{path}: a row has more than {LONGEST_ROW:,} bytes; close its quotes, or shorten its cells"
@@ -81,7 +83,7 @@ def read_csv(path: Path, file: BinaryIO) -> tuple[Any, int]:
         raise
     if table.column_names != header.names or any(column.type != pa.large_string() for column in table.columns):
         raise DataError(
-            f"{path}, row {header.row}: column names with line breaks, or with quotes that do not enclose the whole "
+            f"{path}, row {header.row}: column names contain line breaks, or quotes that do not enclose the whole "
             f"name: {listed(map(brief, header.names))}; correct them"
         )
     _refuse_open_quote(path, file, table, header.row)
@@ -93,7 +95,7 @@ def _header(path: Path, file: BinaryIO) -> _Header:
     if said := _DELIMITER_LINE.fullmatch(line.strip("\r\n ")):
         line, row = _line(path, file, 2), 2
     if not line.strip():
-        raise DataError(f"{path}: has no header in its first row; name the columns there")
+        raise DataError(f"{path}: the first row is not a header; write the names of the columns there")
     if said:
         delimiter = said[1]
     else:
@@ -102,43 +104,44 @@ def _header(path: Path, file: BinaryIO) -> _Header:
 
 
 def _line(path: Path, file: BinaryIO, row: int) -> str:
-    """Returns the next line of the file without its line end."""
+    """Returns the next line of the file without its line break."""
     raw = re.split(rb"[\r\n]", file.readline(LONGEST_ROW), maxsplit=1)[0]
     if len(raw) == LONGEST_ROW:
         raise DataError(
-            f"{path}, row {row}: has {LONGEST_ROW:,} bytes or more, so it is not a header; name the columns there"
+            f"{path}, row {row}: the row has {LONGEST_ROW:,} bytes or more, so it is not a header; name "
+            "the columns there"
         )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise DataError(f"{path}: the file is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def _wrong_length(path: Path, row: Any, header: _Header) -> str:
-    """Returns the message on a row whose number of cells differs from the header's."""
+    """Returns the error message for a row whose number of cells differs from that of the header."""
     mark = header.delimiter
     remedy = f"correct it, or quote cells with {mark!r}"
     if row.actual_columns == row.expected_columns + 1 and row.text.rstrip("\r\n").endswith(mark):
         remedy = f"remove the {mark!r} at its end"
     return (
-        f"{path}, row {row.number}: {row.actual_columns} cells, but the header has {row.expected_columns}: "
+        f"{path}, row {row.number}: the row has {row.actual_columns} cells, but the header has {row.expected_columns}: "
         f"{brief(row.text)}; {remedy}"
     )
 
 
 def _refuse_open_quote(path: Path, file: BinaryIO, table: Any, header_row: int) -> None:
-    """Refuses a quote that is not closed, since Arrow would read all following rows into its cell."""
+    """Rejects a quote that is not closed, since Arrow would read all following rows as part of its cell."""
     if table.num_rows and re.search(r"[\r\n]", table.column(table.num_columns - 1)[-1].as_py()):
         file.seek(-min(file.seek(0, 2), LONGEST_ROW), 2)
         if not file.read().rstrip(b"\r\n").endswith(b'"'):
             raise DataError(
-                f"{path}, row {table.num_rows + header_row}: a quote that is not closed before the end of the file: "
+                f"{path}, row {table.num_rows + header_row}: a quote is not closed before the end of the file: "
                 f"{brief(table.column(table.num_columns - 1)[-1].as_py())}; close it"
             )
 
 
 def _not_utf8(file: BinaryIO) -> str:
-    """Returns the first line that is not UTF-8, for a message."""
+    """Returns the number of the first line that is not UTF-8, for error messages."""
     file.seek(0)
     for number, line in enumerate(file, start=1):
         try:

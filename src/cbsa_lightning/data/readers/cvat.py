@@ -1,4 +1,4 @@
-"""Exports of CVAT: tags of images, as "CVAT for images 1.1"."""
+"""Exports of CVAT in the format "CVAT for images 1.1", with tags of images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TAG_TYPES = ("tag", "any", "")
 
 
 class CVAT(Export):
-    """An export of a CVAT task, project or job in which annotators tag images.
+    """Export of a CVAT task, project or job in which annotators tag images.
 
-    The tags of an image are its classes; all other classes are absent. The file does not say whether an image without a
-    tag was inspected, so it is unlabeled unless ``untagged`` says otherwise. Images of a subset "test" are the test
-    images. Classes are the labels of the task that can be tags.
+    The tags of an image are its classes, and all other classes are absent. The file does not contain whether an image
+    without tags was inspected. Such an image is therefore unlabeled, unless ``untagged`` is "nothing". Images of a
+    subset "test" are the test images. The classes are the labels of the task that can be used as tags.
 
     Args:
-        train: XML file to train on.
-        test: XML file to test on.
-        root: Folder of the images; default: the folder of each file.
-        class_file: Class file with prompt names (``read_class_file``).
-        untagged: Meaning of an image without a tag: "unlabeled", or "nothing" if it shows no class.
-        nothing: Tags that mean "seen, and shows no class"; they are not classes.
+        train: XML file with the training images.
+        test: XML file with the test images.
+        root: Folder of the images. Defaults to the folder of each file.
+        class_file: Class file with prompt names (see ``read_class_file``).
+        untagged: Meaning of an image without tags: "unlabeled", or "nothing" if it shows no class.
+        nothing: Tags that mean "seen, and shows no class". They are not classes.
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -56,16 +56,22 @@ class CVAT(Export):
         top = read_xml(file)
         if top.tag != "annotations":
             raise DataError(
-                f"{file}: its root element is {brief(top.tag)}, not 'annotations'; export as CVAT for images 1.1"
+                f"{file}: the root element is {brief(top.tag)}, not 'annotations'; export the task as CVAT "
+                "for images 1.1"
             )
         if top.find("track") is not None:
-            raise DataError(f"{file}: has tracks of a video; export as CVAT for images 1.1, and tag images")
+            raise DataError(
+                f"{file}: the file contains tracks of a video; export it as CVAT for images 1.1, and tag images"
+            )
         if more := sorted({child.tag for child in top} - {"version", "meta", "image"}):
-            raise DataError(f"{file}: has {listed(map(brief, more))} besides images; export as CVAT for images 1.1")
+            raise DataError(
+                f"{file}: besides images, the file contains {listed(map(brief, more))}; export it as CVAT "
+                "for images 1.1"
+            )
         names = _labels(file, top)
         images = top.findall("image")
         if not images:
-            raise DataError(f"{file}: has no image; export a task that has some")
+            raise DataError(f"{file}: the file contains no images; export a task with images")
         for found, kind in ((images, "image"), (top.findall("image/tag"), "tag")):
             if len(found) < sum(1 for _ in top.iter(kind)):
                 raise DataError(f"{file}: unexpected element {kind!r}; export the file again")
@@ -84,13 +90,13 @@ class CVAT(Export):
     def _record(self, image: Element, where: str, names: set[str], counts: Counter[str]) -> Record:
         name = image.get("name")
         if not name:
-            raise DataError(f"{where}: has no name; export the file again")
+            raise DataError(f"{where}: the image has no name; export the file again")
         where = f"{where} ({brief(name)})"
         for child in image:
             if child.tag != "tag":
                 raise DataError(
-                    f"{where}: has a {brief(child.tag)}; only tags label a whole image: export the task in a "
-                    "COCO format and read that, or tag the images"
+                    f"{where}: the image has a {brief(child.tag)}, but only tags label a whole image: export the task "
+                    "in a COCO format and read that, or tag the images"
                 )
             if child.get("label") not in names:
                 raise DataError(
@@ -108,18 +114,18 @@ class CVAT(Export):
 
 
 def _labels(file: Path, top: Element) -> list[str]:
-    """Returns the labels of the task, project or job that can be tags.
+    """Returns the labels of the task, project or job that can be used as tags.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are no such labels.
     """
     labels = [label for kind in _OF for label in top.findall(f"meta/{kind}/labels/label")]
     if not labels:
-        raise DataError(f"{file}: its meta has no labels of a {' or '.join(_OF)}; export as CVAT for images 1.1")
+        raise DataError(f"{file}: its meta has no labels of a {' or '.join(_OF)}; export it as CVAT for images 1.1")
     names = [label.findtext("name", "") for label in labels if label.findtext("type", "").strip() in _TAG_TYPES]
     if not names:
         kinds = sorted({label.findtext("type", "").strip() for label in labels})
         raise DataError(
-            f"{file}: its labels have type {', '.join(map(brief, kinds))}, and none is a tag; use a task with tags"
+            f"{file}: the labels have type {', '.join(map(brief, kinds))}, and none is a tag; use a task with tags"
         )
     return names

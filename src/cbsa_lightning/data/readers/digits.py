@@ -1,7 +1,8 @@
-"""Digits: a small multi-label data set that needs no download, drawn once from a seed and stored as PNG files.
+"""A small multi-label data set of digits that is generated from a seed and stored as PNG files.
 
-Each image shows one to four handwritten digits in a cluttered scene, and its labels are the digits. The digits form
-three groups that share images, as knife, fork and plate do in photographs. Some are rarer than others.
+Each image shows one to four handwritten digits in a cluttered scene. The labels of an image are its digits. The digits
+are divided into three groups. Digits of a group often occur together, as knife, fork and plate do in photos. Some
+digits are rarer than others.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.files import writing
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# In each group the frequent digits come first.
+# In each group, the digits are listed in descending order of frequency.
 GROUPS: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {"meadow": (3, 0, 8, 5), "harbour": (1, 7, 4), "dusk": (6, 2, 9)}
 )
 GROUP_SHARES = (0.48, 0.32, 0.2)
 DECAY = 0.55  # ratio of the frequencies of successive digits of a group
 COUNT_SHARES = (0.25, 0.35, 0.27, 0.13)  # fractions of images with 1, 2, 3 and 4 digits
-STRAY = 0.12  # probability that a further digit comes from another group
-SAME_SCENE = 0.5  # probability that the scene is the group's own, else any scene: a weak hint at the digits
+STRAY = 0.12  # probability that an additional digit belongs to another group
+# Probability that the scene is that of the group, which makes it weakly correlated with the digits.
+SAME_SCENE = 0.5
 Part: TypeAlias = Literal["train", "test"]
-DRAWING = 2  # increment when the same settings draw other pictures, so that old ones are not reused
+DRAWING = 2  # increment it when the same settings result in other images, so that old images are not reused
 
 
 def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
-    """Draws scene and digits of one image; each digit occurs at most once."""
+    """Draws the scene and the digits of one image. Each digit occurs at most once."""
     names = list(GROUPS)
     group = names[rng.choice(len(names), p=GROUP_SHARES)]
     digits: list[int] = []
@@ -60,21 +62,21 @@ def draw_labels(rng: np.random.Generator) -> tuple[str, list[int]]:
 
 @dataclass(frozen=True)
 class Digits(Source):
-    """Canvases with handwritten digits, as a source of the data module.
+    """Generated images of handwritten digits.
 
-    They are stored below ``root`` in a folder named after the settings, so other settings never replace or mix with
-    existing images. Training and test canvases use different handwritten exemplars. Image number i depends only on the
-    seed and i, so a larger data set starts with the images of a smaller one.
+    They are stored below ``root`` in a folder named after the settings, so images with different settings are never
+    mixed. Training and test images use different handwritten exemplars. Image i depends only on the seed and i, so a
+    larger data set begins with the images of a smaller one.
 
     Args:
         root: Folder of the generated data sets.
         num_train: Number of training images.
         num_test: Number of test images.
-        image_size: Height and width of the canvases in pixels.
-        seed: Seed of labels and pictures.
+        image_size: Height and width of the images in pixels.
+        seed: Seed of the labels and the images.
 
     Raises:
-        ConfigError: If a count is below 1, the seed is negative, or canvases are too small to read (below 64 pixels).
+        ConfigError: If a count is below 1, the seed is negative, or the images are smaller than 64 pixels.
     """
 
     root: str = "data/digits"
@@ -97,16 +99,16 @@ class Digits(Source):
 
     @property
     def folder(self) -> Path:
-        """Folder of the images and annotations for these settings."""
+        """Folder of the images and annotations with these settings."""
         name = f"v{DRAWING}-train{self.num_train}-test{self.num_test}-{self.image_size}px-seed{self.seed}"
         return Path(self.root) / name
 
     def prepare(self) -> None:
-        """Draws the data set unless it exists. An interrupted run leaves nothing that looks complete.
+        """Generates the data set unless it exists. An interruption does not leave an incomplete data set.
 
         Raises:
-            DataError: If the folder exists but images or annotations in it are missing.
-            OutputError: If the disk is full, or the folder is not writable.
+            DataError: If the folder exists, but images or annotations are missing.
+            OutputError: If the disk is full or the folder is not writable.
         """
         if self.folder.exists():
             for part in ("train", "test"):
@@ -121,7 +123,7 @@ class Digits(Source):
                 draft.chmod(0o755)  # mkdtemp grants access only to the owner
                 try:
                     draft.rename(self.folder)
-                except OSError as error:  # another process has created the same folder first: its files are the same
+                except OSError as error:  # another process may have created the same folder
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
             finally:
@@ -136,7 +138,7 @@ class Digits(Source):
         return self._table("train")
 
     def test(self) -> AnnotationTable:
-        """Returns the test images, drawn with exemplars that no training image shows.
+        """Returns the test images. Their exemplars do not occur in the training images.
 
         Raises:
             DataError: If `prepare` has not been called, or the annotation file was changed.
@@ -144,9 +146,9 @@ class Digits(Source):
         return self._table("test")
 
     def boxes(self, part: Part) -> list[dict[int, tuple[float, float, float, float]]]:
-        """Returns where the digits of each image are: ``{digit: (left, top, right, bottom)}`` in pixels.
+        """Returns the positions of the digits of each image, as ``{digit: (left, top, right, bottom)}`` in pixels.
 
-        Training does not use them. The canvases are redrawn to compute them.
+        They are not used for training. To compute them, the images are drawn again.
         """
         return [self._canvas(part, index).boxes for index in range(self._count(part))]
 
@@ -174,14 +176,14 @@ class Digits(Source):
         count = self._count(part)
         again = f"delete {self.folder} and call prepare() to draw it again"
         if not self.folder.exists():
-            raise DataError(f"{self.folder} does not exist; call prepare() first, it draws the images")
+            raise DataError(f"{self.folder} does not exist; call prepare() to draw the images")
         try:
             with open(file, newline="", encoding="utf-8") as lines:
                 header, *rows = csv.reader(lines)
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}); {again}") from error
         if header != ["path", *NAMES] or len(rows) != count or any(len(row) != 11 for row in rows):
-            raise DataError(f"{file} is not the generated table of {count} images; {again}")
+            raise DataError(f"{file} does not contain the generated table of {count} images; {again}")
         labels: NDArray[np.int8] = np.array([row[1:] for row in rows]).astype(np.int8)
         paths: StringArray = np.array([row[0] for row in rows], dtype=np.dtypes.StringDType())
         return AnnotationTable(self.folder, paths, labels, NAMES, NAMES)

@@ -1,4 +1,4 @@
-"""Exports of labeling tools: the annotators' answers for each image, and the resulting table."""
+"""Base class of the exports of labeling tools, which contain annotators' answers for each image."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Content:
     """Content of an export.
 
     Attributes:
-        records: The images.
-        class_names: The declared classes; None if the export contains only the labels in use.
-        prompt_names: Their prompt names; empty for the default.
+        records: The images and their answers.
+        class_names: The declared classes, or None if the export contains only the labels in use.
+        prompt_names: The prompt names of the classes, or empty for the default names.
         notes: Descriptions of other content, with counts.
     """
 
@@ -43,19 +43,19 @@ class Content:
 
 
 class Export(Source):
-    """Base class of the data sets exported by labeling tools; a subclass reads the files of one tool.
+    """Base class of data sets that are exported by labeling tools. A subclass reads the files of one tool.
 
-    The classes are those declared in the training file. If it declares none, they are those of the class file, whose
-    synonyms are then also accepted. Without a class file, they are the labels in use, sorted.
+    The classes are those that the training file declares. If it does not declare classes, they are those of the class
+    file, whose synonyms are then accepted as well. Without a class file, they are the labels in use, in sorted order.
 
     Args:
-        train: File to train on; its images without an answer are the unlabeled images.
-        test: File to test on.
-        root: Folder that image paths are relative to; default: the folder of each file.
-        class_file: Class file with prompt names (``read_class_file``).
-        nothing: Labels that mean "seen, and shows no class", such as "none"; they are not classes.
-        disagreement: Label of a class if the answers for an image differ: "unknown", or the one of the "majority"
-            (unknown in a tie). None: repeated records of an image are an error.
+        train: File with the training images. Images without an answer are unlabeled.
+        test: File with the test images.
+        root: Folder that image paths are relative to. Defaults to the folder of each file.
+        class_file: Class file with prompt names (see ``read_class_file``).
+        nothing: Labels that mean "seen, and shows no class", such as "none". They are not classes.
+        disagreement: Label of a class if the answers for an image differ: "unknown", or "majority" for the label of the
+            majority (unknown if there is a tie). With None, several records of an image are an error.
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -86,39 +86,39 @@ class Export(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the training file or of the class file, or the labels in use."""
+        """The classes of the training file or the class file, or the labels in use."""
         return self._classes.class_names
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The prompt names of the class file or of the export, or the class names with "_" replaced by a space."""
+        """The prompt names of the class file or the export, or the class names with "_" replaced by a space."""
         return self._classes.prompt_names
 
     def describe(self) -> list[str]:
-        """Describes content other than labels, and how labels were decided: one sentence each, with counts."""
+        """Returns notes on content other than labels and on how labels were derived, with counts."""
         found = []
         for part, content in self._contents.items():
             table, notes = self._tables[part]
             if table is not None:
                 found += [f"{self._file(part)}: {note}" for note in (*content.notes, *notes)]
         if self._class_file is None and self._contents["train"].class_names is None:
-            found.append(f"{self._train}: the classes are the labels in use; classes without any image are missing")
+            found.append(f"{self._train}: the classes are the labels in use, so classes without images are missing")
         return found
 
     def prepare(self) -> None:
         """Checks that all files exist.
 
         Raises:
-            DataError: If one does not.
+            DataError: If a file does not exist.
         """
         named = [("train", self._train), ("test", self._test), ("class_file", self._class_file)]
         require_named([*named, *self._other_files()])
 
     def train(self) -> AnnotationTable:
-        """Returns images and labels of the training file, except its test images."""
+        """Returns images and labels of the training file, without its test images."""
         table, _ = self._tables["train"]
         if table is None:
-            raise DataError(f"{self._train}: has no image for training; export some")
+            raise DataError(f"{self._train}: the file has no images for training; export some of them")
         return table
 
     def test(self) -> AnnotationTable | None:
@@ -134,11 +134,11 @@ class Export(Source):
         """Reads a file.
 
         Raises:
-            DataError: If it is missing or malformed, or contains labels of another kind.
+            DataError: If the file is missing or malformed, or contains labels of another type.
         """
 
     def _other_files(self) -> list[tuple[str, str | None]]:
-        """Returns further files that a subclass reads, each with the name of its argument."""
+        """Returns additional files that a subclass reads, together with the names of their arguments."""
         return []
 
     @cached_property
@@ -150,7 +150,7 @@ class Export(Source):
             return {"train": content, "test": test}
         if self._test is not None:
             raise DataError(
-                f"{self._train}: marks {counted(len(for_test), 'image')} for testing "
+                f"{self._train}: the file marks {counted(len(for_test), 'image')} for testing "
                 f"({for_test[0].where}), but there is also a test file {self._test}; keep one of the two"
             )
         rest = [record for record in content.records if not record.test]
@@ -174,14 +174,15 @@ class Export(Source):
         if content.class_names is None and file is not None:
             if both := sorted(self._nothing & file.index().keys()):
                 raise DataError(
-                    f"{file.path}: {listed(map(brief, both))} is both a class and in the option nothing; choose one"
+                    f"{file.path}: {listed(map(brief, both))} is both a class and in the option nothing; remove "
+                    "one of them"
                 )
             return file
         if content.class_names is None:
             answers = [answer for record in content.records for answer in record.answers]
             found = sorted({clean_name(name) for answer in answers for name in answer} - self._nothing)
             if not found:
-                raise DataError(f"{self._train}: no answer names a label; label some images, or give class_file")
+                raise DataError(f"{self._train}: no answer contains a label; label some images, or give class_file")
             prompts, place = default_prompts(found), f"{self._train}, labels in use"
         else:
             keep = [k for k, name in enumerate(content.class_names) if clean_name(name) not in self._nothing]
@@ -195,7 +196,7 @@ class Export(Source):
 
     @cached_property
     def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
-        """Returns table and notes of each part."""
+        """Returns the table and the notes of each part."""
         return {
             part: self._make_table(content, self._file(part), self._classes) for part, content in self._contents.items()
         }

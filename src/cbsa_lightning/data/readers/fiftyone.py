@@ -1,4 +1,4 @@
-"""FiftyOne's ``labels.json`` of a FiftyOneImageClassificationDataset."""
+"""Data sets of FiftyOne in the format FiftyOneImageClassificationDataset."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from cbsa_lightning.io.reading import brief
 
 
 class FiftyOne(Export):
-    """A FiftyOneImageClassificationDataset: ``labels.json``, and the images next to it in ``data``.
+    """A FiftyOneImageClassificationDataset, which consists of ``labels.json`` and a folder ``data`` of images.
 
-    The classifications of an image are its classes; all other classes are absent. An empty list means that it shows
-    no class, and ``null`` that it is unlabeled. FiftyOne's exporter writes ``null`` for both.
+    The classifications of an image are its classes, and all other classes are absent. An empty list means that the
+    image shows no class, and ``null`` means that it is unlabeled. The exporter of FiftyOne writes ``null`` in both
+    cases.
 
-    Keys are paths below ``root`` without suffix, so the images must exist.
+    The keys of ``labels.json`` are paths below ``root`` without suffix. To determine the suffix, the images must exist.
 
     Args:
-        train: ``labels.json`` to train on.
-        test: ``labels.json`` to test on.
-        root: Folder of the images; default: ``data`` next to each file.
-        class_file: Class file with prompt names (``read_class_file``).
-        nothing: Labels that mean "shows no class"; they are not classes.
+        train: File ``labels.json`` of the training images.
+        test: File ``labels.json`` of the test images.
+        root: Folder of the images. Defaults to the folder ``data`` next to each file.
+        class_file: Class file with prompt names (see ``read_class_file``).
+        nothing: Labels that mean "shows no class". They are not classes.
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -51,7 +52,7 @@ class FiftyOne(Export):
         content = typed(read_json(file), (dict,), f"{file}: a dataset")
         labels = field(content, "labels", (dict,), str(file))
         if not labels:
-            raise DataError(f"{file}: labels has no image; export some")
+            raise DataError(f"{file}: labels is empty; export some images")
         classes = field(content, "classes", (list, type(None)), str(file), None)
         for name in classes or ():
             typed(name, (str,), f"{file}: a class")
@@ -70,7 +71,7 @@ class FiftyOne(Export):
 
 
 def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[str]) -> list[list[str]]:
-    """Returns the answers for an image: none for null; a single classification is treated as a list of one."""
+    """Returns the answers for an image. Null has no answers. A single classification is treated as a list."""
     if value is None:
         counts["image"] += 1
         return []
@@ -79,7 +80,8 @@ def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[
         if isinstance(label, dict):
             if more := sorted(label.keys() - {"label", "confidence", "attributes"}):
                 raise DataError(
-                    f"{where}: has {listed(map(brief, more))}, which is not a classification; export the field of "
+                    f"{where}: the image has {listed(map(brief, more))}, which is not a classification; export "
+                    f"the field of "
                     "classifications as FiftyOneImageClassificationDataset"
                 )
             counts["label"] += len(label) > 1
@@ -94,10 +96,10 @@ def _answers(value: Any, classes: list[str] | None, where: str, counts: Counter[
 
 
 def _match(file: Path, root: Path, keys: list[str]) -> tuple[list[str], int]:
-    """Returns the image below ``root`` for each key, and the number of other images.
+    """Returns the image below ``root`` that belongs to each key, and the number of other images.
 
     Raises:
-        DataError: If a key has no image, or several.
+        DataError: If no image or several images belong to a key.
     """
     images: dict[str, list[str]] = {}
     for path in read_images(root, ("any",)).paths.tolist():

@@ -1,4 +1,4 @@
-"""Reads files with one JSON object per line as Arrow tables of text."""
+"""Reading of files with one JSON object per line as Arrow tables of text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cbsa_lightning.errors import DataError
 from cbsa_lightning.io.reading import brief, read_text
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PEEK = 1 << 16  # bytes of the first line inspected in a file with another suffix
+_PEEK = 1 << 16  # maximum number of bytes to inspect in a file with another suffix
 
 
 def is_json_lines(path: Path, file: BinaryIO) -> bool:
-    """Returns whether a file has the suffix of JSON lines, or a JSON object in its first line."""
+    """Returns whether a file has a suffix of JSON lines files, or a JSON object in its first line."""
     if path.suffix.lower() in SUFFIXES:
         return True
     line = file.readline(_PEEK)
@@ -28,10 +28,10 @@ def is_json_lines(path: Path, file: BinaryIO) -> bool:
 
 
 def read_json_lines(path: Path) -> Any:
-    """Reads one object per line; empty lines are skipped and not counted as rows.
+    """Reads a file with one object per line. Empty lines are skipped and not counted as rows.
 
-    The columns are all keys in order of first occurrence. A string is kept; any other value becomes its JSON text, such
-    as ``["cat", "dog"]``, ``1.0`` or ``true``; ``null`` and a missing key become null.
+    The columns are all keys, in the order of their first occurrence. Strings are kept. Other values are converted to
+    JSON text, such as ``["cat", "dog"]``, ``1.0`` or ``true``. ``null`` and missing keys become null.
 
     Returns:
         A table whose columns are text.
@@ -43,7 +43,7 @@ def read_json_lines(path: Path) -> Any:
     try:
         lines = read_text(path).split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise DataError(f"{path}: the file is not UTF-8 text ({error}); save it as UTF-8") from error
     columns: dict[str, list[str | None]] = {}
     number = 0
     for line in lines:
@@ -57,15 +57,19 @@ def read_json_lines(path: Path) -> Any:
     for column in columns.values():
         column += [None] * (number - len(column))
     if not columns:
-        raise DataError(f"{path}: has no header and no JSON object; write one object per line, one line per image")
+        raise DataError(
+            f"{path}: the file has neither a header nor a JSON object; write one object per line and one line per image"
+        )
     try:
         return pa.table({key: pa.array(column, pa.large_string()) for key, column in columns.items()})
     except UnicodeEncodeError as error:
-        raise DataError(f"{path}: has a lone surrogate, half a character ({error}); correct it") from error
+        raise DataError(
+            f"{path}: the file contains a lone surrogate, half a character ({error}); correct it"
+        ) from error
 
 
 def _object(line: str, where: str) -> dict[str, str | None]:
-    """Returns the keys of a line, and their values as text."""
+    """Returns the keys of a line, with their values as text."""
     try:
         pairs = json.loads(line, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
@@ -85,7 +89,7 @@ def _object(line: str, where: str) -> dict[str, str | None]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object as a list of pairs, so that repeated keys are detected."""
+    """An object that is stored as a list of pairs, so that repeated keys can be detected."""
 
 
 def _text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Reads a column with names of classes into flat arrays of rows and names."""
+"""Reading of a column with class names into flat arrays of rows and names."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cbsa_lightning.io.reading import brief
 
 
 class LabelCells:
-    """The names of one column.
+    """The class names in one column.
 
     Args:
         columns: The table.
-        column: The column's name.
+        column: Name of the column.
         words: Distinguishes class names from other words.
-        form: How a cell lists its names; None to detect it.
+        form: The form in which a cell lists its names. With None, it is detected.
         known: Names and synonyms of the classes, if known.
 
     Attributes:
-        form: How a cell lists its names.
+        form: The form in which a cell lists its names.
         known: (n,) bool, False for unlabeled rows.
-        row: (k,) row of each occurrence of a name.
-        code: (k,) its position in ``names``.
+        row: (k,) the row of each occurrence of a name.
+        code: (k,) the position in ``names`` of each occurrence.
         names: The distinct names.
 
     Raises:
-        DataError: If the form of the cells is unclear, a name is empty or does not look like a class, or a word that
-            means "not labeled" or "shows nothing" occurs together with a name.
+        DataError: If the form of the cells is unclear, a name is empty or does not look like a class name, or a word
+            that means "not labeled" or "shows nothing" occurs together with a name.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LabelCells:
         self._take_words_out()
 
     def first_row_of(self, name: str) -> int:
-        """Returns the first row with ``name``."""
+        """Returns the first row in which ``name`` occurs."""
         return int(self.row[np.argmax(self.code == self.names.index(name))])
 
     def _read_lists(self, lists: Any) -> None:
@@ -91,7 +91,7 @@ class LabelCells:
         flat = [name for some in names for name in some]
 
         self.known = np.array([meaning is not Meaning.UNLABELED for meaning in meanings])[cell_of_row]
-        # Each row gets the names of its cell, which are consecutive in `flat`.
+        # Each row is assigned the names of its cell, which are consecutive in `flat`.
         of_row = lengths[cell_of_row]
         self.row = np.repeat(np.arange(len(of_row)), of_row)
         within = np.arange(len(self.row)) - np.repeat(np.cumsum(of_row) - of_row, of_row)
@@ -99,18 +99,18 @@ class LabelCells:
         self._encode(flat, np.repeat(starts, of_row) + within)
 
     def _encode(self, names: list[str], code: NDArray[Any]) -> None:
-        """Sets ``names`` and ``code`` from names that may repeat, and codes into them."""
+        """Sets ``names`` and ``code``, given names that may be repeated and indices of these names."""
         position: dict[str, int] = {}
         new = np.array([position.setdefault(name, len(position)) for name in names], dtype=np.int64)
         self.names = list(position)
         self.code: NDArray[np.int64] = new[code] if len(code) else np.zeros(0, np.int64)
 
     def _take_words_out(self) -> None:
-        """Removes words that are not classes; a word that is the only one in a list of names keeps its meaning."""
+        """Removes words that are not class names and applies their meaning."""
         if "" in self.names:
             mark = repr(self.form.separator) if self.form.separator else "entry"
             raise DataError(
-                f"{self._columns.where(self.first_row_of(''))}: an empty name in column {self._column!r}; remove the "
+                f"{self._columns.where(self.first_row_of(''))}: a name in column {self._column!r} is empty; remove the "
                 f"extra {mark}, and write {NO_LABEL!r} if the image shows no class"
             )
         meanings = [self._words.meaning(name) for name in self.names]
@@ -123,7 +123,8 @@ class LabelCells:
             rows = self.row[self.code == self.names.index(name)]
             if (both := count[rows] > 1).any():
                 raise DataError(
-                    f"{self._columns.where(int(rows[both][0]))}: {name!r} next to another name; {name!r} means "
+                    f"{self._columns.where(int(rows[both][0]))}: {name!r} occurs together with another name, but "
+                    f"{name!r} means "
                     f"{'no class at all' if meaning is Meaning.NOTHING else 'that the image is not labeled'}; remove "
                     "one of them, or, if it is a class, add it to a class file"
                 )
@@ -136,9 +137,9 @@ class LabelCells:
     def _refuse_unclear(self, name: str, where: str) -> None:
         if name[0] in "[{'\"":
             raise DataError(
-                f"{where}: {brief(name)} in column {brief(self._column)} is part of a list, or in quotes; omit the "
-                "option separator, so that lists are recognized, and omit quotes too, or add it to a class file if it "
-                "is a class"
+                f"{where}: {brief(name)} in column {brief(self._column)} is part of a list or in quotes. Omit the "
+                "option separator, so that lists are recognized, and omit quotes as well. If it is a class, add it to "
+                "a class file"
             )
         raise DataError(
             f"{where}: {brief(name)} in column {brief(self._column)} does not look like a class. If it means that an "

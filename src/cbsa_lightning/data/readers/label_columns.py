@@ -1,4 +1,4 @@
-"""Labels by column: one column per class, with 1, 0 and -1."""
+"""Reading of labels from one column per class, which contains 1, 0 and -1."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _VALUES = {"1": 1, "true": 1, "0": 0, "false": 0, "-1": -1} | dict.fromkeys(sort
 
 
 def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
-    """Returns all columns except those with another meaning: paths, splits, annotators, "shows nothing".
+    """Returns all columns except those for paths, splits, annotators, or "shows nothing".
 
     Raises:
-        DataError: If there are none, or a column has the name of a word that is not a class.
+        DataError: If there are no such columns, or the name of a column is a word that is not a class.
     """
     others = named_like(columns, (*PARTS_COLUMNS, *ANNOTATOR_COLUMNS))
     found = []
@@ -35,14 +35,14 @@ def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
             found.append(name)
         elif meaning is not Meaning.NOTHING:
             raise DataError(
-                f"{columns.path}: column {brief(name)} does not have the name of a class. If a 1 in it means that an "
+                f"{columns.path}: column {brief(name)} does not have the name of a class. If 1 means that an "
                 f"image shows no class, set nothing: [{name:.50}]; if it is a class, add it to a class file; otherwise "
                 "remove it"
             )
     if not found:
         raise DataError(
-            f"{columns.path}: no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column per class; if a "
-            "column of names has another name, set labels_column"
+            f"{columns.path}: the table has no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column "
+            "per class; if a column with names is called differently, set labels_column"
         )
     return found
 
@@ -54,16 +54,16 @@ def labels_by_column(
 
     Args:
         columns: The table.
-        image: Its column with the paths.
-        classes: The C classes; columns may have their synonyms.
-        words: Detects columns which mean that an image shows no class: a 1 there makes all classes absent.
+        image: Name of the column with the paths.
+        classes: The C classes. Columns may be named after their synonyms.
+        words: Detects columns that mean "shows no class". If such a column is 1, all classes are absent.
         other_columns: Whether columns other than classes are allowed.
 
     Returns:
-        (n, C): 1 present, 0 absent, -1 unknown.
+        Labels (n, C): 1 present, 0 absent, -1 unknown.
 
     Raises:
-        DataError: If a class has no column or two, a column is not a class, or a cell is not a label.
+        DataError: If a class has no column or several, a column is not a class, or a cell is not a label.
     """
     meanings: dict[str, list[str]] = {name: [name] for name in classes.class_names}
     for other, name in classes.synonyms.items():
@@ -84,7 +84,7 @@ def labels_by_column(
 
 
 def _apply_nothing(columns: Columns, names: list[str], labels: NDArray[np.int8], class_names: Sequence[str]) -> None:
-    """Makes all classes absent in rows with a 1 in a column that means "shows nothing"."""
+    """Makes all classes absent in rows for which a column that means "shows nothing" is 1."""
     for name in names:
         nothing = _column_labels(columns, name) == 1
         wrong = np.flatnonzero(nothing & (labels == 1).any(axis=1))
@@ -92,15 +92,15 @@ def _apply_nothing(columns: Columns, names: list[str], labels: NDArray[np.int8],
             row = int(wrong[0])
             shown = class_names[int((labels[row] == 1).argmax())]
             raise DataError(
-                f"{columns.where(row)}: 1 in column {brief(name)}, which means that the image shows no class, and 1 "
-                f"for class {brief(shown)}; correct one of them"
+                f"{columns.where(row)}: column {brief(name)}, which means that the image shows no class, and class "
+                f"{brief(shown)} are both 1; correct one of them"
             )
         labels[nothing] = 0
 
 
 def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
     cells = columns.text(name).fill_null("")
-    # Spellings of Excel and pandas: TRUE, True, 1.0, 1.00, None.
+    # Excel and pandas also write TRUE, True, 1.0, 1.00 and None.
     plain = pc.utf8_lower(pc.replace_substring_regex(cells, "^None$", ""))
     plain = pc.replace_substring_regex(plain, r"^(-?\d)\.0*$", r"\1")
     codes = pc.index_in(plain, value_set=pa.array(list(_VALUES), pa.large_string()))

@@ -1,4 +1,4 @@
-"""Labels by name: a column with names of classes, and optionally one with classes to review."""
+"""Reading of labels from a column with class names, and optionally from a column with classes to review."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from cbsa_lightning.io.reading import brief
 
 
 class NamedLabels:
-    """The columns of a table with names of classes.
+    """The columns of a table that contain class names.
 
     Args:
         columns: The table.
-        column: The column of labels. The classes named in a column ``review``, if any, are unknown, whatever the
-            labels say.
+        column: The column of labels. Classes named in a column ``review``, if there is one, are unknown, regardless of
+            the labels.
         words: Distinguishes class names from other words.
-        form: How a cell lists its names; None to detect it.
+        form: The form in which a cell lists its names. With None, it is detected.
         known: Names and synonyms of the classes, if known.
 
     Attributes:
-        labels: Names of the labels.
+        labels: Names in the column of labels.
         reviewed: Names of the classes to review, or None.
 
     Raises:
-        DataError: If ``LabelCells`` raises it, the table was written by Label Studio and has ambiguous empty cells, or
+        DataError: If ``LabelCells`` raises one, the table was written by Label Studio and has ambiguous empty cells, or
             a name to review is neither a label of another image nor a column.
     """
 
@@ -55,11 +55,11 @@ class NamedLabels:
             self._refuse_other_reviews(self.reviewed, known)
 
     def class_names(self) -> list[str]:
-        """Returns all names, sorted."""
+        """Returns all names in sorted order."""
         return sorted({*self.labels.names, *(self.reviewed.names if self.reviewed else ())})
 
     def matrix(self, classes: ClassFile) -> NDArray[np.int8]:
-        """Returns labels of ``classes``, (n, C): 1 present, 0 absent, -1 unknown.
+        """Returns the labels (n, C) of ``classes``: 1 present, 0 absent, -1 unknown.
 
         Raises:
             DataError: If a name is not a class.
@@ -76,17 +76,17 @@ class NamedLabels:
         return int(np.bincount(self.labels.row, minlength=1).max())
 
     def _refuse_other_reviews(self, reviewed: LabelCells, known: Collection[str]) -> None:
-        """Refuses free text in the review column: its names must be labels of some image, or known classes."""
+        """Rejects free text in the review column. Its names must be labels of an image or known classes."""
         if wrong := [name for name in reviewed.names if name not in known]:
             where = self._columns.where(reviewed.first_row_of(wrong[0]))
             raise DataError(
-                f"{where}: column {REVIEW_COLUMN!r} names {listed(map(brief, wrong))}, which no image has as a label; "
-                "correct them, list the classes in a class file, or rename the column if it is not a list of classes "
-                "to review"
+                f"{where}: column {REVIEW_COLUMN!r} contains {listed(map(brief, wrong))}, which no image has as a "
+                "label; correct them, list the classes in a class file, or rename the column if it is not a list of "
+                "classes to review"
             )
 
     def _places(self, cells: LabelCells, classes: ClassFile) -> Any:
-        """Returns rows and classes of all names, as an index of a matrix."""
+        """Returns the rows and classes of all names, for use as an index of a matrix."""
         position = classes.index()
         unknown = [
             f"row {cells.first_row_of(name) + self._columns.first_row}: {brief(name)}{did_you_mean(name, position)}"
@@ -102,12 +102,12 @@ class NamedLabels:
 
 
 def _refuse_empty_annotations(columns: Columns, labels: LabelCells) -> None:
-    """Refuses empty cells of rows with an annotation in tables of Label Studio, which mean "shows nothing"."""
+    """Rejects tables of Label Studio with empty cells in annotated rows, which mean "shows nothing"."""
     for name in named_like(columns, ("annotationid",)):
         annotated = pc.not_equal(columns.text(name).fill_null(""), "").to_numpy(zero_copy_only=False)
         if (unclear := annotated & ~labels.known).any():
             raise DataError(
-                f"{columns.where(int(unclear.argmax()))}: no labels, but an {name}: a labeling tool writes this for "
-                f"an image that shows no class; write 'none' there, or remove the column {brief(name)} if the image is "
-                "not labeled"
+                f"{columns.where(int(unclear.argmax()))}: the row has no labels, but an {name}. A labeling tool writes "
+                "this for an image that shows no class; write 'none' there, or remove the column "
+                f"{brief(name)} if the image is not labeled"
             )

@@ -1,4 +1,4 @@
-"""Exports of Label Studio: choices about images, as JSON, JSON_MIN, CSV or TSV."""
+"""Exports of Label Studio as JSON, JSON_MIN, CSV or TSV, with choices about images."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from cbsa_lightning.errors import DataError
 
 
 class LabelStudio(Export):
-    """An export of a Label Studio project in which annotators choose labels for images.
+    """Export of a Label Studio project in which annotators choose labels for images.
 
-    A submitted answer names the classes that an image shows; all others are absent, even if it names none. A task that
-    is skipped, or has only a draft or no answer, is unlabeled. Predictions are not read.
+    A submitted answer contains the classes that an image shows. All other classes are absent, even if it contains no
+    class. If a task was skipped, or has only a draft or no answer, the image is unlabeled. Predictions are not read.
 
-    The image is the ``path`` in a task's data. Without one, it is found by its path or URL (``find_images``). Several
-    tasks of one image are combined.
+    The image is given by ``path`` in the data of a task. If there is no ``path``, the image is found by its path or URL
+    (see ``find_images``). Several tasks of one image are combined.
 
     Args:
-        train: Export to train on: JSON (best, since only it marks skipped tasks), JSON_MIN, CSV or TSV.
-        test: Export to test on.
-        root: Folder of the images; default: the folder of each export.
+        train: Export of the training images as JSON, JSON_MIN, CSV or TSV. JSON is recommended, since only this format
+            marks skipped tasks.
+        test: Export of the test images.
+        root: Folder of the images. Defaults to the folder of each export.
         class_file: Class file with prompt names, and with the class list if there is no ``label_config``.
-        label_config: XML of the project's labeling interface, which lists all choices. An export lists only those in
-            use.
-        control: Name of the control of choices, if there are several.
+        label_config: XML of the labeling interface of the project, which contains all choices. An export contains only
+            those in use.
+        control: Name of the control with the choices. Required if there are several.
         prefix: Path or URL of ``root`` in the project, such as "photos" for "/data/local-files/?d=photos/a.jpg".
-        nothing: Choices that mean "shows no class"; they are not classes.
-        disagreement: Label of a class if the answers for an image differ: "unknown", or the one of the "majority"
-            (unknown in a tie).
+        nothing: Choices that mean "shows no class". They are not classes.
+        disagreement: Label of a class if the answers for an image differ: "unknown", or "majority" for the label of the
+            majority (unknown if there is a tie).
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -79,7 +80,7 @@ class LabelStudio(Export):
             content = typed(read_json(file), (list,), f"{file}: an export")
             records = [typed(task, (dict,), f"{file}, record {i + 1}") for i, task in enumerate(content)]
             if not records:
-                raise DataError(f"{file}: has no task; export some")
+                raise DataError(f"{file}: the file contains no tasks; export a project with tasks")
             if "annotation_id" in records[0]:
                 tasks, notes = read_json_min(file, records, name, key)
             else:

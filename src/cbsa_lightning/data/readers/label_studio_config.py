@@ -1,4 +1,4 @@
-"""The labeling configuration of a Label Studio project: its classes, and the key of the image in its tasks."""
+"""Reading of the labeling configuration of a Label Studio project, which contains its classes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cbsa_lightning.io.reading import brief
 
 
 class Choices(NamedTuple):
-    """A control of choices about an image.
+    """A control with choices about an image.
 
     Attributes:
-        name: Its name, the ``from_name`` of results.
-        image: Name of its image, the ``to_name`` of results.
+        name: Name of the control, which is the ``from_name`` of results.
+        image: Name of the image, which is the ``to_name`` of results.
         key: Key of the image in the data of a task.
-        classes: Names of the choices in results: the alias, or the value.
-        prompts: Names of the choices for annotators: the values.
+        classes: Names of the choices in results, which are aliases or values.
+        prompts: Names of the choices that annotators see, which are values.
         controls: Names of all controls of the project.
-        multiple: Whether an answer may name several choices.
+        multiple: Whether an answer may contain several choices.
     """
 
     name: str
@@ -36,15 +36,15 @@ class Choices(NamedTuple):
 
 
 def read_label_config(file: Path, control: str | None = None) -> Choices:
-    """Reads the XML from a project's settings ("Labeling Interface", "Code").
+    """Reads the XML code that a project's settings contain under "Labeling Interface", "Code".
 
     Args:
-        file: The XML.
-        control: Name of the control of choices; required if there are several.
+        file: File with the XML code.
+        control: Name of the control with the choices. Required if there are several.
 
     Raises:
-        DataError: If the file is missing or is not XML, has no choices about a whole image, or several while
-            ``control`` is None, or if the choices are nested or come from the data of each task.
+        DataError: If the file is missing or is not XML; if it has no choices about a whole image, or several while
+            ``control`` is None; or if the choices are nested or defined by the data of each task.
     """
     root = read_xml(file)
     images = {tag.get("name", ""): tag.get("value", "") for tag in _tags(root, "Image")}
@@ -56,15 +56,17 @@ def read_label_config(file: Path, control: str | None = None) -> Choices:
     if not found:
         kinds = sorted({tag.tag for tag in root.iter() if tag.get("toName")})
         raise DataError(
-            f"{file}: has no Choices about a whole Image, only {listed(map(brief, kinds)) or 'other tags'}; use a "
-            "project whose images get choices"
+            f"{file}: the file has no Choices about a whole Image, only {listed(map(brief, kinds)) or 'other tags'}; "
+            "use a project in which choices are assigned to images"
         )
     if control is None and len(found) > 1:
-        raise DataError(f"{file}: has several Choices: {listed(map(brief, found))}; set control to one of them")
+        raise DataError(
+            f"{file}: the file has several Choices: {listed(map(brief, found))}; set control to one of them"
+        )
     name = next(iter(found)) if control is None else control
     if name not in found:
         raise DataError(
-            f"{file}: has no Choices {brief(name)} about an image{did_you_mean(name, found)}; it has "
+            f"{file}: the file has no Choices {brief(name)} about an image{did_you_mean(name, found)}, only "
             f"{listed(map(brief, found))}; correct control"
         )
     image = found[name].get("toName", "")
@@ -81,16 +83,18 @@ def _choices(file: Path, control: Element) -> tuple[tuple[str, ...], tuple[str, 
     where = f"{file}, Choices {brief(control.get('name'))}"
     choices = list(_tags(control, "Choice"))
     if not choices:
-        raise DataError(f"{where}: lists no Choice; write its choices there, or omit label_config and give class_file")
+        raise DataError(f"{where}: there is no Choice; add the choices, or omit label_config and give class_file")
     for choice in choices:
         if not choice.get("value"):
             raise DataError(f"{where}: a Choice has no value; add one")
         if len(list(_tags(choice, "Choice"))) > 1:
-            raise DataError(f"{where}: choices within {brief(choice.get('value'))}; nested choices are not read")
+            raise DataError(
+                f"{where}: there are choices within {brief(choice.get('value'))}; nested choices are not supported"
+            )
     values = tuple(choice.get("value", "") for choice in choices)
     return tuple(choice.get("alias") or value for choice, value in zip(choices, values, strict=True)), values
 
 
 def _tags(root: Element, name: str) -> Iterator[Element]:
-    """Yields elements with this name in ``root`` and below, ignoring case like Label Studio."""
+    """Yields elements with this name in ``root`` and below. As in Label Studio, case is ignored."""
     return (tag for tag in root.iter() if tag.tag.lower() == name.lower())

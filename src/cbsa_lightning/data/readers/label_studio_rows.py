@@ -1,4 +1,4 @@
-"""Exports of Label Studio with one row per answer: JSON_MIN, CSV and TSV."""
+"""Reading of exports of Label Studio with one row per answer (JSON_MIN, CSV and TSV)."""
 
 from __future__ import annotations
 
@@ -14,41 +14,43 @@ from cbsa_lightning.data.readers.structured import counted, field, parse_json, t
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
-_OWN = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "path"}  # keys of every row
+_OWN = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "path"}  # keys that every row has
 _ID = re.compile(r"([0-9]+)(\.0)?", re.ASCII)
-_SEVERAL = '{"choices"'  # beginning of a cell with several choices or none
+_SEVERAL = '{"choices"'  # beginning of a cell with several choices or no choice
 
 
 def read_json_min(
     file: Path, rows: list[dict[str, Any]], control: str | None, key: str
 ) -> tuple[list[Task], list[str]]:
-    """Reads JSON_MIN. A missing control means that its annotator chose nothing; a null ``annotation_id``, no answer.
+    """Reads JSON_MIN.
+
+    If the key of the control is missing, the annotator chose nothing. If ``annotation_id`` is null, there is no answer.
 
     Args:
-        file: The export, for messages.
-        rows: Its rows.
-        control: Name of the control of choices; None: the only key with several choices.
+        file: The export, for error messages.
+        rows: The rows of the export.
+        control: Name of the control with the choices. None uses the only key that has several choices.
         key: Key of the image.
 
     Returns:
         One task per row, and notes on other content of the file.
 
     Raises:
-        DataError: If a field is missing or has the wrong type, or the control of choices is ambiguous.
+        DataError: If a field is missing or has the wrong type, or the control is ambiguous.
     """
     return _read(file, rows, control, key, lambda i: f"{file}, record {i + 1}")
 
 
 def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], list[str]]:
-    """Reads CSV or TSV, in which only ``annotation_id`` distinguishes an empty answer from no answer.
+    """Reads CSV or TSV, in which only ``annotation_id`` distinguishes an empty answer from a missing one.
 
-    Arguments, results and errors are those of :func:`read_json_min`.
+    The arguments, results and errors are those of :func:`read_json_min`.
     """
     columns = read_columns(file)
     if "annotation_id" not in columns.names:
         raise DataError(
-            f"{file}: has no column 'annotation_id', without which empty answers look like unlabeled images; "
-            "export as JSON"
+            f"{file}: the file has no column 'annotation_id', which distinguishes empty answers from unlabeled images; "
+            " export as JSON"
         )
     cells = {name: columns.text(name).fill_null("").to_pylist() for name in columns.names}
     rows = []
@@ -65,7 +67,7 @@ def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], lis
 
 
 def _number(cell: str, where: str) -> int | None:
-    """Parses the ``annotation_id`` of a cell; pandas writes 3.0 if a column has gaps."""
+    """Parses the ``annotation_id`` in a cell. If some cells of the column are empty, pandas writes 3.0 for 3."""
     if not cell:
         return None
     found = _ID.fullmatch(cell)
@@ -83,7 +85,9 @@ def _read(
         image, path = image_of(row, key, where(i))
         answered = field(row, "annotation_id", (int, type(None)), where(i)) is not None
         if not answered and row.get(control) not in (None, "", {}, {"choices": []}):
-            raise DataError(f"{where(i)}: has {control!r} but no annotation_id; export as JSON, which marks drafts")
+            raise DataError(
+                f"{where(i)}: the row has {control!r} but no annotation_id; export as JSON, which marks drafts"
+            )
         tasks.append(Task(where(i), image, path, [_chosen(row, control, where(i))] if answered else []))
     notes = []
     if count := sum(not task.answers for task in tasks):
@@ -94,13 +98,14 @@ def _read(
 
 
 def _control(file: Path, rows: list[dict[str, Any]], control: str | None) -> str:
-    """Returns the name of the control of choices."""
+    """Returns the name of the control with the choices."""
     several = {name: None for row in rows for name, value in row.items() if _is_several(value)}
     if control is None:
         if len(several) != 1:
             found = f"several do: {listed(map(brief, several))}" if several else "no row has several choices"
             raise DataError(
-                f"{file}: which column has the choices is ambiguous ({found}); set control, or give label_config"
+                f"{file}: it is ambiguous which column contains the choices ({found}); set control, or give "
+                "label_config"
             )
         return next(iter(several))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -117,7 +122,7 @@ def _is_several(value: Any) -> bool:
 
 
 def _chosen(row: dict[str, Any], control: str, where: str) -> list[str]:
-    """Returns the choices of an answer: a string for one, {"choices": [...]} for several, that or nothing for none."""
+    """Returns the choices of an answer: a string, {"choices": [...]}, or nothing if there are none."""
     value = field(row, control, (str, dict), where, {"choices": []})
     if isinstance(value, str):
         return [value]

@@ -1,4 +1,4 @@
-"""Tasks and annotations of a Label Studio export in its main form, JSON."""
+"""Reading of tasks and annotations from a Label Studio export as JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cbsa_lightning.io.reading import brief
 
 
 class Task(NamedTuple):
-    """A task, or one answer to it.
+    """A task with its answers, or with one of them.
 
     Attributes:
-        where: File and task, for a message.
+        where: File and task, for error messages.
         image: Path or URL of the image.
-        path: Path of the image relative to the root, if the task's data contains it; else "".
+        path: Path of the image relative to the root, or "" if the data of the task does not contain it.
         answers: The choices of each submitted answer.
     """
 
@@ -33,14 +33,14 @@ class Task(NamedTuple):
 def read_tasks(
     file: Path, tasks: list[dict[str, Any]], control: str | None, key: str, config: Choices | None
 ) -> tuple[list[Task], list[str]]:
-    """Reads tasks with their annotations.
+    """Reads tasks and their annotations.
 
     Args:
-        file: The export, for messages.
-        tasks: Its tasks.
-        control: Name of the control of choices; None: the only control with answers.
+        file: The export, for error messages.
+        tasks: The tasks of the export.
+        control: Name of the control with the choices. None uses the only control that has answers.
         key: Key of the image in the data of a task.
-        config: The project's configuration, if known.
+        config: Configuration of the project, if known.
 
     Returns:
         The tasks, and notes on other content of the file.
@@ -74,14 +74,14 @@ def read_tasks(
 
 
 def image_of(data: dict[str, Any], key: str, where: str) -> tuple[str, str]:
-    """Returns image and path in the data of a task.
+    """Returns the image and the path in the data of a task.
 
     Raises:
-        DataError: If there is no image, or one of the two is not a string.
+        DataError: If there is no image, or the image or path is not a string.
     """
     if key not in data:
         raise DataError(
-            f"{where}: its data has no {key!r}, only {listed(map(brief, data)) or 'nothing'}; give the project's "
+            f"{where}: the data has no {key!r}, only {listed(map(brief, data)) or 'nothing'}; give the project's "
             "label_config, which defines the key of the image, and use a project about images"
         )
     path = field(data, "path", (str, type(None)), where, None)
@@ -89,12 +89,12 @@ def image_of(data: dict[str, Any], key: str, where: str) -> tuple[str, str]:
 
 
 def locate(tasks: list[Task], root: Path, prefix: str | None) -> tuple[list[str], list[str]]:
-    """Returns paths of the images of ``tasks``, relative to ``root``, and notes on how they were found.
+    """Returns the image paths of ``tasks``, relative to ``root``, and notes on how they were found.
 
     Args:
         tasks: Tasks of an export.
         root: Folder of the images.
-        prefix: Path or URL of ``root`` in the project (:func:`find_images`).
+        prefix: Path or URL of ``root`` in the project; see :func:`find_images`.
 
     Raises:
         DataError: If an image is not found.
@@ -118,17 +118,19 @@ def _refuse_projects(file: Path, tasks: list[dict[str, Any]], places: list[str])
             first.setdefault(field(task, "project", (int, type(None)), where), where)
     if len(first) > 1:
         found = listed(f"{project} ({where})" for project, where in first.items())
-        raise DataError(f"{file}: tasks of several projects: {found}; export each separately")
+        raise DataError(f"{file}: the file has tasks of several projects: {found}; export each project separately")
 
 
 def _submitted(tasks: list[dict[str, Any]], places: list[str]) -> tuple[list[list[list[dict[str, Any]]]], list[str]]:
-    """Returns results of each submitted annotation of each task, and notes on other content."""
+    """Returns the results of each submitted annotation of each task, and notes on other content."""
     submitted = []
     counts: Counter[str] = Counter()
     for task, where in zip(tasks, places, strict=True):
         found, skips = [], 0
         if "annotations" not in task:
-            raise DataError(f"{where}: has no 'annotations', so it is not an export; export the project as JSON")
+            raise DataError(
+                f"{where}: the task has no 'annotations', so the file is not an export; export the project as JSON"
+            )
         for annotation in field(task, "annotations", (list,), where):
             typed(annotation, (dict,), f"{where}: an annotation")
             results = field(annotation, "result", (list,), where)
@@ -156,21 +158,21 @@ def _submitted(tasks: list[dict[str, Any]], places: list[str]) -> tuple[list[lis
 
 
 def _kind(result: dict[str, Any]) -> str:
-    """Describes type and control of a result for a message."""
+    """Describes the type and the control of a result for error messages."""
     return f"{brief(result.get('type'), 40)} (control {brief(result.get('from_name'), 60)})"
 
 
 def _control(
     file: Path, results: list[tuple[str, dict[str, Any]]], control: str | None, config: Choices | None
 ) -> str | None:
-    """Returns the name of the control of choices; None if no answer has a result."""
+    """Returns the name of the control with the choices, or None if no answer has a result."""
     first: dict[str, str] = {}
     for where, result in results:
         name = result.get("from_name")
         if result.get("type") != "choices" and (control is None or name == control):
             raise DataError(
-                f"{where}: has a result of {_kind(result)}; only choices label an image: export a project with "
-                "choices, or set control to the name of their control"
+                f"{where}: the task has a result of {_kind(result)}, but only choices label an image: export a project "
+                "with choices, or set control to the name of their control"
             )
         if isinstance(name, str):
             first.setdefault(name, where)
@@ -183,7 +185,7 @@ def _control(
             )
     if control is None and len(first) > 1:
         found = listed(f"{brief(name)} ({where})" for name, where in first.items())
-        raise DataError(f"{file}: results of several controls: {found}; set control to one of them")
+        raise DataError(f"{file}: there are results of several controls: {found}; set control to one of them")
     if control is not None and first and control not in first:
         raise DataError(
             f"{file}: no result belongs to control {brief(control)}{did_you_mean(control, first)}, only to "
@@ -196,12 +198,12 @@ def _chosen(result: dict[str, Any], where: str, config: Choices | None) -> list[
     """Returns the choices of a result."""
     if config is not None and result.get("to_name") != config.image:
         found = f"{brief(result.get('to_name'))}, not about the image {brief(config.image)}"
-        raise DataError(f"{where}: its choices are about {found}; export the project of label_config")
+        raise DataError(f"{where}: the choices are about {found}; export the project of label_config")
     value = field(result, "value", (dict,), where)
     if more := sorted(value.keys() - {"choices"}):
         raise DataError(
-            f"{where}: its choices also have {listed(map(brief, more))}, so they label a region; only choices "
-            "about whole images are read"
+            f"{where}: the choices also have {listed(map(brief, more))}, so they label a region, but only choices "
+            "about whole images are supported"
         )
     choices: list[str] = field(value, "choices", (list,), where)
     for choice in choices:

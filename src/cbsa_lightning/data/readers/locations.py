@@ -1,4 +1,4 @@
-"""Finds the images of a labeling tool: maps local-files paths, URLs and uploads to paths below a root."""
+"""Matching of the paths, URLs and uploads of a labeling tool with images below a folder."""
 
 from __future__ import annotations
 
@@ -22,36 +22,37 @@ def find_images(
 ) -> tuple[list[str], list[int]]:
     """Finds the image below ``root`` for each value.
 
-    - A value below ``prefix`` is a path relative to ``root``.
-    - Without a prefix, a path that is a file below ``root`` is that file.
-    - An upload, and without a prefix every other value, is the one image below ``root`` with its file name. The 8
-      hexadecimal digits that Label Studio prepends to the names of uploads are ignored.
+    - A value that starts with ``prefix`` is a path relative to ``root``.
+    - Without a prefix, a value may be the path of a file below ``root``.
+    - An upload is matched with the only image below ``root`` that has the same file name. Without a prefix, this also
+      applies to all other values. The 8 hexadecimal digits that Label Studio prepends to the names of uploads are
+      ignored.
 
     Args:
         values: n paths or URLs from the export.
         root: Folder of the images.
         prefix: Path or URL of ``root`` in the tool, such as "photos", "s3://bucket/photos" or "https://host/photos".
-        where: Row -> file and record, for a message.
+        where: Function that describes the file and the record of a row, for error messages.
 
     Returns:
         The n paths, and the rows that were matched only by their file names.
 
     Raises:
         ConfigError: If the prefix is empty.
-        DataError: If values cannot be matched: they are outside the prefix, no image or several have that name, or two
-            values match the same file by name.
+        DataError: If values cannot be matched, because they do not start with the prefix, no image or several images
+            have this name, or two values match the same file by name.
     """
     images = _Images(root, prefix)
     paths: list[str] = []
     by_name: list[int] = []
     wrong: list[str] = []
-    meant: dict[str, str] = {}  # path -> the value matched with it by name
+    meant: dict[str, str] = {}  # mapping from path to the value that matches by name
     for i, value in enumerate(values):
         try:
             path, alone = images.find(value)
             if alone and meant.setdefault(path, value) != value:
                 raise ValueError(f"matches the same file as {brief(meant[path])}")
-        except DataError as error:  # about the folder, not about this value
+        except DataError as error:  # an error of the folder, not of this value
             raise DataError(f"{where(i)}: {brief(value)} cannot be matched by its file name: {error}") from error
         except ValueError as error:
             wrong.append(f"{where(i)}: {brief(value)} ({error})")
@@ -62,13 +63,13 @@ def find_images(
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(values)} images cannot be matched with files below {root}: {listed(wrong)}; set "
-            "prefix to what precedes the paths below root, or give each record the path of its image"
+            "prefix to the part that precedes the paths below root, or give each record the path of its image"
         )
     return paths, by_name
 
 
 class _Images:
-    """Images below a root, found by paths and names of a labeling tool."""
+    """Index of the images below a folder, which finds them by paths and names of a labeling tool."""
 
     def __init__(self, root: Path, prefix: str | None) -> None:
         self.root = root
@@ -79,13 +80,13 @@ class _Images:
             except ValueError as error:
                 raise ConfigError(f"prefix {brief(prefix)} is not a path or URL ({error}); correct it") from error
             if self.prefix == "/":
-                raise ConfigError("prefix is empty; give what precedes the paths, or omit it")
+                raise ConfigError("prefix is empty; give the part that precedes the paths, or omit it")
 
     def find(self, value: str) -> tuple[str, bool]:
         """Returns the path for ``value``, and whether it was matched only by its file name.
 
         Raises:
-            ValueError: If there is none. The message gives the reason.
+            ValueError: If there is no image. The message states the reason.
         """
         location = _location(value)
         if self.prefix is not None and location.startswith(self.prefix):
@@ -98,12 +99,12 @@ class _Images:
         name = upload[1] if upload else location.rpartition("/")[2]
         found = [path for known in {name, _UPLOAD_PREFIX.sub("", name)} for path in self._named.get(known, ())]
         if len(found) != 1:
-            raise ValueError(f"{len(found) or 'no'} images have this name" if name else "names no file")
+            raise ValueError(f"{len(found) or 'no'} images have this name" if name else "contains no file name")
         return found[0], True
 
     @cached_property
     def _named(self) -> dict[str, list[str]]:
-        """Maps file names to the paths below root with that name."""
+        """Maps each file name to the paths below the root that have this name."""
         named: dict[str, list[str]] = {}
         if os.path.isdir(self.root):
             for path in read_images(self.root, ("any",)).paths.tolist():
@@ -112,10 +113,10 @@ class _Images:
 
 
 def _location(value: str) -> str:
-    """Returns a path or URL without percent-encoding, query, and host of Label Studio. Bucket keys are unchanged.
+    """Returns a path or URL without percent-encoding, query and Label Studio's host. Bucket keys are unchanged.
 
     Raises:
-        ValueError: If it is not a URL, or its encoding is not UTF-8.
+        ValueError: If the value is not a URL, or its encoding is not UTF-8.
     """
     if "://" in value and not value.startswith(("http://", "https://")):
         return value
@@ -123,10 +124,10 @@ def _location(value: str) -> str:
     if parts.path.rstrip("/").endswith("/data/local-files"):
         found = parse_qs(parts.query, errors="strict").get("d", [])
         if len(found) != 1:
-            raise ValueError("has no single d= with a path")
-        return found[0].replace("\\", "/")  # from a server on Windows
+            raise ValueError("must have exactly one d= with a path")
+        return found[0].replace("\\", "/")  # paths of a server on Windows
     path = unquote(parts.path, errors="strict")
     at = path.find("/data/upload/")
-    if at >= 0 and path.startswith("/"):  # on the server, possibly below a folder
+    if at >= 0 and path.startswith("/"):  # a path on the server, possibly below a folder
         return path[at:]
     return f"{parts.scheme}://{parts.netloc}{path}" if parts.netloc else value

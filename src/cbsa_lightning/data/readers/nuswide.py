@@ -1,4 +1,4 @@
-"""NUS-WIDE with 81 concepts: the official files, or lists of images with a label matrix."""
+"""NUS-WIDE with 81 concepts, read from the official files or from lists of images with a label matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = """
     surf swimmers tattoo temple tiger tower town toy train tree valley vehicle water waterfall wedding whales
     window zebra
 """
-NUSWIDE_CLASSES = tuple(_NAMES.split())  # the order of Concepts81.txt: alphabetical
+NUSWIDE_CLASSES = tuple(_NAMES.split())  # in alphabetical order, as in Concepts81.txt
 _REMEDY = "download the image lists and ground truth from the NUS-WIDE website and unpack them into this folder"
 _OFFICIAL = "ImageList/{part}Imagelist.txt"
 _CONCEPT = "TrainTestLabels/Labels_{concept}_{part}.txt"
@@ -37,25 +37,27 @@ class NUSWIDE(Source):
 
     There are two layouts:
 
-    - "official": ``ImageList/{Train,Test}Imagelist.txt`` (paths with backslashes) and
-      ``TrainTestLabels/Labels_<concept>_{Train,Test}.txt`` (one 0 or 1 per line), 161,789 / 107,859 images;
-    - "list": a list of images and an (n, 81) label matrix of 0 and 1, for train and for val, as used by CAP and SPML
-      (150,000 / 60,260, which the paper rounds to 60,200). A ".npy" file is read without pickle. Any other file is
-      text: one image per line, or 81 numbers per line separated by commas or white space.
+    - "official": ``ImageList/{Train,Test}Imagelist.txt`` contain paths with backslashes, and
+      ``TrainTestLabels/Labels_<concept>_{Train,Test}.txt`` contain 0 or 1 on each line. There are 161,789 training and
+      107,859 test images.
+    - "list": For both train and val, there are a list of images and an (n, 81) label matrix of 0 and 1, as used by CAP
+      and SPML. There are 150,000 and 60,260 images; the paper rounds the latter to 60,200. A ".npy" file is read
+      without pickle. Other files are text files with one image per line, or 81 numbers per line that are separated by
+      commas or white space.
 
     Args:
         root: Folder that the other paths are relative to.
         layout: "official" or "list".
         images: Folder of the images in the lists.
-        train_images: "list": the training images.
-        train_labels: "list": their labels.
-        val_images: "list": the test images.
-        val_labels: "list": their labels.
-        drop_unlabeled: Omit images without any concept (22 % of CAP's training list).
-        class_file: Class file with prompt names (``read_class_file``); default: the concept names.
+        train_images: List of the training images (layout "list").
+        train_labels: Labels of the training images (layout "list").
+        val_images: List of the test images (layout "list").
+        val_labels: Labels of the test images (layout "list").
+        drop_unlabeled: Whether to omit images without any concept (22 % of CAP's training list).
+        class_file: Class file with prompt names (see ``read_class_file``). Defaults to the concept names.
 
     Raises:
-        ConfigError: If the layout is unknown, or an argument has the wrong type.
+        ConfigError: If the layout is unknown or an argument has the wrong type.
     """
 
     root: str
@@ -82,20 +84,20 @@ class NUSWIDE(Source):
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The concepts, or the names of the class file."""
+        """The names of the concepts, or the prompt names of the class file."""
         return prompts_from(self.class_file, NUSWIDE_CLASSES)
 
     def prepare(self) -> None:
-        """Checks that lists, labels and the image folder exist.
+        """Checks that the lists, the labels and the image folder exist.
 
         Raises:
-            DataError: If some do not.
+            DataError: If some of them do not exist.
         """
         wanted = [self.images, *self._files("Train"), *self._files("Test")]
         if missing := [path for path in wanted if not os.path.exists(Path(self.root) / path)]:
             raise DataError(
                 f"NUS-WIDE ({self.layout} layout) is not complete under {self.root}: no {listed(missing)}; "
-                f"{_REMEDY}, or set layout and the file names to those of your files"
+                f"{_REMEDY}, or set layout and the file names according to your files"
             )
 
     def train(self) -> AnnotationTable:
@@ -107,7 +109,7 @@ class NUSWIDE(Source):
         return self._read("Test")
 
     def _files(self, part: str) -> list[str]:
-        """Returns the image list, and the file or files of labels."""
+        """Returns the image list and the label files."""
         if self.layout == "list":
             return [self.train_images, self.train_labels] if part == "Train" else [self.val_images, self.val_labels]
         concepts = [_CONCEPT.format(concept=name, part=part) for name in NUSWIDE_CLASSES]
@@ -133,16 +135,16 @@ class NUSWIDE(Source):
 
 
 def _read_names(file: Path) -> list[str]:
-    """Reads image names from a ".npy" array of strings, or from a text file with one per line."""
+    """Reads image names from a ".npy" array of strings, or from a text file with one name per line."""
     if file.suffix == ".npy":
         array = _load_array(file)
         if array.ndim != 1 or array.dtype.kind != "U":
             raise DataError(
-                f"{file} has shape {array.shape} and type {array.dtype}; it must be a list of image names: "
+                f"{file} has shape {array.shape} and type {array.dtype}, but must be a list of image names: "
                 "save it with np.save(path, np.array(names, dtype=str))"
             )
         points = np.ascontiguousarray(array).view(f"{array.dtype.byteorder}u4").reshape(len(array), -1)
-        # numpy returns damaged bytes even if they are not valid characters.
+        # numpy does not check that strings in a file consist of valid characters.
         wrong = np.flatnonzero(((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any(axis=1))
         if len(wrong):
             raise DataError(f"{file}: the name of image {wrong[0] + 1} is not valid Unicode; save the list again")
@@ -152,7 +154,7 @@ def _read_names(file: Path) -> list[str]:
         while lines and not lines[-1]:
             lines.pop()
     if not lines:
-        raise DataError(f"{file}: lists no images; {_REMEDY}")
+        raise DataError(f"{file}: the file contains no images; {_REMEDY}")
     return lines
 
 
@@ -165,7 +167,7 @@ def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
         try:
             labels = np.loadtxt(lines, delimiter="," if lines and "," in lines[0] else None, ndmin=2)
         except ValueError as error:
-            raise DataError(f"{file}: is not a table of numbers ({error}); correct it") from error
+            raise DataError(f"{file}: the file is not a table of numbers ({error}); correct it") from error
     expected = (num_images, len(NUSWIDE_CLASSES))
     if labels.shape != expected:
         raise DataError(
@@ -180,7 +182,7 @@ def _read_matrix(file: Path, num_images: int) -> NDArray[np.int8]:
 
 
 def _read_column(file: Path, num_images: int, image_list: Path) -> NDArray[np.int8]:
-    """Reads the labels of one concept, one 0 or 1 per line."""
+    """Reads the labels of one concept from a file with 0 or 1 on each line."""
     values = [line.strip() for line in read_lines(file, _REMEDY)]
     while values and not values[-1]:
         values.pop()
@@ -197,14 +199,14 @@ def _load_array(file: Path) -> NDArray[Any]:
         with open_regular(file) as stream:
             array: Any = np.lib.format.read_array(stream, allow_pickle=False)  # a pickle can execute arbitrary code
     except FileNotFoundError:
-        raise DataError(f"{file} is missing; {_REMEDY}, or set the file names to what you have") from None
+        raise DataError(f"{file} is missing; {_REMEDY}, or set the file names according to your files") from None
     except DataError:
         raise
     # numpy parses the header as Python source, so a damaged file can raise almost any exception, such as SyntaxError.
     except Exception as error:
         raise DataError(
-            f"{file} cannot be read as a plain array ({error}); object arrays are refused because they "
-            "are pickles: save names as np.array(names, dtype=str) and labels as numbers"
+            f"{file} cannot be read as a plain array ({error}); object arrays are rejected because they "
+            "are pickles. Save names as np.array(names, dtype=str), and labels as numbers"
         ) from error
     loaded: NDArray[Any] = array
     return loaded

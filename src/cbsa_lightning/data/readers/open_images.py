@@ -1,4 +1,4 @@
-"""Open Images: human-verified labels of whole images, positive and negative."""
+"""Open Images, with human-verified positive and negative labels of whole images."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _HEADER = ["LabelName", "DisplayName"]
 
 
 class OpenImages(Source):
-    """Human-verified image labels in the CSV form of Open Images: ``ImageID, Source, LabelName, Confidence``.
+    """Human-verified image labels in the CSV format of Open Images (``ImageID, Source, LabelName, Confidence``).
 
-    Confidence 1 means present and 0 absent; a class without a row is unknown. Any other confidence comes from a model,
-    and the class stays unknown. A class is also unknown if rows of the image and class differ.
+    A confidence of 1 means present and 0 means absent. Any other confidence was predicted by a model, and the class is
+    unknown. A class without a row is also unknown, and so is a class whose rows for an image contradict each other.
 
     Args:
-        train: Label file to train on.
-        test: Label file to test on.
-        root: Folder of the images; default: the folder of each label file.
-        class_descriptions: CSV of label names and class names; rows of other labels are omitted. Default: the label
-            names in the training file.
-        train_images: CSV with a column ``ImageID`` of all training images; those without a row are unlabeled.
-            Default: the images of ``train``.
+        train: Label file of the training images.
+        test: Label file of the test images.
+        root: Folder of the images. Defaults to the folder of each label file.
+        class_descriptions: CSV file of label names and class names. Rows of other labels are omitted. Defaults to the
+            label names in the training file.
+        train_images: CSV file with a column ``ImageID`` of all training images. Images without a label row are
+            unlabeled. Defaults to the images in ``train``.
         test_images: The same for the test images.
-        suffix: Suffix of the file names after the image id.
-        class_file: Class file with prompt names (``read_class_file``).
+        suffix: Suffix that is appended to the image id to obtain the file name.
+        class_file: Class file with prompt names (see ``read_class_file``).
 
     Raises:
         ConfigError: If an argument has the wrong type.
@@ -77,7 +77,7 @@ class OpenImages(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of ``class_descriptions``, or the label names in the training file."""
+        """The names in ``class_descriptions``, or the label names in the training file."""
         return self._classes[0].class_names
 
     @property
@@ -86,14 +86,14 @@ class OpenImages(Source):
         return self._classes[0].prompt_names
 
     def describe(self) -> list[str]:
-        """Describes content other than verified labels: one sentence each, with counts."""
+        """Returns notes on content other than verified labels, with counts."""
         return [note for part in ("train", "test") for note in self._tables[part][1]]
 
     def prepare(self) -> None:
         """Checks that all files exist.
 
         Raises:
-            DataError: If one does not.
+            DataError: If a file does not exist.
         """
         require_named(self._files.items())
 
@@ -109,7 +109,7 @@ class OpenImages(Source):
 
     @cached_property
     def _classes(self) -> tuple[ClassFile, dict[str, int]]:
-        """Returns the classes, and label name -> position."""
+        """Returns the classes, and a mapping from label name to position."""
         file = self._files["class_descriptions"]
         if file is None:
             file = str(self._files["train"])
@@ -124,7 +124,7 @@ class OpenImages(Source):
 
     @cached_property
     def _tables(self) -> dict[str, tuple[AnnotationTable | None, list[str]]]:
-        """Returns table and notes of each part."""
+        """Returns the table and the notes of each part."""
         return {part: self._read(part) for part in ("train", "test")}
 
     def _read(self, part: str) -> tuple[AnnotationTable | None, list[str]]:
@@ -147,12 +147,15 @@ class OpenImages(Source):
             if place.null_count:
                 extra = rows.dictionary.filter(place.is_null()).to_pylist()
                 raise DataError(
-                    f"{file}: images that are not in {image_file}: {listed(map(brief, extra))}; add them there"
+                    f"{file}: there are images that are not in {image_file}: {listed(map(brief, extra))}; add "
+                    "them there"
                 )
             image_of_row = place.to_numpy(zero_copy_only=False)[image_of_row]
         known = class_of_row >= 0
         if not known.any():
-            raise DataError(f"{file}: no row has a class of {classes.path}; use the descriptions of the same release")
+            raise DataError(
+                f"{file}: no row contains a class of {classes.path}; use the descriptions of the same release"
+            )
         matrix, differing = _matrix(
             (len(ids), len(classes.class_names)), image_of_row[known], class_of_row[known], values[known], file
         )
@@ -178,17 +181,17 @@ class OpenImages(Source):
 
 
 def _descriptions(file: Path) -> dict[str, str]:
-    """Reads label name -> class name from a CSV with or without a header.
+    """Reads a mapping from label name to class name from a CSV file with or without a header.
 
     Raises:
         DataError: If the file is missing, a row does not have two cells, or a label occurs twice.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(read_lines(file, "get the class descriptions of Open Images"), start=1):
+    for number, line in enumerate(read_lines(file, "download the class descriptions of Open Images"), start=1):
         try:
-            row = next(csv.reader([line], strict=True), [])  # line by line, since names have no line breaks
+            row = next(csv.reader([line], strict=True), [])  # read line by line, since names do not contain line breaks
         except csv.Error as error:
-            raise DataError(f"{file}, row {number}: is not CSV ({error}); get the file again") from error
+            raise DataError(f"{file}, row {number}: the row is not CSV ({error}); download the file again") from error
         if not row or (number == 1 and row == _HEADER):
             continue
         if len(row) != 2:
@@ -202,12 +205,14 @@ def _descriptions(file: Path) -> dict[str, str]:
 def _column(columns: Columns, name: str) -> Any:
     if name not in columns.names:
         found = listed(map(brief, columns.names))
-        raise DataError(f"{columns.path}: no column {name!r}, only {found}; use the image labels of Open Images")
+        raise DataError(
+            f"{columns.path}: there is no column {name!r}, only {found}; use the image labels of Open Images"
+        )
     return columns.text(name).fill_null("")
 
 
 def _values(columns: Columns) -> NDArray[np.int8]:
-    """Returns the label of each row: 1, 0, or -1 for the confidence of a model."""
+    """Returns the label of each row, which is 1, 0, or -1 if a model predicted the confidence."""
     cells = _column(columns, "Confidence")
     different = cells.dictionary_encode()
     values = []
@@ -229,7 +234,7 @@ def _values(columns: Columns) -> NDArray[np.int8]:
 def _matrix(
     shape: tuple[int, int], images: NDArray[Any], classes: NDArray[Any], values: NDArray[np.int8], file: str
 ) -> tuple[NDArray[np.int8], int]:
-    """Returns (n, C) labels, and how many of them are unknown because rows differ."""
+    """Returns labels (n, C), and the number of labels that are unknown because rows contradict each other."""
     if 2 * shape[0] * shape[1] > memory_of_machine():
         raise DataError(
             f"{file}: {shape[0]:,} images and {shape[1]:,} classes do not fit into memory; use fewer classes"

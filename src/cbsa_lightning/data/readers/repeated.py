@@ -1,4 +1,4 @@
-"""Merges several rows for one image: rows that agree, one row per label, and contradictory rows."""
+"""Merging of several rows for the same image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHOICES: tuple[Repeated, ...] = ("stop", "unknown", "union")
 
 
 class Merged(NamedTuple):
-    """A merged table.
+    """A table after merging.
 
     Attributes:
         kept: (m,) the first row of each image.
-        labels: (m, C) int8, their labels.
-        note: A sentence on what was merged; empty for a table with one row per image.
+        labels: (m, C) int8, the labels of the images.
+        note: A note on the merged rows, or empty if there was one row per image.
     """
 
     kept: NDArray[np.int64]
@@ -40,17 +40,17 @@ def merge_rows(
     how: Repeated,
     one_label_a_row: bool,
 ) -> Merged:
-    """Merges all rows of an image into one. A label is known if any of the rows knows it.
+    """Merges all rows of an image into one. A label is known if it is known in any of the rows.
 
     Args:
-        columns: The table, for messages.
-        paths: (n,) image of each row.
-        labels: (n, C) int8.
-        class_names: The C classes.
-        how: Label of a class that is present in one row and absent in another. "stop" raises an error, unless the
-            table clearly has one row per label: at least a tenth of the images have several rows, and these name one
-            class each, none of them twice. "unknown": -1. "union": present.
-        one_label_a_row: Whether no row of the table has more than one label, and no column names an annotator.
+        columns: The table, for error messages.
+        paths: (n,) the image of each row.
+        labels: (n, C) int8, the labels of each row.
+        class_names: The C class names.
+        how: Label of a class that is present in one row and absent in another. "unknown" means -1, and "union" means
+            present. "stop" raises an error, unless the table clearly has one row per label: at least a tenth of the
+            images have several rows, and each of these rows contains one class, which is not repeated.
+        one_label_a_row: Whether each row has at most one label and there is no column for annotators.
 
     Raises:
         DataError: If rows contradict each other and ``how`` is "stop".

@@ -1,4 +1,4 @@
-"""Finds the roles of the columns of a table: paths, names of classes, splits, annotators."""
+"""Detection of the roles of a table's columns: paths, class names, splits, annotators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cbsa_lightning.data.readers.columns import Columns
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
-# Compared ignoring case, blanks, "_" and "-": "Image Index" is "imageindex". The first existing one is used.
+# Case, blanks, "_" and "-" are ignored, so "Image Index" matches "imageindex". The first match is used.
 IMAGE_COLUMNS = (
     "image", "path", "file", "filename", "imagepath", "filepath", "imagename", "imagefile", "imageid", "imageindex",
     "fname", "img", "imgpath", "imgname", "imgid", "photo", "images",
@@ -28,38 +28,38 @@ ANNOTATOR_COLUMNS = (
 SCORE_COLUMNS = ("confidence", "score", "probability")
 REVIEW_COLUMN = "review"
 
-# Cells of a class column: present, absent or unknown.
+# Regular expression of the cells in a class column, which mean present, absent or unknown.
 LABEL_CELL = r"^(-?1|0)(\.0*)?$|^(true|false|)$"
 
 
 def image_column(columns: Columns, name: str | None = None) -> str:
-    """Returns the column with the paths: ``name``, or the first existing one of ``IMAGE_COLUMNS``.
+    """Returns the column with the paths, which is ``name`` or the first match of ``IMAGE_COLUMNS``.
 
     Raises:
-        DataError: If there is none, or two differ only in spelling.
+        DataError: If there is no such column, or several differ only in spelling.
     """
     if name is not None:
         return _given(columns, name, "image_column")
     found = _first(columns, IMAGE_COLUMNS, columns.names, "image_column")
     if found is None:
         raise DataError(
-            f"{columns.path}: no image column; its columns are {listed(map(brief, columns.names))}; call the "
-            f"one with the paths {' or '.join(IMAGE_COLUMNS)}, or give its name as image_column"
+            f"{columns.path}: there is no image column; the columns are {listed(map(brief, columns.names))}; name the "
+            f"column with the paths {' or '.join(IMAGE_COLUMNS)}, or give its name as image_column"
         )
     return found
 
 
 def labels_column(columns: Columns, image: str, name: str | None, classes: Collection[str] = ()) -> str | None:
-    """Returns the column with names of classes; None for a table with one column per class.
+    """Returns the column with class names, or None if the table has one column per class.
 
     Args:
         columns: The table.
-        image: Its column with the paths.
-        name: The column given by the user; None for the first existing one of ``LABELS_COLUMNS``.
-        classes: Names and synonyms of a class file; columns with these names are class columns.
+        image: The column with the paths.
+        name: The column that the user has specified. None uses the first match of ``LABELS_COLUMNS``.
+        classes: Names and synonyms in a class file. Columns with these names are class columns.
 
     Raises:
-        DataError: If there is no column ``name``, or the columns of the table are ambiguous.
+        DataError: If there is no column ``name``, or the roles of the columns are ambiguous.
     """
     if name is not None:
         return _given(columns, name, "labels_column")
@@ -69,32 +69,32 @@ def labels_column(columns: Columns, image: str, name: str | None, classes: Colle
         return None
     if _is_class_column(columns, found):
         raise DataError(
-            f"{columns.path}: column {brief(found)} has only 1, 0 or -1 in its cells, so it may be a class or names of "
-            f"classes; add the class to a class file, or set labels_column: {found} if these are names"
+            f"{columns.path}: column {brief(found)} has only 1, 0 or -1 in its cells, so it may be a class or contain "
+            f"names of classes; add the class to a class file, or set labels_column: {found} if these are names"
         )
     others = [other for other in others if _key(other) not in (*PARTS_COLUMNS, *ANNOTATOR_COLUMNS, *SCORE_COLUMNS)]
     if found != LABELS_COLUMNS[0] and (also := [other for other in others if _is_class_column(columns, other)]):
         raise DataError(
-            f"{columns.path}: column {brief(found)} has names, and columns {listed(map(brief, also))} have 1 and 0 "
+            f"{columns.path}: column {brief(found)} has names, but columns {listed(map(brief, also))} contain 1 and 0 "
             f"like class columns; set labels_column: {found} to read only the names, or remove {brief(found)}"
         )
     return found
 
 
 def named_like(columns: Columns, names: Sequence[str]) -> list[str]:
-    """Returns columns whose names are among ``names``, ignoring spelling."""
+    """Returns the columns whose names are among ``names``, ignoring differences in spelling."""
     return [column for column in columns.names if _key(column) in names]
 
 
 def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
-    """Refuses a column that divides the images into splits, such as training and test.
+    """Rejects a column that divides the images into splits, such as training and test.
 
     Args:
         columns: The table.
-        chosen: Columns with another role: paths, names, and classes of a class file.
+        chosen: Columns with another role, such as paths, names, and classes of a class file.
 
     Raises:
-        DataError: If there is one with more than one value.
+        DataError: If there is such a column with more than one value.
     """
     for name in named_like(columns, PARTS_COLUMNS):
         if name in chosen:
@@ -102,7 +102,7 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
         parts = pc.unique(columns.text(name).fill_null("")).to_pylist()
         if len(parts) > 1:
             raise DataError(
-                f"{columns.path}: a column {brief(name)} is refused; it divides the images into parts "
+                f"{columns.path}: the column {brief(name)} divides the images into parts "
                 f"({listed(map(brief, sorted(parts)), 5)}), and all of them would be used for training. Write each "
                 "part to a separate table, give them as train and test, and remove the column; if it is a class, add "
                 "it to a class file"
@@ -112,8 +112,8 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
 def _given(columns: Columns, name: str, option: str) -> str:
     if clean_name(name) not in columns.names:
         raise DataError(
-            f"{columns.path}: no column {brief(name)}, given as {option}{did_you_mean(name, columns.names)}; its "
-            f"columns are {listed(map(brief, columns.names))}; correct {option}"
+            f"{columns.path}: there is no column {brief(name)}, given as {option}{did_you_mean(name, columns.names)}; "
+            f"the columns are {listed(map(brief, columns.names))}; correct {option}"
         )
     return clean_name(name)
 
@@ -134,12 +134,12 @@ def _first(columns: Columns, names: Sequence[str], among: Sequence[str], option:
 
 
 def _is_class_column(columns: Columns, name: str) -> bool:
-    """Returns whether a column has only cells of 1, 0, -1, true, false or nothing, and is not empty."""
+    """Returns whether all cells of a column are 1, 0, -1, true, false or empty, and not all are empty."""
     if columns.has_lists(name):
         return False
     try:
         cells = pc.utf8_lower(columns.text(name).fill_null(""))
-    except DataError:  # a column of another type, or a damaged one, that is not read
+    except DataError:  # a damaged column, or one of another type, which is not used
         return False
     empty = pc.all(pc.equal(cells, "")).as_py()
     return not empty and bool(pc.all(pc.match_substring_regex(cells, LABEL_CELL)).as_py())

@@ -1,4 +1,4 @@
-"""Detects how the cells of a labels column list names, from all of its cells together."""
+"""Detection of the form in which the cells of a labels column list names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cbsa_lightning.io.reading import brief
 MARKS = (";", "|", ",")
 _TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"[\[{{]\s*(?:{_TEXT}\s*(?:,\s*{_TEXT}\s*)*(?:,\s*)?)?[\]}}]")
-# Blanks separate names only if words form at least this many different cells; see `_blanks`.
+# Minimum number of cells per word, and of different lengths, for blanks to separate names; see `_blanks`.
 _CELLS_A_WORD, _LENGTHS = 2, 3
 
 Where = Callable[[str], str]
@@ -25,11 +25,11 @@ Where = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Form:
-    """How a cell lists its names.
+    """The form in which a cell lists its names.
 
     Attributes:
-        separator: Separator of names; white space for any blanks, "" for one name per cell.
-        lists: Whether cells are lists of JSON or Python.
+        separator: Separator of names. White space means any blanks, and "" means one name per cell.
+        lists: Whether cells are lists in the syntax of JSON or Python.
     """
 
     separator: str = ""
@@ -46,7 +46,7 @@ class Form:
         """Returns the names in a cell.
 
         Raises:
-            ValueError: If cells are lists but this one is not a list of strings. The message says what it is.
+            ValueError: If cells are lists, but this cell is not a list of strings. The message states what it is.
         """
         if self.lists:
             names = _listed(cell)
@@ -60,17 +60,18 @@ class Form:
 def detect(cells: Sequence[str], where: Where, known: Collection[str] | None = None) -> Form:
     """Detects the form of a column.
 
-    If the classes are known, it is the first form for which each name is one of them. Otherwise it is lists if cells
-    begin with "["; else ";" or "|", whichever occurs; else ",". Names may contain commas and blanks if another mark
-    separates them. Without any mark, blanks separate names if a few words make up many different cells.
+    If the classes are known, it is the first form in which each name is a class. Otherwise, cells that begin with "["
+    are lists. In other cases, the separator is ";" or "|" if one of them occurs, and "," otherwise. If another mark
+    separates names, names may contain commas and blanks. If there is no mark, blanks separate names if a few words form
+    many different cells.
 
     Args:
-        cells: The distinct cells that contain names, none empty.
-        where: Cell -> file and row, for a message.
+        cells: The distinct cells that contain names. None of them is empty.
+        where: Function that describes the file and the row of a cell, for error messages.
         known: Names and synonyms of the classes, if known.
 
     Raises:
-        DataError: If no form fits, or several do.
+        DataError: If no form or several forms are possible.
     """
     if known is not None:
         for form in (Form(), *map(Form, (*MARKS, " "))):
@@ -99,8 +100,8 @@ def _lists(cells: Sequence[str], found: list[str], where: Where) -> Form:
             form.split(cell)
         except ValueError as error:
             raise DataError(
-                f"{where(cell)}: labels {brief(cell)} {error}; write a list of names in quotes, or names with ';' "
-                "between them"
+                f"{where(cell)}: labels {brief(cell)} {error}; write a list of names in quotes, or write names with "
+                "';' between them"
             ) from None
     if len(found) < len(cells):
         other = next(cell for cell in cells if not begins_a_list(cell))
@@ -115,7 +116,7 @@ def _listed(cell: str) -> list[str]:
     try:
         names = json.loads(cell)
     except (ValueError, RecursionError):
-        # Python's parser alone is not enough: it reads ['cat' 'dog'], as written by numpy, as one string.
+        # Python's parser is not sufficient, because it reads ['cat' 'dog'], as written by numpy, as one string.
         if not _PYTHON_LIST.fullmatch(cell):
             raise ValueError("are not a list of JSON or Python") from None
         try:
@@ -123,16 +124,17 @@ def _listed(cell: str) -> list[str]:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise ValueError("are not a list of JSON or Python") from None
     if isinstance(names, dict):
-        raise ValueError("are a JSON object, as in tables of Label Studio, which omit answers (export JSON there)")
+        raise ValueError("are a JSON object, as in tables of Label Studio, which omit answers (export them as JSON)")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("are a list of something other than strings")
     return names
 
 
 def _refuse_mixture(cells: Sequence[str], mark: str, where: Where) -> None:
-    """Refuses cells in which commas may separate names as well as ``mark``.
+    """Rejects cells in which commas may separate names in addition to ``mark``.
 
-    A name may contain a comma if it occurs next to another name at least once, and its pieces are not names elsewhere.
+    A name may contain a comma if it occurs together with another name at least once, and its parts are not names
+    themselves.
     """
     cell_of: dict[str, str] = {}
     beside: set[str] = set()
@@ -155,11 +157,11 @@ def _refuse_mixture(cells: Sequence[str], mark: str, where: Where) -> None:
 
 
 def _blanks(cells: Sequence[str], where: Where) -> Form:
-    """Detects whether a cell is one name, which may contain blanks, or several names separated by blanks.
+    """Detects whether a cell is one name, which may contain blanks, or several names that are separated by blanks.
 
-    It is several only if this is clear: all words of cells with more than one word occur in other cells too, none twice
-    in a cell, cells have at least three different numbers of words, and there are twice as many cells as words. Names
-    such as "dining table" and "traffic light" have words that occur once.
+    A cell contains several names only if this is clear: all words of cells with several words also occur in other
+    cells, and no word occurs twice in a cell; cells have at least three different numbers of words; and there are twice
+    as many cells as words. For names such as "dining table" and "traffic light", some words occur only once.
     """
     words = {" ".join(cell.split()): cell.split() for cell in cells}
     cell_of = {" ".join(cell.split()): cell for cell in cells}
@@ -180,7 +182,7 @@ def _blanks(cells: Sequence[str], where: Where) -> Form:
         return Form(" ")
     cell = cell_of[unclear[0]]
     raise DataError(
-        f"{where(cell)}: labels {brief(cell)} may be one name or several separated by blanks, since each of its "
-        "words occurs in other rows too; set separator: ' ' if they are several, separator: ';' if it is one, or list "
+        f"{where(cell)}: labels {brief(cell)} may be one name or several names separated by blanks, since each of its "
+        "words also occurs in other rows; set separator: ' ' for several names or separator: ';' for one name, or list "
         "the classes in a class file"
     )

@@ -1,4 +1,4 @@
-"""Interface of the data sources, and functions shared by the readers."""
+"""Interface of the data sources, and functions that several readers use."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from cbsa_lightning.io.reading import brief, read_text
 
 
 class Source(ABC):
-    """A data set: its classes, and tables of images and labels for training and testing."""
+    """A data set, with its classes and with tables of images and labels for training and testing."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names as in the annotation files. Fast, since no image is read."""
+        """The C class names in the annotation files. This is fast, since no images are read."""
         raise NotImplementedError
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """C names as used in prompts."""
+        """The C class names to use in prompts."""
         raise NotImplementedError
 
     @abstractmethod
     def prepare(self) -> None:
-        """Downloads or generates files, or checks that they exist. Called in one process before others read them.
+        """Downloads or generates files, or checks that they exist. Called in one process before the files are read.
 
         Raises:
-            DataError: If something is missing. The message says what to get and where to put it.
+            DataError: If files are missing. The message states what to download and where to put it.
         """
 
     @abstractmethod
     def train(self) -> AnnotationTable:
-        """Returns the images to train on."""
+        """Returns the training images."""
 
     @abstractmethod
     def test(self) -> AnnotationTable | None:
-        """Returns the images to test on, if any."""
+        """Returns the test images, or None if there are none."""
 
     def test_under(self, classes: ClassFile) -> AnnotationTable | None:
-        """Returns the test images with the classes of a checkpoint, for use without training annotations.
+        """Returns the test images for the classes of a checkpoint, without reading the training annotations.
 
-        A source whose classes follow from its training annotations overrides this method.
+        Sources that derive their classes from the training annotations override this method.
 
         Args:
-            classes: The classes.
+            classes: The classes of the checkpoint.
 
         Raises:
             DataError: If the annotations cannot be used, or have other classes.
@@ -61,28 +61,28 @@ class Source(ABC):
         return self.test()
 
     def describe(self) -> list[str]:
-        """Returns sentences for the user on what was detected in the annotation files. May read the files."""
+        """Returns notes for the user on what was detected in the annotation files. This may read the files."""
         return []
 
 
 def require_named(named: Iterable[tuple[str, str | None]]) -> None:
-    """Checks that files exist, given as (argument, path) pairs; a path of None is ignored.
+    """Checks that the files in (argument, path) pairs exist. A path of None is ignored.
 
     Raises:
-        DataError: If one does not. The message names path and argument.
+        DataError: If a file does not exist. The message names its path and argument.
     """
     named = list(named)
     if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
         if folders := [f"{path} ({what})" for what, path in named if path is not None and os.path.isdir(path)]:
-            raise DataError(f"{listed(folders)} is a folder; give a table with a row for each image (docs/data.md)")
+            raise DataError(f"{listed(folders)} is a folder; give a table that has a row for each image (docs/data.md)")
         raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
 
 
 def read_lines(file: Path, remedy: str) -> list[str]:
-    """Returns the lines of a text file without line ends.
+    """Returns the lines of a text file without line breaks.
 
     Raises:
-        DataError: If the file is missing or is not UTF-8 text; ``remedy`` ends the message.
+        DataError: If the file is missing or is not UTF-8 text. The message ends with ``remedy``.
     """
     try:
         text = read_text(file).replace("\r\n", "\n").replace("\r", "\n")
@@ -90,11 +90,11 @@ def read_lines(file: Path, remedy: str) -> list[str]:
         raise DataError(f"{file} is missing; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); {remedy}") from error
-    # Not splitlines, which also splits at a form feed or U+2028, and names may contain these.
+    # splitlines is not used, since it also splits at a form feed or U+2028, which names may contain.
     return text.removesuffix("\n").split("\n") if text else []
 
 
-# Paths that need a closer look: empty, absolute, with a drive, "\\", "//", "." or "..", a trailing "/", or a NUL.
+# Paths that must be checked: empty, absolute, or with a drive, "\\", "//", ".", "..", a trailing "/", or a NUL.
 _ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$|\x00"
 
 
@@ -105,23 +105,23 @@ def tidy_paths(
     where: Callable[[int], str],
     allow_outside: bool = False,
 ) -> StringArray:
-    """Normalizes image paths for a table: "/" between folders, no "." or "..", relative to ``root``.
+    """Normalizes image paths for a table. They become relative to ``root``, with "/" and without "." or "..".
 
-    Only the text of a path is checked; links on disk are not followed.
+    Only the text of a path is checked. Links on disk are not followed.
 
     Args:
-        root: Folder that the table's paths are relative to.
-        folder: Folder that ``paths`` are relative to; usually ``root`` or inside it.
-        paths: n paths from the annotations, with slashes or backslashes; none is null.
-        where: Row -> file and row, for a message.
-        allow_outside: Whether paths may be outside ``root``; these are then stored as absolute paths.
+        root: Folder that the paths in the table are relative to.
+        folder: Folder that ``paths`` are relative to. It is usually ``root`` or a folder inside it.
+        paths: The n paths in the annotations, with slashes or backslashes. None of them is null.
+        where: Function that describes the file and the row of a path, for error messages.
+        allow_outside: Whether paths may be outside ``root``. Such paths are stored as absolute paths.
 
     Returns:
-        (n,) strings.
+        The normalized paths, (n,) strings.
 
     Raises:
-        DataError: If a path is empty, is not a file below ``root``, is outside it without permission, or is not a valid
-            file name.
+        DataError: If a path is empty, is not a file below ``root``, is outside it without ``allow_outside``, or is not
+            a valid file name.
     """
     base, start = os.path.abspath(root), os.path.abspath(folder)
     ahead = _relative(start, base)
@@ -140,9 +140,11 @@ def tidy_paths(
     for i in odd:
         text = texts[i].as_py()
         if not text:
-            raise DataError(f"{where(i)}: the image path is empty; fill it in or remove the row")
+            raise DataError(f"{where(i)}: the image path is empty; write a path or remove the row")
         if "\0" in text:
-            raise DataError(f"{where(i)}: {brief(text)} has a NUL, which no file name may contain; correct the path")
+            raise DataError(
+                f"{where(i)}: {brief(text)} contains a NUL, which is not allowed in file names; correct the path"
+            )
         full = os.path.normpath(os.path.join(start, text.replace("\\", "/")))
         inside = _relative(full, base)
         if inside == "" or text.endswith(("/", "\\")):
@@ -157,18 +159,18 @@ def tidy_paths(
 
 
 def refuse_repeated(paths: StringArray, where: Callable[[int], str]) -> None:
-    """Checks that no image has two rows, for formats whose rows have names.
+    """Checks that no image has several rows, for formats that ``where`` describes.
 
     Raises:
-        DataError: If one has. The message names the path and both rows as described by ``where``.
+        DataError: If an image has several rows. The message names the path and describes the rows with ``where``.
     """
     if pairs := repeated_rows(paths):
         found = listed(f"{brief(str(paths[i]))} ({where(i)}, and {where(j)})" for i, j in pairs)
-        raise DataError(f"the same path twice: {found}; keep one row per image")
+        raise DataError(f"paths that occur twice: {found}; keep one row per image")
 
 
 def _strings(texts: Any) -> StringArray:
-    """Converts an Arrow array of text to numpy, in blocks of Python strings."""
+    """Converts an Arrow array of text to numpy. Only one block of it exists as Python strings at a time."""
     column: StringArray = np.empty(len(texts), dtype=np.dtypes.StringDType())
     for rows, part in zip(blocks(column), blocks(texts), strict=True):
         rows[:] = part.to_numpy(zero_copy_only=False)
@@ -176,7 +178,7 @@ def _strings(texts: Any) -> StringArray:
 
 
 def _relative(path: str, base: str) -> str | None:
-    """Returns ``path`` relative to ``base``: "" for the base itself, None if it is outside."""
+    """Returns ``path`` relative to ``base``, "" if they are equal, or None if ``path`` is outside ``base``."""
     relative = Path(os.path.relpath(path, base)).as_posix()
     if relative == ".":
         return ""

@@ -1,4 +1,4 @@
-"""Reads JSON, JSON lines and XML files of labeling tools, and checks the types of their fields."""
+"""Reading of JSON, JSON lines and XML files of labeling tools, and type checks of their fields."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the objects of a file with one JSON object per line, each with its location; skips empty lines.
+    """Returns the objects of a file with one JSON object per line, and their locations. Skips empty lines.
 
     Raises:
         DataError: If the file is missing or empty, or a line is not a JSON object.
@@ -37,15 +37,15 @@ def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if line.strip():
             records.append((where, typed(parse_json(line, where), (dict,), where)))
     if not records:
-        raise DataError(f"{file}: is empty; export it again")
+        raise DataError(f"{file}: the file is empty; export it again")
     return records
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns the value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
-        DataError: If it is not JSON, or has a repeated key in an object.
+        DataError: If the text is not JSON, or has a repeated key in an object.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -55,59 +55,61 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_xml(file: Path) -> ElementTree.Element:
-    """Returns the root element of an XML file, as :func:`parse_xml` does.
+    """Returns the root element of an XML file; see :func:`parse_xml`.
 
     Raises:
-        DataError: If the file is missing, or is not such XML.
+        DataError: If the file is missing or cannot be parsed.
     """
     return parse_xml(_text(file), file)
 
 
 def parse_xml(text: str, file: Path) -> ElementTree.Element:
-    """Returns the root element of an XML text. To prevent entity expansion, document types are refused.
+    """Returns the root element of an XML text. To prevent entity expansion, document types are rejected.
 
     Args:
-        text: The text.
-        file: Its file, for messages.
+        text: The XML text.
+        file: The file of the text, for error messages.
 
     Raises:
         DataError: If the text is not XML, or declares a document type.
     """
-    if "\0" in text:  # the parser would detect UTF-16, in which the next check finds no declaration
-        raise DataError(f"{file}: has NUL characters, like UTF-16 read as UTF-8; save it as UTF-8")
+    if "\0" in text:  # the next check would not detect a declaration in UTF-16
+        raise DataError(f"{file}: the file contains NUL characters, so it may be UTF-16; save it as UTF-8")
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise DataError(f"{file}: declares a document type, which labeling tools never do; remove the declaration")
+        raise DataError(
+            f"{file}: the file declares a document type, which labeling tools never do; remove the declaration"
+        )
     try:
         return ElementTree.fromstring(text)  # noqa: S314 (no entities, see above)
     except (ElementTree.ParseError, ValueError) as error:
-        raise DataError(f"{file}: is not XML ({error}); export it again") from error
+        raise DataError(f"{file}: the file is not XML ({error}); export it again") from error
 
 
 def field(record: dict[str, Any], key: str, kinds: tuple[type, ...], where: str, default: Any = _REQUIRED) -> Any:
-    """Returns a value of a JSON object after checking its type; True is not an integer here.
+    """Returns a value of a JSON object after checking its type. True is not accepted as an integer.
 
     Args:
         record: The object.
         key: The key of the value.
         kinds: Allowed types.
-        where: File and place, for a message.
-        default: Value of a missing key; without it, a missing key is an error.
+        where: File and location, for error messages.
+        default: Value if the key is missing. Without a default, a missing key is an error.
 
     Raises:
         DataError: If the key is missing, or its value has the wrong type.
     """
     if key not in record:
         if default is _REQUIRED:
-            raise DataError(f"{where}: has no {key!r}; export the file again, or add it")
+            raise DataError(f"{where}: there is no {key!r}; export the file again, or add it")
         return default
     return typed(record[key], kinds, f"{where}: {key}")
 
 
 def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
-    """Returns ``value`` after checking that it has one of the types ``kinds``.
+    """Returns ``value`` after checking that its type is one of ``kinds``.
 
     Raises:
-        DataError: If it has the wrong type.
+        DataError: If ``value`` has the wrong type.
     """
     if type(value) not in kinds:
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
@@ -116,7 +118,7 @@ def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
 
 
 def counted(number: int, noun: str) -> str:
-    """Formats a number with its noun, for a note: "1 task", "1,200 tasks"."""
+    """Formats a number with a noun for a note, as in "1 task" or "1,200 tasks"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

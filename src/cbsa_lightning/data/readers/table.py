@@ -1,4 +1,4 @@
-"""Custom data sets: tables of images and labels."""
+"""Custom data sets, given as tables of images and labels."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ __all__ = ["Table", "read_table"]
 
 
 class Table(Source):
-    """A custom data set: a table to train on, and optionally one to test on.
+    """A custom data set, which consists of a training table and optionally a test table.
 
-    A table is a CSV, Parquet or JSON lines file (``read_columns``) with a column of paths. Labels have one of two
-    forms:
+    A table is a CSV, Parquet or JSON lines file (see ``read_columns``) with a column of paths. It contains labels in
+    one of two forms:
 
-    - by name: a column such as ``labels`` or ``tags`` with names of classes. How a cell lists them (``a;b``,
-      ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (``detect``). An image with an
-      empty cell is unlabeled, and so is one with ``nan``, ``NA``, ``NULL`` or ``-``. ``none`` and ``[]`` mean that it
-      shows no class. The classes in a column ``review`` are unknown, whatever the labels say. Other columns are not
-      read.
-    - by column: one column per class, with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
+    - By name: a column such as ``labels`` or ``tags`` contains class names. The form in which a cell lists them
+      (``a;b``, ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (see ``detect``). If the
+      cell is empty, ``nan``, ``NA``, ``NULL`` or ``-``, the image is unlabeled. ``none`` and ``[]`` mean that it shows
+      no class. The classes in a column ``review`` are unknown, regardless of the labels. Other columns are not read.
+    - By column: each class has a column with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
 
-    The classes are those of the class file if there is one. Names may then be its synonyms, and columns that are not in
-    it are not read. Otherwise the classes are those of the training table: its names, sorted, or all its columns except
-    the image column, in order. The test table must then have the same classes.
+    The classes are those of the class file if there is one. Names may then be synonyms, and columns that are not in the
+    class file are not read. Otherwise, the classes are those of the training table, that is, its names in sorted order,
+    or all its columns except the image column. The test table must then have the same classes.
 
-    Several rows for one image are merged.
+    If an image has several rows, they are merged.
 
     Args:
-        train: Table to train on; its unlabeled rows are the unlabeled images.
-        test: Table to test on.
-        root: Folder that paths are relative to; default: the folder of each table.
-        class_file: Class file with classes, prompt names and synonyms (``read_class_file``).
-        separator: Separator of the names in a labels cell; " " for any blanks. Default: detected.
-        image_column: The column with the paths. Default: ``image``, ``path``, ``file``, ``filename`` or another name
+        train: Training table. Its unlabeled rows are the unlabeled images.
+        test: Test table.
+        root: Folder that paths are relative to. Defaults to the folder of each table.
+        class_file: Class file with classes, prompt names and synonyms (see ``read_class_file``).
+        separator: Separator of the names in a labels cell; " " means any blanks. By default, it is detected.
+        image_column: The column with the paths. Defaults to ``image``, ``path``, ``file``, ``filename`` or another name
             in ``IMAGE_COLUMNS``, ignoring case.
-        labels_column: The column with names of classes. Default: ``labels``, ``label``, ``tags`` or another name in
+        labels_column: The column with class names. Defaults to ``labels``, ``label``, ``tags`` or another name in
             ``LABELS_COLUMNS``, ignoring case.
         nothing: Words that mean that an image shows no class, such as "No Finding".
-        repeated: Label of a class that is present in one row of an image and absent in another: an error ("stop"; but
-            a table with one row per label is merged), -1 ("unknown"), or present ("union").
+        repeated: Label of a class that is present in one row of an image and absent in another. "unknown" means -1, and
+            "union" means present. "stop" raises an error, but a table with one row per label is merged.
         allow_outside: Whether paths may be outside ``root``.
 
     Raises:
@@ -86,7 +85,7 @@ class Table(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the class file, or of the training table."""
+        """The classes of the class file or of the training table."""
         return self._classes.class_names
 
     @property
@@ -95,10 +94,10 @@ class Table(Source):
         return self._classes.prompt_names
 
     def prepare(self) -> None:
-        """Checks that tables and class file exist.
+        """Checks that the tables and the class file exist.
 
         Raises:
-            DataError: If one does not.
+            DataError: If a file does not exist.
         """
         require_named([("train", self._train), ("test", self._test or None), ("class_file", self._class_file or None)])
 
@@ -111,12 +110,12 @@ class Table(Source):
         return None if self._test is None else self._read(self._test, self._classes)
 
     def test_under(self, classes: ClassFile) -> AnnotationTable | None:
-        """Returns the test table with the given classes or those of the class file, without the training table."""
+        """Returns the test table for the given classes or those of the class file. Does not read the training table."""
         own = self._classes if self._class_file is not None else classes
         return None if self._test is None else self._read(self._test, own)
 
     def describe(self) -> list[str]:
-        """Describes what was detected in each table: columns, how cells list names, and merged rows."""
+        """Returns notes on the columns, the form of the cells, and the merged rows of each table."""
         for path in (self._train, self._test):
             if path is not None and path not in self._notes:
                 self._read(path, self._classes)

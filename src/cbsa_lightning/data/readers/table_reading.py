@@ -1,4 +1,4 @@
-"""Reads a table of images and labels, and detects its form unless options specify it."""
+"""Reading of a table of images and labels. Its form is detected unless options specify it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from cbsa_lightning.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class TableForm:
-    """Options of a table; those that are not given are detected.
+    """Options of a table. Options that are not given are detected.
 
     Attributes:
         separator: Separator of the names in a cell.
         image_column: The column with the paths.
-        labels_column: The column with names of classes.
-        nothing: Words that mean, like ``none``, that an image shows no class.
-        repeated: How to merge contradictory rows of one image; see ``merge_rows``.
+        labels_column: The column with class names.
+        nothing: Words that mean that an image shows no class, in addition to ``none``.
+        repeated: Rule for merging contradictory rows of an image; see ``merge_rows``.
 
     Raises:
         ConfigError: If an argument has the wrong type, the separator is empty, or a choice is invalid.
@@ -68,10 +68,10 @@ _ANY_FORM = TableForm()
 
 
 def find_classes(path: str | Path, form: TableForm = _ANY_FORM) -> ClassFile:
-    """Returns the classes of a table: the sorted names of its labels, or its class columns in order.
+    """Returns the classes of a table, which are the sorted names of its labels or its class columns in order.
 
     Raises:
-        DataError: If there are none, or two would have the same prompt text.
+        DataError: If there are no classes, or two classes have the same prompt text.
     """
     return _classes_in(read_columns(path), form)
 
@@ -99,19 +99,19 @@ def read_table(
     other_columns: bool = True,
     notes: list[str] | None = None,
 ) -> AnnotationTable:
-    """Reads a table; ``Table`` describes its form.
+    """Reads a table. See ``Table`` for its form.
 
     Args:
         path: CSV, Parquet or JSON lines file.
-        classes: The classes to read; default: those of the table.
-        form: Its options.
-        root: Folder that paths are relative to; default: the folder of the table.
+        classes: The classes to read. Defaults to those of the table.
+        form: Options of the table.
+        root: Folder that paths are relative to. Defaults to the folder of the table.
         allow_outside: Whether paths may be outside ``root``.
-        other_columns: Whether columns other than classes are allowed next to class columns.
-        notes: List to which sentences on what was detected are appended.
+        other_columns: Whether columns other than classes are allowed in a table with one column per class.
+        notes: List to which notes on what was detected are appended.
 
     Raises:
-        DataError: If there is no image column or no label, rows of one image contradict each other, a path is empty or
+        DataError: If there is no image column or no label, rows of an image contradict each other, a path is empty or
             outside ``root``, a class is unknown, a cell is not a label or is ambiguous, or a column divides the images
             into splits. The message names the row.
     """
@@ -122,7 +122,7 @@ def read_table(
     root = columns.path.parent if root is None else Path(root)
     paths = tidy_paths(root, root, columns.text(image).fill_null(""), columns.where, allow_outside)
     known = classes.index()
-    in_file = known if given and other_columns else ()  # columns that are classes, even "label" or "split"
+    in_file = known if given and other_columns else ()  # these are classes, even if they are called "label" or "split"
     words = _words(form, known)
     column = labels_column(columns, image, form.labels_column, in_file)
     one_label_a_row = False
@@ -134,8 +134,8 @@ def read_table(
         refuse_parts(columns, {image, column, *known})
         if NO_LABEL in known:
             raise DataError(
-                f"{classes.path}: a class cannot be called {NO_LABEL!r}, which means no class in column "
-                f"{column!r}; rename it, or use one column per class"
+                f"{classes.path}: a class cannot be called {NO_LABEL!r}, which means that an image shows no class in "
+                f"column {column!r}; rename it, or use one column per class"
             )
         named = NamedLabels(columns, column, words, _cells(form), known)
         labels = named.matrix(classes)

@@ -1,4 +1,4 @@
-"""Images to predict, without labels: a folder, one image, or a list of paths."""
+"""Unlabeled images to predict, given as a folder, an image, or a list of paths."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def read_images(
     root: str | Path | None = None,
     allow_outside: bool = False,
 ) -> AnnotationTable:
-    """Lists images whose labels are all unknown.
+    """Returns a table of images without labels.
 
     Args:
         path: A folder, an image, a ".txt" file with one path per line, or a CSV or Parquet table, of which only the
-            image column is read. A folder is searched in sorted order with its subfolders and linked folders; names
+            image column is read. A folder is searched in sorted order, including subfolders and linked folders. Names
             that start with "." are skipped.
         class_names: The C classes to predict.
-        prompt_names: C prompt names; empty for the default.
-        root: Folder that the paths of a list are relative to; default: the folder of the list.
-        allow_outside: Whether the paths of a list may be outside ``root``.
+        prompt_names: The C prompt names, or empty for the default names.
+        root: Folder that the paths in a list are relative to. Defaults to the folder of the list.
+        allow_outside: Whether the paths in a list may be outside ``root``.
 
     Returns:
-        A table with label -1 everywhere.
+        A table in which all labels are -1.
 
     Raises:
-        DataError: If ``path`` does not exist or contains no image; if a folder cannot be listed or is linked into
+        DataError: If ``path`` does not exist or contains no images; if a folder cannot be listed or is linked into
             itself; or if a path is empty, repeated, outside ``root`` or not UTF-8.
     """
     path = Path(path)
     if os.path.isdir(path):
         root, paths = path, as_strings(_images_below(path))
     elif os.path.isfile(path) and path.suffix.lower() not in IMAGE_SUFFIXES and (kind := foreign_kind(path)):
-        raise DataError(f"{path}: {kind} files are not read; convert it to JPEG or PNG")
+        raise DataError(f"{path}: {kind} files are not supported; convert the file to JPEG or PNG")
     elif path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path):
         root, paths = path.parent, as_strings([path.name])
     else:
@@ -65,14 +65,14 @@ def read_images(
 
 
 def left_out(path: str | Path) -> list[str]:
-    """Returns the files in a folder that :func:`read_images` omits because of their suffix; empty for a list."""
+    """Returns the files in a folder that :func:`read_images` omits because of their suffix, or none for a list."""
     if not os.path.isdir(path):
         return []
     return sorted(name for name in _walk(os.fspath(path)) if not _is_image(name))
 
 
 def by_suffix(names: Iterable[str]) -> str:
-    """Counts files by suffix for a message: "2 .heic, 1 without a suffix"."""
+    """Counts files by suffix for a message, as in "2 .heic, 1 without a suffix"."""
     counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
     return listed(f"{count} {suffix}" for suffix, count in counts.most_common())
 
@@ -81,22 +81,25 @@ def _images_below(folder: Path) -> list[str]:
     names = list(_walk(os.fspath(folder)))
     found = sorted(filter(_is_image, names))
     if not found:
-        there = f"found only {by_suffix(names)}" if names else "it is empty"
-        raise DataError(f"{folder}: no image in it or its subfolders, {there}; expected {listed(IMAGE_SUFFIXES)}")
+        there = f"it contains only {by_suffix(names)}" if names else "it is empty"
+        raise DataError(
+            f"{folder}: there is no image in this folder or its subfolders, {there}; expected {listed(IMAGE_SUFFIXES)}"
+        )
     try:
         "".join(found).encode()
     except UnicodeEncodeError as error:
         name = found[first_not_unicode(found)]
         raise DataError(
-            f"{folder}: the name {brief(os.fsencode(name))} is not UTF-8, so no table can store it; rename the file"
+            f"{folder}: the name {brief(os.fsencode(name))} is not UTF-8, so it cannot be stored in a "
+            "table; rename the file"
         ) from error
     return found
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Yields files in ``root`` and its subfolders, relative to it. Each folder may be reached in only one way.
+    """Yields files in ``root`` and its subfolders, relative to ``root``. Each folder may be reached in only one way.
 
-    Links are followed; otherwise their images would be missing silently. A loop of links reaches a folder twice.
+    Links are followed, since their images would silently be missing otherwise. A cycle of links reaches a folder twice.
     """
     reached: dict[tuple[int, int], str] = {}
     folders = [""]
@@ -108,13 +111,14 @@ def _walk(root: str) -> Iterator[str]:
             first = reached.setdefault((status.st_dev, status.st_ino), here)
             if first is not here:
                 raise DataError(
-                    f"{here}: is a link to the folder {first}, so its images would count twice; remove the link"
+                    f"{here}: this is a link to the folder {first}, whose images would be counted twice; remove "
+                    "the link"
                 )
             with os.scandir(here) as entries:
                 visible = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise DataError(
-                f"{here}: cannot be listed ({error.strerror}); change its permissions, or move it away"
+                f"{here}: the folder cannot be listed ({error.strerror}); change its permissions, or move it"
             ) from error
         for entry in visible:
             name = f"{below}/{entry.name}" if below else entry.name
@@ -132,7 +136,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        raise DataError(f"{entry.path}: is a link that cannot be followed ({error.strerror}); remove it") from error
+        raise DataError(f"{entry.path}: the link cannot be followed ({error.strerror}); remove it") from error
 
 
 def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:
@@ -143,7 +147,7 @@ def _listed_images(path: Path, root: Path, allow_outside: bool) -> StringArray:
         while names and not names[-1]:
             names.pop()
         if not names:
-            raise DataError(f"{path}: lists no images; write one path per line")
+            raise DataError(f"{path}: the file contains no paths; write one path per line")
     else:
         columns = read_columns(path)
         names = columns.text(image_column(columns)).fill_null("")

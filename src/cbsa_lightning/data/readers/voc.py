@@ -1,4 +1,4 @@
-"""PASCAL VOC: image-level labels from ``ImageSets/Main``."""
+"""PASCAL VOC, with image-level labels from ``ImageSets/Main``."""
 
 from __future__ import annotations
 
@@ -32,23 +32,27 @@ DIFFICULT = {"negative": 0, "positive": 1, "ignore": -1}
 
 @dataclass(frozen=True)
 class VOC(Source):
-    """PASCAL VOC 2012 (train 5,717 images, test = val, 5,823) or 2007 (trainval 5,011, test 4,952).
+    """PASCAL VOC 2012 or 2007.
 
-    A folder with XML files and lists of images, but without VOC's lists of each class, is read as a custom data set in
-    VOC's layout. Its classes are those in the XML files; see :func:`~.voc_xml.read_voc_xml`.
+    In VOC 2012, there are 5,717 training images and 5,823 test images (val). In VOC 2007, there are 5,011 training
+    images (trainval) and 4,952 test images.
 
-    An image is listed if at least one class has flag 1. File names are sorted; the paper's splits depend on this order.
+    If a folder has XML files and lists of images, but not VOC's lists for each class, it is read as a custom data set
+    in the layout of VOC. Its classes are those in the XML files; see :func:`~.voc_xml.read_voc_xml`.
+
+    An image is listed if at least one class has flag 1. File names are sorted. The splits of the paper depend on this
+    order.
 
     Args:
         root: Folder that contains ``VOCdevkit``.
         year: "2012" or "2007".
-        difficult: Label of a class if all its instances in an image are marked difficult (flag 0): "negative" as in
+        difficult: Label of a class if all its instances in an image are marked as difficult (flag 0): "negative" as in
             CAP, "positive" as in SCPNet's lists, or "ignore" (unknown).
         download: Whether to download missing archives with torchvision.
-        class_file: Class file with prompt names (``read_class_file``); default: the official names.
+        class_file: Class file with prompt names (see ``read_class_file``). Defaults to the official names.
 
     Raises:
-        ConfigError: If year or difficult is unknown, or an argument has the wrong type.
+        ConfigError: If ``year`` or ``difficult`` is unknown, or an argument has the wrong type.
     """
 
     root: str
@@ -66,12 +70,12 @@ class VOC(Source):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The 20 official names, alphabetical; or the names in custom XML files."""
+        """The 20 official names in alphabetical order, or the names in custom XML files."""
         return self._own_classes if self._own else VOC_CLASSES
 
     @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The official names, or those of the class file."""
+        """The official names, or the prompt names of the class file."""
         return prompts_from(self.class_file, self.class_names)
 
     @property
@@ -84,7 +88,7 @@ class VOC(Source):
 
     @cached_property
     def _own_classes(self) -> tuple[str, ...]:
-        """Classes of custom XML files; cached, since names are accessed often and require reading all files."""
+        """Classes in custom XML files. They are cached, since determining them requires reading all files."""
         return classes_of(self._folder, self._own_sets)
 
     @property
@@ -97,10 +101,10 @@ class VOC(Source):
         return Path(self.root) / "VOCdevkit" / f"VOC{self.year}"
 
     def prepare(self) -> None:
-        """Downloads missing files if requested, then checks that all files exist.
+        """Downloads missing files if requested, and checks that all files exist.
 
         Raises:
-            DataError: If files are missing, or the download fails.
+            DataError: If files are missing or the download fails.
         """
         if self._own:
             return
@@ -108,17 +112,17 @@ class VOC(Source):
             self._fetch()
         if missing := self._missing():
             raise DataError(
-                f"PASCAL VOC {self.year} is not complete under {self._folder}: no {listed(missing)}. Get "
-                f"{ARCHIVES[self.year]} from the PASCAL VOC pages (or set download: true) and unpack it in "
+                f"PASCAL VOC {self.year} is not complete under {self._folder}: no {listed(missing)}. Download "
+                f"{ARCHIVES[self.year]} from the PASCAL VOC website (or set download: true) and unpack it in "
                 f"{self.root}, so that {self._folder / 'JPEGImages'} exists"
             )
 
     def train(self) -> AnnotationTable:
-        """Returns images and labels of train (2007: trainval)."""
+        """Returns images and labels of train (trainval for 2007)."""
         return self._read(self._image_sets[0])
 
     def test(self) -> AnnotationTable | None:
-        """Returns images and labels of val (2007: test); None if custom data has no such list."""
+        """Returns images and labels of val (test for 2007), or None if custom data does not have this list."""
         if self._own and self._image_sets[1] not in self._own_sets:
             return None
         return self._read(self._image_sets[1])
@@ -129,7 +133,7 @@ class VOC(Source):
         return [path for path in wanted if not os.path.exists(self._folder / path)]
 
     def _fetch(self) -> None:
-        from torchvision.datasets import VOCDetection  # slow to import, and rarely needed
+        from torchvision.datasets import VOCDetection  # imported here because it is slow to import and rarely needed
 
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
@@ -137,8 +141,8 @@ class VOC(Source):
                 VOCDetection(self.root, year=self.year, image_set=image_set, download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"PASCAL VOC {self.year}: the download into {self.root} failed ({error}); fetch "
-                f"{ARCHIVES[self.year]} by hand and unpack it there"
+                f"PASCAL VOC {self.year}: the download into {self.root} failed ({error}); download "
+                f"{ARCHIVES[self.year]} manually and unpack it there"
             ) from error
 
     def _read(self, image_set: str) -> AnnotationTable:
@@ -154,17 +158,17 @@ def read_voc(
     difficult: int = 0,
     prompt_names: tuple[str, ...] = (),
 ) -> AnnotationTable:
-    """Reads ``ImageSets/Main/<class>_<image_set>.txt`` of the 20 classes.
+    """Reads ``ImageSets/Main/<class>_<image_set>.txt`` for the 20 classes.
 
     Args:
         folder: ``VOCdevkit/VOC<year>``.
         image_set: "train", "val", "trainval" or "test".
         difficult: Label for flag 0: 0, 1 or -1.
-        prompt_names: 20 prompt names; empty for the official ones.
+        prompt_names: The 20 prompt names, or empty for the official names.
 
     Raises:
-        DataError: If a file is missing, a line is not an "image flag" pair, a flag is not 1, 0 or -1, an image
-            occurs twice, or two classes list different images.
+        DataError: If a file is missing, a line does not consist of an image and a flag, a flag is not 1, 0 or -1, an
+            image occurs twice, or two classes list different images.
     """
     folder = Path(folder)
     columns: list[dict[str, int]] = []
@@ -174,17 +178,19 @@ def read_voc(
         if columns[-1].keys() != columns[0].keys():
             differing = sorted(columns[-1].keys() ^ columns[0].keys())
             raise DataError(
-                f"{file} and {VOC_CLASSES[0]}_{image_set}.txt do not list the same images; only one of them "
+                f"{file} and {VOC_CLASSES[0]}_{image_set}.txt do not contain the same images; only one of them "
                 f"has {listed(map(_cut, differing))}; unpack the archive again"
             )
     images = sorted(columns[0])
     flags = np.array([[column[image] for column in columns] for image in images], dtype=np.int8)
     flags = flags.reshape(len(images), len(VOC_CLASSES))
     labels = np.select([flags == 1, flags == 0], [1, difficult], 0).astype(np.int8)
-    listed_images = (flags == 1).any(axis=1)  # from the raw flags, so that the list does not depend on `difficult`
+    listed_images = (flags == 1).any(axis=1)  # uses the raw flags, so that the list does not depend on `difficult`
     first = folder / "ImageSets" / "Main" / f"{VOC_CLASSES[0]}_{image_set}.txt"
     if not listed_images.any():
-        raise DataError(f"{first} and those of the other classes have no image with flag 1; unpack the archive again")
+        raise DataError(
+            f"{first} and the files of the other classes have no image with flag 1; unpack the archive again"
+        )
 
     def where(i: int) -> str:
         return f"{first}, image {brief(images[i])}"
@@ -211,5 +217,5 @@ def _read_flags(file: Path) -> dict[str, int]:
 
 
 def _cut(name: str) -> str:
-    """Returns an image's name for a message, cut if it is too long to be a name."""
+    """Returns the name of an image for an error message, truncated if it is very long."""
     return name if len(name) <= 100 else brief(name, 100)

@@ -1,4 +1,4 @@
-"""Folders in VOC's layout with custom classes: XML files of labeling tools, and lists of image names."""
+"""Reading of folders in the layout of VOC with custom classes, which are written by labeling tools."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cbsa_lightning.io.reading import brief, read_text
 
 
 def has_own_classes(folder: Path, image_set: str) -> bool:
-    """Returns whether ``folder`` lists images and has XML files, but none of VOC's own lists of a class."""
+    """Returns whether ``folder`` has lists of images and XML files, but not VOC's lists for each class."""
     lists = folder / "ImageSets" / "Main"
-    named = os.path.isfile(lists / f"{image_set}.txt") and os.path.isdir(folder / "Annotations")  # of any length
+    named = os.path.isfile(lists / f"{image_set}.txt") and os.path.isdir(folder / "Annotations")
     return named and not any(lists.glob(f"*_{image_set}.txt"))
 
 
 def classes_of(folder: Path, image_sets: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of all objects in the XML files of some image sets, sorted.
+    """Returns the sorted names of all objects in the XML files of the given image sets.
 
     Raises:
         DataError: If a file cannot be read, or no object has a name.
@@ -35,7 +35,7 @@ def classes_of(folder: Path, image_sets: Sequence[str]) -> tuple[str, ...]:
         for name in _objects(folder, image) or ()
     }
     if not names:
-        raise DataError(f"{folder / 'Annotations'}: no XML file names an object; label some images first.")
+        raise DataError(f"{folder / 'Annotations'}: no XML file contains an object; label some images first.")
     return tuple(sorted(names))
 
 
@@ -44,18 +44,18 @@ def read_voc_xml(
 ) -> AnnotationTable:
     """Reads the XML files of an image set.
 
-    An image without an XML file is unlabeled; an image whose file names no object shows no class. ``difficult``,
+    If an image has no XML file, it is unlabeled. If its file contains no objects, it shows no class. ``difficult``,
     ``pose`` and ``truncated`` may be missing, as in the files of labelImg and CVAT.
 
     Args:
         folder: Folder with ``Annotations``, ``ImageSets/Main`` and ``JPEGImages``.
         image_set: Name of the list, without ``.txt``.
         class_names: The C class names.
-        difficult: Label of a class if all its objects in an image are marked difficult: 0, 1 or -1.
-        prompt_names: C prompt names; empty for the default.
+        difficult: Label of a class if all its objects in an image are marked as difficult: 0, 1 or -1.
+        prompt_names: The C prompt names, or empty for the default names.
 
     Raises:
-        DataError: If a file is missing, is not XML or has a different structure, or an image is listed twice.
+        DataError: If a file is missing, is not XML or has another structure, or an image is listed twice.
     """
     images = _images(folder, image_set)
     row_of = {name: k for k, name in enumerate(class_names)}
@@ -71,7 +71,7 @@ def read_voc_xml(
         there = {Path(name).stem: name for name in sorted(os.listdir(folder / "JPEGImages"), reverse=True)}
     except OSError as error:
         raise DataError(
-            f"{folder / 'JPEGImages'}: cannot be listed ({error.strerror}); put the images there"
+            f"{folder / 'JPEGImages'}: the folder cannot be listed ({error.strerror}); put the images there"
         ) from error
 
     def where(i: int) -> str:
@@ -88,16 +88,16 @@ def _list(folder: Path, image_set: str) -> Path:
 
 
 def _images(folder: Path, image_set: str) -> list[str]:
-    """Returns the names of an image set without suffix; some tools write a suffix or the folder."""
+    """Returns the names in an image set without suffixes and folders, which some tools write."""
     lines = read_lines(_list(folder, image_set), "write one image name per line")
     images = [Path(line.strip()) for line in lines if line.strip()]
     if not images:
-        raise DataError(f"{_list(folder, image_set)}: lists no images; write one image name per line")
+        raise DataError(f"{_list(folder, image_set)}: the file contains no names; write one image name per line")
     return [image.stem if image.suffix.lower() in (".jpg", ".jpeg", ".png") else image.name for image in images]
 
 
 def _objects(folder: Path, image: str) -> dict[str, bool] | None:
-    """Maps the classes of an image to whether any object is not difficult; None if there is no file."""
+    """Maps each class of an image to whether one of its objects is not difficult. None if there is no file."""
     file = folder / "Annotations" / f"{image}.xml"
     try:
         text = read_text(file)
@@ -110,7 +110,7 @@ def _objects(folder: Path, image: str) -> dict[str, bool] | None:
     for k, entry in enumerate(root.iter("object")):
         name = (entry.findtext("name") or "").strip()
         if not name:
-            raise DataError(f"{file}: object {k} has no name; label it, or remove it")
+            raise DataError(f"{file}: object {k} has no name; name it, or remove it")
         clear = (entry.findtext("difficult") or "0").strip().lower() not in ("1", "true")
         objects[name] = objects.get(name, False) or clear
     return objects

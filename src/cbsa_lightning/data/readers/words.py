@@ -1,4 +1,4 @@
-"""Words in a labels cell that are not classes: "not labeled", and "seen, shows nothing"."""
+"""Words in a labels cell that are not class names, but mean "not labeled" or "shows no class"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIGNS = re.compile(r"[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e\s]+")
 
 
 def begins_a_list(text: str) -> bool:
-    """Returns whether ``text`` begins like a list of JSON or Python, or an object of JSON."""
+    """Returns whether ``text`` begins like a list in JSON or Python, or an object in JSON."""
     return text[:1] in ("[", "{")
 
 
@@ -35,22 +35,23 @@ class Meaning(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """Distinguishes names of classes from words with another meaning.
+    """Distinguishes class names from words with another meaning.
 
-    ``none`` and the words in ``nothing`` mean that an image shows no class. Empty, ``nan``, ``NA``, ``N/A``, ``NULL``,
-    ``-``, ``unlabeled`` or ``unlabelled`` in any case, and Python's ``None``, mean that it is not labeled. Words that
-    only resemble these, such as "No Finding" or "?", are unclear, and so are parts of lists and names in quotes.
+    ``none`` and the words in ``nothing`` mean that an image shows no class. Empty cells, Python's ``None``, and
+    ``nan``, ``NA``, ``N/A``, ``NULL``, ``-``, ``unlabeled`` or ``unlabelled`` in any case mean that an image is not
+    labeled. Words that only resemble these, such as "No Finding" or "?", are unclear, as are parts of lists and names
+    in quotes.
 
     Attributes:
-        nothing: Words of the user that mean that an image shows no class.
-        classes: Names in a class file, which are always classes.
+        nothing: Words specified by the user that mean that an image shows no class.
+        classes: Names in a class file. They are always classes.
     """
 
     nothing: frozenset[str] = frozenset()
     classes: Collection[str] = ()
 
     def meaning(self, word: str) -> Meaning:
-        """Returns the meaning of ``word``, a cell or one of its names."""
+        """Returns the meaning of ``word``, which is a cell or one of the names in a cell."""
         word = clean_name(word)
         folded = word.casefold()
         if word == NO_LABEL or word in self.nothing:

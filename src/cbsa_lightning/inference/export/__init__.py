@@ -1,1 +1,1 @@
-"""Export of a trained model as a folder of files that work without this library."""
+"""Export of a trained model to a folder of files that work without this library."""

@@ -38,7 +38,7 @@ from cbsa_lightning.io.files import writing
 ONNX, PT2, SAFETENSORS = FORMATS = ("onnx", "pt2", "safetensors")
 MODEL_FILE = "model.onnx"
 SCRIPT = "predict.py"
-TOLERANCE = 1e-4  # of probabilities, as in predict.py
+TOLERANCE = 1e-4  # largest accepted difference of probabilities, as in predict.py
 
 
 def export(
@@ -51,29 +51,30 @@ def export(
 ) -> list[str]:
     """Exports the model of a checkpoint and tests the result.
 
-    The folder appears only when it is complete and has passed the test.
+    The folder is created only when it is complete and has passed the test.
 
     Args:
         checkpoint: The checkpoint.
-        folder: Folder to write; it must not exist, or be empty.
-        formats: From :data:`FORMATS`.
-        extra: Further outputs of the graph, from ``attention`` and ``context``.
-        run: Folder of the run, for precision and recall in `labels.json`.
-        **options: How the checkpoint is loaded; see :meth:`~cbsa_lightning.inference.classifier.Classifier.load`.
+        folder: Output folder, which must be empty or not exist.
+        formats: Formats to export, from :data:`FORMATS`.
+        extra: Additional outputs of the graph: ``attention``, ``context``, or both.
+        run: Folder of the run, from which precision and recall in `labels.json` are read.
+        **options: Options for loading the checkpoint; see
+            :meth:`~cbsa_lightning.inference.classifier.Classifier.load`.
 
     Returns:
-        What the test found, one sentence for each format.
+        The results of the test, one sentence for each format.
 
     Raises:
-        ConfigError: A folder with content, an unknown format or output, or a missing package.
-        CheckpointError: See :meth:`~cbsa_lightning.inference.classifier.Classifier.load`; or the exported model gives
-            other scores than the checkpoint.
-        OutputError: A file cannot be written.
+        ConfigError: If the folder is not empty, a format or output is unknown, or a package is missing.
+        CheckpointError: If the checkpoint cannot be loaded, or the scores of the exported model differ from those of
+            the checkpoint.
+        OutputError: If a file cannot be written.
     """
     _check_names("format", formats, FORMATS)
     _check_names("extra output", extra, EXTRA_OUTPUTS)
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already. Give another folder, or remove it first.")
+        raise ConfigError(f"{folder} exists already. Choose another folder, or remove it first.")
     if ONNX in formats:
         check_packages()
     classifier = Classifier.load(checkpoint, **options)
@@ -94,7 +95,7 @@ def _check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"Unknown {what}: {listed(unknown)}. Choose from {listed(known)}.")
     if what == "format" and not names:
-        raise ConfigError(f"No format to export; choose from {listed(known)}.")
+        raise ConfigError(f"No export format is given. Choose from {listed(known)}.")
 
 
 def _write(
@@ -129,7 +130,7 @@ def _write(
 
 
 def _metadata(checkpoint: dict[str, Any], classifier: Classifier, graph: ScoringGraph) -> dict[str, str]:
-    """What `model.onnx` and `model.pt2` say about themselves."""
+    """Returns the metadata of `model.onnx` and `model.pt2`."""
     return {
         "class_names": json.dumps(classifier.class_names, ensure_ascii=False),
         "thresholds": json.dumps(threshold_values(classifier.thresholds)),
@@ -148,7 +149,7 @@ def _tested(folder: Path, classifier: Classifier, formats: Sequence[str], option
     """Compares the scores of each format with those of the classifier.
 
     Raises:
-        CheckpointError: They differ.
+        CheckpointError: If the scores differ.
     """
     images = check_images(classifier.image_size)
     expected = classifier.scores(images)
@@ -173,5 +174,5 @@ def _tested(folder: Path, classifier: Classifier, formats: Sequence[str], option
 def _compared(name: str, scores: Tensor, expected: Tensor) -> str:
     difference = float((scores - expected).abs().max())
     if not difference <= TOLERANCE:
-        raise CheckpointError(f"{name} failed its test: its probabilities differ by {difference:.1e}.")
+        raise CheckpointError(f"{name} failed its test: the probabilities differ by {difference:.1e}.")
     return f"The check passed: the probabilities differ by at most {difference:.1e}."

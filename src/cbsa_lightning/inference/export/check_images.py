@@ -1,4 +1,4 @@
-"""Writes `check.npz`: generated images with their scores, by which a bundle tests itself."""
+"""Writes `check.npz`, which contains generated images and their scores for the test of an exported model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NUMBER = 8
 
 
 def check_images(size: int) -> list[NDArray[np.uint8]]:
-    """Eight smooth random images ``(H, W, 3)``, smaller and larger than the model's size.
+    """Returns eight smooth random images ``(H, W, 3)``, some smaller and some larger than the model's input.
 
-    They are generated because photographs of the training may be private.
+    The images are generated because the training images may be private.
     """
     rng = np.random.default_rng(0)
     images = []
@@ -32,10 +32,10 @@ def check_images(size: int) -> list[NDArray[np.uint8]]:
 
 
 def write_check(folder: Path, classifier: Classifier) -> None:
-    """Writes images, their resized form, and the classifier's probabilities and labels of them.
+    """Writes the images, the resized images, and the classifier's probabilities and labels.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     images = check_images(classifier.image_size)
     view = PlainView(classifier.image_size)

@@ -19,20 +19,20 @@ PREPROCESS_FILE = "preprocess.json"
 
 
 def threshold_values(thresholds: Tensor) -> list[float | None]:
-    """Thresholds for JSON, which has no infinity: None for a class that is never predicted."""
+    """Returns the thresholds for JSON, which has no infinity; they are None for a class that is never predicted."""
     return [value if math.isfinite(value) else None for value in thresholds.tolist()]
 
 
 def class_entries(
     class_names: Sequence[str], prompt_names: Sequence[str], thresholds: Tensor, run: Path | None
 ) -> list[dict[str, Any]]:
-    """What is known of each class: name, prompt, threshold and, with a run, its labels, precision and recall.
+    """Returns an entry for each class: name, prompt, threshold and, with a run, labels, precision and recall.
 
     Args:
         class_names: The C class names.
-        prompt_names: How prompts spell them.
-        thresholds: ``(C,)``.
-        run: Folder of the run. Its ``thresholds.csv`` is used if it belongs to the same thresholds.
+        prompt_names: Class names in prompts.
+        thresholds: ``(C,)``, decision thresholds.
+        run: Folder of the run. Its ``thresholds.csv`` is used if it contains the same thresholds.
     """
     values = threshold_values(thresholds)
     entries = [
@@ -55,16 +55,16 @@ def write_labels_file(folder: Path, entries: Sequence[dict[str, Any]], calibrate
     """Writes `labels.json`.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     _write(folder / LABELS_FILE, {"calibrated": calibrated, "classes": list(entries)})
 
 
 def write_preprocess_file(folder: Path, image_size: int) -> None:
-    """Writes `preprocess.json`: what has to be done with an image file before it is given to the model.
+    """Writes `preprocess.json`, which describes how to preprocess an image file for the model.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     content = {
         "orientation": "apply the EXIF orientation",

@@ -1,4 +1,4 @@
-"""Writes `README.md`, the model card of an exported model, with the YAML head of the Hugging Face hub."""
+"""Writes `README.md`, the model card of an exported model, with the YAML metadata of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from cbsa_lightning.io.runs import METRICS
 CARD = "README.md"
 PURPOSES = {
     "model.onnx": "for ONNX Runtime: uint8 RGB images `(B, 3, S, S)` to `logits`, `probabilities` and `labels`",
-    "model.pt2": 'the same for PyTorch: `torch.export.load("model.pt2").module()`',
+    "model.pt2": 'the same model for PyTorch: `torch.export.load("model.pt2").module()`',
     "model.safetensors": "the trained weights, for `cbsa_lightning.Classifier.load(FOLDER)`",
-    "config.json": "how the network is built",
-    "predict.py": "labels images; needs Pillow, NumPy and ONNX Runtime only",
-    "labels.json": "classes, prompts and thresholds; precision and recall where known",
-    "preprocess.json": "how an image is prepared",
+    "config.json": "the settings from which the network is built",
+    "predict.py": "a script that labels images; it needs only Pillow, NumPy and ONNX Runtime",
+    "labels.json": "classes, prompts and thresholds; precision and recall if they are known",
+    "preprocess.json": "a description of the preprocessing of images",
     "check.npz": "generated images with their scores, for `python predict.py --check`",
     SUMS: "checksums, for `sha256sum -c SHA256SUMS`",
 }
-UNKNOWN = "Their license is not stored with the model; look it up at their source."
+UNKNOWN = "The license is not stored with the model; look it up at the source of the weights."
 
 
 def write_card(
@@ -46,15 +46,15 @@ def write_card(
     """Writes the model card.
 
     Args:
-        folder: The bundle, with all other files except the checksums.
+        folder: Folder of the exported model, with all other files except the checksums.
         name: Name of the model.
         checkpoint: The exported checkpoint.
-        classifier: Its classifier.
+        classifier: Classifier of the checkpoint.
         entries: See :func:`~cbsa_lightning.inference.export.labels_file.class_entries`.
-        run: Folder of the run, if known, for its last validation mAP.
+        run: Folder of the run, from which the last validation mAP is read; None if it is unknown.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     mean_ap = None if run is None else _last_map(run / METRICS)
     towers, towers_license = _towers(checkpoint)
@@ -79,7 +79,7 @@ def write_card(
 
 
 def _head(name: str, mean_ap: float | None) -> str:
-    """The YAML head; without huggingface_hub it lacks the result."""
+    """Returns the YAML metadata; the result is missing if huggingface_hub is not installed."""
     fields: dict[str, Any] = {
         "license": "other",
         "library_name": "cbsa_lightning",
@@ -96,7 +96,7 @@ def _head(name: str, mean_ap: float | None) -> str:
 
 
 def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
-    """Name of the pretrained weights, and a sentence about their license."""
+    """Returns the name of the pretrained weights and a sentence about their license."""
     settings = checkpoint["hyper_parameters"]
     if "clip" not in settings:
         settings = (network_section(checkpoint) or {}).get("init_args") or {}
@@ -105,7 +105,10 @@ def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
         return "the small CLIP of cbsa_lightning", "MIT license, like the library."
     if clip is not None:
         if pretrained == "openai":
-            return f"{clip} of OpenAI", "MIT license. OpenAI's model card calls any deployed use out of scope."
+            return (
+                f"{clip} of OpenAI",
+                "MIT license. According to OpenAI's model card, any deployed use is out of scope.",
+            )
         return Path(str(clip)).name, UNKNOWN
     if backbone is not None and pretrained == "timm":
         license_name = timm.get_pretrained_cfg(backbone).license
@@ -116,14 +119,14 @@ def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
 def _runtime() -> str:
     try:
         return version("onnxruntime")
-    except PackageNotFoundError:  # on the path, but not installed
+    except PackageNotFoundError:  # importable, but not installed as a package
         import onnxruntime
 
         return str(onnxruntime.__version__)
 
 
 def _quality(entry: Mapping[str, Any], name: str) -> str:
-    """Measured precision or recall of a class, or else the expected one with a mark, or nothing."""
+    """Returns the measured precision or recall of a class, the expected one with a mark, or an empty string."""
     measured, expected = entry.get(f"validation_{name}"), entry.get(f"expected_{name}")
     return f"{measured:.2f}" if measured is not None else f"{expected:.2f} \\*" if expected is not None else ""
 

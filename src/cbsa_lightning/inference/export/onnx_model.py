@@ -24,7 +24,7 @@ def check_packages() -> None:
     """Checks that the packages needed for the export are installed.
 
     Raises:
-        ConfigError: If a package is missing; the message says what to install.
+        ConfigError: If a package is missing; the message contains the command that installs it.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"The export needs {listed(missing)}: pip install 'cbsa-lightning[export]'.")
@@ -38,11 +38,11 @@ def write_onnx(
     Args:
         program: See :func:`~cbsa_lightning.inference.export.scoring.exported`.
         file: Output file.
-        extra: Names of the outputs after :data:`~cbsa_lightning.inference.export.scoring.OUTPUTS`.
+        extra: Names of the outputs that follow :data:`~cbsa_lightning.inference.export.scoring.OUTPUTS`.
         metadata: The ``metadata_props`` of the file.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with _quiet():
         converted = torch.onnx.export(

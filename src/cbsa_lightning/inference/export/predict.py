@@ -1,9 +1,9 @@
-"""Labels images with the model in this folder. Needs Pillow, NumPy and ONNX Runtime, and no other package.
+"""Labels images with the model in this folder. Requires only Pillow, NumPy and ONNX Runtime.
 
     python predict.py PHOTO_OR_FOLDER ...        prints a CSV table: image, labels, and the probability of each class
-    python predict.py --check                    tests that the model gives the same scores as when it was exported
+    python predict.py --check                    tests that the model gives the same scores as during the export
 
-From Python: ``Model("FOLDER")(["photo.jpg"])`` returns the probabilities and labels of images.
+In Python, ``Model("FOLDER")(["photo.jpg"])`` returns the probabilities and labels of images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 BATCH = 32
-TOLERANCE = 1e-4  # of probabilities; float32 on another processor differs by about 1e-6
+TOLERANCE = 1e-4  # largest accepted difference of probabilities; processors differ by about 1e-6 in float32
 Image.init()
 FORMATS = [*{"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}.intersection(Image.OPEN)]
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
@@ -32,22 +32,22 @@ UPRIGHT |= {7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
 class BundleError(Exception):
-    """A file of the bundle that is missing, damaged, or does not belong to the others."""
+    """A file of the exported model is missing or damaged, or does not belong to the other files."""
 
 
 class ImageError(Exception):
-    """An image that cannot be read."""
+    """An image cannot be read."""
 
 
 class Model:
     """The exported model.
 
     Args:
-        folder: Folder of the bundle.
-        threads: Number of CPU threads; 0 lets ONNX Runtime choose.
+        folder: Folder of the exported model.
+        threads: Number of CPU threads. With 0, ONNX Runtime chooses the number.
 
     Raises:
-        BundleError: A file is missing, damaged or changed.
+        BundleError: If a file is missing or damaged, or was changed.
     """
 
     def __init__(self, folder: str | Path = HERE, threads: int = 0) -> None:
@@ -58,11 +58,11 @@ class Model:
         file = self.folder / "model.onnx"
         try:
             self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a class for each of its status codes
+        except Exception as error:  # ONNX Runtime has an exception class for each of its status codes
             reason = str(error).partition("\n")[0]
             raise BundleError(
-                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load the model ({reason}). If it does not "
-                "support the opset, install the version that README.md names, or a later one."
+                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load the model ({reason}). If the opset is not "
+                "supported, install the version of ONNX Runtime that README.md specifies, or a later one."
             ) from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         self.class_names: list[str] = json.loads(self.metadata["class_names"])
@@ -71,10 +71,10 @@ class Model:
         self._compare_labels()
 
     def __call__(self, images: Sequence[str | Path | Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities ``(n, C)`` float32 and labels ``(n, C)`` bool of files, Pillow images or RGB arrays.
+        """Returns probabilities ``(n, C)`` float32 and labels ``(n, C)`` bool of files, Pillow images or RGB arrays.
 
         Raises:
-            ImageError: An image cannot be read.
+            ImageError: If an image cannot be read.
         """
         empty = np.zeros((0, len(self.class_names)), np.float32)
         parts = [self.run([self.view(image) for image in images[i : i + BATCH]]) for i in range(0, len(images), BATCH)]
@@ -82,7 +82,7 @@ class Model:
         return np.concatenate(probabilities), np.concatenate(labels)
 
     def run(self, views: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities and labels of resized images, each ``(S, S, 3)`` uint8 RGB."""
+        """Returns probabilities and labels of resized images, each ``(S, S, 3)`` uint8 RGB."""
         batch = np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2))
         probabilities, labels = self.session.run(["probabilities", "labels"], {"images": batch})
         if not np.isfinite(probabilities).all():
@@ -90,7 +90,7 @@ class Model:
         return probabilities, labels
 
     def view(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        """An image as the model needs it, ``(S, S, 3)`` uint8 RGB."""
+        """Converts an image to the input of the model, ``(S, S, 3)`` uint8 RGB."""
         if isinstance(image, Image.Image):
             image = np.asarray(rgb(image))
         return resize(image if isinstance(image, np.ndarray) else read(image), self.size)
@@ -104,64 +104,65 @@ class Model:
             raise BundleError(f"{file}: cannot be read ({error}). Export the model again.") from error
         expected = list(zip(self.class_names, self.thresholds, strict=True))
         if len(found) != len(expected):
-            raise BundleError(f"{file}: has {len(found)} classes; model.onnx has {len(expected)}.")
+            raise BundleError(f"{file} has {len(found)} classes, but model.onnx has {len(expected)}.")
         for (name, threshold), (own_name, own) in zip(found, expected, strict=True):
             if (name, threshold) != (own_name, own):
                 raise BundleError(
-                    f"{file}: threshold {threshold} for class {name!r}; model.onnx has {own} for class {own_name!r}. "
-                    "Thresholds are part of the model: apply your own to the probabilities, or export it again."
+                    f"{file} has the threshold {threshold} for class {name!r}, but model.onnx has {own} for class "
+                    f"{own_name!r}. Thresholds are part of the model. To use others, apply them to the probabilities, "
+                    "or export the model again."
                 )
 
 
 def verify(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Compares files with the checksums in SHA256SUMS; all that it lists by default.
+    """Compares files with the checksums in SHA256SUMS. By default, all listed files are compared.
 
     Raises:
-        BundleError: A file is missing or was changed.
+        BundleError: If a file is missing or was changed.
     """
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
-        raise BundleError(f"{sums}: is missing. Copy the whole folder, or export the model again.")
+        raise BundleError(f"{sums} is missing. Copy the whole folder, or export the model again.")
     lines = sums.read_text(encoding="utf-8").splitlines()
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in expected if names is None else names:
         file = folder / name
         if not file.is_file():
-            raise BundleError(f"{file}: is missing. Copy the whole folder, or export the model again.")
+            raise BundleError(f"{file} is missing. Copy the whole folder, or export the model again.")
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != expected.get(name):
-            raise BundleError(f"{file}: is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy it again.")
+            raise BundleError(f"{file} is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy it again.")
 
 
 def read(source: str | Path | BinaryIO) -> np.ndarray:
-    """An image file, or an open binary file, as an upright RGB array ``(H, W, 3)`` uint8.
+    """Reads an image file or an open binary file as an upright RGB array ``(H, W, 3)`` uint8.
 
     Raises:
-        ImageError: It cannot be read.
+        ImageError: If the image cannot be read.
     """
     try:
-        # Not by path: Pillow 13 then applies the orientation of some TIFF files wrongly.
+        # The file is not opened by path, because Pillow 13 then applies the orientation of some TIFF files wrongly.
         file = BytesIO(Path(source).read_bytes()) if isinstance(source, (str, Path)) else source
         with Image.open(file, formats=FORMATS) as image:
             image.load()
             return np.asarray(rgb(image))
-    except Exception as error:  # Pillow's plugins raise nearly anything for damaged files
-        raise ImageError(f"{source}: cannot be read as an image ({error}).") from error
+    except Exception as error:  # for damaged files, Pillow's plugins can raise nearly any error
+        raise ImageError(f"{source} cannot be read as an image ({error}).") from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation, converts to 8-bit RGB, and puts transparent parts on white."""
+    """Applies the EXIF orientation, and converts to 8-bit RGB with a white background for transparent parts."""
     try:
         turned = UPRIGHT.get(image.getexif().get(0x0112, 1))
-    except Exception:  # damaged EXIF data counts as none
+    except Exception:  # damaged EXIF data is ignored
         turned = None
     if turned is not None:
         image = image.transpose(Image.Transpose[turned])
     if image.mode.startswith("I"):  # 16-bit gray
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
-            raise ImageError("its gray values do not fit 16 bits")
+            raise ImageError("the gray values do not fit in 16 bits")
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError("floating-point pixels have no known range")
@@ -172,12 +173,13 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes ``(H, W, 3)`` uint8 to ``(size, size, 3)``, ignoring the aspect ratio, as in training.
+    """Resizes ``(H, W, 3)`` uint8 to ``(size, size, 3)`` as in training, without keeping the aspect ratio.
 
-    This is an antialiased bilinear filter with fixed-point weights. It gives exactly the values of
-    ``torch.nn.functional.interpolate(mode="bilinear", antialias=True)`` for uint8; Pillow's own differs by at most one.
+    This is an antialiased bilinear filter with fixed-point weights. For uint8, its values are exactly those of
+    ``torch.nn.functional.interpolate(mode="bilinear", antialias=True)``. The values of Pillow's filter differ by at
+    most one.
     """
-    columns = _resize_rows(image.transpose(1, 0, 2), size)  # first along the width
+    columns = _resize_rows(image.transpose(1, 0, 2), size)  # resize the width first
     return _resize_rows(columns.transpose(1, 0, 2), size)
 
 
@@ -207,10 +209,10 @@ def check(model: Model) -> float:
     """Runs the model on the images in check.npz.
 
     Returns:
-        The largest difference of a probability from that of the exported model.
+        The largest difference between a probability and its value during the export.
 
     Raises:
-        BundleError: A file was changed, or a resized image, a probability or a label differs.
+        BundleError: If a file was changed, or a resized image, a probability or a label differs.
     """
     verify(model.folder)
     file = model.folder / "check.npz"
@@ -218,16 +220,16 @@ def check(model: Model) -> float:
         images = [data[f"image_{i}"] for i in range(len(data["probabilities"]))]
         views, expected, given = data["views"], data["probabilities"], data["labels"]
     if any(not np.array_equal(model.view(image), view) for image, view in zip(images, views, strict=True)):
-        raise BundleError(f"{file}: the images are resized differently here than at the export.")
+        raise BundleError(f"{file}: the resized images differ from those of the export.")
     probabilities, labels = model(images)
     difference = float(np.abs(probabilities - expected).max())
     if difference > TOLERANCE or not np.array_equal(labels, given):
-        raise BundleError(f"{file}: other scores than at the export: they differ by {difference:.1e}.")
+        raise BundleError(f"{file}: the scores differ from those of the export by {difference:.1e}.")
     return difference
 
 
 def files_of(places: Sequence[str]) -> Iterator[Path]:
-    """Image files, and those in and below folders, in order."""
+    """Yields the given image files and the image files in folders and their subfolders, in order."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     for place in map(Path, places):
         if place.is_dir():
@@ -248,11 +250,13 @@ def write_table(model: Model, files: Sequence[Path]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Labels images with the model in this folder.")
-    parser.add_argument("images", nargs="*", help="image files, or folders of images")
+    parser.add_argument("images", nargs="*", help="image files or folders of images")
     parser.add_argument("--check", action="store_true", help="test the model on the images in check.npz")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: chosen by ONNX Runtime)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="number of CPU threads (default: chosen by ONNX Runtime)"
+    )
     args = parser.parse_args()
     try:
         model = Model(HERE, args.threads)
@@ -260,7 +264,7 @@ def main() -> None:
             difference = check(model)
             print(f"The check passed: the probabilities differ by at most {difference:.1e}, and no label differs.")
         elif not (files := list(files_of(args.images))):
-            parser.error("no images; give image files or folders, or --check")
+            parser.error("no images; pass image files or folders, or --check")
         else:
             write_table(model, files)
     except (BundleError, ImageError) as error:

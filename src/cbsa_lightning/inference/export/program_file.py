@@ -1,4 +1,4 @@
-"""Writes and reads `model.pt2`, the graph as `torch.export` saves it."""
+"""Writes and reads `model.pt2`, the graph in the format of `torch.export`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def write_program(program: torch.export.ExportedProgram, file: Path, metadata: M
     """Writes an exported graph with its metadata.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: If the file cannot be written.
     """
     with replacing(file) as draft, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about weights that share memory
+        warnings.simplefilter("ignore")  # torch warns about weights that share memory
         torch.export.save(program, draft, extra_files={_METADATA: json.dumps(dict(metadata))})
 
 
 def read_program(file: Path) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], dict[str, str]]:
-    """Reads a graph and its metadata. Only torch is needed for ``torch.export.load(file).module()``.
+    """Reads a graph and its metadata. Without this library, ``torch.export.load(file).module()`` reads the graph.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError: If the file cannot be read.
     """
     extra: dict[str, Any] = {_METADATA: ""}
     try:
@@ -41,6 +41,6 @@ def read_program(file: Path) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], di
             warnings.simplefilter("ignore")
             module = torch.export.load(file, extra_files=extra).module()
         return module, json.loads(extra[_METADATA])
-    except Exception as error:  # changed bytes make torch's reader raise nearly anything
+    except Exception as error:  # for changed bytes, torch's reader can raise nearly any error
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{file}: cannot be read as an exported program ({reason}). Export it again.") from error

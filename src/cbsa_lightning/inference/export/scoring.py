@@ -1,4 +1,4 @@
-"""A classifier as one graph from uint8 images to labels, for `torch.export` and ONNX."""
+"""Converts a classifier to one graph that maps uint8 images to labels, for `torch.export` and ONNX."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ EXTRA_OUTPUTS = ("attention", "context")
 
 
 class ScoringGraph(nn.Module):
-    """Scores of a classifier with the features of the classes as constants, so that it needs no text tower.
+    """Graph that computes the scores of a classifier; class features are constants, so it needs no text tower.
 
     Args:
         classifier: The classifier; it is not changed.
-        extra: Further outputs, from :data:`EXTRA_OUTPUTS`: ``attention``, the attention maps ``(B, C, h, w)``, and
+        extra: Additional outputs, from :data:`EXTRA_OUTPUTS`: ``attention``, the attention maps ``(B, C, h, w)``, and
             ``context``, the probabilities of the contexts ``(B, K)``.
 
     Raises:
-        ConfigError: The network does not have one of these outputs.
+        ConfigError: If the network does not have one of these outputs.
     """
 
     thresholds: Tensor
@@ -54,13 +54,13 @@ class ScoringGraph(nn.Module):
         self._refuse_missing(classifier, extra)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Computes the outputs that ``self.outputs`` names.
+        """Computes the outputs whose names are in ``self.outputs``.
 
         Args:
-            images: ``(B, 3, S, S)`` uint8, RGB, resized as :class:`~cbsa_lightning.data.plain_view.PlainView` does.
+            images: ``(B, 3, S, S)`` uint8, RGB, resized as in :class:`~cbsa_lightning.data.plain_view.PlainView`.
 
         Returns:
-            Logits ``(B, C)``, probabilities ``(B, C)``, labels ``(B, C)`` bool, and the extra outputs.
+            Logits ``(B, C)``, probabilities ``(B, C)``, labels ``(B, C)`` bool, and the additional outputs.
         """
         features = self.network.features(images)
         output = self.network(features, self._text(), attention="attention" in self.outputs)
@@ -93,17 +93,17 @@ class ScoringGraph(nn.Module):
     def _refuse_missing(self, classifier: Classifier, extra: Sequence[str]) -> None:
         name = type(classifier.network).__name__
         if "context" in extra and not classifier.network.num_contexts:
-            raise ConfigError(f"{name} has no context head; leave context out of --extra.")
+            raise ConfigError(f"{name} has no context head; remove context from --extra.")
         if "attention" in extra:
             image = torch.zeros(1, 3, classifier.image_size, classifier.image_size, dtype=torch.uint8)
             with torch.no_grad():
                 features = self.network.features(image)
                 if self.network(features, self._text(), attention=True).attention is None:
-                    raise ConfigError(f"{name} has no attention maps; leave attention out of --extra.")
+                    raise ConfigError(f"{name} has no attention maps; remove attention from --extra.")
 
 
 def exported(graph: ScoringGraph, image_size: int) -> torch.export.ExportedProgram:
     """Exports the graph for any number of images of one size."""
-    example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)  # 1 would be taken for a constant
+    example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)  # a batch size of 1 would become a constant
     with torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}})

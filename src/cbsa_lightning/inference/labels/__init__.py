@@ -1,1 +1,1 @@
-"""Labels for unlabeled images: decisions, what to review or label next, and files for labeling tools."""
+"""Labels for unlabeled images: decisions, lists of images to review or label next, and files for labeling tools."""

@@ -1,4 +1,4 @@
-"""Predicted labels of images, as a table that people can correct and read again as annotations."""
+"""Predicted labels of images as a table, which users can correct and then read as annotations."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class ImageLabels:
     """Probabilities of n images, with decisions and review marks.
 
     Attributes:
-        images: ``(n,)`` paths, as in their table.
+        images: ``(n,)``, paths of the images as in their table.
         class_names: The C class names.
         probabilities: ``(n, C)`` float32 in [0, 1].
-        given: ``(n, C)`` bool, whether the image has the class.
+        given: ``(n, C)`` bool, whether the image gets the class.
         review: ``(n, C)`` bool, whether a person should review the decision.
     """
 
@@ -61,15 +61,15 @@ class ImageLabels:
         thresholds: NDArray[np.floating],
         sure: float | None = SURE,
     ) -> Self:
-        """Decides by thresholds, and marks uncertain decisions for review.
+        """Applies decision thresholds, and marks uncertain decisions for review.
 
         Args:
-            images: ``(n,)`` paths.
+            images: ``(n,)``, paths of the images.
             class_names: The C class names.
-            probabilities: ``(n, C)``.
+            probabilities: ``(n, C)``, in [0, 1].
             thresholds: ``(C,)``, decision threshold of each class.
-            sure: Probability of being correct below which a decision is marked for review; None: no decision is marked,
-                for scores that are not probabilities.
+            sure: Minimum probability of being correct; decisions with a lower probability are marked for review. With
+                None, no decision is marked. Use None for scores that are not probabilities.
         """
         given = probabilities >= thresholds
         right = np.where(given, probabilities, 1 - probabilities)
@@ -77,10 +77,10 @@ class ImageLabels:
         return cls(images, tuple(class_names), probabilities, given, review)
 
     def with_known(self, first: int, known: NDArray[np.int8]) -> Self:
-        """The same with known labels instead of decisions; their probabilities are 1 and 0, and none is to be reviewed.
+        """Returns a copy in which known labels replace decisions, with probability 1 or 0 and without review marks.
 
         Args:
-            first: The image from which on labels are known.
+            first: Index of the first image with known labels; all later images also have known labels.
             known: ``(n - first, C)`` in {1, 0, -1 unknown}.
         """
         there = np.concatenate([np.full((first, len(self.class_names)), -1, np.int8), known])
@@ -93,12 +93,12 @@ class ImageLabels:
 
     @cached_property
     def doubt(self) -> NDArray[np.float64]:
-        """Entropy ``(n,)`` of all decisions on an image, in bits."""
+        """Returns the entropy ``(n,)`` of all decisions about an image, in bits."""
         return doubt_of(self.probabilities)
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
-        """Position ``(n,)`` of each image in the order of review, starting at 1; the most uncertain image is first."""
+        """Returns the position ``(n,)`` of each image in the review order, from 1 for the most uncertain image."""
         places = np.empty(len(self.images), np.int64)
         places[np.argsort(-self.doubt, kind="stable")] = np.arange(1, len(self.images) + 1)
         return places
@@ -110,11 +110,11 @@ class ImageLabels:
 
 
 def doubt_of(probabilities: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
-    """Returns the sum over the classes of the binary entropies, in bits.
+    """Returns the sum ``(n,)`` of the binary entropies of all classes, in bits.
 
     Args:
         probabilities: ``(n, C)`` in [0, 1].
-        weights: ``(C,)`` weights of the classes.
+        weights: ``(C,)``, weights of the classes.
     """
     p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
     entropies = -p * np.log2(p) - (1 - p) * np.log2(1 - p)
@@ -123,10 +123,10 @@ def doubt_of(probabilities: NDArray[np.floating], weights: NDArray[np.floating] 
 
 
 def check_class_columns(class_names: Sequence[str]) -> None:
-    """Refuses class names that a table of labels cannot contain.
+    """Rejects class names that a table of labels cannot contain.
 
     Raises:
-        ConfigError: If a class is named like a column, or its name contains the separator.
+        ConfigError: If a class name is also the name of a column, or contains the separator.
     """
     ambiguous = [repr(n) for n in class_names if n in (*COLUMNS, NOTHING) or SEPARATOR in n]
     if ambiguous:
@@ -138,21 +138,21 @@ def check_class_columns(class_names: Sequence[str]) -> None:
 
 
 def write_labels(path: Path, labels: ImageLabels) -> None:
-    """Writes one row per image: path, labels, labels to review, position in the review order, probabilities.
+    """Writes one row per image with path, labels, labels to review, position in the review order and probabilities.
 
-    The table reader can read this file: classes in ``review`` are then unknown, and all others are known.
+    The table reader can read this file. Classes in the column ``review`` are then unknown, and all others are known.
 
     Args:
-        path: Output file, written atomically; the suffix, .csv, .parquet or .jsonl, sets the format.
+        path: Output file, which is written atomically; the suffix, .csv, .parquet or .jsonl, determines the format.
         labels: The labels.
 
     Raises:
-        ConfigError: For another suffix, and see :func:`check_class_columns`.
+        ConfigError: If the suffix is not supported, or :func:`check_class_columns` rejects a class name.
         OutputError: If the file cannot be written.
     """
     check_class_columns(labels.class_names)
     if path.suffix.lower() not in _WRITERS:
-        raise ConfigError(f"{path}: labels are written as {', '.join(_WRITERS)}; choose one of these suffixes.")
+        raise ConfigError(f"{path}: labels can be written as {', '.join(_WRITERS)}; choose one of these suffixes.")
     columns: dict[str, Any] = {
         "image": pa.array(labels.images.tolist(), pa.string()),
         "labels": pa.array([SEPARATOR.join(names) or NOTHING for names in labels.names(labels.given)], pa.string()),
@@ -166,7 +166,7 @@ def write_labels(path: Path, labels: ImageLabels) -> None:
 
 
 def read_labels(path: str | os.PathLike[str]) -> ImageLabels:
-    """Reads a CSV or Parquet file of :func:`write_labels`, including a person's changes.
+    """Reads a CSV or Parquet file of :func:`write_labels`, which a user may have changed.
 
     Raises:
         DataError: If the format is wrong or a name is not a class; the message names the row.
@@ -177,7 +177,7 @@ def read_labels(path: str | os.PathLike[str]) -> ImageLabels:
         raise DataError(f"{path}: cannot be read as a table of labels ({error}).") from error
     if tuple(table.column_names[: len(COLUMNS)]) != COLUMNS:
         raise DataError(
-            f"{path}: is not a table of labels, whose first columns are {', '.join(COLUMNS)}; found "
+            f"{path} is not a table of labels, whose first columns are {', '.join(COLUMNS)}; found "
             f"{listed(table.column_names, 4)}. Use the labels.csv of a run."
         )
     class_names = tuple(table.column_names[len(COLUMNS) :])
@@ -202,7 +202,7 @@ def _table(path: Path) -> pa.Table:
 
 
 def _members(cells: list[str | None], class_names: tuple[str, ...], path: Any) -> NDArray[np.bool_]:
-    """Returns whether each class is named in each cell, ``(n, C)``."""
+    """Returns a mask ``(n, C)`` of the classes that each cell names."""
     position = {name: k for k, name in enumerate(class_names)}
     found = np.zeros((len(cells), len(class_names)), dtype=np.bool_)
     for row, cell in enumerate(cells):

@@ -1,4 +1,4 @@
-"""Sizes of images as CVAT defines them, from the file headers."""
+"""Reads the sizes of images, as defined by CVAT, from the file headers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cbsa_lightning.io.reading import open_regular
 
 
 def upright_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """Returns width and height of each image after applying its EXIF orientation; decodes no pixels.
+    """Returns width and height of each image after its EXIF orientation is applied, without decoding pixels.
 
     Args:
         files: n image files.
 
     Returns:
-        n pairs (width, height); None if the file is missing or its header cannot be read.
+        n pairs (width, height), or None for a file that is missing or whose header cannot be read.
     """
     return [_upright_size(file) for file in files]
 

@@ -1,4 +1,4 @@
-"""Labels of new images from a checkpoint, without the training data."""
+"""Labels new images with a checkpoint, without the training data."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def label_images(checkpoint: Path, images: Path) -> ImageLabels:
         images: A folder, an image, or a list or table of paths.
 
     Raises:
-        CheckpointError: If the checkpoint is of another network; see :meth:`Classifier.load`.
-        DataError: If an image cannot be read, or there are none.
+        CheckpointError: If the checkpoint belongs to another network; see :meth:`Classifier.load`.
+        DataError: If there are no images, or one cannot be read.
     """
     classifier, table, scores = _scored(checkpoint, images)
     sure = SURE if classifier.calibrated else None
@@ -39,7 +39,7 @@ def label_images(checkpoint: Path, images: Path) -> ImageLabels:
 
 
 def predict(words: Sequence[str]) -> Path:
-    """Runs `cbsa predict` without a configuration: writes a table of predictions from a checkpoint.
+    """Runs `cbsa predict` without a configuration, and writes the predictions of a checkpoint as a table.
 
     Args:
         words: Command-line arguments after ``predict``.
@@ -55,19 +55,17 @@ def predict(words: Sequence[str]) -> Path:
     parser = argparse.ArgumentParser(
         prog="cbsa predict",
         allow_abbrev=False,
-        description="Labels images with a checkpoint of CBSA. More options, and other systems, need --config "
-        "RUN/config.yaml.",
+        description="Labels images with a checkpoint of CBSA. For more options and for other systems, add "
+        "--config RUN/config.yaml.",
     )
     parser.add_argument("--ckpt_path", type=Path, required=True, help="the checkpoint")
     parser.add_argument(
         "--data.predict", dest="images", type=Path, required=True, help="folder, image or list of paths"
     )
-    parser.add_argument(
-        "--predictions.output", dest="output", type=Path, default=Path(PREDICTIONS), help="file to write"
-    )
+    parser.add_argument("--predictions.output", dest="output", type=Path, default=Path(PREDICTIONS), help="output file")
     args = parser.parse_args(words)
     if args.output.exists():
-        raise ConfigError(f"{args.output} exists already. Give another --predictions.output, or move the file.")
+        raise ConfigError(f"{args.output} exists already. Choose another --predictions.output, or move the file.")
     classifier, table, scores = _scored(args.ckpt_path, args.images)
     write_predictions(args.output, table, classifier.class_names, scores, scores >= classifier.thresholds.numpy())
     print(f"Predictions of {len(table)} images: {args.output}")
@@ -76,7 +74,7 @@ def predict(words: Sequence[str]) -> Path:
 
 
 def _scored(checkpoint: Path, images: Path) -> tuple[Classifier, AnnotationTable, NDArray[np.float32]]:
-    """Returns the classifier, the images, and their scores ``(n, C)``."""
+    """Returns the classifier, the images and their scores ``(n, C)``."""
     classifier = Classifier.load(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     table = read_images(images, classifier.class_names)
     files = [table.file(row) for row in range(len(table))]

@@ -1,8 +1,9 @@
 """Predictions for existing tasks of a Label Studio project.
 
-The server imports predictions by the id of their task: `POST /api/projects/ID/import/predictions` with a list of
-predictions. Data, meta and annotations of the tasks do not change; importing whole tasks would create new ones.
-The server silently drops predictions with unknown names or choices, so both are checked here.
+To import predictions, send them as a list with `POST /api/projects/ID/import/predictions`. The server assigns each
+prediction to a task by the id of the task. The data, metadata and annotations of the tasks do not change, whereas
+importing whole tasks would create new tasks. The server silently drops predictions with unknown names or choices, so
+this module checks both.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class Project(NamedTuple):
     """A Label Studio project, as described by its exported files.
 
     Attributes:
-        export: Its tasks, exported as JSON. The server exports open tasks only with ``download_all_tasks=true``.
-        label_config: XML of its labeling interface. None: control and image are taken from its annotations.
-        control: Name of the Choices control, if there are several.
-        root: Folder that the paths of the labels are relative to.
+        export: JSON export of the tasks. The server includes open tasks only with ``download_all_tasks=true``.
+        label_config: XML of the labeling interface. If it is None, the names of the control and the image are read from
+            the annotations.
+        control: Name of the Choices control if there are several.
+        root: Folder that the image paths of the labels are relative to.
         prefix: Path or URL of ``root`` in the project; see :class:`LabelStudio`.
     """
 
@@ -46,16 +48,19 @@ def predictions_for_tasks(labels: ImageLabels, project: Project, model_version: 
     Args:
         labels: Labels of the images.
         project: The project with the tasks.
-        model_version: Name of the model, shown with its predictions.
+        model_version: Name of the model, which is displayed with its predictions.
 
     Returns:
-        The predictions, and notes that count other content of the export: tasks of other images, images without a task,
-        annotations.
+        The predictions, and notes on other content: tasks of other images, images without a task, and annotations.
 
     Raises:
-        DataError: If the export is not a JSON export of one project with choices; tasks have no id or the id of another
-            task; an image is not found; the project's choices are not the classes of ``labels``, or its names are
-            unknown; no task has an image of ``labels``.
+        DataError: If one of these problems is found:
+
+            - The file is not a JSON export of one project with choices.
+            - A task has no id, or the same id as another task.
+            - An image does not exist, or no task has an image of ``labels``.
+            - The choices of the project differ from the classes of ``labels``.
+            - The names of the control and the image are unknown.
     """
     file = project.export
     tasks = _tasks(file)
@@ -77,20 +82,20 @@ def predictions_for_tasks(labels: ImageLabels, project: Project, model_version: 
     if not made:
         raise DataError(
             f"{file}: no task has an image of the run. The tasks have {listed(map(brief, paths), 3)}; the run's "
-            f"images are {listed(map(brief, of_image), 3)}. Use the export of the project with the run's images"
+            f"images are {listed(map(brief, of_image), 3)}. Use the export of the project with these images"
         )
     notes += _unmatched(paths, of_image)
     if answered := sum(path in of_image and bool(task.answers) for path, task in zip(paths, read, strict=True)):
-        notes.append(f"{counted(answered, 'task')} with an answer: also predicted; annotations do not change")
+        notes.append(f"{counted(answered, 'task')} with an answer: also predicted, but annotations do not change")
     return made, notes
 
 
 def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
-    """Returns notes on tasks without an image of the run, and on images without a task."""
+    """Returns notes on tasks without an image of the run and on images without a task."""
     notes = []
     if other := [path for path in paths if path not in of_image]:
         notes.append(
-            f"{counted(len(other), 'task')} of images without labels of the run (for example, labeled images) get "
+            f"{counted(len(other), 'task')} of images that the run does not label (for example, labeled images) get "
             f"no prediction: {listed(map(brief, other), 5)}"
         )
     if alone := list(of_image.keys() - set(paths)):
@@ -103,13 +108,13 @@ def _unmatched(paths: list[str], of_image: dict[str, Json]) -> list[str]:
 
 def _tasks(file: Path) -> list[dict[str, Any]]:
     if file.suffix.lower() != ".json":
-        raise DataError(f"{file}: is not a JSON file; export the project as JSON")
+        raise DataError(f"{file} is not a JSON file; export the project as JSON")
     tasks: list[dict[str, Any]] = typed(read_json(file), (list,), f"{file}: an export")
     if not tasks:
-        raise DataError(f"{file}: has no tasks; export some")
+        raise DataError(f"{file} has no tasks; export a project with tasks")
     for i, task in enumerate(tasks):
         if "annotation_id" in typed(task, (dict,), f"{file}, record {i + 1}"):
-            raise DataError(f"{file}: is a JSON_MIN export, which has no names of controls; export as JSON")
+            raise DataError(f"{file} is a JSON_MIN export, which lacks the names of controls; export as JSON")
     return tasks
 
 
@@ -124,7 +129,7 @@ def _ids(tasks: list[dict[str, Any]], read: list[Task]) -> list[int]:
 
 
 def _names(file: Path, tasks: list[dict[str, Any]], control: str | None, config: Choices | None) -> tuple[str, str]:
-    """Returns the names of the Choices control and of its image; the types of the fields have been checked."""
+    """Returns the names of the Choices control and of its image; the types of the fields must be valid."""
     if config is not None:
         return config.name, config.image
     pairs = {
@@ -158,14 +163,14 @@ def _choices(
         if further:
             found = listed(f"{brief(choice)} ({used[choice]})" for choice in further)
             raise DataError(
-                f"{project.export}: has choices that are not classes of the run: {found}. Use the export of the run's "
+                f"{project.export} has choices that are not classes of the run: {found}. Use the export of the run's "
                 "project, or pass its labeling interface with --label_config"
             )
         unchecked = f"no annotation uses {len(missing)} of the {len(names)} classes, which may not be choices"
-        return names, [f"{unchecked} of the project (--label_config checks): {listed(missing, 5)}"] if missing else []
+        return names, [f"{unchecked} of the project (use --label_config): {listed(missing, 5)}"] if missing else []
     if missing:
         raise DataError(
-            f"{project.label_config}: has no choice for these classes of the run: {listed(missing)}. The server would "
+            f"{project.label_config} has no choice for these classes of the run: {listed(missing)}. The server would "
             "drop their predictions. Add the choices to the project, or use the files of the run's project"
         )
     if not config.multiple and (several := int((labels.given.sum(1) > 1).sum())):
@@ -175,8 +180,8 @@ def _choices(
         )
     if strange := [f"{brief(choice)} ({place})" for choice, place in used.items() if choice not in config.classes]:
         raise DataError(
-            f"{project.export}: has choices that are not in {project.label_config}: {listed(strange)}; use both from "
-            "one project"
+            f"{project.export} has choices that are not in {project.label_config}: {listed(strange)}; use files of the "
+            "same project"
         )
     note = f"{counted(len(further), 'choice')} of the project without a class of the run, never predicted: "
     return names, [note + listed(map(brief, further), 5)] if further else []

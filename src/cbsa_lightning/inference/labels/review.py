@@ -1,4 +1,4 @@
-"""Lists for a person: which images to label next, and which given labels to check."""
+"""Lists of images to label next and of given labels to check."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SHOWN = 5  # maximum number of classes in a row of a list
 
 
 def next_to_label(labels: ImageLabels, budget: int, positives: NDArray[np.integer] | None = None) -> pa.Table:
-    """Lists the images whose labels would help most, most uncertain first.
+    """Lists the images whose labels would be most useful, starting with the most uncertain image.
 
-    Columns: ``image``, ``doubt`` (sum over the classes of the binary entropies, in bits), ``classes`` (the most
-        uncertain
-    ones) and ``labels`` (those predicted).
+    The columns are ``image``, ``doubt`` (the sum of the binary entropies of all classes, in bits), ``classes`` (the
+    most uncertain classes) and ``labels`` (the predicted classes).
 
     Args:
         labels: Labels of the unlabeled images.
-        budget: Number of images.
-        positives: ``(C,)`` labeled positives of each class. The entropy of a class is then divided by the square root
-            of this number plus one, so that rare classes get more weight. None: all classes have equal weight.
+        budget: Maximum number of images in the list.
+        positives: ``(C,)``, number of labeled positives of each class. If it is given, the entropy of a class is
+            divided by the square root of this number plus one, so that rare classes get more weight. Otherwise, all
+            classes have equal weight.
     """
     weights = None if positives is None else (positives + 1.0) ** -0.5
     doubt = doubt_of(labels.probabilities, weights)
@@ -53,16 +53,17 @@ def suspicious_labels(
     left_out: NDArray[np.floating],
     at_least: float = 0.5,
 ) -> pa.Table:
-    """Lists given labels that out-of-fold probabilities contradict, least probable first.
+    """Lists given labels that out-of-fold probabilities contradict, starting with the least probable label.
 
-    Columns: ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that the label is wrong.
+    The columns are ``image``, ``class``, ``given`` ("yes" or "no") and ``wrong``, the probability that the label is
+    wrong.
 
     Args:
-        images: ``(m,)`` paths of the labeled images.
+        images: ``(m,)``, paths of the labeled images.
         class_names: The C class names.
         labels: ``(m, C)`` in {1, 0, -1}; unknown entries are ignored.
-        left_out: ``(m, C)`` out-of-fold probabilities.
-        at_least: Minimum probability of being wrong.
+        left_out: ``(m, C)``, out-of-fold probabilities.
+        at_least: Minimum probability of being wrong for a label to be listed.
     """
     wrong = np.where(labels == 1, 1 - left_out, np.where(labels == 0, left_out, 0.0))
     rows, classes = np.nonzero(wrong >= at_least)
@@ -79,7 +80,7 @@ def suspicious_labels(
 
 
 def write_list(path: Path, table: pa.Table) -> None:
-    """Writes a list as CSV, atomically.
+    """Writes a list as CSV; the file is written atomically.
 
     Raises:
         OutputError: If the file cannot be written.

@@ -1,7 +1,7 @@
-"""Label files for import into labeling tools: Label Studio, CVAT and FiftyOne.
+"""Creates label files for import into the labeling tools Label Studio, CVAT and FiftyOne.
 
-The servers silently drop unknown labels and control names, so names are checked here. Confidence orders the images for
-review: Label Studio's uncertainty sampling starts with the lowest.
+The servers silently drop unknown labels and control names, so this module checks names. Images are reviewed in the
+order of their confidence: Label Studio's uncertainty sampling starts with the lowest.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Json = dict[str, Any]
 def label_studio_tasks(
     labels: ImageLabels, model_version: str, url: str = "/data/local-files/?d=", control: str = "labels"
 ) -> list[Json]:
-    """Creates tasks with predictions, for a project with the configuration of :func:`label_studio_config`.
+    """Creates tasks with predictions for a project that is configured by :func:`label_studio_config`.
 
-    Each task's ``data`` has the image's ``path``, which identifies it in an export, ``doubt`` in bits, by which the
-    server's data manager can sort, and ``scores`` for display.
+    The ``data`` of each task contains the ``path`` of the image, which identifies the image in an export, its ``doubt``
+    in bits, which the server's data manager can use for sorting, and ``scores`` for display.
 
     Args:
         labels: Labels of the images.
-        model_version: Name of the model, shown with its predictions.
+        model_version: Name of the model, which is displayed with its predictions.
         url: Prefix of the quoted path of an image.
         control: Name of the Choices control.
     """
@@ -57,13 +57,15 @@ def label_studio_tasks(
 def label_studio_predictions(
     labels: ImageLabels, model_version: str, control: str = "labels", image: str = "image"
 ) -> list[Json]:
-    """Creates the prediction for each image: its labels, and the confidence of all decisions in [0, 1] as ``score``.
+    """Creates a prediction for each image, which contains its labels and a ``score``.
+
+    The score is the confidence of all decisions about the image, in [0, 1].
 
     Args:
         labels: Labels of the images.
         model_version: Name of the model.
         control: Name of the Choices control.
-        image: Name of the control's image.
+        image: Name of the image that the control refers to.
     """
     confidence = 1 - labels.doubt / max(len(labels.class_names), 1)
     return [
@@ -91,11 +93,12 @@ def label_studio_config(labels: ImageLabels, control: str = "labels") -> str:
 def cvat_xml(
     labels: ImageLabels, sizes: Sequence[tuple[int, int] | None] | None = None
 ) -> ElementTree.ElementTree[Any]:
-    """Creates annotations in the format "CVAT for images 1.1": one tag per label, in the order of review.
+    """Creates annotations in the format "CVAT for images 1.1", with one tag per label, in the review order.
 
     Args:
         labels: Labels of n images.
-        sizes: n pairs (width, height) of the upright images; None for an unknown size, or instead of the list.
+        sizes: n pairs (width, height) of the upright images, with None for an unknown size. None instead of the list
+            means that all sizes are unknown.
     """
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
@@ -120,15 +123,15 @@ def cvat_xml(
 
 
 def fiftyone_labels(labels: ImageLabels) -> Json:
-    """Returns ``labels.json`` of a FiftyOneImageClassificationDataset, which names images by path without suffix.
+    """Returns ``labels.json`` of a FiftyOneImageClassificationDataset, which identifies images by path without suffix.
 
     Raises:
-        DataError: If images differ only in their suffix.
+        DataError: If the paths of two images differ only in their suffix.
     """
     keys = [str(PurePosixPath(path).with_suffix("")) for path in labels.images.tolist()]
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise DataError(
-            f"FiftyOne names images without their suffix, so these are ambiguous: {listed(twice)}. Rename the files."
+            f"FiftyOne identifies images without suffix, so these are ambiguous: {listed(twice)}. Rename the files."
         )
     found = {
         key: [
@@ -141,7 +144,7 @@ def fiftyone_labels(labels: ImageLabels) -> Json:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, atomically.
+    """Writes a JSON file atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -151,7 +154,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_xml(path: Path, tree: ElementTree.ElementTree[Any]) -> None:
-    """Writes XML, atomically.
+    """Writes an XML file atomically.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -161,7 +164,7 @@ def write_xml(path: Path, tree: ElementTree.ElementTree[Any]) -> None:
 
 
 def _choices(names: list[str], control: str, image: str) -> list[Json]:
-    """Returns the result of a prediction; empty if it has no class."""
+    """Returns the result of a prediction, which is empty if the image gets no class."""
     if not names:
         return []
     return [{"from_name": control, "to_name": image, "type": "choices", "value": {"choices": names}}]

@@ -1,4 +1,4 @@
-"""The checkpoint of a run, and a version name for its model."""
+"""Finds the checkpoint of a run, and names the version of its model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def checkpoint_of(run: Path) -> Path:
     """Returns the last checkpoint of a run.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If the run has no checkpoint.
     """
     file = run / CHECKPOINTS / NAME
     if not file.is_file():
@@ -24,7 +24,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def version_of(run: Path) -> str:
-    """Returns the name of the run with the start of its checkpoint's SHA-256, such as "cbsa-version_0-1a2b3c4d"."""
+    """Returns the run's name and the start of its checkpoint's SHA-256, such as "cbsa-version_0-1a2b3c4d"."""
     with checkpoint_of(run).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = run.resolve()
@@ -32,6 +32,6 @@ def version_of(run: Path) -> str:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint belongs to, or None for a checkpoint that is not in a run's folder."""
+    """Returns the run that a checkpoint belongs to, or None if the checkpoint is not in a run's folder."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == CHECKPOINTS else None

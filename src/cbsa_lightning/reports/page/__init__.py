@@ -1,1 +1,1 @@
-"""`report.html`: one self-contained page that summarizes a run."""
+"""`report.html`, a self-contained page that summarizes a run."""

@@ -34,18 +34,18 @@ PACKAGES = ("cbsa-lightning", "torch", "lightning", "open_clip_torch", "numpy")
 
 @dataclass(frozen=True)
 class Run:
-    """Inputs of the page in addition to the files of a run.
+    """Content of the page that is not in the files of a run.
 
     Attributes:
         folder: Folder of the run.
         class_names: The C class names.
         root: Folder of the training images.
-        counts: Number of images by kind, as text.
-        validation: The validation images with their labels; None if none were scored.
-        baselines: mAP (0 to 1) by the name of a simpler classifier.
-        partition: ``(C,)`` context of each class; None without contexts.
+        counts: Number of images of each kind, as text.
+        validation: The validation images with their labels; None if no images were scored.
+        baselines: mAP (0 to 1) of each simpler classifier, by name.
+        partition: ``(C,)``, context of each class; None without contexts.
         few_images: Number of validation images below which metrics are imprecise.
-        changes: Changes since the run that training started from, as sentences.
+        changes: Sentences about the changes since the run that training started from.
     """
 
     folder: Path
@@ -60,10 +60,11 @@ class Run:
 
 
 def build_page(run: Run) -> str:
-    """Builds the page as HTML. The number of images on it is bounded for any number of images and classes.
+    """Builds the page as HTML. The number of images on the page is limited, regardless of the size of the data set.
 
     Raises:
-        DataError: If ``predictions.csv`` has other images than ``run.validation``, or ``labels.csv`` other classes.
+        DataError: If the images in ``predictions.csv`` differ from ``run.validation``, or ``labels.csv`` contains a
+            class that the run does not have.
     """
     thumbnail.cache_clear()  # the files of an earlier run may have changed
     folder, names = run.folder, run.class_names
@@ -104,7 +105,7 @@ def build_page(run: Run) -> str:
 
 
 def _pictures(folder: Path, **names: str) -> dict[str, str]:
-    """Returns pictures of the run by title, as data URIs."""
+    """Returns plots of the run as data URIs by title."""
     found = {title: picture(folder / PICTURES / f"{name}.png") for name, title in names.items()}
     return {title: uri for title, uri in found.items() if uri is not None}
 

@@ -1,4 +1,4 @@
-"""Reads the part of a finished run's files that the page shows."""
+"""Reads the content of the page from the files of a finished run."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Unlabeled:
     """Predicted labels of the m unlabeled images.
 
     Attributes:
-        images: ``(m,)`` paths.
-        labels: ``(m,)`` predicted classes of each image, joined by ";".
-        counts: ``(C,)``, number of images with each predicted class.
-        scores: ``(m,)`` scores in [0, 1] by class, for some classes.
+        images: ``(m,)``, paths of the images.
+        labels: ``(m,)``, predicted classes of each image, joined by ";".
+        counts: ``(C,)``, number of images for which each class is predicted.
+        scores: Scores ``(m,)`` in [0, 1] of some classes, by class.
     """
 
     images: pa.ChunkedArray
@@ -52,14 +52,14 @@ class Unlabeled:
 
 
 class Listing(NamedTuple):
-    """The first rows of a list, and the number of all rows."""
+    """The first rows of a list and the total number of rows."""
 
     rows: list[dict[str, str]]
     total: int
 
 
 def read_thresholds(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Reads threshold and number of labeled positives of each class, both ``(C,)``."""
+    """Reads the threshold and the number of labeled positives of each class, both ``(C,)``."""
     types = {"threshold": pa.float32(), "labeled_positives": pa.int64()}
     table = _read(folder / THRESHOLDS, types)
     return table["threshold"].to_numpy(), table["labeled_positives"].to_numpy()
@@ -69,21 +69,23 @@ def read_validation(folder: Path, table: AnnotationTable, thresholds: NDArray[np
     """Reads the scores of the validation images.
 
     Raises:
-        DataError: If the file has other images than ``table``.
+        DataError: If the images in the file differ from those in ``table``.
     """
     path = folder / PREDICTIONS
     found = _read(path, {"image": pa.string(), **dict.fromkeys(table.class_names, pa.float32())})
     if found["image"].to_pylist() != table.paths.tolist():
-        raise DataError(f"{path}: does not have the validation images of this run; delete the file and fit again.")
+        raise DataError(f"{path} does not contain the validation images of this run; delete the file and train again.")
     scores = np.stack([found[name].to_numpy() for name in table.class_names], axis=1)
     return Validation(table, scores, scores >= thresholds)
 
 
 def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int]) -> Unlabeled:
-    """Reads labels of the unlabeled images, with scores of the classes ``shown``; other scores are not kept in memory.
+    """Reads the labels of the unlabeled images, and the scores of the classes ``shown``.
+
+    Other scores are not kept in memory.
 
     Raises:
-        DataError: If the file has a class that the run does not have.
+        DataError: If the file contains a class that the run does not have.
     """
     names = [class_names[k] for k in shown]
     table = _read(folder / LABELS, {"image": pa.string(), "labels": pa.string(), **dict.fromkeys(names, pa.float32())})
@@ -92,7 +94,7 @@ def read_unlabeled(folder: Path, class_names: Sequence[str], shown: Sequence[int
     for entry in pc.value_counts(pc.list_flatten(pc.split_pattern(table["labels"], SEPARATOR))).to_pylist():
         name = entry["values"]
         if name != NOTHING and name not in position:
-            raise DataError(f"{folder / LABELS}: names {name!r}, which is not a class of this run; correct the file.")
+            raise DataError(f"{folder / LABELS} contains {name!r}, which is not a class of this run; correct the file.")
         if name != NOTHING:
             counts[position[name]] = entry["counts"]
     scores = {k: table[class_names[k]].to_numpy() for k in shown}
@@ -108,7 +110,7 @@ def read_listing(path: Path, first: int) -> Listing | None:
 
 
 def _read(path: Path, types: dict[str, Any] | None) -> pa.Table:
-    """Reads some columns of a CSV file; None reads all columns, as text."""
+    """Reads columns of a CSV file with the given types; if ``types`` is None, reads all columns as text."""
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
     try:
         if types is None:
@@ -117,4 +119,4 @@ def _read(path: Path, types: dict[str, Any] | None) -> pa.Table:
         convert = pyarrow.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=False)
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: does not have the expected format ({error}); delete it and fit again.") from error
+        raise DataError(f"{path} does not have the expected format ({error}); delete it and train again.") from error

@@ -1,4 +1,4 @@
-"""Content of the page's sections: rows of the table of classes, and images with captions."""
+"""Creates the content of the page's sections: the rows of the table of classes, and images with captions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cbsa_lightning.reports.page.thumbnails import thumbnail
 from cbsa_lightning.reports.precision_recall import average_precisions
 
 CLASSES = 30  # maximum number of classes with images
-EXAMPLES = 4  # images per kind of example
-LISTED = 24  # images per list
+EXAMPLES = 4  # maximum number of images per kind of example
+LISTED = 24  # maximum number of images per list
 CONTEXTS = 12
-_NAMES = 12  # labels in a caption
+_NAMES = 12  # maximum number of labels in a caption
 
 
 class ClassRow(NamedTuple):
-    """A row of the table of classes; NaN if a metric is undefined, None if it was not measured."""
+    """A row of the table of classes. A metric is NaN if it is undefined, and None if it was not measured."""
 
     name: str
     labeled: int
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
 
 class ClassExamples(NamedTuple):
-    """Images of a class by title of their kind; kinds without images are omitted."""
+    """Images of a class by kind of example; kinds without images are omitted."""
 
     row: ClassRow
     kinds: list[tuple[str, list[Shown]]]
@@ -74,7 +74,8 @@ def class_rows(
         recall = _ratio(hits, positives)
         F1 = _ratio(2 * hits, (given & (truth >= 0)).sum(0) + positives)
         AP = average_precisions(validation.scores, truth)
-        precision, F1 = (np.where(positives > 0, figure, np.nan) for figure in (precision, F1))  # not measured
+        # Without positives, precision and F1 count as undefined.
+        precision, F1 = (np.where(positives > 0, figure, np.nan) for figure in (precision, F1))
         columns = [column.tolist() for column in (positives, AP, precision, recall, F1)]
     return [
         ClassRow(name, int(count), None if n is None else int(n), ap, float(cut), p, r, f, None)
@@ -83,7 +84,11 @@ def class_rows(
 
 
 def chosen_classes(rows: Sequence[ClassRow]) -> list[int]:
-    """Returns the classes with images: lowest AP first, then classes without AP, fewest labeled images first."""
+    """Returns the classes to show with images.
+
+    Classes with the lowest AP come first. They are followed by classes without AP, in the order of their number of
+    labeled images.
+    """
     AP = np.array([np.nan if row.AP is None else row.AP for row in rows])
     order: list[int] = np.lexsort((np.array([row.labeled for row in rows]), AP)).tolist()
     return order[:CLASSES]
@@ -94,10 +99,11 @@ def class_examples(
 ) -> ClassExamples:
     """Selects the worst, the most uncertain and the most typical images of class ``k``.
 
-    The worst are validation images; the others are unlabeled images, or validation images if there are none.
+    The worst images are validation images. The other images are unlabeled images, or validation images if there are no
+    unlabeled images.
 
     Args:
-        k: Class.
+        k: Index of the class.
         row: Row of the class.
         validation: The validation images.
         unlabeled: The unlabeled images, with the scores of class ``k``.
@@ -113,7 +119,7 @@ def class_examples(
         scores = unlabeled.scores[k]
     else:
         scores = np.empty(0, np.float32) if validation is None else validation.scores[:, k]
-    cut = min(row.threshold, 1.0)  # infinite if no image gets the class
+    cut = min(row.threshold, 1.0)  # the threshold is infinite if no image gets the class
     for title, order in (("Least certain", np.abs(scores - cut)), ("Most typical", -scores)):
         places = _first(order, len(scores))
         if unlabeled is not None:
@@ -149,7 +155,10 @@ def suspicious_images(listing: Listing, root: Path) -> list[Shown]:
 def context_sections(
     partition: NDArray[np.int64], class_names: Sequence[str], validation: Validation | None
 ) -> list[Context]:
-    """Returns the contexts, largest first, each with its classes and the validation images that show most of them."""
+    """Returns the contexts from the largest to the smallest.
+
+    Each has its classes and the validation images that show most of these classes.
+    """
     groups = sorted((np.flatnonzero(partition == k) for k in np.unique(partition)), key=len, reverse=True)
     found = []
     for members in groups[:CONTEXTS]:
@@ -162,7 +171,7 @@ def context_sections(
 
 
 def _first(order: NDArray[np.floating], count: int) -> list[int]:
-    """Returns the indices of the smallest values, at most ``count``."""
+    """Returns the indices of the ``count`` smallest values."""
     places: list[int] = np.argsort(order, kind="stable")[: min(EXAMPLES, count)].tolist()
     return places
 

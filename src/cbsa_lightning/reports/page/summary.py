@@ -1,4 +1,4 @@
-"""The first paragraphs of the page: quality of the model, its weak classes, and next steps."""
+"""Writes the first paragraphs of the page: the quality of the model, its weak classes, and next steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
 
     Args:
         rows: Rows of the table of classes.
-        validation: The validation images; None if nothing was measured.
-        baselines: mAP (0 to 1) by the name of a simpler classifier.
+        validation: The validation images; None if no images were scored.
+        baselines: mAP (0 to 1) of each simpler classifier, by name.
         few: Number of validation images below which metrics are imprecise.
     """
     if validation is None:
@@ -32,7 +32,7 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
         return f"None of the {count:,} validation images shows any class, so the quality of the model is unknown."
     text = (
         f"On {count:,} validation images, not used for training, the model has a mean average precision (mAP) "
-        f"of {_percent(np.mean(known))}. mAP measures how well images with a class are ranked above images without it; "
+        f"of {_percent(np.mean(known))}. mAP measures how well images with a class are ranked above images without it. "
         "100 % is perfect. "
     )
     if baselines:
@@ -48,12 +48,12 @@ def quality(rows: Sequence[ClassRow], validation: Validation | None, baselines: 
         "labels that are present (recall)."
     )
     if count < few:
-        text += f" With only {count} images, differences of several points may be chance."
+        text += f" With only {count} images, differences of several points may be due to chance."
     return text
 
 
 def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
-    """Lists classes for which the model is poor or its quality unknown."""
+    """Returns sentences about the classes for which the model is poor or its quality is unknown."""
     low = sorted((r for r in rows if r.AP is not None and r.AP < LOW_AP), key=lambda row: row.AP or 0.0)
     scarce = sorted((r for r in rows if r.labeled < FEW_POSITIVES), key=lambda row: row.labeled)
     unmeasured = [row.name for row in rows if row.validation == 0]
@@ -70,11 +70,11 @@ def weak_classes(rows: Sequence[ClassRow]) -> list[str]:
 
 
 def next_steps(next_to_label: Listing | None, suspicious: Listing | None) -> str:
-    """Describes what to do next; empty if nothing is known."""
+    """Describes the next steps, or returns an empty string if there are none."""
     steps = []
     if next_to_label is not None and next_to_label.total:
         steps.append(
-            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, whose labels would help most"
+            f"label the {_counted(next_to_label.total, 'image')} in {NEXT_TO_LABEL}, whose labels would be most useful"
         )
     if suspicious is not None and suspicious.total:
         steps.append(

@@ -1,4 +1,4 @@
-"""Small pictures embedded in the page."""
+"""Converts images and plots to data URIs, which are embedded in the page."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _QUALITY = 70
 
 @lru_cache(maxsize=1024)
 def thumbnail(file: Path) -> str | None:
-    """Returns a JPEG of at most 120 x 120 pixels as a data URI; None if the image cannot be read."""
+    """Returns a JPEG thumbnail of at most 120 x 120 pixels as a data URI; None if the image cannot be read."""
     try:
         image = Image.fromarray(decode(file, at_least=SIDE))
-    except (CBSAError, OSError, ValueError):  # ValueError: an invalid file name
+    except (CBSAError, OSError, ValueError):  # an invalid file name raises ValueError
         return None
     image.thumbnail((SIDE, SIDE))
     buffer = BytesIO()
@@ -30,10 +30,10 @@ def thumbnail(file: Path) -> str | None:
 
 
 def picture(file: Path) -> str | None:
-    """Returns a PNG file as a data URI; None if there is none."""
+    """Returns a PNG file as a data URI; None if the file does not exist."""
     return data_uri(file.read_bytes(), "image/png") if file.is_file() else None
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Encodes bytes of an image as a data URI."""
+    """Encodes the bytes of an image as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
