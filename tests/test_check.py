@@ -253,7 +253,7 @@ def test_a_test_image_that_is_a_training_image_is_an_error(photos: Path, capsys:
         ([["0.png", "Dog"], ["1.png", "dog"]], "classes that differ only in case"),
         ([["0.png", "cat"], ["1.png", ""]], "a fraction of 0.2 of 1 labeled images cannot be held out"),
         ([[f"{i}.png", "cat"] for i in range(10)], "There are no unlabeled images"),
-        ([["0.png", "cat", "dog"]], "row 2: 3 cells"),
+        ([["0.png", "cat", "dog"]], "row 2: the row has 3 cells"),
     ],
 )
 def test_errors_of_a_fit_are_errors(
