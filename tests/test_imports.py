@@ -1,4 +1,4 @@
-"""Import directions: a module imports from its own folder and from those below it."""
+"""Import directions: a module imports from its own folder and from the folders before it in the import order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import cbsa_lightning
 
 ROOT = Path(cbsa_lightning.__file__).parent
-# From bottom to top; ARCHITECTURE.md describes each folder.
+# In import order; ARCHITECTURE.md describes each folder.
 ORDER = (
     "errors",
     "arguments",
