@@ -119,9 +119,8 @@ class CBSACLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
-        parser.add_lightning_class_args(
-            WriteReportPage, "report_page"
-        )  # reads the files written by the callbacks above
+        # This callback reads the files written by the callbacks above.
+        parser.add_lightning_class_args(WriteReportPage, "report_page")
         parser.add_lightning_class_args(LogToWandb, "wandb")  # logs all of these files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
@@ -299,7 +298,8 @@ class CBSACLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Exits with status :data:`SKIPPED` if images were skipped."""
-        trainer: Any = self.trainer  # `callbacks` is set only after construction, so it has no declared type
+        # Lightning sets `callbacks` only after construction, so the attribute has no declared type.
+        trainer: Any = self.trainer
         writers = [callback for callback in trainer.callbacks if isinstance(callback, WritePredictions)]
         if any(writer.unread for writer in writers):
             sys.exit(SKIPPED)
