@@ -4,8 +4,8 @@
     python scripts/read_back.py datumaro annotations.xml IMAGES RUN/labels.csv
 
 Run it in a separate environment with the tool installed: datumaro, fiftyone, label-studio-sdk (`label_studio`; the
-labeling interface must be in the folder of the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). The script
-does not import this library.
+labeling interface must be next to the tasks) or pyarrow (`table`, for CSV, Parquet and JSON lines). The script does
+not import this library.
 """
 
 from __future__ import annotations

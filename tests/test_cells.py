@@ -389,7 +389,7 @@ def test_a_run_that_does_not_validate_its_last_epoch_is_refused(
 
 def test_a_run_that_is_stopped_early_has_no_result(tmp_path: Path, short_cell: Any) -> None:
     one = short_cell(CBSA, tmp_path / "flag", 2, max_steps=1)
-    with pytest.raises(ConfigError, match="without a validation in its last epoch, 1"):
+    with pytest.raises(ConfigError, match="without validation in its last epoch, 1"):
         make(one, tmp_path)
     assert result_of(one, tmp_path) is None
 

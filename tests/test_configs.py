@@ -400,5 +400,5 @@ def test_a_comparison_without_a_validation_is_refused_before_training(
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(CONFIGS / "quickstart.yaml"), "--data.source.init_args.num_train=20"]
     words += ["--data.source.init_args.num_test=4", "--trainer.max_epochs=5", "--data.labeled_fraction=0.3"]
-    with pytest.raises(ConfigError, match="--compare needs a validation"):
+    with pytest.raises(ConfigError, match="--compare requires validation"):
         main(["fit", *words])

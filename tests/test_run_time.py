@@ -100,19 +100,22 @@ def test_a_system_that_trains_nothing_has_no_steps() -> None:
     found = estimate(PLAN, replace(probes, max_epochs=1, validated_every=1))
     assert (found.steps, found.training_steps, found.measured_steps) == (0, 0, 0)
     assert found.views == 34
-    assert found.not_included == ("the start", "the report", "the fit of the probes")
+    assert found.not_included == ("startup", "writing the report", "fitting the probes")
     # One validation; thresholds twice; descriptions of 15 + 2 images; predictions and labels.
     assert found.scored == 2 + 2 * 10 + 17 + 12
 
 
 def test_sentence_with_the_estimate() -> None:
-    found = RunTime(480.2, 130.0, 59.6, 8480, 480, 900, 8, 3, ("the start", "the report"))
+    excluded = ("startup", "writing the report", "fitting the probes")
+    found = RunTime(480.2, 130.0, 59.6, 8480, 480, 900, 8, 3, excluded)
     assert found.sentence() == (
         "A run takes about 11 min here: 8 min for the features of 8,480 views, 2 min for 480 training steps, 60 s for "
-        "900 images in validations and other passes (measured on 8 images and 3 steps). Not included: the start, "
-        "the report."
+        "900 images in validations and other passes (measured on 8 images and 3 steps). The estimate excludes "
+        "startup, writing the report, and fitting the probes."
     )
-    alone = RunTime(18000.0, 0, 0, 10, 0, 0, 8, 0, ("the start",)).sentence()
+    assert replace(found, not_included=excluded[:2]).sentence().endswith("excludes startup and writing the report.")
+    alone = RunTime(18000.0, 0, 0, 10, 0, 0, 8, 0, ("startup",)).sentence()
+    assert alone.endswith("excludes startup.")
     assert "5.0 h for the" in alone
     assert "steps" not in alone
 
@@ -215,7 +218,7 @@ def test_a_check_reports_the_time_of_a_run(photos: Path, capsys: pytest.CaptureF
     assert (time["measured_images"], time["measured_steps"]) == (8, 3)
     assert all(0 < time[part] < 600 for part in ("features", "steps", "passes"))
     assert time["seconds"] == pytest.approx(time["features"] + time["steps"] + time["passes"])
-    assert time["not_included"] == ["the start", "the report", "the comparison (compare)"]
+    assert time["not_included"] == ["startup", "writing the report", "the comparison (compare)"]
     assert not (photos / "cache").exists()
     assert not (photos / "runs").exists()
 

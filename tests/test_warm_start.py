@@ -122,9 +122,9 @@ def test_classes_are_matched_by_name(earlier, clip_folder, classes):
         for k, each in enumerate(classes):
             source = there[weights.class_names.index(each)] if each in CLASSES else before[name][k]
             assert torch.equal(now[k], source)
-    assert ("new classes start from initial values: pink" in told) == ("pink" in classes)
+    assert ("New classes, which start from initial weights: pink." in told) == ("pink" in classes)
     gone = [name for name in weights.class_names if name not in classes]
-    assert (f"classes dropped: {', '.join(gone)}" in told) == bool(gone)
+    assert (f"Removed classes: {', '.join(gone)}." in told) == bool(gone)
     assert torch.equal(module.network.log_scale, averaged.log_scale)
 
 
@@ -155,7 +155,8 @@ def test_the_context_head_is_reused_only_with_the_same_partition(
             assert all(torch.equal(now[number[k]], old.state_dict()[f"network.{name}"][k]) for k in (0, 1))
         else:
             assert torch.equal(now, before[name])
-    assert ("not the context head" in told) != same
+    assert (" and the context head." in told) == same
+    assert ("Not reused: the context head, because the partition of the classes differs." in told) != same
 
 
 def earlier_of(module, partition=None):
@@ -177,9 +178,9 @@ def earlier_of(module, partition=None):
     [
         ({"prompt_length": 3}, "model.prompt_length is 2 in the checkpoint and 3 in this run"),
         ({"shared_prompts": True}, "model.shared_prompts differs"),
-        ({"decoder_layers": 2}, "is missing in the checkpoint.*config.yaml"),
-        ({"semantic_alignment": False}, "is missing in this run"),
-        ({"train_pool": False, "num_contexts": 0}, "is missing in this run"),
+        ({"decoder_layers": 2}, "is missing from the checkpoint.*config.yaml"),
+        ({"semantic_alignment": False}, "is missing from this run"),
+        ({"train_pool": False, "num_contexts": 0}, "is missing from this run"),
     ],
 )
 def test_errors_for_other_settings_contain_both_values(clip_folder, changes, message):
@@ -290,7 +291,7 @@ def test_a_resumed_run_uses_its_own_weights_and_reports_changes(tmp_path, clip_f
 
 def test_init_from_excludes_resume_and_compare(tmp_path, clip_folder, source, earlier):
     config = settings(clip_folder, write_table(tmp_path / "grown.csv", source, 50), **FUSED)
-    with pytest.raises(ConfigError, match="use only one of them"):
+    with pytest.raises(ConfigError, match="use only one of these options"):
         main(["fit", "--resume", str(earlier), "--init_from", str(earlier)])
     with pytest.raises(ConfigError, match="--compare false"):
         fit(tmp_path / "new", config, "--init_from", str(earlier), "--compare", "true")

@@ -34,11 +34,11 @@ def check_names(name: str, values: Any, count: int | None = None) -> list[str]:
     if not names:
         raise ConfigError(f"{name} is empty; give at least one.")
     if blank := [k for k, value in enumerate(names) if not value.strip()]:
-        raise ConfigError(f"{name}: number {listed(blank)} is empty; give it a name.")
+        raise ConfigError(f"{name}: number {listed(blank)} is empty; enter a name.")
     if repeated := sorted({value for value in names if names.count(value) > 1} if count is None else ()):
         raise ConfigError(f"{name} contains {listed(map(repr, repeated))} more than once; remove the duplicates.")
     if count is not None and len(names) != count:
-        raise ConfigError(f"{name} has {len(names)} entries for {count} classes; give one per class.")
+        raise ConfigError(f"{name} has {len(names)} entries for {count} classes; specify one per class.")
     return names
 
 

@@ -105,7 +105,7 @@ A = sagemaker("a.jpg", [1], {"1": "dog"})
     ([A | {"source-ref": "s3://other/a.jpg"}], {}, ["1 of 1", "'s3://other/a.jpg'", "not below 's3://b/photos/'"]),
     ([A | {"source-ref": "s3://b/photos/../../a.jpg"}], {}, ["is outside"]),
     ([A, A], {}, ["paths that occur twice", "line 1", "line 2"]),
-    ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: there is no '2'"]),
+    ([sagemaker("a.jpg", [2], {"1": "dog"})], {}, ["class-map: the key '2' is missing"]),
     ([sagemaker("a.jpg", ["1"], {"1": "dog"})], {}, ["tags must be an integer, found '1'"]),
     ([sagemaker("a.jpg", 1, {"1": "dog"})], {}, ["tags must be a list, found 1"]),
     ([sagemaker("a.jpg", [1], {"1": "dog"}, type="groundtruth/boxes")], {}, ["has type 'groundtruth/boxes'"]),

@@ -129,7 +129,7 @@ def test_invalid_exports(tmp_path, images, options, words):
     ("<annotation/>", "the root element is 'annotation', not 'annotations'"),
     ('<!DOCTYPE a [<!ENTITY b "ccc"><!ENTITY d "&b;&b;">]><annotations>&d;</annotations>', "declares a document type"),
     ("{}", "is not XML"),
-    (b"\xff\xfe<\x00", "save it as UTF-8"),
+    (b"\xff\xfe<\x00", "save the file as UTF-8"),
     ('<!DOCTYPE a [<!ENTITY b "ccc">]><annotations>&b;</annotations>'.encode("utf-16-le"), "contains NUL characters"),
 ])  # fmt: skip
 def test_files_that_are_not_exports(tmp_path, text, message):

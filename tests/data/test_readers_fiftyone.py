@@ -55,7 +55,7 @@ def test_forms_of_a_label(tmp_path):
 @pytest.mark.parametrize(("content", "images", "words"), [
     ("[", (), ["cannot be read as JSON"]),
     ([], (), ["a dataset must be an object"]),
-    ({}, (), ["there is no 'labels'"]),
+    ({}, (), ["the key 'labels' is missing"]),
     ({"labels": {}}, (), ["labels is empty"]),
     ({"classes": ["x", 3], "labels": {"a": []}}, (), ["a class must be a string, found 3"]),
     ({"classes": ["x"], "labels": {"a": [1]}}, (), ["'a': label 1 is not an index of classes"]),

@@ -227,7 +227,7 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ([3], ["record 1 must be an object, found 3"]),
     ('[{"data": {}, "data": {}}]', ["the key 'data' occurs twice"]),
     ([{"data": {"image": "a.jpg"}}], ["has no 'annotations'", "export the project as JSON"]),
-    ([{"annotations": []}], ["record 1: there is no 'data'"]),
+    ([{"annotations": []}], ["record 1: the key 'data' is missing"]),
     ([task(3)], ["record 1: image must be a string, found 3"]),
     ([task(["a.jpg", "b.jpg"])], ["image must be a string"]),
     ([{"id": 7, "data": {"text": "hello"}, "annotations": []}], ["task 7: the data has no 'image', only 'text'"]),
@@ -238,9 +238,9 @@ GOOD = task("a.jpg", answer(choices("dog")))
     ([task("a.jpg", answer(choices("dog", x=1, y=2)))], ["also have 'x', 'y'", "whole images"]),
     ([task("a.jpg", answer(choices(["animal", "dog"])))], ["a choice must be a string"]),
     ([task("a.jpg", answer({"type": "choices", "value": {}}))], ["from_name None"]),
-    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["there is no 'choices'"]),
+    ([task("a.jpg", answer({"type": "choices", "from_name": "labels", "value": {}}))], ["key 'choices' is missing"]),
     ([task("a.jpg", {"result": 1})], ["result must be a list, found 1"]),
-    ([task("a.jpg", {})], ["there is no 'result'"]),
+    ([task("a.jpg", {})], ["the key 'result' is missing"]),
     ([task("a.jpg", {"result": [], "was_cancelled": "no"})], ["was_cancelled must be true or false, found 'no'"]),
     ([GOOD | {"project": 1}, GOOD | {"project": 2}], ["tasks of several projects: 1", "2"]),
     ([task("a.jpg", answer(choices("")))], ["empty name"]),
@@ -296,8 +296,8 @@ ROW = {"image": "a.jpg", "id": 1, "annotation_id": 1, "labels": {"choices": ["do
 @pytest.mark.parametrize(("rows", "options", "message"), [
     ([ROW | {"labels": "dog"}], {}, "ambiguous which column contains the choices"),
     ([ROW | {"more": {"choices": []}}], {}, "several do: 'labels', 'more'"),
-    ([ROW], {"control": "label"}, r"no row has a column 'label' \(did you mean 'labels'"),
-    ([ROW, {"image": "a.jpg"}], {}, "record 2: there is no 'annotation_id'"),
+    ([ROW], {"control": "label"}, r"no row has a column named 'label' \(did you mean 'labels'"),
+    ([ROW, {"image": "a.jpg"}], {}, "record 2: the key 'annotation_id' is missing"),
     ([ROW | {"annotation_id": "1"}], {}, "annotation_id must be an integer or null"),
     ([ROW, ROW | {"annotation_id": None}], {}, "record 2: the row has 'labels' but no annotation_id"),
     ([ROW | {"labels": [{"x": 1}]}], {"control": "labels"}, "labels must be a string or an object"),
@@ -311,7 +311,7 @@ def test_invalid_json_min(tmp_path, rows, options, message):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("image,labels\na.jpg,dog\n", "no column 'annotation_id'.*export as JSON"),
+    ("image,labels\na.jpg,dog\n", "no column named 'annotation_id'.*export as JSON"),
     ('annotation_id,image,labels\n1,a.jpg,"{""choices"":"\n', "row 2, column 'labels': cannot be read as JSON"),
     ("annotation_id,image,labels\nx,a.jpg,dog\n", "row 2: annotation_id must be an integer or empty, found 'x'"),
     ("annotation_id,labels\n1,dog\n", "no 'image'"),

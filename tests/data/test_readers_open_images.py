@@ -70,7 +70,7 @@ def test_present_absent_and_unknown(tmp_path):
 
 
 @pytest.mark.parametrize(("labels", "names", "images", "words"), [
-    ("ImageID,LabelName\n1,a\n", None, None, ["t.csv: there is no column 'Confidence'"]),
+    ("ImageID,LabelName\n1,a\n", None, None, ["t.csv: there is no column named 'Confidence'"]),
     ("ImageID,LabelName,Confidence\n1,a,2\n", None, None, ["row 2: Confidence must be", "found '2'"]),
     ("ImageID,LabelName,Confidence\n1,a,nan\n", None, None, ["found 'nan'"]),
     ("ImageID,LabelName,Confidence\n1,a,\n", None, None, ["found ''"]),

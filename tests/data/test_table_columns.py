@@ -63,8 +63,8 @@ def test_columns_named_by_the_user(tmp_path):
     table = Table(path, image_column="Id", labels_column="Target", separator=" ").train()
     assert (table.paths.tolist(), table.class_names) == (["a.jpg", "b.jpg"], ("0", "1"))
     assert table.labels.tolist() == [[1, 1], [0, 1]]
-    refused(path, "no column 'tag'", "labels_column", "'Target'", labels_column="tag")
-    refused(path, "no column 'x'", "image_column", image_column="x")
+    refused(path, "no column named 'tag'", "labels_column", "'Target'", labels_column="tag")
+    refused(path, "no column named 'x'", "image_column", image_column="x")
     for name in ("image_column", "labels_column"):
         with pytest.raises(ConfigError, match=f"Table: {name}"):
             Table(path, **{name: ""})

@@ -235,8 +235,8 @@ def _time_is_over(trainer: Any) -> bool:
 def _settle(loops: dict[str, Any], trainer: Any) -> None:
     """Changes the counters of an unfinished epoch to the state "between two batches".
 
-    Lightning 2.6 resumes correctly only from this state. From other states, it skips a validation that is due or the
-    end of an epoch, or counts a step twice.
+    Lightning 2.6 resumes correctly only from this state. From other states, it skips validation that is due or the end
+    of an epoch, or counts a step twice.
     """
     loop = trainer.fit_loop.epoch_loop
     batches, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
@@ -257,7 +257,7 @@ def _settle(loops: dict[str, Any], trainer: Any) -> None:
 
 
 def _validation_due(batches: dict[str, Any], trainer: Any) -> bool:
-    """Returns whether the resumed loop will consider a validation due after the last completed batch."""
+    """Returns whether the resumed loop will consider validation to be due after the last completed batch."""
     loop = trainer.fit_loop.epoch_loop
     before = loop.batch_progress.state_dict()
     loop.batch_progress.load_state_dict(batches)

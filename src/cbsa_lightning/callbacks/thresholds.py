@@ -190,7 +190,7 @@ def _trains_on_scores(pl_module: Any) -> bool:
 
 
 def _saves_when_epochs_end(trainer: L.Trainer) -> bool:
-    """Returns whether checkpoints may be written after an epoch without a validation."""
+    """Returns whether checkpoints may be written after an epoch without validation."""
     return any(
         not isinstance(callback, ModelCheckpoint) or lightning_private.saves_at_epoch_end(callback, trainer)
         for callback in trainer.checkpoint_callbacks

@@ -1,4 +1,4 @@
-"""Reads the run or checkpoint that is passed to ``--init_from``."""
+"""Reads the run folder or checkpoint file that is passed to ``--init_from``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_earlier(place: str) -> EarlierRun:
     """Reads the given checkpoint or the newest one of a run, and the run's list of labeled images.
 
     Args:
-        place: Folder of a run, or path of a checkpoint. The list of a checkpoint is read from the run folder that
+        place: Run folder or checkpoint file. The list of a checkpoint is read from the run folder that
             contains the checkpoint, if that run wrote it.
 
     Raises:
@@ -41,7 +41,7 @@ def read_earlier(place: str) -> EarlierRun:
     if not path.exists():
         raise CheckpointError(
             f"--init_from {place} does not exist. Use the folder of a finished run, such as runs/cbsa/version_0, or a "
-            "checkpoint. The file must exist until the new run ends."
+            "checkpoint file. The file must exist until the new run ends."
         )
     file = _newest(path) if path.is_dir() else path
     checkpoint = read_checkpoint(file, ("state_dict", "class_names"))

@@ -16,7 +16,7 @@ from cbsa_lightning.method.finite import not_finite
 from cbsa_lightning.networks.base import Network
 from cbsa_lightning.networks.compiled import class_of
 
-REMEDY = "Train with the model settings of its config.yaml, or remove --init_from"
+REMEDY = "Train with the model settings in the config.yaml of the earlier run, or remove --init_from"
 
 
 class Earlier(NamedTuple):
@@ -75,7 +75,8 @@ def check_fits(earlier: Earlier, network: Network, own: Mapping[str, Tensor], cl
         class_names: The network's classes.
 
     Raises:
-        CheckpointError: If the network classes, the frozen weights or the settings differ; the message names both.
+        CheckpointError: If the type of the network, the frozen weights or the settings differ. The message states
+            the values of the checkpoint and of this run.
     """
     source = earlier.source
     if earlier.network not in (None, class_of(network)):
@@ -104,8 +105,8 @@ def _differences(earlier: Earlier, network: Network, own: Mapping[str, Tensor]) 
     contexts = set(network.context_tensors)
     there = earlier.weights.keys() - contexts
     here = own.keys() - contexts
-    yield from (f"{name} is missing in the checkpoint" for name in sorted(here - there))
-    yield from (f"{name} is missing in this run" for name in sorted(there - here))
+    yield from (f"{name} is missing from the checkpoint" for name in sorted(here - there))
+    yield from (f"{name} is missing from this run" for name in sorted(there - here))
     for name in sorted(here & there):
         old, new = earlier.weights[name].shape, own[name].shape
         if name in by_class and len(old) > 0 and old[0] == len(earlier.class_names):
@@ -140,7 +141,7 @@ def take_over(
         partition: ``(C,)``, the context of each class in the new run; -1 if there is none.
 
     Returns:
-        A sentence that states which weights were copied and which were not.
+        A message that states which weights were copied and which were not.
     """
     by_class, contexts = network.class_tensors() or set(), set(network.context_tensors)
     rows = {name: row for row, name in enumerate(earlier.class_names)}
@@ -151,7 +152,8 @@ def take_over(
             own[name][common] = earlier.weights[name][from_rows].to(own[name])
         else:
             own[name].copy_(earlier.weights[name])
-    told = [f"the weights of {len(common)} classes" if by_class else "all weights, none of them class-specific"]
+    reused = f"the weights of {len(common)} classes" if by_class else "all weights (none of them is class-specific)"
+    dropped_head = ""
     heads = [name for name in network.context_tensors if name in own]
     if heads:
         there = earlier.weights.get(heads[0])
@@ -160,14 +162,15 @@ def take_over(
         if order is not None:
             for name in heads:
                 own[name].copy_(earlier.weights[name][order])
-            told.append("the context head")
+            reused += " and the context head"
         else:
-            told.append("not the context head, since the partition of the classes differs")
+            dropped_head = "Not reused: the context head, because the partition of the classes differs."
     new = [name for name in class_names if name not in rows]
     gone = [name for name in earlier.class_names if name not in set(class_names)]
-    told += [f"new classes start from initial values: {listed(new)}"] if new else []
-    told += [f"classes dropped: {listed(gone)}"] if gone else []
-    return f"Training starts from the averaged weights of {earlier.source}: {'; '.join(told)}."
+    told = [f"Training starts from the averaged weights of {earlier.source}.", f"Reused: {reused}.", dropped_head]
+    told += [f"New classes, which start from initial weights: {listed(new)}."] if new else []
+    told += [f"Removed classes: {listed(gone)}."] if gone else []
+    return " ".join(filter(None, told))
 
 
 def _same_contexts(

@@ -1,4 +1,4 @@
-"""``cbsa check``, which reports the content and the problems of a data set before training."""
+"""``cbsa check``, which reports the content of a data set and the problems with it before training."""
 
 from __future__ import annotations
 

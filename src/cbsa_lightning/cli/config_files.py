@@ -111,7 +111,9 @@ def check_configs(words: Sequence[str]) -> None:
             raise ConfigError(str(error)) from error
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"{file} cannot be read as YAML ({reason}); correct it, and save it as UTF-8.") from error
+            raise ConfigError(
+                f"{file} cannot be read as YAML ({reason}); correct the file, and save it as UTF-8."
+            ) from error
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{file} must contain a mapping such as 'trainer: {{max_epochs: 2}}'.")
         if nul := [e.start_mark.line + 1 for e in events if "\0" in (getattr(e, "value", None) or "")]:

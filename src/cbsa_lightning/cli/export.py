@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cbsa export",
         description="Writes a trained model as a folder of files that predict the same labels without this library.",
     )
-    parser.add_argument("source", type=Path, help="folder of a finished run or a checkpoint")
+    parser.add_argument("source", type=Path, help="folder of a finished run, or a checkpoint file")
     parser.add_argument("--to", type=Path, required=True, help="output folder")
     parser.add_argument("--format", default=FORMATS, help=f"formats, separated by commas (default: {FORMATS})")
     parser.add_argument("--extra", default="", help="additional outputs of the model: attention, context or both")

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=list(SUFFIXES), required=True, help="tool or format")
     parser.add_argument("--output", required=True, help="output file")
     parser.add_argument("--images", help="folder of new images to label with the run's checkpoint")
-    parser.add_argument("--root", type=Path, help="for --to cvat and --tasks: folder of the run's images")
+    parser.add_argument("--root", type=Path, help="for --to cvat and --tasks: folder that contains the run's images")
     studio = parser.add_argument_group("Label Studio")
     studio.add_argument("--url", help=f"prefix of the path of an image (default: {URL}, its local storage)")
     studio.add_argument(
@@ -146,7 +146,7 @@ def _sizes(args: argparse.Namespace, labels: ImageLabels) -> list[tuple[int, int
     """Returns the sizes of the images, and prints a note about unknown sizes."""
     root = _root(args)
     if root is None:
-        print("The file contains no image sizes. To write them, pass the folder of the photos with --root FOLDER.")
+        print("The file contains no image sizes. To add them, pass the folder that contains the photos as --root.")
         return None
     sizes = upright_sizes([root / path for path in labels.images.tolist()])
     if unknown := [path for path, size in zip(labels.images.tolist(), sizes, strict=True) if size is None]:

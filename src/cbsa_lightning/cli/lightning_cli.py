@@ -83,7 +83,10 @@ class CBSACLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on instances only
-        """Returns the given subcommand, or all if none is given; setting up a parser takes a tenth of a second."""
+        """Returns only the given subcommand, because setting up each parser takes a tenth of a second.
+
+        Returns all subcommands if none is given.
+        """
         known = LightningCLI.subcommands()
         chosen = set(self._words[:1]) & set(known)
         return {name: skipped for name, skipped in known.items() if not chosen or name in chosen}
@@ -99,7 +102,10 @@ class CBSACLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Removes the callback of ``--checkpoint`` if checkpoints are disabled, because Lightning rejects both."""
+        """Removes the callback of ``--checkpoint`` if checkpoints are disabled.
+
+        Lightning rejects the combination of such a callback with disabled checkpoints.
+        """
         if config.get("barebones") or config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
@@ -113,7 +119,8 @@ class CBSACLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{epoch}"})
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(WriteLabels, "labels")
-        parser.add_lightning_class_args(WriteReportPage, "report_page")  # reads their files
+        # This callback reads the files written by the callbacks above.
+        parser.add_lightning_class_args(WriteReportPage, "report_page")
         parser.add_lightning_class_args(LogToWandb, "wandb")  # logs all of these files
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_argument(
@@ -134,15 +141,16 @@ class CBSACLI(LightningCLI):
             "--init_from",
             type=str | None,
             default=None,
-            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint), even if "
-            "classes or labels have changed, and report the differences (docs/photos.md).",
+            help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint file), even "
+            "if classes or labels have changed, and report the differences (docs/photos.md).",
         )
         parser.add_argument(
             "--gain",
             type=GainCheck | None,
             default=None,
-            help="Before the fit, estimate from the labeled images only whether the unlabeled images help, for "
-            "example --gain.folds 2. With --gain.keep_labeled_only true, train without them if they do not.",
+            help="Before the fit, estimate from the labeled images only whether the unlabeled images help. To "
+            "enable this, set its options, for example --gain.folds 2. With --gain.keep_labeled_only true, train "
+            "without the unlabeled images if they do not help.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -249,7 +257,9 @@ class CBSACLI(LightningCLI):
             return
         options = {word.partition("=")[0] for word in self._words}
         if {"--init_from", "--ckpt_path"} <= options:
-            raise ConfigError("--init_from starts a new run, --ckpt_path resumes one; use only one of them.")
+            raise ConfigError(
+                "--init_from starts a new run, whereas --ckpt_path resumes one; use only one of these options."
+            )
         if self._get(self.config, "compare"):
             raise ConfigError(
                 "--compare trains a second network from new weights, which is not comparable with a run that uses "
@@ -264,7 +274,7 @@ class CBSACLI(LightningCLI):
         every, most = trainer.check_val_every_n_epoch, trainer.max_epochs
         if not trainer.limit_val_batches or (every and most and 0 <= most < every):
             raise ConfigError(
-                f"--compare needs a validation, but this run has none: its {most} epochs are fewer than "
+                f"--compare requires validation, but this run never validates: its {most} epochs are fewer than "
                 f"trainer.check_val_every_n_epoch {every}, or trainer.limit_val_batches is 0. Change these settings, "
                 "or remove --compare."
             )
@@ -288,7 +298,8 @@ class CBSACLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Exits with status :data:`SKIPPED` if images were skipped."""
-        trainer: Any = self.trainer  # Lightning sets its callbacks late, so their attribute has no type
+        # Lightning sets `callbacks` only after construction, so the attribute has no declared type.
+        trainer: Any = self.trainer
         writers = [callback for callback in trainer.callbacks if isinstance(callback, WritePredictions)]
         if any(writer.unread for writer in writers):
             sys.exit(SKIPPED)
@@ -317,7 +328,7 @@ def _useful(record: logging.LogRecord) -> bool:
 
 
 def make_cli(args: ArgsType = None, run: bool = True, folder: Path | None = None) -> CBSACLI:
-    """Runs the subcommand that is the first of ``args``: fit, validate, test or predict.
+    """Runs the subcommand given as the first element of ``args``: fit, validate, test or predict.
 
     Args:
         args: Command-line arguments; by default those of the process.

@@ -53,7 +53,8 @@ def resumed(words: Sequence[str]) -> Iterator[Resumed]:
         raise ConfigError(f"{_FLAG} finds the checkpoint itself; use either --ckpt_path or {_FLAG}.")
     if any(word.split("=")[0] == "--init_from" for word in rest):
         raise ConfigError(
-            f"--init_from starts a new run, {_FLAG} resumes one from its own weights; use only one of them."
+            f"--init_from starts a new run, whereas {_FLAG} resumes one from its own weights; use only one of "
+            "these options."
         )
     if any(word.split("=")[0] in ("--config", "-c") for word in rest):
         run = _named_run(folder)

@@ -50,7 +50,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     if not names:
         raise DataError(f"{where}: there are no classes; at least one is required")
     if "" in names:
-        raise DataError(f"{where}: class {names.index('')} has an empty name; give it a name")
+        raise DataError(f"{where}: class {names.index('')} has an empty name; enter a name")
     if wrong := [k for k, name in enumerate(names) if any("\ud800" <= mark <= "\udfff" for mark in name)]:
         found = listed(f"{brief(names[k])} (class {k})" for k in wrong)
         raise DataError(
@@ -73,10 +73,10 @@ def check_prompt_names(class_names: Sequence[str], prompt_names: Sequence[str], 
     """
     prompts = tuple(clean_name(prompt) for prompt in prompt_names)
     if len(prompts) != len(class_names):
-        raise DataError(f"{where}: {len(prompts)} prompt names for {len(class_names)} classes; give one per class")
+        raise DataError(f"{where}: {len(prompts)} prompt names for {len(class_names)} classes; specify one per class")
     if "" in prompts:
         unnamed = class_names[prompts.index("")]
-        raise DataError(f"{where}: class {brief(unnamed)} has an empty prompt name; write one")
+        raise DataError(f"{where}: class {brief(unnamed)} has an empty prompt name; enter a name")
     seen_by_tower = [" ".join(prompt.replace("_", " ").casefold().split()) for prompt in prompts]
     if pairs := duplicates(seen_by_tower):
         found = listed(f"{brief(class_names[i])} and {brief(class_names[j])} ({brief(prompts[j])})" for i, j in pairs)
@@ -119,8 +119,8 @@ class ClassFile:
         """Returns the prompt names for the classes of a data set. Classes that are not in the file keep the default.
 
         Raises:
-            DataError: If the data set does not have a class of the file under its name or one of its synonyms, or
-                two classes have the same prompt text.
+            DataError: If a class in the file is missing from the data set, both under its name and under its
+                synonyms, or two classes have the same prompt text.
         """
         position = self.index()
         in_file = [position.get(clean_name(name)) for name in class_names]
@@ -210,7 +210,7 @@ def _read_pairs(path: Path) -> _Pairs:
 
 
 def _plain(node: Any, path: Path, seen: set[int]) -> Any:
-    """Converts a YAML node to text, list or pairs. Null is converted to an empty text.
+    """Converts a YAML node to text, list or pairs. Null is converted to an empty string.
 
     ``seen`` contains the nodes that have been visited. A node that is repeated is an alias. Aliases are rejected,
     because a few lines with aliases can expand to billions of values.

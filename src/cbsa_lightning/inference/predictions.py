@@ -46,9 +46,9 @@ def check_output(path: str | os.PathLike[str], class_names: Sequence[str]) -> No
     ambiguous = [repr(name) for name in class_names if name in (*COLUMNS, NOTHING) or SEPARATOR in name]
     if ambiguous:
         raise ConfigError(
-            f"A table of predictions has the columns {' and '.join(COLUMNS)}, separates labels by '{SEPARATOR}' and "
-            f"writes '{NOTHING}' for no label, so these class names are ambiguous: {listed(ambiguous)}. Rename them "
-            "in the annotations."
+            f"A table of predictions has the columns {' and '.join(COLUMNS)}, uses '{SEPARATOR}' to separate labels, "
+            f"and uses '{NOTHING}' for an image without labels, so these class names are ambiguous: "
+            f"{listed(ambiguous)}. Rename them in the annotations."
         )
 
 

@@ -311,7 +311,7 @@ def read_history(file: str | os.PathLike[str]) -> dict[str, dict[int, float]]:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}.") from error
     if not rows or "epoch" not in rows[0]:
-        raise DataError(f"{file} has no column 'epoch'; use the metrics.csv of a CSVLogger.")
+        raise DataError(f"{file} has no column named 'epoch'; use the metrics.csv of a CSVLogger.")
     history: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, text in row.items():

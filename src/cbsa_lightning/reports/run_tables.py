@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 def image_table(validation: Validation, images: Sequence[TellingImage]) -> Table:
-    """Creates one row per image: file, reason, labels, doubt, and one column ``score/<class>`` per class.
+    """Creates one row per image: file, reason, labels, doubt, and one column named ``score/<class>`` per class.
 
     With more than :data:`SCORES` classes, only those that matter most in the images have a column; see
     :func:`~cbsa_lightning.reports.telling_images.score_classes`.

@@ -64,7 +64,9 @@ def _first(values: NDArray[np.float64], count: int, lowest: float) -> list[int]:
 def score_classes(
     images: Sequence[TellingImage], truths: NDArray[np.int8], given: NDArray[np.bool_], most: int
 ) -> list[int]:
-    """Returns the classes whose scores a table of the images shows: all, or those that matter most in the images.
+    """Returns the classes to include in a table of the images' scores.
+
+    These are all classes, or those that matter most for the images if there are more than ``most`` classes.
 
     A class matters in an image that shows it or for which it is predicted.
 

@@ -145,7 +145,7 @@ def _found(cli: Any, seconds: float) -> Settings:
     last = cli.trainer.max_epochs - 1
     if last not in report.history.get("val/mAP", {}):
         raise ConfigError(
-            f"The run ended without a validation in its last epoch, {last}. Remove callbacks and limits that stop it "
+            f"The run ended without validation in its last epoch, {last}. Remove callbacks and limits that stop it "
             "early."
         )
     data = cli.datamodule

@@ -42,7 +42,7 @@ class Cost(NamedTuple):
 
 
 def costs(recipes: Mapping[str, Mapping[str, Any]], rounds: int = 3, steps: int = 5) -> dict[str, Cost]:
-    """Measures the recipes in turn, ``rounds`` times, and returns the minimum for each.
+    """Measures the cost of the recipes in turn, ``rounds`` times, and returns the minimum for each.
 
     The minimum is the best estimate because other processes can only increase a measurement.
 

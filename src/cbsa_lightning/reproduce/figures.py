@@ -205,7 +205,7 @@ def _parser(number: int, description: str) -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or a checkpoint")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or a checkpoint file")
     parser.add_argument("--images", type=Path, help="folder of images (default: the test images of the run)")
 
 

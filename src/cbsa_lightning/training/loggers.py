@@ -49,7 +49,8 @@ class MetricsFile:
             return [{**row, "step": int(row["step"])} for row in rows]
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise DataError(
-                f"{self.file} is not a table of metrics with a column 'step' ({error}). Move it out of the run's folder"
+                f"{self.file} is not a table of metrics with a column named 'step' ({error}). Move the "
+                "file out of the run's folder"
             ) from error
 
     def log_metrics(self, metrics: dict[str, Any], step: int) -> None:

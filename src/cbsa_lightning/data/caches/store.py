@@ -57,7 +57,7 @@ class RowStore:
     and each worker maps the file itself. Not thread-safe.
 
     Args:
-        folder: Folder of the files, which is created if it does not exist.
+        folder: Folder that contains the files. It is created if it does not exist.
         shape: Shape of one row.
         settings: Settings that the rows depend on, in addition to their keys, as JSON-like values. They must equal the
             settings that the store was created with.

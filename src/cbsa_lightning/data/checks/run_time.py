@@ -32,7 +32,7 @@ class Request:
         recipe: Configuration of the run.
         rows: Rows of the training table whose images are read for the measurement.
         sizes: Number of images per training step in each stage.
-        steps: Number of training steps to measure for each of these sizes.
+        steps: Number of training steps to time for each of these sizes.
     """
 
     recipe: dict[str, Any]
@@ -134,9 +134,11 @@ class RunTime:
         told = ", ".join(f"{_duration(seconds)} for {what}" for seconds, what, number in parts if number)
         measured = f"{self.measured_images} images"
         measured += f" and {self.measured_steps} steps" if self.measured_steps else ""
+        *others, last = self.not_included
+        excluded = f"{', '.join(others)}{',' if len(others) > 1 else ''} and {last}" if others else last
         return (
-            f"A run takes about {_duration(self.total)} here: {told} (measured on {measured}). Not included: "
-            f"{', '.join(self.not_included)}."
+            f"A run takes about {_duration(self.total)} here: {told} (measured on {measured}). The estimate excludes "
+            f"{excluded}."
         )
 
 
@@ -211,7 +213,7 @@ def estimate(plan: Plan, units: Units) -> RunTime:
         scored=scored,
         measured_images=units.images,
         measured_steps=units.steps if training_steps else 0,
-        not_included=("the start", "the report", *(["the fit of the probes"] if units.evidence else [])),
+        not_included=("startup", "writing the report", *(["fitting the probes"] if units.evidence else [])),
     )
 
 

@@ -30,7 +30,7 @@ class CloudLines(Export):
     Args:
         train: File with the training images.
         test: File with the test images.
-        root: Folder of the images. Defaults to the folder of each file.
+        root: Folder that contains the images. Defaults to the folder that contains each file.
         class_file: Class file with the class list and prompt names. The lines contain only the labels in use.
         prefix: URL of ``root`` in the bucket, such as "s3://bucket/photos".
         attribute: Name of the label attribute (SageMaker). Required if there are several.

@@ -157,7 +157,7 @@ def read_coco(
 
     Args:
         annotations: Path of the JSON file.
-        images: Folder of the images.
+        images: Folder that contains the images.
         root: Folder that the paths in the table are relative to. Defaults to ``images``.
         class_file: Class file with prompt names. Defaults to the category names.
         unannotated: Use of images without annotations: "drop" omits them, "unlabeled" keeps them as unlabeled images,

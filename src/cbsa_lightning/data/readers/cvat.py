@@ -30,7 +30,7 @@ class CVAT(Export):
     Args:
         train: XML file with the training images.
         test: XML file with the test images.
-        root: Folder of the images. Defaults to the folder of each file.
+        root: Folder that contains the images. Defaults to the folder that contains each file.
         class_file: Class file with prompt names (see ``read_class_file``).
         untagged: Meaning of an image without tags: "unlabeled", or "nothing" if it shows no class.
         nothing: Tags that mean "seen, and shows no class". They are not classes.

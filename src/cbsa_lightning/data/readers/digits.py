@@ -99,7 +99,7 @@ class Digits(Source):
 
     @property
     def folder(self) -> Path:
-        """Folder of the images and annotations with these settings."""
+        """Folder that contains the images and annotations with these settings."""
         name = f"v{DRAWING}-train{self.num_train}-test{self.num_test}-{self.image_size}px-seed{self.seed}"
         return Path(self.root) / name
 

@@ -51,7 +51,7 @@ class Export(Source):
     Args:
         train: File with the training images. Images without an answer are unlabeled.
         test: File with the test images.
-        root: Folder that image paths are relative to. Defaults to the folder of each file.
+        root: Folder that image paths are relative to. Defaults to the folder that contains each file.
         class_file: Class file with prompt names (see ``read_class_file``).
         nothing: Labels that mean "seen, and shows no class", such as "none". They are not classes.
         disagreement: Label of a class if the answers for an image differ: "unknown", or "majority" for the label of the
@@ -161,7 +161,7 @@ class Export(Source):
         return self._load(Path(path), self._root_of(path))
 
     def _root_of(self, path: str) -> Path:
-        """Returns the folder of the images of a file."""
+        """Returns the folder that contains the images listed in a file."""
         return Path(path).parent if self._root is None else Path(self._root)
 
     def _file(self, part: str) -> str:

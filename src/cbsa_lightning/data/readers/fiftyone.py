@@ -27,7 +27,7 @@ class FiftyOne(Export):
     Args:
         train: File ``labels.json`` of the training images.
         test: File ``labels.json`` of the test images.
-        root: Folder of the images. Defaults to the folder ``data`` next to each file.
+        root: Folder that contains the images. Defaults to the folder ``data`` next to each file.
         class_file: Class file with prompt names (see ``read_class_file``).
         nothing: Labels that mean "shows no class". They are not classes.
 

@@ -41,8 +41,8 @@ def class_columns(columns: Columns, image: str, words: Words) -> list[str]:
             )
     if not found:
         raise DataError(
-            f"{columns.path}: the table has no labels; add a column {LABELS_COLUMNS[0]!r} with names, or one column "
-            "per class; if a column with names is called differently, set labels_column"
+            f"{columns.path}: the table has no labels; add a column named {LABELS_COLUMNS[0]!r} with class names, or "
+            "one column per class; if a column with names is called differently, set labels_column"
         )
     return found
 

@@ -25,8 +25,8 @@ class NamedLabels:
 
     Args:
         columns: The table.
-        column: The column of labels. Classes named in a column ``review``, if there is one, are unknown, regardless of
-            the labels.
+        column: The column of labels. Classes listed in a column named ``review``, if there is one, are unknown,
+            regardless of the labels.
         words: Distinguishes class names from other words.
         form: The form in which a cell lists its names. With None, it is detected.
         known: Names and synonyms of the classes, if known.

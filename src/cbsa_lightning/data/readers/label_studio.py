@@ -30,7 +30,7 @@ class LabelStudio(Export):
         train: Export of the training images as JSON, JSON_MIN, CSV or TSV. JSON is recommended, since only this format
             marks skipped tasks.
         test: Export of the test images.
-        root: Folder of the images. Defaults to the folder of each export.
+        root: Folder that contains the images. Defaults to the folder that contains each export.
         class_file: Class file with prompt names, and with the class list if there is no ``label_config``.
         label_config: XML of the labeling interface of the project, which contains all choices. An export contains only
             those in use.

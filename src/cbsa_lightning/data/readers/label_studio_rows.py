@@ -49,8 +49,8 @@ def read_csv(file: Path, control: str | None, key: str) -> tuple[list[Task], lis
     columns = read_columns(file)
     if "annotation_id" not in columns.names:
         raise DataError(
-            f"{file}: the file has no column 'annotation_id', which distinguishes empty answers from unlabeled images; "
-            " export as JSON"
+            f"{file}: the file has no column named 'annotation_id', which distinguishes empty answers from unlabeled "
+            "images; export as JSON"
         )
     cells = {name: columns.text(name).fill_null("").to_pylist() for name in columns.names}
     rows = []
@@ -111,7 +111,7 @@ def _control(file: Path, rows: list[dict[str, Any]], control: str | None) -> str
     names = dict.fromkeys(name for row in rows for name in row)
     if control not in names and any(row.get("annotation_id") is not None for row in rows):
         raise DataError(
-            f"{file}: no row has a column {brief(control)}{did_you_mean(control, names)}; its columns are "
+            f"{file}: no row has a column named {brief(control)}{did_you_mean(control, names)}; its columns are "
             f"{listed(map(brief, names))}; correct control, or export as JSON"
         )
     return control

@@ -93,7 +93,7 @@ def locate(tasks: list[Task], root: Path, prefix: str | None) -> tuple[list[str]
 
     Args:
         tasks: Tasks of an export.
-        root: Folder of the images.
+        root: Folder that contains the images.
         prefix: Path or URL of ``root`` in the project; see :func:`find_images`.
 
     Raises:

@@ -30,7 +30,7 @@ def find_images(
 
     Args:
         values: n paths or URLs from the export.
-        root: Folder of the images.
+        root: Folder that contains the images.
         prefix: Path or URL of ``root`` in the tool, such as "photos", "s3://bucket/photos" or "https://host/photos".
         where: Function that describes the file and the record of a row, for error messages.
 

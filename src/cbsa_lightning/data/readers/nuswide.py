@@ -48,7 +48,7 @@ class NUSWIDE(Source):
     Args:
         root: Folder that the other paths are relative to.
         layout: "official" or "list".
-        images: Folder of the images in the lists.
+        images: Folder that contains the images in the lists.
         train_images: List of the training images (layout "list").
         train_labels: Labels of the training images (layout "list").
         val_images: List of the test images (layout "list").

@@ -38,11 +38,11 @@ class OpenImages(Source):
     Args:
         train: Label file of the training images.
         test: Label file of the test images.
-        root: Folder of the images. Defaults to the folder of each label file.
+        root: Folder that contains the images. Defaults to the folder that contains each label file.
         class_descriptions: CSV file of label names and class names. Rows of other labels are omitted. Defaults to the
             label names in the training file.
-        train_images: CSV file with a column ``ImageID`` of all training images. Images without a label row are
-            unlabeled. Defaults to the images in ``train``.
+        train_images: CSV file with a column named ``ImageID`` that lists all training images. Images without a label
+            row are unlabeled. Defaults to the images in ``train``.
         test_images: The same for the test images.
         suffix: Suffix that is appended to the image id to obtain the file name.
         class_file: Class file with prompt names (see ``read_class_file``).
@@ -206,7 +206,7 @@ def _column(columns: Columns, name: str) -> Any:
     if name not in columns.names:
         found = listed(map(brief, columns.names))
         raise DataError(
-            f"{columns.path}: there is no column {name!r}, only {found}; use the image labels of Open Images"
+            f"{columns.path}: there is no column named {name!r}, only {found}; use the image labels of Open Images"
         )
     return columns.text(name).fill_null("")
 

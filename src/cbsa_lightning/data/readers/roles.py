@@ -59,7 +59,7 @@ def labels_column(columns: Columns, image: str, name: str | None, classes: Colle
         classes: Names and synonyms in a class file. Columns with these names are class columns.
 
     Raises:
-        DataError: If there is no column ``name``, or the roles of the columns are ambiguous.
+        DataError: If there is no column named ``name``, or the roles of the columns are ambiguous.
     """
     if name is not None:
         return _given(columns, name, "labels_column")
@@ -112,8 +112,9 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
 def _given(columns: Columns, name: str, option: str) -> str:
     if clean_name(name) not in columns.names:
         raise DataError(
-            f"{columns.path}: there is no column {brief(name)}, given as {option}{did_you_mean(name, columns.names)}; "
-            f"the columns are {listed(map(brief, columns.names))}; correct {option}"
+            f"{columns.path}: there is no column named {brief(name)}, given as {option}"
+            f"{did_you_mean(name, columns.names)}; the columns are {listed(map(brief, columns.names))}; "
+            f"correct {option}"
         )
     return clean_name(name)
 

@@ -160,8 +160,9 @@ def _blanks(cells: Sequence[str], where: Where) -> Form:
     """Detects whether a cell is one name, which may contain blanks, or several names that are separated by blanks.
 
     A cell contains several names only if this is clear: all words of cells with several words also occur in other
-    cells, and no word occurs twice in a cell; cells have at least three different numbers of words; and there are twice
-    as many cells as words. For names such as "dining table" and "traffic light", some words occur only once.
+    cells, and no word occurs twice in a cell; the number of words per cell takes at least three different values; and
+    there are at least twice as many distinct cells as distinct words. For names such as "dining table" and "traffic
+    light", some words occur only once.
     """
     words = {" ".join(cell.split()): cell.split() for cell in cells}
     cell_of = {" ".join(cell.split()): cell for cell in cells}

@@ -74,8 +74,8 @@ def require_named(named: Iterable[tuple[str, str | None]]) -> None:
     named = list(named)
     if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
         if folders := [f"{path} ({what})" for what, path in named if path is not None and os.path.isdir(path)]:
-            raise DataError(f"{listed(folders)} is a folder; give a table that has a row for each image (docs/data.md)")
-        raise DataError(f"no file at {listed(missing)}; put it there or correct the path")
+            raise DataError(f"{listed(folders)} is a folder; specify a table with one row per image (docs/data.md)")
+        raise DataError(f"no file at {listed(missing)}; add the file or correct the path")
 
 
 def read_lines(file: Path, remedy: str) -> list[str]:
@@ -159,7 +159,7 @@ def tidy_paths(
 
 
 def refuse_repeated(paths: StringArray, where: Callable[[int], str]) -> None:
-    """Checks that no image has several rows, for formats that ``where`` describes.
+    """Checks that no image has several rows. ``where`` describes the location of a row for error messages.
 
     Raises:
         DataError: If an image has several rows. The message names the path and describes the rows with ``where``.

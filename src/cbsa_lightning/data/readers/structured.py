@@ -1,4 +1,4 @@
-"""Reading of JSON, JSON lines and XML files of labeling tools, and type checks of their fields."""
+"""Functions that read JSON, JSON lines and XML files from labeling tools and check the types of their fields."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         DataError: If the file is missing or empty, or a line is not a JSON object.
     """
     records = []
-    for number, line in enumerate(read_lines(file, "correct the path, or save it as UTF-8"), start=1):
+    for number, line in enumerate(read_lines(file, "correct the path, or save the file as UTF-8"), start=1):
         where = f"{file}, line {number}"
         if line.strip():
             records.append((where, typed(parse_json(line, where), (dict,), where)))
@@ -51,7 +51,7 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = str(error) or "it does not fit into memory"
-        raise DataError(f"{where}: cannot be read as JSON ({reason}); export it again") from error
+        raise DataError(f"{where}: cannot be read as JSON ({reason}); export the file again") from error
 
 
 def read_xml(file: Path) -> ElementTree.Element:
@@ -68,7 +68,7 @@ def parse_xml(text: str, file: Path) -> ElementTree.Element:
 
     Args:
         text: The XML text.
-        file: The file of the text, for error messages.
+        file: The file that contains the text, for error messages.
 
     Raises:
         DataError: If the text is not XML, or declares a document type.
@@ -100,7 +100,7 @@ def field(record: dict[str, Any], key: str, kinds: tuple[type, ...], where: str,
     """
     if key not in record:
         if default is _REQUIRED:
-            raise DataError(f"{where}: there is no {key!r}; export the file again, or add it")
+            raise DataError(f"{where}: the key {key!r} is missing; export the file again, or add the key")
         return default
     return typed(record[key], kinds, f"{where}: {key}")
 
@@ -113,7 +113,7 @@ def typed(value: Any, kinds: tuple[type, ...], where: str) -> Any:
     """
     if type(value) not in kinds:
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
-        raise DataError(f"{where} must be {wanted}, found {brief(value)}; export the file again, or correct it")
+        raise DataError(f"{where} must be {wanted}, found {brief(value)}; export the file again, or correct the value")
     return value
 
 
@@ -128,7 +128,7 @@ def _text(file: Path) -> str:
     except FileNotFoundError:
         raise DataError(f"{file} is missing; correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); correct the path, or save it as UTF-8") from error
+        raise DataError(f"{file} cannot be read ({error}); correct the path, or save the file as UTF-8") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class Table(Source):
     - By name: a column such as ``labels`` or ``tags`` contains class names. The form in which a cell lists them
       (``a;b``, ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (see ``detect``). If the
       cell is empty, ``nan``, ``NA``, ``NULL`` or ``-``, the image is unlabeled. ``none`` and ``[]`` mean that it shows
-      no class. The classes in a column ``review`` are unknown, regardless of the labels. Other columns are not read.
+      no class. The classes in a column named ``review`` are unknown, regardless of the labels. Other columns are not
+      read.
     - By column: each class has a column with 1 (present), 0 (absent), and -1 or an empty cell (unknown).
 
     The classes are those of the class file if there is one. Names may then be synonyms, and columns that are not in the
@@ -38,7 +39,7 @@ class Table(Source):
     Args:
         train: Training table. Its unlabeled rows are the unlabeled images.
         test: Test table.
-        root: Folder that paths are relative to. Defaults to the folder of each table.
+        root: Folder that paths are relative to. Defaults to the folder that contains each table.
         class_file: Class file with classes, prompt names and synonyms (see ``read_class_file``).
         separator: Separator of the names in a labels cell; " " means any blanks. By default, it is detected.
         image_column: The column with the paths. Defaults to ``image``, ``path``, ``file``, ``filename`` or another name

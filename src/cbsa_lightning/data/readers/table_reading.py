@@ -105,7 +105,7 @@ def read_table(
         path: CSV, Parquet or JSON lines file.
         classes: The classes to read. Defaults to those of the table.
         form: Options of the table.
-        root: Folder that paths are relative to. Defaults to the folder of the table.
+        root: Folder that paths are relative to. Defaults to the folder that contains the table.
         allow_outside: Whether paths may be outside ``root``.
         other_columns: Whether columns other than classes are allowed in a table with one column per class.
         notes: List to which notes on what was detected are appended.

@@ -40,7 +40,7 @@ def read_images(
             that start with "." are skipped.
         class_names: The C classes to predict.
         prompt_names: The C prompt names, or empty for the default names.
-        root: Folder that the paths in a list are relative to. Defaults to the folder of the list.
+        root: Folder that the paths in a list are relative to. Defaults to the folder that contains the list.
         allow_outside: Whether the paths in a list may be outside ``root``.
 
     Returns:

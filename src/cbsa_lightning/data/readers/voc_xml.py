@@ -104,7 +104,7 @@ def _objects(folder: Path, image: str) -> dict[str, bool] | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); save it as UTF-8") from error
+        raise DataError(f"{file} cannot be read ({error}); save the file as UTF-8") from error
     root = parse_xml(text, file)
     objects: dict[str, bool] = {}
     for k, entry in enumerate(root.iter("object")):

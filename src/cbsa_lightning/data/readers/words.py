@@ -38,9 +38,9 @@ class Words:
     """Distinguishes class names from words with another meaning.
 
     ``none`` and the words in ``nothing`` mean that an image shows no class. Empty cells, Python's ``None``, and
-    ``nan``, ``NA``, ``N/A``, ``NULL``, ``-``, ``unlabeled`` or ``unlabelled`` in any case mean that an image is not
-    labeled. Words that only resemble these, such as "No Finding" or "?", are unclear, as are parts of lists and names
-    in quotes.
+    ``nan``, ``NA``, ``N/A``, ``NULL``, ``-``, ``unlabeled`` or ``unlabelled`` (case-insensitive) mean that an image is
+    not labeled. Words that only resemble these, such as "No Finding" or "?", are unclear, as are parts of lists and
+    names in quotes.
 
     Attributes:
         nothing: Words specified by the user that mean that an image shows no class.

@@ -131,9 +131,9 @@ def check_class_columns(class_names: Sequence[str]) -> None:
     ambiguous = [repr(n) for n in class_names if n in (*COLUMNS, NOTHING) or SEPARATOR in n]
     if ambiguous:
         raise ConfigError(
-            f"A table of labels has the columns {', '.join(COLUMNS)}, separates names by '{SEPARATOR}' and writes "
-            f"'{NOTHING}' for no class, so it cannot contain these classes: {listed(ambiguous)}. Rename them in the "
-            "annotations, or disable the table (--labels.enabled false)."
+            f"A table of labels has the columns {', '.join(COLUMNS)}, uses '{SEPARATOR}' to separate names, and uses "
+            f"'{NOTHING}' for an image that shows no class, so it cannot contain these classes: {listed(ambiguous)}. "
+            "Rename them in the annotations, or disable the table (--labels.enabled false)."
         )
 
 
