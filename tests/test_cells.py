@@ -100,7 +100,7 @@ def test_merging_does_not_modify_the_overlays() -> None:
 
 
 def test_errors_name_the_invalid_overlay(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no overlay .*nowhere\.yaml.*--configs"):
+    with pytest.raises(ConfigError, match=r"The overlay .*nowhere\.yaml does not exist.*--configs"):
         cell(Row("nowhere", ("nowhere",)))
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match=r"list\.yaml must be a mapping"):

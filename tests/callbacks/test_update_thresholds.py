@@ -87,7 +87,7 @@ def run(tmp_path_factory, clip_folder, squares_folder):
         max_epochs=3,
         data={"eval_batch_size": 5},
         trainer={"callbacks": [spy]},
-        contexts=ContextTask(confidence=SURE),
+        contexts=ContextTask(confidence=SURE, pseudo_weight=1.0),
     )
     assert len(spy.epochs) == 2
     return module, spy.epochs

@@ -254,7 +254,9 @@ def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
 def test_a_trained_tower_reads_images(tmp_path, clip_folder, squares, monkeypatch):
     """Reported, not refused: a machine's overlays apply to all systems of a table, even without a frozen tower."""
     monkeypatch.setattr(type(tiny_module(clip_folder).network), "frozen_weights", None)
-    with pytest.warns(UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views drawn in every epoch"):
+    with pytest.warns(
+        UserWarning, match=r"CBSANetwork has no frozen image tower.*strong views are drawn in every epoch"
+    ):
         cached_fit(tmp_path, clip_folder, squares)
     assert not list(tmp_path.rglob("rows.bin"))
 
