@@ -149,7 +149,7 @@ def _found(cli: Any, seconds: float) -> Settings:
             "early."
         )
     data = cli.datamodule
-    test = data.eval_table()
+    test, mask = data.eval_table(), data.label_mask
     gpu = cli.trainer.strategy.root_device.type == "cuda"
     return {
         "positives": dict(zip(test.class_names, (test.labels == 1).sum(0).tolist(), strict=True)),
@@ -158,7 +158,8 @@ def _found(cli: Any, seconds: float) -> Settings:
             for name, values in report.history.items()
         },
         "measured_on": "held-out labeled images" if len(data.split.held_out) else "test images",
-        "images": [data.train_table.digest(), test.digest()],
+        # Of the table before labels are hidden, which the known fraction and the seed determine.
+        "images": [mask.table_digest if mask is not None else data.train_table.digest(), test.digest()],
         "seconds_since_last_start": seconds,
         "device": torch.cuda.get_device_name() if gpu else platform.machine(),
         "versions": {"cbsa_lightning": cbsa_lightning.__version__, "torch": torch.__version__},
