@@ -98,7 +98,7 @@ def test_names_next_to_class_columns(tmp_path):
 def test_a_column_that_divides_the_images_is_refused(tmp_path, name, rest):
     for parts in (("train", "test"), ("0", "1")):
         path = text(tmp_path, f"image,{name}," + rest.format(*parts))
-        refused(path, f"the column {name!r} divides the images", repr(parts[0]), "train and test")
+        refused(path, f"the column {name!r} is refused because it divides the images", repr(parts[0]), "train and test")
     table = Table(text(tmp_path, f"image,{name}," + rest.format("train", "train"))).train()
     assert table.class_names == ("cat", "dog")
 

@@ -102,7 +102,7 @@ def refuse_parts(columns: Columns, chosen: Collection[str]) -> None:
         parts = pc.unique(columns.text(name).fill_null("")).to_pylist()
         if len(parts) > 1:
             raise DataError(
-                f"{columns.path}: the column {brief(name)} divides the images into parts "
+                f"{columns.path}: the column {brief(name)} is refused because it divides the images into parts "
                 f"({listed(map(brief, sorted(parts)), 5)}), and all of them would be used for training. Write each "
                 "part to a separate table, give them as train and test, and remove the column; if it is a class, add "
                 "it to a class file"
