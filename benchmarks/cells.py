@@ -21,6 +21,7 @@ import torch
 
 from cbsa_lightning import CBSAModule, SSMLLDataModule, SSMLLModule
 from cbsa_lightning.data.augmentations import CutoutRandAugment
+from cbsa_lightning.data.batch_sizes import default_labeled_per_batch
 from cbsa_lightning.data.caches.feature_cache import FeatureCache
 from cbsa_lightning.data.readers.digits import Digits
 from cbsa_lightning.data.readers.voc import VOC
@@ -76,7 +77,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def make_data(cell: Cell, args: argparse.Namespace, labeled: int | None = None, **changes: Any) -> SSMLLDataModule:
     """Builds the data module of a cell; ``labeled`` changes the labeled images per step, but not the unlabeled ones."""
     size = SETTINGS[cell.data].batch
-    caps = min(max(1, int(1.25 * cell.share * size + 0.5)), size - 1)
+    caps = default_labeled_per_batch(cell.share, size)
     labeled = caps if labeled is None else labeled
     common: dict[str, Any] = {
         "labeled_fraction": cell.share,

@@ -1,4 +1,4 @@
-"""Computes the context partition of each epoch (Eq. 9, 10) and the context of each image (Eq. 11)."""
+"""Computes the partition of the classes into contexts (Eq. 9, 10) and the context of each image (Eq. 11)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from cbsa_lightning.method.labelers import positive_rates, rounded
 class UpdateContexts(L.Callback):
     """Partitions the classes into contexts by the co-occurrence of their labels.
 
-    Before the first epoch, only labeled images are used. In the second stage, pseudo-labeled images contribute with
-    their weight. The contexts of a new partition get the ids of the previous contexts that they overlap with, since the
+    The partition is computed from the labeled images before the first epoch. With a positive
+    ``contexts.pseudo_weight``, each epoch of the second stage recomputes it, and pseudo-labeled images contribute with
+    this weight. The contexts of a new partition get the ids of the previous contexts that they overlap with, since the
     context head has learned these ids.
 
     The context of a labeled image is computed from its known labels. For an unlabeled image, or a partly labeled image
     without a known positive, the network predicts the context from the weak view; if its confidence is too low, the
-    image has no context. Unknown entries of labeled images are excluded from the first co-occurrence matrix; in the
-    second stage, their pseudo-labels are used.
+    image has no context. Unknown entries of labeled images are excluded from the first co-occurrence matrix; if the
+    partition is recomputed, their pseudo-labels are used.
 
     If too few classes of the labeled images occur together, the run trains without contexts: there is no partition, and
     no image has a context.

@@ -38,6 +38,7 @@ from cbsa_lightning.reports.pictures import (
 )
 from cbsa_lightning.reports.precision_recall import precision_recall_curves
 from cbsa_lightning.reports.reliability import reliability_diagram
+from cbsa_lightning.reports.telling_images import evenly_spaced
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class RunReport(L.Callback):
     def _evaluate(self, trainer: Any, pl_module: Any) -> _Evaluation:
         data = trainer.datamodule
         table = data.eval_table()
-        chosen = np.unique(np.linspace(0, len(table) - 1, self.num_images).round().astype(np.int64))
+        chosen = evenly_spaced(len(table), self.num_images)
         wanted = torch.as_tensor(chosen, device=pl_module.device)
         thresholds = pl_module.decision_thresholds()
         metric = MultilabelReport(len(pl_module.class_names)).to(pl_module.device)

@@ -27,12 +27,10 @@ def export_command(words: Sequence[str]) -> Path:
     # These imports take seconds because of torch, so --help must not trigger them.
     from cbsa_lightning.inference.export.bundle import export
     from cbsa_lightning.inference.hub import push_to_hub
-    from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
+    from cbsa_lightning.inference.labels.versions import checkpoint_and_run
 
     source, folder = args.source, args.to
-    is_file = source.is_file()
-    checkpoint = source if is_file else checkpoint_of(source)
-    run = run_of(source) if is_file else source
+    checkpoint, run = checkpoint_and_run(source)
     options = {
         name: value for name in ("clip", "pretrained", "image_size") if (value := getattr(args, name)) is not None
     }

@@ -15,7 +15,7 @@ from cbsa_lightning.reports.page.run_files import Validation
 from cbsa_lightning.reports.page.sections import ClassRow
 from cbsa_lightning.reports.precision_recall import average_precisions
 from cbsa_lightning.reports.reliability import reliability_bins
-from cbsa_lightning.reports.telling_images import TellingImage, score_classes, telling_images
+from cbsa_lightning.reports.telling_images import TellingImage, evenly_spaced, score_classes, telling_images
 
 SCORES = 100
 """Maximum number of score columns in the table of images."""
@@ -72,7 +72,7 @@ def precision_recall_table(validation: Validation) -> Table:
     for k in _lowest_medium_highest(order):
         known = truths[:, k] >= 0
         precision, recall, _ = precision_recall_curve(truths[known, k], scores[known, k], drop_intermediate=True)
-        places = np.unique(np.linspace(0, len(recall) - 1, _POINTS).round().astype(int))
+        places = evenly_spaced(len(recall), _POINTS)
         name = f"{names[k]} (AP {100 * values[k]:.0f} %)"
         rows += [[name, *point] for point in zip(recall[places].tolist(), precision[places].tolist(), strict=True)]
     return Table(["class", "recall", "precision"], rows)

@@ -1,4 +1,4 @@
-"""Selects the validation images from which a user learns most: wrong, uncertain and possibly mislabeled ones."""
+"""Selects images to show: evenly spaced ones, or the wrong, uncertain and possibly mislabeled ones."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ class TellingImage(NamedTuple):
     row: int
     why: str
     doubt: float
+
+
+def evenly_spaced(total: int, most: int) -> NDArray[np.int64]:
+    """Returns at most ``most`` evenly spaced positions below ``total``."""
+    return np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
 
 
 def telling_images(scores: ArrayLike, truths: ArrayLike, class_names: Sequence[str], count: int) -> list[TellingImage]:

@@ -7,17 +7,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cbsa_lightning.cli.check import source_of
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.inference.classifier import Classifier
-from cbsa_lightning.inference.labels.versions import checkpoint_of, run_of
+from cbsa_lightning.inference.labels.versions import checkpoint_and_run
 from cbsa_lightning.io.runs import CONFIG
+from cbsa_lightning.reports.telling_images import evenly_spaced
 
 
 class Model(NamedTuple):
@@ -41,8 +40,7 @@ def load_model(source: Path) -> Model:
         ConfigError: If the run has no checkpoint.
         CheckpointError: See :meth:`~cbsa_lightning.inference.classifier.Classifier.load`.
     """
-    file = source if source.is_file() else checkpoint_of(source)
-    run = run_of(file) if source.is_file() else source
+    file, run = checkpoint_and_run(source)
     return Model(file, run, Classifier.load(file, "cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -59,13 +57,8 @@ def images_of(model: Model, folder: Path | None, most: int | None = None) -> tup
         DataError: If annotations or images are missing.
     """
     table = _test_images(model) if folder is None else read_images(folder, model.classifier.class_names)
-    rows = range(len(table)) if most is None else spaced(len(table), most).tolist()
+    rows = range(len(table)) if most is None else evenly_spaced(len(table), most).tolist()
     return [table.file(row) for row in rows], [str(table.paths[row]) for row in rows]
-
-
-def spaced(total: int, most: int) -> NDArray[np.int64]:
-    """Returns at most ``most`` evenly spaced positions below ``total``."""
-    return np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
 
 
 def _test_images(model: Model) -> AnnotationTable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from cbsa_lightning.errors import ConfigError, DataError
 from cbsa_lightning.io.runs import CONFIG, METRICS
 from cbsa_lightning.reports.pictures import CONTEXT_COLOURS, read_history
+from cbsa_lightning.reproduce.results import standard_error
 
 METRIC = "pseudo/CF1"
 _LEAST_SPAN = 10.0  # of the vertical axis, in points
@@ -117,7 +117,7 @@ def _by_fraction(points: Sequence[Point]) -> tuple[list[float], list[float], lis
     for point in sorted(points, key=lambda point: point.epoch):
         last[float(point.p)][point.seed] = point
     values = {p: [point.CF1 for point in last[p].values()] for p in sorted(last)}
-    errors = [float(np.std(v, ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values.values()]
+    errors = [standard_error(v) or 0.0 for v in values.values()]
     return list(values), [float(np.mean(v)) for v in values.values()], errors
 
 

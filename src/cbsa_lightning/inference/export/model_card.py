@@ -16,11 +16,11 @@ import yaml
 
 from cbsa_lightning.checkpoints.portable import network_section
 from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.inference.hub import CARD
 from cbsa_lightning.io.checksums import SUMS
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import METRICS
 
-CARD = "README.md"
 PURPOSES = {
     "model.onnx": "for ONNX Runtime: uint8 RGB images `(B, 3, S, S)` to `logits`, `probabilities` and `labels`",
     "model.pt2": 'the same model for PyTorch: `torch.export.load("model.pt2").module()`',

@@ -23,6 +23,15 @@ def checkpoint_of(run: Path) -> Path:
     return file
 
 
+def checkpoint_and_run(source: Path) -> tuple[Path, Path | None]:
+    """Returns the checkpoint and the folder of a run, from either of them; see :func:`checkpoint_of`, :func:`run_of`.
+
+    Raises:
+        ConfigError: If the run has no checkpoint.
+    """
+    return (source, run_of(source)) if source.is_file() else (checkpoint_of(source), source)
+
+
 def version_of(run: Path) -> str:
     """Returns the run's name and the start of its checkpoint's SHA-256, such as "cbsa-version_0-1a2b3c4d"."""
     with checkpoint_of(run).open("rb") as file:
