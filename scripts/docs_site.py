@@ -39,7 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file, page in PAGES.items():
         text = (ROOT / file).read_text(encoding="utf-8")
         if file.endswith(".py"):
-            text = f"# {Path(file).stem.replace('_', ' ').capitalize()}\n\n`{file}`:\n\n```python\n{text}```\n"
+            title = text.removeprefix('"""').partition(":")[0]
+            text = f"# {title}\n\n`{file}`:\n\n```python\n{text}```\n"
         files.append(File.generated(config, page, content=text))
     for notebook in NOTEBOOKS:
         files.append(File(notebook, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -65,7 +66,7 @@ def adapted(markdown: str, page: str) -> Iterator[str]:
         if target in PAGES or target in NOTEBOOKS or target.startswith("docs/"):
             shown = PAGES.get(target, target.removeprefix("docs/"))
             yield f"{link['text']}({os.path.relpath(shown, posixpath.dirname(page) or '.')}{link['anchor'] or ''})"
-        elif target.startswith("src/") and (name := re.fullmatch(r"\[`(\w+)`\]", link["text"])):
+        elif target.startswith("src/") and (name := re.fullmatch(r"\[`(\w+(?:\.(?!py`)\w+)*)`\]", link["text"])):
             module = target.removeprefix("src/").removesuffix(".py").replace("/", ".")
             yield f"{link['text']}[{module}.{name[1]}]"  # a cross-reference to the API reference
         else:
