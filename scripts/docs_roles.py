@@ -1,4 +1,4 @@
-"""Extension of Griffe that turns the cross-references of docstrings, such as :class:`Network`, into links of the site."""
+"""Extension of Griffe that turns cross-references in docstrings, such as :class:`Network`, into links of the site."""
 
 from __future__ import annotations
 
