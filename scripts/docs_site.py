@@ -82,4 +82,4 @@ def help_of(words: list[str]) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         main([*words, "--help"])
-    return output.getvalue().replace("usage: __main__.py", "usage: cbsa").rstrip() + "\n"
+    return output.getvalue().rstrip() + "\n"

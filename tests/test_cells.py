@@ -377,14 +377,20 @@ def test_undefined_metrics_are_null(tmp_path: Path, short_cell: Any) -> None:
     assert found["seconds_since_last_start"] > 0
 
 
-def test_a_run_that_does_not_validate_its_last_epoch_is_refused(
+def test_the_last_epoch_is_validated_with_any_interval(tmp_path: Path, short_cell: Any) -> None:
+    one = short_cell(CBSA, tmp_path / "flag", 3, check_val_every_n_epoch=2)
+    assert make(one, tmp_path)
+    assert list(history(one, tmp_path)["val/mAP"]) == ["1", "2"]
+
+
+def test_a_recipe_without_a_number_of_epochs_is_refused(
     tmp_path: Path, short_cell: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = short_cell(CBSA, tmp_path / "flag", 3, check_val_every_n_epoch=2)
+    one = short_cell(CBSA, tmp_path / "flag")
+    one.recipe["trainer"]["max_epochs"] = None
     monkeypatch.setattr(cells, "make_cli", fails)  # the check comes before training
-    with pytest.raises(ConfigError, match=r"check_val_every_n_epoch is 2: the last epoch would not be validated"):
+    with pytest.raises(ConfigError, match=r"no trainer\.max_epochs"):
         make(one, tmp_path)
-    assert result_of(one, tmp_path) is None
 
 
 def test_a_run_that_is_stopped_early_has_no_result(tmp_path: Path, short_cell: Any) -> None:

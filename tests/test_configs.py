@@ -399,6 +399,6 @@ def test_a_comparison_without_a_validation_is_refused_before_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(CONFIGS / "quickstart.yaml"), "--data.source.init_args.num_train=20"]
-    words += ["--data.source.init_args.num_test=4", "--trainer.max_epochs=5", "--data.labeled_fraction=0.3"]
+    words += ["--data.source.init_args.num_test=4", "--trainer.limit_val_batches=0", "--data.labeled_fraction=0.3"]
     with pytest.raises(ConfigError, match="--compare requires validation"):
         main(["fit", *words])

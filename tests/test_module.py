@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 
 import lightning as L
 import numpy as np
@@ -30,6 +31,13 @@ class Spy(L.Callback):
     def __init__(self):
         self.rates, self.labeled, self.sizes, self.weights, self.ema, self.metrics = [], [], [], [], [], []
         self.fresh, self.optimizers, self.started = [], [], []
+        self.evaluated = Counter()  # calls of the network per validated epoch
+
+    def on_fit_start(self, trainer, module):
+        def count(*_):
+            self.evaluated[module.current_epoch] += trainer.validating
+
+        module.network.register_forward_hook(count)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         optimizer = trainer.optimizers[0]
@@ -163,6 +171,8 @@ def test_averaged_and_raw_weights_are_equal_during_the_warm_up(run):
     spy = run[2]
     for metrics in spy.metrics[:WARMUP]:
         assert metrics["val/mAP"] == metrics["val/mAP_raw"]
+    batches = sum(run[1].num_val_batches)
+    assert [spy.evaluated[epoch] for epoch in range(WARMUP)] == WARMUP * [batches]  # evaluated once
     module = run[0]
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     features = module.network.features(images)

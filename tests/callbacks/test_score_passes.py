@@ -38,7 +38,7 @@ def fit(folder, clip_folder, squares_folder, every, saves=None, **module):
     ("labeler", "contexts", "every", "expected"),
     [
         (StackedProbes(), 0, 3, [1, 3, 6]),  # validations after epochs 2 and 5
-        (StackedProbes(), 0, 4, [1, 4, 6]),  # the last epoch has no validation
+        (StackedProbes(), 0, 4, [1, 4, 6]),  # after epochs 3 and 5, the last one
         (StackedProbes(), 2, 3, [1, 2, 3, 4, 5, 6]),  # contexts depend on the scores
         (ClassDistributionAware(), 0, 3, [1, 2, 3, 4, 5, 6]),  # the labels also depend on the scores
     ],

@@ -89,7 +89,7 @@ class Evaluation(FinalScores, L.LightningModule):
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         """Scores a batch with the averaged and the raw weights in one pass of the frozen tower."""
         features = self.features_of(batch)
-        for weights in ("ema", "raw"):
+        for weights in self._evaluated_weights():
             output = self.score(features, weights)
             logits = output.logits
             self._refuse(logits, batch, f"Validation scores ({weights})", "eval_table")
@@ -99,6 +99,10 @@ class Evaluation(FinalScores, L.LightningModule):
             if weights == "ema" and self.specificity is not None:
                 z = cast(Tensor, output.label_features)
                 self.specificity.update(z, self._mean_feature_logits(z), batch.targets)
+
+    def _evaluated_weights(self) -> tuple[Literal["ema", "raw"], ...]:
+        """Returns the weights that validation evaluates. Before the average starts, it equals the raw weights."""
+        return ("ema", "raw") if bool(self.ema.started) else ("ema",)
 
     def _mean_feature_logits(self, label_features: Tensor) -> Tensor:
         with torch.no_grad(), self.ema.applied_to(self.network):
@@ -114,7 +118,8 @@ class Evaluation(FinalScores, L.LightningModule):
         else:
             self._log_report("val", self._computed("fused"))
             self.log("val/mAP_network", report["mAP"])
-        self.log("val/mAP_raw", self._report("raw").compute()["mAP"])
+        raw = self._report("raw").compute() if "raw" in self._evaluated_weights() else report
+        self.log("val/mAP_raw", raw["mAP"])
         if self.specificity is not None:
             figures = self.specificity.compute(report["mAP"])
             self.specificity.reset()

@@ -19,6 +19,7 @@ from cbsa_lightning.callbacks.data_summary import DataSummary
 from cbsa_lightning.callbacks.epoch_timer import EpochTimer
 from cbsa_lightning.callbacks.features import CacheFeatures
 from cbsa_lightning.callbacks.hooks import RunHooks
+from cbsa_lightning.callbacks.last_validation import ValidateLastEpoch
 from cbsa_lightning.callbacks.limits import ResultLimits
 from cbsa_lightning.callbacks.monitors import CheckMonitors
 from cbsa_lightning.callbacks.resume import ExactResume
@@ -203,6 +204,7 @@ class SSMLLModule(LeanCheckpoint, Evaluation):
         callbacks: list[L.Callback] = [
             TrainingChecks(),
             CheckMonitors(),
+            ValidateLastEpoch(),
             ExactResume(),
             CacheFeatures(),
             Stages(),

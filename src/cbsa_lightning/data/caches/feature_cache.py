@@ -25,7 +25,7 @@ from cbsa_lightning.data.caches.image_cache import Images
 from cbsa_lightning.data.caches.store import KEY_BYTES, RowStore
 from cbsa_lightning.data.needed_views import MIRRORED, PLAIN, STRONG
 from cbsa_lightning.data.samplers import Draw
-from cbsa_lightning.data.views import PlainView, StrongView
+from cbsa_lightning.data.views import PlainView, StrongView, squash
 from cbsa_lightning.errors import DataError
 
 _FORMAT = 1  # increment it when the computation of features, views or keys changes
@@ -180,7 +180,8 @@ class KeptViews:
 
     def make(self, row: int, columns: Sequence[int]) -> Tensor:
         """Computes the given views of one image, ``(len(columns), 3, S, S)`` uint8."""
-        image = self.images[row]
+        # Resizing first gives the same views, and a large photo is resized only once.
+        image = squash(self.images[row], self.plain.size)
         # The random state depends on the content, not on the row, so that a file has the same views in all tables.
         place = int.from_bytes(self.contents[row][:4], "little")
         plain = self.plain(image)

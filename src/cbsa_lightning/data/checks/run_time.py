@@ -230,15 +230,17 @@ def kept_views(plan: Plan, units: Units) -> tuple[int, float]:
 def scored_images(plan: Plan, units: Units) -> tuple[int, int]:
     """Returns how many images are scored or described without gradients, and how many times images are scored.
 
-    Validation scores each image with both the averaged and the raw weights, which the second number counts separately.
+    After the warm-up, validation scores each image with both the averaged and the raw weights, which the second number
+    counts separately.
     """
     labeled, unlabeled = len(plan.split.labeled), len(plan.split.unlabeled)
-    validated = [epoch for epoch in range(units.max_epochs) if not (epoch + 1) % units.validated_every]
+    last = units.max_epochs - 1
+    validated = [epoch for epoch in range(last + 1) if epoch == last or not (epoch + 1) % units.validated_every]
     described = plan.validated * units.frozen + (labeled + unlabeled) * units.evidence
     at_the_end = plan.validated + unlabeled  # for predictions.csv and labels.csv
     thresholds = (unlabeled + len(plan.partly)) * sum(1 for _ in _threshold_passes(plan, units, validated))
     scored = plan.validated * len(validated) + thresholds + described + at_the_end
-    return scored, scored + plan.validated * len(validated)
+    return scored, scored + plan.validated * sum(epoch >= units.warmup_epochs for epoch in validated)
 
 
 def _threshold_passes(plan: Plan, units: Units, validated: list[int]) -> Iterator[int]:

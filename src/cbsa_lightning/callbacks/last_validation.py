@@ -1,0 +1,27 @@
+"""Validates the last epoch of a fit, whatever the validation interval is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+class ValidateLastEpoch(L.Callback):
+    """Adds a validation after the last epoch if ``trainer.check_val_every_n_epoch`` does not divide ``max_epochs``.
+
+    Without it, a run could end without metrics of its final weights.
+    """
+
+    def __init__(self) -> None:
+        self._interval: int | None = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Sets the interval to 1 in the last epoch. With None, Lightning validates after a number of steps."""
+        if trainer.current_epoch + 1 == trainer.max_epochs and trainer.check_val_every_n_epoch is not None:
+            self._interval, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Restores the interval for further fits with the same Trainer."""
+        if self._interval is not None:
+            self._interval, trainer.check_val_every_n_epoch = None, self._interval
