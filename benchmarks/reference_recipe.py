@@ -1,10 +1,10 @@
 """Implements the training step as in the related code: the same computation as the library, without its optimizations.
 
-As in the related code (see ``docs/speed.md``), prompts use all 77 tokens, and each prompt set has a separate pass.
-Labeled and unlabeled images have separate passes. Memory is contiguous, and batch norms are not folded. Queries are
-repeated for each image. Evaluation encodes the text for each batch, and has separate passes for raw and averaged
-weights. The loss is read on the host in each step, and the average covers the complete state dict. Unlike the related
-code, this one builds no graph below the pool, computes no unused attention, and creates no unused weak views.
+As in the related code (see ``docs/explanation/speed.md``), prompts use all 77 tokens, and each prompt set has a
+separate pass. Labeled and unlabeled images have separate passes. Memory is contiguous, and batch norms are not folded.
+Queries are repeated for each image. Evaluation encodes the text for each batch, and has separate passes for raw and
+averaged weights. The loss is read on the host in each step, and the average covers the complete state dict. Unlike the
+related code, this one builds no graph below the pool, computes no unused attention, and creates no unused weak views.
 """
 
 from __future__ import annotations

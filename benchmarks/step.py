@@ -1,7 +1,7 @@
 """Compares the cost of a training step with the reference recipe and with a lower bound (floor).
 
     uv run python benchmarks/step.py [--cells COCO:RN50:64 VOC:RN50:8 ...] [--precision 32-true] [--compile]
-                                     [--picture docs/step.png] [--out FILE]
+                                     [--picture docs/images/step.png] [--out FILE]
 
 The following are measured in turn in each round, so that changes in the machine's speed affect all of them equally:
 

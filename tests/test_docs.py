@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 WRITTEN = {"my_systems.py", "serve.py", "recipe.yaml", "config.yaml"}  # written by examples and runs
 
 
@@ -21,7 +21,7 @@ def files():
     ]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.relative_to(ROOT).as_posix())
 def test_named_files_exist(document, files):
     text = document.read_text(encoding="utf-8")
     if document.name == "CHANGELOG.md":

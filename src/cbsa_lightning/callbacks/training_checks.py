@@ -60,7 +60,7 @@ class TrainingChecks(L.Callback):
         if trainer.world_size > 1 and own:
             rank_zero_warn(
                 f"{len(own)} batch norms are trained on each process's own images, so the result depends on the number "
-                "of processes. With plain ResNets, sync_batchnorm=True synchronizes them (docs/several_gpus.md)."
+                "of processes. With plain ResNets, sync_batchnorm=True synchronizes them (docs/how_to/several_gpus.md)."
             )
 
 
