@@ -31,7 +31,7 @@ class TrainingChecks(L.Callback):
         if weights is not None and _gains_from_bfloat16(trainer, clip):
             rank_zero_info(
                 "This processor computes in bfloat16. trainer.precision 'bf16-mixed' is about twice as fast as float32 "
-                "(docs/speed.md)."
+                "(docs/explanation/speed.md)."
             )
         if not pl_module.trains and trainer.world_size > 1:
             raise ConfigError(
