@@ -75,11 +75,13 @@ def write_data(work: Path, tiny: bool) -> None:
     write_photographs(images, number)
     labels = np.random.default_rng(0).random((number, len(COCO_CLASSES))) < 0.1
     names = (";".join(np.array(COCO_CLASSES)[shown]) or "none" for shown in labels)
-    table = work / "table.csv"
-    table.write_text("\n".join(["image,labels", *(f"images/{i}.jpg,{cell}" for i, cell in enumerate(names))]) + "\n")
+    lines = [f"images/{i}.jpg,{cell}" for i, cell in enumerate(names)]
+    tables = {"train": lines[:80], "test": lines[80:]}
+    for part, rows in tables.items():
+        (work / f"{part}.csv").write_text("\n".join(["image,labels", *rows]) + "\n")
     gpu = torch.cuda.is_available()
     data = {
-        "source": {"class_path": "Table", "init_args": {"train": str(table), "test": str(table)}},
+        "source": {"class_path": "Table", "init_args": {part: str(work / f"{part}.csv") for part in tables}},
         "batch_size": 64,
         "image_size": TOWERS["tiny" if tiny else "RN50"][1],
         "num_workers": 0,
