@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "arguments",
     "lightning_private",
+    "attention",
     "io",
     "clip",
     "networks",

@@ -25,8 +25,7 @@ def test_bfloat16_is_suggested_if_the_processor_supports_it(
 ):
     printed = []
     monkeypatch.setattr(training_checks, "rank_zero_info", printed.append)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": supported}, raising=False)
     module = tiny_module(clip_folder)
     module.network.clip.embed_dim = width
     trainer = L.Trainer(accelerator="cpu", precision=precision, logger=False)

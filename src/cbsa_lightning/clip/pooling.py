@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import AttentionPool2d, RotAttentionPool2d, apply_rot_embed_cat
 from torch import Tensor, nn
 
+from cbsa_lightning.attention import attention
 from cbsa_lightning.errors import ConfigError
 
 
@@ -127,7 +128,7 @@ class ResNetPool(nn.Module):
     def _mixed(self, x: _Positioned, v: Tensor) -> Tensor:
         """Applies self-attention of the tokens ``x`` to the values ``v``, both (1 + hw, B, c)."""
         q, k, v = (self._heads(part) for part in (x.through(self.q_proj), x.through(self.k_proj), v))
-        return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        return attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).permute(1, 2, 0, 3)  # (B, heads, 1 + hw, c / heads)
@@ -180,7 +181,7 @@ class TimmPool(nn.Module):
         if positions and isinstance(pool, RotAttentionPool2d):
             grid = _grid(features)
             q, k = self._rotate(q, grid).type_as(v), self._rotate(k, grid).type_as(v)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
+        return attention(q, k, v).transpose(1, 2).flatten(2), parts[2]
 
     def _tokens(self, features: Tensor, positions: bool) -> _Positioned:
         """Returns the mean token and the tokens of all places, (B, 1 + hw, c)."""

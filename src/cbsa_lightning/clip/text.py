@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
+from cbsa_lightning.attention import attention
 from cbsa_lightning.errors import ConfigError
 
 
@@ -117,12 +118,12 @@ def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor 
     """Applies a residual attention block of open_clip to prompts (P, L, w) and their common beginnings (G, N, w)."""
     q, k, v = _project(block.attn, block.ln_1(x), slice(None))
     if start is None:
-        return _rest(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True)), None
+        return _rest(block, x, attention(q, k, v, causal=True)), None
     q0, k0, v0 = _project(block.attn, block.ln_1(start), slice(None))
     k, v = _after(k0, k), _after(v0, v)
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k0.shape[2])
-    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _rest(block, x, seen), _rest(block, start, F.scaled_dot_product_attention(q0, k0, v0, is_causal=True))
+    seen = attention(q, k, v, mask)
+    return _rest(block, x, seen), _rest(block, start, attention(q0, k0, v0, causal=True))
 
 
 def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Ten
     (q,) = _project(block.attn, normed[rows, eot][:, None], slice(width))
     before = k.shape[2] - x.shape[1]
     mask = torch.arange(k.shape[2], device=x.device) <= (before + eot)[:, None]
-    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    seen = attention(q, k, v, mask[:, None, None])
     return _rest(block, x[rows, eot][:, None], seen)[:, 0]
 
 

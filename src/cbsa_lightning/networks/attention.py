@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbsa_lightning.attention import attention
 from cbsa_lightning.errors import ConfigError
 
 
@@ -50,5 +51,5 @@ def attend(
         shares = (q / layer.head_dim**0.5 @ k.transpose(2, 3)).softmax(-1)
         mixed, shares = F.dropout(shares, dropout) @ v, shares.mean(1)
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = attention(q, k, v, dropout=dropout)
     return layer.out_proj(mixed.transpose(1, 2).flatten(2)), shares
