@@ -16,6 +16,7 @@ import yaml
 
 from cbsa_lightning.checkpoints.portable import network_section
 from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.inference.export.variants import Variant
 from cbsa_lightning.inference.hub import CARD
 from cbsa_lightning.io.checksums import SUMS
 from cbsa_lightning.io.files import replacing
@@ -23,6 +24,9 @@ from cbsa_lightning.io.runs import METRICS
 
 PURPOSES = {
     "model.onnx": "for ONNX Runtime: uint8 RGB images `(B, 3, S, S)` to `logits`, `probabilities` and `labels`",
+    "model_fp16.onnx": "the same model with weights in float16; `python predict.py --model model_fp16.onnx`",
+    "model_int8.onnx": "the same model with 8-bit integers; `python predict.py --model model_int8.onnx`",
+    "variants.json": "differences of these two files from `model.onnx`",
     "model.pt2": 'the same model for PyTorch: `torch.export.load("model.pt2").module()`',
     "model.safetensors": "the trained weights, for `cbsa_lightning.Classifier.load(FOLDER)`",
     "config.json": "the settings from which the network is built",
@@ -42,6 +46,7 @@ def write_card(
     classifier: Classifier,
     entries: Sequence[Mapping[str, Any]],
     run: Path | None,
+    variants: Sequence[Variant] = (),
 ) -> None:
     """Writes the model card.
 
@@ -52,6 +57,7 @@ def write_card(
         classifier: Classifier of the checkpoint.
         entries: See :func:`~cbsa_lightning.inference.export.labels_file.class_entries`.
         run: Folder of the run, from which the last validation mAP is read; None if it is unknown.
+        variants: Comparisons of the variants of `model.onnx`.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -70,6 +76,7 @@ def write_card(
         size=classifier.image_size,
         entries=entries,
         mean_ap=mean_ap,
+        variants=variants,
         calibrated=classifier.calibrated,
         towers=towers,
         towers_license=towers_license,
