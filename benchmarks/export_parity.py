@@ -2,9 +2,9 @@
 
     uv run python benchmarks/export_parity.py [--only NAME ...] [--full] --out FILE
 
-The networks are the small random ones of the tests, because the exported operators depend neither on the width nor on
-the number of layers of a tower. ``--full`` runs CBSA with the fused final scores with RN50 and ViT-B-32 instead. The
-script writes the largest differences for batches of 1, 2, 7 and 64 random images, and the number of changed labels.
+The networks are the small random ones of the tests, which run the same code as full networks. ``--full`` runs CBSA with
+the fused final scores with RN50 and ViT-B-32 instead. The script writes the largest differences for batches of 1, 2, 7
+and 64 random images, and the number of changed labels.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def verify(folder: Path, names: Sequence[str]) -> None:
             raise BundleError(f"{folder / name} is missing. Copy the whole folder, or export the model again.")
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
     for name in names:
-        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        with (folder / name).open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
         if f"{digest}  {name}" not in lines:
             raise BundleError(
                 f"{folder / name} is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy the whole folder "
