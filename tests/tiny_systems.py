@@ -108,11 +108,27 @@ def one_thread(onnxruntime):
     return options
 
 
-def differences(classifier, run: Run, batch: int) -> tuple[float, int]:
-    """Returns the largest difference of a probability and the number of different labels for random images."""
-    size = (batch, 3, classifier.image_size, classifier.image_size)
-    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(batch))
+def varied_images(number: int, size: int) -> torch.Tensor:
+    """Returns smooth images ``(number, 3, size, size)`` of different color and contrast.
+
+    The scores of small networks with random weights depend more on them than on uniform noise, so that errors that
+    depend on the image are visible.
+    """
+    generator = torch.Generator().manual_seed(number)
+    coarse = torch.rand(number, 3, 4, 4, generator=generator) * 400 - 72
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    return (smooth * torch.rand(number, 1, 1, 1, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+
+def differences(classifier, run: Run, batch: int) -> tuple[float, int, float]:
+    """Returns the largest difference of a probability, the number of different labels, and the spread.
+
+    The spread is the standard deviation of a probability over the images, averaged over the classes. A difference that
+    is not far below it would not prove that the scores depend on the image in the same way.
+    """
+    images = varied_images(batch, classifier.image_size)
     expected = classifier.scores(images)
     _, probabilities, labels, *_ = run(images)
     changed = labels != (expected >= classifier.thresholds)
-    return float((probabilities - expected).abs().max()), int(changed.sum())
+    spread = expected.std(0, correction=0).mean()
+    return float((probabilities - expected).abs().max()), int(changed.sum()), float(spread)

@@ -21,9 +21,11 @@ def towers(tmp_path_factory):
 def assert_the_same(classifier, folder, formats=("onnx", "pt2"), extra=()):
     for run in runtimes(classifier, folder, formats, extra).values():
         for batch in (1, 7):
-            difference, changed = differences(classifier, run, batch)
+            difference, changed, spread = differences(classifier, run, batch)
             assert difference < 1e-5
             assert changed == 0
+            if batch > 1:
+                assert difference < spread / 3
 
 
 @pytest.mark.parametrize("kind", VISION)
