@@ -8,20 +8,25 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 from cbsa_lightning import Classifier
 from cbsa_lightning.__main__ import main
 from cbsa_lightning.data.images import decode
+from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.data.plain_view import squash
-from cbsa_lightning.errors import CheckpointError, ConfigError
-from cbsa_lightning.inference.export import bundle, onnx_model
+from cbsa_lightning.data.splits import Split
+from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
+from cbsa_lightning.inference.export import bundle, onnx_model, variants
 from cbsa_lightning.inference.export.program_file import read_program
+from cbsa_lightning.io.runs import LABELED
 from tiny_data import SIZE, Squares
 from tiny_export import checkpoint_of
 
@@ -33,6 +38,8 @@ pytest.importorskip("onnxscript", reason="needs the extra: pip install 'cbsa-lig
 def run(tmp_path_factory, clip_folder):
     folder = tmp_path_factory.mktemp("run")
     checkpoint_of(clip_folder, folder / "checkpoints" / "last.ckpt")
+    table = Squares(tmp_path_factory.mktemp("squares")).train()
+    LabeledImages.of(table, Split(np.arange(12), np.arange(20, 22), np.arange(12, 20))).write(folder / LABELED)
     return folder
 
 
@@ -41,6 +48,18 @@ def exported(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "model"
     words = ["export", str(run), "--to", str(folder), "--extra", "attention,context", "--image_size", str(SIZE)]
     assert main(words) == folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_variants(run, tmp_path_factory):
+    """Exports both variants. Those of a network with random weights can differ more than the limits allow."""
+    folder = tmp_path_factory.mktemp("variants") / "model"
+    options = ["--format", "onnx", "--variants", "fp16,int8", "--image_size", str(SIZE)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "MAX_CHANGED", 1.0)
+        patch.setattr(variants, "MAX_LOSS", 1.0)
+        main(["export", str(run), "--to", str(folder), *options])
     return folder
 
 
@@ -151,18 +170,59 @@ def copied(folder, place):
     return place
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "preprocess.json", "check.npz", "labels.json"])
-def test_errors_name_the_damaged_file(exported, tmp_path, name):
+def edited(content):
+    return content[: len(content) // 2] + b"?" + content[len(content) // 2 + 1 :]
+
+
+DAMAGES = {"edited": edited, "truncated": lambda content: content[:-1], "empty": lambda _: b"", "missing": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model_int8.onnx", "preprocess.json", "check.npz", "labels.json"])
+def test_errors_name_the_damaged_file(with_variants, tmp_path, name, damage, predict):
+    folder = copied(with_variants, tmp_path / "copy")
+    if DAMAGES[damage] is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(DAMAGES[damage]((folder / name).read_bytes()))
+    with pytest.raises(predict.BundleError, match=name.replace(".", r"\.")):
+        predict.check(predict.Model(folder, file="model_int8.onnx"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_damaged_checksums_are_refused(exported, tmp_path, predict, content):
     folder = copied(exported, tmp_path / "copy")
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    (folder / "SHA256SUMS").unlink()
+    if content is not None:
+        (folder / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(predict.BundleError, match="SHA256SUMS"):
+        predict.Model(folder)
+
+
+def test_the_command_line_prints_errors_without_a_traceback(exported, tmp_path):
+    folder = copied(exported, tmp_path / "copy")
+    (folder / "model.onnx").write_bytes(b"")
     result = script(folder, "--check")
     assert result.returncode == 1
-    assert result.stderr.startswith("BundleError")
-    assert name in result.stderr
-    (folder / name).unlink()
-    assert name in script(folder, "--check").stderr
+    assert result.stderr.startswith("BundleError: ")
+    assert "model.onnx is damaged or was changed" in result.stderr
+
+
+def test_the_script_needs_none_of_the_other_files_and_the_model_card_may_be_edited(exported, tmp_path, predict):
+    folder = copied(exported, tmp_path / "copy")
+    for name in ("model.pt2", "model.safetensors", "config.json"):
+        (folder / name).unlink()
+    (folder / "README.md").write_text("My birds.")
+    assert predict.check(predict.Model(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_program_is_refused(exported, tmp_path, damage):
+    file = tmp_path / "model.pt2"
+    if DAMAGES[damage] is not None:
+        file.write_bytes(DAMAGES[damage]((exported / "model.pt2").read_bytes()[:1000]))
+    with pytest.raises(CheckpointError, match=r"model\.pt2: cannot be read"):
+        read_program(file)
 
 
 def test_modified_thresholds_are_refused(exported, tmp_path):
@@ -170,8 +230,78 @@ def test_modified_thresholds_are_refused(exported, tmp_path):
     content = json.loads((folder / "labels.json").read_text())
     content["classes"][1]["threshold"] = 0.25
     (folder / "labels.json").write_text(json.dumps(content))
-    message = script(folder, str(folder)).stderr
-    assert "the threshold 0.25 for class 'green', but model.onnx has 0.5" in message
+    for words in ([str(folder)], ["--check"]):
+        message = script(folder, *words).stderr
+        assert "the threshold 0.25 for class 'green', but model.onnx has 0.5" in message
+    with pytest.raises(CheckpointError, match=r"labels\.json: the file is damaged or was changed"):
+        Classifier.load(folder)
+
+
+def test_the_comparison_of_a_variant(with_variants, run):
+    images = LabeledImages.read(run / LABELED)
+    views = np.stack([np.asarray(Image.open(file)) for file in np.array(images.files)[images.held_out]])
+    batch = {"images": np.ascontiguousarray(views.transpose(0, 3, 1, 2))}
+
+    def outputs(name):
+        session = onnxruntime.InferenceSession(with_variants / name)
+        return session.run(["probabilities", "labels"], batch)
+
+    (probabilities, labels), size = outputs("model.onnx"), (with_variants / "model.onnx").stat().st_size
+    found = json.loads((with_variants / "variants.json").read_text())
+    assert [row["file"] for row in found] == ["model_fp16.onnx", "model_int8.onnx"]
+    for row in found:
+        others, other_labels = outputs(row["file"])
+        assert row["kept"]
+        assert (row["images"], row["kind"]) == (8, "held-out")
+        assert row["difference"] == pytest.approx(np.abs(others - probabilities).max(), abs=1e-6)
+        assert row["changed"] == pytest.approx((other_labels != labels).mean())
+        for name, scores in (("mean_ap", others), ("mean_ap_float32", probabilities)):
+            truth = images.labels[images.held_out]
+            used = truth.any(0) & ~truth.all(0)
+            expected = average_precision_score(truth[:, used], scores[:, used], average="macro")
+            assert row[name] == pytest.approx(expected)
+        assert (with_variants / row["file"]).stat().st_size < 0.7 * size
+        assert f"| `{row['file']}` | {row['megabytes']} |" in (with_variants / "README.md").read_text()
+    assert 0 < found[0]["difference"] < 1e-3
+    assert found[1]["difference"] > found[0]["difference"]
+
+
+@pytest.mark.parametrize("name", ["model_fp16.onnx", "model_int8.onnx"])
+def test_the_script_runs_a_variant(with_variants, name, squares_folder, predict):
+    Squares(squares_folder)
+    assert "The check passed" in script(with_variants, "--check", "--model", name).stdout
+    file = next(squares_folder.rglob("*.png"))
+    row = script(with_variants, str(file), "--model", name).stdout.splitlines()[1].split(",")
+    probabilities, _ = predict.Model(with_variants, file=name)([file])
+    np.testing.assert_allclose([float(value) for value in row[2:]], probabilities[0], rtol=1e-5)
+    assert not np.array_equal(probabilities, predict.Model(with_variants)([file])[0])
+
+
+def test_a_variant_that_differs_too_much_is_reported_and_removed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "MAX_CHANGED", -1.0)
+    folder = tmp_path / "model"
+    options = ["--format", "onnx", "--variants", "fp16", "--image_size", str(SIZE)]
+    main(["export", str(run), "--to", str(folder), *options])
+    assert "The file was removed, because" in capsys.readouterr().out
+    assert not (folder / "model_fp16.onnx").exists()
+    assert "model_fp16.onnx" not in (folder / "SHA256SUMS").read_text()
+    assert not json.loads((folder / "variants.json").read_text())[0]["kept"]
+    assert "removed, because it differs too much" in (folder / "README.md").read_text()
+
+
+def test_variants_need_labeled_images(run, tmp_path):
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    options = {"formats": ["onnx"], "variants": ["int8"], "image_size": SIZE}
+    with pytest.raises(ConfigError, match="Export the folder of a run"):
+        bundle.export(checkpoint, tmp_path / "model", **options)
+    with pytest.raises(DataError, match=r"labeled\.parquet"):
+        bundle.export(checkpoint, tmp_path / "model", run=tmp_path, **options)
+    images = LabeledImages.read(run / LABELED)
+    moved = replace(images, files=[f"{file}.moved" for file in images.files])
+    moved.write(tmp_path / LABELED)
+    with pytest.raises(ConfigError, match=r"images listed in .*labeled\.parquet do not exist"):
+        bundle.export(checkpoint, tmp_path / "model", run=tmp_path, **options)
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_opset_that_the_runtime_does_not_support_is_refused(exported, tmp_path, predict, monkeypatch):
@@ -203,6 +333,8 @@ def test_errors_of_the_classifier_name_the_damaged_file(exported, tmp_path, name
         ({"formats": ["onnx", "coreml"]}, "Unknown format: coreml"),
         ({"formats": []}, "No export format"),
         ({"extra": ["heat"]}, "Unknown extra output: heat"),
+        ({"variants": ["int4"]}, "Unknown variant: int4"),
+        ({"formats": ["pt2"], "variants": ["int8"]}, "Add onnx to the formats"),
     ],
 )
 def test_unknown_names_are_refused(run, tmp_path, options, message):

@@ -24,6 +24,7 @@ from cbsa_lightning.networks.cbsa import SETTINGS
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+LABELS_FILE = "labels.json"
 COPIED = ("class_names", "image_size", FINGERPRINT, NETWORK)  # entries of a checkpoint that are plain values
 
 _NETWORK, _EMA, _STARTED, _CUT = "network.", "ema.", "ema.started", "cut"
@@ -76,7 +77,8 @@ def read_portable(folder: Path) -> dict[str, Any]:
         CheckpointError: If a file is missing or damaged, or was changed.
     """
     try:
-        check_checksums(folder, (CONFIG, WEIGHTS))
+        # The thresholds are read from the weights. A labels file with other thresholds must not be ignored.
+        check_checksums(folder, (CONFIG, WEIGHTS, *(name for name in (LABELS_FILE,) if (folder / name).is_file())))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         state = {name: value for name, value in tensors.items() if name.startswith(_NETWORK) or name == _CUT}

@@ -34,7 +34,8 @@ def export_command(words: Sequence[str]) -> Path:
     options = {
         name: value for name in ("clip", "pretrained", "image_size") if (value := getattr(args, name)) is not None
     }
-    for line in export(checkpoint, folder, _names(args.format), _names(args.extra), run, **options):
+    variants = _names(args.variants)
+    for line in export(checkpoint, folder, _names(args.format), _names(args.extra), run, variants, **options):
         print(line)
     total = 0
     for file in sorted(folder.iterdir()):
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", type=Path, required=True, help="output folder")
     parser.add_argument("--format", default=FORMATS, help=f"formats, separated by commas (default: {FORMATS})")
     parser.add_argument("--extra", default="", help="additional outputs of the model: attention, context or both")
+    parser.add_argument("--variants", default="", help="smaller variants of model.onnx: fp16, int8 or fp16,int8")
     parser.add_argument("--clip", help="location of the CLIP towers if it has changed since training")
     parser.add_argument("--pretrained", help="location of the weights of the towers if it has changed since training")
     parser.add_argument("--image_size", type=int, help="side length of images if the checkpoint does not contain it")

@@ -60,6 +60,8 @@ class SemanticDecoupling(nn.Module):
 
 def gated_scores(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
     """Returns scores ``sum_i u_i tanh(x_i y_i)`` ``(B, R, C)`` of places ``x (B, R, m)`` and classes ``y (C, m)``."""
+    if torch.compiler.is_exporting():  # the steps of _GatedScores depend on the batch size, which a graph must not fix
+        return torch.stack([(x * word).tanh() @ u for word in y], -1)
     with torch.autocast(x.device.type, enabled=False):
         found: Tensor = _GatedScores.apply(x.float(), y.float(), u.float())
     return found

@@ -32,6 +32,7 @@ from cbsa_lightning.inference.export.model_card import write_card
 from cbsa_lightning.inference.export.onnx_model import OPSET, check_packages, write_onnx
 from cbsa_lightning.inference.export.program_file import PROGRAM, read_program, write_program
 from cbsa_lightning.inference.export.scoring import EXTRA_OUTPUTS, ScoringGraph, exported
+from cbsa_lightning.inference.export.variants import WRITERS, Variant, write_variants
 from cbsa_lightning.io.checksums import write_checksums
 from cbsa_lightning.io.files import writing
 
@@ -47,6 +48,7 @@ def export(
     formats: Sequence[str] = FORMATS,
     extra: Sequence[str] = (),
     run: Path | None = None,
+    variants: Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
     """Exports the model of a checkpoint and tests the result.
@@ -59,20 +61,26 @@ def export(
         formats: Formats to export, from :data:`FORMATS`.
         extra: Additional outputs of the graph: ``attention``, ``context``, or both.
         run: Folder of the run, from which precision and recall in `labels.json` are read.
+        variants: Smaller variants of `model.onnx`, from
+            :data:`~cbsa_lightning.inference.export.variants.WRITERS`. They require the run.
         **options: Options for loading the checkpoint; see
             :meth:`~cbsa_lightning.inference.classifier.Classifier.load`.
 
     Returns:
-        The results of the test, one sentence for each format.
+        The results of the test, one sentence for each format and variant.
 
     Raises:
-        ConfigError: If the folder is not empty, a format or output is unknown, or a package is missing.
+        ConfigError: If the folder is not empty, a format, output or variant is unknown, a package is missing, or the
+            images that variants require do not exist.
         CheckpointError: If the checkpoint cannot be loaded, or the scores of the exported model differ from those of
             the checkpoint.
         OutputError: If a file cannot be written.
     """
     _check_names("format", formats, FORMATS)
     _check_names("extra output", extra, EXTRA_OUTPUTS)
+    _check_names("variant", variants, tuple(WRITERS))
+    if variants and ONNX not in formats:
+        raise ConfigError("Variants are computed from model.onnx. Add onnx to the formats, or remove the variants.")
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already. Choose another folder, or remove it first.")
     if ONNX in formats:
@@ -82,8 +90,10 @@ def export(
     with writing(folder):
         draft.mkdir(parents=True)
     try:
-        _write(draft, folder.name, read_checkpoint(checkpoint), classifier, formats, tuple(extra), run)
-        found = _tested(draft, classifier, formats, options)
+        smaller = _write(
+            draft, folder.name, read_checkpoint(checkpoint), classifier, formats, tuple(extra), run, variants
+        )
+        found = [*_tested(draft, classifier, formats, options), *map(str, smaller)]
         with writing(folder):
             draft.replace(folder)
     finally:
@@ -106,7 +116,8 @@ def _write(
     formats: Sequence[str],
     extra: tuple[str, ...],
     run: Path | None,
-) -> None:
+    variants: Sequence[str],
+) -> list[Variant]:
     names = list(classifier.class_names)
     prompts = list(checkpoint["hyper_parameters"].get("prompt_names") or default_prompts(names))
     entries = class_entries(names, prompts, classifier.thresholds, run)
@@ -125,8 +136,10 @@ def _write(
         if ONNX in formats:
             write_onnx(program, folder / MODEL_FILE, extra, metadata)
             shutil.copyfile(Path(__file__).with_name(SCRIPT), folder / SCRIPT)
-    write_card(folder, name, checkpoint, classifier, entries, run)
+    smaller = write_variants(folder, variants, run) if variants else []
+    write_card(folder, name, checkpoint, classifier, entries, run, smaller)
     write_checksums(folder)
+    return smaller
 
 
 def _metadata(checkpoint: dict[str, Any], classifier: Classifier, graph: ScoringGraph) -> dict[str, str]:

@@ -32,17 +32,15 @@ def check_images(size: int) -> list[NDArray[np.uint8]]:
 
 
 def write_check(folder: Path, classifier: Classifier) -> None:
-    """Writes the images, the resized images, and the classifier's probabilities and labels.
+    """Writes the images, the resized images, and the classifier's probabilities.
 
     Raises:
         OutputError: If the file cannot be written.
     """
     images = check_images(classifier.image_size)
     view = PlainView(classifier.image_size)
-    probabilities = classifier.scores(images, NUMBER)
     arrays = {f"image_{i}": image for i, image in enumerate(images)}
     arrays["views"] = np.stack([view(image).permute(1, 2, 0).numpy() for image in images])
-    arrays["probabilities"] = probabilities.numpy()
-    arrays["labels"] = (probabilities >= classifier.thresholds).numpy()
+    arrays["probabilities"] = classifier.scores(images, NUMBER).numpy()
     with replacing(folder / CHECK) as draft:
         np.savez_compressed(draft, allow_pickle=False, **arrays)

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cbsa_lightning.checkpoints.portable import LABELS_FILE
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import THRESHOLDS
 
-LABELS_FILE = "labels.json"
 PREPROCESS_FILE = "preprocess.json"
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import open_clip
 import timm
 import yaml
 
 from cbsa_lightning.checkpoints.portable import network_section
 from cbsa_lightning.inference.classifier import Classifier
+from cbsa_lightning.inference.export.variants import Variant
 from cbsa_lightning.inference.hub import CARD
 from cbsa_lightning.io.checksums import SUMS
 from cbsa_lightning.io.files import replacing
@@ -23,6 +26,9 @@ from cbsa_lightning.io.runs import METRICS
 
 PURPOSES = {
     "model.onnx": "for ONNX Runtime: uint8 RGB images `(B, 3, S, S)` to `logits`, `probabilities` and `labels`",
+    "model_fp16.onnx": "the same model with weights in float16; `python predict.py --model model_fp16.onnx`",
+    "model_int8.onnx": "the same model with 8-bit integers; `python predict.py --model model_int8.onnx`",
+    "variants.json": "comparison of the variants with `model.onnx`",
     "model.pt2": 'the same model for PyTorch: `torch.export.load("model.pt2").module()`',
     "model.safetensors": "the trained weights, for `cbsa_lightning.Classifier.load(FOLDER)`",
     "config.json": "the settings from which the network is built",
@@ -33,6 +39,12 @@ PURPOSES = {
     SUMS: "checksums, for `sha256sum -c SHA256SUMS`",
 }
 UNKNOWN = "The license is not stored with the model; look it up at the source of the weights."
+OPENAI = (
+    "The code of OpenAI's CLIP has the MIT license. According to the model card of the weights, any deployed use is "
+    "out of scope; see https://github.com/openai/CLIP/blob/main/model-card.md."
+)
+LAION = "LAION publishes its weights with the MIT license; see their model cards at https://huggingface.co/laion."
+IMAGENET = " They were trained on ImageNet; see its terms of access at https://www.image-net.org/download."
 
 
 def write_card(
@@ -42,6 +54,7 @@ def write_card(
     classifier: Classifier,
     entries: Sequence[Mapping[str, Any]],
     run: Path | None,
+    variants: Sequence[Variant] = (),
 ) -> None:
     """Writes the model card.
 
@@ -52,6 +65,7 @@ def write_card(
         classifier: Classifier of the checkpoint.
         entries: See :func:`~cbsa_lightning.inference.export.labels_file.class_entries`.
         run: Folder of the run, from which the last validation mAP is read; None if it is unknown.
+        variants: Comparisons of the variants of `model.onnx`.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -70,6 +84,7 @@ def write_card(
         size=classifier.image_size,
         entries=entries,
         mean_ap=mean_ap,
+        variants=variants,
         calibrated=classifier.calibrated,
         towers=towers,
         towers_license=towers_license,
@@ -96,7 +111,7 @@ def _head(name: str, mean_ap: float | None) -> str:
 
 
 def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the name of the pretrained weights and a sentence about their license."""
+    """Returns the name of the pretrained weights and sentences about their license."""
     settings = checkpoint["hyper_parameters"]
     if "clip" not in settings:
         settings = (network_section(checkpoint) or {}).get("init_args") or {}
@@ -104,16 +119,24 @@ def _towers(checkpoint: Mapping[str, Any]) -> tuple[str, str]:
     if clip == "embedded":
         return "the small CLIP of cbsa_lightning", "MIT license, like the library."
     if clip is not None:
-        if pretrained == "openai":
-            return (
-                f"{clip} of OpenAI",
-                "MIT license. According to OpenAI's model card, any deployed use is out of scope.",
-            )
-        return Path(str(clip)).name, UNKNOWN
+        return _clip_weights(str(clip), str(pretrained))
     if backbone is not None and pretrained == "timm":
         license_name = timm.get_pretrained_cfg(backbone).license
-        return str(backbone), f"License: {license_name}." if license_name else UNKNOWN
+        stated = f"timm states the license {license_name} for them." if license_name else UNKNOWN
+        imagenet = re.search(r"in\d+k", str(backbone).partition(".")[2])
+        return str(backbone), stated + (IMAGENET if imagenet else "")
     return str(backbone or "as in the configuration of the run"), UNKNOWN
+
+
+def _clip_weights(clip: str, pretrained: str) -> tuple[str, str]:
+    if clip.replace("/", "-") not in open_clip.list_models():  # a folder, a file, or a repository of the Hub
+        hub = clip.removeprefix("hf-hub:")
+        return (hub, f"See https://huggingface.co/{hub}.") if hub != clip else (Path(clip).name, UNKNOWN)
+    if pretrained == "openai":
+        return f"{clip} of OpenAI", OPENAI
+    if pretrained.startswith("laion"):
+        return f"{clip} with the weights {pretrained}", LAION
+    return f"{clip} with the weights {Path(pretrained).name}", UNKNOWN
 
 
 def _runtime() -> str:

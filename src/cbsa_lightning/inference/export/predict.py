@@ -2,6 +2,7 @@
 
     python predict.py PHOTO_OR_FOLDER ...        prints a CSV table: image, labels, and the probability of each class
     python predict.py --check                    tests that the model gives the same scores as during the export
+    python predict.py --model model_int8.onnx ...    uses a variant of the model (variants.json describes them)
 
 In Python, ``Model("FOLDER")(["photo.jpg"])`` returns the probabilities and labels of images.
 """
@@ -45,23 +46,24 @@ class Model:
     Args:
         folder: Folder of the exported model.
         threads: Number of CPU threads. With 0, ONNX Runtime chooses the number.
+        file: Name of the model file, such as model_int8.onnx for a variant.
 
     Raises:
         BundleError: If a file is missing or damaged, or was changed.
     """
 
-    def __init__(self, folder: str | Path = HERE, threads: int = 0) -> None:
-        self.folder = Path(folder)
-        verify(self.folder, ["model.onnx", "preprocess.json"])
+    def __init__(self, folder: str | Path = HERE, threads: int = 0, file: str = "model.onnx") -> None:
+        self.folder, self.file = Path(folder), file
+        verify(self.folder, [file, "preprocess.json"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        file = self.folder / "model.onnx"
+        path = str(self.folder / file)
         try:
-            self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has an exception class for each of its status codes
             reason = str(error).partition("\n")[0]
             raise BundleError(
-                f"{file}: ONNX Runtime {onnxruntime.__version__} cannot load the model ({reason}). If the opset is not "
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the model ({reason}). If the opset is not "
                 "supported, install the version of ONNX Runtime that README.md specifies, or a later one."
             ) from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
@@ -86,7 +88,7 @@ class Model:
         batch = np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2))
         probabilities, labels = self.session.run(["probabilities", "labels"], {"images": batch})
         if not np.isfinite(probabilities).all():
-            raise BundleError(f"{self.folder / 'model.onnx'}: the scores are not finite.")
+            raise BundleError(f"{self.folder / self.file}: the scores are not finite.")
         return probabilities, labels
 
     def view(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -102,37 +104,35 @@ class Model:
             found = [(entry["name"], entry["threshold"]) for entry in classes]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{file}: cannot be read ({error}). Export the model again.") from error
-        expected = list(zip(self.class_names, self.thresholds, strict=True))
-        if len(found) != len(expected):
-            raise BundleError(f"{file} has {len(found)} classes, but model.onnx has {len(expected)}.")
-        for (name, threshold), (own_name, own) in zip(found, expected, strict=True):
+        if len(found) != len(self.class_names):
+            raise BundleError(f"{file} has {len(found)} classes, but {self.file} has {len(self.class_names)}.")
+        for (name, threshold), own_name, own in zip(found, self.class_names, self.thresholds, strict=True):
             if (name, threshold) != (own_name, own):
                 raise BundleError(
-                    f"{file} has the threshold {threshold} for class {name!r}, but model.onnx has {own} for class "
+                    f"{file} has the threshold {threshold} for class {name!r}, but {self.file} has {own} for class "
                     f"{own_name!r}. Thresholds are part of the model. To use others, apply them to the probabilities, "
                     "or export the model again."
                 )
 
 
-def verify(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Compares files with the checksums in SHA256SUMS. By default, all listed files are compared.
+def verify(folder: Path, names: Sequence[str]) -> None:
+    """Compares files with the checksums in SHA256SUMS.
 
     Raises:
         BundleError: If a file is missing or was changed.
     """
-    sums = folder / "SHA256SUMS"
-    if not sums.is_file():
-        raise BundleError(f"{sums} is missing. Copy the whole folder, or export the model again.")
-    lines = sums.read_text(encoding="utf-8").splitlines()
-    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in expected if names is None else names:
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"{file} is missing. Copy the whole folder, or export the model again.")
-        with file.open("rb") as content:
+    for name in ["SHA256SUMS", *names]:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name} is missing. Copy the whole folder, or export the model again.")
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
+    for name in names:
+        with (folder / name).open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != expected.get(name):
-            raise BundleError(f"{file} is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy it again.")
+        if f"{digest}  {name}" not in lines:
+            raise BundleError(
+                f"{folder / name} is damaged or was changed (its SHA-256 is not in SHA256SUMS). Copy the whole folder "
+                "again, or export the model again."
+            )
 
 
 def read(source: str | Path | BinaryIO) -> np.ndarray:
@@ -212,19 +212,22 @@ def check(model: Model) -> float:
         The largest difference between a probability and its value during the export.
 
     Raises:
-        BundleError: If a file was changed, or a resized image, a probability or a label differs.
+        BundleError: If a file was changed, or a resized image or a score differs.
     """
-    verify(model.folder)
+    verify(model.folder, ["check.npz", "labels.json"])
     file = model.folder / "check.npz"
+    variant = model.metadata.get("variant")
+    tolerance = float(model.metadata.get("tolerance", TOLERANCE))
     with np.load(file, allow_pickle=False) as data:
         images = [data[f"image_{i}"] for i in range(len(data["probabilities"]))]
-        views, expected, given = data["views"], data["probabilities"], data["labels"]
+        views, expected = data["views"], data[f"probabilities_{variant}" if variant else "probabilities"]
     if any(not np.array_equal(model.view(image), view) for image, view in zip(images, views, strict=True)):
         raise BundleError(f"{file}: the resized images differ from those of the export.")
     probabilities, labels = model(images)
     difference = float(np.abs(probabilities - expected).max())
-    if difference > TOLERANCE or not np.array_equal(labels, given):
-        raise BundleError(f"{file}: the scores differ from those of the export by {difference:.1e}.")
+    thresholds = np.array([np.inf if value is None else value for value in model.thresholds], np.float32)
+    if difference > tolerance or not np.array_equal(labels, probabilities >= thresholds):
+        raise BundleError(f"{file}: the scores of {model.file} differ from those of the export by {difference:.1e}.")
     return difference
 
 
@@ -254,15 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Labels images with the model in this folder.")
     parser.add_argument("images", nargs="*", help="image files or folders of images")
     parser.add_argument("--check", action="store_true", help="test the model on the images in check.npz")
+    parser.add_argument("--model", default="model.onnx", help="model file in this folder (default: model.onnx)")
     parser.add_argument(
         "--threads", type=int, default=0, help="number of CPU threads (default: chosen by ONNX Runtime)"
     )
     args = parser.parse_args()
     try:
-        model = Model(HERE, args.threads)
+        model = Model(HERE, args.threads, args.model)
         if args.check:
-            difference = check(model)
-            print(f"The check passed: the probabilities differ by at most {difference:.1e}, and no label differs.")
+            print(f"The check passed: the probabilities differ by at most {check(model):.1e}.")
         elif not (files := list(files_of(args.images))):
             parser.error("no images; pass image files or folders, or --check")
         else:
