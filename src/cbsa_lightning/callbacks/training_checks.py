@@ -68,5 +68,6 @@ def _gains_from_bfloat16(trainer: Any, clip: Any) -> bool:
     """Returns whether a run in float32 on the CPU would be faster in bfloat16; the embedded model is too small."""
     if trainer.precision != "32-true" or trainer.strategy.root_device.type != "cpu" or clip.embed_dim < 256:
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have this function
+    # torch 2.10 does not have this function.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
