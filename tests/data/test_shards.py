@@ -150,6 +150,23 @@ def test_shards_with_different_columns(tmp_path, contents):
     _refused(tmp_path, "train-1.arrow: the columns", "train-0.arrow; write all shards with the same columns")
 
 
+@pytest.mark.parametrize("lists", [True, False], ids=["lists", "single"])
+def test_numbers_of_hugging_face_classes(tmp_path, contents, lists):
+    kind = {"_type": "ClassLabel", "names": ["dog", "cat"]}
+    features = {"image": {"_type": "Image"}, "labels": {"feature": kind, "_type": "Sequence"} if lists else kind}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    cells = [[1], [0, 1], [], None] if lists else [1, 0, -1, None]
+    table = pa.table({"image": contents[:4], "labels": cells}).replace_schema_metadata(metadata)
+    write_arrow(tmp_path / "train-0.arrow", table)
+    source = Table(str(tmp_path / "train-0.arrow"))
+    assert source.class_names == ("cat", "dog")
+    expected = [[1, 0], [1, 1], [0, 0], [-1, -1]] if lists else [[1, 0], [0, 1], [-1, -1], [-1, -1]]
+    assert source.train().labels.tolist() == expected
+    wrong = pa.table({"image": contents[:1], "labels": [[2]] if lists else [2]}).replace_schema_metadata(metadata)
+    write_arrow(tmp_path / "train-1.arrow", wrong)
+    _refused(tmp_path, "train-1.arrow: column 'labels' contains 2", "the numbers 0 to 1; correct the labels")
+
+
 def test_labels_name_the_row_of_the_shard(tmp_path, contents):
     write_shards(tmp_path, "train", contents, LABELS, NAMES)
     (tmp_path / "classes.yaml").write_text("cat:\ndog:\n")

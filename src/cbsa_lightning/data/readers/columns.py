@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cbsa_lightning.data.annotations import StringArray, as_strings, repeated_rows
+from cbsa_lightning.data.annotations import StringArray, repeated_rows
 from cbsa_lightning.data.class_names import clean_name, did_you_mean, duplicates
 from cbsa_lightning.data.readers.csv_file import read_csv
 from cbsa_lightning.data.readers.json_lines import is_json_lines, read_json_lines
-from cbsa_lightning.data.readers.source import ODD_PATH
-from cbsa_lightning.data.shards import SUFFIX, open_shard, shard_files
+from cbsa_lightning.data.readers.shard_tables import read_shards
+from cbsa_lightning.data.shards import SUFFIX
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, memory_of_machine, open_regular
 
@@ -127,7 +127,7 @@ def read_columns(path: str | Path) -> Columns:
     """
     path = Path(path)
     try:
-        columns = read_shards(path) if path.suffix.lower() == SUFFIX else _read_file(path)
+        columns = _read_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: the table does not exist; correct the path") from None
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, MemoryError) as error:
@@ -145,6 +145,9 @@ def read_columns(path: str | Path) -> Columns:
 
 
 def _read_file(path: Path) -> Columns:
+    if path.suffix.lower() == SUFFIX:
+        table, files = read_shards(path)
+        return Columns(path, table, 1, files=files)
     with open_regular(path) as file:
         if path.suffix.lower() in (".parquet", ".pq"):
             return Columns(path, _read_parquet(path, file), 1)
@@ -206,48 +209,3 @@ def _read_parquet(path: Path, file: BinaryIO) -> Any:
             )
         batches.append(batch)
     return pa.Table.from_batches(batches, content.schema_arrow)
-
-
-def read_shards(path: Path) -> Columns:
-    """Reads all columns of shards except the bytes of the images. The column of images becomes a column of paths.
-
-    Args:
-        path: An Arrow file, or a pattern such as ``data/train-*.arrow``. All files must have the same columns.
-
-    Raises:
-        DataError: If no file matches, a shard is damaged, the columns differ, or a name is repeated or is not a
-            relative path.
-    """
-    files = shard_files(path)
-    if not files:
-        raise DataError(f"{path}: no file matches this pattern; correct the path")
-    tables: list[Any] = []
-    starts: list[tuple[str, int]] = []
-    for file in files:
-        shard = open_shard(file)
-        names = pa.chunked_array([shard.names]) if isinstance(shard.names, pa.Array) else shard.names
-        _check_names(file, names.combine_chunks())
-        starts.append((file.name, sum(table.num_rows for table in tables)))
-        paths = pc.binary_join_element_wise(file.name, names, "/")
-        tables.append(shard.table.set_column(shard.place, shard.column, paths).replace_schema_metadata())
-        if not tables[-1].schema.equals(tables[0].schema):
-            raise DataError(
-                f"{file}: the columns {brief(str(tables[-1].schema))} differ from {brief(str(tables[0].schema))} in "
-                f"{files[0]}; write all shards with the same columns"
-            )
-    return Columns(path, pa.concat_tables(tables), 1, files=starts)
-
-
-def _check_names(file: Path, names: Any) -> None:
-    """Checks that the names of the images in a shard can be parts of paths, and that no name occurs twice."""
-    if (row := pc.index(pc.match_substring_regex(names, ODD_PATH), True).as_py()) >= 0:
-        raise DataError(
-            f"{file}, row {row + 1}: the path {brief(names[row].as_py())} of the image is not a relative path with '/' "
-            "between folders; write the name of the image file"
-        )
-    if pc.count_distinct(names).as_py() < len(names):
-        i, j = repeated_rows(as_strings(names.to_numpy(zero_copy_only=False)))[0]
-        raise DataError(
-            f"{file}: rows {i + 1} and {j + 1} have the same path {brief(names[i].as_py())}; give each image another "
-            "path"
-        )
