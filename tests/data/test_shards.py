@@ -109,6 +109,9 @@ def test_damaged_shard(tmp_path, contents):
     _refused(tmp_path, "train-1.arrow", "cannot be read as an Arrow file", "write the shard again")
     shard.write_bytes(b"image,labels\n")
     _refused(tmp_path, "train-1.arrow", "cannot be read as an Arrow file")
+    table = pa.table({"image": contents[:1], "labels": [["cat"]]})
+    write_arrow(shard, table.replace_schema_metadata({"huggingface": "{"}))
+    _refused(tmp_path, "train-1.arrow: the metadata of Hugging Face datasets is damaged", pattern="train-1.arrow")
 
 
 @pytest.mark.parametrize(

@@ -67,25 +67,39 @@ def _check_names(file: Path, names: Any) -> None:
 
 def _with_class_names(file: Path, table: Any) -> Any:
     """Replaces numbers by class names in the columns that Hugging Face datasets stores with the type ClassLabel."""
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
-    for k, column in enumerate(table.column_names):
-        feature = features.get(column, {})
-        classes = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if not isinstance(classes, dict) or classes.get("_type") != "ClassLabel":
-            continue
-        names, lists = dict(enumerate(classes["names"])), classes is not feature
+    for column, (classes, lists) in _class_labels(file, table).items():
+        place = table.column_names.index(column)
+        names: dict[int, str | None] = dict(enumerate(classes))
         if not lists:
             names[-1] = None  # stands for an unknown class
         try:
             cells = [
                 cell if cell is None else [names[code] for code in cell] if lists else names[cell]
-                for cell in table.column(k).to_pylist()
+                for cell in table.column(place).to_pylist()
             ]
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{file}: column {brief(column)} contains {error}, but its classes have the numbers 0 to "
-                f"{len(classes['names']) - 1}; correct the labels"
+                f"{len(classes) - 1}; correct the labels"
             ) from error
-        table = table.set_column(k, column, pa.array(cells, pa.list_(pa.string()) if lists else pa.string()))
+        table = table.set_column(place, column, pa.array(cells, pa.list_(pa.string()) if lists else pa.string()))
     return table
+
+
+def _class_labels(file: Path, table: Any) -> dict[str, tuple[list[str], bool]]:
+    """Maps each column of the type ClassLabel to its class names and to whether its cells are lists."""
+    found: dict[str, tuple[list[str], bool]] = {}
+    try:
+        features = (
+            json.loads((table.schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        )
+        for column in table.column_names:
+            feature = features.get(column, {})
+            item = feature.get("feature", feature) if isinstance(feature, dict) else {}
+            if isinstance(item, dict) and item.get("_type") == "ClassLabel":
+                found[column] = [str(name) for name in item["names"]], item is not feature
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: the metadata of Hugging Face datasets is damaged ({error}); write the shard again"
+        ) from error
+    return found
