@@ -120,9 +120,10 @@ def test_damaged_shard(tmp_path, contents):
         ({"labels": ["cat"]}, ["expected one column of images, found none", "'labels' (string)"]),
         ({"image": [b"x"], "mask": [b"x"], "labels": ["cat"]}, ["'image', 'mask'"]),
         ({"image": ["a.jpg"], "labels": ["cat"]}, ["found none", "Write the content of the image files"]),
+        ({"image": [{"bytes": b"x", "path": [1]}], "labels": ["cat"]}, ["paths in column 'image' are not text"]),
     ],
 )
-def test_a_shard_has_one_column_of_images(tmp_path, columns, words):
+def test_a_shard_has_one_column_of_images_and_paths_are_text(tmp_path, columns, words):
     write_arrow(tmp_path / "train-0.arrow", pa.table(columns))
     _refused(tmp_path, "train-0.arrow", *words)
 
@@ -206,7 +207,8 @@ def test_cache_keys_depend_on_the_content_of_the_image(tmp_path, files, contents
     cache = ImageCache(str(tmp_path / "cache"))
     assert (cache.images(ImageFiles(table), 24)[9] == cache.images(ImageFiles(table), 24)[9]).all()
     before = content_keys(paths, tmp_path / "memo.json")
-    write_shards(tmp_path, "train", [contents[9], *contents[1:]], LABELS, NAMES)
+    write_shards(tmp_path / "new", "train", [contents[9], *contents[1:]], LABELS, NAMES)
+    os.replace(tmp_path / "new" / "train-0.arrow", tmp_path / "train-0.arrow")
     os.utime(tmp_path / "train-0.arrow", (1, 1))
     after = content_keys(paths, tmp_path / "memo.json")
     assert after[0] == before[9]

@@ -39,7 +39,7 @@ class Shard:
         table: All columns.
         place: Position of the column of images in the table.
         column: Name of this column.
-        names: (n,) Arrow text, the names of the images.
+        names: Chunked Arrow array of n strings, the names of the images.
 
     Raises:
         DataError: If the file is damaged or compressed, or does not have exactly one column of images.
@@ -57,17 +57,9 @@ class Shard:
         self.place = self._image_column()
         self.column = self.table.column_names[self.place]
         images = self.table.column(self.place)
-        count = len(images)
-        kept_as_structs = pa.types.is_struct(images.type)
-        self._bytes = pc.struct_field(images, "bytes") if kept_as_structs else images
+        self._bytes = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
         self._refuse_compressed(content)
-        paths = (
-            pc.struct_field(images, "path") if kept_as_structs and images.type.get_field_index("path") >= 0 else None
-        )
-        if paths is None or paths.null_count:
-            rows = pa.array(map(str, range(count)), pa.string())
-            paths = rows if paths is None else pc.coalesce(paths.cast(pa.string()), rows)
-        self.names: Any = paths
+        self.names = self._names(images)
 
     def row(self, name: str) -> int | None:
         """Returns the row of the image with a name, or None if there is none."""
@@ -100,6 +92,21 @@ class Shard:
             f"columns are {kinds}. Write the content of the image files to one column of type binary or "
             "struct<bytes: binary, path: string>"
         )
+
+    def _names(self, images: Any) -> Any:
+        if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
+            try:
+                paths = pc.struct_field(images, "path").cast(pa.string())
+            except pa.ArrowException as error:
+                raise DataError(
+                    f"{self.path}: the paths in column {brief(self.column)} are not text ({error}); write the name of "
+                    "each image file as a string"
+                ) from error
+            if not paths.null_count:
+                return paths
+        else:
+            paths = pa.chunked_array([pa.nulls(len(images), pa.string())])
+        return pc.coalesce(paths, pa.array(map(str, range(len(images))), pa.string()))
 
     def _refuse_compressed(self, content: Any) -> None:
         """Rejects compressed shards, which are decompressed when they are opened and would be kept in memory."""

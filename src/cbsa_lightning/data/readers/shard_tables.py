@@ -36,10 +36,9 @@ def read_shards(path: Path) -> tuple[Any, list[tuple[str, int]]]:
     starts: list[tuple[str, int]] = []
     for file in files:
         shard = open_shard(file)
-        names = pa.chunked_array([shard.names]) if isinstance(shard.names, pa.Array) else shard.names
-        _check_names(file, names.combine_chunks())
+        _check_names(file, shard.names)
         starts.append((file.name, sum(table.num_rows for table in tables)))
-        paths = pc.binary_join_element_wise(file.name, names, "/")
+        paths = pc.binary_join_element_wise(file.name, shard.names, "/")
         table = _with_class_names(file, shard.table.set_column(shard.place, shard.column, paths))
         tables.append(table.replace_schema_metadata())
         if not tables[-1].schema.equals(tables[0].schema):
@@ -58,7 +57,7 @@ def _check_names(file: Path, names: Any) -> None:
             "between folders; write the name of the image file"
         )
     if pc.count_distinct(names).as_py() < len(names):
-        i, j = repeated_rows(as_strings(names.to_numpy(zero_copy_only=False)))[0]
+        i, j = repeated_rows(as_strings(names.to_pylist()))[0]
         raise DataError(
             f"{file}: rows {i + 1} and {j + 1} have the same path {brief(names[i].as_py())}; give each image another "
             "path"
