@@ -3,7 +3,7 @@
     uv run python benchmarks/cluster_cost.py
 
 The script counts steps and scored images with ``run_time.estimate``, like ``cbsa check --time``, and prints a Markdown
-table. All constants are measurements in ``RESULTS.md`` or assumptions. docs/several_gpus.md discusses the result.
+table. All constants are measurements or assumptions. docs/how_to/several_gpus.md discusses the result.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def line(at_8: float, at_64: float) -> Part:
     return Part(8 * (at_8 - per_image), per_image)
 
 
-# Measured on an H200: rows VOC:RN50:8 and COCO:RN50:64 of "On a GPU" in RESULTS.md. Batches of 8 have 20 classes, so
-# the fixed part of the decoder may be too small.
+# Measured on an H200 in single rounds on 2026-11-27, by a version of step.py whose results are no longer in RESULTS.md:
+# rows VOC:RN50:8 and COCO:RN50:64 (commit 7426218). Replace them when scripts/on_gpu.sh has measured a step. Batches of
+# 8 have 20 classes, so the fixed part of the decoder may be too small.
 DIVIDED = {"tower": line(0.50, 0.11), "pool": line(0.26, 0.04), "decoder": line(0.98, 0.13)}
 # Each process encodes all prompts and updates all trained weights.
 REPEATED = {"text": Part(64 * 0.24), "optimizer and average": Part(64 * 0.03), "rest": Part(64 * 0.19)}

@@ -4,7 +4,7 @@
 
 Each row compares a part of the step with and without one optimization. Both forms run alternately in one process, and
 the ratio is the median over the rounds. Trained parts run forward and backward, except in the rows of the optimizer and
-the average. The weights are random.
+the average. The script reports wall time on a GPU and processor time on a CPU. The weights are random.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import markdown, where
+from measuring import markdown, timed, where
 from reference_recipe import StockDecoder
 from torch import Tensor, nn
 
@@ -69,13 +68,9 @@ class Bench:
         return run
 
     def timed(self, function: Part) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        function()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        """Returns seconds of wall time on a GPU, and of processor time on a CPU, which other processes may share."""
+        took = timed(function, self.device)
+        return took.wall if self.device == "cuda" else took.cpu
 
 
 def tower(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:

@@ -2,9 +2,9 @@
 
     uv run python benchmarks/pseudo_labels.py --out DIR [--data digits photos --photos DIR --clip DIR] [--picture FILE]
 
-This analysis uses hidden labels of the unlabeled images. docs/unlabeled.md describes how settings were chosen. Finished
-runs are read from ``ablation.jsonl`` and not repeated. The script prints the table at the end and, with ``--picture``,
-writes a plot.
+This analysis uses hidden labels of the unlabeled images. docs/explanation/unlabeled.md describes how settings were
+chosen. Finished runs are read from ``ablation.jsonl`` and not repeated. The script prints the table at the end and,
+with ``--picture``, writes a plot.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Implements the training step as in the related code: the same computation as the library, without its optimizations.
 
-As in the related code (see ``docs/speed.md``), prompts use all 77 tokens, and each prompt set has a separate pass.
-Labeled and unlabeled images have separate passes. Memory is contiguous, and batch norms are not folded. Queries are
-repeated for each image. Evaluation encodes the text for each batch, and has separate passes for raw and averaged
-weights. The loss is read on the host in each step, and the average covers the complete state dict. Unlike the related
-code, this one builds no graph below the pool, computes no unused attention, and creates no unused weak views.
+As in the related code (see ``docs/explanation/speed.md``), prompts use all 77 tokens, memory is contiguous, batch norms
+are not folded, and queries are repeated for each image. The loss is read on the host in each step, and the average
+covers the complete state dict. Labeled and unlabeled images share one pass (as in CAP and SCPNet), and so do both
+prompt sets (as in DualCoOp). Unlike the related code, this one builds no graph below the pool, computes no unused
+attention, and creates no unused weak views.
 """
 
 from __future__ import annotations
@@ -73,15 +73,13 @@ class ReferenceRecipe(nn.Module):
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.log_scale.is_cuda)
 
     def encode_text(self) -> tuple[Tensor, Tensor]:
-        """Returns target and semantic features ``(C, d)``, each from a pass over all 77 positions."""
-        return self._encode(self.prompts[0]), self._encode(self.prompts[1])
-
-    def _encode(self, prompts: nn.Module) -> Tensor:
+        """Returns target and semantic features ``(C, d)``, from one pass over all 77 positions."""
         text = self.clip.text
-        embeddings, end = prompts()
+        embeddings, end = (torch.cat(part) for part in zip(*(prompts() for prompts in self.prompts), strict=True))
         x = nn.functional.pad(embeddings, (0, 0, 0, text.context_length - embeddings.shape[1]))
         x = text.ln_final(text.transformer(x + text.positional_embedding, attn_mask=self.mask))
-        return x[torch.arange(len(x)), end] @ text.text_projection
+        target, semantic = (x[torch.arange(len(x)), end] @ text.text_projection).chunk(2)
+        return target, semantic
 
     def forward(self, images: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``(B, C)`` and context logits ``(B, K)``."""
@@ -98,14 +96,10 @@ class ReferenceRecipe(nn.Module):
     def loss(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> Tensor:
         """Computes Eq. 12 on one batch."""
         with torch.autocast(batch.images.device.type, torch.float16, enabled=batch.images.is_cuda):
-            target, semantic = self.encode_text()
-            parts = [self(batch.images[rows], target, semantic) for rows in (batch.labeled, ~batch.labeled)]
+            logits, context_logits = self(batch.images, *self.encode_text())
         targets = torch.where(batch.labeled[:, None], batch.targets, pseudo[batch.index])
-        logits, context_logits = (torch.cat(part) for part in zip(*parts, strict=True))
-        order = [rows.nonzero()[:, 0] for rows in (batch.labeled, ~batch.labeled)]
-        index = torch.cat(order)
-        total = asymmetric_loss(logits, targets[index]).sum()
-        return (total + context_loss(context_logits, contexts[batch.index[index]]).sum()) / len(batch.images)
+        total = asymmetric_loss(logits, targets).sum() + context_loss(context_logits, contexts[batch.index]).sum()
+        return total / len(batch.images)
 
     def step(self, batch: TrainBatch, pseudo: Tensor, contexts: Tensor) -> float:
         """Runs one training step and returns the loss, which is read on the host as in the related code."""

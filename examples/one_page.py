@@ -1,4 +1,4 @@
-"""CBSA on one page: trains both stages on the embedded digits in plain torch (docs/method.md)."""
+"""CBSA on one page: trains both stages on the embedded digits in plain torch (docs/explanation/method.md)."""
 
 import torch
 from sklearn.metrics import average_precision_score

@@ -211,7 +211,7 @@ def test_each_system_without_training(
 def test_stacked_probes_on_photos(
     roots: dict[str, Path], clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """methods/stacked_probes.yaml after photos.yaml reports metrics and labels images, as in docs/photos.md."""
+    """methods/stacked_probes.yaml after photos.yaml reports metrics and labels images, as in docs/how_to/photos.md."""
     monkeypatch.chdir(tmp_path)
     overlays = files("photos", "methods/stacked_probes")
     source = f"--data.source.init_args.train={roots['table'] / 'train.csv'}"

@@ -17,7 +17,7 @@ from tiny_data import tiny_data, tiny_trainer
 
 @pytest.fixture(scope="module")
 def centered():
-    text = (Path(__file__).resolve().parents[1] / "docs" / "hooks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "reference" / "hooks.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert code.count("\n") <= 32
     found = {}

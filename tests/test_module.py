@@ -18,6 +18,7 @@ from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.method.context_task import ContextTask
 from cbsa_lightning.method.labelers import LabeledOnly
 from cbsa_lightning.training.module import SSMLLModule
+from cbsa_lightning.training.nonfinite_steps import NonFiniteSteps
 from reference.losses import asymmetric, cross_entropy
 from tiny_clip import tiny_clip
 from tiny_data import CLASSES, SIZE, Squares, differences, tiny_data, tiny_fit, tiny_module, tiny_trainer
@@ -259,7 +260,7 @@ def test_a_step_synchronizes_only_to_check_that_the_loss_is_finite(tmp_path, cli
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_a_step_on_a_gpu_has_no_other_synchronization(tmp_path, clip_folder, squares, precision, monkeypatch):
-    asked = SSMLLModule._is_finite
+    asked = NonFiniteSteps.is_finite
 
     def allowed(*args):
         mode = torch.cuda.get_sync_debug_mode()
@@ -268,7 +269,7 @@ def test_a_step_on_a_gpu_has_no_other_synchronization(tmp_path, clip_folder, squ
         torch.cuda.set_sync_debug_mode(mode)
         return finite
 
-    monkeypatch.setattr(SSMLLModule, "_is_finite", allowed)
+    monkeypatch.setattr(NonFiniteSteps, "is_finite", allowed)
 
     class Forbid(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):

@@ -124,8 +124,8 @@ def test_recipes_can_be_run_as_yaml_files(folder: Path) -> None:
 
 
 def test_the_example_of_the_documentation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the example of docs/systems.md: a custom system in one Python file and one YAML file."""
-    text = (CONFIGS.parent / "docs" / "systems.md").read_text().split("## A system of your own")[1]
+    """Runs the example of docs/how_to/own_system.md: a custom system in one Python file and one YAML file."""
+    text = (CONFIGS.parent / "docs" / "how_to" / "own_system.md").read_text()
     code, overlay = (re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)[0] for language in ("python", "yaml"))
     assert len((code + overlay).splitlines()) <= 30
     (folder / "my_systems.py").write_text(code)

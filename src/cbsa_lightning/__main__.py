@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     if words[:1] == ["table"]:
         return table(words[1:])
     if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
-        print("--resume [RUN]: resume this run, or the newest run below runs/ (docs/faults.md).\n")
+        print("--resume [RUN]: resume this run, or the newest run below runs/ (docs/reference/faults.md).\n")
     with resumed(find_configs(words)) as run:
         before = os.environ.get("WANDB_RUN_ID")
         if run.wandb_id is not None:

@@ -39,10 +39,8 @@ class NotFiniteError(CBSAError, ArithmeticError):
 class OutputError(CBSAError, OSError):
     """A file that cannot be written, for example because the disk is full or the folder is read-only.
 
-    Args:
-        errno: Error number of the operating system, or None.
-        strerror: Error message of the operating system.
-        filename: The file. Its previous content is unchanged.
+    The arguments are those of ``OSError``: the error number of the operating system or None, its error message, and the
+    file. The previous content of the file is unchanged.
     """
 
     def __str__(self) -> str:

@@ -243,6 +243,12 @@ def test_features_are_not_computed_twice(tmp_path, clip_folder, squares, monkeyp
     assert cached_fit(tmp_path, clip_folder, squares, cache=cache, max_epochs=1)[2].before == 1
 
 
+@pytest.mark.parametrize("bars", [True, False])
+def test_the_trainer_decides_whether_a_bar_is_shown(tmp_path, clip_folder, squares, capsys, bars):
+    cached_fit(tmp_path, clip_folder, squares, max_epochs=1, trainer={"enable_progress_bar": bars})
+    assert ("Frozen features" in capsys.readouterr().err) == bars
+
+
 def test_refusals(tmp_path, clip_folder, squares, monkeypatch):
     with pytest.raises(ConfigError, match="strong_views must be an integer of at least 0, got -1"):
         FeatureCache(strong_views=-1)

@@ -281,7 +281,7 @@ def test_every_system(both, name):
     start, end = one["tables"][0]["weights"], one["epochs"][-1]["weights"]
     assert max(float((end[weight] - start[weight]).abs().max()) for weight in start) > 0.001
     if name == "ImageNet":
-        return  # the statistics of batch norms differ between processes: docs/several_gpus.md
+        return  # the statistics of batch norms differ between processes: docs/how_to/several_gpus.md
     for run in two:
         same_run(run, one)
 

@@ -239,7 +239,7 @@ def test_outputs_that_a_network_does_not_have_are_refused(clip_folder, tmp_path)
 def test_the_server_of_the_documentation_answers(exported, classifier, squares_folder, tmp_path):
     Squares(squares_folder)
     photo = next(squares_folder.rglob("*.png"))
-    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "how_to" / "export.md").read_text(encoding="utf-8")
     (tmp_path / "serve.py").write_text(re.search(r"```python\n(\"\"\"HTTP server.*?)```", text, re.DOTALL)[1])
     command = [sys.executable, tmp_path / "serve.py", exported, "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

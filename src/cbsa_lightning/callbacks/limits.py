@@ -104,7 +104,7 @@ def _tell_result(found: float, images: int, baselines: dict[str, float], trains:
     elif best == ZERO_SHOT:
         rank_zero_warn(
             f"Training did not help: {figures}. Try --config methods/cbsa_safe.yaml, more labeled images or a "
-            "longer warm-up (docs/unlabeled.md)."
+            "longer warm-up (docs/explanation/unlabeled.md)."
         )
     else:
         rank_zero_warn(

@@ -44,7 +44,7 @@ class LogToWandb(L.Callback):
     Does nothing without a ``WandbLogger``. This callback logs the files of
     :class:`~cbsa_lightning.callbacks.report.RunReport`, :class:`~cbsa_lightning.callbacks.labels.WriteLabels` and
     :class:`~cbsa_lightning.callbacks.report_page.WriteReportPage`, so it must come after them in the list of callbacks.
-    ``docs/metrics.md`` lists what is logged. A ``fast_dev_run`` logs no tables and no artifacts.
+    ``docs/how_to/wandb.md`` lists what is logged. A ``fast_dev_run`` logs no tables and no artifacts.
 
     Args:
         num_images: Maximum number of images in the table ``report/images``.

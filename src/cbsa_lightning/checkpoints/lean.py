@@ -84,7 +84,8 @@ class LeanCheckpoint(nn.Module):
         if strict and any(key.startswith("network.decoder.layers.") for key in extra):
             raise CheckpointError(
                 f"{self._source} was trained with an earlier label decoder, which this version does not "
-                "have (docs/choices.md, 'Label-specific features'). Train again, or use the version that wrote it."
+                "have (docs/explanation/choices.md, 'Label-specific features'). Train again, or use the version that "
+                "wrote it."
             )
         if strict and problems:
             raise CheckpointError(

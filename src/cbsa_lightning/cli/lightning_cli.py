@@ -142,7 +142,7 @@ class CBSACLI(LightningCLI):
             type=str | None,
             default=None,
             help="cbsa fit: start from the averaged weights of a finished run (its folder or a checkpoint file), even "
-            "if classes or labels have changed, and report the differences (docs/photos.md).",
+            "if classes or labels have changed, and report the differences (docs/how_to/photos.md).",
         )
         parser.add_argument(
             "--gain",

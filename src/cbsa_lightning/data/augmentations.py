@@ -85,7 +85,7 @@ class Albumentations(Augmentation):
         ConfigError: If an entry is not an albumentations transform, or cannot be serialized.
 
     Example:
-        In a configuration::
+        In a configuration:
 
             data:
               strong_view:

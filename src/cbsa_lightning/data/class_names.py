@@ -148,7 +148,7 @@ def read_class_file(path: str | Path) -> ClassFile:
     """Reads a class file, which maps classes to prompt names in YAML, or in JSON if its name ends with ".json".
 
     A value is a prompt name, empty (the prompt name is the class name with "_" replaced by a space), or a mapping with
-    the optional keys ``prompt`` and ``synonyms``::
+    the optional keys ``prompt`` and ``synonyms``:
 
         diningtable: dining table
         person:

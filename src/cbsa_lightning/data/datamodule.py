@@ -352,7 +352,8 @@ class SSMLLDataModule(L.LightningDataModule):
         trainer = self.trainer
         # The work is divided among the ranks of one machine, since the folder may be on a local disk.
         share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
-        fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share)
+        show = trainer is None or trainer.progress_bar_callback is not None
+        fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share, show=show)
         return store, kept
 
     def use_features(self, tower: Tower, store: RowStore, kept: dict[str, KeptViews]) -> None:

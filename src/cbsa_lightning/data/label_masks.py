@@ -187,7 +187,7 @@ def with_known_labels(
         told = (
             f"{len(names)} of {table.num_classes} classes have known positives but no known negative: {listed(names)}. "
             "In labeled images, unknown labels of these classes are treated as negative. To allow an estimate of the "
-            "frequency of each class, label some images as negative (docs/data.md)."
+            "frequency of each class, label some images as negative (docs/reference/data.md)."
         )
     return dataclasses.replace(table, labels=np.where(changed, np.int8(NEGATIVE), labels)), told
 

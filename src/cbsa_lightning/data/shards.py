@@ -23,7 +23,7 @@ from cbsa_lightning.io.reading import brief, open_regular
 
 SUFFIX = ".arrow"
 _MAPPED = 1 << 14  # maximum number of mapped shards per process; Linux allows 65,530 mappings
-_REWRITE = "write the shard again (docs/data.md)"
+_REWRITE = "write the shard again (docs/reference/data.md)"
 
 
 class Shard:
@@ -113,7 +113,9 @@ class Shard:
         for chunk in self._bytes.chunks:
             data = chunk.buffers()[2]
             if data is not None and data.size and not 0 <= data.address - content.address < content.size:
-                raise DataError(f"{self.path}: the shard is compressed; write it without compression (docs/data.md)")
+                raise DataError(
+                    f"{self.path}: the shard is compressed; write it without compression (docs/reference/data.md)"
+                )
 
 
 def open_image(path: str | os.PathLike[str]) -> BufferedReader | BytesIO:

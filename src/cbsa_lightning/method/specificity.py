@@ -66,5 +66,5 @@ class Specificity(nn.Module):
         rank_zero_warn(
             f"The label decoder has collapsed: the features of two labels in one image have a mean cosine of "
             f"{cosine:.4f}, and replacing them with their mean changes mAP by {-100 * gain:+.2f} points. All labels "
-            "share one image feature. See docs/choices.md, 'Label-specific features'."
+            "share one image feature. See docs/explanation/choices.md, 'Label-specific features'."
         )

@@ -17,8 +17,8 @@ class LabelDecoder(nn.Module):
     """Decoder for label-specific image features. The text features of the classes attend to the image tokens (Eq. 4).
 
     The paper specifies only "a transformer decoder of two layers". With random initialization, the standard block
-    learns to return the same feature for every label (``docs/choices.md``, "Label-specific features"). Four design
-    choices prevent this, provided that CLIP's text and image features are aligned:
+    learns to return the same feature for every label (``docs/explanation/choices.md``, "Label-specific features"). Four
+    design choices prevent this, provided that CLIP's text and image features are aligned:
 
     - **The initial features are in CLIP's joint space.** Query, key and value projections are initialized with
       multiples of the identity, and all other branches with zero. An untrained decoder therefore attends to the places

@@ -22,7 +22,8 @@ from cbsa_lightning.training.schedules import SchedulerCallable
 class CBSAModule(SSMLLModule):
     """Context-based semantic-aware alignment, with the paper's settings as defaults.
 
-    If the paper does not specify a setting or contradicts itself, ``docs/choices.md`` gives the default and the reason.
+    If the paper does not specify a setting or contradicts itself, ``docs/explanation/choices.md`` gives the default and
+    the reason.
 
     Args:
         class_names: The C class names.

@@ -25,7 +25,10 @@ from cbsa_lightning.training.module import SSMLLModule
 LEVEL = 0.9
 DRAWS = 1000
 HELD = "17 of 27 measured runs"
-"""Runs in which the bootstrap interval contained the true gain (docs/unlabeled.md, "How a run estimates the gain")."""
+"""Runs in which the bootstrap interval contained the true gain.
+
+See "How a run estimates the gain" in docs/explanation/unlabeled.md.
+"""
 LEAST = 3
 """Number of labeled positives that a class needs for a meaningful average precision."""
 

@@ -215,6 +215,7 @@ def fill(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    show: bool = True,
 ) -> None:
     """Computes and stores missing features. Several processes may call this at once to divide the work.
 
@@ -226,6 +227,7 @@ def fill(
         num_workers: Number of processes that decode and augment images.
         rank: Rank of this process, which processes the rows ``rank``, ``rank + world_size``, and so on.
         world_size: Number of processes.
+        show: Whether the process of rank 0 shows a progress bar.
 
     Raises:
         ConfigError: If the store would exceed its limit or the free disk space.
@@ -240,7 +242,8 @@ def fill(
     # The work is divided by row, not by position among the missing rows, because other processes may have added some.
     shares = [rows[rows % world_size == rank] for rows in (np.flatnonzero(missing.any(1)) for missing in absent)]
     total = sum(map(len, shares))
-    with tqdm(total=total, desc="Frozen features", unit="image", leave=False, disable=rank > 0 or not total) as bar:
+    hidden = not show or rank > 0 or not total
+    with tqdm(total=total, desc="Frozen features", unit="image", leave=False, disable=hidden) as bar:
         for views, missing, rows in zip(tables, absent, shares, strict=True):
             work = [(row, np.flatnonzero(missing[row]).tolist()) for row in rows.tolist()]
             for keys, images in _batches(views, work, num_workers):

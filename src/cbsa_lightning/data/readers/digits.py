@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
+from tqdm.auto import tqdm
 
 from cbsa_lightning.arguments import check_number, check_paths
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray
@@ -160,7 +160,7 @@ class Digits(Source):
         with open(draft / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("path", *NAMES))
-            for index in track(range(self._count(part)), f"Drawing {part} digits", transient=True):
+            for index in tqdm(range(self._count(part)), desc=f"Drawing {part} digits", leave=False):
                 canvas = self._canvas(part, index)
                 path = f"{part}/{index:06d}.png"
                 canvas.image.save(draft / path, compress_level=2)

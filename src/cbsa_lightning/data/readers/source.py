@@ -75,7 +75,9 @@ def require_named(named: Iterable[tuple[str, str | None]]) -> None:
     named = list(named)
     if missing := [f"{path} ({what})" for what, path in named if path is not None and not _exists(path)]:
         if folders := [f"{path} ({what})" for what, path in named if path is not None and os.path.isdir(path)]:
-            raise DataError(f"{listed(folders)} is a folder; specify a table with one row per image (docs/data.md)")
+            raise DataError(
+                f"{listed(folders)} is a folder; specify a table with one row per image (docs/reference/data.md)"
+            )
         raise DataError(f"no file at {listed(missing)}; add the file or correct the path")
 
 
