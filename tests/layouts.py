@@ -19,6 +19,31 @@ from cbsa_lightning.data.readers.voc import VOC_CLASSES
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 
+def write_shards(
+    folder: Path,
+    stem: str,
+    images: Sequence[bytes | None],
+    labels: Sequence[object],
+    names: Sequence[str | None],
+    per_shard: int = 4,
+    form: str = "stream",
+) -> None:
+    """Writes ``<stem>-<number>.arrow`` with an image and labels per row, in the stream or the file format of Arrow."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"bytes": content, "path": name} for content, name in zip(images, names, strict=True)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(rows, kind), "labels": pa.array(labels)})
+    for number, start in enumerate(range(0, len(table), per_shard)):
+        write_arrow(folder / f"{stem}-{number}.arrow", table.slice(start, per_shard), form)
+
+
+def write_arrow(file: Path, table: pa.Table, form: str = "stream", compression: str | None = None) -> None:
+    """Writes an Arrow file with at most three rows per record batch."""
+    writer = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[form]
+    with writer(str(file), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as out:
+        out.write_table(table, max_chunksize=3)
+
+
 def draw_labels(num_images: int, num_classes: int, seed: int, per_image: int = 2) -> np.ndarray:
     """Draws (n, C) int8 of 0 and 1: every image has a class, and every class an image if there are enough."""
     rng = np.random.default_rng(seed)

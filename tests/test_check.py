@@ -483,8 +483,8 @@ def test_every_image_is_opened_once(photos: Path, monkeypatch: pytest.MonkeyPatc
     from cbsa_lightning.data.checks import survey
 
     opened: list[Path] = []
-    plain = survey.open_regular
-    monkeypatch.setattr(survey, "open_regular", lambda path: opened.append(path) or plain(path))
+    plain = survey.open_image
+    monkeypatch.setattr(survey, "open_image", lambda path: opened.append(path) or plain(path))
     cli.main(["check", "photos.csv"])
     assert sorted(path.name for path in opened) == sorted(f"{i}.png" for i in range(40))
 

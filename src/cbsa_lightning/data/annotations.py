@@ -22,6 +22,7 @@ from cbsa_lightning.data.class_names import (
     duplicates,
     read_class_file,
 )
+from cbsa_lightning.data.shards import names_in_shard
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief
 
@@ -231,6 +232,8 @@ def _as_labels(labels: ArrayLike, num_rows: int, class_names: tuple[str, ...]) -
 
 
 def _file_names(folder: str) -> set[str]:
+    if (names := names_in_shard(folder)) is not None:
+        return names
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from cbsa_lightning.data.annotations import AnnotationTable
+from cbsa_lightning.data.shards import open_image
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.io.reading import open_regular
 
 # Common image formats. MPO files are read as JPEG. The fixed list excludes formats for which Pillow starts other
 # programs, such as EPS.
@@ -65,6 +65,7 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
 
     Args:
         path: A JPEG (including MPO), PNG, WebP, BMP, GIF, TIFF, PPM or JPEG 2000 file, or AVIF if Pillow supports it.
+            It may be in a shard (:mod:`cbsa_lightning.data.shards`).
         at_least: Minimum side in pixels. A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size for
             which both sides are at least this long. This is faster than resizing the whole image, but the result is not
             identical. Other formats, and images with a side below twice this length, are read at full size. With None,
@@ -79,7 +80,7 @@ def decode(path: str | os.PathLike[str], at_least: int | None = None) -> np.ndar
     """
     name = Path(path)
     try:
-        with open_regular(name) as file:
+        with open_image(name) as file:
             start = file.read(132)
             if not start:
                 raise DataError(f"{name}: the file is empty (0 bytes); {_REMEDY}")
@@ -196,7 +197,7 @@ def looks_whole(path: str | os.PathLike[str]) -> bool:
     If the result is False, the image may still be complete; see :class:`Header`.
     """
     try:
-        with open_regular(path) as file:
+        with open_image(path) as file:
             return read_header(file, Path(path)).whole
     except Exception:  # any exception, as in decode
         return False

@@ -28,9 +28,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 from tqdm.auto import tqdm
 
+from cbsa_lightning.data.shards import file_on_disk, open_image
 from cbsa_lightning.errors import ConfigError, DataError, OutputError, listed
 from cbsa_lightning.io.files import writing
-from cbsa_lightning.io.reading import open_regular
 
 if sys.platform == "win32":
     import msvcrt
@@ -308,7 +308,7 @@ def _read_memo(memo: Path) -> dict[str, list[Any]]:
 
 def _stamp(path: str) -> list[int]:
     try:
-        status = os.stat(path)
+        status = os.stat(file_on_disk(path))
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}; check the image root, and whether the download is complete"
@@ -318,7 +318,7 @@ def _stamp(path: str) -> list[int]:
 
 def _hash(path: str) -> str:
     try:
-        with open_regular(path) as file:
+        with open_image(path) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES)).hexdigest()
     except OSError as error:
         raise DataError(

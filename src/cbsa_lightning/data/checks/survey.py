@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from cbsa_lightning.data.annotations import AnnotationTable
 from cbsa_lightning.data.images import Header, decode, foreign_kind, read_header
+from cbsa_lightning.data.shards import open_image
 from cbsa_lightning.errors import DataError
-from cbsa_lightning.io.reading import open_regular
 
 SMALLEST = 32
 """Minimum side in pixels. Images with a shorter side are reported as tiny."""
@@ -127,7 +127,7 @@ def _examine(file: Path) -> tuple[bytes, Header | str]:
     """Returns a hash of the content, and the header or the reason why the image cannot be read."""
     content, header = b"", None
     try:
-        with open_regular(file) as stream:
+        with open_image(file) as stream:
             content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_DIGEST)).digest()
             header = read_header(stream, file)
     except Exception:  # noqa: S110 - any exception can occur here; decode() below reports it as a DataError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,8 @@ from cbsa_lightning.data.annotations import StringArray, repeated_rows
 from cbsa_lightning.data.class_names import clean_name, did_you_mean, duplicates
 from cbsa_lightning.data.readers.csv_file import read_csv
 from cbsa_lightning.data.readers.json_lines import is_json_lines, read_json_lines
+from cbsa_lightning.data.readers.shard_tables import read_shards
+from cbsa_lightning.data.shards import SUFFIX
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, memory_of_machine, open_regular
 
@@ -33,12 +36,14 @@ class Columns:
         first_row: Number of the first data row. In a CSV file, it is 2, since the header is row 1 (or 3 after a line
             ``sep=;``). In Parquet and JSON lines files, it is 1.
         from_csv: Whether it is a CSV file.
+        files: If the table consists of several files, the name of each file and its first data row.
     """
 
     path: Path
     table: Any
     first_row: int
     from_csv: bool = False
+    files: Sequence[tuple[str, int]] = ()
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +52,12 @@ class Columns:
 
     def where(self, i: int) -> str:
         """Describes the file and the row number of data row ``i``, for error messages."""
-        return f"{self.path}, row {i + self.first_row}"
+        return f"{self.path}, {self.row(i)}"
+
+    def row(self, i: int) -> str:
+        """Describes the row number of data row ``i``."""
+        file, start = next(((name, start) for name, start in reversed(self.files) if start <= i), ("", 0))
+        return f"row {i - start + self.first_row}" + (f" of {file}" if file else "")
 
     def text(self, name: str) -> Any:
         """Returns a column as one array of text without surrounding white space. Null values are kept.
@@ -102,7 +112,10 @@ def refuse_repeated_rows(columns: Columns, paths: StringArray) -> None:
 
 
 def read_columns(path: str | Path) -> Columns:
-    """Reads a Parquet file (".parquet", ".pq"), JSON lines (".jsonl", ".ndjson", ".json") or a CSV file (other names).
+    """Reads a Parquet file (".parquet", ".pq"), JSON lines (".jsonl", ".ndjson", ".json"), shards or a CSV file.
+
+    A name such as ``train-*.arrow`` is a pattern of shards; see ``read_shards``. Files with other suffixes are read as
+    CSV files.
 
     A CSV file must be UTF-8 and have a header; see ``read_csv`` for its delimiter. Cells may be enclosed in double
     quotes. Empty lines are skipped and not counted as rows. A column without a name is omitted if it is empty (because
@@ -114,13 +127,7 @@ def read_columns(path: str | Path) -> Columns:
     """
     path = Path(path)
     try:
-        with open_regular(path) as file:
-            if path.suffix.lower() in (".parquet", ".pq"):
-                columns = Columns(path, _read_parquet(path, file), 1)
-            elif is_json_lines(path, file):
-                columns = Columns(path, read_json_lines(path), 1)
-            else:
-                columns = Columns(path, *read_csv(path, file), from_csv=True)
+        columns = _read_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: the table does not exist; correct the path") from None
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, MemoryError) as error:
@@ -134,7 +141,19 @@ def read_columns(path: str | Path) -> Columns:
         found = listed(f"{brief(names[i])} (columns {named[i] + 1} and {named[j] + 1})" for i, j in pairs)
         raise DataError(f"{path}: columns that occur twice: {found}; rename or remove one of each")
     table = columns.table.select(named).rename_columns(names)
-    return Columns(path, table, columns.first_row, columns.from_csv)
+    return replace(columns, table=table)
+
+
+def _read_file(path: Path) -> Columns:
+    if path.suffix.lower() == SUFFIX:
+        table, files = read_shards(path)
+        return Columns(path, table, 1, files=files)
+    with open_regular(path) as file:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            return Columns(path, _read_parquet(path, file), 1)
+        if is_json_lines(path, file):
+            return Columns(path, read_json_lines(path), 1)
+        return Columns(path, *read_csv(path, file), from_csv=True)
 
 
 def column_named(columns: Columns, names: list[str]) -> str:

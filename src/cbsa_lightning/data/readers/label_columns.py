@@ -106,7 +106,7 @@ def _column_labels(columns: Columns, name: str) -> NDArray[np.int8]:
     codes = pc.index_in(plain, value_set=pa.array(list(_VALUES), pa.large_string()))
     if codes.null_count:
         wrong = np.flatnonzero(codes.is_null().to_numpy(zero_copy_only=False))
-        found = listed(f"{brief(cells[int(i)].as_py())} (row {i + columns.first_row})" for i in wrong)
+        found = listed(f"{brief(cells[int(i)].as_py())} ({columns.row(int(i))})" for i in wrong)
         raise DataError(
             f"{columns.path}, class {brief(name)}: cells must be 1 (present), 0 (absent), -1 or empty (unknown); "
             f"found {found}; correct them, or exclude columns that are not classes with a class file"

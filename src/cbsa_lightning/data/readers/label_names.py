@@ -89,7 +89,7 @@ class NamedLabels:
         """Returns the rows and classes of all names, for use as an index of a matrix."""
         position = classes.index()
         unknown = [
-            f"row {cells.first_row_of(name) + self._columns.first_row}: {brief(name)}{did_you_mean(name, position)}"
+            f"{self._columns.row(cells.first_row_of(name))}: {brief(name)}{did_you_mean(name, position)}"
             for name in cells.names
             if name not in position
         ]

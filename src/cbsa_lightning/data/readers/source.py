@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from cbsa_lightning.data.annotations import AnnotationTable, StringArray, blocks, first_not_unicode, repeated_rows
 from cbsa_lightning.data.class_names import ClassFile
+from cbsa_lightning.data.shards import shard_files
 from cbsa_lightning.errors import DataError, listed
 from cbsa_lightning.io.reading import brief, read_text
 
@@ -72,12 +73,16 @@ def require_named(named: Iterable[tuple[str, str | None]]) -> None:
         DataError: If a file does not exist. The message names its path and argument.
     """
     named = list(named)
-    if missing := [f"{path} ({what})" for what, path in named if path is not None and not os.path.isfile(path)]:
+    if missing := [f"{path} ({what})" for what, path in named if path is not None and not _exists(path)]:
         if folders := [f"{path} ({what})" for what, path in named if path is not None and os.path.isdir(path)]:
             raise DataError(
                 f"{listed(folders)} is a folder; specify a table with one row per image (docs/reference/data.md)"
             )
         raise DataError(f"no file at {listed(missing)}; add the file or correct the path")
+
+
+def _exists(path: str) -> bool:
+    return any(map(os.path.isfile, shard_files(path)))
 
 
 def read_lines(file: Path, remedy: str) -> list[str]:
@@ -97,7 +102,7 @@ def read_lines(file: Path, remedy: str) -> list[str]:
 
 
 # Paths that must be checked: empty, absolute, or with a drive, "\\", "//", ".", "..", a trailing "/", or a NUL.
-_ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$|\x00"
+ODD_PATH = r"^$|^/|^[A-Za-z]:|\\|//|(^|/)\.{1,2}(/|$)|/$|\x00"
 
 
 def tidy_paths(
@@ -137,7 +142,7 @@ def tidy_paths(
     tidy = _strings(texts)
     if ahead:
         tidy = np.strings.add(f"{ahead}/", tidy)
-    flags = pc.match_substring_regex(texts, _ODD_PATH).to_numpy(zero_copy_only=False)
+    flags = pc.match_substring_regex(texts, ODD_PATH).to_numpy(zero_copy_only=False)
     odd: Sequence[int] = range(len(texts)) if ahead is None else np.flatnonzero(flags).tolist()  # None: all are outside
     for i in odd:
         text = texts[i].as_py()

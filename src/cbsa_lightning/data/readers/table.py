@@ -20,8 +20,8 @@ __all__ = ["Table", "read_table"]
 class Table(Source):
     """A custom data set, which consists of a training table and optionally a test table.
 
-    A table is a CSV, Parquet or JSON lines file (see ``read_columns``) with a column of paths. It contains labels in
-    one of two forms:
+    A table is a CSV, Parquet or JSON lines file (see ``read_columns``) with a column of paths, or a set of Arrow files
+    that contain the images (see :mod:`cbsa_lightning.data.shards`). It contains labels in one of two forms:
 
     - By name: a column such as ``labels`` or ``tags`` contains class names. The form in which a cell lists them
       (``a;b``, ``a, b``, ``a|b``, lists of JSON or Python, blanks) is detected from all cells (see ``detect``). If the
@@ -37,7 +37,8 @@ class Table(Source):
     If an image has several rows, they are merged.
 
     Args:
-        train: Training table. Its unlabeled rows are the unlabeled images.
+        train: Training table, or a pattern of Arrow files such as ``data/train-*.arrow``. Its unlabeled rows are the
+            unlabeled images.
         test: Test table.
         root: Folder that paths are relative to. Defaults to the folder that contains each table.
         class_file: Class file with classes, prompt names and synonyms (see ``read_class_file``).

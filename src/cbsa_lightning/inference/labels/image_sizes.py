@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cbsa_lightning.data.images import read_header
-from cbsa_lightning.io.reading import open_regular
+from cbsa_lightning.data.shards import open_image
 
 
 def upright_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
@@ -23,7 +23,7 @@ def upright_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
 
 def _upright_size(file: Path) -> tuple[int, int] | None:
     try:
-        with open_regular(file) as stream:
+        with open_image(file) as stream:
             header = read_header(stream, file)
     except Exception:  # Pillow's plugins raise many kinds of errors
         return None
