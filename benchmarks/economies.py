@@ -14,14 +14,19 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measuring import markdown, timed, where
 from reference_recipe import StockDecoder
 from torch import Tensor, nn
 
+import cbsa_lightning.clip.pooling
+import cbsa_lightning.clip.text
+import cbsa_lightning.networks.attention
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
 from cbsa_lightning.method.ema import ParameterEMA
@@ -168,19 +173,27 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
         without_gradient(stock, lambda: stock(*inputs)),
     )
     pool = bench.network.clip.pool
+    for name, function in (
+        ("text tower", lambda: encode_prompt_sets(bench.network.clip, [bench.network.target_prompts])),
+        ("attention pool", lambda: list(pool(bench.features)[:2])),
+        ("decoder", lambda: [decoder(*inputs)[0]]),
+    ):
+        yield f"{name}: attention", bench.trained(function), bench.trained(with_fused_attention(function))
 
-    def explicit() -> list[Tensor]:
-        x = bench.features.flatten(2).permute(2, 0, 1)
-        x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
-        q, k, v = (pool._heads(layer(x)) for layer in (pool.q_proj, pool.k_proj, pool.v_proj))
-        seen = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1) @ v
-        return [pool.c_proj(seen.permute(2, 0, 1, 3).flatten(2))]
 
-    yield (
-        "attention pool: fused attention",
-        bench.trained(lambda: list(pool(bench.features)[:2])),
-        bench.trained(explicit),
-    )
+def with_fused_attention(function: Part) -> Part:
+    """Returns a function that runs ``function`` with torch's fused attention in all precisions."""
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+
+    def run() -> Any:
+        with ExitStack() as stack:
+            for module in (cbsa_lightning.clip.text, cbsa_lightning.clip.pooling, cbsa_lightning.networks.attention):
+                stack.enter_context(patch.object(module, "attention", fused))
+            return function()
+
+    return run
 
 
 def update(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
