@@ -85,7 +85,7 @@ NOTEBOOKS = {
         (r"train: 60 images, 30 labeled \(24 are partly labeled\), 30 unlabeled",),
     ),
 }
-LONG = {"reproducing_a_table"}  # trains several systems in another process, as tests/test_tables.py does
+LONG = {"reproducing_a_table", "your_own_photos"}  # run commands that other tests also run
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
