@@ -229,7 +229,7 @@ def test_features_are_not_computed_twice(tmp_path, clip_folder, squares, monkeyp
     for rank in shares:
         data = tiny_data(squares, feature_cache=cache)
         data.setup("fit")
-        data.trainer = SimpleNamespace(**rank, lightning_module=None)
+        data.trainer = SimpleNamespace(**rank, lightning_module=None, progress_bar_callback=None)
         module, count = tiny_module(clip_folder), Count()
         count.setup(None, module, "fit")
         tower = Tower(module.network.features, module.network.frozen_weights, "32-true")
