@@ -174,8 +174,8 @@ if __name__ == "__main__":
     print(
         markdown(
             [
-                *("data", "scaling", "GPUs", "B", "ms per step", "h to fill the image cache", "h of steps"),
-                *("h of passes", "h of thresholds", "hours", "GPU hours"),
+                *("data", "scaling", "GPUs", "B", "ms per step", "filling the image cache, h"),
+                *("steps, h", "passes, h", "thresholds, h", "total, h", "GPU hours"),
             ],
             rows(),
         )
