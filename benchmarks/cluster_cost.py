@@ -1,4 +1,4 @@
-"""Models the duration of a run on several GPUs from measured times of its parts. It measures nothing.
+"""Estimates the duration of a run on several GPUs from measured times of its parts, without measuring a run.
 
     uv run python benchmarks/cluster_cost.py
 
@@ -42,7 +42,7 @@ def line(at_8: float, at_64: float) -> Part:
 
 # Measured on an H200 in single rounds on 2026-11-27, by a version of step.py whose results are no longer in RESULTS.md:
 # rows VOC:RN50:8 and COCO:RN50:64 (commit 7426218). Replace them when scripts/on_gpu.sh has measured a step. Batches of
-# 8 have 20 classes, so the fixed part of the decoder may be too small.
+# 8 were measured with 20 classes, so the fixed part of the decoder may be too small.
 DIVIDED = {"tower": line(0.50, 0.11), "pool": line(0.26, 0.04), "decoder": line(0.98, 0.13)}
 # Each process encodes all prompts and updates all trained weights.
 REPEATED = {"text": Part(64 * 0.24), "optimizer and average": Part(64 * 0.03), "rest": Part(64 * 0.19)}
@@ -56,10 +56,10 @@ TOWER_MS, HEAD_MS = 0.11, 0.04 + 2.7 / 64
 WEAK_MS, STRONG_MS, FILL_MS = 0.14, 1.14, 1000 / 149
 THRESHOLD_NS = 11.8  # per score on one CPU core, measured by thresholds.py
 
-# Assumptions, which were not measured.
+# These values are assumptions and were not measured.
 CORES = 16  # per GPU, all used by loader workers
 NODE = 8  # GPUs per node
-NODE_GBS, NETWORK_GBS = 200.0, 25.0  # GB/s that a GPU sends within a node, and between nodes
+NODE_GBS, NETWORK_GBS = 200.0, 25.0  # GB/s that a GPU sends within a node and between nodes
 TRAINED = 41.3e6  # weights of CBSA with RN50 and 80 classes (counted); their gradients are float32
 
 
@@ -174,8 +174,8 @@ if __name__ == "__main__":
     print(
         markdown(
             [
-                *("data", "scaling", "GPUs", "B", "ms per step", "filling the image cache, h"),
-                *("steps, h", "passes, h", "thresholds, h", "total, h", "GPU hours"),
+                *("data", "scaling", "GPUs", "B", "ms per step", "filling the image cache, h", "steps, h"),
+                *("passes, h", "thresholds, h", "total, h", "GPU hours"),
             ],
             rows(),
         )

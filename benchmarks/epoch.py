@@ -1,10 +1,11 @@
-"""Measures epochs of the second stage from end to end: loading, pass for thresholds, training steps and validation.
+"""Measures whole epochs of the second stage: loading, the pass for thresholds, training steps and validation.
 
     uv run python benchmarks/epoch.py [--train 5717] [--test 5823] [--variants "no caches" "caches"] [--out FILE.md]
 
-By default, there are as many images as in PASCAL VOC 2012, in batches of 8. They are generated: a few photograph-like
-images of 640 x 480 pixels, whose files differ only in bytes after the end of the image, so that the caches treat them
-as different images. The weights are random. Caches are filled before the first epoch.
+By default, the data set has the size of PASCAL VOC 2012, and a batch has 8 images. The images are copies of a few
+generated photograph-like images of 640 x 480 pixels. The files of the copies differ only in bytes after the end of the
+image, so that the caches treat them as different images. The weights are random. Caches are filled before the first
+epoch.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
         **caches,
     )
     module = Workload("VOC", args.tower, args.batch).module()
-    module.tells_limits = False  # without the passes that explain the results of a run
+    module.tells_limits = False  # disables the passes that explain the results of a run
     if variant.compiled:
         module.network.clip.tower.compile()
         module.network.clip.text.compile()

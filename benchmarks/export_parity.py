@@ -2,10 +2,10 @@
 
     uv run python benchmarks/export_parity.py [--only NAME ...] [--full] --out FILE
 
-The networks are the small random ones of the tests, which run the same code as full networks. ``--full`` runs CBSA with
-the fused final scores with RN50 and ViT-B-32 instead. The script writes the largest differences for batches of 1, 2, 7
-and 64 smooth random images, the number of changed labels, and the spread: the standard deviation of a probability over
-64 images. Only differences far below the spread are evidence.
+The networks are the small networks of the tests with random weights, which run the same code as full networks. With
+``--full``, the script runs CBSA with fused scores on RN50 and ViT-B-32 instead. The script writes the largest
+differences for batches of 1, 2, 7 and 64 smooth random images, the number of changed labels, and the spread: the
+standard deviation of a probability over 64 images. The results agree only if the differences are far below the spread.
 """
 
 from __future__ import annotations

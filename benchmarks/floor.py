@@ -1,16 +1,15 @@
-"""Lower bound (floor) of the time of a training step: every necessary part in the best form that is known.
+"""Lower bound (floor) of the time of a training step: all necessary parts in their fastest known implementation.
 
-The parts are the frozen image tower, and attention pool, text tower and decoder forward and backward. The loss, the
-optimizer, the weight average and the training loop are excluded, and so are the dropout masks of the decoder. Apart
-from dropout, the parts compute the same functions as the library; ``tests/test_floor.py`` compares outputs and
-gradients. The forms differ from the library's in these points:
+The parts are the frozen image tower, and the forward and backward passes of the attention pool, the text tower and the
+decoder. The loss, the optimizer, the weight average, the training loop and the dropout masks of the decoder are
+excluded. Apart from dropout, the parts compute the same functions as the library; ``tests/test_floor.py`` compares
+outputs and gradients. The implementation differs from that of the library in these points:
 
 - *Frozen weights* are stored in the precision of the computation. Normalization layers and constant factors are folded
   into the linear layers that follow them.
-- *Image tower*: on a CPU, torch's frozen graph, which fuses activations into convolutions and reorders weights once.
+- *Image tower*: on a CPU, torch freezes the graph, fuses activations into convolutions, and reorders weights once.
 - *Text tower*: prompts of equal length are encoded together, without padding.
-- *Attention* is written out in half precision on a CPU, where the backward pass of torch's fused kernel is slow.
-- On a GPU, the whole step is one captured graph, so the host launches no kernels.
+- On a GPU, the whole step is captured as one graph, so the host does not launch individual kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from cbsa_lightning.networks.decoder import LabelDecoder
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """Computes attention in the faster of two forms; tensors have the shape (B, heads, L, e)."""
+    """Computes attention with the faster of two implementations; tensors have the shape (B, heads, L, e)."""
     if q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     weights = (q * scale) @ k.transpose(-2, -1)
@@ -62,7 +61,7 @@ def image_tower(network: CBSANetwork, kind: torch.dtype, images: Tensor) -> Call
 
 
 class TextTower:
-    """CLIP's text tower with folded weights, for prompts that all end at their last position."""
+    """CLIP's text tower with folded weights, for prompts that end at the last position."""
 
     def __init__(self, tower: Any, kind: torch.dtype) -> None:
         self.positions = tower.positional_embedding.detach().to(kind)
@@ -75,10 +74,10 @@ class TextTower:
     @staticmethod
     @torch.no_grad()
     def _folded(block: Any) -> list[Tensor]:
-        """Returns the weights of a block: of queries, keys and values, and of both layers of the feed-forward part."""
+        """Returns the weights of a block: those of the attention and of both layers of the feed-forward part."""
         attn, mlp = block.attn, block.mlp
         attended = _with_norm(block.ln_1, attn.in_proj_weight, attn.in_proj_bias)
-        # QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702. The two factors are folded into the adjacent layers.
+        # QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702. The factors are folded into the adjacent layers.
         hidden = [1.702 * value for value in _with_norm(block.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)]
         projected = [attn.out_proj.weight, attn.out_proj.bias]
         return [*attended, *projected, *hidden, mlp.c_proj.weight / 1.702, mlp.c_proj.bias]
@@ -90,7 +89,7 @@ class TextTower:
         for i, (w, b, w_out, b_out, w1, b1, w2, b2) in enumerate(self.blocks):
             y = F.layer_norm(x, (width,))
             last = i == len(self.blocks) - 1
-            if last:  # only the last token is read
+            if last:  # only the last token is used
                 (q,) = self._heads(F.linear(y[:, -1:], w[:width], b[:width]))
                 k, v = self._heads(F.linear(y, w[width:], b[width:]))
                 x = x[:, -1:]
@@ -213,7 +212,7 @@ class Floor:
 
 
 def captured(function: Callable[[], None]) -> Callable[[], None]:
-    """Captures a function as a CUDA graph; returns the function itself if that fails."""
+    """Captures a function as a CUDA graph. If this fails, returns the function itself."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

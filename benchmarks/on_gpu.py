@@ -1,10 +1,10 @@
-"""Runs everything that is measured and tested on a GPU, each part with a time limit; see scripts/on_gpu.sh.
+"""Runs the tests for a GPU and the main benchmarks, each with a time limit; see scripts/on_gpu.sh.
 
     bash scripts/on_gpu.sh [--parts tests step epoch table] [--tiny]
 
-The results are written to the folder ``$OUT`` (default: runs/on_gpu). A part that fails or reaches its limit does not
-affect the others, and the tables that it has written so far are kept. The output of all parts is in ``log.txt``. The
-exit status is 1 if a part did not pass.
+The results are written to the folder ``$OUT`` (default: runs/on_gpu). If a part fails or reaches its limit, the
+tables that it has written are kept, and the other parts still run. The output of all parts is in ``log.txt``. The exit
+status is 1 if a part did not pass.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 def parts(out: Path, work: Path, tiny: bool) -> dict[str, Part]:
     """Returns all parts. Their limits add up to 12 minutes on a GPU."""
-    slow = 5 if tiny else 1  # the script is tested on machines of any speed
+    slow = 5 if tiny else 1  # the test of this script must also pass on slow machines
     step, epoch = ["--out", str(out / "step.md")], ["--out", str(out / "epoch.md")]
     if tiny:
         step += ["--cells", "VOC:tiny:4", "--precisions", "bf16-mixed"]
@@ -101,7 +101,7 @@ def write_data(work: Path, tiny: bool) -> None:
 
 
 def run(name: str, part: Part, log: Path) -> tuple[str, float]:
-    """Runs a part and returns "passed", or what went wrong, and the seconds."""
+    """Runs a part and returns its result, "passed" or a description of the failure, and its duration in seconds."""
     begun = time.monotonic()
     print(f"{name}: running for up to {part.limit:.0f} s", flush=True)
     with log.open("a") as file:
@@ -112,7 +112,7 @@ def run(name: str, part: Part, log: Path) -> tuple[str, float]:
             status = process.wait(part.limit)
             result = "passed" if status == 0 else f"failed with exit status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that the part has started, too
+            os.killpg(process.pid, signal.SIGKILL)  # also kills the processes that the part has started
             process.wait()
             result = f"stopped after {part.limit:.0f} s"
     return result, time.monotonic() - begun

@@ -1,4 +1,4 @@
-"""The measured training step: the shapes of the data sets, the network with random weights, and a batch."""
+"""Inputs of a measured training step: shapes of the data sets, a network with random weights, and a random batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class Workload(NamedTuple):
-    """A data set, an image tower and a batch size, written "COCO:RN50:64"."""
+    """A data set, an image tower and a batch size, in the notation "COCO:RN50:64"."""
 
     data: str
     tower: str

@@ -1,4 +1,4 @@
-"""Extension of Griffe that turns cross-references in docstrings, such as :class:`Network`, into links of the site."""
+"""Griffe extension that converts cross-references in docstrings, such as :class:`Network`, to links of the site."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROLE = re.compile(r":(?:class|func|meth|attr|data|mod):`(?:(?P<text>[^`<]+?) <)?
 
 
 class Roles(Extension):
-    """Replaces each role with a link. If the site does not document the object, only its name remains."""
+    """Replaces each role with a link. If the site does not document the object, only its name is shown."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Rewrites the docstring of an object."""

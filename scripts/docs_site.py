@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: show files outside ``docs/`` as pages, and adapt links between files of the repository to the site.
+"""MkDocs hooks that add files outside ``docs/`` as pages, and adapt links between files of the repository to the site.
 
 The documents link to each other and to source files with relative paths, so that the links also work on a code host.
 """
@@ -56,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def adapted(markdown: str, page: str) -> Iterator[str]:
-    """Yields the text of a page, in which the targets of links are pages of the site or objects of the API."""
+    """Yields the parts of the text of a page, with links to pages of the site or to objects of the API."""
     folder = posixpath.dirname(FILES.get(page, f"docs/{page}"))
     end = 0
     for link in LINK.finditer(markdown):
@@ -75,7 +75,7 @@ def adapted(markdown: str, page: str) -> Iterator[str]:
 
 
 def help_of(words: list[str]) -> str:
-    """Returns what ``cbsa WORDS --help`` prints."""
+    """Returns the output of ``cbsa WORDS --help``."""
     from cbsa_lightning.__main__ import main
 
     os.environ["COLUMNS"] = "100"  # the width that argparse uses

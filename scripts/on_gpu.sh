@@ -3,7 +3,8 @@
 #
 #     [OUT=folder] bash scripts/on_gpu.sh [--parts tests step epoch table] [--tiny]
 #
-# The installed torch is used. Wheels in .whl/ are installed without network access; for Python 3.12 on x86-64:
+# The script uses the installed torch. It installs wheels from .whl/ without network access. To download them for Python
+# 3.12 on x86-64:
 #
 #     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .whl -r scripts/on_gpu_packages.txt

@@ -13,14 +13,14 @@ def attention(
     """Computes ``softmax(q k^T / sqrt(e)) v``.
 
     On a CPU, the half-precision kernels of torch's fused attention are two to seven times slower than plain matrix
-    products (torch 2.15; docs/explanation/speed.md), so the latter are used. The results differ by rounding.
+    products (measured with torch 2.15), so this function uses plain products. The results differ only by rounding.
 
     Args:
         q: Queries ``(B, heads, L, e)``.
         k: Keys ``(B, heads, S, e)``.
         v: Values ``(B, heads, S, e)``.
         mask: Bool, broadcastable to ``(B, heads, L, S)``; False for keys that a query must not attend to.
-        causal: Whether query i attends to the keys 0 to i only.
+        causal: Whether query i attends only to the keys 0 to i.
         dropout: Dropout rate of the attention weights.
 
     Returns:

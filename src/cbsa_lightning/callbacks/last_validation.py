@@ -1,4 +1,4 @@
-"""Validates the last epoch of a fit, whatever the validation interval is."""
+"""Runs a validation after the last epoch of a fit, regardless of the validation interval."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import lightning as L
 class ValidateLastEpoch(L.Callback):
     """Adds a validation after the last epoch if ``trainer.check_val_every_n_epoch`` does not divide ``max_epochs``.
 
-    Without it, a run could end without metrics of its final weights.
+    Without this callback, a run could end without metrics of its final weights.
     """
 
     def __init__(self) -> None:
         self._interval: int | None = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Sets the interval to 1 in the last epoch. With None, Lightning validates after a number of steps."""
+        """Sets the interval to 1 in the last epoch. If it is None, Lightning validates after a number of steps."""
         if trainer.current_epoch + 1 == trainer.max_epochs and trainer.check_val_every_n_epoch is not None:
             self._interval, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
 

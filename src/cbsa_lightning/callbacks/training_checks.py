@@ -14,13 +14,13 @@ from cbsa_lightning.errors import ConfigError
 
 
 class TrainingChecks(L.Callback):
-    """Prints which weights CLIP uses, and rejects settings with which training would fail silently."""
+    """Prints the name of the CLIP weights, and rejects settings for which training would fail without an error."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks the precision and the number of processes.
 
         Raises:
-            ConfigError: If weights are in half precision, or there are several processes and nothing to train.
+            ConfigError: If weights are in half precision, or if there are several processes but no trainable weights.
         """
         clip = getattr(pl_module.network, "clip", None)
         weights = getattr(clip, "weights", None)
@@ -40,7 +40,7 @@ class TrainingChecks(L.Callback):
         if trainer.precision in ("16-true", "bf16-true"):
             mixed = str(trainer.precision).replace("true", "mixed")
             raise ConfigError(
-                f"trainer.precision {trainer.precision!r} keeps the averaged weights in half precision, which is "
+                f"trainer.precision {trainer.precision!r} stores the averaged weights in half precision, which is "
                 f"too coarse for their small steps. Use {mixed!r}."
             )
         if half := {p.dtype for p in pl_module.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
@@ -65,9 +65,9 @@ class TrainingChecks(L.Callback):
 
 
 def _gains_from_bfloat16(trainer: Any, clip: Any) -> bool:
-    """Returns whether a run in float32 on the CPU would be faster in bfloat16; the embedded model is too small."""
+    """Returns whether a run in float32 on the CPU would be faster in bfloat16. Small CLIP models would not."""
     if trainer.precision != "32-true" or trainer.strategy.root_device.type != "cpu" or clip.embed_dim < 256:
         return False
-    # torch 2.10 does not have this function.
+    # This function does not exist in torch 2.10.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,8 +1,9 @@
 """Images in Arrow files ("shards"), for data sets with too many images for one file per image.
 
 The path of such an image consists of the path of its shard and its name, as in ``data/train-0.arrow/photos/1.jpg``. A
-shard is mapped into memory, so that any row can be read without reading the rows before it, and all processes share
-the pages that the operating system has read. A mapped file stays mapped in forked workers and needs no file handle.
+shard is mapped into memory. Any row can therefore be read without reading the rows before it, and all processes share
+the pages that the operating system has read. A mapped file remains mapped in forked workers and does not need a file
+handle.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _REWRITE = "write the shard again (docs/reference/data.md)"
 class Shard:
     """A mapped Arrow file with one column of images.
 
-    The column of images is the only one with binary cells or with structs ``{bytes, path}``. The name of an image is
-    its ``path``. An image without a ``path`` is named after its row, counted from 0.
+    The column of images is the only column that contains binary values or structs ``{bytes, path}``. The name of an
+    image is its ``path``. An image without a ``path`` is named after its row, counted from 0.
 
     Args:
         path: An Arrow file in the stream or file format, without compression.
@@ -62,7 +63,7 @@ class Shard:
         self.names = self._names(images)
 
     def row(self, name: str) -> int | None:
-        """Returns the row of the image with a name, or None if there is none."""
+        """Returns the row of the image with the given name, or None if there is no such image."""
         row: int = pc.index(self.names, name).as_py()
         return None if row < 0 else row
 
@@ -109,7 +110,7 @@ class Shard:
         return pc.coalesce(paths, pa.array(map(str, range(len(images))), pa.string()))
 
     def _refuse_compressed(self, content: Any) -> None:
-        """Rejects compressed shards, which are decompressed when they are opened and would be kept in memory."""
+        """Rejects compressed shards, because opening one decompresses it and keeps its content in memory."""
         for chunk in self._bytes.chunks:
             data = chunk.buffers()[2]
             if data is not None and data.size and not 0 <= data.address - content.address < content.size:
@@ -143,7 +144,7 @@ def names_in_shard(folder: str) -> set[str] | None:
     """Returns the names of the images in a shard, or in a folder in a shard, without the folder.
 
     Args:
-        folder: A path that ends with a slash.
+        folder: Path of a shard or of a folder in a shard, with a trailing slash.
 
     Returns:
         The names, or None if ``folder`` is not in a shard.

@@ -17,17 +17,17 @@ from cbsa_lightning.io.reading import brief
 
 
 def read_shards(path: Path) -> tuple[Any, list[tuple[str, int]]]:
-    """Reads all columns of shards except the bytes of the images. The column of images becomes a column of paths.
+    """Reads all columns of shards except the bytes of the images. The column of images is replaced with their paths.
 
     Args:
         path: An Arrow file, or a pattern such as ``data/train-*.arrow``. All files must have the same columns.
 
     Returns:
-        The columns, and the name of each file with its first row in the table.
+        The columns, and the name of each file with the number of its first row in the table.
 
     Raises:
         DataError: If no file matches, a shard is damaged, the columns differ, a name is repeated or is not a relative
-            path, or a number is not the number of a class.
+            path, or a label is not a valid class number.
     """
     files = shard_files(path)
     if not files:
@@ -59,18 +59,18 @@ def _check_names(file: Path, names: Any) -> None:
     if pc.count_distinct(names).as_py() < len(names):
         i, j = repeated_rows(as_strings(names.to_pylist()))[0]
         raise DataError(
-            f"{file}: rows {i + 1} and {j + 1} have the same path {brief(names[i].as_py())}; give each image another "
-            "path"
+            f"{file}: rows {i + 1} and {j + 1} have the same path {brief(names[i].as_py())}; give each image a "
+            "unique path"
         )
 
 
 def _with_class_names(file: Path, table: Any) -> Any:
-    """Replaces numbers by class names in the columns that Hugging Face datasets stores with the type ClassLabel."""
+    """Replaces numbers with class names in the columns that Hugging Face datasets stores with the type ClassLabel."""
     for column, (classes, lists) in _class_labels(file, table).items():
         place = table.column_names.index(column)
         names: dict[int, str | None] = dict(enumerate(classes))
         if not lists:
-            names[-1] = None  # stands for an unknown class
+            names[-1] = None  # -1 denotes an unknown class
         try:
             cells = [
                 cell if cell is None else [names[code] for code in cell] if lists else names[cell]
@@ -86,7 +86,7 @@ def _with_class_names(file: Path, table: Any) -> Any:
 
 
 def _class_labels(file: Path, table: Any) -> dict[str, tuple[list[str], bool]]:
-    """Maps each column of the type ClassLabel to its class names and to whether its cells are lists."""
+    """Maps each column of the type ClassLabel to its class names, and to True if its values are lists."""
     found: dict[str, tuple[list[str], bool]] = {}
     try:
         features = (

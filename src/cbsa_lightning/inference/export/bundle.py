@@ -39,7 +39,7 @@ from cbsa_lightning.io.files import writing
 ONNX, PT2, SAFETENSORS = FORMATS = ("onnx", "pt2", "safetensors")
 MODEL_FILE = "model.onnx"
 SCRIPT = "predict.py"
-TOLERANCE = 1e-4  # largest accepted difference of probabilities, as in predict.py
+TOLERANCE = 1e-4  # maximum accepted difference between probabilities, as in predict.py
 
 
 def export(
@@ -53,7 +53,7 @@ def export(
 ) -> list[str]:
     """Exports the model of a checkpoint and tests the result.
 
-    The folder is created only when it is complete and has passed the test.
+    The folder is written under a temporary name and is renamed after all tests have passed.
 
     Args:
         checkpoint: The checkpoint.
@@ -70,8 +70,8 @@ def export(
         The results of the test, one sentence for each format and variant.
 
     Raises:
-        ConfigError: If the folder is not empty, a format, output or variant is unknown, a package is missing, or the
-            images that variants require do not exist.
+        ConfigError: If the folder is not empty, if a format, an output or a variant is unknown, if a package is
+            missing, or if the images that variants require do not exist.
         CheckpointError: If the checkpoint cannot be loaded, or the scores of the exported model differ from those of
             the checkpoint.
         OutputError: If a file cannot be written.

@@ -19,7 +19,7 @@ PREPROCESS_FILE = "preprocess.json"
 
 
 def threshold_values(thresholds: Tensor) -> list[float | None]:
-    """Returns the thresholds for JSON, which has no infinity; they are None for a class that is never predicted."""
+    """Returns the thresholds for JSON, with None for classes that are never predicted (JSON has no infinity)."""
     return [value if math.isfinite(value) else None for value in thresholds.tolist()]
 
 

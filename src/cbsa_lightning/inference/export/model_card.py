@@ -64,7 +64,7 @@ def write_card(
         checkpoint: The exported checkpoint.
         classifier: Classifier of the checkpoint.
         entries: See :func:`~cbsa_lightning.inference.export.labels_file.class_entries`.
-        run: Folder of the run, from which the last validation mAP is read; None if it is unknown.
+        run: Folder of the run, from which the last validation mAP is read. None if the run is unknown.
         variants: Comparisons of the variants of `model.onnx`.
 
     Raises:
@@ -94,7 +94,7 @@ def write_card(
 
 
 def _head(name: str, mean_ap: float | None) -> str:
-    """Returns the YAML metadata; the result is missing if huggingface_hub is not installed."""
+    """Returns the YAML metadata; the validation result is omitted if huggingface_hub is not installed."""
     fields: dict[str, Any] = {
         "license": "other",
         "library_name": "cbsa_lightning",

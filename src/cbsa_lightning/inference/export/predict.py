@@ -1,8 +1,8 @@
 """Labels images with the model in this folder. Requires only Pillow, NumPy and ONNX Runtime.
 
     python predict.py PHOTO_OR_FOLDER ...        prints a CSV table: image, labels, and the probability of each class
-    python predict.py --check                    tests that the model gives the same scores as during the export
-    python predict.py --model model_int8.onnx ...    uses a variant of the model (variants.json describes them)
+    python predict.py --check                    tests that the model computes the same scores as during the export
+    python predict.py --model model_int8.onnx ...    uses a variant of the model (see variants.json)
 
 In Python, ``Model("FOLDER")(["photo.jpg"])`` returns the probabilities and labels of images.
 """
@@ -25,7 +25,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 BATCH = 32
-TOLERANCE = 1e-4  # largest accepted difference of probabilities; processors differ by about 1e-6 in float32
+TOLERANCE = 1e-4  # maximum accepted difference between probabilities; processors differ by about 1e-6 in float32
 Image.init()
 FORMATS = [*{"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}.intersection(Image.OPEN)]
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
@@ -142,7 +142,7 @@ def read(source: str | Path | BinaryIO) -> np.ndarray:
         ImageError: If the image cannot be read.
     """
     try:
-        # The file is not opened by path, because Pillow 13 then applies the orientation of some TIFF files wrongly.
+        # The file is not opened by path, because Pillow 13 misapplies the orientation of some TIFF files in this case.
         file = BytesIO(Path(source).read_bytes()) if isinstance(source, (str, Path)) else source
         with Image.open(file, formats=FORMATS) as image:
             image.load()
@@ -175,7 +175,7 @@ def rgb(image: Image.Image) -> Image.Image:
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes ``(H, W, 3)`` uint8 to ``(size, size, 3)`` as in training, without keeping the aspect ratio.
 
-    This is an antialiased bilinear filter with fixed-point weights. For uint8, its values are exactly those of
+    The filter is bilinear and antialiased, with fixed-point weights. For uint8, its values are exactly those of
     ``torch.nn.functional.interpolate(mode="bilinear", antialias=True)``. The values of Pillow's filter differ by at
     most one.
     """

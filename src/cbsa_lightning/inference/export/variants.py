@@ -24,9 +24,9 @@ from cbsa_lightning.io.runs import LABELED
 from cbsa_lightning.method.metrics import MultilabelReport
 
 VARIANTS_FILE = "variants.json"
-CALIBRATION, COMPARED = 64, 400  # largest numbers of images
-MAX_CHANGED = 0.02  # largest accepted fraction of labels that differ from those of model.onnx
-MAX_LOSS = 0.01  # largest accepted decrease of mAP
+CALIBRATION, COMPARED = 64, 400  # maximum numbers of images
+MAX_CHANGED = 0.02  # maximum fraction of labels that may differ from those of model.onnx
+MAX_LOSS = 0.01  # maximum accepted decrease in mAP
 TOLERANCE = {"fp16": 1e-4, "int8": 0.02}  # for `predict.py --check`; processors round int8 activations differently
 
 Views = NDArray[np.uint8]
@@ -34,18 +34,18 @@ Views = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of `model.onnx` and its differences from it.
+    """A variant of `model.onnx` and its comparison with it.
 
     Attributes:
         file: Name of the file.
         megabytes: Size of the file.
         images: Number of images of the run on which the files are compared.
         kind: Kind of these images: "held-out", or "training" if the run has no held-out images.
-        difference: Largest difference of a probability.
+        difference: Largest absolute difference between probabilities.
         changed: Fraction of labels that differ, over all images and classes.
         mean_ap: mAP of the variant, over the classes with positive images.
         mean_ap_float32: mAP of `model.onnx`.
-        kept: Whether the folder contains the file. It does not if too many labels change or mAP decreases too much.
+        kept: Whether the file was kept. It is removed if too many labels change or mAP decreases too much.
     """
 
     file: str
@@ -121,7 +121,7 @@ def _written(folder: Path, names: Sequence[str], run: Path | None, load: Callabl
 
 
 def _images(run: Path | None, view: Callable[[str], Views]) -> tuple[Views, Views, torch.Tensor, str]:
-    """Returns images for the calibration and for the comparison, and the labels and kind of the latter."""
+    """Returns the calibration images, and the images for the comparison with their labels and kind."""
     if run is None:
         raise ConfigError("The variants are compared on the labeled images of the run. Export the folder of a run.")
     images = LabeledImages.read(run / LABELED)
@@ -219,7 +219,7 @@ def _write_int8(source: Path, file: Path, calibration: Views) -> None:
     activations = quantization.QuantType.QUInt8
     quantized = source
     if any(node.op_type == "Conv" for node in onnx.load(source).graph.node):
-        # Clip and Relu follow a convolution. Without them, the range before the activation function would be used.
+        # Clip and Relu follow a convolution. If they are omitted, the range before the activation function is used.
         operators = ["Conv", "Clip", "Relu"]
         quantization.quantize_static(
             source, file, Reader(), op_types_to_quantize=operators, activation_type=activations, **weights
