@@ -20,7 +20,7 @@ EXTRA_OUTPUTS = ("attention", "context")
 
 
 class ScoringGraph(nn.Module):
-    """Graph that computes the scores of a classifier; class features are constants, so it needs no text tower.
+    """Graph that computes the scores of a classifier, with text features as constants and without the text tower.
 
     Args:
         classifier: The classifier; it is not changed.
