@@ -46,7 +46,7 @@ class Bench:
         module = CBSAModule(names, clip=f"{args.tower}-quickgelu", pretrained="random", warmup_epochs=0)
         self.network = module.network.to(self.device).train()
         torch.manual_seed(0)
-        self.plain = FrozenCLIP.load(f"{args.tower}-quickgelu", None).to(self.device)
+        self.plain = FrozenCLIP.load(f"{args.tower}-quickgelu", "random").to(self.device)
         shape = (args.batch, 3, SIZES[args.tower], SIZES[args.tower])
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
         with torch.no_grad():

@@ -254,7 +254,7 @@ def names(number: int) -> list[str]:
 
 def text(shared: bool, backward: bool, classes: int, length: int) -> float:
     """Measures the text features of one prompt set, with or without the gradient of its words."""
-    clip = FrozenCLIP.load(MODEL, None)
+    clip = FrozenCLIP.load(MODEL, "random")
     prompts = ClassPrompts(clip, names(classes), length, shared)
 
     def run() -> None:
