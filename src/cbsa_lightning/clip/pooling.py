@@ -199,7 +199,8 @@ class TimmPool(nn.Module):
     def _rotate(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         angles = self.attention.pos_embed.get_embed(grid)
         angles = torch.cat(angles, dim=-1) if isinstance(angles, tuple) else angles
-        rotated = apply_rot_embed_cat(x[:, :, 1:], angles, half=self.attention.rotate_half)
+        half = getattr(self.attention, "rotate_half", False)  # timm before 1.0.31 does not have this attribute
+        rotated = apply_rot_embed_cat(x[:, :, 1:], angles, half=half)
         return torch.cat([x[:, :, :1], rotated], dim=2)  # the mean token has no position
 
 
