@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,8 @@ def write_check(folder: Path, classifier: Classifier) -> None:
     """
     images = check_images(classifier.image_size)
     view = PlainView(classifier.image_size)
-    arrays = {f"image_{i}": image for i, image in enumerate(images)}
+    arrays: dict[str, Any] = {f"image_{i}": image for i, image in enumerate(images)}
     arrays["views"] = np.stack([view(image).permute(1, 2, 0).numpy() for image in images])
     arrays["probabilities"] = classifier.scores(images, NUMBER).numpy()
     with replacing(folder / CHECK) as draft:
-        np.savez_compressed(draft, allow_pickle=False, **arrays)
+        np.savez_compressed(draft, **arrays)

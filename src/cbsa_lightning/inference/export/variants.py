@@ -177,7 +177,7 @@ def _add_check(file: Path, name: str, model: Any) -> None:
     images = [arrays[f"image_{i}"] for i in range(len(arrays["probabilities"]))]
     arrays[f"probabilities_{name}"], arrays[f"labels_{name}"] = model(images)
     with replacing(file) as draft:
-        np.savez_compressed(draft, allow_pickle=False, **arrays)
+        np.savez_compressed(draft, **arrays)
 
 
 def _write_fp16(source: Path, file: Path, calibration: Views) -> None:
