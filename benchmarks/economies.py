@@ -23,16 +23,17 @@ import torch
 from measuring import markdown, timed, where
 from reference_recipe import StockDecoder
 from torch import Tensor, nn
+from workload import TOWERS
 
 import cbsa_lightning.clip.pooling
 import cbsa_lightning.clip.text
 import cbsa_lightning.networks.attention
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.clip.loading import RANDOM
 from cbsa_lightning.method.ema import ParameterEMA
 from cbsa_lightning.networks.prompts import ClassPrompts, encode_prompt_sets
 
-SIZES = {"RN50": 224, "RN101": 448}
 Part = Callable[[], Any]
 
 
@@ -43,11 +44,12 @@ class Bench:
         self.device, self.half = args.device, torch.float16 if args.device == "cuda" else torch.bfloat16
         torch.manual_seed(0)
         names = [f"class {i}" for i in range(args.classes)]
-        module = CBSAModule(names, clip=f"{args.tower}-quickgelu", pretrained="random", warmup_epochs=0)
+        clip, size = TOWERS[args.tower]
+        module = CBSAModule(names, clip=clip, pretrained=RANDOM, warmup_epochs=0)
         self.network = module.network.to(self.device).train()
         torch.manual_seed(0)
-        self.plain = FrozenCLIP.load(f"{args.tower}-quickgelu", "random").to(self.device)
-        shape = (args.batch, 3, SIZES[args.tower], SIZES[args.tower])
+        self.plain = FrozenCLIP.load(clip, RANDOM).to(self.device)
+        shape = (args.batch, 3, size, size)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
         with torch.no_grad():
             self.features = self.network.features(self.images)
@@ -216,7 +218,7 @@ def update(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", choices=list(SIZES), default="RN50")
+    parser.add_argument("--tower", choices=list(TOWERS), default="RN50")
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 16)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -236,7 +238,7 @@ def main() -> None:
             rows.append([name, f"{medians[0]:.1f}", f"{medians[1]:.1f}", f"{ratio:.2f}"])
             print(" | ".join(rows[-1]), flush=True)
     table = markdown(["optimization", "with, ms", "without, ms", "without/with"], rows)
-    shape = f"{args.tower} at {SIZES[args.tower]}, batch {args.batch}, {args.classes} classes"
+    shape = f"{args.tower} at {TOWERS[args.tower][1]}, batch {args.batch}, {args.classes} classes"
     text_ = f"{where(args.device)}. {shape}.\n\n{table}\n"
     print(text_)
     if args.out:

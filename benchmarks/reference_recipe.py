@@ -83,10 +83,7 @@ class ReferenceRecipe(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``(B, C)`` and context logits ``(B, K)``."""
-        return self.after_tower(self.clip.features(images), target, semantic)
-
-    def after_tower(self, features: Tensor, target: Tensor, semantic: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the same as :meth:`forward`, from features of the image tower."""
+        features = self.clip.features(images)
         tokens = self.clip.pool(features)
         aligned = self.decoder(semantic.to(tokens.l.dtype), tokens.l, self.clip.pool.values(features).l)
         z = nn.functional.normalize(aligned.float(), dim=-1)

@@ -28,9 +28,14 @@ def attention(
     """
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if causal:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Computes ``softmax(q k^T / sqrt(e))``, ``(B, heads, L, S)``; see :func:`attention`."""
+    logits: Tensor = q / q.shape[-1] ** 0.5 @ k.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    return F.dropout(logits.softmax(-1), dropout) @ v
+    return logits.softmax(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbsa_lightning.attention import attention
+from cbsa_lightning.attention import attention, attention_weights
 from cbsa_lightning.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def attend(
     dropout = layer.dropout if layer.training else 0.0
     shares = None
     if weights:
-        shares = (q / layer.head_dim**0.5 @ k.transpose(2, 3)).softmax(-1)
+        shares = attention_weights(q, k)
         mixed, shares = F.dropout(shares, dropout) @ v, shares.mean(1)
     else:
         mixed = attention(q, k, v, dropout=dropout)

@@ -34,10 +34,12 @@ def read_shards(path: Path) -> tuple[Any, list[tuple[str, int]]]:
         raise DataError(f"{path}: no file matches this pattern; correct the path")
     tables: list[Any] = []
     starts: list[tuple[str, int]] = []
+    start = 0
     for file in files:
         shard = open_shard(file)
         _check_names(file, shard.names)
-        starts.append((file.name, sum(table.num_rows for table in tables)))
+        starts.append((file.name, start))
+        start += shard.table.num_rows
         paths = pc.binary_join_element_wise(file.name, shard.names, "/")
         table = _with_class_names(file, shard.table.set_column(shard.place, shard.column, paths))
         tables.append(table.replace_schema_metadata())
