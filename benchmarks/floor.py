@@ -8,7 +8,8 @@ outputs and gradients. The implementation differs from that of the library in th
 - *Frozen weights* are stored in the precision of the computation. Normalization layers and constant factors are folded
   into the linear layers that follow them.
 - *Image tower*: on a CPU, torch freezes the graph, fuses activations into convolutions, and reorders weights once.
-- *Text tower*: prompts of equal length are encoded together, without padding.
+- *Text tower*: prompts have no padding. The keys and values of the start token are constants, because the tower is
+  causal.
 - On a GPU, the whole step is captured as one graph, so the host does not launch individual kernels.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,13 +30,16 @@ from cbsa_lightning.networks.cbsa import CBSANetwork
 from cbsa_lightning.networks.decoder import LabelDecoder
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """Computes attention with the faster of two implementations; tensors have the shape (B, heads, L, e)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Computes attention with the faster of two implementations.
+
+    Queries, keys and values have the shape (B, heads, L, e). The mask (L, S) is added to the logits.
+    """
     if q.is_cuda or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     weights = (q * scale) @ k.transpose(-2, -1)
-    if causal:
-        weights = weights + torch.full(weights.shape[-2:], float("-inf"), dtype=q.dtype).triu(1)
+    if mask is not None:
+        weights = weights + mask
     return weights.softmax(-1) @ v
 
 
@@ -61,15 +65,22 @@ def image_tower(network: CBSANetwork, kind: torch.dtype, images: Tensor) -> Call
 
 
 class TextTower:
-    """CLIP's text tower with folded weights, for prompts that end at the last position."""
+    """CLIP's text tower with folded weights, for prompts that end at the last position.
 
-    def __init__(self, tower: Any, kind: torch.dtype) -> None:
+    Args:
+        tower: Text tower with SiLU as activation; see ``FrozenCLIP.speed_up``.
+        start: Embedding of the start token (w,), the first token of all prompts.
+        kind: Precision of the computation.
+    """
+
+    def __init__(self, tower: Any, start: Tensor, kind: torch.dtype) -> None:
         self.positions = tower.positional_embedding.detach().to(kind)
         self.norm = tower.ln_final
         self.projection = tower.text_projection.detach()
         blocks = tower.transformer.resblocks
         self.heads, self.scale = blocks[0].attn.num_heads, blocks[0].attn.head_dim ** -0.5
         self.blocks = [[weight.to(kind) for weight in self._folded(block)] for block in blocks]
+        self.starts = list(self._starts(start.to(kind) + self.positions[0]))
 
     @staticmethod
     @torch.no_grad()
@@ -77,28 +88,54 @@ class TextTower:
         """Returns the weights of a block: those of the attention and of both layers of the feed-forward part."""
         attn, mlp = block.attn, block.mlp
         attended = _with_norm(block.ln_1, attn.in_proj_weight, attn.in_proj_bias)
-        # QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702. The factors are folded into the adjacent layers.
-        hidden = [1.702 * value for value in _with_norm(block.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)]
-        projected = [attn.out_proj.weight, attn.out_proj.bias]
-        return [*attended, *projected, *hidden, mlp.c_proj.weight / 1.702, mlp.c_proj.bias]
+        hidden = _with_norm(block.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)
+        return [*attended, attn.out_proj.weight, attn.out_proj.bias, *hidden, mlp.c_proj.weight, mlp.c_proj.bias]
 
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """Encodes prompt embeddings (P, L, w) to features (P, d)."""
-        x = embeddings.to(self.positions.dtype) + self.positions[: embeddings.shape[1]]
-        width = x.shape[2]
-        for i, (w, b, w_out, b_out, w1, b1, w2, b2) in enumerate(self.blocks):
+    @torch.no_grad()
+    def _starts(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the key and the value of the start token, (1, heads, 1, e), for each block."""
+        width = len(x)
+        for w, b, *rest in self.blocks:
+            k, v = F.linear(F.layer_norm(x, (width,)), w[width:], b[width:]).chunk(2)
+            yield k.view(1, self.heads, 1, -1), v.view(1, self.heads, 1, -1)
+            x = self._rest(x, v, *rest)  # the start token attends only to itself
+
+    def __call__(self, prompts: list[Tensor]) -> Tensor:
+        """Encodes groups of P prompts (P, L, w), without start tokens, to the features (d) of all prompts."""
+        width = self.positions.shape[1]
+        shapes = [prompt.shape[:2] for prompt in prompts]
+        sizes, numbers = [n * length for n, length in shapes], [n for n, _ in shapes]
+
+        def grouped(x: Tensor) -> list[Tensor]:
+            return [piece.unflatten(0, shape) for piece, shape in zip(x.split(sizes), shapes, strict=True)]
+
+        kind = self.positions.dtype
+        positions = [self.positions[1 : 1 + length] for _, length in shapes]
+        x = torch.cat([(p.to(kind) + at).flatten(0, 1) for p, at in zip(prompts, positions, strict=True)])
+        for i, ((w, b, *rest), start) in enumerate(zip(self.blocks, self.starts, strict=True)):
             y = F.layer_norm(x, (width,))
-            last = i == len(self.blocks) - 1
-            if last:  # only the last token is used
-                (q,) = self._heads(F.linear(y[:, -1:], w[:width], b[:width]))
-                k, v = self._heads(F.linear(y, w[width:], b[width:]))
-                x = x[:, -1:]
-            else:
-                q, k, v = self._heads(F.linear(y, w, b))
-            seen = attention(q, k, v, self.scale, causal=not last)
-            x = x + F.linear(seen.transpose(1, 2).flatten(2), w_out, b_out)
-            x = x + F.linear(F.silu(F.linear(F.layer_norm(x, (width,)), w1, b1)), w2, b2)
-        return self.norm(x[:, 0].to(self.projection.dtype)) @ self.projection
+            if i < len(self.blocks) - 1:
+                heads = [self._heads(piece) for piece in grouped(F.linear(y, w, b))]
+            else:  # only the last token of each prompt is used
+                last = torch.cat([piece[:, -1] for piece in grouped(y)])
+                queries = F.linear(last, w[:width], b[:width])[:, None].split(numbers)
+                keys = grouped(F.linear(y, w[width:], b[width:]))
+                heads = [[*self._heads(q), *self._heads(k)] for q, k in zip(queries, keys, strict=True)]
+                x = torch.cat([piece[:, -1] for piece in grouped(x)])
+            seen = [self._attended(*group, *start) for group in heads]
+            x = self._rest(x, torch.cat([piece.transpose(1, 2).flatten(2).flatten(0, 1) for piece in seen]), *rest)
+        return self.norm(x.to(self.projection.dtype)) @ self.projection
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, k0: Tensor, v0: Tensor) -> Tensor:
+        k, v = (torch.cat([first.expand(len(x), -1, -1, -1), x], dim=2) for first, x in ((k0, k), (v0, v)))
+        mask = q.new_full((q.shape[2], k.shape[2]), float("-inf")).triu(2) if q.shape[2] > 1 else None
+        return attention(q, k, v, self.scale, mask)
+
+    @staticmethod
+    def _rest(x: Tensor, seen: Tensor, *weights: Tensor) -> Tensor:
+        w_out, b_out, w1, b1, w2, b2 = weights
+        x = x + F.linear(seen, w_out, b_out)
+        return x + F.linear(F.silu(F.linear(F.layer_norm(x, x.shape[-1:]), w1, b1)), w2, b2)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         parts = x.view(*x.shape[:2], -1, self.heads, self.positions.shape[1] // self.heads)
@@ -113,14 +150,14 @@ def _with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> list[Tensor]
 def text(network: CBSANetwork, kind: torch.dtype) -> Callable[[], tuple[Tensor, Tensor]]:
     """Returns a function that encodes both prompt sets to target and semantic features (C, d)."""
     sets = [network.target_prompts, network.semantic_prompts]
-    tower = TextTower(network.clip.text, kind)
+    tower = TextTower(network.clip.text, sets[0].prefix[0, 0], kind)
     ends = torch.cat([prompts.end for prompts in sets]).cpu()
     rows = [((ends == end).nonzero()[:, 0].to(sets[0].end.device), int(end)) for end in ends.unique()]
     order = torch.cat([these for these, _ in rows]).argsort()
 
     def run() -> tuple[Tensor, Tensor]:
-        embeddings = torch.cat([prompts()[0] for prompts in sets])
-        found = torch.cat([tower(embeddings[these, : end + 1]) for these, end in rows])[order]
+        prompts = torch.cat([torch.cat([prompts.words, prompts.suffix], dim=1) for prompts in sets])
+        found = tower([prompts[these, :end] for these, end in rows])[order]
         return found.chunk(2)
 
     return run

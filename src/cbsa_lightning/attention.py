@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbsa_lightning.dropout import drop
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
@@ -13,7 +15,8 @@ def attention(
     """Computes ``softmax(q k^T / sqrt(e)) v``.
 
     On a CPU, the half-precision kernels of torch's fused attention are two to seven times slower than plain matrix
-    products (measured with torch 2.15), so this function uses plain products. The results differ only by rounding.
+    products (measured with torch 2.15), and no kernel supports dropout. In both cases, this function uses plain
+    products. The results differ only by rounding.
 
     Args:
         q: Queries ``(B, heads, L, e)``.
@@ -26,11 +29,12 @@ def attention(
     Returns:
         ``(B, heads, L, e)``.
     """
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+    plain = q.device.type == "cpu" and (q.dtype in (torch.bfloat16, torch.float16) or dropout > 0)
+    if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    return F.dropout(attention_weights(q, k, mask), dropout) @ v
+    return drop(attention_weights(q, k, mask), dropout) @ v
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

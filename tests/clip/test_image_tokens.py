@@ -257,3 +257,13 @@ def test_fused_towers_return_the_same_features(pair, dtype):
     torch.testing.assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
     assert not any(p.requires_grad for p in fast.parameters())
     assert fast.fingerprint == clip.fingerprint
+
+
+def test_folded_quick_gelu_of_a_vit_returns_the_same_features(tmp_path):
+    clip = FrozenCLIP.load(str(tiny_clip(tmp_path, "vit", quick_gelu=True))).double()
+    expected = clip.features(pictures("vit", count=2))
+    activations = {type(m).__name__ for m in clip.tower.modules()}
+    clip.speed_up()
+    assert "QuickGELU" in activations - {type(m).__name__ for m in clip.tower.modules()}
+    found = clip.features(pictures("vit", count=2))
+    torch.testing.assert_close(found, expected, atol=1e-13 * float(expected.abs().max()), rtol=0)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cbsa_lightning.clip import FrozenCLIP
+from cbsa_lightning.clip.text import _Packing
 from cbsa_lightning.errors import ConfigError
 from tiny_clip import tiny_clip
 
@@ -55,6 +56,43 @@ def test_equals_encode_text(pair):
     torch.testing.assert_close(clip.encode_texts(TEXTS), expected, atol=1e-5, rtol=0)
     assert clip.embed_dim == expected.shape[1] == 24
     assert (clip.text_width, clip.context_length) == (16, 77)
+
+
+def test_the_fast_form_equals_encode_text(pair):
+    clip, reference = pair
+    tokens = clip.tokenize(TEXTS)
+    eot = clip.eot(tokens)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
+        tower, plain = copy.deepcopy(clip).to(dtype), copy.deepcopy(reference).to(dtype)
+        tower.speed_up()
+        embeddings = tower.embed_tokens(tokens)
+        with torch.no_grad():
+            expected = plain.encode_text(tokens)
+            assert_close_to_largest(tower.encode_prompts(embeddings, eot), expected, tolerance)
+            start, rest = embeddings[:1, :1], embeddings[:, 1:76]
+            assert_close_to_largest(tower.encode_prompts(rest, eot - 1, start), expected, 5 * tolerance)
+
+
+def test_padding_does_not_change_features_and_gradients(pair, monkeypatch):
+    """Prompts are padded on devices other than a CPU."""
+    clip = copy.deepcopy(pair[0]).double()
+    generator = torch.manual_seed(0)
+    prefix = torch.randn(2, 3, 16, generator=generator, dtype=torch.double).requires_grad_(True)
+    rest = torch.randn(6, 5, 16, generator=generator, dtype=torch.double).requires_grad_(True)
+    eot = torch.tensor([3, 1, 4, 0, 3, 1])
+    direction = torch.randn(6, 24, generator=generator, dtype=torch.double)
+
+    def encoded(start):
+        features = clip.encode_prompts(rest, eot, start)
+        leaves = (rest,) if start is None else (rest, start)
+        return features, *torch.autograd.grad((features * direction).sum(), leaves)
+
+    packed = [*encoded(prefix), *encoded(None)]
+    assert _Packing.of(eot, 5).groups == [(1, 1), (2, 2), (2, 4), (1, 5)]
+    padded = _Packing(torch.arange(6), eot, [(6, 5)])
+    monkeypatch.setattr(_Packing, "of", lambda *_: padded)
+    for one, other in zip(packed, [*encoded(prefix), *encoded(None)], strict=True):
+        assert_close_to_largest(one, other, 1e-13)
 
 
 def test_truncated_prompts_have_the_same_features_and_gradients(pair):

@@ -153,6 +153,17 @@ def test_cached_strong_views_replace_the_tower(tmp_path, clip_folder, squares):
     assert differences(module.state_dict(), other.state_dict()) == [], "the weights depend on the number of workers"
 
 
+def test_cached_features_are_read_without_workers_on_a_cpu(tmp_path, clip_folder, squares):
+    _, trainer, _ = cached_fit(tmp_path, clip_folder, squares, max_epochs=1, data={"num_workers": 2})
+    data = trainer.datamodule
+    assert data.train_dataloader().num_workers == 2, "new strong views are computed from images"
+    assert data.weak_dataloader(0).num_workers == data.val_dataloader().num_workers == 0
+    gpu = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer_on_gpu = SimpleNamespace(strategy=gpu, world_size=1, global_rank=0, lightning_module=None)
+    data.trainer = trainer_on_gpu
+    assert data.weak_dataloader(0).num_workers == 2
+
+
 def test_training_on_labels_only_caches_no_unlabeled_views(tmp_path, clip_folder, squares):
     _, trainer, count = cached_fit(tmp_path, clip_folder, squares, strong=2, labeler=LabeledOnly(), num_contexts=0)
     assert count.before == 3 * 8 + 7 + 1

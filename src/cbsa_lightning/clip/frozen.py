@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cbsa_lightning.clip.loading import OWN, Loaded, load_open_clip
 from cbsa_lightning.clip.pooling import ImageTokens, Pool
 from cbsa_lightning.clip.text import TextTower
-from cbsa_lightning.clip.towers import fold_batch_norms, split_tower
+from cbsa_lightning.clip.towers import fold_batch_norms, fold_quick_gelus, split_tower
 from cbsa_lightning.errors import ConfigError, DataError, listed
 
 
@@ -104,12 +104,14 @@ class FrozenCLIP(nn.Module):
         return super().train(False)
 
     def speed_up(self) -> None:
-        """Permanently converts the image tower to its fastest form. Must be called at most once.
+        """Permanently converts the towers to their fastest form.
 
-        Batch norms are folded into the preceding convolutions, and the memory format is changed to channels last. This
-        changes the features only by rounding errors. The fingerprint does not change.
+        Batch norms are folded into the preceding convolutions, the factor of QuickGELU is folded into the layers around
+        it, and the memory format of the image tower is changed to channels last. This changes the features only by
+        rounding errors. The fingerprint does not change.
         """
         fold_batch_norms(self.tower)
+        fold_quick_gelus(self)
         self.tower.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:

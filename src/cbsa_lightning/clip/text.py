@@ -1,17 +1,16 @@
 """CLIP's text tower for prompt embeddings instead of token ids, so that prompts can be learned.
 
 If the towers are frozen, the text tower takes most of the time of a small training step, so only the required outputs
-are computed: tokens after the last end-of-text token are omitted, the last block computes only the end-of-text tokens,
-and words that prompts share are encoded once.
+are computed: tokens after the end-of-text tokens are omitted, the last block computes only the end-of-text tokens, and
+words that prompts share are encoded once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from cbsa_lightning.attention import attention
@@ -100,12 +99,13 @@ class TextTower(nn.Module):
         if before + length > self.context_length:
             raise ConfigError(f"prompts of {before + length} tokens exceed the limit of {self.context_length} tokens")
         positions = self.positional_embedding[: before + length].to(embeddings.dtype)
-        x = embeddings + positions[before:]
+        packing = _Packing.of(eot, length)
+        x = packing.pack(embeddings + positions[before:])
         start = None if prefix is None else prefix + positions[:before]
         *blocks, last = self.transformer.resblocks  # type: ignore[misc]
         for block in blocks:
-            x, start = _block(block, x, start)
-        read: Tensor = self.ln_final(_last_block(last, x, start, eot))
+            x, start = _block(block, packing, x, start)
+        read: Tensor = self.ln_final(_last_block(last, packing, x, start))
         if self.text_projection is None:
             return read
         if isinstance(self.text_projection, nn.Linear):
@@ -114,57 +114,110 @@ class TextTower(nn.Module):
         return read @ self.text_projection
 
 
-def _block(block: Any, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Applies a residual attention block of open_clip to prompts (P, L, w) and their common beginnings (G, N, w)."""
-    q, k, v = _project(block.attn, block.ln_1(x), slice(None))
+class _Packing(NamedTuple):
+    """Arrangement of P prompts in a tensor (N, w) of all their tokens, in groups of the same number of tokens.
+
+    On a CPU, each group contains the prompts of one length, so that there is no padding. On other devices, all prompts
+    form one padded group, because more groups would require more kernel launches.
+
+    Attributes:
+        order: Prompts (P,) in the order of the groups.
+        ends: Position (P,) of the end-of-text token of each prompt, in the same order.
+        groups: Number of prompts, and number of tokens of each of them, for each group.
+    """
+
+    order: Tensor
+    ends: Tensor
+    groups: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, eot: Tensor, length: int) -> _Packing:
+        """Arranges prompts of at most ``length`` tokens with the given positions (P,) of their end-of-text tokens."""
+        if eot.device.type != "cpu":
+            return cls(torch.arange(len(eot), device=eot.device), eot, [(len(eot), length)])
+        ends, order = eot.sort(stable=True)
+        lengths, numbers = torch.unique_consecutive(ends + 1, return_counts=True)
+        return cls(order, ends, list(zip(numbers.tolist(), lengths.tolist(), strict=True)))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Converts prompts (P, L, w) to tokens (N, w)."""
+        pieces = zip(self.by_prompt(x[self.order]), self.groups, strict=True)
+        return torch.cat([piece[:, :length].flatten(0, 1) for piece, (_, length) in pieces])
+
+    def by_token(self, x: Tensor) -> list[Tensor]:
+        """Splits a tensor (N, ...) with one row per token into a tensor (number, length, ...) for each group."""
+        pieces = torch.split(x, [number * length for number, length in self.groups])
+        return [piece.view(*group, *x.shape[1:]) for piece, group in zip(pieces, self.groups, strict=True)]
+
+    def by_prompt(self, x: Tensor) -> list[Tensor]:
+        """Splits a tensor (P, ...) with one row per prompt, in the order of the groups, into one for each group."""
+        return list(torch.split(x, [number for number, _ in self.groups]))
+
+    def end_tokens(self, x: Tensor) -> Tensor:
+        """Selects the end-of-text tokens (P, w) from tokens (N, w)."""
+        found = zip(self.by_token(x), self.by_prompt(self.ends), strict=True)
+        return torch.cat([piece[torch.arange(len(piece), device=x.device), ends] for piece, ends in found])
+
+
+def _block(block: Any, packing: _Packing, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Applies a residual attention block of open_clip to tokens (N, w) and to common beginnings (G, S, w)."""
+    layer = block.attn
+    heads = [_heads(layer, piece) for piece in packing.by_token(_project(layer, block.ln_1(x), slice(None)))]
     if start is None:
-        return _rest(block, x, attention(q, k, v, causal=True)), None
-    q0, k0, v0 = _project(block.attn, block.ln_1(start), slice(None))
-    k, v = _after(k0, k), _after(v0, v)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k0.shape[2])
-    seen = attention(q, k, v, mask)
-    return _rest(block, x, seen), _rest(block, start, attention(q0, k0, v0, causal=True))
+        seen = [attention(q, k, v, causal=True) for q, k, v in heads]
+        return _rest(block, x, _tokens(seen)), None
+    q0, k0, v0 = _heads(layer, _project(layer, block.ln_1(start), slice(None)))
+    seen = []
+    for (q, k, v), own in zip(heads, _beginnings(packing, start), strict=True):
+        k, v = torch.cat([k0[own], k], dim=2), torch.cat([v0[own], v], dim=2)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k0.shape[2])
+        seen.append(attention(q, k, v, mask))
+    own_start = _tokens([attention(q0, k0, v0, causal=True)]).view_as(start)
+    return _rest(block, x, _tokens(seen)), _rest(block, start, own_start)
 
 
-def _last_block(block: Any, x: Tensor, start: Tensor | None, eot: Tensor) -> Tensor:
-    """Applies a block and returns only the end-of-text tokens (P, w)."""
-    width, normed = x.shape[2], block.ln_1(x)
-    rows = torch.arange(len(x), device=x.device)
-    k, v = _project(block.attn, normed, slice(width, None))
+def _last_block(block: Any, packing: _Packing, x: Tensor, start: Tensor | None) -> Tensor:
+    """Applies a block to tokens (N, w) and returns only the end-of-text tokens (P, w), in the order of the prompts."""
+    layer, width, normed = block.attn, x.shape[1], block.ln_1(x)
+    heads = [_heads(layer, piece) for piece in packing.by_token(_project(layer, normed, slice(width, None)))]
     if start is not None:
-        k0, v0 = _project(block.attn, block.ln_1(start), slice(width, None))
-        k, v = _after(k0, k), _after(v0, v)
-    (q,) = _project(block.attn, normed[rows, eot][:, None], slice(width))
-    before = k.shape[2] - x.shape[1]
-    mask = torch.arange(k.shape[2], device=x.device) <= (before + eot)[:, None]
-    seen = attention(q, k, v, mask[:, None, None])
-    return _rest(block, x[rows, eot][:, None], seen)[:, 0]
+        k0, v0 = _heads(layer, _project(layer, block.ln_1(start), slice(width, None)))
+        owners = _beginnings(packing, start)
+        heads = [
+            (torch.cat([k0[own], k], dim=2), torch.cat([v0[own], v], dim=2))
+            for (k, v), own in zip(heads, owners, strict=True)
+        ]
+    (queries,) = _heads(layer, _project(layer, packing.end_tokens(normed)[:, None], slice(width)))
+    before, seen = 0 if start is None else start.shape[1], []
+    for q, (k, v), ends in zip(packing.by_prompt(queries), heads, packing.by_prompt(packing.ends), strict=True):
+        mask = torch.arange(k.shape[2], device=x.device) <= (before + ends)[:, None]
+        seen.append(attention(q, k, v, mask[:, None, None]))
+    return _rest(block, packing.end_tokens(x), _tokens(seen))[packing.order.argsort()]
 
 
-def _project(attention: Any, x: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Computes the queries, keys and values (B, heads, L, w / heads) for the given rows of the joint weight matrix."""
-    projected = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-    # The third dimension has one entry for each of the requested queries, keys and values.
-    heads = projected.view(*x.shape[:2], -1, attention.num_heads, attention.head_dim)
+def _beginnings(packing: _Packing, start: Tensor) -> list[Tensor]:
+    """Returns the index of the common beginning, one of ``start`` (G, S, w), of each prompt of each group."""
+    return packing.by_prompt(packing.order // (len(packing.order) // len(start)))
+
+
+def _project(layer: Any, x: Tensor, rows: slice) -> Tensor:
+    """Applies the given rows of the joint projection to queries, keys and values."""
+    return F.linear(x, layer.in_proj_weight[rows], layer.in_proj_bias[rows])
+
+
+def _heads(layer: Any, projected: Tensor) -> tuple[Tensor, ...]:
+    """Splits projected tokens (B, L, n * w) into n tensors (B, heads, L, w / heads)."""
+    heads = projected.view(*projected.shape[:2], -1, layer.num_heads, layer.head_dim)
     return tuple(part.transpose(1, 2) for part in heads.unbind(2))
 
 
-def _after(start: Tensor, own: Tensor) -> Tensor:
-    """Concatenates keys or values of the common beginnings (G, heads, N, e) and of the prompts (P, heads, L, e)."""
-    return torch.cat([start.repeat_interleave(len(own) // len(start), dim=0), own], dim=2)
+def _tokens(seen: list[Tensor]) -> Tensor:
+    """Converts outputs (B, heads, L, w / heads) of the attention, one for each group, to tokens (N, w)."""
+    return torch.cat([piece.transpose(1, 2).flatten(2).flatten(0, 1) for piece in seen])
 
 
 def _rest(block: Any, x: Tensor, seen: Tensor) -> Tensor:
     """Computes the part of a block after the attention: projection, feed-forward network and residual sums."""
-    x = x + block.ls_1(block.attn.out_proj(seen.transpose(1, 2).flatten(2)))
-    x = x + block.ls_2(_feed_forward(block.mlp, block.ln_2(x)))
+    x = x + block.ls_1(block.attn.out_proj(seen))
+    x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x
-
-
-def _feed_forward(mlp: Any, x: Tensor) -> Tensor:
-    if not isinstance(mlp.gelu, QuickGELU):
-        out: Tensor = mlp(x)
-        return out
-    # QuickGELU, x sigmoid(1.702 x). SiLU stores only one tensor for the backward pass instead of two.
-    out = mlp.c_proj(F.silu(1.702 * mlp.c_fc(x)) / 1.702)
-    return out

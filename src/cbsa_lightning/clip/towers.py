@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 import torch.fx
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -100,3 +101,18 @@ def fold_batch_norms(tower: nn.Module) -> None:
         if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
             tower.set_submodule(source.target, fuse_conv_bn_eval(convolution, norm))
             tower.set_submodule(node.target, cast(nn.Module, getattr(norm, "act", nn.Identity())))
+
+
+@torch.no_grad()
+def fold_quick_gelus(tower: nn.Module) -> None:
+    """Replaces QuickGELU, ``x sigmoid(1.702 x)``, by SiLU, ``x sigmoid(x)``, in each feed-forward network of open_clip.
+
+    The layer before it is multiplied by 1.702, and the layer after it is divided by 1.702. Both are changed in place.
+    """
+    for module in tower.modules():
+        if isinstance(getattr(module, "gelu", None), QuickGELU):
+            before, after = cast(nn.Linear, module.c_fc), cast(nn.Linear, module.c_proj)
+            before.weight.mul_(1.702)
+            before.bias.mul_(1.702)
+            after.weight.div_(1.702)
+            module.gelu = nn.SiLU()

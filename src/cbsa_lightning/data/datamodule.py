@@ -82,7 +82,8 @@ class SSMLLDataModule(L.LightningDataModule):
         min_steps_per_epoch: Minimum number of training steps per epoch. An epoch of a small data set then consists of
             several passes, so that training has enough steps. With 1, as in the paper, an epoch is one pass.
         eval_batch_size: Number of images per step without gradients.
-        num_workers: Number of loader workers. It affects only the speed, not the views.
+        num_workers: Number of loader workers. It affects only the speed, not the views. On a CPU, cached features are
+            read without workers.
         weak_view: Augmentation of the views that pseudo-labels are computed from. None uses ``Flip()``. With any other
             augmentation, these views are always computed from the images, even if there is a feature cache.
         strong_view: Augmentation of the views that the network is trained on. None uses ``CutoutRandAugment()``.
@@ -432,13 +433,16 @@ class SSMLLDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _loader(self, dataset: ViewDataset, batches: Any, collate: Any = collate) -> DataLoader[Any]:
+        trains_on_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
+        # On a CPU, workers compete with the training for the cores, and cached features are read without delay.
+        workers = 0 if trains_on_cpu and isinstance(dataset.views, CachedViews) else self.num_workers
         return ResumableLoader(
             dataset,
             batch_sampler=batches,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             # Without a separate generator, each new iterator would advance the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbsa_lightning.attention import attention, attention_weights
+from cbsa_lightning.dropout import drop
 from cbsa_lightning.errors import ConfigError
 
 
@@ -45,11 +46,11 @@ def attend(
         return x.transpose(1, 2)  # (B, heads, L, d / heads)
 
     q, k, v = project(queries, 0), project(keys, 1), project(values, 2)
-    dropout = layer.dropout if layer.training else 0.0
+    rate = layer.dropout if layer.training else 0.0
     shares = None
     if weights:
         shares = attention_weights(q, k)
-        mixed, shares = F.dropout(shares, dropout) @ v, shares.mean(1)
+        mixed, shares = drop(shares, rate) @ v, shares.mean(1)
     else:
-        mixed = attention(q, k, v, dropout=dropout)
+        mixed = attention(q, k, v, dropout=rate)
     return layer.out_proj(mixed.transpose(1, 2).flatten(2)), shares

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbsa_lightning.arguments import check_flags, check_number
+from cbsa_lightning.dropout import Dropout
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 
 SHARPNESS = 20.0
@@ -107,7 +108,7 @@ class LabelDecoderBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self._start(first)
 
     @torch.no_grad()

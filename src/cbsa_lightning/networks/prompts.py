@@ -88,14 +88,16 @@ class ClassPrompts(nn.Module):
         """Returns the input of the text tower.
 
         Returns:
-            The start token and the shared words ``(1, 1 + N, w)``, or None if each class has its own words; the rest of
-            each prompt, or the whole prompts, ``(C, L, w)``; the position ``(C,)`` of the end token in each row of the
-            latter.
+            The common beginning ``(1, S, w)`` of the prompts, which is the start token and shared words, or None if it
+            is not encoded separately; the rest of each prompt ``(C, L, w)``; and the position ``(C,)`` of the end token
+            in the rest.
         """
         words = self.words.to(self.prefix.dtype)
         if words.dim() == 2:
             start = torch.cat([self.prefix[:1], words[None]], dim=1)
             return start, self.suffix, self.end - start.shape[1]
+        if words.device.type == "cpu":  # elsewhere, the additional operations take longer than a token of each prompt
+            return self.prefix[:1], torch.cat([words, self.suffix], dim=1), self.end - 1
         return None, torch.cat([self.prefix, words, self.suffix], dim=1), self.end
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,7 @@ class ClassPrompts(nn.Module):
 def encode_prompt_sets(clip: FrozenCLIP, sets: Sequence[ClassPrompts]) -> list[Tensor]:
     """Encodes several prompt sets for the same C classes. Returns a list of text features ``(C, d)``.
 
-    All sets are encoded in one pass through the text tower, unless only some of them share words between the classes.
+    All sets are encoded in one pass through the text tower, unless their common beginnings have different lengths.
     """
     starts, rests, ends = zip(*(prompts.parts() for prompts in sets), strict=True)
     if len({None if start is None else start.shape[1] for start in starts}) > 1:

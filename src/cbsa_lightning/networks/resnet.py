@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbsa_lightning.clip.frozen import as_float
+from cbsa_lightning.dropout import Dropout
 from cbsa_lightning.errors import ConfigError
 from cbsa_lightning.networks.attention import attend, multi_head_attention
 from cbsa_lightning.networks.base import Description, Network, NetworkOutput
@@ -69,7 +70,7 @@ class CrossAttentionBlock(nn.Module):
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
         """Computes features ``(B, C, d)`` and attention ``(B, C, HW)``.
