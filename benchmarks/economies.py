@@ -1,6 +1,6 @@
 """Measures the speed-up of each optimization of a training step.
 
-    uv run python benchmarks/economies.py [--tower RN50] [--batch 16] [--classes 80] [--compile] [--out FILE]
+    uv run python benchmarks/economies.py [--tower RN50] [--batch 16] [--data COCO] [--compile] [--out FILE]
 
 Each row compares a part of the step with and without one optimization. Both forms run alternately in one process, and
 the ratio is the median over the rounds. Trained parts run forward and backward, except in the rows of the optimizer and
@@ -23,10 +23,12 @@ import torch
 from measuring import markdown, timed, where
 from reference_recipe import StockDecoder
 from torch import Tensor, nn
-from workload import TOWERS
+from workload import DATA, TOWERS
 
+import cbsa_lightning.attention
 import cbsa_lightning.clip.pooling
 import cbsa_lightning.clip.text
+import cbsa_lightning.dropout
 import cbsa_lightning.networks.attention
 from cbsa_lightning import CBSAModule
 from cbsa_lightning.clip import FrozenCLIP
@@ -43,7 +45,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.half = args.device, torch.float16 if args.device == "cuda" else torch.bfloat16
         torch.manual_seed(0)
-        names = [f"class {i}" for i in range(args.classes)]
+        names = DATA[args.data][0]
         clip, size = TOWERS[args.tower]
         module = CBSAModule(names, clip=clip, pretrained=RANDOM, warmup_epochs=0)
         self.network = module.network.to(self.device).train()
@@ -129,6 +131,20 @@ def text(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
     )
     yield "custom blocks: no transposes, only end tokens in the last block", ours, bench.trained(lambda: stock(None))
     yield (
+        "QuickGELU folded into the layers around it",
+        ours,
+        bench.trained(lambda: encode_prompt_sets(plain, sets)),
+    )
+
+    def padded() -> list[Tensor]:
+        embeddings, ends = (torch.cat(part) for part in zip(*(prompts() for prompts in sets), strict=True))
+        one_group = cbsa_lightning.clip.text._Packing(torch.arange(len(ends)), ends, [tuple(embeddings.shape[:2])])
+        with patch.object(cbsa_lightning.clip.text._Packing, "of", lambda *_: one_group):
+            return [network.clip.encode_prompts(embeddings, ends)]
+
+    if bench.device == "cpu":
+        yield "no padding, and the start token encoded once", ours, bench.trained(padded)
+    yield (
         "both prompt sets in one pass",
         ours,
         bench.trained(lambda: [encode_prompt_sets(network.clip, [one])[0] for one in sets]),
@@ -159,6 +175,7 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
     ours = bench.trained(lambda: [decoder(*inputs)[0]])
     theirs = bench.trained(lambda: [stock(*inputs)])
     yield "decoder: shared queries projected once", ours, theirs
+    yield "decoder: dropout with 16 random bits", ours, bench.trained(with_torch_dropout(lambda: [decoder(*inputs)[0]]))
 
     def without_gradient(model: nn.Module, run: Part) -> Part:
         def evaluate() -> None:
@@ -181,6 +198,18 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
         ("decoder", lambda: [decoder(*inputs)[0]]),
     ):
         yield f"{name}: attention", bench.trained(function), bench.trained(with_fused_attention(function))
+
+
+def with_torch_dropout(function: Part) -> Part:
+    """Returns a function that runs ``function`` with torch's dropout."""
+
+    def run() -> Any:
+        with ExitStack() as stack:
+            for module in (cbsa_lightning.dropout, cbsa_lightning.attention, cbsa_lightning.networks.attention):
+                stack.enter_context(patch.object(module, "drop", nn.functional.dropout))
+            return function()
+
+    return run
 
 
 def with_fused_attention(function: Part) -> Part:
@@ -220,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", choices=list(TOWERS), default="RN50")
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 16)
-    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--data", choices=list(DATA), default="COCO", help="data set whose classes are used")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile (takes minutes on a CPU)")
@@ -238,7 +267,7 @@ def main() -> None:
             rows.append([name, f"{medians[0]:.1f}", f"{medians[1]:.1f}", f"{ratio:.2f}"])
             print(" | ".join(rows[-1]), flush=True)
     table = markdown(["optimization", "with, ms", "without, ms", "without/with"], rows)
-    shape = f"{args.tower} at {TOWERS[args.tower][1]}, batch {args.batch}, {args.classes} classes"
+    shape = f"{args.tower} at {TOWERS[args.tower][1]}, batch {args.batch}, classes of {args.data}"
     text_ = f"{where(args.device)}. {shape}.\n\n{table}\n"
     print(text_)
     if args.out:
