@@ -40,14 +40,16 @@ class Variant(NamedTuple):
     """Options of a run. To measure another option of the library, add a variant."""
 
     caches: bool
-    compiled: bool
-    epochs: int
+    strong_views: int = 0
+    compiled: bool = False
+    epochs: int = 1
 
 
 VARIANTS = {
-    "no caches": Variant(caches=False, compiled=False, epochs=1),
-    "caches": Variant(caches=True, compiled=False, epochs=2),
-    "caches, compiled towers": Variant(caches=True, compiled=True, epochs=1),
+    "no caches": Variant(caches=False),
+    "caches": Variant(caches=True, epochs=2),
+    "caches, 8 strong views": Variant(caches=True, strong_views=8, epochs=2),
+    "caches, compiled towers": Variant(caches=True, compiled=True),
 }
 
 
@@ -122,7 +124,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
     caches: dict[str, Any] = {}
     if variant.caches:
         caches["image_cache"] = ImageCache(str(folder / "cache"))
-        caches["feature_cache"] = FeatureCache(str(folder / "cache"))
+        caches["feature_cache"] = FeatureCache(str(folder / "cache"), variant.strong_views)
     data = SSMLLDataModule(
         Generated(folder / "images", args.train, args.test),
         image_size=TOWERS[args.tower][1],
@@ -172,7 +174,7 @@ def main() -> None:
     parser.add_argument("--tower", choices=list(TOWERS), default="RN50")
     parser.add_argument("--precision", default="16-mixed" if gpu else "bf16-mixed")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["no caches", "caches"])
     parser.add_argument("--out", type=Path, help="Markdown file; the measurements are written next to it as JSON")
     args = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {}

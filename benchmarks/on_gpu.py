@@ -44,12 +44,14 @@ def parts(out: Path, work: Path, tiny: bool) -> dict[str, Part]:
     """Returns all parts. Their limits add up to 12 minutes on a GPU."""
     slow = 5 if tiny else 1  # the test of this script must also pass on slow machines
     step, epoch = ["--out", str(out / "step.md")], ["--out", str(out / "epoch.md")]
+    variants = ["no caches", "caches"]
     if tiny:
         step += ["--cells", "VOC:tiny:4", "--precisions", "bf16-mixed"]
         epoch += ["--tower", "tiny", "--train", "40", "--test", "20", "--workers", "0"]
-        epoch += ["--variants", "no caches", "caches"]
     else:
         step += ["--parts", "--number", "10"]
+        variants.append("caches, compiled towers")
+    epoch += ["--variants", *variants]
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(file) for file in tests if "pytest.mark.gpu" in file.read_text()]
     pytest = ["pytest", "-n", "0", "-p", "no:cacheprovider", "-rs", "-m", "gpu"]
