@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "arguments",
     "lightning_private",
+    "dropout",
     "attention",
     "io",
     "clip",

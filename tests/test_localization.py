@@ -91,6 +91,14 @@ def test_maps_belong_to_the_chosen_classes_of_each_image(clip_folder, images):
         torch.testing.assert_close(maps, chosen, rtol=1e-4, atol=1e-6)
 
 
+def test_the_network_runs_once_per_image(clip_folder, images):
+    classifier, sizes = classifier_of(clip_folder), []
+    classifier.network.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+    found = label_maps(classifier, images, torch.zeros(5, 1).long(), batch_size=2)
+    assert sizes == [2, 2, 1]
+    assert not any(maps.requires_grad for maps in found)
+
+
 def test_maps_leave_no_gradients(clip_folder, images):
     classifier = classifier_of(clip_folder)
     label_maps(classifier, images[:1], torch.tensor([[0]]))

@@ -131,7 +131,9 @@ def test_kept_views_are_the_views_in_a_feature_cache(
     data: Any = tiny_data(source, feature_cache=FeatureCache(str(tmp_path / "cache"), strong), **settings)
     data.setup("fit")
     module = SimpleNamespace(trains=True, second_stage="labeled-only" if alone else "semi-supervised")
-    data.trainer = SimpleNamespace(lightning_module=module, local_rank=0, num_devices=1, progress_bar_callback=None)
+    data.trainer = SimpleNamespace(
+        lightning_module=module, local_rank=0, num_devices=1, is_global_zero=True, progress_bar_callback=None
+    )
     computed: list[int] = []
 
     def features(images: torch.Tensor) -> torch.Tensor:

@@ -137,6 +137,13 @@ def test_results_are_compared_with_the_paper(tmp_path: Path) -> None:
         assert Image.open(tmp_path / "out" / name).width > 200
 
 
+def test_values_of_a_single_seed_have_no_standard_error(tmp_path: Path) -> None:
+    run = finished("Ours", [0.85], 3)
+    text = written(tmp_path, 1, [run.cell], [run])
+    assert "with test positives: values of the single seed 3, without a standard error. The paper's value" in text
+    assert "over seeds" not in text
+
+
 def test_a_table_without_finished_cells(tmp_path: Path) -> None:
     text = written(tmp_path, 2, [finished("CAP", [0], data="nuswide").cell], [])
     assert grids(text)["Table 2: Comparison on NUS-WIDE"]["CAP"] == ["- (44.82)"]

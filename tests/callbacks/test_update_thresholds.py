@@ -19,7 +19,7 @@ from reference.contexts import targets as slow_context_targets
 from reference.labelers import label, thresholds
 from tiny_data import Squares, tiny_data, tiny_fit, tiny_module, tiny_trainer
 
-SURE = 0.616  # between the confidences of the first and second epoch
+SURE = 0.607  # between the confidences of the first and second epoch, which differ by .003
 
 
 def scores_by_hand(module, data, epoch):

@@ -235,7 +235,7 @@ def test_another_module_receives_images(tmp_path, clip_folder, squares):
 def test_features_are_not_computed_twice(tmp_path, clip_folder, squares, monkeypatch):
     """As after a crash, and as with two processes that each compute a share."""
     cache = FeatureCache(str(tmp_path / "cache"), strong_views=1)
-    shares = [{"local_rank": rank, "num_devices": 2} for rank in range(2)]
+    shares = [{"local_rank": rank, "num_devices": 2, "is_global_zero": rank == 0} for rank in range(2)]
     counts = []
     for rank in shares:
         data = tiny_data(squares, feature_cache=cache)

@@ -18,6 +18,7 @@ from cbsa_lightning.data.caches.store import content_keys
 from cbsa_lightning.data.image_check import unreadable
 from cbsa_lightning.data.images import ImageFiles, decode
 from cbsa_lightning.data.readers import Table
+from cbsa_lightning.data.readers.columns import read_columns
 from cbsa_lightning.data.readers.unlabeled import read_images
 from cbsa_lightning.errors import DataError
 from cbsa_lightning.inference.labels.image_sizes import upright_sizes
@@ -179,6 +180,14 @@ def test_labels_name_the_row_of_the_shard(tmp_path, contents):
     write_arrow(tmp_path / "test-0.arrow", pa.table({"image": contents[:2], "cat": [1, 0]}))
     write_arrow(tmp_path / "test-1.arrow", pa.table(columns))
     _refused(tmp_path, "'7' (row 2 of test-1.arrow)", pattern="test-*.arrow")
+
+
+def test_rows_at_the_boundaries_of_shards(tmp_path):
+    table = pa.table({"image": pa.array([b"a", b"b"]), "labels": ["cat", "dog"]})
+    for name, rows in (("a", 2), ("b", 0), ("c", 1)):
+        write_arrow(tmp_path / f"{name}.arrow", table.slice(0, rows))
+    columns = read_columns(tmp_path / "*.arrow")
+    assert [columns.row(i) for i in range(3)] == ["row 1 of a.arrow", "row 2 of a.arrow", "row 1 of c.arrow"]
 
 
 def test_pattern_without_files(tmp_path):

@@ -26,6 +26,7 @@ from cbsa_lightning.data.splits import Split
 from cbsa_lightning.errors import CheckpointError, ConfigError, DataError
 from cbsa_lightning.inference.export import bundle, onnx_model, variants
 from cbsa_lightning.inference.export.program_file import read_program
+from cbsa_lightning.io import checksums
 from cbsa_lightning.io.runs import LABELED
 from tiny_data import SIZE, Squares
 from tiny_export import checkpoint_of
@@ -287,6 +288,16 @@ def test_a_variant_that_differs_too_much_is_reported_and_removed(run, tmp_path, 
     assert "model_fp16.onnx" not in (folder / "SHA256SUMS").read_text()
     assert not json.loads((folder / "variants.json").read_text())[0]["kept"]
     assert "removed, because it differs too much" in (folder / "README.md").read_text()
+
+
+def test_checksums_are_written_once_after_all_other_files(run, tmp_path, monkeypatch):
+    hashed, sha256 = [], checksums._sha256
+    monkeypatch.setattr(checksums, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    options = ["--format", "onnx", "--variants", "fp16,int8", "--image_size", str(SIZE)]
+    folder = main(["export", str(run), "--to", str(tmp_path / "model"), *options])
+    files = [file.name for file in folder.iterdir() if file.name != checksums.SUMS]
+    assert sorted(hashed) == sorted(files)
+    checksums.check_checksums(folder, files)
 
 
 def test_variants_need_labeled_images(run, tmp_path):

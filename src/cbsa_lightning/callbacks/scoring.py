@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cbsa_lightning.data.batches import EvalBatch
+from cbsa_lightning.data.progress import shows_progress
 
 Output = TypeVar("Output")
 
@@ -33,9 +34,8 @@ def score_batches(
         keep: Function that is called with each batch on the device, its frozen features and its scores.
         title: Title of the progress bar.
     """
-    show = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with pl_module.evaluating():
-        for batch in tqdm(loader, desc=title, leave=False, disable=not show):
+        for batch in tqdm(loader, desc=title, leave=False, disable=not shows_progress(trainer)):
             batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             with trainer.precision_plugin.forward_context():  # without the loader, which may stack float16 tensors
                 features = pl_module.features_of(batch)

@@ -45,6 +45,7 @@ from cbsa_lightning.data.images import ImageFiles
 from cbsa_lightning.data.label_masks import LabelMask, make_mask, with_known_labels
 from cbsa_lightning.data.labeled_images import rows_among
 from cbsa_lightning.data.needed_views import PLAIN, needed_views
+from cbsa_lightning.data.progress import shows_progress
 from cbsa_lightning.data.readers import Source
 from cbsa_lightning.data.readers.unlabeled import left_out, read_images
 from cbsa_lightning.data.samplers import InOrderBatches
@@ -353,8 +354,7 @@ class SSMLLDataModule(L.LightningDataModule):
         trainer = self.trainer
         # The work is divided among the ranks of one machine, since the folder may be on a local disk.
         share = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
-        show = trainer is None or trainer.progress_bar_callback is not None
-        fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share, show=show)
+        fill(store, tower, list(kept.values()), cache.limit_gb, self.num_workers, *share, show=shows_progress(trainer))
         return store, kept
 
     def use_features(self, tower: Tower, store: RowStore, kept: dict[str, KeptViews]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cbsa_lightning.data.batches import EvalBatch
+from cbsa_lightning.data.progress import shows_progress
 from cbsa_lightning.data.protocol import semi_supervised
 from cbsa_lightning.method.finite import refuse_scores
 from cbsa_lightning.method.labelers import Evidence
@@ -53,8 +54,7 @@ def describe_images(
     place[torch.as_tensor(rows, device=pl_module.device)] = torch.arange(len(rows), device=pl_module.device)
     tables: list[Tensor] = []
     split = 0
-    show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    for batch in tqdm(loader, desc="Descriptions", leave=False, disable=not show):
+    for batch in tqdm(loader, desc="Descriptions", leave=False, disable=not shows_progress(trainer)):
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
         with trainer.precision_plugin.forward_context():
             found = describe(pl_module.features_of(batch))

@@ -57,17 +57,16 @@ def label_maps(classifier: Classifier, images: Sequence[Any], classes: Tensor, b
     """
     if classes.ndim != 2 or len(classes) != len(images) or not len(images):
         raise DataError(f"{len(images)} images do not fit classes {tuple(classes.shape)}; pass one row per image.")
-    texts = _check(classifier.network).zero_shot_text()
+    network = _check(classifier.network)
+    texts = network.zero_shot_text()
     cams, attentions, similarities = [], [], []
     for rows, features in feature_batches(classifier, images, batch_size, "Maps"):
         chosen = classes[rows].to(features.device)
-        cams.append(grad_cam(classifier.network, features, classifier.text, chosen).float().cpu())
-        with torch.no_grad():
-            attention = classifier.network(features, classifier.text, attention=True).attention
-            similarity = similarity_maps(classifier.network, features, texts)
+        cam, attention = _grad_cam_and_attention(network, features, classifier.text, chosen)
+        cams.append(cam.float().cpu())
         if attention is not None:
             attentions.append(_of(attention, chosen).float().cpu())
-        similarities.append(_of(similarity, chosen).cpu())
+        similarities.append(_of(similarity_maps(network, features, texts), chosen).cpu())
     return LabelMaps(torch.cat(cams), torch.cat(attentions) if attentions else None, torch.cat(similarities))
 
 
@@ -86,18 +85,7 @@ def grad_cam(network: Network, features: Tensor, text: Any, classes: Tensor) -> 
     Raises:
         DataError: If the network has no frozen feature map.
     """
-    _check(network)
-    maps = []
-    with torch.enable_grad():
-        leaf = features.detach().requires_grad_()
-        logits = network(leaf, text).logits
-        for column in classes.T:
-            # Images do not affect each other's logits, so the gradient of the sum contains the gradient of each image.
-            total = logits.gather(1, column[:, None]).sum()
-            (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
-            weights = _map(gradient).mean((2, 3), keepdim=True)
-            maps.append((weights * _map(leaf.detach())).sum(1).relu())
-    return torch.stack(maps, 1)
+    return _grad_cam_and_attention(_check(network), features, text, classes)[0]
 
 
 @torch.no_grad()
@@ -122,6 +110,23 @@ def similarity_maps(network: Network, features: Tensor, texts: Tensor) -> Tensor
     found = cosines(tokens.l, texts)
     maps = (found - found.mean(1, keepdim=True)).relu().transpose(1, 2)
     return maps.reshape(*maps.shape[:2], *tokens.grid)
+
+
+def _grad_cam_and_attention(
+    network: PromptedCLIP, features: Tensor, text: Any, classes: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Computes :func:`grad_cam`, and the attention ``(B, C, h, w)`` of all classes, in one forward pass."""
+    maps = []
+    with torch.enable_grad():
+        leaf = features.detach().requires_grad_()
+        output = network(leaf, text, attention=True)
+        for column in classes.T:
+            # Images do not affect each other's logits, so the gradient of the sum contains the gradient of each image.
+            total = output.logits.gather(1, column[:, None]).sum()
+            (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+            weights = _map(gradient).mean((2, 3), keepdim=True)
+            maps.append((weights * _map(leaf.detach())).sum(1).relu())
+    return torch.stack(maps, 1), None if output.attention is None else output.attention.detach()
 
 
 def _check(network: Network) -> PromptedCLIP:

@@ -114,10 +114,14 @@ def _title(table: Table) -> str:
 def _introduction(cells: Sequence[Cell], finished: Sequence[Finished], min_positives: int) -> str:
     seeds = sorted({cell.seed for cell in cells})
     counted = "test positives" if min_positives == 1 else f"at least {min_positives} test positives"
+    if len(seeds) == 1:
+        values = f"values of the single seed {seeds[0]}, without a standard error"
+    else:
+        values = f"mean and, for two or more seeds, standard error over seeds {', '.join(map(str, seeds))}"
     text = (
-        f"Test mAP in % of the averaged weights after the last epoch, over the classes with {counted}: mean and, for "
-        f"two or more seeds, standard error over seeds {', '.join(map(str, seeds))}. The paper's value and the "
-        f"difference from it are in parentheses. {len(finished)} of {len(cells)} cells are finished"
+        f"Test mAP in % of the averaged weights after the last epoch, over the classes with {counted}: {values}. The "
+        f"paper's value and the difference from it are in parentheses. {len(finished)} of {len(cells)} cells are "
+        "finished"
     )
     if finished:
         devices = sorted({f.found["device"] for f in finished})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,8 +58,10 @@ class Columns:
 
     def row(self, i: int) -> str:
         """Describes the row number of data row ``i``."""
-        file, start = next(((name, start) for name, start in reversed(self.files) if start <= i), ("", 0))
-        return f"row {i - start + self.first_row}" + (f" of {file}" if file else "")
+        if not self.files:
+            return f"row {i + self.first_row}"
+        file, start = self.files[bisect_right(self.files, i, key=itemgetter(1)) - 1]
+        return f"row {i - start + self.first_row} of {file}"
 
     def text(self, name: str) -> Any:
         """Returns a column as one array of text without surrounding white space. Null values are kept.

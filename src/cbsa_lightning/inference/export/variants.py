@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from cbsa_lightning.data.labeled_images import LabeledImages
 from cbsa_lightning.errors import CheckpointError, ConfigError
 from cbsa_lightning.inference.export.check_images import CHECK
 from cbsa_lightning.inference.export.scoring import INPUT
-from cbsa_lightning.io.checksums import write_checksums
 from cbsa_lightning.io.files import replacing
 from cbsa_lightning.io.runs import LABELED
 from cbsa_lightning.method.metrics import MultilabelReport
@@ -77,7 +77,7 @@ def write_variants(folder: Path, names: Sequence[str], run: Path | None) -> list
     the other half for the comparison.
 
     Args:
-        folder: Folder of the exported model, with all files except the model card.
+        folder: Folder of the exported model, with all files except the model card and the checksums.
         names: Names of the variants, from :data:`WRITERS`.
         run: Folder of the run.
 
@@ -88,9 +88,8 @@ def write_variants(folder: Path, names: Sequence[str], run: Path | None) -> list
     """
     from cbsa_lightning.inference.export import predict  # imports ONNX Runtime, which is optional
 
-    write_checksums(folder)
     try:
-        found = _written(folder, names, run, predict.Model)
+        found = _written(folder, names, run, partial(predict.Model, folder, checksums=False))
     except predict.ImageError as error:
         raise ConfigError(f"The variants are compared on the labeled images of the run, but {error}") from error
     except predict.BundleError as error:
@@ -101,7 +100,7 @@ def write_variants(folder: Path, names: Sequence[str], run: Path | None) -> list
 
 
 def _written(folder: Path, names: Sequence[str], run: Path | None, load: Callable[..., Any]) -> list[Variant]:
-    model = load(folder)
+    model = load()
     calibration, compared, targets, kind = _images(run, model.view)
     expected = _scores(model, compared)
     found = []
@@ -110,8 +109,7 @@ def _written(folder: Path, names: Sequence[str], run: Path | None, load: Callabl
         with replacing(file) as draft, _quiet():
             WRITERS[name](folder / model.file, draft, calibration)
             _set_metadata(draft, model.metadata | {"variant": name, "tolerance": str(TOLERANCE[name])})
-        write_checksums(folder)
-        smaller = load(folder, file=file.name)
+        smaller = load(file=file.name)
         found.append(_compared(file, expected, _scores(smaller, compared), targets, kind))
         if found[-1].kept:
             _add_check(folder / CHECK, name, smaller)
