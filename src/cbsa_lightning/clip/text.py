@@ -168,36 +168,36 @@ def _block(block: Any, packing: _Packing, x: Tensor, start: Tensor | None) -> tu
         return _rest(block, x, _tokens(seen)), None
     q0, k0, v0 = _heads(layer, _project(layer, block.ln_1(start), slice(None)))
     seen = []
-    for (q, k, v), own in zip(heads, _beginnings(packing, start), strict=True):
-        k, v = torch.cat([k0[own], k], dim=2), torch.cat([v0[own], v], dim=2)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k0.shape[2])
+    for (q, *_), (k, v) in zip(heads, _after([k0, v0], [rest for _, *rest in heads], packing), strict=True):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(start.shape[1])
         seen.append(attention(q, k, v, mask))
-    own_start = _tokens([attention(q0, k0, v0, causal=True)]).view_as(start)
-    return _rest(block, x, _tokens(seen)), _rest(block, start, own_start)
+    own = _tokens([attention(q0, k0, v0, causal=True)]).view_as(start)
+    return _rest(block, x, _tokens(seen)), _rest(block, start, own)
 
 
 def _last_block(block: Any, packing: _Packing, x: Tensor, start: Tensor | None) -> Tensor:
     """Applies a block to tokens (N, w) and returns only the end-of-text tokens (P, w), in the order of the prompts."""
-    layer, width, normed = block.attn, x.shape[1], block.ln_1(x)
-    heads = [_heads(layer, piece) for piece in packing.by_token(_project(layer, normed, slice(width, None)))]
+    layer, keys_and_values, normed = block.attn, slice(x.shape[1], None), block.ln_1(x)
+    heads = [list(_heads(layer, piece)) for piece in packing.by_token(_project(layer, normed, keys_and_values))]
+    before = 0
     if start is not None:
-        k0, v0 = _heads(layer, _project(layer, block.ln_1(start), slice(width, None)))
-        owners = _beginnings(packing, start)
-        heads = [
-            (torch.cat([k0[own], k], dim=2), torch.cat([v0[own], v], dim=2))
-            for (k, v), own in zip(heads, owners, strict=True)
-        ]
-    (queries,) = _heads(layer, _project(layer, packing.end_tokens(normed)[:, None], slice(width)))
-    before, seen = 0 if start is None else start.shape[1], []
+        before = start.shape[1]
+        heads = _after(list(_heads(layer, _project(layer, block.ln_1(start), keys_and_values))), heads, packing)
+    (queries,) = _heads(layer, _project(layer, packing.end_tokens(normed)[:, None], slice(x.shape[1])))
+    seen = []
     for q, (k, v), ends in zip(packing.by_prompt(queries), heads, packing.by_prompt(packing.ends), strict=True):
         mask = torch.arange(k.shape[2], device=x.device) <= (before + ends)[:, None]
         seen.append(attention(q, k, v, mask[:, None, None]))
     return _rest(block, packing.end_tokens(x), _tokens(seen))[packing.order.argsort()]
 
 
-def _beginnings(packing: _Packing, start: Tensor) -> list[Tensor]:
-    """Returns the index of the common beginning, one of ``start`` (G, S, w), of each prompt of each group."""
-    return packing.by_prompt(packing.order // (len(packing.order) // len(start)))
+def _after(first: list[Tensor], groups: list[list[Tensor]], packing: _Packing) -> list[list[Tensor]]:
+    """Inserts keys and values of the common beginnings (G, heads, S, e) before those of each group of prompts."""
+    owners = packing.by_prompt(packing.order // (len(packing.order) // len(first[0])))
+    return [
+        [torch.cat([beginning[own], rest], dim=2) for beginning, rest in zip(first, group, strict=True)]
+        for own, group in zip(owners, groups, strict=True)
+    ]
 
 
 def _project(layer: Any, x: Tensor, rows: slice) -> Tensor:
