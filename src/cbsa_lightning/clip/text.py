@@ -7,6 +7,7 @@ words that prompts share are encoded once.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +137,7 @@ class _Packing(NamedTuple):
         if eot.device.type != "cpu":
             return cls(torch.arange(len(eot), device=eot.device), eot, [(len(eot), length)])
         ends, order = eot.sort(stable=True)
-        lengths, numbers = torch.unique_consecutive(ends + 1, return_counts=True)
-        return cls(order, ends, list(zip(numbers.tolist(), lengths.tolist(), strict=True)))
+        return cls(order, ends, [(len(list(equal)), end + 1) for end, equal in groupby(ends.tolist())])
 
     def pack(self, x: Tensor) -> Tensor:
         """Converts prompts (P, L, w) to tokens (N, w)."""
