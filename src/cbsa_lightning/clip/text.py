@@ -122,7 +122,7 @@ class _Packing(NamedTuple):
     form one padded group, because more groups would require more kernel launches.
 
     Attributes:
-        order: Prompts (P,) in the order of the groups.
+        order: Prompts (P,) in the order of the groups. A single group keeps the original order.
         ends: Position (P,) of the end-of-text token of each prompt, in the same order.
         groups: Number of prompts, and number of tokens of each of them, for each group.
     """
@@ -141,8 +141,14 @@ class _Packing(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """Converts prompts (P, L, w) to tokens (N, w)."""
-        pieces = zip(self.by_prompt(x[self.order]), self.groups, strict=True)
+        if len(self.groups) > 1:
+            x = x.index_select(0, self.order)
+        pieces = zip(self.by_prompt(x), self.groups, strict=True)
         return torch.cat([piece[:, :length].flatten(0, 1) for piece, (_, length) in pieces])
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """Restores the original order of the prompts in a tensor (P, w)."""
+        return x.index_select(0, self.order.argsort()) if len(self.groups) > 1 else x
 
     def by_token(self, x: Tensor) -> list[Tensor]:
         """Splits a tensor (N, ...) with one row per token into a tensor (number, length, ...) for each group."""
@@ -188,7 +194,7 @@ def _last_block(block: Any, packing: _Packing, x: Tensor, start: Tensor | None) 
     for q, (k, v), ends in zip(packing.by_prompt(queries), heads, packing.by_prompt(packing.ends), strict=True):
         mask = torch.arange(k.shape[2], device=x.device) <= (before + ends)[:, None]
         seen.append(attention(q, k, v, mask[:, None, None]))
-    return _rest(block, packing.end_tokens(x), _tokens(seen))[packing.order.argsort()]
+    return packing.unsorted(_rest(block, packing.end_tokens(x), _tokens(seen)))
 
 
 def _after(first: list[Tensor], groups: list[list[Tensor]], packing: _Packing) -> list[list[Tensor]]:
