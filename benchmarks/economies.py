@@ -13,9 +13,10 @@ import argparse
 import copy
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -202,14 +203,8 @@ def heads(bench: Bench, compiled: bool) -> Iterator[tuple[str, Part, Part]]:
 
 def with_torch_dropout(function: Part) -> Part:
     """Returns a function that runs ``function`` with torch's dropout."""
-
-    def run() -> Any:
-        with ExitStack() as stack:
-            for module in (cbsa_lightning.dropout, cbsa_lightning.attention, cbsa_lightning.networks.attention):
-                stack.enter_context(patch.object(module, "drop", nn.functional.dropout))
-            return function()
-
-    return run
+    modules = cbsa_lightning.dropout, cbsa_lightning.attention, cbsa_lightning.networks.attention
+    return with_replaced("drop", nn.functional.dropout, modules, function)
 
 
 def with_fused_attention(function: Part) -> Part:
@@ -218,10 +213,17 @@ def with_fused_attention(function: Part) -> Part:
     def fused(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
+    modules = cbsa_lightning.clip.text, cbsa_lightning.clip.pooling, cbsa_lightning.networks.attention
+    return with_replaced("attention", fused, modules, function)
+
+
+def with_replaced(name: str, other: Callable[..., Tensor], modules: Iterable[ModuleType], function: Part) -> Part:
+    """Returns a function that runs ``function`` with ``other`` instead of the function ``name`` of some modules."""
+
     def run() -> Any:
         with ExitStack() as stack:
-            for module in (cbsa_lightning.clip.text, cbsa_lightning.clip.pooling, cbsa_lightning.networks.attention):
-                stack.enter_context(patch.object(module, "attention", fused))
+            for module in modules:
+                stack.enter_context(patch.object(module, name, other))
             return function()
 
     return run

@@ -8,8 +8,8 @@ outputs and gradients. The implementation differs from that of the library in th
 - *Frozen weights* are stored in the precision of the computation. Normalization layers and constant factors are folded
   into the linear layers that follow them.
 - *Image tower*: on a CPU, torch freezes the graph, fuses activations into convolutions, and reorders weights once.
-- *Text tower*: prompts have no padding. The keys and values of the start token are constants, because the tower is
-  causal.
+- *Text tower*: prompts have no padding, also on a GPU. The keys and values of the start token are constants, because
+  the tower is causal.
 - On a GPU, the whole step is captured as one graph, so the host does not launch individual kernels.
 """
 
